@@ -1,0 +1,1 @@
+"""What the UNet is told: prompts as tokens, tokens as CLIP's hidden states."""

@@ -1,0 +1,113 @@
+"""Prompts -> the conditioning dict: CLIP's hidden states for cross-attention and, if asked, its pooled text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning.tokenizer import Tokenizer
+from ldm.models.clip import CLIPTextModel, OpenCLIPTextModel, TextTower
+
+LAYERS = ("last", "penultimate", "hidden")
+
+
+class TextEncoder(nn.Module):
+    """Tokenizer and CLIP text tower.
+
+    Args:
+        layout: "transformers": parameters `transformer.text_model.*`, as in Stable Diffusion 1's files; "openclip":
+            `model.*`, as in Stable Diffusion 2's.
+        width, layers, heads, vocab_size, context_length, projection_dim, activation: as in `ldm.models.clip.TextTower`.
+        layer: which state becomes the context. "last": after the last block and the final norm (Stable Diffusion 1);
+            "penultimate": before the last block, then the final norm (Stable Diffusion 2); "hidden": state number
+            `layer_index` of 0 (embedding) .. layers (last block), negative from the end, without the norm.
+        layer_index: only for layer "hidden".
+        pooled: also give the pooled, projected text (b, p) as "c_adm".
+        tokenizer: parameters of `Tokenizer` besides context_length; its cleaning defaults to the layout's library.
+
+    Raises:
+        ValueError: an unknown layout or layer, a layer_index out of range, or a vocab_size unlike the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        layout: str,
+        width: int,
+        layers: int,
+        heads: int,
+        activation: str,
+        vocab_size: int = 49408,
+        context_length: int = 77,
+        projection_dim: int | None = None,
+        layer: str = "last",
+        layer_index: int | None = None,
+        pooled: bool = False,
+        tokenizer: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        sizes = (vocab_size, width, layers, heads, context_length, activation, projection_dim)
+        if layout == "transformers":
+            self.transformer = CLIPTextModel(*sizes)
+            cleaning = "clip"
+        elif layout == "openclip":
+            self.model = OpenCLIPTextModel(*sizes)
+            cleaning = "openclip"
+        else:
+            raise ValueError(f"text layout {layout!r} is unknown; it is transformers or openclip")
+        self.layout = layout
+        self.layer = layer
+        self.state = _state_number(layer, layer_index, layers)
+        self.depth = layers if pooled else self.state  # blocks to run
+        self.pooled = pooled
+        options = {} if tokenizer is None else dict(tokenizer)
+        self.tokenizer = Tokenizer(**{"context_length": context_length, "cleaning": cleaning, **options})
+        if (self.tokenizer.vocab_size, self.tokenizer.context_length) != (vocab_size, context_length):
+            raise ValueError(
+                f"the text tower has {vocab_size} tokens and context {context_length}, its tokenizer "
+                f"{self.tokenizer.vocab_size} and {self.tokenizer.context_length}; they must be equal"
+            )
+
+    @property
+    def tower(self) -> TextTower:
+        """The text tower, whatever its layout calls it."""
+        return self.transformer if self.layout == "transformers" else self.model
+
+    def forward(self, prompts: Sequence[str] | Tensor) -> dict[str, Tensor]:
+        """Prompts, or their tokens int64 (b, n), -> {"c_crossattn": (b, n, d)} and, if pooled, "c_adm": (b, p).
+
+        Each distinct prompt of a list is encoded once, since a batch is often one prompt many times.
+        """
+        device = next(self.parameters()).device
+        if isinstance(prompts, Tensor):
+            return self._encode(prompts.to(device))
+        if isinstance(prompts, str):
+            raise ValueError(f"the text encoder takes a list of prompts, not one string ({prompts[:40]!r})")
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        cond = self._encode(self.tokenizer(list(distinct)).to(device))
+        if len(distinct) < len(prompts):
+            which = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
+            cond = {key: value[which] for key, value in cond.items()}
+        return cond
+
+    def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
+        states = self.tower.hidden_states(tokens, self.depth)
+        context = states[self.state]
+        cond = {"c_crossattn": context if self.layer == "hidden" else self.tower.final_norm(context)}  # (b, n, d)
+        if self.pooled:
+            last = cond["c_crossattn"] if self.layer == "last" else self.tower.final_norm(states[-1])
+            cond["c_adm"] = self.tower.pool(last, tokens, self.tokenizer.eos)  # (b, p)
+        return cond
+
+
+def _state_number(layer: str, layer_index: int | None, layers: int) -> int:
+    """Which of the layers + 1 hidden states is the context, counted from 0."""
+    if layer not in LAYERS:
+        raise ValueError(f"text layer {layer!r} is unknown; it is one of {', '.join(LAYERS)}")
+    if layer != "hidden":
+        if layer_index is not None:
+            raise ValueError(f"layer_index {layer_index} has a meaning only with layer 'hidden', not {layer!r}")
+        return layers if layer == "last" else layers - 1
+    if layer_index is None or not -layers - 1 <= layer_index <= layers:
+        raise ValueError(f"layer_index {layer_index} must be one of {-layers - 1} .. {layers}")
+    return layer_index % (layers + 1)

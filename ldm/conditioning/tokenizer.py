@@ -1,0 +1,181 @@
+"""CLIP's byte-pair tokenizer, over all of its 49,408 tokens or over a reduced vocabulary that travels with a model.
+
+A prompt is cleaned, split into words, and every word is written as bytes and merged pair by pair, lowest rank first
+(Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019, GPT-2; this vocabulary: Radford et al. 2021,
+arXiv:2103.00020). The merging is done by the `tokenizers` library.
+
+Token ids: 256 bytes, the same 256 as ends of words, one token per merge, start of text, end of text (the highest id).
+"""
+
+import gzip
+import importlib.util
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CLIP_MERGES = 48_894  # 49,408 tokens less 2 x 256 bytes, start and end; the file lists more, which CLIP does not use
+VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+SPECIAL = {"clip": ("<|startoftext|>", "<|endoftext|>"), "openclip": ("<start_of_text>", "<end_of_text>")}
+# Text in which ftfy and html.unescape find nothing to do: printable ASCII without "&", and white space that ftfy keeps.
+PLAIN = re.compile(r"[ -%'-~\t\n\r\f]*")
+
+
+class Tokenizer:
+    """Prompts -> token ids, (b, context_length), framed by start and end of text.
+
+    Args:
+        merges: the byte pairs in order of rank, each "left right", as `reduce` makes them; None takes CLIP's own list
+            from open_clip's installed package, which is neither imported nor downloaded.
+        context_length: tokens per prompt; longer prompts are cut, the end of text stays.
+        cleaning: "clip" treats text as transformers' CLIPTokenizer does (Stable Diffusion 1): Unicode NFC, white space,
+            lower case character by character. "openclip" does as open_clip (Stable Diffusion 2): ftfy, HTML entities
+            twice, white space, Python's lower case.
+        pad: token id after the end of text, or "eos" for the end of text itself. None: "eos" for "clip", 0 for
+            "openclip", which is what Stable Diffusion 1 and 2 were trained with.
+
+    Raises:
+        ValueError: an unknown cleaning, a context below 2, a pad outside the vocabulary, a merge whose parts do not
+            exist, or open_clip not installed.
+    """
+
+    def __init__(
+        self,
+        merges: Sequence[str] | None = None,
+        context_length: int = 77,
+        cleaning: str = "clip",
+        pad: int | str | None = None,
+    ):
+        if cleaning not in SPECIAL:
+            raise ValueError(f"tokenizer cleaning {cleaning!r} is unknown; it is one of {', '.join(SPECIAL)}")
+        if context_length < 2:
+            raise ValueError(f"context_length {context_length} is too short: start and end of text need 2 tokens")
+        self.merges = clip_merges() if merges is None else tuple(merges)
+        self.context_length = context_length
+        self.cleaning = cleaning
+        self.vocab_size = 512 + len(self.merges) + 2
+        self.sot, self.eos = self.vocab_size - 2, self.vocab_size - 1
+        if pad is None:
+            pad = "eos" if cleaning == "clip" else 0
+        self.pad = self.eos if pad == "eos" else pad
+        if not isinstance(self.pad, int) or not 0 <= self.pad < self.vocab_size:
+            raise ValueError(f"tokenizer pad {pad!r} must be 'eos' or a token id below {self.vocab_size}")
+        self._pipeline = _pipeline(self.merges, cleaning)
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of a list of prompts, int64 (b, context_length)."""
+        if isinstance(prompts, str):
+            raise ValueError(f"the tokenizer takes a list of prompts, not one string ({prompts[:40]!r})")
+        rows = torch.full((len(prompts), self.context_length), self.pad, dtype=torch.long)
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids = [self.sot, *self.encode(prompt)[: self.context_length - 2], self.eos]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of one prompt, of any length and without start, end or padding."""
+        # A lone surrogate is no text and has no bytes: U+FFFD, as ftfy writes it.
+        prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self.cleaning == "clip":
+            return self._pipeline.encode(prompt, add_special_tokens=False).ids
+        prompt = openclip_clean(prompt)
+        special = dict(zip(SPECIAL["openclip"], (self.sot, self.eos), strict=True))
+        if not any(name in prompt for name in special):
+            return self._pipeline.encode(prompt, add_special_tokens=False).ids
+        # In open_clip the name of a special token is that token only where the word pattern isolates it.
+        words = [prompt[slice(*span)] for _, span in self._pipeline.pre_tokenizer.pre_tokenize_str(prompt)]
+        return [i for word in words for i in ([special[word]] if word in special else self._pipeline.encode(word).ids)]
+
+
+def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") -> list[str]:
+    """The part of CLIP's merges that a small model needs: `Tokenizer(merges=reduce(...))`.
+
+    Args:
+        texts: prompts that must be tokenized as the full vocabulary does, token for token.
+        merges_first: how many of CLIP's first merges to keep besides, for other prompts' sake.
+        cleaning: as in Tokenizer.
+
+    Returns:
+        Merges "left right" in CLIP's order. All bytes stay in the vocabulary, so that any other prompt still tokenizes,
+        into shorter pieces. Every merge behind a token of `texts` is kept; the merges dropped were never chosen while
+        those words were put together, so they are put together in the same way without them.
+    """
+    full = Tokenizer(cleaning=cleaning)
+    parts = dict(zip(("".join(merge.split(" ")) for merge in full.merges), full.merges, strict=True))
+    rank = {merge: i for i, merge in enumerate(full.merges)}
+    if not 0 <= merges_first <= len(full.merges):
+        raise ValueError(f"merges_first {merges_first} must be between 0 and {len(full.merges)}")
+    kept = set(range(merges_first))
+    ids = {i for text in dict.fromkeys(texts) for i in full.encode(text) if i < full.sot}
+    pending = [full._pipeline.id_to_token(i) for i in ids]
+    while pending:
+        merge = parts.get(pending.pop())  # None: a byte
+        if merge is not None and rank[merge] not in kept:
+            kept.add(rank[merge])
+            pending.extend(merge.split(" "))
+    return [full.merges[i] for i in sorted(kept)]
+
+
+def openclip_clean(text: str) -> str:
+    """open_clip's cleaning: ftfy, HTML entities twice, single spaces, lower case."""
+    if PLAIN.fullmatch(text) is None:
+        import html  # both imported only for text that they can change: ftfy costs 70 ms
+
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@lru_cache(maxsize=1)
+def clip_merges() -> tuple[str, ...]:
+    """CLIP's 48,894 merges, read from the file in open_clip's installed package."""
+    spec = importlib.util.find_spec("open_clip")  # finds the folder; importing the package would cost seconds
+    folders = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
+    for folder in folders:
+        path = Path(folder) / VOCABULARY_FILE
+        if path.is_file():
+            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+            return tuple(lines[1 : 1 + CLIP_MERGES])  # the first line is a version
+    raise ValueError(f"CLIP's vocabulary, {VOCABULARY_FILE} of the package open_clip_torch, is not installed")
+
+
+def _pipeline(merges: Sequence[str], cleaning: str):
+    """A `tokenizers.Tokenizer`: clean (only "clip"; "openclip" is cleaned in Python), split into words, merge bytes."""
+    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Pipeline
+    from tokenizers.models import BPE
+
+    split = [tuple(merge.split(" ")) for merge in merges]
+    names = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character per byte, in CLIP's order
+    names += [name + "</w>" for name in names]
+    names += ["".join(pair) for pair in split] + list(SPECIAL[cleaning])
+    vocabulary = {name: i for i, name in enumerate(names)}
+    if len(vocabulary) != len(names):
+        raise ValueError("the tokenizer's merges name a token twice; every merge must make a new one")
+    try:
+        pipeline = Pipeline(BPE(vocab=vocabulary, merges=split, end_of_word_suffix="</w>"))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"the tokenizer's merges are not a byte-pair list: {error}") from error
+    special = "|".join(re.escape(name) for name in SPECIAL[cleaning])
+    if cleaning == "clip":
+        pipeline.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        pipeline.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL[cleaning]])
+        words = special + "|" + WORDS
+    else:
+        # open_clip ignores case after lower(): of all its pattern only s has another lower-case form, the long s
+        words = special.replace("s", "[sſ]", 1) + "|" + WORDS.replace("'s", "'[sſ]", 1)
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            # transformers lets GPT-2's pattern split again, which shows only in a special token written in capitals
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cleaning == "clip"),
+        ]
+    )
+    return pipeline

@@ -1,0 +1,150 @@
+"""A folder of pictures with captions: NAME.txt beside NAME.png, or Hugging Face's metadata.jsonl."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data.captions import Caption
+from ldm.data.pictures import SUFFIXES, check_picture, read_picture
+
+
+class Folder(Dataset):
+    """Pictures below `root`, sub-folders included, in the order of their names.
+
+    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str}. A caption is the text of
+    NAME.txt beside the picture, or else the "text" of its line in root/metadata.jsonl, where "file_name" is the path
+    of the picture from root: {"file_name": "sub/a.png", "text": "a red kite"}.
+
+    size: pixels of the square that is made: the shorter side is resized to it (Lanczos), the longer is cropped, at the
+    middle with crop="center"; with crop="random" at a place that is a function of (seed, epoch, index), as is the
+    mirroring of half of the pictures with flip=True.
+    channels: 3, or 1 for grey.
+
+    Raises ValueError with the file's name for a picture without caption, a caption without picture, a bad line, a file
+    that is no picture, and for settings out of range; FileNotFoundError for a missing or empty folder. A picture
+    damaged behind its header is found when it is read.
+    """
+
+    def __init__(
+        self, root: str, size: int, channels: int = 3, crop: str = "center", flip: bool = False, seed: int = 0
+    ):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size is a number of pixels of at least 1, not {size!r}.")
+        if channels not in (1, 3):
+            raise ValueError(f"channels is 1 (grey) or 3 (colour), not {channels!r}.")
+        if crop not in ("center", "random"):
+            raise ValueError(f"crop is 'center' or 'random', not {crop!r}.")
+        self.root, self.size, self.channels = Path(root), size, channels
+        self.crop, self.flip, self.seed, self.epoch = crop, flip, seed, 0
+        self.augments = flip or crop == "random"
+        self.paths = _find_pictures(self.root)
+        self.captions = _find_captions(self.root, self.paths)
+        for path in self.paths:
+            check_picture(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Crops and mirrorings of the following samples are those of `epoch`."""
+        self.epoch = epoch
+
+    def caption(self, index: int) -> Caption:
+        """The caption of a picture; nothing is known of what it asserts."""
+        return Caption(self.captions[index])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"picture {index} of {len(self)}")
+        index %= len(self)
+        picture = read_picture(self.paths[index], self.channels)
+        draw = random.Random(f"{self.seed} {self.epoch} {index}").random
+        picture = _square(picture, self.size, (draw(), draw()) if self.crop == "random" else (0.5, 0.5))
+        if self.flip and draw() < 0.5:
+            picture = ImageOps.mirror(picture)
+        return {"image": _to_tensor(picture), "caption": self.captions[index]}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """A batch of samples at once, as the digit sets give them."""
+        return [self[index] for index in indices]
+
+
+def _square(picture: Image.Image, size: int, place: tuple[float, float]) -> Image.Image:
+    """The square at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), as large as fits, resized to `size`.
+
+    Cut before it is resized, or a strip of 2 x 9,000 pixels would be blown up to gigabytes; at whole pixels, so that a
+    picture of the right size is not resampled.
+    """
+    shorter = min(picture.size)
+    left, top = (round(at * (side - shorter)) for at, side in zip(place, picture.size, strict=True))
+    box = (left, top, left + shorter, top + shorter)
+    return picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    """8-bit picture -> float32 (c, h, w) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(picture))
+    planes = rearrange(pixels, "h w -> 1 h w" if pixels.ndim == 2 else "h w c -> c h w")
+    return planes.float().div_(127.5).sub_(1).contiguous()
+
+
+def _find_pictures(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: give one that holds pictures.")
+    files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    # Hidden folders hold what editors and notebooks leave behind.
+    paths = sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts))
+    if not paths:
+        raise FileNotFoundError(f"{root} holds no pictures ({' '.join(sorted(SUFFIXES))}).")
+    return paths
+
+
+def _find_captions(root: Path, paths: list[Path]) -> list[str]:
+    listed = _read_metadata(root / "metadata.jsonl", {path.relative_to(root).as_posix() for path in paths})
+    captions = []
+    for path in paths:
+        sidecar, name = path.with_suffix(".txt"), path.relative_to(root).as_posix()
+        if sidecar.is_file():
+            captions.append(_read_text(sidecar).strip())
+        elif name in listed:
+            captions.append(listed[name])
+        else:
+            raise ValueError(f"{path} has no caption: write {sidecar.name} beside it or a line in metadata.jsonl.")
+    return captions
+
+
+def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:
+    """Captions by file name; {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    captions = {}
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, text = row["file_name"], row["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            expected = '{"file_name": "a.png", "text": "a caption"}'
+            raise ValueError(f"{path}, line {number}, is not of the form {expected}: {line[:80]!r}.") from error
+        if not isinstance(name, str) or name not in names:
+            raise ValueError(f"{path}, line {number}: there is no picture {name!r} below {path.parent}.")
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, line {number}: the caption is {text!r}, which is no text.")
+        captions[name] = text.strip()
+    return captions
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error

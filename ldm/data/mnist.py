@@ -1,0 +1,107 @@
+"""MNIST (LeCun et al. 1998) from the files of torchvision's layout, ROOT/MNIST/raw/*-ubyte, plain or .gz.
+
+The 28 x 28 pictures are padded, not resized, to 32 x 32: two pixels of background on each side.
+"""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from ldm.data.captioned import CaptionedDigits, part
+from ldm.data.captions import Captioner
+
+_FILES = {"train": "train", "test": "t10k"}
+_IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049  # the first four bytes of an IDX file: type uint8, three or one dimensions
+
+
+class MNIST(CaptionedDigits):
+    """60,000 training or 10,000 test digits with captions, float32 (1, 32, 32) in [-1, 1], background -1.
+
+    root: folder that holds MNIST/raw; by default the environment variable LDM_DATA, else ./data.
+    split: "train" or "test". first, last: only the first or last so many pictures; a config trains on first=55000 and
+    chooses its settings on last=5000. seed, frames, styled, filler: see captions.Captioner.
+    download: let torchvision fetch the files (11 MB) into root when they are not there.
+
+    Raises ValueError for an unknown split, a bad count, and files that are not whole; FileNotFoundError when there are
+    none; OSError when the download fails.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        split: str = "train",
+        first: int | None = None,
+        last: int | None = None,
+        seed: int = 0,
+        frames: str = "train",
+        styled: float = 0.5,
+        filler: float = 0.0,
+        download: bool = False,
+    ):
+        if split not in _FILES:
+            raise ValueError(f"MNIST's split is 'train' or 'test', not {split!r}.")
+        captioner = Captioner(seed, frames, styled, filler)
+        folder = Path(os.environ.get("LDM_DATA", "data") if root is None else root)
+        if download:
+            _download(folder, split)
+        images, labels = _read_split(folder / "MNIST" / "raw", _FILES[split])
+        chosen = part(len(images), first, last)
+        padded = F.pad(torch.from_numpy(images[chosen]), (2, 2, 2, 2))  # n 28 28 -> n 32 32
+        super().__init__(rearrange(padded, "n h w -> n 1 h w"), torch.from_numpy(labels[chosen]).long(), captioner)
+
+
+def _read_split(raw: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 (n, 28, 28) and labels uint8 (n,), writable, checked against each other."""
+    images_path, labels_path = (_find(raw / f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    images = _read_idx(images_path, _IMAGES_MAGIC)
+    labels = _read_idx(labels_path, _LABELS_MAGIC)
+    if images.shape[1:] != (28, 28):
+        raise ValueError(f"{images_path} is corrupt: its pictures are {images.shape[1:]}, not 28 x 28.")
+    if len(images) != len(labels):
+        raise ValueError(f"{labels_path} has {len(labels)} labels for the {len(images)} pictures of {images_path}.")
+    if len(labels) == 0:
+        raise ValueError(f"{images_path} holds no pictures.")
+    if labels.max() > 9:
+        raise ValueError(f"{labels_path} is corrupt: it has a label {labels.max()}, and digits end at 9.")
+    return images, labels
+
+
+def _find(path: Path) -> Path:
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"{path} is not there, nor {path.name}.gz: set LDM_DATA or root to the folder that holds MNIST/raw, "
+        "or give download=true to fetch it."
+    )
+
+
+def _read_idx(path: Path, magic: int) -> np.ndarray:
+    """An IDX file (http://yann.lecun.com/exdb/mnist): magic, sizes as big-endian int32, then bytes in C order."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is corrupt: {error}.") from error
+    header = np.frombuffer(content[: 4 * (1 + magic % 256)], ">i4") if len(content) >= 16 else np.zeros(1)
+    if header[0] != magic:
+        raise ValueError(f"{path} is no MNIST file of its name: it does not begin with the number {magic}.")
+    shape = tuple(int(size) for size in header[1:])
+    body = np.frombuffer(content, np.uint8, offset=header.nbytes)
+    if min(shape) < 0 or body.size != np.prod(shape, dtype=np.int64):
+        raise ValueError(f"{path} is corrupt: it has {body.size} bytes of data where its header says {shape}.")
+    return body.reshape(shape).copy()
+
+
+def _download(root: Path, split: str) -> None:
+    from torchvision.datasets import MNIST as Torchvision  # here: seconds of import that a plain run does not need
+
+    try:
+        Torchvision(str(root), train=split == "train", download=True)
+    except RuntimeError as error:
+        raise OSError(f"MNIST could not be downloaded to {root}: {error}.") from error

@@ -1,0 +1,38 @@
+"""Fréchet distance between two clouds of features, each taken as a Gaussian."""
+
+import torch
+from torch import Tensor
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (n, d) -> mean (d,) and unbiased covariance (d, d), in float64.
+
+    Raises:
+        ValueError: fewer than two rows, which have no covariance.
+    """
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} pictures have no covariance: give at least 2")
+    features = features.double()
+    return features.mean(dim=0), torch.cov(features.T)
+
+
+def sqrt_psd(matrix: Tensor) -> Tensor:
+    """Symmetric square root of a symmetric positive semi-definite matrix (d, d).
+
+    By its eigenvalues, with those that rounding made negative set to zero: unlike a general matrix square root it
+        stays real and accurate when the covariance is singular (fewer pictures than features, or dead units).
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+
+    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1^1/2 cov2 cov1^1/2)^1/2), in float64 and in squared units of the
+    features.
+    """
+    mean1, cov1, mean2, cov2 = mean1.double(), cov1.double(), mean2.double(), cov2.double()
+    root = sqrt_psd(cov1)
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross)

@@ -1,0 +1,35 @@
+"""Memorisation: are generated pictures nearer to training pictures than unseen real ones are?"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ldm.evaluation.distances import nearest
+
+
+class Memorisation(NamedTuple):
+    """Distances are Euclidean over the inner 28 x 28 pixels in [0, 1]."""
+
+    median: float  # of generated pictures' distances to the nearest training picture
+    real_median: float  # the same for test pictures
+    ratio: float  # median / real_median; well below 1 means copying
+    share_below_first_percentile: float  # generated pictures nearer than 99 % of test pictures are; 0.01 if alike
+
+
+def nearest_training_distance(pictures: Tensor, training: Tensor) -> Tensor:
+    """Distance (n,) of uint8 pictures (n, h, w) to the nearest of uint8 training (m, h, w), pixels in [0, 1]."""
+    return nearest(pictures.flatten(1).float() / 255, training.flatten(1).float() / 255)[0]
+
+
+def memorisation(distances: Tensor, real_median: float, real_first_percentile: float) -> Memorisation:
+    """Compare generated pictures' distances (n,) with two quantiles of the test pictures' distances."""
+    median = distances.quantile(0.5).item()
+    share = (distances < real_first_percentile).double().mean().item()
+    return Memorisation(median, real_median, median / real_median, share)
+
+
+def quantiles(distances: Tensor) -> tuple[float, float]:
+    """(median, first percentile) of distances (n,)."""
+    median, first = distances.double().quantile(torch.tensor([0.5, 0.01], dtype=torch.float64)).tolist()
+    return median, first

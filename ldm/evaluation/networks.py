@@ -1,0 +1,55 @@
+"""The judge and the feature network, loaded from their files and applied to many pictures."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.file import load_file
+from ldm.evaluation.pictures import to_unit
+from ldm.loading import load_module
+
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
+JUDGE, FEATURES = PRETRAINED / "judge.safetensors", PRETRAINED / "features.safetensors"
+
+
+def load_network(path: str | Path, method: str = "forward") -> nn.Module:
+    """The frozen network of a file that carries `{"target", "params"}` and its weights, in float32 and on the CPU.
+
+    Args:
+        method: what the network is wanted for: "forward" of a judge, "features" of a feature network.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no network of that kind, or its weights do not fit its configuration.
+    """
+    config, state = load_file(path)
+    if "target" not in config:
+        raise ValueError(f"{str(path)!r} is no classifier: its configuration holds {sorted(config)} and no target")
+    network = load_module(path, config, state, device="cpu")
+    if not callable(getattr(network, method, None)):
+        raise ValueError(f"{str(path)!r} holds a {type(network).__name__}, which has no {method!r}: give another file")
+    return network
+
+
+def fingerprint(path: str | Path) -> str:
+    """First 12 hexadecimal digits of a file's SHA-256: figures of different networks do not compare."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+@torch.inference_mode()
+def apply(function: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int = 500) -> Tensor:
+    """`function` of pictures in [-1, 1] over uint8 (n, h, w), in batches, on the CPU."""
+    return torch.cat([function(to_unit(batch)) for batch in pictures.split(batch_size)])
+
+
+def classify(judge: nn.Module, pictures: Tensor) -> Tensor:
+    """The class (n,) that the judge gives to each of uint8 (n, h, w)."""
+    return apply(lambda x: judge(x).argmax(dim=1), pictures)
+
+
+def features_of(network: nn.Module, pictures: Tensor) -> Tensor:
+    """Features (n, d), float32, of uint8 (n, h, w)."""
+    return apply(network.features, pictures)

@@ -1,0 +1,208 @@
+"""The real pictures' side of every comparison: prompts, features, floors.
+
+A generator is asked for the captions of the reference pictures, and its pictures are compared with these pictures.
+How well *other real pictures* would do is the floor beside each figure: the mean over five draws of as many training
+pictures as were generated.
+
+For MNIST's test pictures all of it ships in `ldm/pretrained/statistics.safetensors` (`scripts/evaluate.py statistics`
+makes it), so that a model can be measured where there is no MNIST. To stay under 1 MB the file keeps the features of
+all 10,000 pictures in 8 bits, each feature on a scale of its own (which moves distances between them by about 1e-4),
+and only the first 1,000 pictures, compressed.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.checkpoint.file import load_file, save_file
+from ldm.data.captioned import CaptionedDigits
+from ldm.data.captions import Caption, Captioner
+from ldm.data.measure import Thresholds
+from ldm.evaluation.frechet import frechet_distance, moments
+from ldm.evaluation.memorisation import nearest_training_distance, quantiles
+from ldm.evaluation.networks import PRETRAINED, classify, features_of
+from ldm.evaluation.precision_recall import precision_recall
+from ldm.models.classifier import INNER, inner
+
+STATISTICS = PRETRAINED / "statistics.safetensors"
+FORMAT = "ldm evaluation statistics 1"
+FLOOR_DRAWS = 5
+SIZES = (10, 30, 100, 300, 1000, 3000, 5000, 10_000)  # numbers of pictures whose floors the shipped file holds
+SHIPPED_PICTURES = 1000
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What n real training pictures reach against the reference, mean over the draws."""
+
+    frechet: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures and what comparisons with them need; all but `pictures` in the order in which prompts are asked.
+
+    Attributes:
+        name: what they are, for the report.
+        networks: fingerprints of the judge and the feature network that measured them.
+        indices: (n,) place of each in its data set; captions are a function of it.
+        labels, weight, slant: int64 (n,), digit and measured classes of style.
+        features: float32 (n, d).
+        mean, cov: float64, of the features.
+        right: bool (n,), whether the judge names the real picture rightly.
+        nearest: (median, first percentile) of the distance to the nearest training picture.
+        floors: number of pictures -> Floor.
+        thresholds: limits of the classes of style.
+        pictures: uint8 (m, 28, 28), all of them or the first m, in the data set's order.
+    """
+
+    name: str
+    networks: dict[str, str]
+    indices: Tensor
+    labels: Tensor
+    weight: Tensor
+    slant: Tensor
+    features: Tensor
+    mean: Tensor
+    cov: Tensor
+    right: Tensor
+    nearest: tuple[float, float]
+    floors: dict[int, Floor]
+    thresholds: Thresholds
+    pictures: Tensor
+
+    def captions(self, n: int, frames: str) -> list[Caption]:
+        """Captions of the first n pictures in "train" or "unseen" frames: digits and, for half of them, styles."""
+        captioner = Captioner(seed=0, frames=frames)
+        facts = zip(*(x[:n].tolist() for x in (self.indices, self.labels, self.weight, self.slant)), strict=True)
+        return [captioner.caption(0, *fact) for fact in facts]
+
+    def labels_in_order(self) -> Tensor:
+        """Labels (n,) in the order of `pictures`."""
+        return torch.empty_like(self.labels).scatter_(0, self.indices, self.labels)
+
+    def floor(self, n: int) -> Floor:
+        """The floor of n pictures; between measured numbers linear in 1 / n, as the bias is (Chong & Forsyth 2020).
+
+        Raises:
+            ValueError: n is beyond the numbers that were measured.
+        """
+        if n in self.floors:
+            return self.floors[n]
+        below = max((size for size in self.floors if size < n), default=None)
+        above = min((size for size in self.floors if size > n), default=None)
+        if below is None or above is None:
+            raise ValueError(f"no floor is known for {n} pictures: use {min(self.floors)} to {max(self.floors)}")
+        share = (1 / n - 1 / above) / (1 / below - 1 / above)
+        low, high = asdict(self.floors[below]), asdict(self.floors[above])
+        return Floor(**{name: share * low[name] + (1 - share) * high[name] for name in low})
+
+
+def measure_reference(
+    name: str,
+    real: CaptionedDigits,
+    training: CaptionedDigits,
+    judge: nn.Module,
+    network: nn.Module,
+    networks: dict[str, str],
+    sizes: Sequence[int],
+) -> Reference:
+    """Measure real pictures, and the floors of `sizes` with draws from `training`.
+
+    For MNIST about a minute on two cores, most of it the nearest training pictures and the floors' recall.
+    """
+    order = torch.randperm(
+        len(real), generator=torch.Generator().manual_seed(0)
+    )  # so that any first n are a fair sample
+    pictures, pool = inner(real.images[:, 0]), inner(training.images[:, 0])
+    features = features_of(network, pictures)[order]
+    pool_features = features_of(network, pool)
+    sizes = [n for n in sizes if n <= min(len(real), len(training))]
+    return Reference(
+        name=name,
+        networks=networks,
+        indices=order,
+        labels=real.labels[order],
+        weight=real.styles.weight[order],
+        slant=real.styles.slant[order],
+        features=features,
+        mean=moments(features)[0],
+        cov=moments(features)[1],
+        right=(classify(judge, pictures) == real.labels)[order],
+        nearest=quantiles(nearest_training_distance(pictures, pool)),
+        floors={
+            n: measure_floor(features, pool_features, n) for n in tqdm(sizes, desc="floors", unit="size", leave=False)
+        },
+        thresholds=real.thresholds,
+        pictures=pictures,
+    )
+
+
+def measure_floor(features: Tensor, pool: Tensor, n: int, draws: int = FLOOR_DRAWS) -> Floor:
+    """Floor of n pictures: `draws` times n rows of pool (m, d) stand for generated ones beside features (r, d)."""
+    reference, results = moments(features), []
+    for draw in range(draws):
+        chosen = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(draw))[:n]]
+        results.append([frechet_distance(*moments(chosen), *reference), *precision_recall(features[:n], chosen)])
+    return Floor(*np.mean(results, axis=0).tolist())
+
+
+def save_reference(reference: Reference, path: str | Path, shown: int = SHIPPED_PICTURES) -> None:
+    """Write a reference small; see the head of this module for what is lost."""
+    scale = reference.features.abs().amax(dim=0) / 127  # (d,)
+    packed = zlib.compress(reference.pictures[:shown].numpy().tobytes(), level=9)
+    tensors = {
+        "indices": reference.indices.to(torch.int16 if len(reference.indices) < 2**15 else torch.int32),
+        "features": (reference.features / scale).round().to(torch.int8),
+        "scale": scale,
+        "mean": reference.mean,
+        "cov": reference.cov,
+        "right": reference.right,
+        "pictures": torch.frombuffer(bytearray(packed), dtype=torch.uint8),
+        **{name: getattr(reference, name).to(torch.int8) for name in ("labels", "weight", "slant")},
+    }
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "name": reference.name,
+        "networks": reference.networks,
+        "nearest": reference.nearest,
+        "floors": {str(n): asdict(floor) for n, floor in reference.floors.items()},
+        "thresholds": reference.thresholds._asdict(),
+    }
+    save_file(path, tensors, config)
+
+
+def load_reference(path: str | Path = STATISTICS) -> Reference:
+    """Read what `save_reference` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds something else.
+    """
+    config, tensors = load_file(path)
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} holds no {FORMAT!r}: make it with scripts/evaluate.py statistics")
+    pixels = np.frombuffer(zlib.decompress(tensors["pictures"].numpy().tobytes()), dtype=np.uint8)
+    thresholds = {name: tuple(limits) for name, limits in config["thresholds"].items()}
+    return Reference(
+        name=config["name"],
+        networks=config["networks"],
+        features=tensors["features"].float() * tensors["scale"],
+        mean=tensors["mean"],
+        cov=tensors["cov"],
+        right=tensors["right"],
+        nearest=tuple(config["nearest"]),
+        floors={int(n): Floor(**floor) for n, floor in sorted(config["floors"].items(), key=lambda item: int(item[0]))},
+        thresholds=Thresholds(**thresholds),
+        pictures=torch.from_numpy(pixels.reshape(-1, INNER, INNER).copy()),
+        **{name: tensors[name].long() for name in ("indices", "labels", "weight", "slant")},
+    )

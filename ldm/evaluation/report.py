@@ -1,0 +1,138 @@
+"""The figures of `scripts/evaluate.py`, put together from pictures and a reference: dictionaries of plain numbers."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ldm.data.captions import TRAIN_FRAMES, UNSEEN_FRAMES, Caption
+from ldm.data.measure import classify as measure_styles
+from ldm.evaluation.autoencoder import Reconstruction, pooled_psnr, psnr
+from ldm.evaluation.diversity import class_diversity
+from ldm.evaluation.frechet import frechet_distance, moments
+from ldm.evaluation.memorisation import memorisation, nearest_training_distance
+from ldm.evaluation.networks import classify, features_of
+from ldm.evaluation.pictures import to_unit
+from ldm.evaluation.precision_recall import precision_recall
+from ldm.evaluation.prompt import accuracy, accuracy_by
+from ldm.evaluation.reference import Reference
+from ldm.evaluation.style import style_accuracy
+
+FRAMES = {"train": TRAIN_FRAMES, "unseen": UNSEEN_FRAMES}
+
+
+def report_model(
+    pictures: Tensor,
+    captions: Sequence[Caption],
+    frames: str,
+    reference: Reference,
+    judge: nn.Module,
+    network: nn.Module,
+    training: Tensor | None,
+) -> dict:
+    """All figures of uint8 pictures (n, 28, 28) drawn for the first n captions of the reference.
+
+    Args:
+        frames: "train" or "unseen", the list that the captions are from.
+        training: uint8 (m, 28, 28) for the search for copies; None leaves it out.
+    """
+    features = features_of(network, pictures)
+    report = {
+        "prompt_accuracy": report_prompts(classify(judge, pictures).tolist(), captions, frames, reference),
+        "style_accuracy": style_accuracy(pictures, captions, reference.thresholds),
+        **report_distribution(features, reference),
+        "memorisation": None,
+    }
+    if training is not None:
+        figures = memorisation(nearest_training_distance(pictures, training), *reference.nearest)
+        report["memorisation"] = figures._asdict()
+    return without_nan(report)
+
+
+def report_prompts(answers: Sequence[int], captions: Sequence[Caption], frames: str, reference: Reference) -> dict:
+    """Accuracy of what the judge read (n,) against what was asked; the ceiling is its accuracy on real pictures."""
+    digits = [caption.digit for caption in captions]
+    right = [answer == digit for answer, digit in zip(answers, digits, strict=True)]
+    wordings = [FRAMES[frames][caption.frame] for caption in captions]
+    labels, real_right = reference.labels.tolist(), reference.right.tolist()
+    return {
+        **accuracy(right),
+        "ceiling": accuracy(real_right),
+        "per_digit": accuracy_by(digits, right),
+        "ceiling_per_digit": accuracy_by(labels, real_right),
+        "per_wording": accuracy_by(wordings, right),
+    }
+
+
+def report_distribution(features: Tensor, reference: Reference) -> dict:
+    """How features (n, d), drawn for the first n labels of the reference, are distributed beside the real ones."""
+    n = len(features)
+    floor, real, labels = reference.floor(n), reference.features[:n], reference.labels[:n]
+    distance = frechet_distance(*moments(features), reference.mean, reference.cov)
+    precision, recall = precision_recall(real, features)
+    spread, real_spread = class_diversity(features, labels), class_diversity(reference.features, reference.labels)
+    return {
+        "frechet": {
+            "distance": distance,
+            "floor": floor.frechet,
+            "ratio": distance / floor.frechet,
+            "real_trace": reference.cov.trace().item(),
+        },
+        "precision_recall": {
+            "precision": precision,
+            "recall": recall,
+            "real_precision": floor.precision,
+            "real_recall": floor.recall,
+        },
+        "diversity": {
+            "ratio": sum(spread) / sum(real_spread),
+            "per_digit": {str(i): a / b for i, (a, b) in enumerate(zip(spread, real_spread, strict=True))},
+        },
+    }
+
+
+def report_autoencoder(
+    result: Reconstruction, pictures: Tensor, labels: Tensor, reference: Reference, judge: nn.Module, network: nn.Module
+) -> dict:
+    """All figures of the reconstructions of real uint8 pictures (n, 28, 28) with their labels (n,).
+
+    The Fréchet distance is to these very pictures, so it may lie below its floor, which is of other real pictures.
+    """
+    made, original = to_unit(result.pictures), to_unit(pictures)
+    ratios = psnr(made, original)
+    style, real_style = (
+        measure_styles(result.pictures, reference.thresholds),
+        measure_styles(pictures, reference.thresholds),
+    )
+    distance = frechet_distance(
+        *moments(features_of(network, result.pictures)), *moments(features_of(network, pictures))
+    )
+    floor = reference.floor(len(pictures)).frechet
+    report = {
+        "psnr": {
+            "of_mean_error": pooled_psnr(made, original),
+            "mean": ratios.mean().item(),
+            "first_percentile": ratios.quantile(0.01).item(),
+        },
+        "frechet": {"distance": distance, "floor": floor, "ratio": distance / floor},
+        "judge_accuracy": {
+            **accuracy((classify(judge, result.pictures) == labels).tolist()),
+            "ceiling": accuracy((classify(judge, pictures) == labels).tolist()),
+        },
+        "style_kept": {
+            "weight": (style.weight == real_style.weight).double().mean().item(),
+            "slant": (style.slant == real_style.slant).double().mean().item(),
+        },
+        "kl_per_dimension": result.kl_per_dimension,
+        "latent_std": result.latent_std,
+    }
+    return without_nan(report)
+
+
+def without_nan(report: object) -> object:
+    """The same with None for figures that there are too few pictures for: JSON knows neither nan nor infinity."""
+    if isinstance(report, dict):
+        return {key: without_nan(value) for key, value in report.items()}
+    if isinstance(report, list):
+        return [without_nan(value) for value in report]
+    return None if isinstance(report, float) and not math.isfinite(report) else report

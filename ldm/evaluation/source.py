@@ -1,0 +1,79 @@
+"""Where the real pictures come from: the file that ships, or the data set itself when it is at hand."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ldm.data.captioned import CaptionedDigits
+from ldm.evaluation.networks import fingerprint
+from ldm.evaluation.reference import STATISTICS, Reference, load_reference, measure_reference
+from ldm.models.classifier import inner
+
+HELD_OUT = {
+    "mnist": 5000,
+    "digits": 200,
+}  # last training pictures, on which settings are chosen: the configs train without them
+
+
+def open_data(dataset: str, split: str, root: str | None) -> tuple[CaptionedDigits, CaptionedDigits]:
+    """(real, training pictures) of `mnist` or `digits`; split "test", or "heldout" with the others for training.
+
+    Raises:
+        FileNotFoundError: MNIST is not there.
+        ValueError: an unknown name.
+    """
+    if dataset not in HELD_OUT or split not in ("test", "heldout"):
+        raise ValueError(f"data set {dataset!r}, split {split!r}: use mnist or digits, test or heldout")
+    if dataset == "mnist":
+        from ldm.data.mnist import MNIST
+
+        def make(**which: object) -> CaptionedDigits:
+            return MNIST(root, **which)
+
+    else:
+        from ldm.data.digits import Digits as make
+
+    if split == "test":
+        return make(split="test"), make(split="train")
+    count, last = len(make(split="train")), HELD_OUT[dataset]
+    return make(split="train", last=last), make(split="train", first=count - last)
+
+
+def find_reference(
+    dataset: str,
+    split: str,
+    root: str | None,
+    networks: Mapping[str, tuple[Path, nn.Module]],
+    n: int | None,
+) -> tuple[Reference, Tensor | None]:
+    """The reference for n pictures (None: all); training pictures, uint8 (m, 28, 28), or None if not at hand.
+
+    Args:
+        root: folder of MNIST; None takes LDM_DATA or ./data, and does without when there is none.
+        networks: "judge" and "features", each with its file.
+
+    Raises:
+        FileNotFoundError: MNIST is needed, or its folder was named, and it is not there.
+        ValueError: there are not n reference pictures.
+    """
+    used = {name: fingerprint(path) for name, (path, _) in networks.items()}
+    shipped = load_reference() if (dataset, split) == ("mnist", "test") and STATISTICS.is_file() else None
+    if shipped is not None and shipped.networks != used:
+        shipped = None  # measured in another network's features
+    try:
+        real, training = open_data(dataset, split, root)
+    except FileNotFoundError:
+        if shipped is None or root is not None:
+            raise
+        real = training = None
+    if shipped is None:
+        n = len(real) if n is None else n
+        judge, network = networks["judge"][1], networks["features"][1]
+        shipped = measure_reference(f"{dataset} {split}", real, training, judge, network, used, sizes=[n])
+    elif real is not None:
+        shipped = replace(shipped, pictures=inner(real.images[:, 0]))
+    if n is not None and n > len(shipped.labels):
+        raise ValueError(f"{n} pictures are more than the {len(shipped.labels)} of {shipped.name}: ask for fewer")
+    return shipped, None if training is None else inner(training.images[:, 0])

@@ -1,0 +1,31 @@
+"""Between tensors of pixels and pictures."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1], clipped -> uint8 of the same shape, rounded to the nearest level."""
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (b, c, h, w) in [-1, 1], c = 1 or 3 -> b pictures, greyscale ("L") or "RGB"."""
+    arrays = to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, c)
+    return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pictures of one size and mode, row by row on a grid, `gap` pixels of grey between them."""
+    if not images:
+        raise ValueError("a grid needs at least one picture")
+    (width, height), columns = images[0].size, min(columns, len(images))
+    rows = -(-len(images) // columns)
+    size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    grid = Image.new(images[0].mode, size, 128 if images[0].mode == "L" else (128,) * len(images[0].getbands()))
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+    return grid

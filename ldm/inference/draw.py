@@ -1,0 +1,168 @@
+"""Drawing recipes with a model: a run of them, or one again; and showing how a picture came about."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.diffusion.denoiser import to_vp
+from ldm.diffusion.sampling import Step, get_sampler
+from ldm.images import image_grid, to_pil
+from ldm.inference.recipe import Recipe, refill
+from ldm.latent_diffusion import LatentDiffusion
+
+Callback = Callable[[Step], None]
+
+
+class Drawn(NamedTuple):
+    """A picture, what made it, and its place among all pictures that the model drew in this run."""
+
+    recipe: Recipe
+    image: Image.Image
+    place: int
+
+
+def own_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
+    """The recipe of the model's own defaults, with those `settings` that are not None in their place."""
+    own = model.defaults
+    interval = own.get("interval")
+    recipe = Recipe(
+        prompt="",
+        negative="",
+        steps=own["steps"],
+        sampler=own["sampler"],
+        scale=own["scale"],
+        seed=0,
+        width=own["width"],
+        height=own["height"],
+        spacing=own.get("spacing"),
+        interval=None if interval is None else tuple(map(float, interval)),
+        model_hash=model.hash,
+        model_name=name,
+    )
+    return _complete(recipe.changed(**settings))
+
+
+def changed_recipe(recipe: Recipe, **settings: object) -> Recipe:
+    """The recipe with those `settings` that are not None in their place; another sampler brings its own spacing, eta.
+
+    A `batch_size` draws the picture at the head of such a batch instead of at its old place.
+    """
+    if settings.get("sampler") is not None:
+        recipe = replace(recipe, spacing=None, eta=None)
+    if settings.get("batch_size") is not None:
+        recipe = replace(recipe, batch_position=0, batch_prompts=1, prompt_position=0)
+    return _complete(recipe.changed(**settings))
+
+
+def _complete(recipe: Recipe) -> Recipe:
+    """Write out what the sampler decides, so that the PNG tells it. ValueError for an unknown sampler."""
+    row = get_sampler(recipe.sampler)
+    return replace(
+        recipe,
+        spacing=row.spacing if recipe.spacing is None else recipe.spacing,
+        eta=row.eta if recipe.eta is None else recipe.eta,
+    )
+
+
+def draw(model: LatentDiffusion, recipes: Sequence[Recipe], callback: Callback | None = None) -> Iterator[Drawn]:
+    """Draw a planned run (`recipe.plan`), yielding each picture when its batch is done, so that it can be saved then.
+
+    With `fixed_code` all pictures come from one call, whose picture 0 gives them their start.
+    """
+    done = 0
+    while done < len(recipes):
+        first = recipes[done]
+        batch = recipes[done:] if first.fixed_code else recipes[done : done + first.batch_size]
+        images = _generate(model, first, [r.prompt for r in batch], [r.seed for r in batch], callback)
+        for place, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
+            yield Drawn(recipe, image, place)
+        done += len(batch)
+
+
+def draw_again(model: LatentDiffusion, recipe: Recipe, callback: Callback | None = None) -> Iterator[Drawn]:
+    """Draw that recipe's picture, to the byte: at the same place of a batch of the same shape.
+
+    Raises ValueError if another model made it.
+    """
+    if recipe.model_hash not in ("", model.hash):
+        raise ValueError(
+            f"the picture was made by the model {recipe.model_name} with hash {recipe.model_hash}, "
+            f"but the one loaded has hash {model.hash}: name the right checkpoint with --ckpt"
+        )
+    prompts, seeds, place = refill(recipe), [recipe.seed] * recipe.batch_size, recipe.batch_position
+    if recipe.fixed_code:  # a batch of picture 0 goes before, for its start noise
+        prompts, seeds = prompts * 2, [recipe.seed - recipe.index] * recipe.batch_size + seeds
+        place += recipe.batch_size
+    yield Drawn(recipe, _generate(model, recipe, prompts, seeds, callback)[place], place)
+
+
+@contextmanager
+def watching(recipes: Sequence[Recipe], recorder: Callback | None = None) -> Iterator[Callback]:
+    """A callback that feeds the recorder and moves a progress bar, which a terminal shows after two seconds."""
+    batches = max(1, sum(recipe.batch_position == 0 for recipe in recipes))
+    with tqdm(total=batches * recipes[0].steps, unit="step", delay=2, disable=None, leave=False) as bar:
+
+        def callback(step: Step) -> None:
+            bar.update()
+            if recorder is not None:
+                recorder(step)
+
+        yield callback
+
+
+def _generate(
+    model: LatentDiffusion, recipe: Recipe, prompts: list[str], seeds: list[int], callback: Callback | None
+) -> list[Image.Image]:
+    """`model.generate` with the settings of the recipe."""
+    with torch.autocast(model.device.type) if recipe.precision == "autocast" else nullcontext():
+        return model.generate(
+            prompts,
+            negative=recipe.negative,
+            steps=recipe.steps,
+            scale=recipe.scale,
+            sampler=recipe.sampler,
+            spacing=recipe.spacing,
+            eta=recipe.eta,
+            seeds=seeds,
+            height=recipe.height,
+            width=recipe.width,
+            batch_size=recipe.batch_size,
+            fixed_code=recipe.fixed_code,
+            interval=recipe.interval,
+            rescale=recipe.rescale,
+            callback=callback,
+        )
+
+
+class StripRecorder:
+    """A callback that decodes up to `columns` steps of each picture, evenly spread, the last among them."""
+
+    def __init__(self, model: LatentDiffusion, steps: int, columns: int = 10) -> None:
+        self.model = model
+        columns = min(columns, steps)
+        self.kept = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
+        self.pictures: list[tuple[list[Image.Image], list[Image.Image]]] = []  # (x_t, x0 along the way) of each
+
+    def __call__(self, step: Step) -> None:
+        if step.index == 0:  # a new batch
+            self.pictures += [([], []) for _ in step.x]
+        if step.index not in self.kept:
+            return
+        noised = to_vp(step.x, step.sigma)  # unit variance, as the decoder knows latents
+        batch = self.pictures[-len(step.x) :]
+        for (above, below), x, x0 in zip(batch, self._decode(noised), self._decode(step.x0), strict=True):
+            above.append(x)
+            below.append(x0)
+
+    def strip(self, place: int) -> Image.Image:
+        """The strip of the picture drawn at that place: x_t after the kept steps, the x0 that they predicted below."""
+        above, below = self.pictures[place]
+        return image_grid(above + below, len(above))
+
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        return to_pil(self.model.decode(latents))

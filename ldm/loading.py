@@ -1,0 +1,64 @@
+"""A path -> a LatentDiffusion, and back. The configuration in the file's header rebuilds the model, its tokenizer included."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ldm.checkpoint.file import load_file, save_file
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.util import instantiate_from_config, pick_device
+
+SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
+TARGET = "ldm.latent_diffusion.LatentDiffusion"
+
+
+def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype = torch.float32) -> LatentDiffusion:
+    """The model of a checkpoint, ready to draw; without a path, the digits model that ships with the package.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged, foreign, or does not fit its own
+    configuration.
+    """
+    path = SHIPPED if path is None else Path(path)
+    config, state = load_file(path)
+    if config.get("target") != TARGET:
+        raise ValueError(f"checkpoint {str(path)!r} holds a {config.get('target')}, not a whole model ({TARGET})")
+    return _build(path, config, state, pick_device(device), dtype)
+
+
+def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Any network that was saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
+    return _build(path, *load_file(path), pick_device(device), dtype)
+
+
+def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Build `config` without initialising weights, and give it the tensors of `state`, cast one by one; frozen, eval mode."""
+    with torch.device("meta"):
+        module = instantiate_from_config(config)
+    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in state.items()}
+    if expected != found:
+        raise ValueError(f"checkpoint {str(path)!r} does not fit its configuration: {_differences(expected, found)}")
+    for name, tensor in state.items():
+        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model as one checkpoint, atomically; `dtype` (torch.float16, say) makes it smaller."""
+    save_file(path, model.state_dict(), {"target": TARGET, "params": model.config}, dtype)
+
+
+def _differences(expected: dict, found: dict) -> str:
+    """What is missing, unexpected or of another shape, a few names of each."""
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
+    }
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        for kind, names in kinds.items()
+        if names
+    )

@@ -1,0 +1,1 @@
+"""The networks: they know no diffusion, no files and no training."""

@@ -1,0 +1,296 @@
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), CompVis's names."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.blocks import normalization
+from ldm.models.distributions import DiagonalGaussianDistribution
+from ldm.models.kernels import attention
+
+EPS = 1e-6  # of every group normalisation here; the UNet's residual blocks have 1e-5
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions, added to x: (b, in_channels, h, w) -> (b, out_channels, h, w)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int | None = None, dropout: float = 0.0, norm_groups: int = 32
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.norm1 = normalization(in_channels, norm_groups, EPS)
+        self.conv1 = nn.Conv2d(in_channels, self.out_channels, 3, padding=1)
+        self.norm2 = normalization(self.out_channels, norm_groups, EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1)
+        if self.in_channels != self.out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, self.out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (b, out_channels, h, w)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (x if self.in_channels == self.out_channels else self.nin_shortcut(x)) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention with one head over all positions of (b, c, h, w), added to it."""
+
+    def __init__(self, in_channels: int, norm_groups: int = 32) -> None:
+        super().__init__()
+        self.norm = normalization(in_channels, norm_groups, EPS)
+        self.q = nn.Conv2d(in_channels, in_channels, 1)
+        self.k = nn.Conv2d(in_channels, in_channels, 1)
+        self.v = nn.Conv2d(in_channels, in_channels, 1)
+        self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        h = rearrange(attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halves (b, c, h, w): a strided 3x3 convolution padded on the right and below only, or the mean of 2x2."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.with_conv:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))  # (b, c, h / 2, w / 2)
+        return F.avg_pool2d(x, 2)
+
+
+class Upsample(nn.Module):
+    """Doubles (b, c, h, w): nearest neighbour, then a 3x3 convolution if `with_conv`."""
+
+    def __init__(self, in_channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(in_channels, in_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (b, c, 2h, 2w)
+        return self.conv(x) if self.with_conv else x
+
+
+def _attention(attn_type: str, channels: int, norm_groups: int) -> nn.Module:
+    if attn_type == "none":
+        return nn.Identity()
+    if attn_type not in ("vanilla", "vanilla-xformers"):  # the second named a kernel; kernels.py chooses that now
+        raise ValueError(f'attn_type is {attn_type!r}: it must be "vanilla", "vanilla-xformers" or "none"')
+    return AttnBlock(channels, norm_groups)
+
+
+class _Level(nn.Module):
+    """The residual blocks of one resolution, each followed by its attention, if the level has any, then resampling."""
+
+    def __init__(self, blocks: list[ResnetBlock], attention_type: str | None, norm_groups: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        self.attn = nn.ModuleList()
+        if attention_type is not None:
+            self.attn.extend(_attention(attention_type, block.out_channels, norm_groups) for block in blocks)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for j, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn) > 0:
+                h = self.attn[j](h)
+        return h
+
+
+class _Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float, attention_type: str, norm_groups: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, dropout=dropout, norm_groups=norm_groups)
+        self.attn_1 = _attention(attention_type, channels, norm_groups)
+        self.block_2 = ResnetBlock(channels, dropout=dropout, norm_groups=norm_groups)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+class Encoder(nn.Module):
+    """Pixels (b, in_channels, h, w) -> (b, 2 z_channels, h / f, w / f) with f = 2^(len(ch_mult) - 1).
+
+    The arguments are a CompVis `ddconfig`, which Encoder and Decoder share, so each takes some that only the other
+    uses. `ch_mult` gives each level's width in units of `ch`; `resolution`, the pictures' height, only says where
+    `attn_resolutions` (heights of feature maps) lie; `double_z` doubles the output for means and log variances;
+    `norm_groups` must divide every width.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        double_z: bool = True,
+        attn_type: str = "vanilla",
+        tanh_out: bool = False,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, mult in enumerate(ch_mult):
+            blocks = []
+            for _ in range(num_res_blocks):
+                blocks.append(ResnetBlock(width, ch * mult, dropout, norm_groups))
+                width = ch * mult
+            attends = resolution // 2**i in attn_resolutions
+            level = _Level(blocks, attn_type if attends else None, norm_groups)
+            if i < len(ch_mult) - 1:
+                level.downsample = Downsample(width, resamp_with_conv)
+            self.down.append(level)
+        self.mid = _Middle(width, dropout, attn_type, norm_groups)
+        self.norm_out = normalization(width, norm_groups, EPS)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
+            if i < len(self.down) - 1:
+                h = level.downsample(h)
+        h = self.mid(h)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (b, 2 z_channels, h / f, w / f)
+
+
+class Decoder(nn.Module):
+    """(b, z_channels, h / f, w / f) -> pixels (b, out_ch, h, w); the arguments are Encoder's.
+
+    `tanh_out` bounds the result to [-1, 1]. `up[0]` is the level of the highest resolution, the last to run.
+    """
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        out_ch: int,
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        ch_mult: Sequence[int] = (1, 2, 4, 8),
+        dropout: float = 0.0,
+        resamp_with_conv: bool = True,
+        double_z: bool = True,
+        attn_type: str = "vanilla",
+        tanh_out: bool = False,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        self.tanh_out = tanh_out
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = _Middle(width, dropout, attn_type, norm_groups)
+        levels = []
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            blocks = []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(ResnetBlock(width, ch * mult, dropout, norm_groups))
+                width = ch * mult
+            attends = resolution // 2**i in attn_resolutions
+            level = _Level(blocks, attn_type if attends else None, norm_groups)
+            if i > 0:
+                level.upsample = Upsample(width, resamp_with_conv)
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = normalization(width, norm_groups, EPS)
+        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for i, level in reversed(list(enumerate(self.up))):
+            h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
+            if i > 0:
+                h = level.upsample(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (b, out_ch, h, w)
+        return torch.tanh(h) if self.tanh_out else h
+
+
+class AutoencoderKL(nn.Module):
+    """Pixels in [-1, 1] <-> raw (unscaled) latents, with a Gaussian posterior.
+
+    `ddconfig` holds Encoder's arguments, `embed_dim` is the number of latent channels. `lossconfig` and `monitor`
+    belong to CompVis's configs and are not used: losses are part of training.
+    Raises ValueError when ddconfig has double_z false: the encoder must give means and log variances.
+    """
+
+    def __init__(
+        self, ddconfig: dict, embed_dim: int, lossconfig: dict | None = None, monitor: str | None = None
+    ) -> None:
+        super().__init__()
+        if not ddconfig.get("double_z", True):
+            raise ValueError("ddconfig has double_z false: a KL autoencoder needs it true, for means and log variances")
+        self.embed_dim = embed_dim
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """The posterior, over (b, embed_dim, h / f, w / f) in float32 or wider, of pixels x (b, c, h, w)."""
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels (b, c, h, w), about [-1, 1] but not clamped, in the parameters' dtype, from z (b, embed_dim, ...)."""
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+
+    def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """The reconstruction (b, c, h, w) from a sample of the posterior, or from its mode, and the posterior."""
+        posterior = self.encode(x)
+        z = posterior.sample() if sample_posterior else posterior.mode()
+        return self.decode(z), posterior
+
+    def get_last_layer(self) -> nn.Parameter:
+        """The last weight of the decoder, where the gradients of reconstruction and adversarial loss are compared."""
+        return self.decoder.conv_out.weight
+
+    @torch.no_grad()
+    def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Makes (z - mean) / std the latents, by changing the two 1x1 convolutions around them; decode(encode(x)) stays.
+
+        mean and std, of the latents as they are now, are (embed_dim,). Raises ValueError for other shapes, or when a
+        std is not positive and finite.
+        """
+        if mean.shape != (self.embed_dim,) or std.shape != (self.embed_dim,):
+            raise ValueError(
+                f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}: both need one entry for each of the "
+                f"{self.embed_dim} latent channels"
+            )
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
+            raise ValueError(f"mean {mean.tolist()} and std {std.tolist()} must be finite, and std positive")
+        quant, post = self.quant_conv, self.post_quant_conv
+        mean, std = mean.to(quant.weight.device, torch.float64), std.to(quant.weight.device, torch.float64)
+        # (W h + b - mean) / std for the means; a log variance loses 2 log std
+        scale = torch.cat([1 / std, torch.ones_like(std)])
+        shift = torch.cat([-mean / std, -2 * std.log()])
+        quant_weight, quant_bias = quant.weight.double(), quant.bias.double()
+        quant.weight.copy_(quant_weight * scale[:, None, None, None])
+        quant.bias.copy_(quant_bias * scale + shift)
+        # W (z std + mean) + b
+        post_weight, post_bias = post.weight.double(), post.bias.double()
+        post.weight.copy_(post_weight * std[None, :, None, None])
+        post.bias.copy_(post_bias + post_weight[:, :, 0, 0] @ mean)

@@ -1,0 +1,229 @@
+"""The parts of the UNet, under CompVis's parameter names: residual block, attention block, resampling, time embedding."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ldm.models.kernels import attention
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
+    """Sinusoidal features of the noise level, cosines first (Vaswani et al. 2017, section 3.5; Ho et al. 2020).
+
+    t (b,) may be fractional; the result is (b, dim) in float32, with a zero column at the end when dim is odd.
+    `repeat_only` gives t itself in every column instead.
+    """
+    if repeat_only:
+        return repeat(t, "b -> b d", d=dim)
+    half = dim // 2
+    frequencies = torch.arange(half, dtype=torch.float32, device=t.device).mul_(-math.log(max_period) / half).exp_()
+    angles = t[:, None].float() * frequencies  # (b, dim / 2)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)  # (b, dim)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
+    """Group normalisation (Wu & He 2018). torch's kernels sum in float32 for half-width inputs too, so nothing is cast.
+
+    Raises ValueError when the groups do not divide the channels.
+    """
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels do not split into {groups} groups: use widths in multiples of {groups}, "
+            "or set norm_groups to a divisor of every width"
+        )
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """Sets every parameter to zero, so that the branch that ends here begins as nothing, and returns the module."""
+    for parameter in module.parameters():
+        parameter.detach().zero_()
+    return module
+
+
+def checkpoint(func: Callable, inputs: Sequence, params: Iterable[nn.Parameter], flag: bool) -> Tensor:
+    """func(*inputs); with `flag`, the backward pass computes func again instead of keeping its activations.
+
+    `params` belongs to CompVis's signature; torch finds the parameters by itself, frozen ones included.
+    """
+    if flag and torch.is_grad_enabled():
+        return recompute(func, *inputs, use_reentrant=False)
+    return func(*inputs)
+
+
+def require_two_dims(dims: int) -> None:
+    """Raises ValueError unless dims, an argument of CompVis's constructors, is 2."""
+    if dims != 2:
+        raise ValueError(f"dims is {dims!r}: these networks are for images, dims must be 2")
+
+
+class TimestepBlock(nn.Module):
+    """A module called as module(x, emb), emb (b, e) being the embedded time (and class)."""
+
+
+class ContextBlock(nn.Module):
+    """A module called as module(x, context), context (b, n, d) being what it cross-attends to."""
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """A sequence that hands each child what its kind takes: the time embedding, the context, or x alone."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, TimestepBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, ContextBlock):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour x 2, then a 3x3 convolution if `use_conv`: (b, channels, h, w) -> (b, out_channels, 2h, 2w)."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
+        super().__init__()
+        require_two_dims(dims)
+        out_channels = channels if out_channels is None else out_channels
+        assert use_conv or out_channels == channels, "only a convolution can change the number of channels"
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=padding) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (b, c, 2h, 2w)
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """A strided 3x3 convolution, or the mean of 2x2: (b, channels, h, w) -> (b, out_channels, h / 2, w / 2)."""
+
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
+        super().__init__()
+        require_two_dims(dims)
+        out_channels = channels if out_channels is None else out_channels
+        assert use_conv or out_channels == channels, "only a convolution can change the number of channels"
+        self.op = nn.Conv2d(channels, out_channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)  # (b, c, h / 2, w / 2)
+
+
+class ResBlock(TimestepBlock):
+    """The residual block of Dhariwal & Nichol 2021: x (b, c, h, w) and emb (b, e) -> (b, out_channels, h, w).
+
+    The time enters by addition, or, with `use_scale_shift_norm`, as scale and shift of the second normalisation
+    (AdaGN, their section 3). `up` and `down` resample both branches after the first normalisation. The last
+    convolution starts at zero, so that the block starts as its skip connection.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        require_two_dims(dims)
+        assert not (up and down), "a block resamples in one direction"
+        out_channels = channels if out_channels is None else out_channels
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            normalization(channels, norm_groups), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        resample = Upsample if up else Downsample
+        self.h_upd = resample(channels, use_conv=False) if up or down else None
+        self.x_upd = resample(channels, use_conv=False) if up or down else None
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            normalization(out_channels, norm_groups),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        if out_channels == channels:
+            self.skip_connection: nn.Module = nn.Identity()
+        elif use_conv:
+            self.skip_connection = nn.Conv2d(channels, out_channels, 3, padding=1)
+        else:
+            self.skip_connection = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        if self.h_upd is None:
+            h = self.in_layers(x)  # (b, out_channels, h, w)
+        else:
+            norm, silu, conv = self.in_layers
+            h = conv(self.h_upd(silu(norm(x))))  # (b, out_channels, 2h or h / 2, 2w or w / 2)
+            x = self.x_upd(x)
+        emb = self.emb_layers(emb).to(h.dtype)[:, :, None, None]  # (b, out_channels or twice that, 1, 1)
+        if self.use_scale_shift_norm:
+            norm, silu, dropout, conv = self.out_layers
+            scale, shift = emb.chunk(2, dim=1)
+            h = conv(dropout(silu(norm(h) * (1 + scale) + shift)))
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map (b, c, h, w), added to it (Dhariwal & Nichol 2021).
+
+    Heads are counted by `num_heads`, or follow from the width of one, `num_head_channels`. The 3c channels of `qkv`
+    are laid out (heads, 3, d), or (3, heads, d) with `use_new_attention_order`.
+    Raises ValueError when the heads do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        if channels % (num_heads if num_head_channels == -1 else num_head_channels):
+            raise ValueError(
+                f"{channels} channels do not split into heads: num_heads is {num_heads}, num_head_channels is "
+                f"{num_head_channels} (-1: not given), and the one in force must divide the channels"
+            )
+        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        self.use_checkpoint = use_checkpoint
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = normalization(channels, norm_groups)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        layout = "b (three h d) n -> three b h n d" if self.use_new_attention_order else "b (h three d) n -> three b h n d"
+        tokens = rearrange(self.norm(x), "b c h w -> b c (h w)")
+        q, k, v = rearrange(self.qkv(tokens), layout, three=3, h=self.num_heads)  # each (b, h, n, d)
+        h = rearrange(attention(q, k, v), "b h n d -> b (h d) n")
+        return x + self.proj_out(h).view(x.shape)  # (b, c, h, w)

@@ -1,0 +1,107 @@
+"""The two small networks that measure pictures of digits; neither is shared with a generator.
+
+`Judge` names the digit. `FeatureNetwork` is of another design and trained apart from it, so that the Fréchet distance
+and the precision and recall measured in its features do not repeat the judge's mistakes. Both take pictures in [-1,
+1] and look at the inner 28 x 28 only. In half precision each stays under 1 MB.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INNER = 28  # MNIST's own size: the two pixels of padding that make 32 x 32 say nothing about a digit
+
+
+def inner(images: Tensor, size: int = INNER) -> Tensor:
+    """Central `size` x `size` part of pictures (..., h, w); a picture of that size passes as it is.
+
+    Raises:
+        ValueError: the pictures are smaller than `size`, or lie off centre by half a pixel.
+    """
+    height, width = images.shape[-2:]
+    top, left = (height - size) // 2, (width - size) // 2
+    if height < size or width < size or (height - size) % 2 or (width - size) % 2:
+        raise ValueError(
+            f"pictures of {height} x {width} have no central {size} x {size} part: give 28 x 28 or 32 x 32"
+        )
+    return images[..., top : top + size, left : left + size]
+
+
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Sequential:
+    """Convolution that keeps the size, then batch normalisation (which holds the bias)."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions beside an identity (He et al. 2015, arXiv 1512.03385, figure 2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = conv_norm(channels, channels)
+        self.conv2 = conv_norm(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class Judge(nn.Module):
+    """Residual classifier: at 28, 14 and 7 pixels a convolution, and from 14 pixels down a residual block.
+
+    Args:
+        widths: channels at 28, 14 and 7 pixels.
+        classes: number of classes.
+        in_channels: channels of the pictures.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 96), classes: int = 10, in_channels: int = 1):
+        super().__init__()
+        first, second, third = widths
+        self.stem = conv_norm(in_channels, first)
+        self.down1 = conv_norm(first, second)
+        self.block1 = ResidualBlock(second)
+        self.down2 = conv_norm(second, third)
+        self.block2 = ResidualBlock(third)
+        self.head = nn.Linear(third, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
+        x = F.relu(self.stem(inner(images)))  # (b, widths[0], 28, 28)
+        x = F.relu(self.down1(F.max_pool2d(x, 2)))  # (b, widths[1], 14, 14)
+        x = self.block1(x)
+        x = F.relu(self.down2(F.max_pool2d(x, 2)))  # (b, widths[2], 7, 7)
+        x = self.block2(x)
+        return self.head(x.amax(dim=(2, 3)))  # (b, widths[2]) -> (b, classes)
+
+
+class FeatureNetwork(nn.Module):
+    """LeNet-like network whose penultimate layer is the space that distances are measured in.
+
+    The features are taken behind the batch normalisation and before the activation. Every one of them then has unit
+    variance on the training pictures and none can be dead; of 128 ReLU features of such a network, 37 were (shared
+    notes, systems.md section 4).
+
+    Args:
+        widths: channels of the two 5 x 5 convolutions, at 28 and at 14 pixels.
+        features: number of features.
+        classes: number of classes.
+        in_channels: channels of the pictures.
+    """
+
+    def __init__(self, widths: tuple[int, int] = (16, 32), features: int = 64, classes: int = 10, in_channels: int = 1):
+        super().__init__()
+        first, second = widths
+        self.conv1 = conv_norm(in_channels, first, kernel_size=5)
+        self.conv2 = conv_norm(first, second, kernel_size=5)
+        self.project = nn.Linear(second * 7 * 7, features, bias=False)
+        self.norm = nn.BatchNorm1d(features, affine=False)
+        self.head = nn.Linear(features, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> features (b, d)."""
+        x = F.avg_pool2d(F.gelu(self.conv1(inner(images))), 2)  # (b, widths[0], 14, 14)
+        x = F.avg_pool2d(F.gelu(self.conv2(x)), 2)  # (b, widths[1], 7, 7)
+        return self.norm(self.project(x.flatten(1)))  # (b, widths[1] * 49) -> (b, d)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
+        return self.head(F.gelu(self.features(images)))

@@ -1,0 +1,248 @@
+"""CLIP's text tower: a causal transformer over tokens (Radford et al. 2021, arXiv:2103.00020, section 2.4).
+
+Two classes with one maths and two sets of parameter names, those of the two public formats: `CLIPTextModel` is named as
+in transformers (Stable Diffusion 1), `OpenCLIPTextModel` as in open_clip (Stable Diffusion 2). Padding is not masked:
+both models were trained without a mask, and what follows the end of text is part of the conditioning.
+"""
+
+from collections import OrderedDict
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.kernels import attention
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation of GELU in OpenAI's CLIP (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
+class SelfAttention(nn.Module):
+    """Causal attention of `heads` heads; the layouts differ in how they store the projection to q, k and v."""
+
+    heads: int
+    out_proj: nn.Linear
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in self.qkv(x))
+        x = rearrange(attention(q, k, v, causal=True), "b h n d -> b n (h d)")
+        return self.out_proj(x)
+
+
+class SeparateAttention(SelfAttention):
+    """transformers' layout: one matrix each for q, k and v."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+class StackedAttention(SelfAttention):
+    """open_clip's layout, which is torch.nn.MultiheadAttention's: q, k and v stacked in one matrix."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.normal_(self.in_proj_weight, std=width**-0.5)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+
+
+class CLIPBlock(nn.Module):
+    """transformers' layer: x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, width: int, heads: int, activation: str):
+        super().__init__()
+        self.self_attn = SeparateAttention(width, heads)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.mlp = _mlp(width, activation, "fc1", "fc2")
+        self.layer_norm2 = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class OpenCLIPBlock(nn.Module):
+    """open_clip's ResidualAttentionBlock, the same maths as CLIPBlock."""
+
+    def __init__(self, width: int, heads: int, activation: str):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = StackedAttention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = _mlp(width, activation, "c_fc", "c_proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTower(nn.Module):
+    """What the two layouts share. Every size is given: none can be read from a default, nor the heads from the weights.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        width: features d per token.
+        layers: blocks.
+        heads: attention heads; they divide width.
+        context_length: most tokens per prompt.
+        activation: "quick_gelu" (OpenAI's CLIP, Stable Diffusion 1) or "gelu" (exact; open_clip, Stable Diffusion 2).
+        projection_dim: features p of the pooled text. None: no projection (transformers) or width (open_clip).
+
+    Raises:
+        ValueError: an unknown activation, or heads that do not divide width.
+    """
+
+    def __init__(self, width: int, heads: int, activation: str):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is unknown; it is one of {', '.join(ACTIVATIONS)}")
+        if width % heads:
+            raise ValueError(f"text width {width} is no multiple of {heads} heads")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token plus position embedding, (b, n) -> (b, n, d)."""
+        raise NotImplementedError
+
+    def blocks(self) -> nn.ModuleList:
+        """The blocks in order."""
+        raise NotImplementedError
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The last layer norm, (b, n, d)."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """The text projection, (b, d) -> (b, p)."""
+        raise NotImplementedError
+
+    def hidden_states(self, tokens: Tensor, depth: int | None = None) -> list[Tensor]:
+        """The embedding and the output of each of the first `depth` blocks (None: all), none of them normed.
+
+        tokens (b, n) int64, n at most the context length -> depth + 1 tensors (b, n, d).
+        """
+        states = [self.embed(tokens)]
+        for block in self.blocks()[:depth]:
+            states.append(block(states[-1]))
+        return states
+
+    def pool(self, x: Tensor, tokens: Tensor, eos: int) -> Tensor:
+        """Text embedding: the normed last state (b, n, d) at the first end of text, projected -> (b, p)."""
+        first = (tokens == eos).int().argmax(dim=-1)  # (b,)
+        return self.project(x[torch.arange(len(x), device=x.device), first])
+
+
+class CLIPTextModel(TextTower):
+    """The tower with transformers' parameter names: `text_model.*` and, with a projection, `text_projection.*`."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        context_length: int,
+        activation: str,
+        projection_dim: int | None = None,
+    ):
+        super().__init__(width, heads, activation)
+        blocks = nn.ModuleList(CLIPBlock(width, heads, activation) for _ in range(layers))
+        embeddings = {
+            "token_embedding": nn.Embedding(vocab_size, width),
+            "position_embedding": nn.Embedding(context_length, width),
+        }
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict(embeddings),
+                "encoder": nn.ModuleDict({"layers": blocks}),
+                "final_layer_norm": nn.LayerNorm(width),
+            }
+        )
+        self.text_projection = None if projection_dim is None else nn.Linear(width, projection_dim, bias=False)
+        for embedding in embeddings.values():
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embeddings = self.text_model.embeddings
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return embeddings.token_embedding(tokens) + embeddings.position_embedding(positions)
+
+    def blocks(self) -> nn.ModuleList:
+        return self.text_model.encoder.layers
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.text_model.final_layer_norm(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        return x if self.text_projection is None else self.text_projection(x)
+
+
+class OpenCLIPTextModel(TextTower):
+    """The tower with open_clip's parameter names, which are those of its CLIP class without `visual.*`."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        context_length: int,
+        activation: str,
+        projection_dim: int | None = None,
+    ):
+        super().__init__(width, heads, activation)
+        blocks = nn.ModuleList(OpenCLIPBlock(width, heads, activation) for _ in range(layers))
+        projection_dim = width if projection_dim is None else projection_dim
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.text_projection = nn.Parameter(torch.empty(width, projection_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(0.0))  # no part of the tower, but of every public file
+        self.transformer = nn.ModuleDict({"resblocks": blocks})
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.ln_final = nn.LayerNorm(width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.resblocks
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.ln_final(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        return x @ self.text_projection
+
+
+def _mlp(width: int, activation: str, first: str, second: str) -> nn.Sequential:
+    """width -> 4 width -> width, its two layers named as the layout names them."""
+    layers = [
+        (first, nn.Linear(width, 4 * width)),
+        ("gelu", ACTIVATIONS[activation]()),
+        (second, nn.Linear(4 * width, width)),
+    ]
+    return nn.Sequential(OrderedDict(layers))

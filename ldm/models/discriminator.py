@@ -1,0 +1,58 @@
+"""The PatchGAN discriminator (Isola et al. 2017, section 3.2.2) that sharpens an autoencoder, and its losses."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NLayerDiscriminator(nn.Module):
+    """Judges overlapping patches of pictures: (b, input_nc, h, w) -> logits (b, 1, about h / 2^n_layers, ...).
+
+    `ndf` is the first layer's width; it doubles with every layer, up to 8 ndf. All convolutions are 4x4, padded by
+    1; the last two have stride 1, the others 2. Weights start as N(0, 0.02), as in DCGAN (Radford et al. 2016).
+    Raises ValueError when n_layers is below 1.
+    """
+
+    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3) -> None:
+        super().__init__()
+        if n_layers < 1:
+            raise ValueError(f"n_layers is {n_layers}: a discriminator needs at least 1 layer")
+        layers: list[nn.Module] = [nn.Conv2d(input_nc, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = ndf
+        for n in range(1, n_layers + 1):
+            wider = ndf * min(2**n, 8)
+            stride = 2 if n < n_layers else 1
+            layers += [
+                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),  # the norm has a bias
+                nn.BatchNorm2d(wider),
+                nn.LeakyReLU(0.2),
+            ]
+            width = wider
+        layers.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
+        self.main = nn.Sequential(*layers)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b, input_nc, h, w), pixels in [-1, 1], to one logit per patch, above 0 for real."""
+        return self.main(x)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """The discriminator's hinge loss (Lim & Ye 2017), halved as in VQGAN; a scalar."""
+    return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
+
+
+def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """The discriminator's loss of Goodfellow et al. 2014, eq. 1: cross-entropy of real against fake, halved; a scalar."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+def generator_loss(logits_fake: Tensor) -> Tensor:
+    """What the autoencoder minimises against either discriminator loss; a scalar."""
+    return -logits_fake.mean()

@@ -1,0 +1,140 @@
+"""First stage: a KL-regularised autoencoder, optionally with a PatchGAN and a perceptual term.
+
+Rombach et al. 2022, section 3.1 and appendix G; the adversarial part after Esser et al. 2021 (VQGAN), eq. 7.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ldm.images import to_pil
+from ldm.loading import load_network
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.discriminator import NLayerDiscriminator, generator_loss, hinge_d_loss
+from ldm.models.perceptual import perceptual_distance
+from ldm.training.stage import Stage, adamw
+
+
+class AutoencoderStage(Stage):
+    """Loss: mean squared or absolute error + kl_weight * KL (both means over elements) + perceptual + adversarial terms.
+
+    Args:
+        ddconfig, embed_dim: of `AutoencoderKL`.
+        kl_weight: weight of the mean KL per latent element beside the mean error per pixel.
+        reconstruction: "l2" or "l1".
+        discriminator: arguments of `NLayerDiscriminator`; None trains without one.
+        disc_start, disc_weight: batch from which the adversarial term counts, and its weight before the adaptive factor.
+        perceptual: checkpoint of a frozen network with `maps(x) -> list of feature maps`, or None; a `Judge`, say, but
+            not the one that will judge the results. perceptual_weight multiplies its distance.
+        normalize: fold the measured mean and standard deviation of each latent channel into quant_conv and
+            post_quant_conv at the end, so that the latents are standard normal per channel and scale_factor is 1.
+    """
+
+    def __init__(
+        self,
+        ddconfig: Mapping[str, Any],
+        embed_dim: int,
+        learning_rate: float,
+        kl_weight: float = 1e-4,
+        reconstruction: str = "l2",
+        discriminator: Mapping[str, Any] | None = None,
+        disc_start: int = 0,
+        disc_weight: float = 0.5,
+        perceptual: str | None = None,
+        perceptual_weight: float = 1.0,
+        normalize: bool = True,
+        preview_columns: int = 8,
+    ) -> None:
+        super().__init__()
+        if reconstruction not in ("l1", "l2"):
+            raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
+        self.model = AutoencoderKL(ddconfig=dict(ddconfig), embed_dim=embed_dim)
+        self.discriminator = None if discriminator is None else NLayerDiscriminator(**discriminator)
+        self.learning_rate, self.kl_weight, self.error = learning_rate, kl_weight, reconstruction
+        self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
+        self.normalize, self.preview_columns = normalize, preview_columns
+        self.config = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
+        self.perceptual = None
+        if perceptual is not None:
+            self.exclude_from_modules(perceptual=load_network(perceptual))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # saved, so that disc_start survives a resume
+
+    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+        step = max(1, len(dataset) // (2 * self.preview_columns))
+        shown = [dataset[i * step] for i in range(min(2 * self.preview_columns, len(dataset)))]
+        self.shown = torch.stack([sample["image"] for sample in shown])
+        return dataset
+
+    def optimizers(self) -> list[Optimizer]:
+        networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
+        return [adamw(network.parameters(), self.learning_rate, betas=(0.5, 0.9)) for network in networks]
+
+    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._autoencoder_loss(batch["image"]) if k == 0 else self._discriminator_loss(batch["image"])
+
+    def _autoencoder_loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        reconstruction, posterior = self.model(x)
+        reconstruction = reconstruction.float()
+        error = (F.mse_loss if self.error == "l2" else F.l1_loss)(reconstruction, x)
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        loss, metrics = error + self.kl_weight * kl, {"error": error, "kl": kl}
+        if self.perceptual is not None:
+            metrics["perceptual"] = perceptual_distance(self.perceptual.maps, reconstruction, x).mean()
+            loss = loss + self.perceptual_weight * metrics["perceptual"]
+        if self.discriminator is not None:
+            self.batches += 1
+            metrics["adversarial"] = generator_loss(self._judged(reconstruction))
+            factor = self._adaptive_weight(loss, metrics["adversarial"]) * self.disc_weight
+            loss = loss + (self.batches > self.disc_start) * factor * metrics["adversarial"]
+        return loss, metrics
+
+    def _judged(self, x: Tensor) -> Tensor:
+        """The discriminator's logits, with its own weights held fixed."""
+        self.discriminator.requires_grad_(False)
+        logits = self.discriminator(x)
+        self.discriminator.requires_grad_(True)
+        return logits.float()
+
+    def _adaptive_weight(self, loss: Tensor, adversarial: Tensor) -> Tensor:
+        """|grad loss| / |grad adversarial| at the decoder's last layer (Esser et al. 2021, eq. 7), within [0, 1e4]."""
+        last = self.model.get_last_layer()
+        gradients = [torch.autograd.grad(value, last, retain_graph=True)[0].norm() for value in (loss, adversarial)]
+        return (gradients[0] / (gradients[1] + 1e-4)).clamp(0.0, 1e4).detach()
+
+    def _discriminator_loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            fake, _ = self.model(x)
+        started = self.batches > self.disc_start
+        loss = started * hinge_d_loss(self.discriminator(x).float(), self.discriminator(fake).float())
+        return loss, {"discriminator": loss}
+
+    @torch.no_grad()
+    def preview(self) -> list[Image.Image]:
+        """Rows of originals, each with its reconstructions below it."""
+        x = self.shown.to(next(self.model.parameters()).device)
+        pairs = torch.stack([x, self.model(x, sample_posterior=False)[0]])
+        rows = pairs.unflatten(1, (-1, min(self.preview_columns, len(x))))  # (2, rows, columns, c, h, w)
+        return to_pil(rows.transpose(0, 1).flatten(0, 2))
+
+    @torch.no_grad()
+    def finish(self, dataset: Dataset) -> None:
+        if not self.normalize:
+            return
+        device, sums, squares, count = next(self.model.parameters()).device, 0.0, 0.0, 0
+        for batch in self.iterate(dataset, 512, "measuring latents"):
+            posterior = self.model.encode(batch["image"].to(device))
+            mean, second = posterior.mean.double(), posterior.mean.double() ** 2 + posterior.var.double()
+            sums, squares = sums + mean.sum((0, 2, 3)), squares + second.sum((0, 2, 3))
+            count += mean[:, 0].numel()
+        mean = sums / count
+        self.model.fold_latent_statistics(mean.float(), (squares / count - mean**2).sqrt().float())
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": self.config}, self.model.state_dict()
+

@@ -1,0 +1,111 @@
+"""The judge and the feature network of the evaluation: classifiers of labelled pictures, bent a little every time."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ldm.training.stage import Stage, adamw
+from ldm.util import instantiate_from_config
+
+CALIBRATION_PICTURES = 10_000  # enough for means and variances to a percent
+
+
+class ClassifierStage(Stage):
+    """Cross-entropy on affinely bent pictures.
+
+    Args:
+        network: `{"target", "params"}` of a classifier, pictures (b, c, h, w) in [-1, 1] -> logits (b, classes).
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        label_smoothing: probability spread over all classes (Szegedy et al. 2016, section 7).
+        rotation: largest rotation either way, in degrees; no digit becomes another below about 20.
+        shear, scale: largest shear and relative change of each axis' scale either way.
+        shift: largest translation either way, in pixels of each axis.
+    """
+
+    def __init__(
+        self,
+        network: Mapping[str, Any],
+        learning_rate: float,
+        weight_decay: float = 0.01,
+        label_smoothing: float = 0.05,
+        rotation: float = 12.0,
+        shear: float = 0.15,
+        scale: float = 0.12,
+        shift: float = 2.0,
+        preview_columns: int = 10,
+    ) -> None:
+        super().__init__()
+        self.config = {"target": network["target"], "params": dict(network.get("params") or {})}
+        self.model = instantiate_from_config(self.config)
+        self.learning_rate, self.weight_decay, self.label_smoothing = learning_rate, weight_decay, label_smoothing
+        self.bend = {"rotation": rotation, "shear": shear, "scale": scale, "shift": shift}
+        self.preview_columns = preview_columns
+
+    def prepare(self, dataset: Dataset) -> Dataset:
+        if "label" not in dataset[0]:
+            raise ValueError(f"{type(dataset).__name__} has no labels to learn: use one of the digit sets")
+        shown = [dataset[i]["image"] for i in range(min(self.preview_columns**2, len(dataset)))]
+        self.shown = torch.stack(shown)
+        return dataset
+
+    def optimizers(self) -> list[Optimizer]:
+        options = {"betas": (0.9, 0.99), "weight_decay": self.weight_decay}
+        return [adamw(self.model.parameters(), self.learning_rate, **options)]
+
+    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.model(random_affine(batch["image"], **self.bend)).float()
+        loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
+        right = (logits.argmax(dim=1) == batch["label"]).float().mean()
+        return loss, {"loss": loss, "accuracy": right}
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        """Training pictures in the order of the class they are given, the surest of each class first."""
+        images = self.shown.to(next(self.model.parameters()).device)
+        sureness, given = self.model(images).float().softmax(dim=1).max(dim=1)
+        return images[torch.argsort(given - sureness / 2)]
+
+    @torch.no_grad()
+    def finish(self, dataset: Dataset) -> None:
+        """Measure all batch statistics anew: on straight pictures, and for the averaged weights."""
+        norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        kept = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over all batches
+        self.model.train()
+        device = next(self.model.parameters()).device
+        subset = torch.utils.data.Subset(dataset, range(min(CALIBRATION_PICTURES, len(dataset))))
+        for batch in self.iterate(subset, 500, "measuring batch statistics"):
+            self.model(batch["image"].to(device))
+        for norm, momentum in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+        self.model.eval()
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return self.config, self.model.state_dict()
+
+
+def random_affine(images: Tensor, rotation: float, shear: float, scale: float, shift: float) -> Tensor:
+    """Each of pictures (b, c, h, w) in [-1, 1] rotated, sheared, scaled and shifted at random on a background of -1.
+
+    Bilinear. Each amount is uniform between its bounds either way: rotation in degrees, shear and scale (each axis)
+    as ratios, shift in pixels (each axis). Draws 6 b numbers from torch's random state on the CPU, whatever the
+    pictures' device.
+    """
+    size = images.new_tensor([images.shape[3], images.shape[2]])  # (w, h), as grid_sample orders its axes
+    bounds = torch.tensor([math.radians(rotation), shear, scale, scale, shift, shift])
+    amounts = (2 * torch.rand(len(images), 6) - 1) * bounds
+    angle, slope, wide, high, right, down = amounts.to(images.device).unbind(dim=1)  # (b,) each
+    row1 = torch.stack([angle.cos() * (1 + wide), (slope - angle.sin()) * (1 + wide), 2 * right / size[0]], dim=1)
+    row2 = torch.stack([angle.sin() * (1 + high), angle.cos() * (1 + high), 2 * down / size[1]], dim=1)
+    theta = torch.stack([row1, row2], dim=1)  # (b, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (b, h, w, 2)
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # grid_sample fills with 0

@@ -1,0 +1,113 @@
+"""A small CLIP, trained contrastively on the data's own captions and then frozen (Radford et al. 2021, figure 3).
+
+The network is open_clip's class. The loss differs in one point: captions of the same thing are no negatives of each
+other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batch holds many fives.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.tokenizer import reduce
+from ldm.images import to_pil
+from ldm.training.stage import Stage, adamw
+
+
+class CLIPStage(Stage):
+    """Trains open_clip.CLIP; exports its text half as a `TextEncoder`.
+
+    Args:
+        width, layers, heads, context_length, projection_dim: of the text tower.
+        vision: open_clip's vision_cfg, with the data's image_size.
+        merges_first: how many of CLIP's byte-pair merges to keep besides those that the captions need.
+        agreement: weight of captions that are wholly true of a picture (label and stated style), beside weight 1 of
+            those that only name its label.
+    """
+
+    def __init__(
+        self,
+        vision: Mapping[str, Any],
+        learning_rate: float,
+        width: int = 128,
+        layers: int = 2,
+        heads: int = 4,
+        context_length: int = 24,
+        projection_dim: int = 128,
+        merges_first: int = 1000,
+        agreement: float = 4.0,
+        weight_decay: float = 0.05,
+        preview_columns: int = 10,
+    ) -> None:
+        super().__init__()
+        self.vision, self.learning_rate, self.weight_decay = dict(vision), learning_rate, weight_decay
+        self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
+        self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement
+        self.preview_columns = preview_columns
+
+    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+        """Choose the vocabulary from the data set's captions and build the two towers."""
+        from open_clip import CLIP
+
+        merges = reduce(dataset.texts(), self.merges_first, cleaning="openclip")
+        vocab_size = 512 + len(merges) + 2
+        # The encoder that will be exported; its tower holds the same parameters as the CLIP in training.
+        self.params = {
+            **self.text, "layout": "openclip", "activation": "gelu", "vocab_size": vocab_size,
+            "projection_dim": self.projection_dim, "pooled": True, "tokenizer": {"merges": merges},
+        }  # fmt: skip
+        object.__setattr__(self, "encoder", TextEncoder(**self.params))
+        self.clip = CLIP(self.projection_dim, self.vision, {**self.text, "vocab_size": vocab_size})
+        self.shown = [dataset[i * (len(dataset) // 50)] for i in range(50)]
+        return dataset
+
+    def optimizers(self) -> list[Optimizer]:
+        return [adamw(self.clip.parameters(), self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)]
+
+    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        images, texts, scale = self._embed(batch)
+        logits = scale.clamp(max=100.0) * images @ texts.T  # (pictures, captions)
+        true = self.positives(batch).to(logits.device)
+        rows = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
+        columns = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
+        loss = (rows + columns) / 2
+        accuracy = (true.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean()
+        return loss, {"loss": loss, "accuracy": accuracy}
+
+    def _embed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        image = batch["image"].expand(-1, 3, -1, -1)  # open_clip's towers see three channels
+        tokens = self.encoder.tokenizer(batch["caption"]).to(image.device)
+        images, texts, scale = self.clip(image, tokens)
+        return images.float(), texts.float(), scale.float()
+
+    def positives(self, batch: Mapping[str, Any]) -> Tensor:
+        """How true caption j is of picture i, (b, b): 0, 1 (its label) or `agreement` (everything it says)."""
+        if "label" not in batch:
+            captions = batch["caption"]
+            return torch.tensor([[float(a == b) for b in captions] for a in captions])
+        same = (batch["label"][:, None] == batch["label"]).float()
+        said, style = batch["said"], batch["style"]  # (b, 2): stroke weight and slant; -1 says nothing
+        agrees = ((said[None] == style[:, None]) | (said[None] < 0)).all(-1)
+        return torch.where(agrees, same * self.agreement, same).cpu()
+
+    @torch.no_grad()
+    def preview(self) -> list[Image.Image]:
+        """For each of a few captions (rows), the pictures closest to it."""
+        batch = {
+            "image": torch.stack([sample["image"] for sample in self.shown]).to(self.clip.logit_scale.device),
+            "caption": [sample["caption"] for sample in self.shown],
+        }
+        images, texts, _ = self._embed(batch)
+        closest = (texts[: self.preview_columns] @ images.T).topk(self.preview_columns, dim=1).indices
+        return to_pil(batch["image"][closest.flatten()])
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        state = {name: p for name, p in self.clip.state_dict().items() if not name.startswith("visual.")}
+        self.encoder.model.load_state_dict(state)
+        return {"target": "ldm.conditioning.text.TextEncoder", "params": self.params}, self.encoder.state_dict()

@@ -1,0 +1,77 @@
+"""Configurations of training: yaml files and `key=value` changes -> plain dicts, with every mistake named."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+KEYS = ("name", "outdir", "seed", "stage", "data", "loop")
+
+
+def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One resolved configuration per file. A change applies where its key exists, and must exist somewhere.
+
+    Raises FileNotFoundError for a missing file, ValueError for a file that is no configuration, a change that is not
+    key=value, and a key that no configuration has.
+    """
+    if not paths:
+        raise ValueError("no configuration is given: name at least one yaml file, such as configs/digits/autoencoder.yaml")
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    configs, used = [_read(path) for path in paths], set()
+    for config in configs:
+        for change in changes:
+            key, _, value = change.partition("=")
+            own = key.removeprefix(config.name + ".")
+            if _has(config, own):
+                try:
+                    OmegaConf.update(config, own, OmegaConf.from_dotlist([f"x={value}"]).x)
+                except OmegaConfBaseException as error:
+                    raise ValueError(f"{change!r} cannot be set: {error}") from None
+                used.add(change)
+    for change in changes:
+        if change not in used:
+            raise ValueError(f"{change!r} changes nothing: no given configuration has that key; they have {_keys(configs)}")
+    try:
+        return [OmegaConf.to_container(config, resolve=True) for config in configs]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"a configuration does not resolve: {error}") from None
+
+
+def _read(path: str) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"configuration {path!r} does not exist")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {path!r} is not yaml: {' '.join(str(error).split())}") from None
+    found = set(config) if OmegaConf.is_dict(config) else set()
+    missing, unknown = [k for k in KEYS if k not in found], sorted(found - set(KEYS))
+    if missing or unknown:
+        raise ValueError(f"configuration {path!r} lacks {missing} and has unknown keys {unknown}: the keys are {KEYS}")
+    return config
+
+
+def _has(config: Any, key: str) -> bool:
+    """Whether a dotted key exists. Parameters that a yaml leaves at their defaults count: a stage checks its own."""
+    from omegaconf import OmegaConf
+
+    parent, _, last = key.rpartition(".")
+    if parent == "loop" or parent.endswith("params"):
+        return OmegaConf.is_dict(OmegaConf.select(config, parent))
+    node = OmegaConf.select(config, parent) if parent else config
+    return OmegaConf.is_dict(node) and last in node
+
+
+def _keys(configs: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(f"{key}.*" if isinstance(value, dict) else str(key)
+                                   for config in configs for key, value in _items(config)))  # fmt: skip
+
+
+def _items(config: Any) -> list:
+    from omegaconf import OmegaConf
+
+    return list(OmegaConf.to_container(config).items())

@@ -1,0 +1,131 @@
+"""Second stage: the UNet learns to denoise latents under text (Rombach et al. 2022, eq. 3), for eps, x0 or v."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ldm.checkpoint.file import load_file
+from ldm.diffusion.denoiser import target
+from ldm.diffusion.schedule import q_sample, training_timesteps
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.stage import Stage, adamw
+
+
+class DiffusionStage(Stage):
+    """Mean squared error between the UNet's prediction and its target at random timesteps.
+
+    Args:
+        unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's.
+        first_stage, cond_stage: checkpoints of the two stages before this one; both stay frozen.
+        schedule, prediction, defaults: of `LatentDiffusion`.
+        learning_rate, betas, weight_decay: of AdamW.
+        timesteps: arguments of `training_timesteps`: how the levels to train on are drawn.
+        caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
+        cache_latents: encode the data set once; only for data sets that show every picture always alike.
+        preview_prompts: what the previews draw.
+    """
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        first_stage: str,
+        cond_stage: str,
+        learning_rate: float,
+        schedule: Mapping[str, Any],
+        prediction: str = "v",
+        defaults: Mapping[str, Any] | None = None,
+        betas: Sequence[float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        timesteps: Mapping[str, Any] | None = None,
+        caption_dropout: float = 0.1,
+        cache_latents: bool = True,
+        preview_prompts: Sequence[str] = ("",),
+        preview_columns: int = 10,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout {caption_dropout} is not a share: it must be from 0 to 1")
+        configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
+        whole = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
+        whole.first_stage_model.load_state_dict(weights[0])
+        whole.cond_stage_model.load_state_dict(weights[1])
+        self.model = whole.model  # the only network that trains
+        self.exclude_from_modules(first_stage=whole.first_stage_model, cond_stage=whole.cond_stage_model)
+        object.__setattr__(self, "latent_diffusion", whole)
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
+        self.timesteps, self.caption_dropout = dict(timesteps or {"name": "uniform"}), caption_dropout
+        self.cache_latents, self.preview_columns = cache_latents, preview_columns
+        self.preview_prompts = list(preview_prompts)
+
+    @torch.no_grad()
+    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+        """Measure the scale factor (1 / standard deviation of the latents) and cache the latents' mean and deviation."""
+        self.to(device)
+        if not self.cache_latents:
+            first = next(self.iterate(dataset, 256, "measuring latents"))
+            moments = [self.first_stage.encode(first["image"].to(device))]
+        else:
+            moments = [
+                self.first_stage.encode(batch["image"].to(device))
+                for batch in self.iterate(dataset, 256, "encoding latents")
+            ]
+        mean, std = torch.cat([p.mean for p in moments]), torch.cat([p.std for p in moments])
+        variance = mean.double().var() + (std.double() ** 2).mean()
+        self.latent_diffusion.scale_factor = self.latent_diffusion.config["scale_factor"] = float(variance**-0.5)
+        return LatentDataset(dataset, mean.cpu(), std.cpu()) if self.cache_latents else dataset
+
+    def optimizers(self) -> list[Optimizer]:
+        return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
+
+    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        model, schedule = self.latent_diffusion, self.latent_diffusion.schedule
+        with torch.no_grad():
+            if "mean" in batch:
+                z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
+            else:
+                z = model.encode(batch["image"])
+            dropped = torch.rand(len(z)) < self.caption_dropout
+            captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
+            cond = model.condition(captions)
+            t = training_timesteps(batch=len(z), T=schedule.T, **self.timesteps)
+            noise = torch.randn_like(z)
+            wanted = target(model.prediction, z, noise, schedule.alphas_cumprod[t])
+        predicted = model.apply_model(q_sample(z, t, noise, schedule), t.to(z.device), cond)
+        loss = F.mse_loss(predicted.float(), wanted)
+        return loss, {"loss": loss}
+
+    @torch.no_grad()
+    def preview(self) -> list[Image.Image]:
+        """The preview prompts, drawn with seeds from 0 on and the model's own settings."""
+        return self.latent_diffusion.generate(self.preview_prompts, batch_size=64)
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": self.latent_diffusion.config}
+        return config, self.latent_diffusion.state_dict()
+
+
+class LatentDataset(Dataset):
+    """A data set with its pictures replaced by the mean and standard deviation of their latents."""
+
+    def __init__(self, dataset: Dataset, mean: Tensor, std: Tensor) -> None:
+        self.dataset, self.mean, self.std = dataset, mean, std
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        fetch = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
+        return [
+            {**{k: v for k, v in sample.items() if k != "image"}, "mean": self.mean[i], "std": self.std[i]}
+            for i, sample in zip(indices, fetch(indices), strict=True)
+        ]

@@ -1,0 +1,51 @@
+"""Exponential moving average of weights, with warm-up."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def ema_decay(update: int, decay: float) -> float:
+    """Decay of update number `update` (from 1): min(decay, (1 + n) / (10 + n)), so that early averages forget the start."""
+    return min(decay, (1 + update) / (10 + update))
+
+
+class EMA:
+    """Averages of a module's trainable parameters, in float32 or wider; everything else is shared with the module."""
+
+    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+        self.decay, self.updates = decay, 0
+        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone().float() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """shadow <- decay * shadow + (1 - decay) * live; call once per optimizer step."""
+        self.updates += 1
+        live = [p.detach().float() for p in self.live.values()]
+        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - ema_decay(self.updates, self.decay))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the module holds the averages; afterwards the live weights again, bit for bit."""
+        kept = {name: p.detach().clone() for name, p in self.live.items()}
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.live.items():
+            p.copy_(values[name])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, average in self.shadow.items():
+            average.copy_(state["shadow"][name])

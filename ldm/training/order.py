@@ -1,0 +1,69 @@
+"""The order in which a data set is seen: a pure function of (seed, epoch), so that training resumes mid-epoch exactly."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class EpochBatches(Sampler):
+    """Index batches of one epoch, shuffled by (seed, epoch), from batch number `start`; the ragged last batch is dropped.
+
+    With several processes, `batch_size` counts pictures per process, and each takes its own part of every global batch.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        if length < batch_size * processes:
+            raise ValueError(f"the data set has {length} pictures, fewer than one batch of {batch_size * processes}")
+        self.length, self.batch_size, self.seed, self.rank, self.processes = length, batch_size, seed, rank, processes
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.processes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        for batch in range(self.start, len(self)):
+            first = (batch * self.processes + self.rank) * self.batch_size
+            yield order[first : first + self.batch_size].tolist()
+
+
+def mix_seed(*numbers: int) -> int:
+    """One 63-bit seed out of several small integers (splitmix64's finaliser, Steele et al. 2014), far apart for near inputs."""
+    mask, state = (1 << 64) - 1, 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def batches(dataset: Dataset, order: EpochBatches, first: int, workers: int) -> Iterator[tuple[int, dict]]:
+    """Endless (number, batch) from batch number `first` of the whole run on; each batch a dict of stacked fields."""
+    number = first
+    while True:
+        order.epoch, order.start = divmod(number, len(order))
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(order.epoch)  # captions and augmentation are functions of (seed, epoch, index)
+        # A generator of its own: DataLoader draws a seed per epoch, which must not move torch's global random state.
+        generator = torch.Generator().manual_seed(order.seed)
+        loader = DataLoader(
+            dataset, batch_sampler=order, num_workers=workers, generator=generator, collate_fn=collate
+        )
+        for batch in loader:
+            yield number, batch
+            number += 1
+
+
+def collate(samples: list[dict]) -> dict:
+    """Stack tensors, make tensors of integers and of tuples of them, keep everything else (captions) as lists."""
+    batch: dict = {}
+    for key, first in samples[0].items():
+        values = [sample[key] for sample in samples]
+        if isinstance(first, torch.Tensor):
+            batch[key] = torch.stack(values)
+        else:
+            batch[key] = torch.tensor(values) if isinstance(first, int | tuple) else values
+    return batch

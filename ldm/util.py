@@ -1,0 +1,78 @@
+"""Building objects from configurations, and choosing a device."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+# Classes outside this package that a configuration may name. A short list on purpose: a yaml or a checkpoint from a
+# stranger must not reach anything that runs code, opens files or downloads.
+ALLOWED = {
+    *(f"torch.nn.{name}" for name in ("Identity", "Linear", "Conv2d", "Embedding", "Sequential", "GELU", "SiLU", "ReLU")),
+    *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam")),
+    *(f"torchvision.transforms.{name}" for name in ("Resize", "RandomCrop", "CenterCrop", "RandomHorizontalFlip")),
+}
+ALLOWED_PACKAGES: set[str] = set()  # what `--allow PACKAGE` names; its modules may be imported and its classes built
+
+
+def get_obj_from_str(string: str) -> type:
+    """The class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`.
+
+    Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets of packages that the running
+    program has imported itself or that are in `ALLOWED_PACKAGES`. Raises ValueError for everything else.
+    """
+    module_name, _, name = string.rpartition(".")
+    package = module_name.partition(".")[0]
+    ours, imported = package == "ldm", package not in ("torch", "torchvision") and module_name in sys.modules
+    if not (ours or imported or string in ALLOWED or package in ALLOWED_PACKAGES):
+        raise ValueError(
+            f"target {string!r} is not an allowed class: use one of ldm, or import its package (--allow PACKAGE) first"
+        )
+    try:
+        found = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError):
+        raise ValueError(f"target {string!r} does not exist") from None
+    if not inspect.isclass(found):
+        raise ValueError(f"target {string!r} is not a class: a configuration may only name classes")
+    # A class merely imported by one of our modules (ldm.util.Dataset, pathlib.Path ...) is not ours to offer.
+    if ours and not found.__module__.startswith("ldm."):
+        raise ValueError(f"target {string!r} is not defined in ldm, so it is not an allowed class")
+    if not ours and string not in ALLOWED and not issubclass(found, (nn.Module, Dataset)):
+        raise ValueError(f"target {string!r} is neither a torch Module nor a Dataset, so it is not an allowed class")
+    return found
+
+
+def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
+    """Build `config["target"]` with the keyword arguments `config["params"]` and `extra`.
+
+    Raises KeyError without a target, and ValueError for a target that is not allowed or a parameter it does not take.
+    """
+    if config in ("__is_first_stage__", "__is_unconditional__"):  # CompVis's marks for "no network of its own"
+        return None
+    if "target" not in config:
+        raise KeyError("Expected key `target` to instantiate.")
+    cls = get_obj_from_str(config["target"])
+    params = {**(config.get("params") or {}), **extra}
+    try:
+        inspect.signature(cls).bind(**params)
+    except TypeError as error:
+        raise ValueError(f"{config['target']}: {error}; it takes {list(inspect.signature(cls).parameters)}") from None
+    return cls(**params)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` is the GPU where there is one, else the CPU. ValueError if torch has no such device."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {name!r} is not available here: use auto, cpu, cuda or mps") from None
+    return device

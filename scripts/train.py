@@ -1,0 +1,32 @@
+"""Train the stages that the given configurations describe, in the order given.
+
+    python scripts/train.py configs/digits/*.yaml [key=value ...] [--resume]
+
+key=value changes a setting in every configuration that has it (loop.steps=100, outdir=runs/mine); NAME.key=value only in
+the stage of that name (diffusion.loop.steps=100). A run that was interrupted goes on with the same command and --resume.
+"""
+
+from ldm.cli import Parser, run
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="yaml files, then settings to change")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, skip finished stages")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="package whose classes may be built")
+    args = parser.parse_args(argv)
+
+    from ldm import util
+    from ldm.training.config import read_configs
+    from ldm.training.loop import train
+
+    util.ALLOWED_PACKAGES.update(args.allow)
+    paths = [argument for argument in args.arguments if "=" not in argument]
+    changes = [argument for argument in args.arguments if "=" in argument]
+    for config in read_configs(paths, changes):
+        print(f"{config['name']}: {train(config, args.resume, args.device)}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

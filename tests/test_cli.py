@@ -1,0 +1,137 @@
+"""The option parser, the number types, and how a script ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ldm.cli import Parser, real, run, sentence, whole
+
+
+def parser() -> Parser:
+    parser = Parser(prog="draw.py")
+    parser.add_argument("--n_samples", type=whole(1), default=1)
+    parser.add_argument("--from-file")
+    parser.add_argument("--scale", "--cfg_scale", type=real())
+    parser.add_argument("-q", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+@pytest.mark.parametrize("spelling", ["--n_samples", "--n-samples"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_dash_and_underscore_are_the_same(spelling, joined):
+    argv = [f"{spelling}=4"] if joined else [spelling, "4"]
+    assert parser().parse_args(argv).n_samples == 4
+
+
+def test_both_ways_round_and_for_every_name_of_an_option():
+    args = parser().parse_args(["--from_file", "a_b-c.txt", "--cfg-scale", "2"])
+    assert (args.from_file, args.scale) == ("a_b-c.txt", 2.0)
+
+
+def test_values_are_left_alone():
+    args = parser().parse_args(["--from-file=--n-samples_x", "train.max-steps_a=3", "--", "--n-samples"])
+    assert args.from_file == "--n-samples_x"
+    assert args.overrides == ["train.max-steps_a=3", "--n-samples"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--n-sample", "3"], "unknown option --n-sample; did you mean --n_samples?"),
+        (["--from_fil=x"], "unknown option --from_fil; did you mean --from-file?"),
+        (["--zzz"], "unknown option --zzz"),
+        (["-x"], "unknown option -x"),
+        (["--n_samples", "0"], "0 is out of range: it must be at least 1"),
+        (["--n_samples", "many"], "'many' is not a whole number"),
+        (["--scale", "nan"], "'nan' is not a finite number"),
+        (["--scale", "inf"], "'inf' is not a finite number"),
+        (["--scale"], "expected one argument"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(argv, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(argv)
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_sub_commands_know_their_own_options(capsys):
+    main = Parser(prog="evaluate.py")
+    commands = main.add_subparsers(required=True)
+    commands.add_parser("model").add_argument("--n_samples", type=int)
+    assert main.parse_args(["model", "--n-samples", "2"]).n_samples == 2
+    with pytest.raises(SystemExit):
+        main.parse_args(["model", "--n-sampels", "2"])
+    assert "did you mean --n_samples?" in capsys.readouterr().err
+
+
+def test_number_types_have_limits():
+    assert whole(0)("7") == 7
+    assert real(0, infinite=True)("inf") == float("inf")
+    for read, text in ((whole(0, 5), "6"), (real(0), "-0.1"), (whole(0), "1.5")):
+        with pytest.raises(Exception, match=text):
+            read(text)
+
+
+def ending(error: BaseException | None, capsys) -> tuple[object, str]:
+    """The exit status of `run` and what it printed, for a main that raises."""
+
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (None, 0, ""),
+        (ValueError("steps 0 are too few"), 2, "error: steps 0 are too few\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory\n"),
+        (KeyboardInterrupt(), 130, "interrupted: what was finished is saved\n"),
+        (KeyboardInterrupt("saved; go on with --resume"), 130, "saved; go on with --resume\n"),
+    ],
+)
+def test_how_a_script_ends(error, status, message, capsys):
+    assert ending(error, capsys) == (status, message)
+
+
+def test_bugs_keep_their_traceback():
+    def main() -> None:
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError):
+        run(main)
+
+
+def test_traceback_on_request(monkeypatch, capsys):
+    monkeypatch.setenv("LDM_TRACEBACK", "1")
+    status, printed = ending(ValueError("too few"), capsys)
+    assert status == 2 and "Traceback" in printed and printed.endswith("error: too few\n")
+
+
+def test_sentence():
+    assert sentence(PermissionError(13, "Permission denied", "out/x")) == "out/x: Permission denied"
+    assert sentence(OSError("disk full")) == "disk full"
+    assert sentence(ValueError()) == "ValueError"
+
+
+def test_fast_exit_keeps_output_and_status():
+    code = (
+        "from ldm.cli import run\n"
+        "def main():\n    print('drawn'); raise ValueError('not saved')\n"
+        "run(main, fast_exit=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "drawn\n", "error: not saved\n")
+
+
+def test_import_is_light():
+    code = "import sys, ldm.cli; print(sorted({'torch', 'numpy', 'PIL', 'difflib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,118 @@
+"""eps, x0 and v networks as one denoise(x, sigma, cond), and their training targets."""
+
+import pytest
+import torch
+
+from ldm.diffusion.denoiser import PREDICTIONS, from_vp, make_denoiser, skip_and_out, target, to_vp
+from ldm.diffusion.sampling import sample
+from ldm.diffusion.schedule import make_schedule, q_sample, sampling_sigmas
+
+
+def gaussian_network(schedule, prediction, data_variance=0.25):
+    """The exact network for data N(0, data_variance), giving eps, x0 or v: E[. | x_vp] is linear in x_vp."""
+
+    def network(x_vp, t, cond):
+        ab = schedule.alphas_cumprod[t.long()].to(x_vp).view(-1, 1)
+        total = data_variance * ab + 1 - ab
+        eps = (1 - ab).sqrt() / total * x_vp
+        x0 = data_variance * ab.sqrt() / total * x_vp
+        return {"eps": eps, "x0": x0, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x0}[prediction]
+
+    return network
+
+
+@pytest.mark.parametrize("t", [0, 20, 500, 999])
+def test_one_predictor_in_three_parametrisations_gives_one_x0(t):
+    schedule = make_schedule("scaled_linear")
+    sigma = schedule.sigma_at(t)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * (1 + sigma**2) ** 0.5
+    exact = 0.25 / (0.25 + sigma**2) * x
+    for prediction in PREDICTIONS:
+        x0 = make_denoiser(gaussian_network(schedule, prediction), schedule, prediction)(x, sigma, {}).x0
+        assert torch.allclose(x0, exact, rtol=1e-11, atol=1e-13), (
+            prediction
+        )  # x - sigma eps cancels 3 digits at t = 999
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_training_target_is_what_the_denoiser_inverts(prediction):
+    schedule = make_schedule("cosine")
+    generator = torch.Generator().manual_seed(1)
+    x0, noise = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64, generator=generator)
+    for t in (0, 300, 998):
+        level = torch.full((4,), t)
+        goal = target(prediction, x0, noise, schedule.alphas_cumprod[level])
+        x_vp = q_sample(x0, level, noise, schedule)
+        sigma = schedule.sigma_at(t)
+        got = make_denoiser(lambda *_, goal=goal: goal, schedule, prediction)(from_vp(x_vp, sigma), sigma, {}).x0
+        assert torch.allclose(got, x0, atol=1e-15 * (1 + sigma) * 20)  # eps divides rounding by sqrt(ab)
+
+
+def test_v_target_is_diffusers_velocity():
+    ab = make_schedule("scaled_linear").alphas_cumprod[[0, 500, 999]]
+    v = target("v", torch.full((3, 1), 2.0), torch.full((3, 1), -1.0), ab)
+    assert v.flatten().tolist() == pytest.approx([-1.05788517, -2.22704649, -2.06359935], rel=1e-6)  # float32
+
+
+def test_zero_terminal_snr_with_v():
+    schedule = make_schedule("scaled_linear", zero_terminal_snr=True)
+    sigma = schedule.sigma_at(999)
+    x_t = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def network(x_vp, t, cond):
+        seen.append((x_vp, t))
+        return gaussian_network(schedule, "v")(x_vp, t, cond)
+
+    x0 = make_denoiser(network, schedule, "v")(from_vp(x_t, sigma), sigma, {}).x0
+    # At ab = 0 v = -E[x0] = 0; entering as 2^-24 leaves x_vp / 4096, far below the data's 0.5.
+    assert float(x0.abs().max()) < 1e-3
+    assert torch.allclose(seen[0][0], x_t, rtol=1e-6) and seen[0][1].tolist() == [999.0]
+    # A whole run in float32, from pure noise: N(0, 1) maps linearly to N(0, 0.25); 250 Euler steps are 1 % off.
+    denoise = make_denoiser(gaussian_network(schedule, "v"), schedule, "v")
+    sigmas = sampling_sigmas(schedule, 250, "trailing")
+    *_, last = sample(lambda x, sigma: denoise(x, sigma, {}), from_vp(x_t, sigma), sigmas)
+    assert torch.allclose(last.x, 0.5 * x_t, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_state_is_wider_than_the_network(dtype):
+    schedule = make_schedule("scaled_linear")
+    dtypes = set()
+
+    def network(x_vp, t, cond):
+        dtypes.add((x_vp.dtype, t.dtype))
+        return 0.1 * x_vp
+
+    denoise = make_denoiser(network, schedule, "eps", dtype=dtype)
+    start = torch.ones(1, 4, dtype=dtype)  # even a half-precision start is carried on in float32
+    for step in sample(lambda x, sigma: denoise(x, sigma, {}), start, sampling_sigmas(schedule, 3)):
+        assert step.x.dtype == step.x0.dtype == torch.float32
+    assert dtypes == {(dtype, torch.float32)}  # t = 999 has no bfloat16
+
+
+def test_the_network_gets_the_level_of_every_sigma():
+    schedule = make_schedule("cosine")
+    levels = []
+    denoise = make_denoiser(lambda x, t, cond: levels.append(t.tolist()) or x, schedule, "eps")
+    for sigma in sampling_sigmas(schedule, 4, "trailing")[:-1]:  # 0-d tensors are as good as floats
+        denoise(torch.zeros(2, 1), sigma, {})
+    denoise(torch.zeros(1, 1), schedule.sigma_at(0.5), {})
+    assert levels[:4] == [[999.0] * 2, [749.0] * 2, [499.0] * 2, [249.0] * 2]
+    assert levels[4] == pytest.approx([0.5], abs=1e-6)
+
+
+def test_frames():
+    x_vp = torch.randn(3, 2, dtype=torch.float64)
+    assert torch.allclose(to_vp(from_vp(x_vp, 12.5), 12.5), x_vp, rtol=1e-15)
+    assert torch.equal(to_vp(x_vp, 0.0), x_vp)
+
+
+def test_unknown_prediction_is_refused():
+    for call in (
+        lambda: make_denoiser(lambda x, t, cond: x, make_schedule(), "velocity"),
+        lambda: target("velocity", torch.zeros(1), torch.zeros(1), torch.ones(1)),
+        lambda: skip_and_out("velocity", 1.0),
+    ):
+        with pytest.raises(ValueError, match="'velocity'; choose from eps, x0, v"):
+            call()

@@ -1,0 +1,70 @@
+"""The README's commands: every script and config exists and its options parse; .ci/run tests as the README says."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ldm.cli import Parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[list[str]]:
+    """The words of every command in the README's bash blocks; `&&` separates commands, a backslash joins lines."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.M | re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    parts = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
+    return [words for words in parts if words]
+
+
+SCRIPTS = [words for words in commands() if any(word.startswith("scripts/") for word in words)]
+
+
+class Parsed(Exception):
+    """Raised in place of what a script does after parsing."""
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(f"readme_{Path(name).stem}", ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_script_exists_and_its_options_parse(words, monkeypatch):
+    at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+    parse = Parser.parse_args
+
+    def parse_and_stop(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    script = load_script(words[at])
+    monkeypatch.setattr(Parser, "parse_args", parse_and_stop)
+    with pytest.raises(Parsed):
+        script.main(words[at + 1 :])
+    for word in words[at + 1 :]:
+        assert not word.startswith("configs/") or (ROOT / word).is_file(), f"{word} does not exist"
+
+
+def test_the_two_promised_commands():
+    first, second = re.findall(r"^```bash\n(python3 -m venv .venv && .*)\n```$", README, re.M)
+    assert first.endswith('scripts/txt2img.py --prompt "a handwritten digit five"')
+    assert second.endswith(".venv/bin/python -m pytest")
+
+
+def test_ci_installs_and_tests_as_the_readme_says():
+    (install,) = re.findall(r'pip install (-e "\.\[test\]")', README)
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.search(rf'"\$python" -m pip install .*{re.escape(install)}', script)
+    assert '"$python" -m pytest' in script
+
+
+def test_files_that_the_readme_names_exist():
+    for name in set(re.findall(r"`((?:ldm|configs|docs|scripts|tests)/[\w/.-]+\.\w+)`", README)):
+        assert (ROOT / name).is_file(), name

@@ -1,0 +1,134 @@
+"""Recipes: their text in the PNG and back, the plan of a run, prompt files."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldm.inference.recipe import NEGATIVE, Recipe, plan, read_prompts, refill
+
+FIVE = Recipe("a handwritten digit five", "", 20, "ddim", 1.5, 3, 32, 32, model_hash="0123456789", model_name="digits")
+
+
+def test_text_is_what_web_ui_users_know():
+    lines = replace(FIVE, negative="blurry, bold", spacing="trailing", eta=0.0, index=3).to_text().split("\n")
+    assert lines[:2] == ["a handwritten digit five", "Negative prompt: blurry, bold"]
+    assert lines[2].startswith(
+        "Steps: 20, Sampler: ddim, CFG scale: 1.5, Seed: 3, Size: 32x32, Model hash: 0123456789, Model: digits, "
+        "Index: 3, Spacing: trailing, Eta: 0.0"
+    )
+    assert FIVE.to_text().count("\n") == 1  # no line for an empty negative prompt
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+prompts = texts.filter(lambda text: f"\n{NEGATIVE}" not in f"\n{text}")
+numbers = st.floats(-1e6, 1e6)
+
+
+@given(
+    prompts,
+    prompts,
+    st.integers(1, 1000),
+    numbers,
+    st.integers(0, 2**63),
+    st.none() | st.sampled_from(["trailing", "compvis"]),
+    st.none() | st.floats(0, 1),
+    st.none() | st.tuples(st.floats(0, 10), st.floats(10, float("inf"))),
+    st.booleans(),
+    texts,
+)
+def test_text_gives_the_recipe_back(prompt, negative, steps, scale, seed, spacing, eta, interval, fixed, name):
+    recipe = Recipe(
+        prompt, negative, steps, "ddpm", scale, seed, 64, 32, spacing=spacing, eta=eta, interval=interval,
+        fixed_code=fixed, rescale=0.7, index=5, batch_size=16, batch_position=5,
+        batch_prompts=4, prompt_position=2, model_name=name, precision="autocast",
+    )  # fmt: skip
+    assert Recipe.from_text(recipe.to_text()) == recipe
+
+
+def test_text_of_another_program_reads():
+    text = 'a five\nsecond line\nNegative prompt: bold\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, Lora hashes: "x: 1, y: 2", Version: v1.9'  # noqa: E501
+    recipe = Recipe.from_text(text)
+    assert (recipe.prompt, recipe.negative, recipe.sampler) == ("a five\nsecond line", "bold", "Euler a")
+    assert (recipe.width, recipe.height, recipe.scale, recipe.batch_size) == (512, 768, 7.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it names no 'Size'"),
+        ("a five\nSteps: 20, Size: 32x32", "it names no 'Sampler'"),
+        (FIVE.to_text().replace("Steps: 20", "Steps: few"), "do not read"),
+        (FIVE.to_text().replace("32x32", "32"), "do not read"),
+        (FIVE.to_text() + ", Guidance interval: 1", "do not read"),
+        (FIVE.to_text() + ", Grid: 2x3", "a grid of 2x3 pictures"),
+    ],
+)
+def test_text_that_is_no_recipe(text, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_text(text)
+
+
+def test_prompts_that_the_text_could_not_give_back():
+    with pytest.raises(ValueError, match="--negative-prompt"):
+        replace(FIVE, prompt="a five\nNegative prompt: bold")
+    with pytest.raises(ValueError, match="UTF-8"):
+        replace(FIVE, prompt="a \udcff five")
+
+
+def test_changed_keeps_what_is_not_given():
+    assert FIVE.changed(scale=0.0, seed=None) == replace(FIVE, scale=0.0)
+    with pytest.raises(TypeError):
+        FIVE.changed(scael=1.0)
+
+
+def test_plan_numbers_on_across_prompts_samples_and_iterations():
+    run = plan(replace(FIVE, seed=10), ["one", "two"], per_prompt=3, batch_size=4)
+    assert [recipe.prompt for recipe in run] == ["one"] * 3 + ["two"] * 3
+    assert [recipe.seed for recipe in run] == [10, 11, 12, 13, 14, 15]
+    assert [recipe.index for recipe in run] == [0, 1, 2, 3, 4, 5]
+    assert [recipe.batch_size for recipe in run] == [4, 4, 4, 4, 2, 2]
+    assert [recipe.batch_position for recipe in run] == [0, 1, 2, 3, 0, 1]
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 9))
+def test_refill_gives_a_batch_of_the_same_shape(prompts, per_prompt, batch_size):
+    run = plan(FIVE, prompts, per_prompt, batch_size)
+    for recipe in run:
+        batch = refill(recipe)
+        distinct = list(dict.fromkeys(batch))
+        assert batch[recipe.batch_position] == recipe.prompt
+        assert (len(batch), len(distinct)) == (recipe.batch_size, recipe.batch_prompts)
+        assert distinct.index(recipe.prompt) == recipe.prompt_position
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch_position": 4}, {"batch_prompts": 0}, {"prompt_position": 1}, {"batch_size": 0}]
+)
+def test_places_that_do_not_exist(wrong):
+    with pytest.raises(ValueError, match="has no place"):
+        refill(replace(replace(FIVE, batch_size=4), **wrong))
+
+
+def test_prompt_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa five\r\n\r\n   \n  an ö  \n".encode())
+    assert read_prompts(path) == ["a five", "an ö"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\r\n"])
+def test_prompt_file_without_prompts(content, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="prompts.txt holds no prompt"):
+        read_prompts(path)
+
+
+def test_prompt_file_that_is_no_text(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ValueError, match="not UTF-8 text"):
+        read_prompts(path)
+    with pytest.raises(OSError):
+        read_prompts(tmp_path / "missing.txt")

@@ -1,0 +1,343 @@
+"""Samplers against CompVis's runs (golden), the textbook formulas, diffusers, and what theory says of their noise."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm.diffusion.denoiser import Prediction, from_vp, make_denoiser, to_vp
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.sampling import SAMPLERS, get_sampler, sample
+from ldm.diffusion.sampling.first_order import ancestral_split, ddim, ddpm_large
+from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.schedule import make_schedule, q_sample, sampling_sigmas, timesteps
+
+GOLDEN = load_file(Path(__file__).parent / "golden" / "samplers.safetensors")
+SD = make_schedule("scaled_linear")
+
+
+def toy(x, t, cond):
+    """The goldens' eps network."""
+    c = cond["c_crossattn"][:, :1, :1, None]
+    return 0.6 * torch.tanh(x + c) * (0.5 + t.view(-1, 1, 1, 1) / 1000) + 0.1 * x
+
+
+def toy_denoise(scale, dtype=torch.float32):
+    cond, uncond = ({"c_crossattn": GOLDEN[name].to(dtype)} for name in ("toy/c", "toy/uc"))
+    return classifier_free(make_denoiser(toy, SD, "eps"), cond, uncond, scale)
+
+
+def last(steps):
+    *_, step = steps
+    return step
+
+
+def relative_error(got, golden):
+    return float((got - golden).abs().max() / golden.abs().max())
+
+
+# CompVis's numbers. The goldens are float32 runs: 5e-6 of the largest is their rounding (golden/README.md).
+
+
+@pytest.mark.parametrize("steps", [5, 10, 50])
+@pytest.mark.parametrize("scale", [1.0, 7.5])
+def test_ddim_golden(steps, scale):
+    sigmas = sampling_sigmas(SD, steps, "compvis", "sigma_min")
+    end = last(SAMPLERS["ddim"](toy_denoise(scale), from_vp(GOLDEN["toy/x_T"], float(sigmas[0])), sigmas))
+    assert relative_error(to_vp(end.x, end.sigma), GOLDEN[f"toy/ddim/S{steps}/cfg{scale}"]) < 5e-6
+
+
+def test_img2img_golden():
+    sigmas = sampling_sigmas(SD, 50, "compvis", "sigma_min")
+    noised = q_sample(GOLDEN["toy/img2img/z0"], torch.tensor([741, 741]), GOLDEN["toy/img2img/noise"], SD)
+    assert relative_error(noised, GOLDEN["toy/img2img/encoded_t37"]) < 1e-6
+    # in sigma coordinates the same picture is z0 + sigma noise
+    sigma = SD.sigma_at(741)
+    same = to_vp(GOLDEN["toy/img2img/z0"] + sigma * GOLDEN["toy/img2img/noise"], sigma)
+    assert relative_error(same, noised) < 1e-6
+    # CompVis then decodes 37 steps from t = 721, as if the latent were at that level.
+    rest = sigmas[-38:]
+    assert float(rest[0]) == SD.sigma_at(721)
+    end = last(SAMPLERS["ddim"](toy_denoise(5.0), from_vp(noised, float(rest[0])), rest))
+    assert relative_error(to_vp(end.x, end.sigma), GOLDEN["toy/img2img/decoded_cfg5"]) < 5e-6
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_sigmas_golden(eta):
+    sigmas = sampling_sigmas(SD, 50, "compvis", "sigma_min").flip(0)
+    ab = 1 / (1 + sigmas**2)  # ascending in t, ab_0 first
+    assert torch.allclose(ab[1:], GOLDEN["ddim_alphas/50"], rtol=1e-13)
+    assert torch.allclose(ab[:-1], GOLDEN["ddim_alphas_prev/50"], rtol=1e-13)
+    up = [ancestral_split(float(sigmas[i + 1]), float(sigmas[i]), eta)[1] for i in range(50)]
+    assert torch.allclose(
+        torch.tensor(up, dtype=torch.float64) * ab[:-1].sqrt(), GOLDEN[f"ddim_sigmas/50/eta{eta}"], rtol=1e-12
+    )
+
+
+def test_ddpm_posterior_golden():
+    sigmas = [0.0, *SD.sigmas.tolist()]
+    rows = []
+    for t in range(1000):
+        sigma, sigma_next = sigmas[t + 1], sigmas[t]
+        down, up = ancestral_split(sigma, sigma_next, 1.0)
+        to_next = 1 / math.sqrt(1 + sigma_next**2)
+        on_x0, on_x = to_next * (1 - down / sigma), to_next * (down / sigma) * math.sqrt(1 + sigma**2)
+        rows.append([(up * to_next) ** 2, math.log(max((up * to_next) ** 2, 1e-20)), on_x0, on_x])
+    names = ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
+    for got, name in zip(torch.tensor(rows, dtype=torch.float64).T, names, strict=True):
+        # stored as float32, from a cumprod in float64: one rounding
+        assert torch.allclose(got.float(), GOLDEN[f"ddpm/{name}"], rtol=3e-7, atol=0), name
+
+
+# The textbook formulas, in the variance-preserving frame, with the same network and noise, in float64.
+
+
+def textbook_error(steps):
+    """Measured: 2e-15 of the largest value for up to 50 steps, 9e-15 for 1000; twice that allows for another libm."""
+    return 2e-14 if steps == 1000 else 4e-15
+
+
+def textbook_ddim(x, levels, noises, eta, large=False):
+    """Song et al. 2021, eq. 12 and 16, over levels (t, ab, ab_next). large: their sigma-hat in place of sigma."""
+    cond = {"c_crossattn": GOLDEN["toy/c"].double()}
+    for (t, ab, ab_next), z in zip(levels, noises, strict=True):
+        eps = toy(x, torch.full((2,), t).double(), cond)
+        x0 = (x - math.sqrt(1 - ab) * eps) / math.sqrt(ab)
+        s = eta * math.sqrt((1 - ab_next) / (1 - ab)) * math.sqrt(1 - ab / ab_next)
+        spread = eta * math.sqrt(1 - ab / ab_next) if large and ab_next < 1 else s
+        x = math.sqrt(ab_next) * x0 + math.sqrt(1 - ab_next - s * s) * eps + spread * z
+    return x
+
+
+def textbook_ddpm(x, levels, noises):
+    """Ho et al. 2020, eq. 6 and 7, with alpha_t = ab / ab_next."""
+    cond = {"c_crossattn": GOLDEN["toy/c"].double()}
+    for (t, ab, ab_next), z in zip(levels, noises, strict=True):
+        eps = toy(x, torch.full((2,), t).double(), cond)
+        x0 = (x - math.sqrt(1 - ab) * eps) / math.sqrt(ab)
+        alpha = ab / ab_next
+        mean = math.sqrt(ab_next) * (1 - alpha) / (1 - ab) * x0 + math.sqrt(alpha) * (1 - ab_next) / (1 - ab) * x
+        x = mean + math.sqrt((1 - ab_next) / (1 - ab) * (1 - alpha)) * z
+    return x
+
+
+def run_both(steps, spacing, final, step, eta, textbook):
+    grid = timesteps(spacing, steps, 1000)
+    end = 1.0 if final == "zero" else float(SD.alphas_cumprod[0])
+    abs_ = [*SD.alphas_cumprod[grid].tolist(), end]
+    levels = list(zip(grid, abs_[:-1], abs_[1:], strict=True))
+    noises = torch.randn(steps, 2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    source = iter(noises)
+    sigmas = sampling_sigmas(SD, steps, spacing, final)
+    x_T = GOLDEN["toy/x_T"].double()
+    start = from_vp(x_T, float(sigmas[0]))
+    end = last(sample(toy_denoise(1.0, torch.float64), start, sigmas, step, eta, lambda: next(source)))
+    return relative_error(to_vp(end.x, end.sigma), textbook(x_T, levels, noises))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("steps, spacing", [(10, "compvis"), (50, "compvis"), (30, "trailing"), (7, "linspace")])
+def test_ddim_is_the_textbooks(steps, spacing, final, eta):
+    assert run_both(steps, spacing, final, ddim, eta, lambda *run: textbook_ddim(*run, eta)) < textbook_error(steps)
+
+
+@pytest.mark.parametrize("steps, spacing", [(1000, "trailing"), (50, "trailing"), (30, "leading")])
+def test_ddpm_is_the_textbooks(steps, spacing):
+    assert run_both(steps, spacing, "zero", ddim, 1.0, textbook_ddpm) < textbook_error(steps)
+
+
+@pytest.mark.parametrize("steps, eta", [(1000, 1.0), (50, 1.0), (50, 0.5)])
+def test_ddpm_large_is_the_textbooks(steps, eta):
+    error = run_both(steps, "trailing", "zero", ddpm_large, eta, lambda *run: textbook_ddim(*run, eta, large=True))
+    assert error < textbook_error(steps)
+
+
+# What theory says.
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50, 300, 1000])
+@pytest.mark.parametrize("name, eta", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", None)])
+def test_the_oracle_keeps_the_right_marginal_at_every_level(name, eta, steps):
+    generator = torch.Generator().manual_seed(steps)
+    n = 20_000
+    x0, noise = torch.randn(2, n, 1, dtype=torch.float64, generator=generator)
+    sigmas = sampling_sigmas(make_schedule("cosine"), steps)
+    run = SAMPLERS[name](
+        lambda x, sigma: Prediction(x0),
+        x0 + float(sigmas[0]) * noise,
+        sigmas,
+        eta=eta,
+        noise=lambda: torch.randn(n, 1, dtype=torch.float64, generator=generator),
+    )
+    for step in run:
+        if step.sigma > 0:
+            error = (step.x - x0) / step.sigma
+            # five standard errors of a standard deviation and of a mean, over thousands of (correlated) levels
+            assert float(error.std()) == pytest.approx(1, abs=5 / math.sqrt(2 * n)), step.index
+            assert abs(float(error.mean())) < 5 / math.sqrt(n), step.index
+    assert torch.equal(step.x, x0)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 1000])
+def test_large_variance_has_its_closed_form_excess(steps):
+    # Unit noise in place of draws, and x0 = 0: a step is x -> down / sigma x + up z, so the variance obeys
+    # V' = (down / sigma)^2 V + up^2, which is sigma'^2 plus (sigma' / sigma)^4 of the old excess plus the step's own.
+    sigmas = sampling_sigmas(SD, steps, "trailing").tolist()
+
+    def denoise(x, sigma):
+        return Prediction(torch.zeros_like(x))
+
+    one, variance, excess = torch.ones(1, 1, dtype=torch.float64), sigmas[0] ** 2, 0.0
+    for sigma, after in zip(sigmas[:-2], sigmas[1:-1], strict=True):
+        carried = ddpm_large(denoise, one, sigma, after, 1.0, torch.zeros_like(one).clone)[0]
+        fresh = ddpm_large(denoise, 0 * one, sigma, after, 1.0, one.clone)[0]
+        variance = float(carried) ** 2 * variance + float(fresh) ** 2
+        excess = (after / sigma) ** 4 * excess + (sigma**2 - after**2) ** 2 / (sigma**2 * (1 + sigma**2))
+        assert variance == pytest.approx(after**2 + excess, rel=1e-11)
+    assert excess > 0
+    no_noise = ddpm_large(denoise, one, sigmas[-2], 0.0, 1.0, None)[0]  # the last step draws none
+    assert float(no_noise) == 0
+
+
+def gaussian_denoise(schedule):
+    """The exact eps network for data N(0, 0.25), as diffusers.md section 3 has it."""
+
+    def network(x, t, cond):
+        ab = schedule.alphas_cumprod[t.long()].view(-1, 1).to(x)
+        return (1 - ab).sqrt() * x / (0.25 * ab + 1 - ab)
+
+    return classifier_free(make_denoiser(network, schedule, "eps"), {})
+
+
+@pytest.mark.parametrize(
+    "spacing, final, expected",
+    [
+        ("leading", "sigma_min", (0.406577338, 0.448960907, 0.478573376)),
+        ("leading", "zero", (0.404799049, 0.446997241, 0.476480190)),
+        ("trailing", "sigma_min", (0.400474161, 0.445490527, 0.477034735)),
+    ],
+)
+def test_ddim_on_the_analytic_gaussian(spacing, final, expected):
+    for steps, value in zip((10, 20, 50), expected, strict=True):
+        sigmas = sampling_sigmas(SD, steps, spacing, final)
+        start = from_vp(torch.ones(1, 1, dtype=torch.float64), float(sigmas[0]))
+        end = last(SAMPLERS["ddim"](gaussian_denoise(SD), start, sigmas))
+        assert float(to_vp(end.x, end.sigma)) == pytest.approx(value, abs=2e-7)  # diffusers' alphas are float32
+
+
+def test_ddim_converges_at_first_order():
+    # Data N(0, 0.25): x0 = 0.25 x / (0.25 + sigma^2), and the exact path is x ~ sqrt(0.25 + sigma^2).
+    errors = []
+    low, high = float(SD.sigmas[0]), float(SD.sigmas[-1])
+    for intervals in (80, 160, 320):  # the step to 0 is left out: it does not shrink with the others
+        sigmas = sampling_sigmas(SD, intervals + 1, "karras")[:-1]
+        run = sample(lambda x, sigma: Prediction(x * 0.25 / (0.25 + sigma**2)), torch.ones(1, 1).double(), sigmas)
+        errors.append(abs(float(last(run).x) - math.sqrt((0.25 + low**2) / (0.25 + high**2))))
+    orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert orders == pytest.approx([1, 1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "spacing, steps, prediction, one",
+    [
+        ("leading", 30, "epsilon", False),
+        ("leading", 50, "v_prediction", False),
+        ("trailing", 50, "epsilon", True),
+        ("trailing", 20, "v_prediction", True),
+    ],
+)
+def test_ddim_agrees_with_diffusers(spacing, steps, prediction, one):
+    # diffusers' trailing steps to t - 1000 // S, which is right only where S divides 1000; `one`: it ends at ab = 1.
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=one,
+        steps_offset=1,
+        timestep_spacing=spacing,
+        prediction_type=prediction,
+    )
+    theirs.set_timesteps(steps)
+    cond = {"c_crossattn": GOLDEN["toy/c"].double()}
+    x = x_T = GOLDEN["toy/x_T"].double()
+    for t in theirs.timesteps:
+        x = theirs.step(toy(x, t.expand(2).double(), cond), t, x).prev_sample
+    denoise = classifier_free(make_denoiser(toy, SD, {"epsilon": "eps", "v_prediction": "v"}[prediction]), cond)
+    sigmas = sampling_sigmas(SD, steps, spacing, "zero" if one else "sigma_min")
+    end = last(SAMPLERS["ddim"](denoise, from_vp(x_T, float(sigmas[0])), sigmas))
+    assert relative_error(to_vp(end.x, end.sigma), x) < 5e-6  # their alphas are float32
+
+
+# The driver, the table and the noise.
+
+
+def test_steps_are_yielded_as_they_are_made():
+    sigmas = [3.0, 1.0, 0.0]
+    evaluated = []
+
+    def denoise(x, sigma):
+        evaluated.append(sigma)
+        return Prediction(x / 2)
+
+    run = sample(denoise, torch.full((1, 1), 4.0), torch.tensor(sigmas))
+    first = next(run)
+    assert evaluated == [3.0]  # lazy: stopping early costs nothing more
+    assert (first.index, first.sigma, float(first.x0)) == (0, 1.0, 2.0)
+    assert float(first.x) == pytest.approx(2 + 2 / 3, rel=1e-6)
+    second = next(run)
+    assert (second.index, second.sigma) == (1, 0.0) and torch.equal(second.x, second.x0)
+    assert next(run, None) is None
+
+
+@pytest.mark.parametrize(
+    "sigmas, eta, words",
+    [
+        ([1.0], 0.0, "two or more sigmas"),
+        ([1.0, 0.0, 0.0], 0.0, "above 0 save for the last"),
+        ([1.0, 0.0], 1.5, "eta must be from 0 to 1, got 1.5"),
+        ([1.0, 0.0], 0.5, "needs a source of noise"),
+    ],
+)
+def test_bad_runs_are_refused_at_the_call(sigmas, eta, words):
+    with pytest.raises(ValueError, match=words):
+        sample(lambda x, sigma: Prediction(x), torch.ones(1, 1), sigmas, eta=eta)
+
+
+def test_the_table():
+    assert get_sampler("ddpm").eta == 1.0 and get_sampler("ddim") is SAMPLERS["ddim"]
+    with pytest.raises(ValueError, match="unknown sampler 'dimm'; choose from ddim, ddpm, ddpm_large"):
+        get_sampler("dimm")
+
+
+def test_a_picture_has_the_same_noise_alone_and_in_a_batch():
+    batch = PictureNoise([5, 6, 7], (4, 8, 8))
+    alone = PictureNoise([6], (4, 8, 8))
+    for _ in range(3):
+        together = batch()
+        assert together.shape == (3, 4, 8, 8) and together.dtype == torch.float32
+        assert torch.equal(together[1:2], alone())
+    many = PictureNoise(range(2000), (8,))()
+    assert float(many.std()) == pytest.approx(1, abs=4 / math.sqrt(2 * many.numel()))  # four standard errors
+
+
+def test_a_stochastic_run_does_not_depend_on_the_batch():
+    sigmas = sampling_sigmas(SD, 6)
+
+    def run(seeds):
+        noise = PictureNoise(seeds, (4, 2, 2))
+        start = from_vp(noise(), float(sigmas[0]))
+        return last(SAMPLERS["ddpm"](lambda x, sigma: Prediction(torch.tanh(x)), start, sigmas, noise=noise)).x
+
+    assert torch.allclose(run([3, 4])[1:], run([4]), atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_out_of_range_are_refused(seed):
+    with pytest.raises(ValueError, match=f"from 0 to 18446744073709551615, got {seed}"):
+        PictureNoise([0, seed], (1,))

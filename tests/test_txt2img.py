@@ -1,0 +1,360 @@
+"""txt2img: counts, seeds, numbers, what each PNG says, making it again; every mistake is one sentence."""
+
+import copy
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldm
+from ldm.inference.png import read_png_text
+from ldm.inference.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "txt2img.py"
+HEAVY = {"transformers", "open_clip", "torchvision", "sklearn", "accelerate", "diffusers", "tensorboard", "scipy"}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("txt2img", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+txt2img = load_script()
+
+
+@pytest.fixture
+def draw(tiny_checkpoint, tmp_path, monkeypatch):
+    """`draw("--n_samples", 2)` runs the script on the tiny checkpoint, 3 steps, and gives the output folder."""
+
+    def run(*options: object, out: str = "out", steps: int | None = 3) -> Path:
+        fixed = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--outdir", tmp_path / out]
+        fixed += [] if steps is None else ["--steps", steps]
+        txt2img.main([str(option) for option in [*fixed, *options]])
+        return tmp_path / out
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def recipe(path: Path) -> Recipe:
+    return Recipe.from_text(read_png_text(path))
+
+
+def samples(folder: Path) -> list[Path]:
+    return sorted((folder / "samples").iterdir())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_one_picture_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_model):
+    out = draw(steps=None)
+    assert names(out) == ["grid-0000.png", "samples"] and names(out / "samples") == ["00000.png"]
+    own, made = tiny_model.defaults, recipe(out / "samples" / "00000.png")
+    assert (made.prompt, made.negative, made.seed, made.index) == ("a handwritten digit five", "", 0, 0)
+    assert (made.height, made.width) == (own["height"], own["width"])
+    assert (made.steps, made.scale, made.sampler) == (own["steps"], own["scale"], own["sampler"])
+    assert pixels(out / "samples" / "00000.png").shape[:2] == (own["height"], own["width"])
+    assert len(made.model_hash) == 10 and int(made.model_hash, 16) >= 0
+
+
+def test_the_picture_is_that_of_the_library(draw, tiny_checkpoint):
+    out = draw("--prompt", "a seven", "--negative-prompt", "bold", "--scale", 2, "--seed", 5)
+    (image,) = ldm.load(tiny_checkpoint, device="cpu").generate(
+        ["a seven"], negative="bold", steps=3, scale=2.0, seed=5
+    )
+    assert np.array_equal(pixels(samples(out)[0]), np.asarray(image))
+
+
+def test_counts_seeds_and_numbers_go_on_across_samples_iterations_and_runs(draw):
+    out = draw("--n_samples", 2, "--n_iter", 2, "--seed", 7, "--batch-size", 3)
+    assert [(r.seed, r.index) for r in map(recipe, samples(out))] == [(7, 0), (8, 1), (9, 2), (10, 3)]
+    assert len({pixels(path).tobytes() for path in samples(out)}) == 4
+    draw("--n_samples", 2)
+    assert names(out / "samples") == [f"{i:05}.png" for i in range(6)]
+    assert names(out) == ["grid-0000.png", "grid-0001.png", "samples"]
+
+
+def test_batch_size_only_bounds_the_memory(draw, tiny_model, monkeypatch):
+    sizes = []
+    decode = ldm.LatentDiffusion.decode
+    monkeypatch.setattr(ldm.LatentDiffusion, "decode", lambda self, z: sizes.append(len(z)) or decode(self, z))
+    whole, parts = draw("--n_samples", 5, out="whole"), draw("--n_samples", 5, "--batch-size", 2, out="parts")
+    assert sizes == [5, 2, 2, 1]
+    for one, other in zip(samples(whole), samples(parts), strict=True):
+        # float32 sums in another order: at most one level where a value falls on the edge between two
+        assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1
+
+
+def test_a_picture_of_a_run_can_be_drawn_alone(draw):
+    run, alone = draw("--n_samples", 3, "--seed", 4, out="run"), draw("--seed", 6, out="alone")
+    assert np.abs(pixels(samples(run)[2]).astype(int) - pixels(samples(alone)[0])).max() <= 1
+
+
+def test_prompt_file(draw, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a one\n\n  a two  \n\n")
+    out = draw("--from_file", tmp_path / "prompts.txt", "--n_samples", 2)
+    made = [recipe(path) for path in samples(out)]
+    assert [r.prompt for r in made] == ["a one", "a one", "a two", "a two"]
+    assert [r.seed for r in made] == [0, 1, 2, 3]
+    assert read_png_text(out / "grid-0000.png").endswith("Grid: 2x2")
+
+
+def test_grid_columns(draw):
+    out = draw("--n_samples", 4, "--n_rows", 3)
+    assert read_png_text(out / "grid-0000.png").endswith("Grid: 3x2")
+    width, height = Image.open(out / "grid-0000.png").size
+    assert width > height
+
+
+def test_skipping(draw):
+    assert names(draw("--skip-save", out="grid") / "samples") == []
+    assert names(draw("--skip_grid", out="samples")) == ["samples"]
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+def test_fixed_code_starts_all_pictures_from_the_first_ones_noise(draw, tmp_path, eta):
+    (tmp_path / "prompts.txt").write_text("a one\na two\na one\n")
+    out = draw("--from-file", tmp_path / "prompts.txt", "--fixed-code", "--eta", eta, "--batch-size", 2, "--seed", 3)
+    first, second, third = map(pixels, samples(out))
+    assert not np.array_equal(first, second)
+    # without fresh noise, the same prompt from the same start is the same picture, in another batch too
+    assert (np.abs(first.astype(int) - third).max() <= 1) == (eta == 0)
+
+
+VARIETY = {
+    "plain": [],
+    "batch": ["--n_samples", 5, "--batch-size", 3, "--seed", 11],
+    "ddpm": ["--n_samples", 2, "--sampler", "ddpm", "--rescale", 0.7, "--interval", 0.1, 3],
+    "fixed": ["--n_samples", 5, "--batch-size", 2, "--fixed_code", "--eta", 0.5, "--seed", 2],
+    "prompt": ["--prompt", ' "Steps: 5", ö 五 🎨\n\nend ', "--negative-prompt", "a: b, c\nd", "--scale", 3.3],
+    "compvis": ["--spacing", "compvis", "--ddim_steps", 5, "--ddim_eta", 0.25, "--precision", "autocast"],
+}
+
+
+@pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
+def test_every_picture_can_be_made_again_to_the_byte(draw, options):
+    out = draw(*options)
+    for path in samples(out):
+        again = draw("--from-png", path, "--skip_grid", out=f"again-{path.stem}", steps=None)
+        (made,) = samples(again)
+        assert np.array_equal(pixels(made), pixels(path))
+        assert read_png_text(made) == read_png_text(path)
+
+
+def test_every_picture_of_many_prompts_can_be_made_again_to_the_byte(draw, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a one\na two\na three\na one\n")
+    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 5)
+    for path in samples(out):
+        (made,) = samples(draw("--from-png", path, out=f"again-{path.stem}", steps=None))
+        assert np.array_equal(pixels(made), pixels(path))
+
+
+def test_a_picture_made_again_with_a_change(draw):
+    out = draw("--n_samples", 2, "--sampler", "ddpm", "--prompt", "a one")
+    again = draw("--from-png", samples(out)[1], "--scale", 4, "--sampler", "ddim", out="changed", steps=None)
+    made = recipe(samples(again)[0])
+    assert (made.prompt, made.seed, made.scale, made.sampler, made.eta, made.steps) == ("a one", 1, 4.0, "ddim", 0.0, 3)
+
+
+def test_what_each_png_says(draw):
+    out = draw("--prompt", "a one", "--negative-prompt", "bold", "--scale", 2.5, "--seed", 9, "--n_samples", 2)
+    prompt, negative, settings = read_png_text(samples(out)[1]).split("\n")
+    assert (prompt, negative) == ("a one", "Negative prompt: bold")
+    pairs = dict(pair.split(": ") for pair in settings.split(", "))
+    assert pairs["Seed"] == "10" and pairs["Index"] == "1" and pairs["CFG scale"] == "2.5" and pairs["Steps"] == "3"
+    assert pairs["Sampler"] == "ddim" and pairs["Eta"] == "0.0" and pairs["Version"] == f"ldm {ldm.__version__}"
+    assert {"Size", "Model hash", "Model", "Spacing"} <= pairs.keys()
+
+
+def test_strip(draw, tiny_model):
+    out = draw("--strip", "--n_samples", 3, "--batch-size", 2, steps=4)
+    assert names(out) == ["grid-0000.png", "samples", "strip-0000.png", "strip-0001.png", "strip-0002.png"]
+    side = tiny_model.defaults["width"]
+    for i, sample in enumerate(samples(out)):
+        strip = pixels(out / f"strip-{i:04}.png")
+        assert abs(strip.shape[1] - 4 * side) < 20 and abs(strip.shape[0] - 2 * side) < 12
+        final = pixels(sample).astype(int)
+        corners = [strip[y : y + side, x : x + side] for y, x in positions(strip.shape, side)]
+        # the strip ends in the picture: x_t at sigma 0 above, and below the x0 predicted last
+        assert any(np.abs(corner - final).max() <= 1 for corner in corners)
+        assert read_png_text(out / f"strip-{i:04}.png") == read_png_text(sample)
+
+
+def positions(shape: tuple[int, ...], side: int) -> list[tuple[int, int]]:
+    """The places near the right edge at which the last picture of the upper row may lie, whatever the gap."""
+    return [(y, shape[1] - side - x) for y in range(4) for x in range(4)]
+
+
+def test_long_runs_show_ten_columns(draw, tiny_model):
+    out = draw("--strip", steps=25)
+    assert abs(Image.open(out / "strip-0000.png").width - 10 * tiny_model.defaults["width"]) < 40
+
+
+MISTAKES = {
+    "sampler": (["--sampler", "eular"], "unknown sampler 'eular'.*ddim"),
+    "plms": (["--plms"], "unknown sampler 'plms'.*ddim"),
+    "spacing": (["--spacing", "curly"], "spacing.*curly"),
+    "steps": (["--steps", "100000"], "100000"),
+    "height": (["--H", "33"], "height 33"),
+    "width": (["--W", "7"], "width 7"),
+    "channels": (["--C", "77"], "--C 77 does not fit this model"),
+    "factor": (["--f", "77"], "--f 77 does not fit this model"),
+    "eta": (["--eta", "1.5"], "eta.*1.5"),
+    "device": (["--device", "gpu"], "device 'gpu' is not available"),
+    "checkpoint": (["--ckpt", "missing.safetensors"], "missing.safetensors"),
+    "negative prompt": (["--prompt", "a\nNegative prompt: b"], "--negative-prompt"),
+    "two ways": (["--from-png", "x.png", "--n_samples", "2"], "leave out --n_samples"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_found_before_anything_is_drawn(draw, tmp_path, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        draw(*options)
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
+OPTION_MISTAKES = {
+    "unknown": (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
+    "steps of 0": (["--steps", "0"], "0 is out of range"),
+    "negative seed": (["--seed", "-1"], "-1 is out of range"),
+    "no pictures": (["--n_samples", "0"], "0 is out of range"),
+    "no batch": (["--batch-size", "0"], "0 is out of range"),
+    "nan": (["--scale", "nan"], "not a finite number"),
+    "precision": (["--precision", "double"], "choose from"),
+    "prompt and file": (["--prompt", "a", "--from-file", "b"], "not allowed with"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), OPTION_MISTAKES.values(), ids=OPTION_MISTAKES)
+def test_mistakes_in_options(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        txt2img.main(options)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_file_in_the_way_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.loading.load", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write into the output folder"):
+        txt2img.main(["--outdir", str(tmp_path / "file" / "out")])
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", None, b"\xff\xfe"])
+def test_prompt_files_that_hold_nothing(tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match="prompts.txt"):
+        txt2img.main(["--from-file", str(path), "--outdir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_checkpoints_that_are_none(draw, tmp_path, content):
+    path = tmp_path / "broken.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match="broken.safetensors"):
+        draw("--ckpt", path)
+
+
+def test_a_truncated_checkpoint(draw, tmp_path, tiny_checkpoint):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(Path(tiny_checkpoint).read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut.safetensors"):
+        draw("--ckpt", path)
+
+
+def test_pictures_that_cannot_be_made_again(draw, tmp_path):
+    out = draw()
+    Image.new("L", (32, 32)).save(tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="plain.png carries no text"):
+        draw("--from-png", tmp_path / "plain.png")
+    with pytest.raises(ValueError, match="grid-0000.png cannot be made again: it is a grid"):
+        draw("--from-png", out / "grid-0000.png")
+    with pytest.raises(OSError):
+        draw("--from-png", tmp_path / "missing.png")
+
+
+def test_a_picture_of_another_model(draw, tmp_path, tiny_model):
+    (path,) = samples(draw())
+    other = copy.deepcopy(tiny_model)
+    next(other.parameters()).data += 0.1
+    ldm.save(other, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="made by the model .* --ckpt"):
+        draw("--from-png", path, "--ckpt", tmp_path / "other.safetensors")
+
+
+def test_what_was_drawn_before_an_interruption_is_there(draw, tmp_path, monkeypatch):
+    decode, calls = ldm.LatentDiffusion.decode, []
+
+    def interrupted(self, z):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(self, z)
+
+    monkeypatch.setattr(ldm.LatentDiffusion, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw("--n_samples", 6, "--batch-size", 2)
+    assert names(tmp_path / "out" / "samples") == [f"{i:05}.png" for i in range(4)]
+
+
+def run_script(*options: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, SCRIPT, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_as_a_program(tiny_checkpoint, tmp_path):
+    done = run_script("--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.split("\n") == [f"{tmp_path}/samples/00000.png", f"{tmp_path}/grid-0000.png", ""]
+    done = run_script("--ckpt", tiny_checkpoint, "--sampler", "none", "--outdir", tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown sampler") and done.stderr.count("\n") == 1
+
+
+def test_help_does_without_torch():
+    code = f"import sys, runpy; sys.argv = ['txt2img.py', '--help']; runpy.run_path({str(SCRIPT)!r})['parse'](None)"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "False\n" and "--negative-prompt" in done.stdout
+
+
+def test_drawing_imports_nothing_heavy(tiny_checkpoint, tmp_path):
+    argv = ["--ckpt", str(tiny_checkpoint), "--steps", "2", "--outdir", str(tmp_path)]
+    code = (
+        f"import sys, runpy; runpy.run_path({str(SCRIPT)!r})['main']({argv}); print(sorted({HEAVY} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+
+
+@pytest.mark.full
+def test_start_up_time(tmp_path):
+    """One picture of the shipped model, as a whole process, against `import torch` alone, in CPU seconds."""
+
+    def cpu_seconds(*argv: object) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *map(str, argv)], check=True, capture_output=True, cwd=ROOT, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    torch_alone = sorted(cpu_seconds("-c", "import torch") for _ in range(5))[2]
+    whole = sorted(cpu_seconds(SCRIPT, "--outdir", tmp_path) for _ in range(5))[2]
+    assert whole <= 1.6 * torch_alone
