@@ -27,8 +27,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([_respell(arg, spelled) for arg in args[:options]] + args[options:], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's; an unknown option ends the program with the nearest known one in the message."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        """As argparse's, with options and positional arguments in any order.
+
+        An unknown option ends the program with the nearest known one in the message.
+        """
+        commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+        parse = self.parse_known_args if commands else self.parse_known_intermixed_args
+        parsed, unknown = parse(args, namespace)
         if unknown:
             self.error(_unknown(unknown[0], self._known_options()))
         return parsed

@@ -58,13 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--plms", action="store_const", const="plms", dest="sampler", help="the same as --sampler plms")
     add("--spacing", metavar="NAME", help="of the timesteps: trailing, leading, linspace, quad, compvis, ...")
     add("--eta", "--ddim_eta", type=real(0), metavar="X", help="share of fresh noise in each step: 0 is DDIM, 1 DDPM")
-    add(
-        "--interval",
-        type=real(0, infinite=True),
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="sigmas at which guidance is on",
-    )
+    add("--interval", type=real(0, infinite=True), nargs=2, metavar=("LOW", "HIGH"), help="guide only at these sigmas")
     add("--rescale", type=real(0), metavar="X", help="guidance rescale (0)")
 
     add = parser.add_argument_group("model").add_argument
@@ -78,7 +72,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--skip_grid", action="store_true", help="do not save the grid")
     add("--n_rows", type=whole(0), default=0, metavar="N", help="pictures in a row of the grid (0: n_samples)")
     add("--strip", action="store_true", help="save how each picture came about: x_t, and below it the predicted x0")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.interval = None if args.interval is None else tuple(args.interval)
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

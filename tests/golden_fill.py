@@ -23,7 +23,7 @@ def load_golden(name: str) -> tuple[dict, int, dict[str, Tensor]]:
 
 @torch.no_grad()
 def fill(module: nn.Module, seed: int) -> nn.Module:
-    """Sets every parameter by the rule of the goldens, a hash of its place among the sorted names; returns in eval mode."""
+    """Sets every parameter by the goldens' rule, a hash of its place among the sorted names; sets eval mode."""
     for i, (name, parameter) in enumerate(sorted(module.named_parameters())):
         k = np.arange(parameter.numel(), dtype=np.uint32) + np.uint32((seed * 10007 + i) * 1000003 % 2**32)
         k ^= k >> np.uint32(16)

@@ -30,6 +30,11 @@ def test_both_ways_round_and_for_every_name_of_an_option():
     assert (args.from_file, args.scale) == ("a_b-c.txt", 2.0)
 
 
+def test_options_may_stand_between_positional_arguments():
+    args = parser().parse_args(["a.yaml", "--n-samples", "3", "loop.steps=1", "-q", "b=2"])
+    assert (args.overrides, args.n_samples, args.q) == (["a.yaml", "loop.steps=1", "b=2"], 3, True)
+
+
 def test_values_are_left_alone():
     args = parser().parse_args(["--from-file=--n-samples_x", "train.max-steps_a=3", "--", "--n-samples"])
     assert args.from_file == "--n-samples_x"

@@ -21,7 +21,7 @@ PYTHON_FILES = sorted(
     path for folder in ("ldm", "scripts", "tests") for path in (ROOT / folder).rglob("*.py") if path.is_file()
 )
 # distribution -> module, where they differ
-MODULES = {"open_clip_torch": "open_clip", "Pillow": "PIL", "scikit-learn": "sklearn"}
+MODULES = {"open_clip_torch": "open_clip", "Pillow": "PIL", "scikit-learn": "sklearn", "PyYAML": "yaml"}
 
 
 def modules(requirements: list[str]) -> set[str]:

@@ -18,7 +18,18 @@ from ldm.inference.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "txt2img.py"
-HEAVY = {"transformers", "open_clip", "torchvision", "sklearn", "accelerate", "diffusers", "tensorboard", "scipy"}
+HEAVY = {
+    "torch._dynamo",
+    "sympy",
+    "transformers",
+    "open_clip",
+    "torchvision",
+    "sklearn",
+    "accelerate",
+    "diffusers",
+    "tensorboard",
+    "scipy",
+}
 
 
 def load_script():

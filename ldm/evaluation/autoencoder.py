@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.checkpoint.file import load_file
 from ldm.evaluation.pictures import pad, quantise, to_unit
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.loading import SHIPPED, load_module
+from ldm.loading import SHIPPED, load_network
 
 
 def psnr(reconstruction: Tensor, images: Tensor, peak: float = 2.0) -> Tensor:
@@ -37,12 +36,13 @@ def load_autoencoder(path: str | Path | None, device: str = "auto") -> tuple[nn.
         ValueError: it holds neither.
     """
     path = SHIPPED if path is None else path
-    config, state = load_file(path)
-    module = load_module(path, config, state, device)
+    module = load_network(path, device)
     if isinstance(module, LatentDiffusion):
         return module.first_stage_model, module.scale_factor
     if not (hasattr(module, "encode") and hasattr(module, "decode")):
-        raise ValueError(f"checkpoint {str(path)!r} holds a {config['target']}: give a whole model or an autoencoder")
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds a {type(module).__name__}: give a whole model or an autoencoder"
+        )
     return module, 1.0
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.file import load_file
 from ldm.evaluation.pictures import to_unit
-from ldm.loading import load_module
+from ldm.loading import load_network as load_any
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 JUDGE, FEATURES = PRETRAINED / "judge.safetensors", PRETRAINED / "features.safetensors"
@@ -25,10 +24,10 @@ def load_network(path: str | Path, method: str = "forward") -> nn.Module:
         FileNotFoundError: no such file.
         ValueError: it is no network of that kind, or its weights do not fit its configuration.
     """
-    config, state = load_file(path)
-    if "target" not in config:
-        raise ValueError(f"{str(path)!r} is no classifier: its configuration holds {sorted(config)} and no target")
-    network = load_module(path, config, state, device="cpu")
+    try:
+        network = load_any(path)
+    except KeyError:
+        raise ValueError(f"{str(path)!r} is no classifier: its configuration has no target") from None
     if not callable(getattr(network, method, None)):
         raise ValueError(f"{str(path)!r} holds a {type(network).__name__}, which has no {method!r}: give another file")
     return network

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step, get_sampler
 from ldm.images import image_grid, to_pil
-from ldm.inference.recipe import Recipe, refill
+from ldm.inference.recipe import EVERYWHERE, Recipe, refill
 from ldm.latent_diffusion import LatentDiffusion
 
 Callback = Callable[[Step], None]
@@ -40,7 +40,7 @@ def own_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
         width=own["width"],
         height=own["height"],
         spacing=own.get("spacing"),
-        interval=None if interval is None else tuple(map(float, interval)),
+        interval=EVERYWHERE if interval is None else tuple(map(float, interval)),
         model_hash=model.hash,
         model_name=name,
     )

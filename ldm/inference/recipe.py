@@ -16,6 +16,7 @@ from pathlib import Path
 from ldm import __version__
 
 NEGATIVE = "Negative prompt: "
+EVERYWHERE = (0.0, float("inf"))
 SETTING = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 
 
@@ -38,7 +39,7 @@ class Recipe:
     height: int
     spacing: str | None = None
     eta: float | None = None
-    interval: Sequence[float] | None = None  # (low, high) of sigma between which guidance is on
+    interval: Sequence[float] = EVERYWHERE  # (low, high) of sigma between which guidance is on
     rescale: float = 0.0
     fixed_code: bool = False
     precision: str = "full"
@@ -70,7 +71,7 @@ class Recipe:
             "Index": self.index,
             "Spacing": self.spacing,
             "Eta": self.eta,
-            "Guidance interval": None if self.interval is None else f"{self.interval[0]} to {self.interval[1]}",
+            "Guidance interval": None if self.interval == EVERYWHERE else f"{self.interval[0]} to {self.interval[1]}",
             "Guidance rescale": self.rescale if self.rescale != 0 else None,
             "Fixed code": True if self.fixed_code else None,
             "Precision": self.precision,
@@ -93,7 +94,7 @@ class Recipe:
             raise ValueError(f"it is a grid of {settings['Grid']} pictures: give one of the pictures in samples/")
         try:
             width, height = settings["Size"].split("x")
-            interval = settings["Guidance interval"].split(" to ") if "Guidance interval" in settings else None
+            low, high = settings.get("Guidance interval", "0 to inf").split(" to ")
             return cls(
                 prompt=prompt[1:],
                 negative=negative,
@@ -105,7 +106,7 @@ class Recipe:
                 height=int(height),
                 spacing=settings.get("Spacing"),
                 eta=float(settings["Eta"]) if "Eta" in settings else None,
-                interval=None if interval is None else (float(interval[0]), float(interval[1])),
+                interval=(float(low), float(high)),
                 rescale=float(settings.get("Guidance rescale", 0.0)),
                 fixed_code=settings.get("Fixed code") == "True",
                 precision=settings.get("Precision", "full"),
@@ -119,7 +120,7 @@ class Recipe:
             )
         except KeyError as missing:
             raise ValueError(f"it names no {missing.args[0]!r}, so the picture cannot be made again") from None
-        except (IndexError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"its settings do not read ({error})") from None
 
     def changed(self, **settings: object) -> "Recipe":

@@ -12,7 +12,7 @@ from ldm.models.kernels import attention
 
 
 class GEGLU(nn.Module):
-    """x W1 * gelu(x W2), the gated layer of Shazeer 2020, both products in one matrix: (..., dim_in) -> (..., dim_out)."""
+    """x W1 * gelu(x W2) (Shazeer 2020), W1 and W2 in one matrix: (..., dim_in) -> (..., dim_out)."""
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with `mult` times the width between them, GEGLU if `glu`, else GELU: (b, n, dim) -> (b, n, dim)."""
+    """Two linear layers, between them `mult` times the width and GEGLU or, without `glu`, GELU: (b, n, dim) stays."""
 
     def __init__(self, dim: int, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -133,7 +133,9 @@ class SpatialTransformer(ContextBlock):
         super().__init__()
         widths = [context_dim] if context_dim is None or isinstance(context_dim, int) else list(context_dim)
         if len(widths) not in (1, depth):
-            raise ValueError(f"context_dim is {widths} for {depth} transformer blocks: give one width, or one per block")
+            raise ValueError(
+                f"context_dim is {widths} for {depth} transformer blocks: give one width, or one per block"
+            )
         widths = widths * depth if len(widths) == 1 else widths
         inner = n_heads * d_head
         self.in_channels = in_channels

@@ -270,7 +270,7 @@ class AutoencoderKL(nn.Module):
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Makes (z - mean) / std the latents, by changing the two 1x1 convolutions around them; decode(encode(x)) stays.
+        """Makes (z - mean) / std the latents, in the two 1x1 convolutions around them; decode(encode(x)) stays.
 
         mean and std, of the latents as they are now, are (embed_dim,). Raises ValueError for other shapes, or when a
         std is not positive and finite.
@@ -284,13 +284,11 @@ class AutoencoderKL(nn.Module):
             raise ValueError(f"mean {mean.tolist()} and std {std.tolist()} must be finite, and std positive")
         quant, post = self.quant_conv, self.post_quant_conv
         mean, std = mean.to(quant.weight.device, torch.float64), std.to(quant.weight.device, torch.float64)
-        # (W h + b - mean) / std for the means; a log variance loses 2 log std
+        # a mean W h + b becomes (W h + b - mean) / std; a log variance loses 2 log std
         scale = torch.cat([1 / std, torch.ones_like(std)])
         shift = torch.cat([-mean / std, -2 * std.log()])
-        quant_weight, quant_bias = quant.weight.double(), quant.bias.double()
-        quant.weight.copy_(quant_weight * scale[:, None, None, None])
-        quant.bias.copy_(quant_bias * scale + shift)
-        # W (z std + mean) + b
-        post_weight, post_bias = post.weight.double(), post.bias.double()
-        post.weight.copy_(post_weight * std[None, :, None, None])
-        post.bias.copy_(post_bias + post_weight[:, :, 0, 0] @ mean)
+        quant.weight.copy_(quant.weight.double() * scale[:, None, None, None])
+        quant.bias.copy_(quant.bias.double() * scale + shift)
+        # and W z + b becomes W (z std + mean) + b
+        post.bias.copy_(post.bias.double() + post.weight.double()[:, :, 0, 0] @ mean)
+        post.weight.copy_(post.weight.double() * std[:, None, None])

@@ -1,4 +1,4 @@
-"""The parts of the UNet, under CompVis's parameter names: residual block, attention block, resampling, time embedding."""
+"""The parts of the UNet, under CompVis's names: residual block, attention block, resampling, time embedding."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -222,7 +222,9 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        layout = "b (three h d) n -> three b h n d" if self.use_new_attention_order else "b (h three d) n -> three b h n d"
+        layout = (
+            "b (three h d) n -> three b h n d" if self.use_new_attention_order else "b (h three d) n -> three b h n d"
+        )
         tokens = rearrange(self.norm(x), "b c h w -> b c (h w)")
         q, k, v = rearrange(self.qkv(tokens), layout, three=3, h=self.num_heads)  # each (b, h, n, d)
         h = rearrange(attention(q, k, v), "b h n d -> b (h d) n")

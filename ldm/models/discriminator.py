@@ -49,7 +49,7 @@ def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 
 
 def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """The discriminator's loss of Goodfellow et al. 2014, eq. 1: cross-entropy of real against fake, halved; a scalar."""
+    """The discriminator's cross-entropy of real against fake (Goodfellow et al. 2014, eq. 1), halved; a scalar."""
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 

@@ -1,11 +1,11 @@
-"""A distance between pictures as a small frozen network sees them (LPIPS: Zhang et al. 2018, eq. 1, without weights)."""
+"""A distance between pictures as a small frozen network sees them (Zhang et al. 2018, eq. 1, without weights)."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-EPS = 1e-6  # in the squared norm: dark regions have all-zero features, where a smaller one makes the gradient explode
+EPS = 1e-4  # in the squared norm: where all features are near zero, less would let the gradient explode
 
 
 def perceptual_distance(features: Callable[[Tensor], Sequence[Tensor]], x: Tensor, target: Tensor) -> Tensor:
@@ -20,13 +20,15 @@ def perceptual_distance(features: Callable[[Tensor], Sequence[Tensor]], x: Tenso
 
 
 def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Squared distance of the feature vectors at each position, scaled to unit length, averaged over positions, then maps.
+    """Squared distance of feature vectors scaled to unit length, averaged over positions, then over maps.
 
     a and b are lists of as many maps (b, c_i, h_i, w_i); the result is (b,), in float32.
     Raises ValueError when there are no maps, or not as many in both.
     """
     if len(a) != len(b) or len(a) == 0:
-        raise ValueError(f"got {len(a)} and {len(b)} feature maps: the network must return the same list of at least one")
+        raise ValueError(
+            f"got {len(a)} and {len(b)} feature maps: the network must return the same list of at least one"
+        )
     distances = [(_unit(p) - _unit(q)).square().sum(dim=1).mean(dim=(1, 2)) for p, q in zip(a, b, strict=True)]
     return torch.stack(distances).mean(dim=0)
 

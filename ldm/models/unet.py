@@ -23,7 +23,7 @@ from ldm.models.blocks import (
 
 @dataclass(frozen=True)
 class _Parts:
-    """Makes the layers of one UNet; the fields are UNetModel's arguments, checked and spelled out per level."""
+    """Makes the layers of one UNet; the fields are UNetModel's arguments."""
 
     emb_channels: int
     dropout: float
@@ -36,7 +36,7 @@ class _Parts:
     resblock_updown: bool
     use_new_attention_order: bool
     use_spatial_transformer: bool
-    context_dim: int | list[int] | None
+    context_dim: int | Sequence[int] | None
     legacy: bool
     use_linear_in_transformer: bool
     norm_groups: int
@@ -69,6 +69,11 @@ class _Parts:
     ) -> nn.Module:
         by_width = self.num_head_channels != -1
         heads = channels // self.num_head_channels if by_width else self.num_heads
+        if heads < 1:
+            raise ValueError(
+                f"num_heads {self.num_heads} and num_head_channels {self.num_head_channels} leave no attention head "
+                f"at a width of {channels} channels: give at least 1 head, or heads no wider than the layer"
+            )
         if self.use_spatial_transformer:
             # CompVis's first models ("legacy") fill all channels even where the head width does not divide them
             width = self.num_head_channels if by_width and not self.legacy else channels // heads
@@ -83,7 +88,7 @@ class _Parts:
                 use_checkpoint=self.use_checkpoint,
                 norm_groups=self.norm_groups,
             )
-        # CompVis passes on a head width that it derives from num_heads unless "legacy": num_heads_upsample is then inert
+        # unless "legacy", CompVis passes on a head width derived from num_heads, which makes num_heads_upsample inert
         width = self.num_head_channels if by_width or self.legacy else channels // heads
         return AttentionBlock(
             channels,
@@ -121,7 +126,7 @@ def _encoder(parts: _Parts, in_channels: int, stem: int, levels: list[_Level]) -
 
 
 def _decoder(parts: _Parts, levels: list[_Level], skips: list[int]) -> nn.ModuleList:
-    """The layers back up; each first takes in one of the encoder's outputs, whose widths are `skips`, last one first."""
+    """The layers back up; each first takes in one of the encoder's outputs (of widths `skips`), the last one first."""
     blocks = []
     width = levels[-1].width
     skips = list(skips)
@@ -315,7 +320,9 @@ def _label_embedding(num_classes: int | str, adm_in_channels: int | None, width:
     if num_classes == "continuous":
         return nn.Linear(1, width)
     if num_classes != "sequential":
-        raise ValueError(f'num_classes is {num_classes!r}: give a number of classes, "continuous", "sequential" or None')
+        raise ValueError(
+            f'num_classes is {num_classes!r}: give a number of classes, "continuous", "sequential" or None'
+        )
     if adm_in_channels is None:
         raise ValueError('num_classes "sequential" needs adm_in_channels, the width of y')
     return nn.Sequential(_mlp(adm_in_channels, width))

@@ -1,0 +1,91 @@
+"""Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = {
+    "unet_config": {
+        "target": "ldm.models.unet.UNetModel",
+        "params": {
+            "image_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "model_channels": 16,
+            "num_res_blocks": 1,
+            "attention_resolutions": [2],
+            "channel_mult": [1, 2],
+            "num_head_channels": 16,
+            "use_spatial_transformer": True,
+            "context_dim": 32,
+            "num_classes": "sequential",
+            "adm_in_channels": 24,
+            "legacy": False,
+            "norm_groups": 8,
+        },
+    },
+    "first_stage_config": {
+        "target": "ldm.models.autoencoder.AutoencoderKL",
+        "params": {
+            "embed_dim": 4,
+            "ddconfig": {
+                "double_z": True,
+                "z_channels": 4,
+                "resolution": 32,
+                "in_channels": 1,
+                "out_ch": 1,
+                "ch": 8,
+                "ch_mult": [1, 1, 2],
+                "num_res_blocks": 1,
+                "attn_resolutions": [],
+                "dropout": 0.0,
+                "norm_groups": 4,
+            },
+        },
+    },
+    "cond_stage_config": {
+        "target": "ldm.conditioning.text.TextEncoder",
+        "params": {
+            "layout": "openclip",
+            "width": 32,
+            "layers": 1,
+            "heads": 2,
+            "activation": "gelu",
+            "vocab_size": 514 + 2,
+            "context_length": 16,
+            "projection_dim": 24,
+            "pooled": True,
+            "tokenizer": {"merges": ["f i", "v e</w>"]},
+        },
+    },
+    "schedule": {"name": "cosine"},
+    "prediction": "v",
+    "defaults": {"height": 32, "width": 32, "steps": 4, "scale": 2.0},
+}
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter that starts at zero (the ends of residual branches) gets weights, so that nothing is trivially equal."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if not p.detach().any():
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    from ldm.latent_diffusion import LatentDiffusion
+
+    torch.manual_seed(0)
+    return randomised(LatentDiffusion(**TINY)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
+    from ldm.loading import save
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save(tiny_model, path)
+    return path
