@@ -1,4 +1,4 @@
-"""ldm: latent diffusion with text conditioning. `model = ldm.load(); images = model.generate(["a handwritten digit five"])`."""
+"""Latent diffusion with text: `model = ldm.load(); images = model.generate(["a handwritten digit five"])`."""
 
 from importlib import import_module
 from typing import Any

@@ -1,11 +1,13 @@
 """LatentDiffusion: first stage + text + UNet + schedule (Rombach et al. 2022, https://arxiv.org/abs/2112.10752).
 
-    pixels [-1, 1] --encode--> latents (unit variance) --noise, denoise under text--> latents --decode--> pixels
+pixels [-1, 1] --encode--> latents (unit variance) --noise, denoise under text--> latents --decode--> pixels
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +24,19 @@ from ldm.util import instantiate_from_config
 
 Conditioning = dict[str, Tensor]
 # What a model without settings of its own is drawn with; spacing None is the sampler's.
-DEFAULTS = {"height": 512, "width": 512, "steps": 50, "scale": 7.5, "sampler": "ddim", "spacing": None, "interval": (0.0, math.inf)}
+DEFAULTS = {
+    "height": 512,
+    "width": 512,
+    "steps": 50,
+    "scale": 7.5,
+    "sampler": "ddim",
+    "spacing": None,
+    "interval": (0.0, math.inf),
+}
 
 
 class DiffusionWrapper(nn.Module):
-    """Hands the conditioning dict to the UNet; its only weight of meaning is the name `diffusion_model` in checkpoints."""
+    """Hands the conditioning dict to the UNet, which checkpoints know as `model.diffusion_model`."""
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         super().__init__()
@@ -73,6 +83,7 @@ class LatentDiffusion(nn.Module):
         self.schedule_params = dict(schedule or {"name": "scaled_linear"})
         self.prediction = prediction
         self.scale_factor = scale_factor
+        self.path: Path | None = None  # the file it was loaded from
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.channels = first_stage_config["params"]["embed_dim"]
         self.downsampling = 2 ** (len(first_stage_config["params"]["ddconfig"]["ch_mult"]) - 1)  # pixels per latent
@@ -90,6 +101,17 @@ class LatentDiffusion(nn.Module):
     @cached_property
     def schedule(self) -> Schedule:
         return make_schedule(**self.schedule_params)  # on first use: a model may be built on the meta device
+
+    @cached_property
+    def hash(self) -> str:
+        """The first ten hexadecimal digits of the checkpoint's SHA-256, as A1111's users know models; "" if unsaved."""
+        if self.path is None:
+            return ""
+        with open(self.path, "rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        return digest.hexdigest()[:10]
 
     @property
     def device(self) -> torch.device:

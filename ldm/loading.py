@@ -1,4 +1,4 @@
-"""A path -> a LatentDiffusion, and back. The configuration in the file's header rebuilds the model, its tokenizer included."""
+"""A path -> a LatentDiffusion, and back; the file's configuration rebuilds the model, its tokenizer included."""
 
 from pathlib import Path
 
@@ -23,16 +23,18 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
     config, state = load_file(path)
     if config.get("target") != TARGET:
         raise ValueError(f"checkpoint {str(path)!r} holds a {config.get('target')}, not a whole model ({TARGET})")
-    return _build(path, config, state, pick_device(device), dtype)
+    model = _build(path, config, state, pick_device(device), dtype)
+    model.path = path
+    return model
 
 
 def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Any network that was saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
+    """Any network saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
     return _build(path, *load_file(path), pick_device(device), dtype)
 
 
 def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Build `config` without initialising weights, and give it the tensors of `state`, cast one by one; frozen, eval mode."""
+    """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
     with torch.device("meta"):
         module = instantiate_from_config(config)
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}

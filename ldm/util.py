@@ -13,7 +13,10 @@ from torch.utils.data import Dataset
 # Classes outside this package that a configuration may name. A short list on purpose: a yaml or a checkpoint from a
 # stranger must not reach anything that runs code, opens files or downloads.
 ALLOWED = {
-    *(f"torch.nn.{name}" for name in ("Identity", "Linear", "Conv2d", "Embedding", "Sequential", "GELU", "SiLU", "ReLU")),
+    *(
+        f"torch.nn.{name}"
+        for name in ("Identity", "Linear", "Conv2d", "Embedding", "Sequential", "GELU", "SiLU", "ReLU")
+    ),
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam")),
     *(f"torchvision.transforms.{name}" for name in ("Resize", "RandomCrop", "CenterCrop", "RandomHorizontalFlip")),
 }
@@ -66,7 +69,7 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` is the GPU where there is one, else the CPU. ValueError if torch has no such device."""
+    """The device of that name; `auto` is the GPU where there is one. ValueError if torch has no such device."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

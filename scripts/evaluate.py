@@ -4,7 +4,7 @@ python scripts/evaluate.py model --scale 1.5 --steps 20
 python scripts/evaluate.py model --wording unseen --out unseen.json
 python scripts/evaluate.py model --split heldout --scale 1.25   # to choose scale and steps by
 python scripts/evaluate.py autoencoder --ckpt outputs/autoencoder/model.safetensors
-python scripts/evaluate.py statistics                           # the real pictures again, after training new networks
+python scripts/evaluate.py statistics --judge FILE --features FILE    # newly trained ones become those that ship
 
 `model` draws a picture for the caption of each real one. With MNIST at hand (--data, LDM_DATA or ./data) it also
 searches the training pictures for copies, and `autoencoder` measures all test pictures instead of the 1,000 that
@@ -13,14 +13,21 @@ ship.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.cli import Parser, real, run, whole
 
-PRETRAINED = Path(__file__).parent.parent / "ldm" / "pretrained"
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm.evaluation.networks import Measuring
+    from ldm.evaluation.reference import Reference
+
 SHEET_COLUMNS = 12
 MEASURED = ("steps", "scale", "sampler", "spacing", "eta", "interval", "rescale")
 
@@ -31,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     model = commands.add_parser("model", help="draw pictures for the captions of real ones, and measure them")
     autoencoder = commands.add_parser("autoencoder", help="measure what a first stage loses")
-    statistics = commands.add_parser("statistics", help="measure MNIST's test pictures and write the file that ships")
+    statistics = commands.add_parser("statistics", help="measure MNIST's test pictures: what ldm/pretrained holds")
 
     for command in (model, autoencoder):
         command.add_argument("--ckpt", type=Path, help="the checkpoint; without it, the model that ships")
@@ -46,11 +53,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; measuring is on the CPU")
     for command in (model, autoencoder, statistics):
         command.add_argument("--data", metavar="ROOT", help="folder that holds MNIST/raw (LDM_DATA, else ./data)")
-        command.add_argument("--judge", type=Path, default=PRETRAINED / "judge.safetensors", help="classifier")
-        command.add_argument(
-            "--features", type=Path, default=PRETRAINED / "features.safetensors", help="feature network"
-        )
-    statistics.add_argument("--out", type=Path, default=PRETRAINED / "statistics.safetensors", help="file to write")
+        command.add_argument("--judge", type=Path, metavar="FILE", help="classifier; without it, the one that ships")
+        command.add_argument("--features", type=Path, metavar="FILE", help="feature network; without it, as it ships")
+    statistics.add_argument("--outdir", type=Path, help="where the files go (ldm/pretrained)")
 
     model.add_argument(
         "--wording", choices=("seen", "unseen"), default="seen", help="captions as in training, or new ones"
@@ -70,24 +75,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    from ldm.evaluation.networks import load_network  # the first to import torch, now that the options are good
+    if args.command == "statistics":
+        write_statistics(args)
+        return
+    for path in (args.out, picture_path(args)):
+        check_writable(path)  # now, not after minutes of drawing
+    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring  # the first to import torch: the options are good
 
-    judge, network = load_network(args.judge), load_network(args.features, "features")
-    networks = {"judge": (args.judge, judge), "features": (args.features, network)}
-    {"model": evaluate_model, "autoencoder": evaluate_autoencoder, "statistics": write_statistics}[args.command](
-        args, networks
-    )
+    judge = JUDGE if args.judge is None else args.judge
+    features = FEATURES if args.features is None else args.features
+    networks = Measuring.load(judge, features)
+    report, sheet = (evaluate_model if args.command == "model" else evaluate_autoencoder)(args, networks)
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    sheet.save(picture_path(args), format="PNG")
+    if args.out is None:
+        print(text)
+    else:
+        args.out.write_text(text + "\n", encoding="utf-8")
+    print(f"picture: {picture_path(args)}", file=sys.stderr)
 
 
-def evaluate_model(args: argparse.Namespace, networks: dict) -> None:
-    """Draw, measure, write."""
+def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
+    """Draw and measure: the report, and a sheet of drawn pictures beside real ones."""
     import ldm
     from ldm.evaluation.draw import draw
     from ldm.evaluation.pictures import by_class, side_by_side
     from ldm.evaluation.report import report_model
     from ldm.evaluation.source import find_reference
 
-    check_writable(args)
     model = ldm.load(args.ckpt, device=args.device)
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
     n = len(reference.labels) if args.n is None else args.n
@@ -97,59 +112,58 @@ def evaluate_model(args: argparse.Namespace, networks: dict) -> None:
     started = time.perf_counter()
     pictures = draw(model, [caption.text for caption in captions], args.seed, args.batch_size, **given)
     drawn = time.perf_counter()
-    judge, network = networks["judge"][1], networks["features"][1]
-    report = report_model(pictures, captions, frames, reference, judge, network, training)
+    report = report_model(pictures, captions, frames, reference, networks, training)
+    rate = n / (drawn - started)
+    times = {"drawing": drawn - started, "measuring": time.perf_counter() - drawn, "pictures_per_second": rate}
     settings = {"wording": args.wording, "seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given}
-    times = {
-        "drawing": drawn - started,
-        "measuring": time.perf_counter() - drawn,
-        "pictures_per_second": n / (drawn - started),
-    }
     shown = by_class(pictures, reference.labels[:n], SHEET_COLUMNS)
-    real_shown = by_class(reference.pictures, reference.labels_in_order(), SHEET_COLUMNS)
-    write(
-        args,
-        {**head(args, reference, n), "settings": settings, "seconds": times, **report},
-        side_by_side([shown, real_shown]),
-    )
+    real_shown = by_class(reference.pictures, reference.picture_labels, SHEET_COLUMNS)
+    report = {**head(args, reference, n), "settings": settings, "seconds": times, **report}
+    return report, side_by_side([shown, real_shown])
 
 
-def evaluate_autoencoder(args: argparse.Namespace, networks: dict) -> None:
-    """Reconstruct, measure, write."""
+def evaluate_autoencoder(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
+    """Reconstruct and measure: the report, and a sheet of reconstructions beside their originals."""
     from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
     from ldm.evaluation.pictures import by_class, side_by_side
     from ldm.evaluation.report import report_autoencoder
     from ldm.evaluation.source import find_reference
 
-    check_writable(args)
     autoencoder, scale_factor = load_autoencoder(args.ckpt, args.device)
     reference, _ = find_reference(args.dataset, args.split, args.data, networks, args.n)
-    pictures, labels = reference.pictures[: args.n], reference.labels_in_order()[: args.n]
-    if args.n is not None and args.n > len(pictures):
-        raise ValueError(
-            f"only {len(pictures)} of MNIST's test pictures ship: use --n {len(pictures)}, or give --data ROOT"
-        )
-    labels = labels[: len(pictures)]
+    pictures, labels = reference.pictures[: args.n], reference.picture_labels[: args.n]
+    n = len(pictures)
+    if args.n is not None and args.n > n:
+        raise ValueError(f"only {n} of MNIST's test pictures ship: use --n {n}, or give --data ROOT")
     result = reconstruct(autoencoder, pictures, args.batch_size, scale_factor)
-    report = report_autoencoder(result, pictures, labels, reference, networks["judge"][1], networks["features"][1])
+    report = report_autoencoder(result, pictures, labels, reference, networks)
     sheet = side_by_side([by_class(result.pictures, labels, SHEET_COLUMNS), by_class(pictures, labels, SHEET_COLUMNS)])
-    write(args, {**head(args, reference, len(pictures)), **report}, sheet)
+    return {**head(args, reference, n), **report}, sheet
 
 
-def write_statistics(args: argparse.Namespace, networks: dict) -> None:
-    """Measure MNIST's test pictures and write the file that ships."""
-    from ldm.evaluation.networks import fingerprint
+def write_statistics(args: argparse.Namespace) -> None:
+    """Take trained networks in half precision, measure MNIST's test pictures with them, write what ships."""
+    import torch
+
+    from ldm.checkpoint.file import load_file, save_file
+    from ldm.evaluation.networks import FEATURES, JUDGE, PRETRAINED, Measuring
     from ldm.evaluation.reference import SIZES, measure_reference, save_reference
     from ldm.evaluation.source import open_data
 
-    used = {name: fingerprint(path) for name, (path, _) in networks.items()}
-    judge, network = networks["judge"][1], networks["features"][1]
-    reference = measure_reference("mnist test", *open_data("mnist", "test", args.data), judge, network, used, SIZES)
-    save_reference(reference, args.out)
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes", file=sys.stderr)
+    folder = PRETRAINED if args.outdir is None else args.outdir
+    paths = {"judge": JUDGE, "features": FEATURES}
+    for name, given in (("judge", args.judge), ("features", args.features)):
+        if given is not None:
+            config, state = load_file(given)
+            paths[name] = folder / f"{name}.safetensors"
+            save_file(paths[name], state, config, torch.float16)
+    real, training = open_data("mnist", "test", args.data)
+    path = folder / "statistics.safetensors"
+    save_reference(measure_reference("mnist test", real, training, Measuring.load(**paths), SIZES), path)
+    print(f"{path}: {path.stat().st_size:,} bytes", file=sys.stderr)
 
 
-def head(args: argparse.Namespace, reference, n: int) -> dict:
+def head(args: argparse.Namespace, reference: "Reference", n: int) -> dict:
     """What was measured with what: figures of different judges or feature networks do not compare."""
     from ldm.evaluation.networks import fingerprint
     from ldm.loading import SHIPPED
@@ -170,23 +184,12 @@ def picture_path(args: argparse.Namespace) -> Path:
     return Path("evaluate.png") if args.out is None else args.out.with_suffix(".png")
 
 
-def check_writable(args: argparse.Namespace) -> None:
-    """Fail before minutes of drawing, not after them: make the folders, and open what will be written."""
-    for path in (args.out, picture_path(args)):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("ab").close()
-
-
-def write(args: argparse.Namespace, report: dict, sheet) -> None:
-    """The JSON to --out or standard output, the picture to its file."""
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    sheet.save(picture_path(args), format="PNG")
-    if args.out is None:
-        print(text)
-    else:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(f"picture: {picture_path(args)}", file=sys.stderr)
+def check_writable(path: Path | None) -> None:
+    """Make the file's folder; OSError if a file cannot be written there."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path} cannot be written: name a file in a folder of yours")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/train.py configs/digits/*.yaml [key=value ...] [--resume]
 
-key=value changes a setting in every configuration that has it (loop.steps=100, outdir=runs/mine); NAME.key=value only in
-the stage of that name (diffusion.loop.steps=100). A run that was interrupted goes on with the same command and --resume.
+key=value changes a setting in every configuration that has it (loop.steps=100, outdir=runs/mine); NAME.key=value only
+in the stage of that name (diffusion.loop.steps=100). An interrupted run goes on with the same command and --resume.
 """
 
 from ldm.cli import Parser, run
@@ -14,7 +14,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="yaml files, then settings to change")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, skip finished stages")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="package whose classes may be built")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE", help="package whose classes may be built"
+    )
     args = parser.parse_args(argv)
 
     from ldm import util

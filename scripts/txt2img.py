@@ -20,9 +20,8 @@ from ldm.inference.output import OutputFolder
 from ldm.inference.png import read_png_text
 from ldm.inference.recipe import Recipe, plan, read_prompts
 
-if TYPE_CHECKING:  # these import torch
+if TYPE_CHECKING:  # it imports torch
     from ldm.inference.draw import Drawn, StripRecorder
-    from ldm.latent_diffusion import LatentDiffusion
 
 # The options that are settings of a picture, under a Recipe's names for them.
 SETTINGS = (
@@ -47,8 +46,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--fixed_code", action="store_true", default=None, help="start every picture from picture 0's noise")
     add("--H", type=whole(1), dest="height", metavar="PIXELS", help="height")
     add("--W", type=whole(1), dest="width", metavar="PIXELS", help="width")
-    add("--C", type=whole(1), metavar="N", help="latent channels; the model knows them, a wrong number is refused")
-    add("--f", type=whole(1), metavar="N", help="pixels per latent; as --C")
+    add("--C", type=whole(1), metavar="N", help="latent channels; only checked, the model knows them")
+    add("--f", type=whole(1), metavar="N", help="pixels per latent; only checked")
 
     add = parser.add_argument_group("sampling (what is not given is the checkpoint's own)").add_argument
     add("--negative-prompt", dest="negative", metavar="TEXT", help="what to steer away from")
@@ -63,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, metavar="FILE", help="checkpoint (the digits model that ships with the package)")
+    add("--config", type=Path, metavar="FILE", help="yaml of the model; only checked, the checkpoint carries its own")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
     add("--precision", choices=("full", "autocast"), help="autocast computes in half precision (full)")
 
@@ -87,12 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = OutputFolder(args.outdir)
 
     import ldm
+    from ldm.inference.agreement import check_config, check_latents
     from ldm.inference.draw import StripRecorder, changed_recipe, draw, draw_again, own_recipe, watching
     from ldm.loading import SHIPPED
 
     checkpoint = SHIPPED if args.ckpt is None else args.ckpt
     model = ldm.load(checkpoint, device=args.device)
     check_latents(model, args.C, args.f)
+    if args.config is not None:
+        check_config(model, args.config)
     settings = {name: getattr(args, name) for name in SETTINGS}
     if made is None:
         first = own_recipe(model, checkpoint.stem, **settings)
@@ -112,13 +115,6 @@ def read_recipe(path: Path) -> Recipe:
         return Recipe.from_text(text)
     except ValueError as error:
         raise ValueError(f"{path} cannot be made again: {error}") from None
-
-
-def check_latents(model: "LatentDiffusion", channels: int | None, factor: int | None) -> None:
-    """CompVis's --C and --f shape the start noise; here the model does, so a wrong number is a mistake to tell."""
-    for option, asked, own in (("--C", channels, model.channels), ("--f", factor, model.downsampling)):
-        if asked not in (None, own):
-            raise ValueError(f"{option} {asked} does not fit this model, whose own is {own}: leave it out")
 
 
 def save(

@@ -66,7 +66,7 @@ TINY = {
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter that starts at zero (the ends of residual branches) gets weights, so that nothing is trivially equal."""
+    """Parameters that start at zero (the ends of residual branches) get weights, so that nothing is trivially equal."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if not p.detach().any():

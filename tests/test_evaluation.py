@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from ldm.data.digits import Digits
 from ldm.data.measure import MNIST_THRESHOLDS, classify
 from ldm.evaluation import networks, pictures, prompt, reference, report, style
 from ldm.evaluation.autoencoder import pooled_psnr, psnr, reconstruct
-from ldm.evaluation.networks import FEATURES, JUDGE, fingerprint, load_network
+from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, load_network
 from ldm.evaluation.reference import Floor, load_reference, measure_reference, save_reference
 from ldm.images import to_pil
 from ldm.models.classifier import FeatureNetwork, Judge, inner
@@ -39,16 +38,14 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(files):
-    judge, features = files / "judge.safetensors", files / "features.safetensors"
-    return SimpleNamespace(judge=load_network(judge), features=load_network(features, "features"))
+def measuring(files):
+    return Measuring.load(files / "judge.safetensors", files / "features.safetensors")
 
 
 @pytest.fixture(scope="module")
-def real(loaded):
+def real(measuring):
     """The reference of scikit-learn's digits: no download."""
-    used = {"judge": "a", "features": "b"}
-    return measure_reference("digits", Digits("test"), Digits("train"), loaded.judge, loaded.features, used, SIZES)
+    return measure_reference("digits", Digits("test"), Digits("train"), measuring, SIZES)
 
 
 # Accuracies
@@ -147,7 +144,7 @@ def test_foreign_files_are_refused(files, tmp_path):
 def test_reference_asks_for_every_real_picture_once(real):
     digits = Digits("test")
     assert sorted(real.indices.tolist()) == list(range(397))
-    assert torch.equal(real.labels_in_order(), digits.labels)
+    assert torch.equal(real.picture_labels, digits.labels)
     assert torch.equal(real.weight, digits.styles.weight[real.indices])
     captions = real.captions(397, "unseen")
     assert [caption.digit for caption in captions] == real.labels.tolist()
@@ -173,14 +170,14 @@ def test_reference_survives_its_file(real, tmp_path):
     back = load_reference(tmp_path / "s.safetensors")
     for name in ("indices", "labels", "weight", "slant", "right", "mean", "cov"):
         assert torch.equal(getattr(back, name), getattr(real, name)), name
-    assert torch.equal(back.pictures, real.pictures[:20])
+    assert torch.equal(back.pictures, real.pictures[:20]) and torch.equal(back.picture_labels, real.picture_labels[:20])
     assert (back.floors, back.nearest, back.thresholds) == (real.floors, pytest.approx(real.nearest), real.thresholds)
     # Eight bits: half a step of the largest value / 127 at most.
     step = real.features.abs().amax(dim=0) / 127
     assert ((back.features - real.features).abs() <= 0.51 * step).all()
 
 
-def test_real_training_pictures_score_like_real_ones(real, loaded):
+def test_real_training_pictures_score_like_real_ones(real, measuring):
     """The whole report on other real pictures: every ratio close to 1, except accuracies (the judge is untrained)."""
     training = Digits("train")
     order = torch.randperm(1400, generator=torch.Generator().manual_seed(9))
@@ -189,9 +186,7 @@ def test_real_training_pictures_score_like_real_ones(real, loaded):
     chosen = [by_digit[d].pop() for d in real.labels[:200].tolist()]
     drawn = inner(training.images[chosen, 0])
     captions = real.captions(200, "train")
-    result = report.report_model(
-        drawn, captions, "train", real, loaded.judge, loaded.features, inner(training.images[:, 0])
-    )
+    result = report.report_model(drawn, captions, "train", real, measuring, inner(training.images[:, 0]))
     assert 0.4 < result["frechet"]["ratio"] < 2.5  # 200 pictures; the same digits as the reference's, which floors lack
     assert result["precision_recall"]["precision"] == pytest.approx(
         result["precision_recall"]["real_precision"], abs=0.15
@@ -203,7 +198,7 @@ def test_real_training_pictures_score_like_real_ones(real, loaded):
     )  # copies
     assert sum(group["n"] for group in result["prompt_accuracy"]["per_wording"].values()) == 200
     assert sum(group["n"] for group in result["prompt_accuracy"]["per_digit"].values()) == 200
-    collapsed = report.report_distribution(networks.features_of(loaded.features, drawn[:10].repeat(20, 1, 1)), real)
+    collapsed = report.report_distribution(networks.features_of(measuring.features, drawn[:10].repeat(20, 1, 1)), real)
     assert collapsed["precision_recall"]["recall"] < 0.3
     assert collapsed["frechet"]["ratio"] > result["frechet"]["ratio"]
 
@@ -241,8 +236,8 @@ class Doubling(torch.nn.Module):
         return z / self.weight
 
 
-def test_reconstruction_by_an_exact_autoencoder(real, loaded):
-    originals, labels = real.pictures[:200], real.labels_in_order()[:200]
+def test_reconstruction_by_an_exact_autoencoder(real, measuring):
+    originals, labels = real.pictures[:200], real.picture_labels[:200]
     result = reconstruct(Doubling(), originals, batch_size=64, scale_factor=0.5)
     assert torch.equal(result.pictures, originals)
     padded = pictures.to_unit(pictures.pad(originals)).double()
@@ -251,7 +246,7 @@ def test_reconstruction_by_an_exact_autoencoder(real, loaded):
     # Population variance of 2 x, plus 0.25, scaled by 0.5.
     deviation = 0.5 * math.sqrt(4 * padded.var(unbiased=False).item() + 0.25)
     assert result.latent_std == [pytest.approx(deviation, rel=1e-6)]
-    figures = report.report_autoencoder(result, originals, labels, real, loaded.judge, loaded.features)
+    figures = report.report_autoencoder(result, originals, labels, real, measuring)
     assert figures["psnr"]["of_mean_error"] is None  # infinite
     assert figures["frechet"]["distance"] == pytest.approx(0, abs=1e-6)
     assert figures["style_kept"] == {"weight": 1.0, "slant": 1.0}
@@ -355,7 +350,7 @@ def test_shipped_statistics_are_of_the_shipped_networks():
     assert shipped.networks == {"judge": fingerprint(JUDGE), "features": fingerprint(FEATURES)}
     assert shipped.right.double().mean() >= 0.995  # the judge's own ceiling
     assert shipped.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # MNIST's
-    shown, labels = shipped.pictures, shipped.labels_in_order()[: len(shipped.pictures)]
+    shown, labels = shipped.pictures, shipped.picture_labels
     assert len(shown) == 1000
     judge, network = load_network(JUDGE), load_network(FEATURES, "features")
     assert (networks.classify(judge, shown) == labels).double().mean() >= 0.99
@@ -366,3 +361,20 @@ def test_shipped_statistics_are_of_the_shipped_networks():
         classify(shown, shipped.thresholds).weight.tolist()
         == shipped.weight[torch.argsort(shipped.indices)[:1000]].tolist()
     )
+
+
+def test_script_runs_on_a_machine_without_mnist(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.load", lambda path, device: Copier(), raising=False)
+    monkeypatch.setattr("ldm.evaluation.autoencoder.load_autoencoder", lambda path, device: (Doubling(), 1.0))
+    monkeypatch.setenv("LDM_DATA", str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"model")
+    files = ["--ckpt", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "report.json")]
+    evaluate.main(["model", "--n", "100", *files])
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["memorisation"] is None and result["frechet"]["ratio"] > 0
+    assert result["prompt_accuracy"]["ceiling"]["n"] == 10_000
+    evaluate.main(["autoencoder", *files])
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert result["n"] == 1000 and result["judge_accuracy"]["accuracy"] >= 0.99
+    with pytest.raises(ValueError, match="only 1000 of MNIST's test pictures ship"):
+        evaluate.main(["autoencoder", "--n", "2000", *files])

@@ -1,4 +1,4 @@
-"""The checkpoint file: safetensors with the model's configuration as JSON in the header, so that the file alone rebuilds it."""
+"""The checkpoint file: safetensors with the configuration in the header, so that the file alone rebuilds the model."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def save_file(
 ) -> None:
     """Write tensors and configuration atomically: whatever goes wrong, `path` is the old file or the whole new one.
 
-    `dtype` converts floating-point tensors, e.g. torch.float16 to halve the file. Raises OSError when it cannot be written.
+    `dtype` converts floating-point tensors, e.g. torch.float16 to halve the file. OSError when it cannot be written.
     """
     path = Path(path)
     tensors = {
@@ -58,7 +58,7 @@ def save_file(
 
 
 class atomic:
-    """`with atomic(path) as temporary:` write to `temporary`; it becomes `path` if the block succeeds, else it is removed."""
+    """`with atomic(path) as temporary:` what is written to `temporary` becomes `path` if the block succeeds."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

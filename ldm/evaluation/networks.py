@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +37,21 @@ def load_network(path: str | Path, method: str = "forward") -> nn.Module:
 def fingerprint(path: str | Path) -> str:
     """First 12 hexadecimal digits of a file's SHA-256: figures of different networks do not compare."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The two networks, and the fingerprints of their files."""
+
+    judge: nn.Module
+    features: nn.Module
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def load(cls, judge: str | Path = JUDGE, features: str | Path = FEATURES) -> "Measuring":
+        """From their files; errors as `load_network`."""
+        judging, measuring = load_network(judge), load_network(features, "features")
+        return cls(judging, measuring, {"judge": fingerprint(judge), "features": fingerprint(features)})
 
 
 @torch.inference_mode()

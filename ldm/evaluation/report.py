@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.data.captions import TRAIN_FRAMES, UNSEEN_FRAMES, Caption
 from ldm.data.measure import classify as measure_styles
@@ -11,7 +11,7 @@ from ldm.evaluation.autoencoder import Reconstruction, pooled_psnr, psnr
 from ldm.evaluation.diversity import class_diversity
 from ldm.evaluation.frechet import frechet_distance, moments
 from ldm.evaluation.memorisation import memorisation, nearest_training_distance
-from ldm.evaluation.networks import classify, features_of
+from ldm.evaluation.networks import Measuring, classify, features_of
 from ldm.evaluation.pictures import to_unit
 from ldm.evaluation.precision_recall import precision_recall
 from ldm.evaluation.prompt import accuracy, accuracy_by
@@ -26,8 +26,7 @@ def report_model(
     captions: Sequence[Caption],
     frames: str,
     reference: Reference,
-    judge: nn.Module,
-    network: nn.Module,
+    networks: Measuring,
     training: Tensor | None,
 ) -> dict:
     """All figures of uint8 pictures (n, 28, 28) drawn for the first n captions of the reference.
@@ -36,9 +35,9 @@ def report_model(
         frames: "train" or "unseen", the list that the captions are from.
         training: uint8 (m, 28, 28) for the search for copies; None leaves it out.
     """
-    features = features_of(network, pictures)
+    features = features_of(networks.features, pictures)
     report = {
-        "prompt_accuracy": report_prompts(classify(judge, pictures).tolist(), captions, frames, reference),
+        "prompt_accuracy": report_prompts(classify(networks.judge, pictures).tolist(), captions, frames, reference),
         "style_accuracy": style_accuracy(pictures, captions, reference.thresholds),
         **report_distribution(features, reference),
         "memorisation": None,
@@ -92,7 +91,7 @@ def report_distribution(features: Tensor, reference: Reference) -> dict:
 
 
 def report_autoencoder(
-    result: Reconstruction, pictures: Tensor, labels: Tensor, reference: Reference, judge: nn.Module, network: nn.Module
+    result: Reconstruction, pictures: Tensor, labels: Tensor, reference: Reference, networks: Measuring
 ) -> dict:
     """All figures of the reconstructions of real uint8 pictures (n, 28, 28) with their labels (n,).
 
@@ -105,7 +104,7 @@ def report_autoencoder(
         measure_styles(pictures, reference.thresholds),
     )
     distance = frechet_distance(
-        *moments(features_of(network, result.pictures)), *moments(features_of(network, pictures))
+        *moments(features_of(networks.features, result.pictures)), *moments(features_of(networks.features, pictures))
     )
     floor = reference.floor(len(pictures)).frechet
     report = {
@@ -116,8 +115,8 @@ def report_autoencoder(
         },
         "frechet": {"distance": distance, "floor": floor, "ratio": distance / floor},
         "judge_accuracy": {
-            **accuracy((classify(judge, result.pictures) == labels).tolist()),
-            "ceiling": accuracy((classify(judge, pictures) == labels).tolist()),
+            **accuracy((classify(networks.judge, result.pictures) == labels).tolist()),
+            "ceiling": accuracy((classify(networks.judge, pictures) == labels).tolist()),
         },
         "style_kept": {
             "weight": (style.weight == real_style.weight).double().mean().item(),

@@ -1,13 +1,11 @@
 """Where the real pictures come from: the file that ships, or the data set itself when it is at hand."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.data.captioned import CaptionedDigits
-from ldm.evaluation.networks import fingerprint
+from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import STATISTICS, Reference, load_reference, measure_reference
 from ldm.models.classifier import inner
 
@@ -45,35 +43,32 @@ def find_reference(
     dataset: str,
     split: str,
     root: str | None,
-    networks: Mapping[str, tuple[Path, nn.Module]],
+    networks: Measuring,
     n: int | None,
 ) -> tuple[Reference, Tensor | None]:
     """The reference for n pictures (None: all); training pictures, uint8 (m, 28, 28), or None if not at hand.
 
     Args:
         root: folder of MNIST; None takes LDM_DATA or ./data, and does without when there is none.
-        networks: "judge" and "features", each with its file.
 
     Raises:
         FileNotFoundError: MNIST is needed, or its folder was named, and it is not there.
         ValueError: there are not n reference pictures.
     """
-    used = {name: fingerprint(path) for name, (path, _) in networks.items()}
-    shipped = load_reference() if (dataset, split) == ("mnist", "test") and STATISTICS.is_file() else None
-    if shipped is not None and shipped.networks != used:
-        shipped = None  # measured in another network's features
+    reference = load_reference() if (dataset, split) == ("mnist", "test") and STATISTICS.is_file() else None
+    if reference is not None and reference.networks != networks.fingerprints:
+        reference = None  # measured in another network's features
     try:
         real, training = open_data(dataset, split, root)
     except FileNotFoundError:
-        if shipped is None or root is not None:
+        if reference is None or root is not None:
             raise
         real = training = None
-    if shipped is None:
+    if reference is None:
         n = len(real) if n is None else n
-        judge, network = networks["judge"][1], networks["features"][1]
-        shipped = measure_reference(f"{dataset} {split}", real, training, judge, network, used, sizes=[n])
+        reference = measure_reference(f"{dataset} {split}", real, training, networks, sizes=[n])
     elif real is not None:
-        shipped = replace(shipped, pictures=inner(real.images[:, 0]))
-    if n is not None and n > len(shipped.labels):
-        raise ValueError(f"{n} pictures are more than the {len(shipped.labels)} of {shipped.name}: ask for fewer")
-    return shipped, None if training is None else inner(training.images[:, 0])
+        reference = replace(reference, pictures=inner(real.images[:, 0]))
+    if n is not None and n > len(reference.labels):
+        raise ValueError(f"{n} pictures are more than the {len(reference.labels)} of {reference.name}: ask for fewer")
+    return reference, None if training is None else inner(training.images[:, 0])

@@ -22,14 +22,14 @@ from ldm.training.stage import Stage, adamw
 
 
 class AutoencoderStage(Stage):
-    """Loss: mean squared or absolute error + kl_weight * KL (both means over elements) + perceptual + adversarial terms.
+    """Loss: mean squared or absolute error + kl_weight * KL (means over elements) + perceptual + adversarial terms.
 
     Args:
         ddconfig, embed_dim: of `AutoencoderKL`.
         kl_weight: weight of the mean KL per latent element beside the mean error per pixel.
         reconstruction: "l2" or "l1".
         discriminator: arguments of `NLayerDiscriminator`; None trains without one.
-        disc_start, disc_weight: batch from which the adversarial term counts, and its weight before the adaptive factor.
+        disc_start, disc_weight: batch from which the adversarial term counts, and its weight beside the adaptive one.
         perceptual: checkpoint of a frozen network with `maps(x) -> list of feature maps`, or None; a `Judge`, say, but
             not the one that will judge the results. perceptual_weight multiplies its distance.
         normalize: fold the measured mean and standard deviation of each latent channel into quant_conv and
@@ -63,7 +63,9 @@ class AutoencoderStage(Stage):
         self.perceptual = None
         if perceptual is not None:
             self.exclude_from_modules(perceptual=load_network(perceptual))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # saved, so that disc_start survives a resume
+        self.register_buffer(
+            "batches", torch.zeros((), dtype=torch.long)
+        )  # saved, so that disc_start survives a resume
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         step = max(1, len(dataset) // (2 * self.preview_columns))
@@ -137,4 +139,3 @@ class AutoencoderStage(Stage):
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": self.config}, self.model.state_dict()
-

@@ -26,7 +26,7 @@ class ClassifierStage(Stage):
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         label_smoothing: probability spread over all classes (Szegedy et al. 2016, section 7).
-        rotation: largest rotation either way, in degrees; no digit becomes another below about 20.
+        rotation: largest rotation either way, in degrees.
         shear, scale: largest shear and relative change of each axis' scale either way.
         shift: largest translation either way, in pixels of each axis.
     """

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 

@@ -14,7 +14,9 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
     key=value, and a key that no configuration has.
     """
     if not paths:
-        raise ValueError("no configuration is given: name at least one yaml file, such as configs/digits/autoencoder.yaml")
+        raise ValueError(
+            "no configuration is given: name at least one yaml file, such as configs/digits/autoencoder.yaml"
+        )
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -31,7 +33,9 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
                 used.add(change)
     for change in changes:
         if change not in used:
-            raise ValueError(f"{change!r} changes nothing: no given configuration has that key; they have {_keys(configs)}")
+            raise ValueError(
+                f"{change!r} changes nothing: no given configuration has that key; they have {_keys(configs)}"
+            )
     try:
         return [OmegaConf.to_container(config, resolve=True) for config in configs]
     except OmegaConfBaseException as error:

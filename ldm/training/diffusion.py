@@ -65,7 +65,7 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Measure the scale factor (1 / standard deviation of the latents) and cache the latents' mean and deviation."""
+        """Measure the scale factor (1 / deviation of the latents) and cache the latents' mean and deviation."""
         self.to(device)
         if not self.cache_latents:
             first = next(self.iterate(dataset, 256, "measuring latents"))

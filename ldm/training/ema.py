@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def ema_decay(update: int, decay: float) -> float:
-    """Decay of update number `update` (from 1): min(decay, (1 + n) / (10 + n)), so that early averages forget the start."""
+    """min(decay, (1 + n) / (10 + n)) for update number n from 1: early averages forget the start."""
     return min(decay, (1 + update) / (10 + update))
 
 

@@ -8,18 +8,18 @@ resumed ends with the same weights as one left alone (bit for bit on a CPU with 
 import math
 import signal
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from ldm.checkpoint.file import save_file
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.order import EpochBatches, batches, mix_seed
 from ldm.training.run_folder import RunFolder
+from ldm.training.stage import Stage
 from ldm.util import instantiate_from_config
 
 
@@ -58,72 +58,25 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
 
     Raises ValueError for bad settings and when the loss stops being finite, Interrupted after Ctrl-C.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import send_to_device
 
-    settings, seed = LoopSettings(**config["loop"]), config["seed"]
-    AcceleratorState._reset_state()  # accelerate keeps the last stage's precision and accumulation in the process
-    GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision(settings.precision, device),
-        gradient_accumulation_steps=settings.accumulate,
-        cpu=device == "cpu",
-    )
-    main = accelerator.is_main_process
-    folder = RunFolder(Path(config["outdir"]) / config["name"], config, resume, settings.tensorboard and main)
+    name, seed, settings = config["name"], config["seed"], loop_settings(config)
+    accelerator = make_accelerator(settings, device)
+    folder = RunFolder(Path(config["outdir"]) / name, config, resume, settings.tensorboard, accelerator.is_main_process)
     if folder.finished:
-        print(f"{config['name']}: already trained, {folder.model}")
         return folder.model
 
     torch.manual_seed(seed)
-    dataset = instantiate_from_config(config["data"])
     stage = instantiate_from_config(config["stage"])
-    dataset = stage.prepare(dataset, accelerator.device)
-    stage.to(accelerator.device)
-    average = EMA(stage, settings.ema)
+    dataset = stage.prepare(instantiate_from_config(config["data"]), accelerator.device)
+    average = EMA(stage.to(accelerator.device), settings.ema)
     model, *optimizers = accelerator.prepare(stage, *stage.optimizers())
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     order = EpochBatches(len(dataset), settings.batch_size, seed, accelerator.process_index, accelerator.num_processes)
+    step = load_state(folder, stage, average, optimizers) if resume else 0
+    metrics = Metrics(name, folder)
 
-    step = 0
-    if resume and (state := folder.load_state()) is not None:
-        step = state["step"]
-        stage.load_state_dict(state["stage"])
-        average.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-
-    def save() -> None:
-        if main:
-            folder.save_state(
-                {
-                    "step": step,
-                    "stage": stage.state_dict(),
-                    "ema": average.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                }
-            )
-
-    sums: dict[str, torch.Tensor] = {}
-    counted = 0
-
-    def report() -> None:
-        nonlocal sums, counted
-        values = {name: total.item() / counted for name, total in sums.items()} if counted else {}
-        sums, counted = {}, 0
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{config['name']}: {name} became {value} by step {step}; nothing was saved since the last good state: "
-                    f"lower the learning rate, or resume from {folder.state} with another precision"
-                )
-        if values and main:
-            folder.log(step, values)
-            progress.set_postfix({k: f"{v:.4g}" for k, v in list(values.items())[:3]}, refresh=False)
-
-    progress = tqdm(total=settings.steps, initial=step, desc=config["name"], unit="step", disable=not main, mininterval=1)
-    with InterruptFlag() as interrupted, progress:
+    with InterruptFlag() as interrupted, folder.progress(name, step, settings.steps) as progress:
         for number, batch in batches(dataset, order, step * settings.accumulate, settings.workers):
             if step >= settings.steps:
                 break
@@ -131,54 +84,122 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
             batch = send_to_device(batch, accelerator.device)
             with accelerator.accumulate(model):
                 for k, optimizer in enumerate(optimizers):
-                    loss, metrics = model(batch, k)
+                    loss, values = model(batch, k)
                     accelerator.backward(loss)
+                    metrics.add(values)
                     for group, rate in zip(optimizer.param_groups, rates[k], strict=True):
                         group["lr"] = rate * lr_multiplier(step, settings.steps, **settings.lr_schedule)
                     if accelerator.sync_gradients:
                         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                        norm = accelerator.clip_grad_norm_(parameters, settings.clip)
-                        metrics = {**metrics, f"grad_norm_{k}" if k else "grad_norm": norm}
+                        metrics.add({f"grad_norm_{k}": accelerator.clip_grad_norm_(parameters, settings.clip)})
                     optimizer.step()
                     optimizer.zero_grad()
-                    for name, value in metrics.items():
-                        sums[name] = sums.get(name, 0) + value.detach()
-            counted += 1
             if not accelerator.sync_gradients:
                 continue
             average.update()
             step += 1
             progress.update()
-            if step % settings.log_every == 0 or step % settings.save_every == 0 or step == settings.steps:
-                report()
-            if main and (step % settings.preview_every == 0 or step == settings.steps):
-                with average.applied():
-                    show(stage, folder, step)
-            if interrupted.is_set() or (step % settings.save_every == 0 and step < settings.steps):
-                report()
-                save()
+            last = step == settings.steps
+            if last or step % settings.log_every == 0:
+                progress.set_postfix(metrics.report(step), refresh=False)
+            if last or step % settings.preview_every == 0:
+                preview(stage, average, folder, step)
+            if interrupted.is_set() or (not last and step % settings.save_every == 0):
+                metrics.report(step)  # what is not finite is not saved
+                save_state(folder, step, stage, average, optimizers)
             if interrupted.is_set():
-                raise Interrupted(f"stopped at step {step}, saved in {folder.state}: the same command with --resume goes on")
+                raise Interrupted(
+                    f"stopped at step {step}, saved in {folder.state}: the same command with --resume goes on"
+                )
 
     with average.applied():
         stage.eval()
         stage.finish(dataset)
-        if main:
-            model_config, tensors = stage.export()
-            save_file(folder.model, tensors, model_config)
-    folder.close()
-    folder.state.unlink(missing_ok=True)
+        folder.finish(*stage.export())
     accelerator.free_memory()
     return folder.model
 
 
+def loop_settings(config: dict[str, Any]) -> LoopSettings:
+    """The `loop:` part, checked; ValueError for a key that it does not have."""
+    known = LoopSettings.__dataclass_fields__
+    unknown = sorted(set(config["loop"]) - set(known))
+    if unknown or not {"steps", "batch_size"} <= set(config["loop"]):
+        raise ValueError(
+            f"loop of {config['name']!r} needs steps and batch_size and has unknown {unknown}: {list(known)}"
+        )
+    return LoopSettings(**config["loop"])
+
+
+def make_accelerator(settings: LoopSettings, device: str) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()  # accelerate keeps the last stage's precision and accumulation in the process
+    GradientState._reset_state()
+    return Accelerator(
+        mixed_precision=mixed_precision(settings.precision, device),
+        gradient_accumulation_steps=settings.accumulate,
+        cpu=device == "cpu",
+    )
+
+
+class Metrics:
+    """Means of what was reported since the last report, one JSON line and one point in TensorBoard each."""
+
+    def __init__(self, stage: str, folder: RunFolder) -> None:
+        self.stage, self.folder, self.values = stage, folder, {}
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(value.detach())
+
+    def report(self, step: int) -> dict[str, str]:
+        """Log the means and give the first few for the progress bar; ValueError if one is not finite."""
+        means = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
+        self.values = {}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise ValueError(
+                    f"{self.stage}: {name} became {mean} by step {step}, so training stopped; the last good state is "
+                    f"kept in {str(self.folder.path)!r}: lower the learning rate, or train with loop.precision=fp32"
+                )
+        if means:
+            self.folder.log(step, means)
+        return {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]}
+
+
+def save_state(folder: RunFolder, step: int, stage: Stage, average: EMA, optimizers: Sequence[Any]) -> None:
+    """Everything that a resumed run needs: randomness and data order are functions of the step, so this is all."""
+    folder.save_state(
+        {
+            "step": step,
+            "stage": stage.state_dict(),
+            "ema": average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        }
+    )
+
+
+def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequence[Any]) -> int:
+    """Put a saved state back -> the step it was saved at; 0 when nothing was saved yet."""
+    state = folder.load_state()
+    if state is None:
+        return 0
+    stage.load_state_dict(state["stage"])
+    average.load_state_dict(state["ema"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
 @torch.no_grad()
-def show(stage: Any, folder: RunFolder, step: int) -> None:
-    """Write the stage's preview, in eval mode and without moving torch's random state."""
-    stage.eval()
-    with torch.random.fork_rng():
+def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
+    """Write the averaged weights' pictures, in eval mode."""
+    with average.applied():
+        stage.eval()
         folder.preview(step, stage.preview(), stage.preview_columns)
-    stage.train()
+        stage.train()
 
 
 def mixed_precision(precision: str, device: str) -> str:
@@ -193,7 +214,7 @@ def mixed_precision(precision: str, device: str) -> str:
 
 
 class InterruptFlag:
-    """Within the block the first Ctrl-C sets the flag, so that the loop stops between steps; a second one interrupts at once."""
+    """Within the block the first Ctrl-C sets the flag, to stop between steps; a second one interrupts at once."""
 
     def __enter__(self) -> threading.Event:
         self.event, self.previous = threading.Event(), None

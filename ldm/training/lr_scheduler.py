@@ -6,8 +6,8 @@ import math
 def lr_multiplier(step: int, steps: int, name: str = "constant", warmup: int = 0, decay: float = 1.0) -> float:
     """What the base learning rate is multiplied by at `step` (from 0) of `steps`.
 
-    Linear warm-up over `warmup` steps; then 1 until the last share `decay` of the run, over which it falls to zero along
-    `linear` or half a `cosine` (Loshchilov & Hutter 2017, eq. 5, one cycle). `constant` never falls.
+    Linear warm-up over `warmup` steps; then 1 until the last share `decay` of the run, over which it falls to zero
+    along `linear` or half a `cosine` (Loshchilov & Hutter 2017, eq. 5, one cycle). `constant` never falls.
     """
     if name not in ("constant", "linear", "cosine"):
         raise ValueError(f"learning-rate schedule {name!r} is unknown: use constant, linear or cosine")

@@ -1,4 +1,4 @@
-"""The order in which a data set is seen: a pure function of (seed, epoch), so that training resumes mid-epoch exactly."""
+"""The order in which a data set is seen: a function of (seed, epoch), so that training resumes mid-epoch exactly."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class EpochBatches(Sampler):
-    """Index batches of one epoch, shuffled by (seed, epoch), from batch number `start`; the ragged last batch is dropped.
+    """Index batches of one epoch, shuffled by (seed, epoch), from number `start`; the ragged last batch is dropped.
 
     With several processes, `batch_size` counts pictures per process, and each takes its own part of every global batch.
     """
@@ -30,7 +30,7 @@ class EpochBatches(Sampler):
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed out of several small integers (splitmix64's finaliser, Steele et al. 2014), far apart for near inputs."""
+    """One 63-bit seed out of several integers, far apart for near ones (splitmix64: Steele et al. 2014)."""
     mask, state = (1 << 64) - 1, 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & mask
@@ -49,9 +49,7 @@ def batches(dataset: Dataset, order: EpochBatches, first: int, workers: int) -> 
             dataset.set_epoch(order.epoch)  # captions and augmentation are functions of (seed, epoch, index)
         # A generator of its own: DataLoader draws a seed per epoch, which must not move torch's global random state.
         generator = torch.Generator().manual_seed(order.seed)
-        loader = DataLoader(
-            dataset, batch_sampler=order, num_workers=workers, generator=generator, collate_fn=collate
-        )
+        loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=generator, collate_fn=collate)
         for batch in loader:
             yield number, batch
             number += 1

@@ -60,7 +60,7 @@ class Stage(nn.Module):
 
 
 def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, **options: Any) -> AdamW:
-    """AdamW over what is trainable, fused into one kernel per step where torch has one (2 % of a small net's step, not 15 %)."""
+    """AdamW over what is trainable, as one fused kernel per step where torch has one."""
     trainable = [p for p in parameters if p.requires_grad]
     fused = trainable[0].device.type in ("cpu", "cuda")
     return AdamW(trainable, lr=learning_rate, fused=fused, **options)

@@ -1,0 +1,182 @@
+"""The training loop: exact resume, errors, and what it writes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm.training import loop
+from ldm.training.loop import Interrupted, mixed_precision, train
+
+AUTOENCODER = {
+    "target": "ldm.training.autoencoder.AutoencoderStage",
+    "params": {
+        "embed_dim": 4,
+        "ddconfig": {
+            "double_z": True,
+            "z_channels": 4,
+            "resolution": 32,
+            "in_channels": 1,
+            "out_ch": 1,
+            "ch": 8,
+            "ch_mult": [1, 1, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [],
+            "norm_groups": 4,
+        },
+        "learning_rate": 1e-3,
+        # Two optimizers, so that the resumed state of both is tested.
+        "discriminator": {"input_nc": 1, "ndf": 8, "n_layers": 1},
+        "disc_start": 2,
+        "preview_columns": 2,
+    },
+}
+
+
+def config(outdir: Path, **settings) -> dict:
+    return {
+        "name": "autoencoder",
+        "outdir": str(outdir),
+        "seed": 3,
+        "stage": AUTOENCODER,
+        "data": {"target": "ldm.data.digits.Digits", "params": {"first": 40}},
+        "loop": {"steps": 6, "batch_size": 8, "log_every": 2, "preview_every": 3, "precision": "fp32"} | settings,
+    }
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run of 6 steps of 2 micro-batches (5 batches an epoch: it crosses epochs mid-step) that nobody disturbs."""
+    return train(config(tmp_path_factory.mktemp("alone"), accumulate=2), device="cpu")
+
+
+def test_run_folder(alone):
+    folder = alone.parent
+    assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "previews",
+    }
+    assert any("tfevents" in p.name for p in folder.iterdir())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert {"error", "kl", "adversarial", "discriminator", "grad_norm_0", "grad_norm_1"} <= lines[-1].keys()
+    assert [p.name for p in sorted((folder / "previews").iterdir())] == ["000003.png", "000006.png"]
+
+
+def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "preview", interrupt)  # Ctrl-C in step 3, in the middle of the second epoch
+        with pytest.raises(Interrupted, match="stopped at step 3, saved in .*--resume"):
+            train(config(tmp_path, accumulate=2), device="cpu")
+    assert (tmp_path / "autoencoder" / "resume.pt").exists()
+    torch.manual_seed(99)  # nothing may depend on the random state of the process
+    assert_same(train(config(tmp_path, accumulate=2), resume=True, device="cpu"), alone)
+    assert not (tmp_path / "autoencoder" / "resume.pt").exists()
+
+
+def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
+    """kill -9 at an arbitrary moment after the first save."""
+    settings = config(tmp_path, accumulate=2, save_every=1)
+    code = f"import torch; torch.set_num_threads({torch.get_num_threads()})\nfrom ldm.training.loop import train; train({settings}, device='cpu')"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    state, deadline = tmp_path / "autoencoder" / "resume.pt", time.time() + 120
+    while not state.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    assert state.exists(), "the run saved nothing within two minutes"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert_same(train(settings, resume=True, device="cpu"), alone)
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path):
+    """Without stochastic layers two micro-batches of 4 give the gradient of one batch of 8, up to rounding."""
+    stage = {
+        "target": AUTOENCODER["target"],
+        "params": {**AUTOENCODER["params"], "discriminator": None, "normalize": False},
+    }
+    paths = []
+    for name, settings in {"large": {"batch_size": 8}, "small": {"batch_size": 4, "accumulate": 2}}.items():
+        path = train(config(tmp_path / name, steps=1, tensorboard=False, **settings) | {"stage": stage}, device="cpu")
+        paths.append(json.loads((path.parent / "metrics.jsonl").read_text()))
+    # the posterior's noise differs between the two, its size does not: errors agree to a few per cent
+    assert paths[0]["kl"] == pytest.approx(paths[1]["kl"], rel=1e-4)
+
+
+def test_nan_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    good = {"steps": 8, "log_every": 1, "save_every": 2, "tensorboard": False}
+    settings = config(tmp_path, **good)
+    from ldm.training.autoencoder import AutoencoderStage
+
+    forward, calls = AutoencoderStage.forward, []
+
+    def broken(self, batch, k=0):
+        loss, metrics = forward(self, batch, k)
+        calls.append(k)
+        return (loss * float("nan"), {"error": loss * float("nan")}) if len(calls) > 10 else (loss, metrics)
+
+    monkeypatch.setattr(AutoencoderStage, "forward", broken)
+    with pytest.raises(ValueError, match="error became nan by step 6.*lower the learning rate"):
+        train(settings, device="cpu")
+    state = torch.load(tmp_path / "autoencoder" / "resume.pt", weights_only=True)
+    assert state["step"] == 4
+    assert all(torch.isfinite(t).all() for t in state["stage"].values())
+
+
+def test_an_existing_run_is_not_overwritten(alone, tmp_path):
+    again = config(alone.parent.parent, accumulate=2)
+    with pytest.raises(ValueError, match="already holds a run.*--resume"):
+        train(again, device="cpu")
+    assert train(again, resume=True, device="cpu") == alone  # finished: nothing to do
+    changed = config(alone.parent.parent, accumulate=2, clip=2.0)
+    with pytest.raises(ValueError, match="other settings of loop.clip"):
+        train(changed, resume=True, device="cpu")
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    settings = config(tmp_path)
+    folder = tmp_path / "autoencoder"
+    with pytest.raises(ValueError, match="fewer than one batch"):
+        train(settings | {"data": {"target": "ldm.data.digits.Digits", "params": {"first": 4}}}, device="cpu")
+    (folder / "config.yaml").unlink()
+    folder.joinpath("resume.pt").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(ValueError, match="cannot resume from .* damaged"):
+        train(settings, resume=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "loop.steps is 0"),
+        ({"precision": "half"}, "'half' is unknown: use auto, fp32"),
+        ({"lr_schedule": {"name": "step"}}, "'step' is unknown: use constant"),
+        ({"stepz": 1}, "unknown \\['stepz'\\]"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path, **settings), device="cpu")
+
+
+def test_mixed_precision_names():
+    assert mixed_precision("fp32", "cpu") == "no"
+    assert mixed_precision("fp16", "auto") == "fp16"
+    assert mixed_precision("auto", "cpu") in ("no", "bf16")

@@ -1,0 +1,165 @@
+"""Averages, learning rates, data order and configurations of training."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.training.config import read_configs
+from ldm.training.ema import EMA, ema_decay
+from ldm.training.lr_scheduler import lr_multiplier
+from ldm.training.order import EpochBatches, batches, collate, mix_seed
+
+
+def test_ema_equals_the_recurrence_and_leaves_the_live_weights_alone():
+    module, decay = nn.Linear(1, 1, bias=False), 0.3
+    module.weight.data.fill_(1.0)
+    average, expected = EMA(module, decay), 1.0
+    for n in range(1, 6):
+        module.weight.data.fill_(float(n * n))
+        average.update()
+        d = min(decay, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * n * n
+    assert average.shadow["weight"].item() == pytest.approx(expected, rel=1e-6)
+    with average.applied():
+        assert module.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert module.weight.item() == 25.0
+
+
+def test_ema_skips_frozen_parameters_and_warms_up():
+    module = nn.Linear(2, 2)
+    module.bias.requires_grad_(False)
+    assert set(EMA(module).shadow) == {"weight"}
+    assert [ema_decay(n, 0.999) for n in (1, 2, 100)] == [2 / 11, 3 / 12, 101 / 110]
+    assert ema_decay(10**6, 0.999) == 0.999
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_learning_rate_rises_and_falls_to_zero(name):
+    values = [lr_multiplier(step, 100, name, warmup=10) for step in range(100)]
+    assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert values[-1] == pytest.approx(0, abs=1e-9)
+    middle = values[54]  # half of the 90 steps of decay are done
+    assert middle == pytest.approx(0.5, abs=1e-6)
+
+
+def test_learning_rate_decays_only_over_the_last_share():
+    values = [lr_multiplier(step, 100, "linear", decay=0.4) for step in range(100)]
+    assert values[:60] == [1.0] * 60
+    assert values[79] == pytest.approx(0.5)
+    assert [lr_multiplier(s, 10, "constant", warmup=2) for s in range(3)] == [0.5, 1, 1]
+
+
+def test_order_is_a_permutation_per_epoch_and_resumes_anywhere():
+    order = EpochBatches(length=23, batch_size=4, seed=1)
+    assert len(order) == 5
+    first = list(order)
+    assert len({i for batch in first for i in batch}) == 20
+    order.epoch = 1
+    second = list(order)
+    assert first != second
+    order.start = 3
+    assert list(order) == second[3:]
+
+
+def test_processes_share_the_global_batches():
+    """Two processes with batches of 2 see between them what one sees with batches of 4."""
+    alone = [set(batch) for batch in EpochBatches(16, 4, seed=5)]
+    parts = [list(EpochBatches(16, 2, seed=5, rank=rank, processes=2)) for rank in (0, 1)]
+    assert [set(a) | set(b) for a, b in zip(*parts, strict=True)] == alone
+
+
+def test_batches_go_on_from_any_number_with_the_epoch_set():
+    class Counting(torch.utils.data.Dataset):
+        epoch = 0
+
+        def __len__(self):
+            return 10
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __getitem__(self, index):
+            return {"index": index, "epoch": self.epoch, "text": str(index)}
+
+    def take(first, count):
+        stream = batches(Counting(), EpochBatches(10, 3, seed=0), first, workers=0)
+        return [
+            (n, b["index"].tolist(), b["epoch"].tolist(), b["text"]) for n, b in (next(stream) for _ in range(count))
+        ]
+
+    whole = take(0, 8)
+    assert [n for n, *_ in whole] == list(range(8))
+    assert [epochs[0] for _, _, epochs, _ in whole] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert take(4, 4) == whole[4:]
+
+
+def test_the_loader_does_not_move_torchs_random_state():
+    class Two(torch.utils.data.Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return {"x": torch.tensor(index)}
+
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    next(batches(Two(), EpochBatches(2, 2, seed=0), 0, workers=0))
+    assert torch.rand(1) == expected
+
+
+def test_collate_and_seeds():
+    samples = [{"x": torch.ones(2), "label": 3, "said": (1, -1), "caption": "a"}] * 2
+    batch = collate(samples)
+    assert batch["x"].shape == (2, 2) and batch["label"].tolist() == [3, 3]
+    assert batch["said"].tolist() == [[1, -1]] * 2 and batch["caption"] == ["a", "a"]
+    seeds = {mix_seed(a, b) for a in range(50) for b in range(50)}
+    assert len(seeds) == 2500 and all(0 <= s < 2**63 for s in seeds)
+
+
+YAML = """
+name: one
+outdir: runs/x
+seed: 0
+stage: {target: a.B, params: {rate: 0.1, path: "${outdir}/y"}}
+data: {target: c.D, params: {}}
+loop: {steps: 5, batch_size: 2}
+"""
+
+
+def test_changes_apply_where_the_key_is(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(YAML.replace("name: one", f"name: {name}"))
+    paths = [str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")]
+    changes = ["loop.steps=7", "two.loop.steps=9", "outdir=else", "stage.params.rate=1e-3", "loop.ema=0.5"]
+    one, two = read_configs(paths, changes)
+    assert (one["loop"]["steps"], two["loop"]["steps"]) == (7, 9)
+    assert one["stage"]["params"] == {"rate": 1e-3, "path": "else/y"}
+    assert one["loop"]["ema"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        (YAML, ["stage.parms.rate=1"], "changes nothing"),
+        (YAML, ["nothing=1"], "changes nothing: no given configuration has that key; they have name, outdir"),
+        ("a: [", [], "is not yaml"),
+        ("name: x", [], "lacks .*'outdir'"),
+        (YAML + "extra: 1", [], "unknown keys \\['extra'\\]"),
+        (YAML.replace("${outdir}", "${outdri}"), [], "does not resolve"),
+    ],
+)
+def test_bad_configurations_are_named(tmp_path, text, changes, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_configs([str(path)], changes)
+    with pytest.raises(FileNotFoundError, match="'nowhere.yaml' does not exist"):
+        read_configs(["nowhere.yaml"])
+
+
+def test_constants_are_finite():
+    assert math.isfinite(lr_multiplier(0, 1, "cosine"))
