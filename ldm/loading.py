@@ -1,9 +1,12 @@
 """A path -> a LatentDiffusion, and back; the file's configuration rebuilds the model, its tokenizer included."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.file import load_file, save_file
 from ldm.latent_diffusion import LatentDiffusion
@@ -33,9 +36,19 @@ def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     return _build(path, *load_file(path), pick_device(device), dtype)
 
 
+class Unfilled(TorchFunctionMode):
+    """Leaves initialisers out: meta tensors hold nothing, and filling them imports torch._dynamo for a second."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         module = instantiate_from_config(config)
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}

@@ -96,7 +96,8 @@ def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path,
 def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
     """kill -9 at an arbitrary moment after the first save."""
     settings = config(tmp_path, accumulate=2, save_every=1)
-    code = f"import torch; torch.set_num_threads({torch.get_num_threads()})\nfrom ldm.training.loop import train; train({settings}, device='cpu')"
+    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})"
+    code = f"{threads}\nfrom ldm.training.loop import train; train({settings}, device='cpu')"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     state, deadline = tmp_path / "autoencoder" / "resume.pt", time.time() + 120
     while not state.exists() and process.poll() is None and time.time() < deadline:

@@ -346,7 +346,9 @@ def test_what_was_drawn_before_an_interruption_is_there(draw, tmp_path, monkeypa
 
 
 def run_script(*options: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, options)], capture_output=True, text=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this tree, installed or not
+    argv = [sys.executable, SCRIPT, *map(str, options)]
+    return subprocess.run(argv, capture_output=True, text=True, env=environment)
 
 
 def test_as_a_program(tiny_checkpoint, tmp_path):
@@ -379,7 +381,7 @@ def test_start_up_time(tmp_path):
 
     def cpu_seconds(*argv: object) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, *map(str, argv)], check=True, capture_output=True, cwd=ROOT, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -72,6 +72,9 @@ class atomic:
         if kind is not None:
             self.temporary.unlink(missing_ok=True)
             return
+        umask = os.umask(0)  # there is no other way to read it
+        os.umask(umask)
+        os.chmod(self.temporary, 0o666 & ~umask)  # safetensors makes files that only their owner may read
         with open(self.temporary, "rb") as file:
             os.fsync(file.fileno())  # a rename that survives a power cut needs its data on the disk first
         os.replace(self.temporary, self.path)
