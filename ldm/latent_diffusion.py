@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.diffusion import guidance
-from ldm.diffusion.denoiser import Denoise, from_vp, make_denoiser, to_vp
+from ldm.diffusion.denoiser import Denoise, from_vp, make_denoiser, target, to_vp
 from ldm.diffusion.sampling import Step, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
-from ldm.diffusion.schedule import Schedule, make_schedule, sampling_sigmas
+from ldm.diffusion.schedule import Schedule, make_schedule, q_sample, sampling_sigmas
 from ldm.images import to_pil
 from ldm.util import instantiate_from_config
 
@@ -133,6 +133,12 @@ class LatentDiffusion(nn.Module):
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The UNet's own prediction (eps, x0 or v) for noised latents x (b, z, h, w) at timesteps t (b,) in 0..T-1."""
         return self.model(x, t, **cond)
+
+    def loss(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error of each prediction (Rombach et al. 2022, eq. 3): z (b, c, h, w), t (b,) -> (b,)."""
+        wanted = target(self.prediction, z, noise, self.schedule.alphas_cumprod[t.cpu()])
+        predicted = self.apply_model(q_sample(z, t, noise, self.schedule), t, cond)
+        return (predicted.float() - wanted).square().flatten(1).mean(1)
 
     def denoiser(self) -> Denoise:
         """`denoise(x, sigma, cond) -> Prediction`, in the frame x = x0 + sigma * noise."""

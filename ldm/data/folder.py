@@ -23,6 +23,7 @@ class Folder(Dataset):
     NAME.txt beside the picture, or else the "text" of its line in root/metadata.jsonl, where "file_name" is the path
     of the picture from root: {"file_name": "sub/a.png", "text": "a red kite"}.
 
+    root: the folder; None stands in configs until a user names one, and is refused.
     size: pixels of the square that is made: the shorter side is resized to it (Lanczos), the longer is cropped, at the
     middle with crop="center"; with crop="random" at a place that is a function of (seed, epoch, index), as is the
     mirroring of half of the pictures with flip=True.
@@ -34,8 +35,10 @@ class Folder(Dataset):
     """
 
     def __init__(
-        self, root: str, size: int, channels: int = 3, crop: str = "center", flip: bool = False, seed: int = 0
+        self, root: str | None, size: int, channels: int = 3, crop: str = "center", flip: bool = False, seed: int = 0
     ):
+        if root is None:
+            raise ValueError("no folder of pictures is given: name it with data.params.root=DIR (or root).")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"size is a number of pixels of at least 1, not {size!r}.")
         if channels not in (1, 3):
@@ -60,6 +63,10 @@ class Folder(Dataset):
     def caption(self, index: int) -> Caption:
         """The caption of a picture; nothing is known of what it asserts."""
         return Caption(self.captions[index])
+
+    def texts(self) -> list[str]:
+        """All captions: what a reduced vocabulary is made for."""
+        return self.captions
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):

@@ -63,14 +63,16 @@ class Judge(nn.Module):
         self.block2 = ResidualBlock(third)
         self.head = nn.Linear(third, classes)
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> features at 28, 14 and 7 pixels: a perceptual distance's."""
+        fine = F.relu(self.stem(inner(images)))  # (b, widths[0], 28, 28)
+        middle = self.block1(F.relu(self.down1(F.max_pool2d(fine, 2))))  # (b, widths[1], 14, 14)
+        coarse = self.block2(F.relu(self.down2(F.max_pool2d(middle, 2))))  # (b, widths[2], 7, 7)
+        return [fine, middle, coarse]
+
     def forward(self, images: Tensor) -> Tensor:
         """Pictures (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
-        x = F.relu(self.stem(inner(images)))  # (b, widths[0], 28, 28)
-        x = F.relu(self.down1(F.max_pool2d(x, 2)))  # (b, widths[1], 14, 14)
-        x = self.block1(x)
-        x = F.relu(self.down2(F.max_pool2d(x, 2)))  # (b, widths[2], 7, 7)
-        x = self.block2(x)
-        return self.head(x.amax(dim=(2, 3)))  # (b, widths[2]) -> (b, classes)
+        return self.head(self.maps(images)[-1].amax(dim=(2, 3)))  # (b, widths[2]) -> (b, classes)
 
 
 class FeatureNetwork(nn.Module):

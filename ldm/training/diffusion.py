@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
-from ldm.diffusion.denoiser import target
-from ldm.diffusion.schedule import q_sample, training_timesteps
+from ldm.diffusion.schedule import training_timesteps
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.stage import Stage, adamw
 
@@ -84,7 +82,7 @@ class DiffusionStage(Stage):
         return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
 
     def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        model, schedule = self.latent_diffusion, self.latent_diffusion.schedule
+        model = self.latent_diffusion
         with torch.no_grad():
             if "mean" in batch:
                 z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
@@ -93,11 +91,8 @@ class DiffusionStage(Stage):
             dropped = torch.rand(len(z)) < self.caption_dropout
             captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
             cond = model.condition(captions)
-            t = training_timesteps(batch=len(z), T=schedule.T, **self.timesteps)
-            noise = torch.randn_like(z)
-            wanted = target(model.prediction, z, noise, schedule.alphas_cumprod[t])
-        predicted = model.apply_model(q_sample(z, t, noise, schedule), t.to(z.device), cond)
-        loss = F.mse_loss(predicted.float(), wanted)
+            t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
+        loss = model.loss(z, cond, t, torch.randn_like(z)).mean()
         return loss, {"loss": loss}
 
     @torch.no_grad()
