@@ -23,7 +23,7 @@ from ldm.images import to_pil
 from ldm.util import instantiate_from_config
 
 Conditioning = dict[str, Tensor]
-# What a model without settings of its own is drawn with; spacing None is the sampler's.
+# What a model without settings of its own is drawn with; spacing None is the sampler's, interval None everywhere.
 DEFAULTS = {
     "height": 512,
     "width": 512,
@@ -31,7 +31,7 @@ DEFAULTS = {
     "scale": 7.5,
     "sampler": "ddim",
     "spacing": None,
-    "interval": (0.0, math.inf),
+    "interval": None,
 }
 
 
@@ -77,6 +77,9 @@ class LatentDiffusion(nn.Module):
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        unknown = sorted(set(defaults or ()) - set(DEFAULTS))
+        if unknown:
+            raise ValueError(f"defaults has unknown settings {unknown}: a model's own settings are {list(DEFAULTS)}")
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
         self.first_stage_model = instantiate_from_config(first_stage_config)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
@@ -128,7 +131,7 @@ class LatentDiffusion(nn.Module):
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts -> the conditioning dict; the empty prompt is the unconditional one."""
-        return self.cond_stage_model(list(prompts))
+        return self.cond_stage_model(prompts)
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The UNet's own prediction (eps, x0 or v) for noised latents x (b, z, h, w) at timesteps t (b,) in 0..T-1."""
@@ -193,6 +196,7 @@ class LatentDiffusion(nn.Module):
         spacing = given(given(spacing, own["spacing"]), row.spacing)
         sigmas = sampling_sigmas(self.schedule, given(steps, own["steps"]), spacing, row.final_sigma).tolist()
         size = self.latent_size(given(height, own["height"]), given(width, own["width"]))
+        interval = tuple(given(given(interval, own["interval"]), (0.0, math.inf)))
         seeds = list(range(seed, seed + len(prompts)) if seeds is None else seeds)
         negatives = [given(negative, "")] * len(prompts) if negative is None or isinstance(negative, str) else negative
         if batch_size < 1 or not len(prompts) == len(seeds) == len(negatives):
@@ -208,7 +212,7 @@ class LatentDiffusion(nn.Module):
                 self.condition(prompts[batch]),
                 self.condition(negatives[batch]),
                 given(scale, own["scale"]),
-                tuple(given(interval, own["interval"])),
+                interval,
                 rescale,
                 self.prediction,
             )

@@ -48,8 +48,13 @@ class Unfilled(TorchFunctionMode):
 
 def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
-    with torch.device("meta"), Unfilled():
-        module = instantiate_from_config(config)
+    if "target" not in config:
+        raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it names no target)")
+    try:
+        with torch.device("meta"), Unfilled():
+            module = instantiate_from_config(config)
+    except Exception as error:  # a damaged configuration may break a constructor in any way
+        raise ValueError(f"checkpoint {str(path)!r} has a configuration that builds nothing: {error}") from error
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
     if expected != found:

@@ -29,7 +29,7 @@ def get_obj_from_str(string: str) -> type:
     Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets of packages that the running
     program has imported itself or that are in `ALLOWED_PACKAGES`. Raises ValueError for everything else.
     """
-    module_name, _, name = string.rpartition(".")
+    module_name, _, name = str(string).rpartition(".")
     package = module_name.partition(".")[0]
     ours, imported = package == "ldm", package not in ("torch", "torchvision") and module_name in sys.modules
     if not (ours or imported or string in ALLOWED or package in ALLOWED_PACKAGES):
@@ -38,8 +38,8 @@ def get_obj_from_str(string: str) -> type:
         )
     try:
         found = getattr(import_module(module_name), name)
-    except (ImportError, AttributeError):
-        raise ValueError(f"target {string!r} does not exist") from None
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"target {string!r} does not exist: {error}") from None
     if not inspect.isclass(found):
         raise ValueError(f"target {string!r} is not a class: a configuration may only name classes")
     # A class merely imported by one of our modules (ldm.util.Dataset, pathlib.Path ...) is not ours to offer.
@@ -61,11 +61,16 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         raise KeyError("Expected key `target` to instantiate.")
     cls = get_obj_from_str(config["target"])
     params = {**(config.get("params") or {}), **extra}
+    signature = inspect.signature(cls)
     try:
-        inspect.signature(cls).bind(**params)
+        signature.bind_partial(**params)  # what is unknown first: it may be what is missing, misspelt
+        signature.bind(**params)
     except TypeError as error:
-        raise ValueError(f"{config['target']}: {error}; it takes {list(inspect.signature(cls).parameters)}") from None
-    return cls(**params)
+        raise ValueError(f"{config['target']}: {error}; it takes {list(signature.parameters)}") from None
+    try:
+        return cls(**params)
+    except TypeError as error:  # a parameter of a parameter that is unknown or of the wrong kind: ddconfig's, say
+        raise ValueError(f"{config['target']}: {error}") from error
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -42,7 +42,10 @@ def set_default(defaults: dict, change: str) -> None:
     key, equals, value = change.partition("=")
     if key not in defaults or not equals:
         raise ValueError(f"--default {change!r} must be KEY=VALUE with a key of {', '.join(defaults)}")
-    defaults[key] = yaml.safe_load(value)
+    try:
+        defaults[key] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--default {change!r}: the value is not yaml") from None
 
 
 if __name__ == "__main__":

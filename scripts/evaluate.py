@@ -81,12 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (args.out, picture_path(args)):
         check_writable(path)  # now, not after minutes of drawing
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring  # the first to import torch: the options are good
+    from ldm.evaluation.report import without_nan
 
     judge = JUDGE if args.judge is None else args.judge
     features = FEATURES if args.features is None else args.features
     networks = Measuring.load(judge, features)
     report, sheet = (evaluate_model if args.command == "model" else evaluate_autoencoder)(args, networks)
-    text = json.dumps(report, indent=2, ensure_ascii=False)
+    text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
     sheet.save(picture_path(args), format="PNG")
     if args.out is None:
         print(text)

@@ -21,12 +21,17 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm import util
     from ldm.training.config import read_configs
-    from ldm.training.loop import train
+    from ldm.training.loop import loop_settings, train
 
     util.ALLOWED_PACKAGES.update(args.allow)
     paths = [argument for argument in args.arguments if "=" not in argument]
     changes = [argument for argument in args.arguments if "=" in argument]
-    for config in read_configs(paths, changes):
+    configs = read_configs(paths, changes)
+    for config in configs:  # a mistake in the last stage should not show after hours of the first
+        loop_settings(config)
+        util.get_obj_from_str(config["stage"]["target"])
+        util.get_obj_from_str(config["data"]["target"])
+    for config in configs:
         print(f"{config['name']}: {train(config, args.resume, args.device)}", flush=True)
 
 

@@ -54,7 +54,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--scale", type=real(), metavar="X", help="guidance; 1 is none")
     add("--steps", "--ddim_steps", type=whole(1), metavar="N", help="network steps")
     add("--sampler", metavar="NAME", help="ddim, ddpm, ...; an unknown name lists the known ones")
-    add("--plms", action="store_const", const="plms", dest="sampler", help="the same as --sampler plms")
+    add(
+        "--plms",
+        action="store_const",
+        const="plms",
+        dest="sampler",
+        help="the same as --sampler plms, which is not there yet",
+    )
     add("--spacing", metavar="NAME", help="of the timesteps: trailing, leading, linspace, quad, compvis, ...")
     add("--eta", "--ddim_eta", type=real(0), metavar="X", help="share of fresh noise in each step: 0 is DDIM, 1 DDPM")
     add("--interval", type=real(0, infinite=True), nargs=2, metavar=("LOW", "HIGH"), help="guide only at these sigmas")

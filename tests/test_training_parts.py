@@ -1,7 +1,5 @@
 """Averages, learning rates, data order and configurations of training."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -150,6 +148,11 @@ def test_changes_apply_where_the_key_is(tmp_path):
         ("name: x", [], "lacks .*'outdir'"),
         (YAML + "extra: 1", [], "unknown keys \\['extra'\\]"),
         (YAML.replace("${outdir}", "${outdri}"), [], "does not resolve"),
+        (YAML.replace("${outdir}/y", "${"), [], "is not yaml"),
+        (YAML, ["loop.steps={a"], "cannot be set"),
+        (YAML, ["seed=-1"], "seed -1 must be a whole number from 0 on"),
+        (YAML.replace("target: c.D, ", ""), [], "data must be a mapping with a target and params"),
+        (YAML.replace("name: one", "name: 5"), [], "the name 5 must be a word"),
     ],
 )
 def test_bad_configurations_are_named(tmp_path, text, changes, message):
@@ -159,7 +162,3 @@ def test_bad_configurations_are_named(tmp_path, text, changes, message):
         read_configs([str(path)], changes)
     with pytest.raises(FileNotFoundError, match="'nowhere.yaml' does not exist"):
         read_configs(["nowhere.yaml"])
-
-
-def test_constants_are_finite():
-    assert math.isfinite(lr_multiplier(0, 1, "cosine"))

@@ -34,6 +34,8 @@ def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads(metadata[CONFIG_KEY])
     except json.JSONDecodeError as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it is no mapping)")
     return config, state
 
 
@@ -49,7 +51,8 @@ def save_file(
         name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous()
         for name, t in state.items()
     }
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config, sort_keys=True)}
+    # Only this key: safetensors writes several in random order, and equal models should be equal files.
+    metadata = {CONFIG_KEY: json.dumps(config, sort_keys=True)}
     with atomic(path) as temporary:
         try:
             save_safetensors(tensors, temporary, metadata)
@@ -69,9 +72,13 @@ class atomic:
         return self.temporary
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
+        try:
+            if kind is None:
+                self._move()
+        finally:
             self.temporary.unlink(missing_ok=True)
-            return
+
+    def _move(self) -> None:
         umask = os.umask(0)  # there is no other way to read it
         os.umask(umask)
         os.chmod(self.temporary, 0o666 & ~umask)  # safetensors makes files that only their owner may read

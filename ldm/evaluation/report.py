@@ -132,6 +132,6 @@ def without_nan(report: object) -> object:
     """The same with None for figures that there are too few pictures for: JSON knows neither nan nor infinity."""
     if isinstance(report, dict):
         return {key: without_nan(value) for key, value in report.items()}
-    if isinstance(report, list):
+    if isinstance(report, list | tuple):
         return [without_nan(value) for value in report]
     return None if isinstance(report, float) and not math.isfinite(report) else report

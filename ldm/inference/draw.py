@@ -54,6 +54,8 @@ def changed_recipe(recipe: Recipe, **settings: object) -> Recipe:
     """
     if settings.get("sampler") is not None:
         recipe = replace(recipe, spacing=None, eta=None)
+    if settings.get("seed") is not None:
+        recipe = replace(recipe, index=0)  # a picture of its own, not of the old run
     if settings.get("batch_size") is not None:
         recipe = replace(recipe, batch_position=0, batch_prompts=1, prompt_position=0)
     return _complete(recipe.changed(**settings))

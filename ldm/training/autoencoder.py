@@ -68,9 +68,9 @@ class AutoencoderStage(Stage):
         )  # saved, so that disc_start survives a resume
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        step = max(1, len(dataset) // (2 * self.preview_columns))
-        shown = [dataset[i * step] for i in range(min(2 * self.preview_columns, len(dataset)))]
-        self.shown = torch.stack([sample["image"] for sample in shown])
+        self.preview_columns = min(self.preview_columns, len(dataset))
+        count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # whole rows
+        self.shown = torch.stack([dataset[i * (len(dataset) // count)]["image"] for i in range(count)])
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
@@ -121,7 +121,7 @@ class AutoencoderStage(Stage):
         """Rows of originals, each with its reconstructions below it."""
         x = self.shown.to(next(self.model.parameters()).device)
         pairs = torch.stack([x, self.model(x, sample_posterior=False)[0]])
-        rows = pairs.unflatten(1, (-1, min(self.preview_columns, len(x))))  # (2, rows, columns, c, h, w)
+        rows = pairs.unflatten(1, (-1, self.preview_columns))  # (2, rows, columns, c, h, w)
         return to_pil(rows.transpose(0, 1).flatten(0, 2))
 
     @torch.no_grad()

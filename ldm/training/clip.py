@@ -63,7 +63,9 @@ class CLIPStage(Stage):
         }  # fmt: skip
         object.__setattr__(self, "encoder", TextEncoder(**self.params))
         self.clip = CLIP(self.projection_dim, self.vision, {**self.text, "vocab_size": vocab_size})
-        self.shown = [dataset[i * (len(dataset) // 50)] for i in range(50)]
+        count = min(50, len(dataset))
+        self.shown = [dataset[i * (len(dataset) // count)] for i in range(count)]
+        self.preview_columns = min(self.preview_columns, count)
         return dataset
 
     def optimizers(self) -> list[Optimizer]:

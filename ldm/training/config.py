@@ -17,6 +17,7 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
         raise ValueError(
             "no configuration is given: name at least one yaml file, such as configs/digits/autoencoder.yaml"
         )
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -28,8 +29,8 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
             if _has(config, own):
                 try:
                     OmegaConf.update(config, own, OmegaConf.from_dotlist([f"x={value}"]).x)
-                except OmegaConfBaseException as error:
-                    raise ValueError(f"{change!r} cannot be set: {error}") from None
+                except (OmegaConfBaseException, yaml.YAMLError) as error:
+                    raise ValueError(f"{change!r} cannot be set: {' '.join(str(error).split())}") from None
                 used.add(change)
     for change in changes:
         if change not in used:
@@ -37,26 +38,44 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
                 f"{change!r} changes nothing: no given configuration has that key; they have {_keys(configs)}"
             )
     try:
-        return [OmegaConf.to_container(config, resolve=True) for config in configs]
+        plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
     except OmegaConfBaseException as error:
         raise ValueError(f"a configuration does not resolve: {error}") from None
+    for path, config in zip(paths, plain, strict=True):
+        _check_values(path, config)
+    return plain
 
 
 def _read(path: str) -> Any:
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"configuration {path!r} does not exist")
     try:
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"configuration {path!r} is not yaml: {' '.join(str(error).split())}") from None
     found = set(config) if OmegaConf.is_dict(config) else set()
     missing, unknown = [k for k in KEYS if k not in found], sorted(found - set(KEYS))
     if missing or unknown:
         raise ValueError(f"configuration {path!r} lacks {missing} and has unknown keys {unknown}: the keys are {KEYS}")
+    if not isinstance(config.name, str):
+        raise ValueError(f"configuration {path!r}: the name {config.name!r} must be a word")
     return config
+
+
+def _check_values(path: str, config: dict[str, Any]) -> None:
+    """ValueError for parts that are not what the loop takes them for."""
+    for part in ("stage", "data"):
+        value = config[part]
+        if not isinstance(value, dict) or "target" not in value or not isinstance(value.get("params", {}), dict):
+            raise ValueError(f"configuration {path!r}: {part} must be a mapping with a target and params")
+    if not isinstance(config["loop"], dict):
+        raise ValueError(f"configuration {path!r}: loop must be a mapping with settings")
+    if not isinstance(config["seed"], int) or config["seed"] < 0:
+        raise ValueError(f"configuration {path!r}: seed {config['seed']!r} must be a whole number from 0 on")
 
 
 def _has(config: Any, key: str) -> bool:

@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
+from ldm.diffusion.denoiser import check_prediction
+from ldm.diffusion.sampling import get_sampler
 from ldm.diffusion.schedule import training_timesteps
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.stage import Stage, adamw
@@ -60,10 +62,24 @@ class DiffusionStage(Stage):
         self.timesteps, self.caption_dropout = dict(timesteps or {"name": "uniform"}), caption_dropout
         self.cache_latents, self.preview_columns = cache_latents, preview_columns
         self.preview_prompts = list(preview_prompts)
+        self._check()
+
+    def _check(self) -> None:
+        """Show mistakes now that would otherwise show in the first batch or, after many, in the first preview."""
+        whole = self.latent_diffusion
+        check_prediction(whole.prediction)
+        training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
+        get_sampler(whole.defaults["sampler"])
+        whole.latent_size(whole.defaults["height"], whole.defaults["width"])
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         """Measure the scale factor (1 / deviation of the latents) and cache the latents' mean and deviation."""
+        if self.cache_latents and getattr(dataset, "augments", False):
+            raise ValueError(
+                f"{type(dataset).__name__} crops or mirrors its pictures anew in every epoch, so that their latents "
+                "cannot be cached: train with stage.params.cache_latents=false"
+            )
         self.to(device)
         if not self.cache_latents:
             first = next(self.iterate(dataset, 256, "measuring latents"))
@@ -119,8 +135,10 @@ class LatentDataset(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        fetch = getattr(self.dataset, "__getitems__", lambda indices: [self.dataset[i] for i in indices])
-        return [
-            {**{k: v for k, v in sample.items() if k != "image"}, "mean": self.mean[i], "std": self.std[i]}
-            for i, sample in zip(indices, fetch(indices), strict=True)
-        ]
+        return [{"caption": self._caption(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
+
+    def _caption(self, index: int) -> str:
+        """A data set of ours tells a caption without reading the picture; any other has it in its samples."""
+        if hasattr(self.dataset, "caption"):
+            return self.dataset.caption(index).text
+        return self.dataset[index]["caption"]

@@ -12,19 +12,23 @@ def ema_decay(update: int, decay: float) -> float:
     return min(decay, (1 + update) / (10 + update))
 
 
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class EMA:
-    """Averages of a module's trainable parameters, in float32 or wider; everything else is shared with the module."""
+    """Averages of a module's trainable parameters, in float32 or wider. Buffers are not averaged."""
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         self.decay, self.updates = decay, 0
         self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.shadow = {name: p.detach().clone().float() for name, p in self.live.items()}
+        self.shadow = {name: wide(p.detach().clone()) for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * live; call once per optimizer step."""
         self.updates += 1
-        live = [p.detach().float() for p in self.live.values()]
+        live = [wide(p.detach()) for p in self.live.values()]
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - ema_decay(self.updates, self.decay))
 
     @contextmanager

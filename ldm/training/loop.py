@@ -9,6 +9,7 @@ import math
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.order import EpochBatches, batches, mix_seed
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, pick_device
 
 
 @dataclass
@@ -30,7 +31,7 @@ class LoopSettings:
     steps: int
     batch_size: int
     accumulate: int = 1
-    precision: str = "auto"  # fp32, bf16, fp16, or auto: bf16 where the hardware computes it natively
+    precision: str = "auto"  # fp32, bf16, or auto: bf16 where the hardware computes in it
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
@@ -42,11 +43,16 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name} is {getattr(self, name)}: it must be at least 1")
-        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32, bf16 or fp16")
-        lr_multiplier(0, self.steps, **self.lr_schedule)
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"loop.{name} is {getattr(self, name)!r}: it must be a whole number of at least 1")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32 or bf16")
+        if not 0 <= self.ema < 1 or not self.clip > 0:
+            raise ValueError(f"loop.ema {self.ema} must be from 0 to below 1, and loop.clip {self.clip} above 0")
+        try:
+            lr_multiplier(0, self.steps, **self.lr_schedule)
+        except TypeError as error:
+            raise ValueError(f"loop.lr_schedule {self.lr_schedule}: {error}; it takes name, warmup, decay") from None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,7 +67,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
     from accelerate.utils import send_to_device
 
     name, seed, settings = config["name"], config["seed"], loop_settings(config)
-    accelerator = make_accelerator(settings, device)
+    accelerator = make_accelerator(settings, pick_device(device))
     folder = RunFolder(Path(config["outdir"]) / name, config, resume, settings.tensorboard, accelerator.is_main_process)
     if folder.finished:
         return folder.model
@@ -74,9 +80,11 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     order = EpochBatches(len(dataset), settings.batch_size, seed, accelerator.process_index, accelerator.num_processes)
     step = load_state(folder, stage, average, optimizers) if resume else 0
+    accelerator.wait_for_everyone()  # every process has looked at the folder as it was
+    folder.begin(config)
     metrics = Metrics(name, folder)
 
-    with InterruptFlag() as interrupted, folder.progress(name, step, settings.steps) as progress:
+    with InterruptFlag() as interrupted, closing(folder), folder.progress(name, step, settings.steps) as progress:
         for number, batch in batches(dataset, order, step * settings.accumulate, settings.workers):
             if step >= settings.steps:
                 break
@@ -104,10 +112,11 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
                 progress.set_postfix(metrics.report(step), refresh=False)
             if last or step % settings.preview_every == 0:
                 preview(stage, average, folder, step)
-            if interrupted.is_set() or (not last and step % settings.save_every == 0):
+            stop = agreed(accelerator, interrupted.is_set())
+            if stop or (not last and step % settings.save_every == 0):
                 metrics.report(step)  # what is not finite is not saved
                 save_state(folder, step, stage, average, optimizers)
-            if interrupted.is_set():
+            if stop:
                 raise Interrupted(
                     f"stopped at step {step}, saved in {folder.state}: the same command with --resume goes on"
                 )
@@ -116,6 +125,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
         stage.eval()
         stage.finish(dataset)
         folder.finish(*stage.export())
+    accelerator.wait_for_everyone()  # the next stage reads what the main process writes
     accelerator.free_memory()
     return folder.model
 
@@ -131,21 +141,37 @@ def loop_settings(config: dict[str, Any]) -> LoopSettings:
     return LoopSettings(**config["loop"])
 
 
-def make_accelerator(settings: LoopSettings, device: str) -> Any:
+def make_accelerator(settings: LoopSettings, device: torch.device) -> Any:
+    """accelerate's front for the device, precision and accumulation; ValueError if it cannot be had on that device."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     AcceleratorState._reset_state()  # accelerate keeps the last stage's precision and accumulation in the process
     GradientState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed_precision(settings.precision, device),
         gradient_accumulation_steps=settings.accumulate,
-        cpu=device == "cpu",
+        cpu=device.type == "cpu",
+        # With several processes: the loss of one optimizer does not use the other's network.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
+        raise ValueError(f"training on {str(device)!r} is not possible here: accelerate gives {accelerator.device}")
+    return accelerator
+
+
+def agreed(accelerator: Any, flag: bool) -> bool:
+    """Whether any process has its flag set: processes that disagreed about stopping would wait for each other."""
+    if accelerator.num_processes == 1:
+        return flag
+    if flag:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
 
 
 class Metrics:
-    """Means of what was reported since the last report, one JSON line and one point in TensorBoard each."""
+    """Means over the (main) process's batches since the last report, one JSON line and one TensorBoard point each."""
 
     def __init__(self, stage: str, folder: RunFolder) -> None:
         self.stage, self.folder, self.values = stage, folder, {}
@@ -161,8 +187,9 @@ class Metrics:
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise ValueError(
-                    f"{self.stage}: {name} became {mean} by step {step}, so training stopped; the last good state is "
-                    f"kept in {str(self.folder.path)!r}: lower the learning rate, or train with loop.precision=fp32"
+                    f"{self.stage}: {name} became {mean} by step {step}, so training stopped; the last saved state is "
+                    f"kept in {str(self.folder.path)!r}: go on with --resume and a lower "
+                    "learning rate, or loop.precision=fp32"
                 )
         if means:
             self.folder.log(step, means)
@@ -202,14 +229,15 @@ def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
         stage.train()
 
 
-def mixed_precision(precision: str, device: str) -> str:
+def mixed_precision(precision: str, device: torch.device) -> str:
     """accelerate's name for a precision; `auto` takes bf16 only where the hardware computes in it."""
     if precision != "auto":
-        return {"fp32": "no"}.get(precision, precision)
-    if device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
-    native = "AVX512" in capability and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return {"fp32": "no", "bf16": "bf16"}[precision]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # torch tells it of CPUs by names that it keeps to itself, and not in all versions
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
+        native = any(getattr(torch.cpu, name, lambda: False)() for name in names)
     return "bf16" if native else "no"
 
 

@@ -1,5 +1,6 @@
 """The order in which a data set is seen: a function of (seed, epoch), so that training resumes mid-epoch exactly."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -49,10 +50,22 @@ def batches(dataset: Dataset, order: EpochBatches, first: int, workers: int) -> 
             dataset.set_epoch(order.epoch)  # captions and augmentation are functions of (seed, epoch, index)
         # A generator of its own: DataLoader draws a seed per epoch, which must not move torch's global random state.
         generator = torch.Generator().manual_seed(order.seed)
-        loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=generator, collate_fn=collate)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=order,
+            num_workers=workers,
+            generator=generator,
+            collate_fn=collate,
+            worker_init_fn=ignore_interrupts,
+        )
         for batch in loader:
             yield number, batch
             number += 1
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C is for the main process, which still needs the workers' batches to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: list[dict]) -> dict:

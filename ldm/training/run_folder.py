@@ -15,6 +15,10 @@ from tqdm import tqdm
 from ldm.checkpoint.file import atomic, save_file
 from ldm.images import image_grid
 
+# Settings that a resumed run may change: they change the training from there on, not what was done, nor the data.
+FREE = tuple(f"loop.{name}" for name in ("steps", "precision", "clip", "lr_schedule", "log_every", "preview_every"))
+FREE += ("loop.save_every", "loop.workers", "loop.tensorboard", "stage.params.learning_rate")
+
 
 class RunFolder:
     """Raises ValueError when the folder holds another run, or a run of its own that was not asked to be resumed."""
@@ -25,27 +29,39 @@ class RunFolder:
         """`writes`: False in all but the main process of a distributed run."""
         self.path, self.writes, self.tensorboard, self.writer = path, writes, tensorboard, None
         self.model, self.state, self.metrics = path / "model.safetensors", path / "resume.pt", path / "metrics.jsonl"
-        if writes:
-            self._check(config, resume)
+        self._check(config, resume)
 
     def _check(self, config: dict[str, Any], resume: bool) -> None:
         from omegaconf import OmegaConf
 
         saved = self.path / "config.yaml"
-        if saved.exists() and not resume:
+        if not saved.exists():
+            return
+        if not resume:
             raise ValueError(
                 f"{str(self.path)!r} already holds a run: go on with it by --resume, or choose another outdir"
             )
-        if saved.exists():
-            before = OmegaConf.to_container(OmegaConf.load(saved))
-            changed = sorted(k for k in flatten(before).keys() | flatten(config).keys()
-                             if flatten(before).get(k) != flatten(config).get(k))  # fmt: skip
-            if changed:
-                raise ValueError(f"{str(self.path)!r} was begun with other settings of {', '.join(changed)}: "
-                                 "resume with the same ones, or choose another outdir")  # fmt: skip
-        else:
-            with atomic(saved) as temporary:
-                OmegaConf.save(OmegaConf.create(config), temporary)
+        before, now = flatten(OmegaConf.to_container(OmegaConf.load(saved))), flatten(config)
+        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        fixed = [key for key in changed if not key.startswith(FREE)]
+        if fixed:
+            raise ValueError(
+                f"{str(self.path)!r} was begun with other settings of {', '.join(fixed)}: resume with these, or "
+                "choose another outdir"
+            )
+        if changed and not self.finished:
+            print(f"{self.path}: going on with other settings of {', '.join(changed)} than it was begun with")
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Make the folder a run's: called when the stage and its data are built, so that a mistake leaves no run."""
+        from omegaconf import OmegaConf
+
+        if not self.writes:
+            return
+        with atomic(self.path / "config.yaml") as temporary:
+            OmegaConf.save(OmegaConf.create(config), temporary)
+        for left in self.path.glob(f".{self.state.name}.*.tmp"):  # by runs that were killed while saving
+            left.unlink()
 
     @property
     def finished(self) -> bool:
@@ -56,23 +72,36 @@ class RunFolder:
         if not self.writes:
             return
         with atomic(self.state) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"cannot write {str(self.state)!r}: {error}") from None
 
     def load_state(self) -> dict[str, Any] | None:
-        """The saved state, and the metrics cut back to it; None when there is none. No pickled code is run."""
-        if not self.state.exists():
-            return None
-        try:
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises half a dozen kinds for a damaged file
-            raise ValueError(f"cannot resume from {str(self.state)!r}: the file is damaged ({error})") from None
-        if self.metrics.exists():
-            lines = [
-                line for line in self.metrics.read_text().splitlines() if json.loads(line)["step"] <= state["step"]
-            ]
-            with atomic(self.metrics) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+        """The saved state, with the metrics cut back to it; None when there is none. No pickled code is run."""
+        state = None
+        if self.state.exists():
+            try:
+                state = torch.load(self.state, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises half a dozen kinds for a damaged file
+                raise ValueError(f"cannot resume from {str(self.state)!r}: the file is damaged ({error})") from None
+        if self.writes:
+            self._cut_metrics(0 if state is None else state["step"])
         return state
+
+    def _cut_metrics(self, step: int) -> None:
+        """Drop the lines beyond `step`, and one that was being written when the run was killed."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue
+        with atomic(self.metrics) as temporary:
+            temporary.write_text("".join(kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One JSON line and one TensorBoard point per value."""
@@ -115,6 +144,9 @@ class RunFolder:
             return
         save_file(self.model, tensors, config)
         self.state.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Flush what TensorBoard has not written yet."""
         if self.writer is not None:
             self.writer.close()
 

@@ -1,0 +1,159 @@
+"""The checkpoint file: exact, whole or not there, and every kind of damage named."""
+
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file as save_plain
+
+from ldm.checkpoint import file as module
+from ldm.checkpoint.file import atomic, load_file, save_file
+
+CONFIG = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 2, "note": ["é", None, 1.5, True]}}
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 3, generator=generator)
+    return {"weight": weight, "bias": weight.T[0], "steps": torch.tensor(7), "half": torch.ones(2).half()}
+
+
+def files(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_round_trip_is_exact(tmp_path):
+    path = tmp_path / "deep" / "er" / "a.safetensors"  # folders are made
+    save_file(path, tensors(), CONFIG)
+    config, state = load_file(path)
+    assert config == CONFIG and state.keys() == tensors().keys()
+    for name, tensor in tensors().items():
+        assert torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype
+    assert files(path.parent) == ["a.safetensors"]
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    for name in "abcdef":
+        save_file(tmp_path / name, dict(sorted(tensors().items(), reverse=name > "c")), CONFIG)
+    assert len({(tmp_path / name).read_bytes() for name in "abcdef"}) == 1
+
+
+def test_dtype_converts_floating_point_only(tmp_path):
+    save_file(tmp_path / "a", tensors(), CONFIG, torch.float16)
+    _, state = load_file(tmp_path / "a")
+    assert torch.equal(state["weight"], tensors()["weight"].half())
+    assert state["steps"].dtype == torch.int64 and state["half"].dtype == torch.float16
+
+
+def test_the_header_is_plain_json_in_the_file(tmp_path):
+    """Other programs find the configuration as the metadata of a safetensors file."""
+    save_file(tmp_path / "a", tensors(), CONFIG)
+    content = (tmp_path / "a").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    assert json.loads(header["__metadata__"]["ldm.config"]) == CONFIG
+
+
+def test_saved_files_have_the_users_permissions(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        save_file(tmp_path / "a", tensors(), CONFIG)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
+        load_file(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_file(tmp_path)  # a folder
+    save_plain(tensors() | {"bias": torch.zeros(2)}, tmp_path / "plain")
+    with pytest.raises(ValueError, match="'.*plain' carries no 'ldm.config'.* was not written by ldm"):
+        load_file(tmp_path / "plain")
+    torch.save(tensors(), tmp_path / "zip")
+    (tmp_path / "text").write_text("<!doctype html><p>Not found" * 20)
+    (tmp_path / "empty").write_bytes(b"")
+    for name in ("zip", "text", "empty"):
+        with pytest.raises(ValueError, match=f"checkpoint '.*{name}' is not a whole safetensors file"):
+            load_file(tmp_path / name)
+
+
+@pytest.mark.parametrize("config", ["{", '"text"', "[1]", "null"])
+def test_damaged_configurations(tmp_path, config):
+    save_plain({"a": torch.zeros(1)}, tmp_path / "a", {"ldm.config": config})
+    with pytest.raises(ValueError, match="damaged configuration"):
+        load_file(tmp_path / "a")
+
+
+def test_truncated_anywhere(tmp_path):
+    save_file(tmp_path / "a", tensors(), CONFIG)
+    content = (tmp_path / "a").read_bytes()
+    for length in [*range(0, len(content) - 1, 23), len(content) - 1]:
+        (tmp_path / "b").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="is not a whole safetensors file"):
+            load_file(tmp_path / "b")
+    (tmp_path / "b").write_bytes(content + b"\0")
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_file(tmp_path / "b")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error):
+    path = tmp_path / "a"
+    save_file(path, tensors(), CONFIG)
+    before = path.read_bytes()
+
+    def half(state, temporary, metadata):
+        temporary.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(module, "save_safetensors", half)
+    with pytest.raises(type(error)):
+        save_file(path, tensors(), CONFIG)
+    assert path.read_bytes() == before and files(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
+def test_failing_at_the_very_end_leaves_no_temporary(tmp_path, monkeypatch, call):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def fail(*arguments):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="Input/output error"), atomic(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "old" and files(tmp_path) == ["a"]
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError):
+        save_file(tmp_path / "a", tensors(), CONFIG)
+    assert files(tmp_path) == ["a"] and (tmp_path / "a").is_dir()
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A limit on the size of files stands for the disk: the write fails in the middle, inside safetensors' own code."""
+    path = tmp_path / "a"
+    save_file(path, tensors(), CONFIG)
+    before = path.read_bytes()
+    code = f"""
+import resource, torch
+from ldm.checkpoint.file import save_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_file({str(path)!r}, {{"a": torch.zeros(1_000_000)}}, {CONFIG})
+except OSError as error:
+    print("OSError", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith(f"OSError cannot write checkpoint '{path}'"), done.stderr
+    assert path.read_bytes() == before and files(tmp_path) == ["a"]

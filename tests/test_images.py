@@ -1,0 +1,57 @@
+"""Pixels in [-1, 1] -> 8-bit levels -> pictures -> grids."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.images import image_grid, to_pil, to_uint8
+
+
+def test_levels_round_to_the_nearest_and_clip():
+    # level n stands for n / 127.5 - 1: all 256 come back, and half a level either way is the limit
+    levels = torch.arange(256)
+    exact = levels.double() / 127.5 - 1
+    assert torch.equal(to_uint8(exact), levels.to(torch.uint8))
+    assert torch.equal(to_uint8((exact + 0.49 / 127.5).clamp(max=1)), levels.to(torch.uint8))
+    assert torch.equal(to_uint8((exact - 0.49 / 127.5).clamp(min=-1)), levels.to(torch.uint8))
+    assert to_uint8(torch.tensor([-7.0, -1.0, 1.0, 7.0, float("inf"), -float("inf")])).tolist() == [
+        0,
+        0,
+        255,
+        255,
+        255,
+        0,
+    ]
+    for dtype in (torch.float16, torch.bfloat16):
+        assert to_uint8(torch.tensor([-1.0, 0.0, 1.0], dtype=dtype)).tolist() == [0, 128, 255]
+    assert to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 3, 4, 5)
+
+
+def test_pictures_are_grey_or_rgb():
+    pixels = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    colour, grey = to_pil(pixels), to_pil(pixels[:, :1])
+    assert [(p.mode, p.size) for p in colour] == [("RGB", (5, 4))] * 2  # PIL's size is (width, height)
+    assert [(p.mode, p.size) for p in grey] == [("L", (5, 4))] * 2
+    assert np.array_equal(np.asarray(colour[1]), to_uint8(pixels)[1].permute(1, 2, 0).numpy())
+    assert np.array_equal(np.asarray(grey[0]), to_uint8(pixels)[0, 0].numpy())
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_grid(mode):
+    colours = [10, 60, 110, 160, 210]
+    images = [Image.new(mode, (4, 3), c if mode == "L" else (c, 0, c)) for c in colours]
+    grid = image_grid(images, columns=3, gap=2)
+    assert grid.mode == mode and grid.size == (3 * 4 + 2 * 2, 2 * 3 + 2)
+    pixels = np.asarray(grid)
+    pixels = pixels if mode == "L" else pixels[:, :, 0]
+    for i, c in enumerate(colours):
+        top, left = i // 3 * 5, i % 3 * 6
+        assert (pixels[top : top + 3, left : left + 4] == c).all()
+    assert (pixels[3:5] == 128).all() and (pixels[:, 4:6] == 128).all() and (pixels[5:, 12:] == 128).all()
+
+
+def test_grid_is_no_wider_than_its_pictures_and_never_empty():
+    assert image_grid([Image.new("L", (4, 3))], columns=8).size == (4, 3)
+    with pytest.raises(ValueError, match="at least one picture"):
+        image_grid([], columns=2)

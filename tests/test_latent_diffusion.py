@@ -1,0 +1,220 @@
+"""LatentDiffusion: `generate` is five steps anyone can write out; seeds, batches, guidance, sizes, precision."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+from ldm.diffusion import guidance
+from ldm.diffusion.denoiser import from_vp, to_vp
+from ldm.diffusion.sampling import SAMPLERS
+from ldm.diffusion.schedule import sampling_sigmas
+from ldm.images import to_pil
+from ldm.latent_diffusion import LatentDiffusion
+
+PROMPTS = ["five", "a thin 3", "", "an eight leaning left"]
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+class Calls:
+    """Counts the UNet's calls and keeps their batch sizes and dtypes."""
+
+    def __init__(self, model):
+        self.batches, self.dtypes = [], []
+        self.handle = model.model.diffusion_model.register_forward_pre_hook(self.note)
+
+    def note(self, module, arguments):
+        self.batches.append(len(arguments[0]))
+        self.dtypes.append(arguments[0].dtype)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_generate_is_five_steps(tiny_model, sampler):
+    """Bit for bit; ddpm draws each step's noise from the same generator as the start."""
+    model, row = tiny_model, SAMPLERS[sampler]
+    with torch.inference_mode():
+        cond, uncond = model.condition(PROMPTS), model.condition(["thick"] * 4)
+        denoise = guidance.classifier_free(model.denoiser(), cond, uncond, 2.5)
+        sigmas = sampling_sigmas(model.schedule, 3, row.spacing, row.final_sigma)
+        generators = [torch.Generator().manual_seed(7 + i) for i in range(4)]
+
+        def draw():
+            return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+
+        *_, last = row(denoise, from_vp(draw(), sigmas[0].item()), sigmas, noise=draw)
+        expected = to_pil(model.decode(to_vp(last.x, sigmas[-1].item())))
+    images = model.generate(PROMPTS, negative="thick", steps=3, scale=2.5, sampler=sampler, seed=7)
+    assert np.array_equal(pixels(images), pixels(expected))
+    assert images[0].size == (32, 32) and images[0].mode == "L"
+    assert pixels(images).std() > 5  # random weights draw something
+
+
+def test_the_models_own_defaults_are_what_is_not_given(tiny_model):
+    own = {"steps": 4, "scale": 2.0, "sampler": "ddim", "height": 32, "width": 32, "spacing": "trailing", "eta": 0.0}
+    assert np.array_equal(pixels(tiny_model.generate(["5"])), pixels(tiny_model.generate(["5"], **own)))
+
+
+def test_a_picture_is_the_same_alone_and_in_any_batch(tiny_model):
+    options = {"sampler": "ddpm", "steps": 3}
+    whole = pixels(tiny_model.generate(PROMPTS, seed=20, **options))
+    for size in (1, 3):
+        assert abs(pixels(tiny_model.generate(PROMPTS, seed=20, batch_size=size, **options)) - whole).max() <= 1
+    for i, prompt in enumerate(PROMPTS):
+        assert abs(pixels(tiny_model.generate([prompt], seed=20 + i, **options))[0] - whole[i]).max() <= 1
+    chosen = pixels(tiny_model.generate([PROMPTS[3], PROMPTS[1]], seeds=[23, 21], **options))
+    assert abs(chosen - whole[[3, 1]]).max() <= 1
+    assert np.array_equal(pixels(tiny_model.generate(PROMPTS, seed=20, **options)), whole)  # same batch: same bytes
+    assert not np.array_equal(whole, pixels(tiny_model.generate(PROMPTS, seed=21, **options)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_fixed_code_starts_all_from_picture_0s_noise(tiny_model, batch_size):
+    starts = []
+    options = {"steps": 2, "seed": 5, "batch_size": batch_size, "fixed_code": True}
+    images = pixels(tiny_model.generate(["five"] * 4, callback=lambda s: starts.append(s.x), **options))
+    assert abs(images - images[0]).max() <= 1
+    others = pixels(tiny_model.generate(["five"] * 4, steps=2, seed=5))
+    assert abs(others[0] - images[0]).max() <= 1 and abs(others[1] - images[1]).max() > 5
+    assert [len(x) for x in starts] == [batch_size, batch_size] * (4 // batch_size)
+
+
+def test_negative_prompts_one_or_many(tiny_model):
+    options = {"steps": 2, "scale": 3.0, "seeds": [1, 1]}
+    one = pixels(tiny_model.generate(["5", "5"], negative="bold", **options))
+    many = pixels(tiny_model.generate(["5", "5"], negative=["bold", "thin"], **options))
+    none = pixels(tiny_model.generate(["5", "5"], **options))
+    assert np.array_equal(one[0], one[1]) and np.array_equal(many[0], one[0])
+    assert not np.array_equal(many[1], one[1]) and not np.array_equal(none[0], one[0])
+    assert np.array_equal(none, pixels(tiny_model.generate(["5", "5"], negative="", **options)))
+    # a negative prompt that is the prompt leaves nothing to guide towards
+    same = pixels(tiny_model.generate(["5"], negative="5", steps=2, scale=3.0, seed=1))
+    assert abs(same - pixels(tiny_model.generate(["5"], steps=2, scale=1.0, seed=1))).max() <= 1
+
+
+def test_the_unet_is_evaluated_once_per_step_and_doubled_only_under_guidance(tiny_model):
+    with Calls(tiny_model) as calls:
+        tiny_model.generate(["5"] * 3, steps=4, scale=1.0)
+    assert calls.batches == [3, 3, 3, 3]
+    with Calls(tiny_model) as calls:
+        tiny_model.generate(["5"] * 3, steps=4, scale=2.0, batch_size=2)
+    assert calls.batches == [4] * 4 + [2] * 4
+    sigmas = sampling_sigmas(tiny_model.schedule, 4, "trailing")
+    with Calls(tiny_model) as calls:
+        tiny_model.generate(["5"], steps=4, scale=2.0, interval=(0.0, float(sigmas[2])))
+    assert calls.batches == [1, 1, 2, 2]
+
+
+def test_callback_is_given_every_step_of_every_batch(tiny_model):
+    steps = []
+    images = tiny_model.generate(["5"] * 3, steps=3, batch_size=2, callback=steps.append)
+    sigmas = sampling_sigmas(tiny_model.schedule, 3, "trailing").tolist()
+    assert [step.index for step in steps] == [0, 1, 2] * 2 and [step.sigma for step in steps] == sigmas[1:] * 2
+    assert [step.x.shape for step in steps] == [(2, 4, 8, 8)] * 3 + [(1, 4, 8, 8)] * 3
+    # the last sigma is 0, so that the last state is the picture, and the last x0
+    assert torch.equal(steps[2].x, steps[2].x0)
+    assert np.array_equal(pixels(to_pil(tiny_model.decode(steps[2].x))), pixels(images[:2]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "from 1 to 1000 .* got 0"),
+        ({"steps": 1001}, "from 1 to 1000 .* got 1001"),
+        ({"sampler": "dimm"}, "unknown sampler 'dimm'; choose from ddim, ddpm"),
+        ({"spacing": "even"}, "unknown spacing 'even'"),
+        ({"height": 36}, "height 36 .* multiple of 8"),
+        ({"width": 0}, "width 0 .* multiple of 8"),
+        ({"height": -8}, "height -8 "),
+        ({"seed": -1}, "seed must be from 0 .* got -1"),
+        ({"seeds": [1]}, "2 prompts need .* got 1 seeds"),
+        ({"negative": ["a", "b", "c"]}, "2 prompts need .* 3 negative prompts"),
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"eta": 1.5}, "eta must be from 0 to 1, got 1.5"),
+        ({"rescale": 2.0}, "rescale must be from 0 to 1, got 2.0"),
+        ({"interval": (2.0, 1.0)}, "interval .* got 2.0 to 1.0"),
+    ],
+)
+def test_what_is_out_of_range_is_named(tiny_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model.generate(["4", "5"], **settings)
+
+
+def test_one_string_is_no_list_of_prompts(tiny_model):
+    with pytest.raises(ValueError, match="a list of prompts, not one string \\('five'\\)"):
+        tiny_model.generate("five")
+    assert tiny_model.generate([]) == []
+
+
+def test_other_sizes(tiny_model):
+    image = tiny_model.generate(["5"], steps=1, height=40, width=24)[0]
+    assert image.size == (24, 40)
+    assert tiny_model.latent_size(40, 24) == (4, 10, 6)
+
+
+def test_latents_are_scaled_after_encoding_and_back_before_decoding(tiny_model):
+    model, x = copy.deepcopy(tiny_model), torch.rand(2, 1, 32, 32) * 2 - 1
+    model.scale_factor = 0.18215
+    posterior = model.first_stage_model.encode(x)
+    z = model.encode(x, torch.Generator().manual_seed(3))
+    eps = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(z, 0.18215 * (posterior.mean + posterior.std * eps))
+    assert torch.equal(model.decode(z), model.first_stage_model.decode(z / 0.18215))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_loss_is_the_squared_error_of_what_is_predicted(tiny_model, prediction):
+    model = copy.deepcopy(tiny_model)
+    model.prediction = prediction
+    generator = torch.Generator().manual_seed(0)
+    z, eps = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 4, 8, 8, generator=generator)
+    t, cond = torch.tensor([0, 400, 999]), model.condition(["4", "5", ""])
+    ab = model.schedule.alphas_cumprod[t].float()[:, None, None, None]
+    x_t = ab.sqrt() * z + (1 - ab).sqrt() * eps
+    wanted = {"eps": eps, "x0": z, "v": ab.sqrt() * eps - (1 - ab).sqrt() * z}[prediction]
+    expected = ((model.model.diffusion_model(x_t, t, cond["c_crossattn"], cond["c_adm"]) - wanted) ** 2).mean((1, 2, 3))
+    # sqrt(ab) is rounded to float32 before or after the root: a few units in the last place
+    torch.testing.assert_close(model.loss(z, cond, t, eps), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_keep_a_float32_state(tiny_model, dtype):
+    model, steps = copy.deepcopy(tiny_model).to(dtype), []
+    with Calls(model) as calls:
+        images = pixels(model.generate(["five"], steps=3, callback=steps.append))
+    assert calls.dtypes == [dtype] * 3
+    assert {tensor.dtype for step in steps for tensor in (step.x, step.x0)} == {torch.float32}
+    # 8 or 11 bits of precision through three networks; a bf16 state would lose the small steps and show far more
+    assert abs(images - pixels(tiny_model.generate(["five"], steps=3))).mean() < (6 if dtype == torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"defaults": {"step": 5}}, "unknown settings \\['step'\\].*'steps'"),
+        ({"unet_config": {"target": "ldm.models.unet.UNetModel", "params": {"image_sizes": 8}}}, "image_sizes"),
+    ],
+)
+def test_unknown_settings_of_a_model_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        LatentDiffusion(**{**TINY, **change})
+
+
+def test_hash_is_that_of_the_file(tiny_model, tiny_checkpoint):
+    import hashlib
+
+    import ldm
+
+    expected = hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()[:10]
+    assert ldm.load(tiny_checkpoint, device="cpu").hash == expected
+    assert tiny_model.hash == ""

@@ -1,0 +1,179 @@
+"""A path -> a model and back: bit for bit, strictly, and without doing more than that takes."""
+
+import copy
+import random
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ldm
+from ldm.checkpoint.file import load_file, save_file
+from ldm.loading import Unfilled, load_network
+
+
+def pixels(model) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in model.generate(["five", ""], steps=2)])
+
+
+def test_round_trip_is_bit_exact(tiny_model, tiny_checkpoint):
+    model = ldm.load(str(tiny_checkpoint), device="cpu")
+    assert model.path == tiny_checkpoint and not model.training
+    assert not any(p.requires_grad or p.is_meta for p in model.parameters())
+    expected = tiny_model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert (model.prediction, model.scale_factor, model.schedule_params) == ("v", 1.0, {"name": "cosine"})
+    assert model.defaults == tiny_model.defaults  # infinity in the interval included
+    assert model.cond_stage_model.tokenizer.merges == ("f i", "v e</w>")
+    assert np.array_equal(pixels(model), pixels(tiny_model))
+
+
+def test_a_half_precision_file_and_half_precision_in_memory(tiny_model, tiny_checkpoint, tmp_path):
+    path = tmp_path / "half.safetensors"
+    ldm.save(tiny_model, path, torch.float16)
+    model = ldm.load(path, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, tensor in tiny_model.state_dict().items():
+        wanted = tensor.half().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(model.state_dict()[name], wanted)
+    # weights are bytes here; names and configuration take as much room in both files
+    saved = tiny_checkpoint.stat().st_size - path.stat().st_size
+    assert saved == pytest.approx(2 * sum(p.numel() for p in tiny_model.parameters()), rel=0.01)
+    assert {p.dtype for p in ldm.load(path, device="cpu", dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_a_loaded_model_can_be_saved_over_its_own_file(tiny_checkpoint, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(tiny_checkpoint.read_bytes())
+    model = ldm.load(path, device="cpu")
+    ldm.save(model, path)
+    assert path.read_bytes() == tiny_checkpoint.read_bytes()
+
+
+def test_weights_that_do_not_fit_are_listed(tiny_model, tmp_path):
+    config = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": tiny_model.config}
+    state = dict(tiny_model.state_dict())
+    del state["model.diffusion_model.out.2.weight"], state["model.diffusion_model.out.2.bias"]
+    state["unheard.of"] = torch.zeros(1)
+    state["first_stage_model.quant_conv.bias"] = torch.zeros(3)
+    save_file(tmp_path / "a", state, config)
+    with pytest.raises(ValueError) as caught:
+        ldm.load(tmp_path / "a", device="cpu")
+    assert str(caught.value) == (
+        f"checkpoint '{tmp_path / 'a'}' does not fit its configuration: "
+        "2 missing (model.diffusion_model.out.2.bias, model.diffusion_model.out.2.weight); "
+        "1 unexpected (unheard.of); 1 of another shape (first_stage_model.quant_conv.bias)"
+    )
+    save_file(tmp_path / "b", {}, config)
+    with pytest.raises(ValueError, match="missing \\(([\\w.]+, ){5}\\.\\.\\.\\)$"):
+        ldm.load(tmp_path / "b", device="cpu")
+
+
+def test_what_is_not_a_whole_model(tiny_model, tmp_path):
+    first_stage = tiny_model.config["first_stage_config"]
+    save_file(tmp_path / "a", tiny_model.first_stage_model.state_dict(), first_stage)
+    with pytest.raises(ValueError, match="holds a ldm.models.autoencoder.AutoencoderKL, not a whole model"):
+        ldm.load(tmp_path / "a", device="cpu")
+    save_file(tmp_path / "b", tiny_model.first_stage_model.state_dict(), {"params": first_stage["params"]})
+    with pytest.raises(ValueError, match="holds a None, not a whole model"):
+        ldm.load(tmp_path / "b", device="cpu")
+    with pytest.raises(ValueError, match="builds nothing: .*target"):
+        load_network(tmp_path / "b")
+    x = torch.rand(1, 1, 32, 32)
+    network = load_network(tmp_path / "a")
+    assert torch.equal(network(x, sample_posterior=False)[0], tiny_model.first_stage_model(x, False)[0])
+
+
+@pytest.mark.parametrize("target", ["os.system", "torch.hub.load", "ldm.loading.load", "subprocess.Popen"])
+def test_a_configuration_reaches_nothing_but_classes(tmp_path, target):
+    params = {"command": f"touch {tmp_path}/hit", "args": ["touch", f"{tmp_path}/hit"]}
+    save_file(tmp_path / "a", {"x": torch.zeros(1)}, {"target": target, "params": params})
+    with pytest.raises(ValueError, match=f"'{target}' is n"):  # not a class, not allowed, neither Module nor Dataset
+        load_network(tmp_path / "a")
+    with pytest.raises(ValueError, match="not a whole model"):
+        ldm.load(tmp_path / "a", device="cpu")
+    assert not (tmp_path / "hit").exists()
+
+
+def test_a_nested_target_is_refused(tiny_model, tmp_path):
+    config = copy.deepcopy(tiny_model.config)
+    config["cond_stage_config"] = {"target": "os.system", "params": {"command": f"touch {tmp_path}/hit"}}
+    target = "ldm.latent_diffusion.LatentDiffusion"
+    save_file(tmp_path / "a", tiny_model.state_dict(), {"target": target, "params": config})
+    with pytest.raises(ValueError, match="checkpoint .* builds nothing: target 'os.system' is not"):
+        ldm.load(tmp_path / "a", device="cpu")
+    assert not (tmp_path / "hit").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("first_stage_config", "embed_dim", "four"),
+        ("first_stage_config", "ddconfig", {}),
+        ("unet_config", "norm_groups", 7),
+        ("unet_config", "model_channels", None),
+        ("cond_stage_config", "vocab_size", 3),
+    ],
+)
+def test_a_configuration_that_builds_nothing_is_one_sentence(tiny_model, tiny_checkpoint, tmp_path, part, key, value):
+    config, state = load_file(tiny_checkpoint)
+    config["params"][part]["params"][key] = value
+    save_file(tmp_path / "a", state, config)
+    with pytest.raises(ValueError, match="^checkpoint .* (builds nothing|does not fit)"):
+        ldm.load(tmp_path / "a", device="cpu")
+
+
+def test_flipped_bits_in_the_header_end_in_a_sentence(tiny_checkpoint, tmp_path):
+    """Whatever bit of the header is flipped: a ValueError, or a model (a default, say, with another value)."""
+    content = tiny_checkpoint.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    draw, refused = random.Random(0), 0
+    bits = [*range(0, 64, 5), *(draw.randrange(64, 8 * (8 + length)) for _ in range(40))]
+    for bit in bits:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "a").write_bytes(damaged)
+        try:
+            ldm.load(tmp_path / "a", device="cpu")
+        except ValueError:
+            refused += 1
+    assert refused > 30
+
+
+def test_nothing_is_initialised_on_the_way(monkeypatch):
+    """Neither by torch's own layers nor by modules that call an initialiser themselves."""
+    reached = []
+    for name in ("_no_grad_normal_", "_no_grad_uniform_", "_no_grad_trunc_normal_"):
+        monkeypatch.setattr(nn.init, name, lambda *arguments, name=name, **options: reached.append(name))
+    with torch.device("meta"), Unfilled():
+        layers = nn.Linear(3, 4), nn.Conv2d(3, 4, 3), nn.Embedding(5, 6), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+        assert nn.init.normal_(layers[0].weight, std=0.02) is layers[0].weight
+        assert nn.init.kaiming_uniform_(tensor=layers[0].weight) is layers[0].weight
+    assert all(p.is_meta for layer in layers for p in layer.parameters())
+    assert reached == []
+
+
+def test_loading_imports_nothing_heavy(tiny_checkpoint):
+    code = f"""
+import sys, types
+import ldm
+assert isinstance(ldm.__version__, str) and "torch" not in sys.modules
+assert isinstance(ldm.load, types.FunctionType) and isinstance(ldm.save, types.FunctionType)
+model = ldm.load({str(tiny_checkpoint)!r}, device="cpu")
+assert isinstance(model, ldm.LatentDiffusion)
+import ldm.loading
+assert isinstance(ldm.load, types.FunctionType)
+heavy = ["torch._dynamo", "sympy", "transformers", "open_clip", "torchvision", "sklearn", "accelerate", "diffusers"]
+print([name for name in heavy if name in sys.modules])
+try:
+    ldm.loda
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\nmodule 'ldm' has no attribute 'loda'\n", "")

@@ -1,0 +1,397 @@
+"""The three stages: their losses written out by hand, what trains and what stays frozen, and what they export."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+from torch.nn import functional as F
+
+import ldm
+from ldm.checkpoint.file import save_file
+from ldm.conditioning.text import TextEncoder
+from ldm.data.digits import Digits
+from ldm.diffusion.schedule import training_timesteps
+from ldm.models.classifier import Judge
+from ldm.models.perceptual import perceptual_distance
+from ldm.training.autoencoder import AutoencoderStage
+from ldm.training.clip import CLIPStage
+from ldm.training.diffusion import DiffusionStage, LatentDataset
+from ldm.training.order import collate
+
+CPU = torch.device("cpu")
+FIRST_STAGE = TINY["first_stage_config"]["params"]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return Digits(first=64)
+
+
+@pytest.fixture(scope="module")
+def batch(digits) -> dict:
+    return collate(digits.__getitems__(list(range(8))))
+
+
+# --- the autoencoder
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> str:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    params = {"widths": [4, 4, 8]}
+    save_file(path, Judge(**params).state_dict(), {"target": "ldm.models.classifier.Judge", "params": params})
+    return str(path)
+
+
+def autoencoder(judge: str | None = None, **settings) -> AutoencoderStage:
+    torch.manual_seed(0)
+    discriminator = {"input_nc": 1, "ndf": 4, "n_layers": 1}
+    options = {"discriminator": discriminator, "perceptual": judge, "preview_columns": 4, **settings}
+    return AutoencoderStage(learning_rate=1e-3, **copy.deepcopy(FIRST_STAGE), **options)
+
+
+def test_every_term_of_the_autoencoders_loss(judge, batch):
+    stage = autoencoder(judge, kl_weight=0.3, perceptual_weight=0.7, disc_weight=0.5, reconstruction="l1")
+    x = batch["image"]
+    torch.manual_seed(4)
+    loss, metrics = stage(batch)
+    torch.manual_seed(4)
+    reconstruction, posterior = stage.model(x)
+    error = (reconstruction - x).abs().mean()
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    perceptual = perceptual_distance(stage.perceptual.maps, reconstruction, x).mean()
+    adversarial = -stage.discriminator(reconstruction).mean()
+    plain, last = error + 0.3 * kl + 0.7 * perceptual, stage.model.decoder.conv_out.weight
+    norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (plain, adversarial)]
+    expected = plain + 0.5 * norms[0] / (norms[1] + 1e-4) * adversarial
+    # the same sums in float32, in another order here and there
+    for name, value in {"error": error, "kl": kl, "perceptual": perceptual, "adversarial": adversarial}.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+    assert torch.isfinite(loss) and metrics.keys() == {"error", "kl", "perceptual", "adversarial"}
+
+
+def test_each_loss_reaches_its_own_network_only(judge, batch):
+    stage = autoencoder(judge)
+    stage(batch, 0)[0].backward()
+    assert all(p.grad is not None for p in stage.model.parameters())
+    assert all(p.grad is None and p.requires_grad for p in stage.discriminator.parameters())
+    stage.zero_grad()
+    loss, metrics = stage(batch, 1)
+    loss.backward()
+    assert metrics["discriminator"] > 0
+    assert all(p.grad is None for p in stage.model.parameters())
+    assert all(p.grad is not None for p in stage.discriminator.parameters())
+    # the perceptual network is frozen, and neither trained nor averaged nor saved
+    assert not any(p.requires_grad for p in stage.perceptual.parameters())
+    assert not any("perceptual" in name for name in [*stage.state_dict(), *dict(stage.named_parameters())])
+    assert [len(o.param_groups[0]["params"]) for o in stage.optimizers()] == [
+        len(list(stage.model.parameters())),
+        len(list(stage.discriminator.parameters())),
+    ]
+
+
+def test_adaptive_weight_of_linear_losses(monkeypatch):
+    stage = autoencoder()
+    w = nn.Parameter(torch.tensor([1.0, 2.0]))
+    monkeypatch.setattr(stage.model, "get_last_layer", lambda: w)
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])  # gradients of norm 5 and 2
+    assert stage._adaptive_weight((a * w).sum(), (b * w).sum()).item() == pytest.approx(5 / (2 + 1e-4))
+    assert stage._adaptive_weight((a * w).sum(), (0 * b * w).sum()).item() == pytest.approx(1e4)  # not 5e4
+    assert not stage._adaptive_weight((a * w).sum(), (b * w).sum()).requires_grad
+
+
+def test_the_discriminator_counts_from_disc_start_on(batch):
+    stage = autoencoder(disc_start=2, kl_weight=0.1)
+    for number in range(4):
+        loss, metrics = stage(batch, 0)
+        adversarial = (loss - metrics["error"] - 0.1 * metrics["kl"]).item()
+        discriminator = stage(batch, 1)[0].item()
+        if number < 2:
+            assert adversarial == pytest.approx(0, abs=1e-6) and discriminator == 0
+        else:
+            assert abs(adversarial) > 1e-4 and discriminator > 0.1
+    assert stage.state_dict()["batches"] == 4  # saved, so that a resumed run knows
+
+
+def test_finish_gives_standard_normal_latents_per_channel(digits):
+    stage = autoencoder(discriminator=None)
+    with torch.no_grad():  # latents far from normal
+        stage.model.quant_conv.weight *= torch.linspace(1, 30, 8)[:, None, None, None] / 10
+        stage.model.quant_conv.bias += torch.linspace(-2, 2, 8)
+    stage.eval()
+    images = torch.stack([digits[i]["image"] for i in range(len(digits))])
+    with torch.no_grad():
+        before = stage.model(images, sample_posterior=False)[0]
+        stage.finish(digits)
+        posterior = stage.model.encode(images)
+        after = stage.model(images, sample_posterior=False)[0]
+    mean = posterior.mean.mean((0, 2, 3))
+    variance = (posterior.mean**2 + posterior.var).mean((0, 2, 3)) - mean**2
+    torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(variance, torch.ones(4), rtol=1e-3, atol=0)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # pictures stay
+    config, state = stage.export()
+    assert config == {"target": "ldm.models.autoencoder.AutoencoderKL", "params": FIRST_STAGE}
+    assert state.keys() == stage.model.state_dict().keys()
+
+
+def test_finish_may_leave_the_latents_alone(digits):
+    stage = autoencoder(discriminator=None, normalize=False)
+    before = copy.deepcopy(stage.model.state_dict())
+    stage.finish(digits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stage.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("count", "shown"), [(64, 16), (6, 8), (3, 6), (1, 2)])
+def test_previews_of_large_and_small_data_sets(count, shown):
+    """Two rows of originals, or what there is, each with its reconstructions below it."""
+    stage, data = autoencoder(), Digits(first=count)
+    assert stage.prepare(data, CPU) is data
+    images = stage.eval().preview()
+    assert len(images) == shown and len(images) % stage.preview_columns == 0
+    assert images[0].tobytes() == bytes(data.images[0].flatten().tolist())
+
+
+# --- CLIP
+
+
+@pytest.fixture(scope="module")
+def clip(digits) -> CLIPStage:
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
+    sizes = {"width": 16, "layers": 2, "heads": 2, "context_length": 16, "projection_dim": 12}
+    stage = CLIPStage(vision, learning_rate=3e-3, merges_first=20, preview_columns=5, **sizes)
+    assert stage.prepare(digits, CPU) is digits
+    return stage
+
+
+def test_positives_by_hand(clip):
+    """Captions j say, of the pictures i: -1 is silence; a caption of another digit is no positive, whatever it says."""
+    batch = {
+        "label": torch.tensor([5, 5, 5, 3]),
+        "style": torch.tensor([(0, 1), (2, 1), (0, 2), (0, 1)]),
+        "said": torch.tensor([(-1, -1), (2, -1), (0, 2), (0, 1)]),
+        "caption": ["five", "bold 5", "a thin five leaning right", "a thin three, upright"],
+    }
+    assert clip.agreement == 4.0
+    assert clip.positives(batch).tolist() == [
+        [4, 1, 1, 0],  # thin, upright 5: "five" is all true, "bold 5" and "leaning right" only name it
+        [4, 4, 1, 0],
+        [4, 1, 4, 0],
+        [0, 0, 0, 4],
+    ]
+    unlabelled = {"caption": ["a", "b", "a"]}
+    assert clip.positives(unlabelled).tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+
+
+def test_contrastive_loss_by_hand(clip, batch, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (F.normalize(torch.randn(8, 5, generator=generator), dim=1) for _ in range(2))
+    monkeypatch.setattr(clip, "_embed", lambda batch: (images, texts, torch.tensor(250.0)))
+    loss, _ = clip(batch)
+    true, scale = clip.positives(batch).tolist(), 100.0  # CLIP clips its temperature at 100
+    similar = [[scale * sum(a * b for a, b in zip(i, t, strict=True)) for t in texts.tolist()] for i in images.tolist()]
+    expected = 0.0
+    for square, weights in ((similar, true), (list(zip(*similar, strict=True)), list(zip(*true, strict=True)))):
+        for logits, weight in zip(square, weights, strict=True):
+            top = max(logits)
+            log_sum = top + math.log(sum(math.exp(value - top) for value in logits))
+            terms = [w / sum(weight) * (log_sum - value) for w, value in zip(weight, logits, strict=True)]
+            expected += sum(terms) / 8 / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_clip_learns_and_exports_its_text_half(clip, batch):
+    (optimizer,) = clip.optimizers()
+    losses = []
+    for _ in range(12):
+        loss, metrics = clip(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2 and 0 <= metrics["accuracy"] <= 1
+    config, state = clip.export()
+    assert config["target"] == "ldm.conditioning.text.TextEncoder"
+    encoder = TextEncoder(**config["params"])
+    encoder.load_state_dict(state)
+    prompts = [*batch["caption"], "", "a picture of anything else, and longer than the context of sixteen tokens is"]
+    tokens = encoder.tokenizer(prompts)
+    clip.clip.eval()
+    with torch.no_grad():
+        cond = encoder.eval()(prompts)
+        pooled = clip.clip.encode_text(tokens)
+        hidden = clip.clip.token_embedding(tokens) + clip.clip.positional_embedding
+        hidden = clip.clip.ln_final(clip.clip.transformer(hidden, attn_mask=clip.clip.attn_mask))
+    torch.testing.assert_close(cond["c_adm"], pooled, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cond["c_crossattn"], hidden, rtol=0, atol=1e-5)
+    assert len(clip.preview()) == 25
+
+
+def test_the_vocabulary_spells_everything(clip):
+    """Words of the captions are one token each, as in CLIP's own; any other text is there down to its bytes."""
+    from tokenizers import decoders
+
+    tokenizer = clip.encoder.tokenizer
+    assert tokenizer.vocab_size == 512 + len(tokenizer.merges) + 2 < 2000
+    assert len(tokenizer.encode("a bold handwritten digit seven leaning right")) == 7
+    for text in ("a zebra on a quetzal", "日本語", "naïve ☃ 🦓", "x" * 50):
+        ids = tokenizer.encode(text)
+        assert max(ids) < tokenizer.sot
+        spelled = "".join(tokenizer._pipeline.id_to_token(i) for i in ids)
+        words = [decoders.ByteLevel().decode([word]) for word in spelled.split("</w>")]
+        assert "".join(words) == text.replace(" ", "")
+
+
+def test_clip_of_fewer_pictures_than_a_preview_shows():
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
+    stage = CLIPStage(vision, 1e-3, width=16, layers=1, heads=2, projection_dim=8, merges_first=0)
+    stage.prepare(Digits(first=3), CPU)
+    assert len(stage.preview()) == 9 and stage.preview_columns == 3
+
+
+# --- diffusion
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("parts")
+    networks = {"first_stage": tiny_model.first_stage_model, "cond_stage": tiny_model.cond_stage_model}
+    for name, network in networks.items():
+        save_file(folder / name, network.state_dict(), TINY[f"{name}_config"])
+    return {name: str(folder / name) for name in networks}
+
+
+def diffusion(parts: dict, **settings) -> DiffusionStage:
+    torch.manual_seed(0)
+    options = {"schedule": {"name": "cosine"}, "learning_rate": 1e-3, "defaults": TINY["defaults"], **settings}
+    stage = DiffusionStage(unet_config=TINY["unet_config"], **parts, **options)
+    with torch.no_grad():
+        for p in stage.parameters():
+            p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every prediction zero
+    return stage
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_diffusion_loss_by_hand(parts, digits, prediction):
+    """(Rombach et al. 2022, eq. 3) with the random numbers drawn again in the same order."""
+    levels = {"name": "logit_normal", "mean": 0.5, "std": 0.8}
+    stage = diffusion(parts, prediction=prediction, timesteps=levels, caption_dropout=0.5)
+    model, data = stage.latent_diffusion, stage.prepare(digits, CPU)
+    batch = collate(data.__getitems__([3, 1, 40, 41]))
+    torch.manual_seed(9)
+    loss, metrics = stage(batch)
+    torch.manual_seed(9)
+    z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn(4, 4, 8, 8))
+    kept = torch.rand(4) >= 0.5
+    cond = model.condition([c if keep else "" for c, keep in zip(batch["caption"], kept, strict=True)])
+    t = training_timesteps("logit_normal", 4, 1000, mean=0.5, std=0.8)
+    noise = torch.randn(4, 4, 8, 8)
+    ab = model.schedule.alphas_cumprod[t].float()[:, None, None, None]
+    x_t = ab.sqrt() * z + (1 - ab).sqrt() * noise
+    wanted = {"eps": noise, "x0": z, "v": ab.sqrt() * noise - (1 - ab).sqrt() * z}[prediction]
+    expected = F.mse_loss(model.model.diffusion_model(x_t, t, cond["c_crossattn"], cond["c_adm"]), wanted)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+    assert metrics["loss"].item() == pytest.approx(loss.item()) and 0 < kept.sum() < 4
+
+
+def test_captions_are_dropped_at_their_share(parts, monkeypatch):
+    stage, seen = diffusion(parts, caption_dropout=0.3), []
+    monkeypatch.setattr(stage.latent_diffusion, "condition", lambda captions: seen.extend(captions))
+    monkeypatch.setattr(stage.latent_diffusion, "loss", lambda z, cond, t, noise: z.mean((1, 2, 3)))
+    captions = [f"caption {i}" for i in range(2000)]
+    stage({"mean": torch.zeros(2000, 1, 1, 1), "std": torch.ones(2000, 1, 1, 1), "caption": captions})
+    assert all(said in ("", caption) for said, caption in zip(seen, captions, strict=True))
+    assert seen.count("") / 2000 == pytest.approx(0.3, abs=0.041)  # 4 standard deviations of 0.0102
+
+
+def test_cached_latents_equal_encoding_on_the_fly(parts, digits):
+    stages = [diffusion(parts, cache_latents=cached) for cached in (True, False)]
+    data = [stage.prepare(digits, CPU) for stage in stages]
+    assert isinstance(data[0], LatentDataset) and data[1] is digits and len(data[0]) == len(digits)
+    factors = [stage.latent_diffusion.scale_factor for stage in stages]
+    assert factors[0] == pytest.approx(factors[1], rel=1e-6) and factors[0] != 1.0
+    for epoch in (0, 1):
+        losses, captions = [], []
+        for stage, part in zip(stages, data, strict=True):
+            part.set_epoch(epoch)
+            batch = collate(part.__getitems__([7, 0, 63]))
+            captions.append(batch["caption"])
+            torch.manual_seed(5)
+            losses.append(stage(batch)[0])
+        assert captions[0] == captions[1]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)  # encoded in batches of 64 and of 3
+    digits.set_epoch(0)
+    digits_without_caption = [{"caption": "from the sample"}]
+    other = LatentDataset(digits_without_caption, torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8))
+    assert other.__getitems__([0])[0]["caption"] == "from the sample"
+
+
+def test_the_scale_factor_gives_unit_variance(parts, digits):
+    stage = diffusion(parts)
+    data = stage.prepare(digits, CPU)
+    factor = stage.latent_diffusion.scale_factor
+    # total variance = variance of the means + mean of the variances
+    assert factor**2 * (data.mean.var() + (data.std**2).mean()) == pytest.approx(1, rel=1e-5)
+    images = torch.stack([digits[i]["image"] for i in range(len(digits))])
+    z = stage.latent_diffusion.encode(images, torch.Generator().manual_seed(0))
+    assert z.std() == pytest.approx(1, abs=0.03)  # 16,384 draws, neighbours alike
+    assert stage.export()[0]["params"]["scale_factor"] == factor
+
+
+def test_pictures_that_change_cannot_be_cached(parts, digits):
+    class Bent(torch.utils.data.Dataset):
+        augments = True
+
+        def __len__(self):
+            return len(digits)
+
+        def __getitem__(self, index):
+            return digits[index]
+
+    with pytest.raises(ValueError, match="Bent crops or mirrors .* stage.params.cache_latents=false"):
+        diffusion(parts).prepare(Bent(), CPU)
+    bent = Bent()
+    assert diffusion(parts, cache_latents=False).prepare(bent, CPU) is bent
+
+
+def test_only_the_unet_trains_and_the_whole_is_exported(parts, digits, tiny_model, tmp_path):
+    stage = diffusion(parts, preview_prompts=["4", "", "bold 7"])
+    data = stage.prepare(digits, CPU)
+    assert {name.partition(".")[0] for name, _ in stage.named_parameters()} == {"model"}
+    before = copy.deepcopy(stage.model.state_dict())
+    (optimizer,) = stage.optimizers()
+    stage(collate(data.__getitems__([0, 1, 2, 3])))[0].backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in stage.model.state_dict().items())
+    stage.eval()
+    config, state = stage.export()
+    save_file(tmp_path / "model.safetensors", state, config)
+    model = ldm.load(tmp_path / "model.safetensors", device="cpu")
+    assert model.scale_factor == stage.latent_diffusion.scale_factor and model.prediction == "v"
+    for frozen in ("first_stage_model", "cond_stage_model"):
+        for name, tensor in getattr(tiny_model, frozen).state_dict().items():
+            assert torch.equal(getattr(model, frozen).state_dict()[name], tensor)
+    drawn, previews = model.generate(["4", "", "bold 7"], batch_size=64), stage.preview()
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in previews]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"caption_dropout": 1.5}, "caption_dropout 1.5"),
+        ({"prediction": "w"}, "unknown prediction 'w'"),
+        ({"timesteps": {"name": "even"}}, "distribution of timesteps 'even'"),
+        ({"schedule": {"name": "cosin"}}, "noise schedule 'cosin'"),
+        ({"defaults": {**TINY["defaults"], "sampler": "dimm"}}, "unknown sampler 'dimm'"),
+        ({"defaults": {**TINY["defaults"], "height": 30}}, "height 30 "),
+    ],
+)
+def test_mistakes_show_before_training(parts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion(parts, **settings)

@@ -1,0 +1,178 @@
+"""scripts/train.py: the shipped configurations from nothing to a model that draws, and every mistake one sentence."""
+
+import importlib.util
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+import ldm
+from ldm.cli import run
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "train.py"
+STAGES = ("autoencoder", "clip", "diffusion")
+# The networks as they are; of everything else as little as possible.
+SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false", "diffusion.stage.params.defaults.steps=2"]
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train = load_script()
+
+
+def configs(system: str) -> list[str]:
+    return [str(ROOT / "configs" / system / f"{stage}.yaml") for stage in STAGES]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve pictures of squares, wide and high, half of them with NAME.txt and half in metadata.jsonl."""
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for i in range(12):
+        name, colour = list(COLOURS.items())[i % 3]
+        picture = Image.new("RGB", (70 + 5 * i, 120 - 3 * i), (240, 240, 240))
+        picture.paste(colour, (10, 10, 60, 60))
+        picture.save(folder / f"{i:02}.png")
+        caption = f"a {name} square, number {i}"
+        if i < 6:
+            (folder / f"{i:02}.txt").write_text(caption)
+        else:
+            lines.append(json.dumps({"file_name": f"{i:02}.png", "text": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def mnist(tmp_path) -> Path:
+    """Sixteen pictures in MNIST's files."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.zeros((16, 28, 28), np.uint8)
+    images[:, 4:24, 12:16] = np.random.default_rng(0).integers(200, 256, (16, 20, 4))
+    labels = np.arange(16, dtype=np.uint8) % 10
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 16, 28, 28) + images.tobytes())
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 16) + labels.tobytes())
+    return tmp_path
+
+
+def assert_draws(folder: Path, mode: str, size: int) -> None:
+    """Every stage left its checkpoint and what it was made from, and the last one is a whole model."""
+    for stage in STAGES:
+        assert OmegaConf.load(folder / stage / "config.yaml").name == stage
+        assert json.loads((folder / stage / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+        assert (folder / stage / "previews" / "000002.png").is_file()
+        assert not (folder / stage / "resume.pt").exists()
+    model = ldm.load(folder / "diffusion" / "model.safetensors", device="cpu")
+    (image,) = model.generate(["a red five"])
+    assert (image.mode, image.size) == (mode, (size, size))
+    assert model.config["schedule"] == {"name": "cosine"} and model.defaults["steps"] == 2
+
+
+def test_a_folder_of_pictures(pictures, tmp_path, capsys):
+    changes = [f"data.params.root={pictures}", f"outdir={tmp_path}"]
+    train.main([*configs("folder"), *SHORT, *changes, "--device", "cpu"])
+    assert_draws(tmp_path, "RGB", 64)
+    assert re.findall(r"^(\w+): .*model\.safetensors$", capsys.readouterr().out, re.M) == list(STAGES)
+
+
+def test_a_folder_with_pixels_that_change(pictures, tmp_path):
+    """Random crops in the third stage: refused with the latents cached, and possible without."""
+    train.main([*configs("folder")[:2], *SHORT, f"data.params.root={pictures}", f"outdir={tmp_path}", "--device=cpu"])
+    changes = [f"data.params.root={pictures}", f"outdir={tmp_path}", "data.params.crop=random", "data.params.flip=true"]
+    diffusion = [configs("folder")[2], *SHORT, *changes, "--device=cpu"]
+    with pytest.raises(ValueError, match="stage.params.cache_latents=false"):
+        train.main(diffusion)
+    train.main([*diffusion, "stage.params.cache_latents=false"])
+    assert_draws(tmp_path, "RGB", 64)
+
+
+def test_scikit_learns_digits(tmp_path):
+    train.main([*configs("sklearn"), *SHORT, "data.params.first=40", f"outdir={tmp_path}", "--device", "cpu"])
+    assert_draws(tmp_path, "L", 32)
+
+
+def test_the_model_that_ships(mnist, tmp_path):
+    changes = [f"data.params.root={mnist}", "data.params.first=null", f"outdir={tmp_path / 'runs'}"]
+    train.main([*configs("digits"), *SHORT, *changes, "--device", "cpu"])
+    assert_draws(tmp_path / "runs", "L", 32)
+
+
+@pytest.mark.parametrize("system", ["digits", "sklearn"])
+def test_the_two_digit_systems_are_one_model(system):
+    """configs/sklearn differs from configs/digits in data and length, so that one is a first look at the other."""
+    for stage in STAGES:
+        config = OmegaConf.load(ROOT / "configs" / system / f"{stage}.yaml")
+        assert config.outdir == f"runs/{system}" and config.name == stage
+        other = OmegaConf.load(ROOT / "configs" / "digits" / f"{stage}.yaml")
+        for name in ("ddconfig", "embed_dim", "unet_config", "width", "layers", "vision", "context_length", "schedule"):
+            assert config.stage.params.get(name) == other.stage.params.get(name), f"{stage}: {name}"
+
+
+FORBIDDEN = """
+name: bad
+outdir: OUT
+seed: 0
+stage: {target: os.system, params: {command: touch OUT}}
+data: {target: ldm.data.digits.Digits, params: {first: 8}}
+loop: {steps: 1, batch_size: 2}
+"""
+
+
+def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    """name -> (arguments, what the sentence must say)."""
+    out, digits = f"outdir={tmp_path / 'out'}", configs("sklearn")[0]
+    (tmp_path / "forbidden.yaml").write_text(FORBIDDEN.replace("OUT", str(tmp_path / "hit")))
+    (tmp_path / "broken.yaml").write_text("name: [")
+    raw = tmp_path / "corrupt" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 16, 28, 28) + bytes(100))
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 16) + bytes(16))
+    mnist, root = configs("digits")[0], f"data.params.root={tmp_path}"
+    return {
+        "missing": (["nowhere.yaml"], "configuration 'nowhere.yaml' does not exist"),
+        "none": (["loop.steps=2"], "no configuration is given"),
+        "not yaml": ([str(tmp_path / "broken.yaml")], "is not yaml"),
+        "unknown key": ([digits, "lop.steps=2"], "'lop.steps=2' changes nothing"),
+        "unknown loop key": ([digits, "loop.stepz=2", out], "stepz"),
+        "unknown stage key": ([digits, "stage.params.learning_rat=2", out], "'learning_rat'"),
+        "unknown network key": ([digits, "stage.params={ddconfig: {chh: 2}}", out], "'chh'"),
+        "unknown data key": ([digits, "data.params.splitt=train", out], "'splitt'"),
+        "forbidden": ([str(tmp_path / "forbidden.yaml")], "target 'os.system' is not"),
+        "no steps": ([digits, "loop.steps=0", out], "loop.steps is 0"),
+        "no root": ([configs("folder")[0], out], "data.params.root=DIR"),
+        "no pictures": ([configs("folder")[0], root + "/nowhere", out], "nowhere is not a folder"),
+        "no stage before": ([configs("sklearn")[2], out], "autoencoder/model.safetensors' does not exist"),
+        "corrupt data": ([mnist, root + "/corrupt", out], "train-images-idx3-ubyte is corrupt"),
+    }
+
+
+def test_every_mistake_is_one_sentence(tmp_path, capsys):
+    for name, (arguments, message) in mistakes(tmp_path).items():
+        with pytest.raises(SystemExit) as ended:
+            run(lambda arguments=arguments: train.main([*arguments, "--device", "cpu"]))
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, f"{name}: {said}"
+        assert said.startswith("error: ") and said.count("\n") == 1 and message in said, f"{name}: {said}"
+    assert not (tmp_path / "hit").exists() and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    command = [sys.executable, str(SCRIPT), "nowhere.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: configuration 'nowhere.yaml' does not exist\n"

@@ -1,0 +1,163 @@
+"""Which classes a configuration may name, how mistakes in it are told, and the choice of a device."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from ldm import util
+from ldm.util import get_obj_from_str, instantiate_from_config, pick_device
+
+PACKAGE = """
+from pathlib import Path
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, width=3): super().__init__(); self.width = width
+class Data(torch.utils.data.Dataset): pass
+class Plain: pass
+def make(): raise AssertionError("a function was reached")
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Research code beside the program: a package that nobody has imported yet."""
+    (tmp_path / "some_research").mkdir()
+    (tmp_path / "some_research" / "__init__.py").write_text("")
+    (tmp_path / "some_research" / "nets.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "some_research"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "some_research"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "os.path.join",
+        "posix.system",
+        "builtins.eval",
+        "builtins.exec",
+        "builtins.open",
+        "eval",
+        "",
+        ".",
+        "subprocess.Popen",
+        "subprocess.run",
+        "pathlib.Path",
+        "importlib.import_module",
+        "torch.load",
+        "torch.hub.load",
+        "torch.nn.Module",
+        "torch.nn.modules.linear.Linear",  # only the listed names of torch, whatever else they are
+        "torch.utils.data.TensorDataset",
+        "torch.utils.cpp_extension.load",
+        "torchvision.datasets.MNIST",
+        "torchvision.io.read_image",
+        "pickle.Unpickler",
+        "ldm.util.Dataset",  # merely imported by one of our modules
+        "ldm.util.nn.Linear",
+        "ldm.util.sys.modules",
+        "ldm.checkpoint.file.Path",
+        "ldm.loading.Path",
+        "ldm.loading.load",
+        "ldm.util.instantiate_from_config",
+        "ldm.images.to_pil",
+        "ldm.models.unet.NoSuchClass",
+        "ldm.no_such_module.Class",
+        "ldm.models.unet",
+        "no_such_package_at_all.Class",
+        None,
+        5,
+    ],
+)
+def test_refused(target):
+    with pytest.raises(ValueError, match="^target "):
+        get_obj_from_str(target)
+
+
+@pytest.mark.parametrize("target", ["ldm.models.unet.UNetModel", "ldm.data.digits.Digits", "torch.nn.Linear"])
+def test_allowed(target):
+    module, _, name = target.rpartition(".")
+    assert get_obj_from_str(target) is getattr(importlib.import_module(module), name)
+
+
+def test_optimizers_and_transforms_are_allowed():
+    assert get_obj_from_str("torch.optim.AdamW") is torch.optim.AdamW
+    assert "torchvision.transforms.Resize" in util.ALLOWED
+
+
+def test_a_package_is_allowed_once_the_program_has_imported_it(package):
+    with pytest.raises(ValueError, match="import its package \\(--allow PACKAGE\\) first"):
+        get_obj_from_str("some_research.nets.Net")
+    assert "some_research" not in sys.modules  # refusing imports nothing
+    importlib.import_module("some_research")
+    with pytest.raises(ValueError, match="not an allowed class"):  # the module itself must have been imported
+        get_obj_from_str("some_research.nets.Net")
+    importlib.import_module("some_research.nets")
+    net = instantiate_from_config({"target": "some_research.nets.Net", "params": {"width": 7}})
+    assert net.width == 7
+    assert get_obj_from_str("some_research.nets.Data").__name__ == "Data"
+    for name in ("Plain", "make", "Path"):
+        with pytest.raises(ValueError, match="neither a torch Module nor a Dataset|not a class"):
+            get_obj_from_str(f"some_research.nets.{name}")
+
+
+def test_a_package_is_allowed_that_the_user_names(package, monkeypatch):
+    monkeypatch.setattr(util, "ALLOWED_PACKAGES", {"some_research"})
+    assert get_obj_from_str("some_research.nets.Net").__name__ == "Net"
+    with pytest.raises(ValueError, match="neither a torch Module nor a Dataset"):
+        get_obj_from_str("some_research.nets.Plain")
+    with pytest.raises(ValueError, match="not an allowed class"):
+        get_obj_from_str("some_research2.nets.Net")
+
+
+def test_nothing_runs_when_a_target_is_refused(tmp_path):
+    hit = str(tmp_path / "hit")
+    for target, params in (
+        ("os.system", {"command": f"touch {hit}"}),
+        ("subprocess.Popen", {"args": ["touch", hit]}),
+        ("builtins.open", {"file": hit, "mode": "w"}),
+    ):
+        with pytest.raises(ValueError, match="not an allowed class|is not a class|neither"):
+            instantiate_from_config({"target": target, "params": params})
+    assert not (tmp_path / "hit").exists()
+
+
+def test_parameters_that_a_class_does_not_take_are_named():
+    linear = {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 3}}
+    assert instantiate_from_config(linear).weight.shape == (3, 2)
+    assert instantiate_from_config(linear, bias=False).bias is None
+    with pytest.raises(ValueError, match="torch.nn.Linear.*'out_feature'; it takes .*'out_features'"):
+        instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 2, "out_feature": 3}})
+    with pytest.raises(ValueError, match="torch.nn.Linear: missing .*'in_features'"):
+        instantiate_from_config({"target": "torch.nn.Linear"})
+    with pytest.raises(ValueError, match="torch.nn.Linear: .*str"):  # of the wrong kind
+        instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": "two", "out_features": 3}})
+
+
+def test_a_parameter_of_a_parameter_is_named():
+    from conftest import TINY
+
+    config = TINY["first_stage_config"]
+    ddconfig = {**config["params"]["ddconfig"], "chh": 8}
+    with pytest.raises(ValueError, match="AutoencoderKL: .*'chh'"):
+        instantiate_from_config({**config, "params": {"embed_dim": 4, "ddconfig": ddconfig}})
+
+
+def test_compvis_marks_and_missing_target():
+    assert instantiate_from_config("__is_first_stage__") is None
+    assert instantiate_from_config("__is_unconditional__") is None
+    with pytest.raises(KeyError, match="target"):
+        instantiate_from_config({"params": {}})
+
+
+def test_pick_device():
+    assert pick_device("cpu") == torch.device("cpu")
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device() == pick_device("auto") == torch.device(expected)
+    for name in ("gpu", "", "cuda:99", "tpu"):
+        with pytest.raises(ValueError, match=f"device '{name}' is not available here: use auto"):
+            pick_device(name)
