@@ -20,7 +20,7 @@ from ldm.diffusion.sampling import Step, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample, sampling_sigmas
 from ldm.images import to_pil
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_network
 
 Conditioning = dict[str, Tensor]
 # What a model without settings of its own is drawn with; spacing None is the sampler's, interval None everywhere.
@@ -80,17 +80,16 @@ class LatentDiffusion(nn.Module):
         unknown = sorted(set(defaults or ()) - set(DEFAULTS))
         if unknown:
             raise ValueError(f"defaults has unknown settings {unknown}: a model's own settings are {list(DEFAULTS)}")
-        self.model = DiffusionWrapper(instantiate_from_config(unet_config))
-        self.first_stage_model = instantiate_from_config(first_stage_config)
-        self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        self.model = DiffusionWrapper(instantiate_network(unet_config))
+        self.first_stage_model = instantiate_network(first_stage_config)
+        self.cond_stage_model = instantiate_network(cond_stage_config)
         self.schedule_params = dict(schedule or {"name": "scaled_linear"})
         self.prediction = prediction
         self.scale_factor = scale_factor
         self.path: Path | None = None  # the file it was loaded from
         self.defaults = {**DEFAULTS, **(defaults or {})}
-        self.channels = first_stage_config["params"]["embed_dim"]
-        self.downsampling = 2 ** (len(first_stage_config["params"]["ddconfig"]["ch_mult"]) - 1)  # pixels per latent
-        self.latent_multiple = 2 ** (len(unet_config["params"]["channel_mult"]) - 1)  # what the UNet's levels divide by
+        self.channels = self.first_stage_model.embed_dim
+        self.downsampling = self.first_stage_model.downsampling  # pixels per latent
         self.config = {  # what a checkpoint stores to rebuild this object
             "unet_config": unet_config,
             "first_stage_config": first_stage_config,
@@ -149,7 +148,7 @@ class LatentDiffusion(nn.Module):
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """(z, h, w) of the latents of a picture of that size in pixels; ValueError if the model cannot make it."""
-        multiple = self.downsampling * self.latent_multiple
+        multiple = self.downsampling * self.model.diffusion_model.downsampling
         for name, size in (("height", height), ("width", width)):
             if size < multiple or size % multiple:
                 raise ValueError(f"{name} {size} cannot be made by this model: use a positive multiple of {multiple}")
@@ -196,6 +195,7 @@ class LatentDiffusion(nn.Module):
         spacing = given(given(spacing, own["spacing"]), row.spacing)
         sigmas = sampling_sigmas(self.schedule, given(steps, own["steps"]), spacing, row.final_sigma).tolist()
         size = self.latent_size(given(height, own["height"]), given(width, own["width"]))
+        scale = given(scale, own["scale"])
         interval = tuple(given(given(interval, own["interval"]), (0.0, math.inf)))
         seeds = list(range(seed, seed + len(prompts)) if seeds is None else seeds)
         negatives = [given(negative, "")] * len(prompts) if negative is None or isinstance(negative, str) else negative
@@ -207,15 +207,9 @@ class LatentDiffusion(nn.Module):
         images = []
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
-            denoise = guidance.classifier_free(
-                self.denoiser(),
-                self.condition(prompts[batch]),
-                self.condition(negatives[batch]),
-                given(scale, own["scale"]),
-                interval,
-                rescale,
-                self.prediction,
-            )
+            cond = self.condition(prompts[batch])
+            uncond = None if scale == 1 else self.condition(negatives[batch])
+            denoise = guidance.classifier_free(self.denoiser(), cond, uncond, scale, interval, rescale, self.prediction)
             noise = PictureNoise(seeds[batch], size)
             start = noise()
             if fixed_code:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.checkpoint.file import load_file, save_file
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.util import instantiate_from_config, pick_device
+from ldm.util import instantiate_network, pick_device
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
 TARGET = "ldm.latent_diffusion.LatentDiffusion"
@@ -52,7 +52,7 @@ def _build(path: str | Path, config: dict, state: dict, device: torch.device, dt
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it names no target)")
     try:
         with torch.device("meta"), Unfilled():
-            module = instantiate_from_config(config)
+            module = instantiate_network(config)
     except Exception as error:  # a damaged configuration may break a constructor in any way
         raise ValueError(f"checkpoint {str(path)!r} has a configuration that builds nothing: {error}") from error
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}

@@ -73,6 +73,13 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
         raise ValueError(f"{config['target']}: {error}") from error
 
 
+def instantiate_network(config: Mapping[str, Any]) -> nn.Module:
+    """`instantiate_from_config` for what must be a network: no checkpoint may build a data set that downloads, say."""
+    if "target" in config and not issubclass(get_obj_from_str(config["target"]), nn.Module):
+        raise ValueError(f"target {config['target']!r} is no network (torch.nn.Module)")
+    return instantiate_from_config(config)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; `auto` is the GPU where there is one. ValueError if torch has no such device."""
     if name == "auto":

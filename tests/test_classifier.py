@@ -116,3 +116,14 @@ def test_stage_refuses_pictures_without_labels():
         ClassifierStage({"target": "ldm.models.classifier.Judge"}, learning_rate=1e-3).prepare(
             Unlabelled(), torch.device("cpu")
         )
+
+
+def test_the_shipped_judges_maps_lead_to_its_logits():
+    from ldm.evaluation.networks import JUDGE
+    from ldm.loading import load_network
+
+    judge = load_network(JUDGE)
+    images = torch.rand(2, 1, 32, 32) * 2 - 1
+    maps = judge.maps(images)
+    assert [tuple(m.shape) for m in maps] == [(2, 24, 28, 28), (2, 48, 14, 14), (2, 96, 7, 7)]
+    assert torch.equal(judge.head(maps[-1].amax((2, 3))), judge(images))

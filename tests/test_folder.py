@@ -214,3 +214,12 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         read_picture(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
     assert read_picture(path).size == (64, 64)
+
+
+def test_texts_are_the_captions_and_a_folder_must_be_named(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        save(tmp_path, f"{name}.png", colour(8, 8), f"picture {name}")
+    data = Folder(str(tmp_path), 8)
+    assert data.texts() == ["picture a", "picture b"]
+    with pytest.raises(ValueError, match="data.params.root=DIR"):
+        Folder(None, 8)

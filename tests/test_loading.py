@@ -82,7 +82,7 @@ def test_what_is_not_a_whole_model(tiny_model, tmp_path):
     save_file(tmp_path / "b", tiny_model.first_stage_model.state_dict(), {"params": first_stage["params"]})
     with pytest.raises(ValueError, match="holds a None, not a whole model"):
         ldm.load(tmp_path / "b", device="cpu")
-    with pytest.raises(ValueError, match="builds nothing: .*target"):
+    with pytest.raises(ValueError, match="names no target"):
         load_network(tmp_path / "b")
     x = torch.rand(1, 1, 32, 32)
     network = load_network(tmp_path / "a")

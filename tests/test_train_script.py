@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import struct
 import subprocess
 import sys
@@ -83,22 +82,29 @@ def assert_draws(folder: Path, mode: str, size: int) -> None:
     assert model.config["schedule"] == {"name": "cosine"} and model.defaults["steps"] == 2
 
 
-def test_a_folder_of_pictures(pictures, tmp_path, capsys):
-    changes = [f"data.params.root={pictures}", f"outdir={tmp_path}"]
+@pytest.fixture(scope="module")
+def folder_run(pictures, tmp_path_factory) -> Path:
+    outdir = tmp_path_factory.mktemp("folder_run")
+    changes = [f"data.params.root={pictures}", f"outdir={outdir}"]
     train.main([*configs("folder"), *SHORT, *changes, "--device", "cpu"])
-    assert_draws(tmp_path, "RGB", 64)
-    assert re.findall(r"^(\w+): .*model\.safetensors$", capsys.readouterr().out, re.M) == list(STAGES)
+    return outdir
 
 
-def test_a_folder_with_pixels_that_change(pictures, tmp_path):
+def test_a_folder_of_pictures(folder_run):
+    assert_draws(folder_run, "RGB", 64)
+
+
+def test_a_folder_with_pixels_that_change(pictures, folder_run, tmp_path, capsys):
     """Random crops in the third stage: refused with the latents cached, and possible without."""
-    train.main([*configs("folder")[:2], *SHORT, f"data.params.root={pictures}", f"outdir={tmp_path}", "--device=cpu"])
     changes = [f"data.params.root={pictures}", f"outdir={tmp_path}", "data.params.crop=random", "data.params.flip=true"]
+    stages = zip(("first_stage", "cond_stage"), STAGES, strict=False)
+    changes += [f"stage.params.{key}={folder_run / stage / 'model.safetensors'}" for key, stage in stages]
     diffusion = [configs("folder")[2], *SHORT, *changes, "--device=cpu"]
     with pytest.raises(ValueError, match="stage.params.cache_latents=false"):
         train.main(diffusion)
     train.main([*diffusion, "stage.params.cache_latents=false"])
-    assert_draws(tmp_path, "RGB", 64)
+    assert capsys.readouterr().out == f"diffusion: {tmp_path / 'diffusion' / 'model.safetensors'}\n"
+    assert ldm.load(tmp_path / "diffusion" / "model.safetensors", device="cpu").generate(["blue"])[0].size == (64, 64)
 
 
 def test_scikit_learns_digits(tmp_path):

@@ -247,6 +247,7 @@ class AutoencoderKL(nn.Module):
         self.embed_dim = embed_dim
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
+        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
@@ -283,12 +284,12 @@ class AutoencoderKL(nn.Module):
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
             raise ValueError(f"mean {mean.tolist()} and std {std.tolist()} must be finite, and std positive")
         quant, post = self.quant_conv, self.post_quant_conv
-        mean, std = mean.to(quant.weight.device, torch.float64), std.to(quant.weight.device, torch.float64)
+        mean, std = mean.cpu().double(), std.cpu().double()  # on the CPU: not every device has float64
         # a mean W h + b becomes (W h + b - mean) / std; a log variance loses 2 log std
         scale = torch.cat([1 / std, torch.ones_like(std)])
         shift = torch.cat([-mean / std, -2 * std.log()])
-        quant.weight.copy_(quant.weight.double() * scale[:, None, None, None])
-        quant.bias.copy_(quant.bias.double() * scale + shift)
+        quant.weight.copy_(quant.weight.cpu().double() * scale[:, None, None, None])
+        quant.bias.copy_(quant.bias.cpu().double() * scale + shift)
         # and W z + b becomes W (z std + mean) + b
-        post.bias.copy_(post.bias.double() + post.weight.double()[:, :, 0, 0] @ mean)
-        post.weight.copy_(post.weight.double() * std[:, None, None])
+        post.bias.copy_(post.bias.cpu().double() + post.weight.cpu().double()[:, :, 0, 0] @ mean)
+        post.weight.copy_(post.weight.cpu().double() * std[:, None, None])

@@ -213,6 +213,7 @@ class UNetModel(nn.Module):
         count = len(channel_mult)
         self.image_size = image_size
         self.in_channels = in_channels
+        self.downsampling = 2 ** (len(channel_mult) - 1)  # sizes must be multiples of it
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes

@@ -131,7 +131,8 @@ class AutoencoderStage(Stage):
         device, sums, squares, count = next(self.model.parameters()).device, 0.0, 0.0, 0
         for batch in self.iterate(dataset, 512, "measuring latents"):
             posterior = self.model.encode(batch["image"].to(device))
-            mean, second = posterior.mean.double(), posterior.mean.double() ** 2 + posterior.var.double()
+            mean, variance = posterior.mean.cpu().double(), posterior.var.cpu().double()
+            second = mean**2 + variance
             sums, squares = sums + mean.sum((0, 2, 3)), squares + second.sum((0, 2, 3))
             count += mean[:, 0].numel()
         mean = sums / count

@@ -70,7 +70,14 @@ class DiffusionStage(Stage):
         check_prediction(whole.prediction)
         training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
         get_sampler(whole.defaults["sampler"])
-        whole.latent_size(whole.defaults["height"], whole.defaults["width"])
+        size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
+        try:
+            with torch.no_grad():
+                whole.apply_model(torch.zeros(1, *size), torch.zeros(1), whole.condition([""]))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"the UNet does not fit latents {size} or the text encoder's context_dim and adm_in_channels: {error}"
+            ) from None
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
@@ -81,18 +88,17 @@ class DiffusionStage(Stage):
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
         self.to(device)
-        if not self.cache_latents:
-            first = next(self.iterate(dataset, 256, "measuring latents"))
-            moments = [self.first_stage.encode(first["image"].to(device))]
-        else:
-            moments = [
-                self.first_stage.encode(batch["image"].to(device))
-                for batch in self.iterate(dataset, 256, "encoding latents")
-            ]
-        mean, std = torch.cat([p.mean for p in moments]), torch.cat([p.std for p in moments])
+        means, stds = [], []
+        for batch in self.iterate(dataset, 256, "encoding latents"):
+            posterior = self.first_stage.encode(batch["image"].to(device))
+            means.append(posterior.mean.cpu())
+            stds.append(posterior.std.cpu())
+            if not self.cache_latents:
+                break  # one batch is enough to measure
+        mean, std = torch.cat(means), torch.cat(stds)
         variance = mean.double().var() + (std.double() ** 2).mean()
         self.latent_diffusion.scale_factor = self.latent_diffusion.config["scale_factor"] = float(variance**-0.5)
-        return LatentDataset(dataset, mean.cpu(), std.cpu()) if self.cache_latents else dataset
+        return LatentDataset(dataset, mean, std) if self.cache_latents else dataset
 
     def optimizers(self) -> list[Optimizer]:
         return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
