@@ -28,7 +28,7 @@ def test_round_trip_is_bit_exact(tiny_model, tiny_checkpoint):
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert (model.prediction, model.scale_factor, model.schedule_params) == ("v", 1.0, {"name": "cosine"})
-    assert model.defaults == tiny_model.defaults  # infinity in the interval included
+    assert model.defaults == tiny_model.defaults
     assert model.cond_stage_model.tokenizer.merges == ("f i", "v e</w>")
     assert np.array_equal(pixels(model), pixels(tiny_model))
 
