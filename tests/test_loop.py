@@ -108,6 +108,38 @@ def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
     assert_same(train(settings, resume=True, device="cpu"), alone)
 
 
+@pytest.mark.full
+def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
+    """As above under `accelerate launch`: the state is shared, and each process goes on with its own half of the data."""
+
+    def launch(folder, resume: bool, steps: int = 30) -> subprocess.Popen:
+        settings = config(folder, steps=steps, save_every=1, tensorboard=False)
+        script = folder.parent / "run.py"
+        folder.mkdir(exist_ok=True)
+        script.write_text(
+            "import json, sys\nfrom ldm.training.loop import train\n"
+            "train(json.loads(sys.argv[1]), resume=sys.argv[2] == 'True', device='cpu')"
+        )
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
+        launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+        command = [*launcher, str(script), json.dumps(settings), str(resume)]
+        return subprocess.Popen(
+            command, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+
+    assert launch(tmp_path / "alone", False).wait() == 0
+    process = launch(tmp_path / "killed", False)
+    state, deadline = tmp_path / "killed" / "autoencoder" / "resume.pt", time.time() + 120
+    while not state.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    assert state.exists(), "the run saved nothing within two minutes"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert launch(tmp_path / "killed", True).wait() == 0
+    paths = [tmp_path / name / "autoencoder" / "model.safetensors" for name in ("killed", "alone")]
+    assert_same(*paths)
+
+
 def test_accumulation_equals_the_larger_batch(tmp_path):
     """Without stochastic layers two micro-batches of 4 give the gradient of one batch of 8, up to rounding."""
     stage = {
