@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file as save_plain
+from torch import nn
 
 from ldm.checkpoint import file as module
 from ldm.checkpoint.file import atomic, load_file, save_file
@@ -38,9 +40,41 @@ def test_round_trip_is_exact(tmp_path):
 
 
 def test_equal_models_are_equal_files(tmp_path):
+    texts = {f"key {i}": f"text {i}" for i in range(10)}
     for name in "abcdef":
-        save_file(tmp_path / name, dict(sorted(tensors().items(), reverse=name > "c")), CONFIG)
+        state, metadata = (dict(sorted(d.items(), reverse=name > "c")) for d in (tensors(), texts))
+        save_file(tmp_path / name, state, CONFIG, metadata=metadata)
     assert len({(tmp_path / name).read_bytes() for name in "abcdef"}) == 1
+
+
+def test_other_programs_read_it(tmp_path):
+    """The safetensors library as the judge of the file: every dtype, odd shapes, and the header's texts."""
+    dtypes = {str(dtype): torch.arange(5).to(dtype) for dtype in module.DTYPES}
+    odd = {
+        "scalar": torch.tensor(1.5),
+        "none": torch.empty(0, 3),
+        "transposed": torch.randn(3, 4).T,
+        "é": torch.ones(1),
+    }
+    state = dtypes | odd | {"parameter": nn.Parameter(torch.randn(3)), "tied": odd["transposed"]}
+    save_file(tmp_path / "a", state, metadata={"format": "pt", "note": "é\n"})
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "é\n"}
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].double(), tensor.double())
+        assert found[name].data_ptr() % tensor.element_size() == 0
+    save_file(tmp_path / "b", tensors())
+    with safe_open(tmp_path / "b", "pt") as file:
+        assert not file.metadata()
+
+
+def test_what_safetensors_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match="safetensors has no torch.complex64, the dtype of 'c'"):
+        save_file(tmp_path / "a", {"a": torch.ones(1), "c": torch.ones(1, dtype=torch.complex64)})
+    assert files(tmp_path) == []
 
 
 def test_dtype_converts_floating_point_only(tmp_path):
@@ -71,20 +105,20 @@ def test_saved_files_have_the_users_permissions(tmp_path):
 def test_missing_and_foreign_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
         load_file(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_file(tmp_path)  # a folder
+    with pytest.raises(ValueError, match=f"'{tmp_path}' is a folder"):
+        load_file(tmp_path)
     save_plain(tensors() | {"bias": torch.zeros(2)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="'.*plain' carries no 'ldm.config'.* was not written by ldm"):
         load_file(tmp_path / "plain")
     torch.save(tensors(), tmp_path / "zip")
+    with pytest.raises(ValueError, match="'.*zip' carries no 'ldm.config'.* was not written by ldm"):
+        load_file(tmp_path / "zip")
     (tmp_path / "text").write_text("<!doctype html><p>Not found" * 20)
-    (tmp_path / "empty").write_bytes(b"")
-    for name in ("zip", "text", "empty"):
-        with pytest.raises(ValueError, match=f"checkpoint '.*{name}' is not a whole safetensors file"):
-            load_file(tmp_path / name)
+    with pytest.raises(ValueError, match="checkpoint '.*text' is a web page"):
+        load_file(tmp_path / "text")
 
 
-@pytest.mark.parametrize("config", ["{", '"text"', "[1]", "null"])
+@pytest.mark.parametrize("config", ["{", '"text"', "[1]", "null", "[" * 100_000], ids=range(5))
 def test_damaged_configurations(tmp_path, config):
     save_plain({"a": torch.zeros(1)}, tmp_path / "a", {"ldm.config": config})
     with pytest.raises(ValueError, match="damaged configuration"):
@@ -96,7 +130,7 @@ def test_truncated_anywhere(tmp_path):
     content = (tmp_path / "a").read_bytes()
     for length in [*range(0, len(content) - 1, 23), len(content) - 1]:
         (tmp_path / "b").write_bytes(content[:length])
-        with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        with pytest.raises(ValueError, match="is (empty|neither safetensors|not a whole safetensors file)"):
             load_file(tmp_path / "b")
     (tmp_path / "b").write_bytes(content + b"\0")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
@@ -109,11 +143,11 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
     save_file(path, tensors(), CONFIG)
     before = path.read_bytes()
 
-    def half(state, temporary, metadata):
-        temporary.write_bytes(b"half")
+    def half(file, state, texts, dtype):
+        file.write(b"half")
         raise error
 
-    monkeypatch.setattr(module, "save_safetensors", half)
+    monkeypatch.setattr(module, "_write", half)
     with pytest.raises(type(error)):
         save_file(path, tensors(), CONFIG)
     assert path.read_bytes() == before and files(tmp_path) == ["a"]
@@ -157,3 +191,20 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith(f"OSError cannot write checkpoint '{path}'"), done.stderr
     assert path.read_bytes() == before and files(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a peak in kB")
+def test_conversion_holds_one_tensor_at_a_time(tmp_path):
+    """64 MB in 1 MB tensors become 32 MB: memory grows by 1 to 4 MB, the allocator's ways included, not by 32."""
+    code = f"""
+import resource, torch
+from ldm.checkpoint.file import save_file
+state = {{str(i): torch.ones(250_000) for i in range(64)}}
+save_file({str(tmp_path / "warm")!r}, {{"a": torch.ones(9)}}, dtype=torch.float16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+save_file({str(tmp_path / "a")!r}, state, dtype=torch.float16)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(done.stdout) < 10e6, done.stderr
+    assert (tmp_path / "a").stat().st_size == pytest.approx(32e6, rel=0.01)

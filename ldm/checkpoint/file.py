@@ -1,17 +1,35 @@
-"""The checkpoint file: safetensors with the configuration in the header, so that the file alone rebuilds the model."""
+"""Our checkpoint file: safetensors with the configuration in the header, so that the file alone rebuilds the model."""
 
 import json
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file as save_safetensors
 from torch import Tensor
 
+from ldm.checkpoint.tensors import read_tensors
+
 CONFIG_KEY = "ldm.config"
+DTYPES = {  # safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -19,45 +37,68 @@ def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises FileNotFoundError when there is no such file and ValueError when it is not one of ours or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {str(path)!r} is not a whole safetensors file ({error})") from None
+    state, metadata, _ = read_tensors(path)
+    return read_config(path, metadata), state
+
+
+def read_config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration in a header of ours. ValueError when there is none, or a damaged one."""
     if CONFIG_KEY not in metadata:
         raise ValueError(f"checkpoint {str(path)!r} carries no {CONFIG_KEY!r} in its header: it was not written by ldm")
     try:
         config = json.loads(metadata[CONFIG_KEY])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration ({error})") from None
     if not isinstance(config, dict):
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it is no mapping)")
-    return config, state
+    return config
 
 
 def save_file(
-    path: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], dtype: torch.dtype | None = None
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors and configuration atomically: whatever goes wrong, `path` is the old file or the whole new one.
 
-    `dtype` converts floating-point tensors, e.g. torch.float16 to halve the file. OSError when it cannot be written.
+    `dtype` converts floating-point tensors, e.g. torch.float16 to halve the file; `metadata` are further texts for the
+    header. Equal contents make equal files. OSError when it cannot be written, ValueError for a dtype that safetensors
+    does not have.
     """
-    path = Path(path)
-    tensors = {
-        name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous()
-        for name, t in state.items()
-    }
-    # Only this key: safetensors writes several in random order, and equal models should be equal files.
-    metadata = {CONFIG_KEY: json.dumps(config, sort_keys=True)}
+    texts = dict(metadata or {}) | ({} if config is None else {CONFIG_KEY: json.dumps(config, sort_keys=True)})
     with atomic(path) as temporary:
         try:
-            save_safetensors(tensors, temporary, metadata)
-        except SafetensorError as error:
+            with open(temporary, "wb") as file:
+                _write(file, state, texts, dtype)
+        except OSError as error:
             raise OSError(f"cannot write checkpoint {str(path)!r}: {error}") from None
+
+
+def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], dtype: torch.dtype | None) -> None:
+    """The format's 8 bytes of length, JSON header and tensors. The library would want all of them at once, converted,
+    and writes the header's texts in random order; here one tensor at a time is in memory a second time."""
+    dtypes = {n: dtype if dtype is not None and t.is_floating_point() else t.dtype for n, t in state.items()}
+    unknown = sorted(name for name in state if dtypes[name] not in DTYPES)
+    if unknown:
+        raise ValueError(f"safetensors has no {dtypes[unknown[0]]}, the dtype of {unknown[0]!r}")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(texts.items()))} if texts else {}
+    end = 0
+    order = sorted(state, key=lambda name: (-dtypes[name].itemsize, name))  # so that each number is aligned
+    for name in order:
+        start, end = end, end + state[name].numel() * dtypes[name].itemsize
+        header[name] = {"dtype": DTYPES[dtypes[name]], "shape": list(state[name].shape), "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    file.write(struct.pack("<Q", len(content)) + content)
+    for name in order:
+        file.write(_content(state[name].detach().to("cpu", dtypes[name])))
+
+
+def _content(tensor: Tensor) -> Any:
+    """The tensor's numbers as a buffer."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class atomic:

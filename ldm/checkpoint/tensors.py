@@ -1,0 +1,136 @@
+"""Tensors by name out of a file of any kind, recognised by its content: safetensors, or what torch.save wrote."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ldm.checkpoint.pickled import Inert, StoredTensor
+from ldm.checkpoint.torch_file import ZIP_START, TorchFile
+
+PICKLE_START = b"\x80"  # PROTO, in every protocol that torch.save can use
+
+
+class Contents(NamedTuple):
+    """What a file holds: tensors by name, a safetensors header's texts, and the plain values beside the tensors."""
+
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+    facts: dict[str, int | float | str]
+
+
+def read_tensors(path: str | Path) -> Contents:
+    """Read a checkpoint without executing anything in it. The tensors are mapped: they take memory once written to.
+
+    In torch's files the tensors may be the file itself or lie under "state_dict", once or twice; what else lies there
+    is left out, except the numbers and texts that `facts` lists (`global_step`, `epoch`). Raises FileNotFoundError when
+    there is no such file, and ValueError when it holds no tensors by name or is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"checkpoint {str(path)!r} is a folder, not a file")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if _looks_like_safetensors(start):
+        return _read_safetensors(path)
+    if start.startswith((ZIP_START, PICKLE_START)):
+        try:
+            return _read_torch(path)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from None
+    raise ValueError(f"checkpoint {str(path)!r} {_what_it_is(start)}")
+
+
+def read_sharded(path: str | Path) -> Contents:
+    """Read all shards that an index names: `model.safetensors.index.json`, `pytorch_model.bin.index.json`.
+
+    Raises FileNotFoundError when the index or a shard is missing, and ValueError when one is damaged or lacks a tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"index {str(path)!r} does not exist")
+    try:
+        index = json.loads(path.read_bytes())
+        shards = dict(index["weight_map"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"index {str(path)!r} is damaged, or no index of shards ({error})") from None
+    found = Contents({}, {}, {})
+    for shard in sorted({str(shard) for shard in shards.values()}):
+        if not shard or Path(shard).name != shard:
+            raise ValueError(f"index {str(path)!r} names {shard!r}, which is no file beside it")
+        if not path.with_name(shard).is_file():
+            raise FileNotFoundError(f"index {str(path)!r} names the shard {shard!r}, which is missing")
+        for all_of_it, part in zip(found, read_tensors(path.with_name(shard)), strict=True):
+            all_of_it.update(part)
+    missing = sorted(shards.keys() - found.state.keys())
+    if missing:
+        raise ValueError(f"the shards of {str(path)!r} lack {len(missing)} of its tensors ({', '.join(missing[:5])})")
+    return found
+
+
+def _looks_like_safetensors(start: bytes) -> bool:
+    """Whether a plausible length is followed by JSON's first letter."""
+    return len(start) > 8 and start[8:9] == b"{" and struct.unpack_from("<Q", start)[0] < 2**40
+
+
+def _what_it_is(start: bytes) -> str:
+    """For a file that is none of ours, what it is instead."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "is empty: it was not downloaded or copied to its end"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, saved in place of the file it leads to: download the file itself"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, which stands for the file: fetch the file itself with `git lfs pull`"
+    return f"is neither safetensors nor torch's format (it begins with {start[:8]!r})"
+
+
+def _read_safetensors(path: Path) -> Contents:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {str(path)!r} is not a whole safetensors file ({error})") from None
+    return Contents(state, metadata, {})
+
+
+def _read_torch(path: Path) -> Contents:
+    file = TorchFile(path)
+    level, facts = file.value, {}
+    for _ in range(2):
+        if isinstance(level, dict) and isinstance(level.get("state_dict"), dict):
+            facts = _plain(level) | facts
+            level = level["state_dict"]
+    state = {}
+    for name, value in level.items() if isinstance(level, dict) else ():
+        if isinstance(value, Inert) and value.maker.startswith("torch._utils._rebuild"):
+            raise ValueError(f"its tensor {name!r} is of a kind that is not read here ({value.maker!r})")
+        if isinstance(value, StoredTensor):
+            try:
+                state[name] = file.tensor(value)
+            except ValueError as error:
+                raise ValueError(f"its tensor {name!r} is damaged: {error}") from None
+    if not state:
+        raise ValueError(f"it holds no tensors by name, but {_describe(level)}")
+    return Contents(state, {}, _plain(level) | facts)
+
+
+def _plain(level: dict[str, Any]) -> dict[str, int | float | str]:
+    return {name: value for name, value in level.items() if type(value) in (int, float, str)}
+
+
+def _describe(value: Any) -> str:
+    match value:
+        case Inert(maker):
+            return f"an object of {maker!r}: save its state_dict() instead"
+        case dict():
+            return f"entries such as {', '.join(repr(name[:99]) for name in list(value)[:5])}" if value else "nothing"
+        case StoredTensor():
+            return "a single tensor"
+    return f"a {type(value).__name__}"

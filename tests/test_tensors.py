@@ -1,0 +1,272 @@
+"""Tensors by name from a file of any kind, told apart by content, and what is none of them by what it is."""
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from collections import OrderedDict
+from contextlib import suppress
+
+import pickle_files
+import pytest
+import torch
+from pickle_files import call, mapping, name, storage, tensor, write_legacy, write_zip
+from safetensors.torch import save_file as save_safetensors
+from torch import nn
+
+from ldm.checkpoint.tensors import Contents, read_sharded, read_tensors
+
+
+def state() -> dict[str, torch.Tensor]:
+    return {
+        "model.weight": torch.randn(3, 4),
+        "model.half": torch.randn(5).half(),
+        "model.brain": torch.randn(5).bfloat16(),
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "none": torch.empty(0, 2),
+    }
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".bin", ""])
+def test_content_decides_not_the_name(tmp_path, suffix):
+    path, tensors = tmp_path / f"a{suffix}", state()
+    save_safetensors(tensors, path, {"format": "pt", "note": "é"})
+    found = read_tensors(str(path))
+    assert isinstance(found, Contents) and same(found.state, tensors)
+    assert found.metadata == {"format": "pt", "note": "é"} and found.facts == {}
+    for zipped in (True, False):
+        torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+        found = read_tensors(path)
+        assert same(found.state, tensors) and found.metadata == {} and found.facts == {}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nesting_and_facts(tmp_path, zipped):
+    tensors = OrderedDict(state())
+    extra = {
+        "global_step": 470_000,
+        "epoch": 4,
+        "version": "1.4.2",
+        "callbacks": {},
+        "lr": 0.5,
+        "rest": [1],
+        "on": True,
+    }
+    facts = {"global_step": 470_000, "epoch": 4, "version": "1.4.2", "lr": 0.5}
+
+    def read(value):
+        torch.save(value, tmp_path / "a", _use_new_zipfile_serialization=zipped)
+        return read_tensors(tmp_path / "a")
+
+    assert read({**extra, "state_dict": tensors}).facts == facts
+    assert same(read({**extra, "state_dict": tensors}).state, tensors)
+    twice = read({"epoch": 5, "state_dict": {**extra, "state_dict": tensors}})
+    assert same(twice.state, tensors) and twice.facts == facts | {"epoch": 5}
+    beside = read({**extra, **tensors, "optimizer": {"a": torch.ones(2)}})
+    assert same(beside.state, tensors) and beside.facts == facts
+    with pytest.raises(ValueError, match="holds no tensors by name, but entries such as 'state_dict'"):
+        read({"state_dict": {"state_dict": {"state_dict": tensors}}})
+
+
+def test_unread_tensors_are_not_missed_in_silence(tmp_path):
+    quantized = call(name("torch._utils", "_rebuild_qtensor"), storage())
+    write_zip(tmp_path / "a", mapping(w=tensor(), q=quantized))
+    with pytest.raises(
+        ValueError, match="its tensor 'q' is of a kind that is not read here \\('torch._utils._rebuild_q"
+    ):
+        read_tensors(tmp_path / "a")
+    write_zip(tmp_path / "a", mapping(w=tensor(), wrong=tensor(offset=1)))
+    with pytest.raises(ValueError, match="^checkpoint '.*a' cannot be read: its tensor 'wrong' is damaged: its size "):
+        read_tensors(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (nn.Linear(2, 2), "an object of 'torch.nn.modules.linear.Linear': save its state_dict\\(\\) instead"),
+        ({"model": nn.Linear(2, 2)}, "entries such as 'model'"),
+        ({}, "nothing"),
+        ({"state_dict": {}}, "nothing"),
+        ([torch.zeros(1)], "a list"),
+        (torch.zeros(1), "a single tensor"),
+        ({0: torch.zeros(1)}, "nothing"),
+        (7, "a int"),
+    ],
+)
+def test_files_without_named_tensors(tmp_path, value, sentence):
+    torch.save(value, tmp_path / "a")
+    with pytest.raises(
+        ValueError, match=f"^checkpoint '.*a' cannot be read: it holds no tensors by name, but {sentence}$"
+    ):
+        read_tensors(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is empty: it was not downloaded"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"\xef\xbb\xbf<html lang=en>" + b" " * 1000, "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4\n", "is a git-lfs pointer"),
+        (b"Entry not found", "is neither safetensors nor torch's format \\(it begins with b'Entry no'\\)"),
+        (b"\0" * 100, "is neither"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "is neither"),
+        (b"PK\5\6" + b"\0" * 18, "is neither"),
+        (b"PK\3\4" + b"\0" * 18, "cannot be read: it is no whole zip file"),
+        (b"\x80", "cannot be read: its pickle is damaged"),
+        (b"\x80\x02}.", "cannot be read: it is a pickle, but not one that torch.save wrote"),
+        (b"\x10\0\0\0\0\0\0\0{}", "is not a whole safetensors file"),
+        (b'{"a": [1, 2]}      ', "is neither"),
+    ],
+)
+def test_other_files_are_named(tmp_path, content, sentence):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^checkpoint '{tmp_path / 'a'}' {sentence}"):
+        read_tensors(tmp_path / "a")
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^checkpoint '.*nowhere' does not exist$"):
+        read_tensors(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"^checkpoint '{tmp_path}' is a folder, not a file$"):
+        read_tensors(tmp_path)
+
+
+def test_damaged_safetensors(tmp_path):
+    """Truncated, flipped or replaced anywhere: a sentence, or tensors."""
+    save_safetensors(state(), tmp_path / "a", {"format": "pt"})
+    content = (tmp_path / "a").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "b").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="^checkpoint '.*b' is (empty|neither|not a whole safetensors file)"):
+            read_tensors(tmp_path / "b")
+    draw = random.Random(0)
+    for _ in range(600):
+        damaged, place = bytearray(content), draw.randrange(len(content))
+        damaged[place] = draw.choice((damaged[place] ^ 1 << draw.randrange(8), draw.randrange(256), ord('"'), ord("9")))
+        (tmp_path / "b").write_bytes(damaged)
+        with suppress(ValueError):
+            read_tensors(tmp_path / "b")
+
+
+def header(path, **tensors) -> None:
+    """A safetensors file with a header of one's own and 16 bytes of numbers."""
+    text = json.dumps(tensors).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**62]},
+        {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]},
+        {"dtype": "X32", "shape": [4], "data_offsets": [0, 16]},
+        {"dtype": "F6_E2M3", "shape": [4, 4], "data_offsets": [0, 12]},
+    ],
+)
+def test_absurd_safetensors(tmp_path, entry):
+    header(tmp_path / "a", w=entry)
+    with pytest.raises(ValueError, match="^checkpoint '.*a' is not a whole safetensors file \\([^\n]+\\)$"):
+        read_tensors(tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards(tmp_path, kind):
+    tensors, path = state(), tmp_path / f"model.{kind}.index.json"
+    shards = {
+        "model-1." + kind: ["model.weight", "steps"],
+        "model-2." + kind: ["model.half", "model.brain", "mask", "none"],
+    }
+    for shard, names in shards.items():
+        part = {key: tensors[key] for key in names}
+        if kind == "bin":
+            torch.save(part, tmp_path / shard)
+        else:
+            save_safetensors(part, tmp_path / shard, {"format": "pt"})
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {key: shard for shard, keys in shards.items() for key in keys},
+    }
+    path.write_text(json.dumps(index))
+    found = read_sharded(path)
+    assert same(found.state, tensors) and found.facts == {}
+    assert found.metadata == ({"format": "pt"} if kind == "safetensors" else {})
+
+    index["weight_map"]["more"] = f"model-1.{kind}"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="^the shards of '.*index.json' lack 1 of its tensors \\(more\\)$"):
+        read_sharded(path)
+    index["weight_map"]["more"] = f"model-3.{kind}"
+    path.write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=f"'.*index.json' names the shard 'model-3.{kind}', which is missing"):
+        read_sharded(path)
+    for elsewhere in ("../a", str(tmp_path / f"model-1.{kind}"), "", 7):
+        index["weight_map"]["more"] = elsewhere
+        path.write_text(json.dumps(index))
+        with pytest.raises((ValueError, FileNotFoundError), match="^index '.*index.json' names "):
+            read_sharded(path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "7", "{}", '{"weight_map": 3}', '{"weight_map": [1]}', "[" * 100_000]
+)
+def test_damaged_indices(tmp_path, content):
+    (tmp_path / "a.index.json").write_text(content)
+    with pytest.raises(ValueError, match="^index '.*a.index.json' is damaged, or no index of shards"):
+        read_sharded(tmp_path / "a.index.json")
+    with pytest.raises(FileNotFoundError, match="^index '.*b.index.json' does not exist$"):
+        read_sharded(tmp_path / "b.index.json")
+
+
+AUDITED = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+import encodings.cp437  # zipfile's, for names
+import pickle_files
+from ldm.checkpoint.tensors import read_tensors
+
+events = set()
+active = False
+sys.addaudithook(lambda event, arguments: active and events.add(event))
+pickle_files.register_extensions()
+for path in sorted(Path(sys.argv[1]).glob("*.ckpt")):
+    if path.name != "inner.ckpt":
+        active = True
+        with suppress(ValueError):
+            assert read_tensors(path).state["w"].sum() == 15
+            print("read")
+        active = False
+print(sorted(events), pickle_files.FIRED)
+"""
+
+
+def test_nothing_runs(tmp_path):
+    """Files with every payload, anywhere in them. Python itself reports what the reading process does: it opens and
+    maps files, and neither imports, compiles, looks up nor starts anything."""
+    pickle_files.prepare(tmp_path)
+    payloads = pickle_files.payloads(tmp_path)
+    for i, payload in enumerate(payloads.values()):
+        write_zip(tmp_path / f"{i}.zip.ckpt", mapping(evil=payload, w=tensor()))
+        write_legacy(tmp_path / f"{i}.legacy.ckpt", mapping(evil=payload, w=tensor()))
+        write_legacy(tmp_path / f"{i}.before.ckpt", mapping(w=tensor()), {i % 5: payload})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", AUDITED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    *read, events = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert events == "['mmap.__new__', 'open'] []"
+    refused = ["BINPERSID", "BINPERSID of a call", "PERSID", "a persistent id that is called"]
+    assert len(read) == 3 * (len(payloads) - len(refused))
+    assert not (tmp_path / "hit").exists()
