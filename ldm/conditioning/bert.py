@@ -1,0 +1,165 @@
+"""Prompts -> the conditioning dict with a BERT-style transformer, as in latent diffusion's own text-to-image model
+(Rombach et al. 2022, section 4.3.1); and BERT's tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.transformer import Encoder, TransformerWrapper
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# bert-base-uncased: how many tokens its vocab.txt has, and which of them begins, ends and pads a text
+BERT_TOKENS, BERT_CLS, BERT_SEP, BERT_PAD = 30522, 101, 102, 0
+
+
+def read_vocab(path: str | Path) -> list[str]:
+    """BERT's tokens in the order of their ids, from a `vocab.txt` (one per line).
+
+    Raises FileNotFoundError without that file and ValueError when it is no such vocabulary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"vocabulary {str(path)!r} does not exist: give the path of BERT's vocab.txt")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"vocabulary {str(path)!r} is not UTF-8 text: give BERT's vocab.txt") from None
+    vocab = text.removesuffix("\n").split("\n")  # not splitlines: some tokens are line separators to Unicode
+    try:
+        _require_special(vocab)
+    except ValueError as error:
+        raise ValueError(f"vocabulary {str(path)!r} is not BERT's: {error}") from None
+    return vocab
+
+
+class WordPiece:
+    """BERT's uncased tokenizer: prompts -> token ids (b, max_length), framed by [CLS] and [SEP], then [PAD].
+
+    Text is cleaned of control characters, lowered and stripped of accents, split at white space and punctuation and
+    around Chinese characters, and each word spelled with the longest pieces there are (Wu et al. 2016,
+    arXiv:1609.08144); a word that has none is [UNK]. Long prompts are cut.
+
+    Args:
+        vocab: tokens in the order of their ids, as `read_vocab` gives them.
+        max_length: tokens per prompt, at least 2.
+
+    Raises:
+        ValueError: a vocabulary without BERT's special tokens or with one twice, or a max_length below 2.
+    """
+
+    def __init__(self, vocab: Sequence[str], max_length: int = 77) -> None:
+        from tokenizers import AddedToken, normalizers, pre_tokenizers
+        from tokenizers import Tokenizer as Pipeline
+        from tokenizers.models import WordPiece as Pieces
+
+        _require_special(vocab)
+        if max_length < 2:
+            raise ValueError(f"max_length {max_length} is too short: [CLS] and [SEP] need 2 tokens")
+        ids = {token: i for i, token in enumerate(vocab)}
+        self.max_length = max_length
+        self.pad, self.cls, self.sep = ids["[PAD]"], ids["[CLS]"], ids["[SEP]"]
+        self._pipeline = Pipeline(Pieces(vocab=ids, unk_token="[UNK]"))
+        self._pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._pipeline.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids of a list of prompts, int64 (b, max_length)."""
+        rows = torch.full((len(prompts), self.max_length), self.pad, dtype=torch.long)
+        for row, prompt in zip(rows, prompts, strict=True):
+            # a lone surrogate is no text and has no bytes: U+FFFD
+            prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            pieces = self._pipeline.encode(prompt, add_special_tokens=False).ids
+            ids = [self.cls, *pieces[: self.max_length - 2], self.sep]
+            row[: len(ids)] = torch.tensor(ids)
+        return rows
+
+
+class BERTEncoder(nn.Module):
+    """Tokenizer and BERT-style transformer; parameters `transformer.*`.
+
+    Args:
+        n_embed: features d per token.
+        n_layer: blocks.
+        vocab_size: rows of the token embedding.
+        max_seq_len: tokens per prompt.
+        vocab: the tokenizer's tokens (`read_vocab`); None: only token ids are taken, and the empty prompt where
+            vocab_size is that of bert-base-uncased, whose ids are known.
+        embedding_dropout: in training.
+
+    Raises:
+        ValueError: a vocab of another size than vocab_size, or that is not BERT's.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        n_layer: int,
+        vocab_size: int = BERT_TOKENS,
+        max_seq_len: int = 77,
+        vocab: Sequence[str] | None = None,
+        embedding_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if vocab is not None and len(vocab) != vocab_size:
+            raise ValueError(f"the vocabulary has {len(vocab)} tokens and the model {vocab_size}; they must be equal")
+        self.vocab_size = vocab_size
+        self.max_seq_len = max_seq_len
+        self.tokenizer = None if vocab is None else WordPiece(vocab, max_seq_len)
+        self.null = "" if vocab is not None or vocab_size == BERT_TOKENS else None  # the prompt that says nothing
+        self.transformer = TransformerWrapper(vocab_size, max_seq_len, Encoder(n_embed, n_layer), embedding_dropout)
+
+    def forward(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> dict[str, Tensor]:
+        """{"c_crossattn": encode(prompts)}."""
+        return {"c_crossattn": self.encode(prompts)}
+
+    def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Prompts, or their tokens int64 (b, n) -> normed embeddings (b, n, d); equal prompts are encoded once.
+
+        Raises ValueError for strings when there is no vocabulary, and for tokens of another kind, size or range.
+        """
+        tokens, which = torch.unique(self.tokens(prompts), dim=0, return_inverse=True)
+        device = self.transformer.token_emb.weight.device
+        return self.transformer(tokens.to(device), return_embeddings=True)[which.to(device)]
+
+    def tokens(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Token ids int64 (b, n) of prompts; ids themselves are only checked. Errors as `encode`."""
+        if isinstance(prompts, str):
+            raise ValueError(f"the text encoder takes a list of prompts, not one string ({prompts[:40]!r})")
+        if not isinstance(prompts, Tensor) and all(isinstance(prompt, str) for prompt in prompts):
+            return self._tokenize(prompts)
+        try:
+            tokens = torch.as_tensor(prompts)
+        except (TypeError, ValueError, RuntimeError):  # torch raises any of them
+            raise ValueError("the text encoder takes strings, or rows of token ids of one length") from None
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.shape[1] > self.max_seq_len:
+            raise ValueError(
+                f"token ids of shape {tuple(tokens.shape)} and type {tokens.dtype} do not fit: this model takes "
+                f"integers (prompts, tokens), at most {self.max_seq_len} tokens each"
+            )
+        wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if len(wrong) > 0:
+            raise ValueError(f"token id {wrong[0].item()} does not exist: this model has 0 to {self.vocab_size - 1}")
+        return tokens.long()
+
+    def _tokenize(self, prompts: Sequence[str]) -> Tensor:
+        if self.tokenizer is not None:
+            return self.tokenizer(prompts)
+        said = next((prompt for prompt in prompts if prompt != self.null), None)
+        if said is not None:
+            raise ValueError(
+                f"prompt {said[:40]!r} cannot be read: this model's file has no vocabulary; give BERT's vocab.txt "
+                f"(ldm.load(..., vocab=FILE), --vocab FILE), or token ids"
+            )
+        row = [BERT_CLS, BERT_SEP, *[BERT_PAD] * (self.max_seq_len - 2)]
+        return torch.tensor([row]).expand(len(prompts), -1)
+
+
+def _require_special(vocab: Sequence[str]) -> None:
+    missing = [token for token in SPECIAL if token not in vocab]
+    if missing:
+        raise ValueError(f"its {len(vocab)} tokens lack {', '.join(missing)}")
+    if len(set(vocab)) != len(vocab):
+        raise ValueError(f"{len(vocab) - len(set(vocab))} of its {len(vocab)} tokens appear twice")

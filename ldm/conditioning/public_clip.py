@@ -1,0 +1,182 @@
+"""Public CLIP text encoders by name: transformers' folders, the Hugging Face hub, and open_clip's weights.
+
+Sizes, heads, activation and padding come from the configuration beside the weights: none of them can be trusted to a
+default, and the head count and the activation cannot be seen in the weights.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.diffusers_files import read_json, read_weights
+from ldm.checkpoint.diffusers_names import clip_from_transformers
+from ldm.checkpoint.diffusers_text import TEXT_DEFAULTS, TOKENIZER_FILES, read_tokenizer
+from ldm.checkpoint.tensors import read_tensors
+from ldm.conditioning.text import TextEncoder
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# What public files hold beside the text tower: the picture tower, the heads that compare the two, and old buffers.
+NOT_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+NOT_TEXT_OPENCLIP = ("visual.", "logit_bias", "attn_mask", "input_resolution", "context_length", "vocab_size")
+
+
+def load_text_encoder(
+    name: str, layer: str = "last", layer_index: int | None = None, dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """The text encoder of that name with its public weights, frozen, in eval mode, on the CPU.
+
+    Args:
+        name: a local folder in transformers' layout (CLIPModel or CLIPTextModel: config.json with model.safetensors or
+            pytorch_model.bin, also in shards); a model of the Hugging Face hub, such as
+            "openai/clip-vit-large-patch14" (Stable Diffusion 1), from the local cache or downloaded; or, of open_clip,
+            "ARCHITECTURE/TAG", such as "ViT-H-14/laion2b_s32b_b79k" (Stable Diffusion 2), or "ARCHITECTURE/FILE".
+        layer, layer_index: as in TextEncoder. Stable Diffusion 2 has "penultimate".
+        dtype: of the weights; those that have it already stay mapped from their file.
+
+    Raises:
+        ValueError: no such model here or on the hub, or one whose configuration or weights are no CLIP text tower's.
+        FileNotFoundError: a part of it is missing.
+    """
+    params, state = read_text_encoder(name)
+    try:
+        with torch.device("meta"):  # nothing is initialised that the file will overwrite
+            encoder = TextEncoder(**params, layer=layer, layer_index=layer_index)
+    except ValueError as error:
+        raise ValueError(f"text encoder {name!r} cannot be built: {error}") from None
+    expected = {key: tuple(p.shape) for key, p in encoder.state_dict().items()}
+    found = {key: tuple(t.shape) for key, t in state.items()}
+    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong:
+        raise ValueError(
+            f"the weights of text encoder {name!r} do not fit its configuration: {len(wrong)} tensors are missing, "
+            f"unexpected or of another shape ({', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''})"
+        )
+    encoder.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
+    return encoder.eval().requires_grad_(False)
+
+
+def read_text_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """TextEncoder's arguments, all but the layer, and its parameters, mapped; `name` and errors as above."""
+    architecture, _, weights = name.partition("/")
+    if Path(name).is_dir():
+        return _from_transformers(name, Path(name))
+    if weights and (config := _open_clip_models() / f"{architecture}.json").is_file():
+        return _from_open_clip(name, read_json(config), architecture, weights)
+    return _from_transformers(name, _download(name))
+
+
+def _from_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        params = transformers_params(read_json(folder / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"text encoder {name!r} is not one that we know: {error}") from None
+    if any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):  # if not, the vocabulary is CLIP's
+        merges, pad = read_tokenizer(folder)
+        params["tokenizer"] = {"pad": pad} if merges is None else {"pad": pad, "merges": merges}
+    state = clip_from_transformers(read_weights(folder, "text_encoder", variant=None)[0])
+    return params, {f"transformer.{key}": t for key, t in state.items() if not key.startswith(NOT_TEXT)}
+
+
+def transformers_params(config: Mapping[str, Any]) -> dict[str, Any]:
+    """TextEncoder's arguments from a config.json of transformers' CLIPModel or CLIPTextModel.
+
+    Raises ValueError for another model, and for what our text tower has not.
+    """
+    kind = config.get("model_type")
+    if kind not in ("clip", "clip_text_model"):
+        raise ValueError(f"its model_type is {kind!r}, and must be 'clip' or 'clip_text_model'")
+    if kind == "clip":  # in old files, text_config_dict holds the arguments that text_config was made from, and wins
+        config = config.get("text_config_dict") or config.get("text_config") or {}
+    text = TEXT_DEFAULTS | dict(config)
+    for key, need in (("intermediate_size", 4 * text["hidden_size"]), ("layer_norm_eps", 1e-5)):
+        if text[key] != need:
+            raise ValueError(f"its {key} is {text[key]}, and {need} is the only one that our text tower has")
+    return {
+        "layout": "transformers",
+        "width": text["hidden_size"],
+        "layers": text["num_hidden_layers"],
+        "heads": text["num_attention_heads"],
+        "activation": text["hidden_act"],
+        "vocab_size": text["vocab_size"],
+        "context_length": text["max_position_embeddings"],
+    }
+
+
+def _download(repository: str) -> Path:
+    """The folder of a model of the hub in the local cache, with the files that are needed; missing ones are fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def fetch(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repository, file))
+        except EntryNotFoundError:  # there is no such file, or it is not in the cache and there is no connection
+            return None
+
+    try:
+        folder = Path(hf_hub_download(repository, "config.json")).parent
+        for file in TOKENIZER_FILES:
+            fetch(file)
+        weights = next((path for file in WEIGHTS if (path := fetch(file)) is not None), None)
+        if weights is not None and weights.suffix == ".json":
+            for shard in sorted(set(read_json(weights).get("weight_map", {}).values())):
+                fetch(shard)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text encoder {repository!r} is no folder here, no model of open_clip, and cannot be had from the Hugging "
+            f"Face hub or its local cache: {_first_line(error)}"
+        ) from None
+    return folder
+
+
+def _open_clip_models() -> Path:
+    """The folder of open_clip's architectures, NAME.json each; the package itself is not imported."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        return Path("open_clip is not installed")
+    return Path(spec.origin).parent / "model_configs"
+
+
+def _from_open_clip(
+    name: str, config: Mapping[str, Any], architecture: str, weights: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    text = dict(config["text_cfg"])
+    sizes = {key: text.pop(key, None) for key in ("width", "layers", "heads", "vocab_size", "context_length")}
+    if text or None in sizes.values():
+        raise ValueError(
+            f"text encoder {name!r} is not CLIP's own, the only one that is supported: its open_clip configuration "
+            f"has {', '.join(config['text_cfg'])}"
+        )
+    path, quick = _open_clip_weights(name, architecture, weights)
+    quick = quick or config.get("quick_gelu", False)
+    state = {key.removeprefix("module."): tensor for key, tensor in read_tensors(path).state.items()}
+    state = {"model." + key: tensor for key, tensor in state.items() if not key.startswith(NOT_TEXT_OPENCLIP)}
+    scale = state.get("model.logit_scale")
+    if scale is not None and scale.shape == (1,):  # in some files
+        state["model.logit_scale"] = scale[0]
+    activation = "quick_gelu" if quick else "gelu"
+    return {"layout": "openclip", **sizes, "activation": activation, "projection_dim": config["embed_dim"]}, state
+
+
+def _open_clip_weights(name: str, architecture: str, weights: str) -> tuple[Path, bool]:
+    """The file, and whether it is known to have been trained with quick GELU (open_clip's list of weights says so)."""
+    if Path(weights).is_file():
+        return Path(weights), False
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+
+    known = get_pretrained_cfg(architecture, weights)
+    if not known:
+        tags = ", ".join(list_pretrained_tags_by_model(architecture)) or "none"
+        raise ValueError(f"text encoder {name!r}: {weights!r} is no file, nor one of {architecture}'s tags ({tags})")
+    try:
+        return Path(download_pretrained(known)), known.get("quick_gelu", False)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"text encoder {name!r} cannot be downloaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,66 @@
+"""Pictures -> the conditioning dict: what the UNet gets beside its noised latents, at their size."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+METHODS = ("nearest", "bilinear", "bicubic", "area")
+
+
+class SpatialRescaler(nn.Module):
+    """Shrinks a picture or a map of one-hot labels, as in latent diffusion's semantic synthesis.
+
+    `n_stages` times a factor `multiplier` by the interpolation `method`; then, with `out_channels`, a 1x1 convolution,
+    `channel_mapper`, with or without `bias`. Raises ValueError for an unknown method or no stages.
+    """
+
+    null = None  # there is no picture that says nothing
+
+    def __init__(
+        self,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if method not in METHODS or n_stages < 0:
+            raise ValueError(
+                f"method {method!r} and n_stages {n_stages} do not make a rescaler: the method is one of "
+                f"{', '.join(METHODS)}, the stages are counted from 0"
+            )
+        self.n_stages = n_stages
+        self.method = method
+        self.multiplier = multiplier
+        self.channel_mapper = None if out_channels is None else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """{"c_concat": encode(x)}."""
+        return {"c_concat": self.encode(x)}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (b, in_channels, h, w) -> (b, out_channels, h', w'), h' and w' being multiplied in every stage."""
+        x = _checked(x)
+        if self.channel_mapper is not None:
+            x = x.to(self.channel_mapper.weight)
+        for _ in range(self.n_stages):
+            x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)  # (b, c, h', w')
+        return x if self.channel_mapper is None else self.channel_mapper(x)
+
+
+class Picture(nn.Module):
+    """The picture itself, as in latent diffusion's super-resolution: what is small guides what is drawn large."""
+
+    null = None  # there is no picture that says nothing
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x (b, c, h, w) in [-1, 1], of the latents' height and width -> {"c_concat": x}."""
+        return {"c_concat": _checked(x)}
+
+
+def _checked(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
+        what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"this model is conditioned on pictures, floats (b, c, h, w), and was given {what}")
+    return x

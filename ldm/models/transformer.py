@@ -1,0 +1,68 @@
+"""A BERT-style transformer over tokens (Devlin et al. 2018, arXiv:1810.04805, with pre-norm blocks), under the
+parameter names of CompVis's x_transformer: the text encoder of latent diffusion's own text-to-image model."""
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.attention import FeedForward
+from ldm.models.kernels import attention
+
+HEADS = 8
+HEAD_WIDTH = 64  # of every published model, whatever its width
+
+
+class SelfAttention(nn.Module):
+    """Attention of 8 heads of width 64 over all tokens, padding included: (b, n, dim) stays."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        inner = HEADS * HEAD_WIDTH
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_k = nn.Linear(dim, inner, bias=False)
+        self.to_v = nn.Linear(dim, inner, bias=False)
+        self.to_out = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=HEADS) for to in (self.to_q, self.to_k, self.to_v))
+        return self.to_out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class Encoder(nn.Module):
+    """`depth` pairs of attention and feed-forward layers (exact GELU), each added to x (b, n, dim) after a norm."""
+
+    def __init__(self, dim: int, depth: int) -> None:
+        super().__init__()
+        self.dim = dim
+        layers = [layer for _ in range(depth) for layer in (SelfAttention(dim), FeedForward(dim))]
+        self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), layer]) for layer in layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, layer in self.layers:
+            x = x + layer(norm(x))
+        return x
+
+
+class TransformerWrapper(nn.Module):
+    """Learned token and position embeddings, `attn_layers`, a final norm, and a projection to logits over tokens.
+
+    num_tokens: size of the vocabulary. max_seq_len: most tokens. emb_dropout: of the summed embeddings, in training.
+    """
+
+    def __init__(self, num_tokens: int, max_seq_len: int, attn_layers: Encoder, emb_dropout: float = 0.0) -> None:
+        super().__init__()
+        dim = attn_layers.dim
+        self.max_seq_len = max_seq_len
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.pos_emb = nn.ModuleDict({"emb": nn.Embedding(max_seq_len, dim)})
+        self.emb_dropout = nn.Dropout(emb_dropout)
+        self.attn_layers = attn_layers
+        self.norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Linear(dim, num_tokens)
+        for embedding in (self.token_emb, self.pos_emb.emb):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, return_embeddings: bool = False) -> Tensor:
+        """tokens int64 (b, n), n <= max_seq_len -> logits (b, n, num_tokens), or the normed embeddings (b, n, dim)."""
+        x = self.token_emb(tokens) + self.pos_emb.emb.weight[: tokens.shape[1]]  # (b, n, dim)
+        x = self.norm(self.attn_layers(self.emb_dropout(x)))
+        return x if return_embeddings else self.to_logits(x)

@@ -1,0 +1,72 @@
+"""The VQ autoencoder of latent diffusion, a VQGAN (Esser et al. 2021; Rombach et al. 2022, section 3.1), with CompVis's
+names."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ldm.models.autoencoder import Decoder, Encoder
+from ldm.models.quantize import VectorQuantizer
+
+Info = tuple[None, None, Tensor]  # VectorQuantizer's: its last entry are the codebook indices, int64 (b h w)
+
+
+class VQModel(nn.Module):
+    """Pixels in [-1, 1] <-> latents from a codebook of `n_embed` vectors of width `embed_dim`: the form that trains.
+
+    `ddconfig` holds the arguments of Encoder and Decoder. `lossconfig` and `monitor` belong to CompVis's configs and
+    are not used: losses are part of training.
+    Raises ValueError when ddconfig does not have double_z false: there is no log variance here.
+    """
+
+    def __init__(
+        self,
+        ddconfig: dict[str, Any],
+        embed_dim: int,
+        n_embed: int,
+        lossconfig: dict[str, Any] | None = None,
+        monitor: str | None = None,
+    ) -> None:
+        super().__init__()
+        if ddconfig.get("double_z", True):
+            raise ValueError("ddconfig needs double_z false: a VQ autoencoder's encoder gives no log variances")
+        self.embed_dim = embed_dim
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
+        self.quantize = VectorQuantizer(n_embed, embed_dim)
+        self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """Pixels (b, c, h, w) -> the latents before quantization (b, embed_dim, h / f, w / f)."""
+        return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Info]:
+        """Pixels (b, c, h, w) -> quantized latents (b, embed_dim, h / f, w / f), the codebook's loss () and indices."""
+        return self.quantize(self.encode_to_prequant(x))
+
+    def decode(self, quantized: Tensor) -> Tensor:
+        """Pixels (b, c, h, w), about [-1, 1] but not clamped, in the parameters' dtype, from quantized latents."""
+        return self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The reconstruction (b, c, h, w) of pixels x, and the codebook's loss ()."""
+        quantized, loss, _ = self.quantize(self.encode_to_prequant(x))
+        return VQModel.decode(self, quantized), loss  # not the subclass's, which quantizes
+
+    def get_last_layer(self) -> nn.Parameter:
+        """The last weight of the decoder, where the gradients of reconstruction and adversarial loss are compared."""
+        return self.decoder.conv_out.weight
+
+
+class VQModelInterface(VQModel):
+    """VQModel as a first stage: diffusion happens before quantization, which becomes part of the decoder."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pixels (b, c, h, w) -> raw (unscaled) latents before quantization (b, embed_dim, h / f, w / f)."""
+        return self.encode_to_prequant(x)
+
+    def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Raw latents (b, embed_dim, h / f, w / f) -> pixels (b, c, h, w), quantized on the way unless forced not."""
+        return super().decode(h if force_not_quantize else self.quantize(h)[0])

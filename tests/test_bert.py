@@ -1,0 +1,179 @@
+"""BERT's tokenizer as transformers has it, and the text encoder on it."""
+
+import copy
+
+import pytest
+import torch
+from golden_fill import fill, load_golden, published_shapes, shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm.conditioning.bert import SPECIAL, BERTEncoder, WordPiece, read_vocab
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789ßøæ.,:;!?'\"()-_/#&@日本語猫ñ"
+WORDS = ["cat", "dog", "##s", "paint", "##ing", "##ed", "a", "of", "the", "five", "cafe", "un", "##want", "\u2028x"]
+VOCAB = list(dict.fromkeys([*SPECIAL, *LETTERS, *("##" + letter for letter in LETTERS), *WORDS]))
+PROMPTS = [
+    "a painting of the CATS",
+    "",
+    "Café, naïve ÑANDÚ unwanted!!",
+    "日本語の猫 and don't-stop",
+    "tabs\tand\nnew\r\nlines\u00a0and\u200b\x00controls \ufffd",
+    "straße STRASSE İstanbul ﬁve ①",
+    "a [MASK] of [CLS] and [sep] [PAD]",
+    "zzz " + "x" * 101,
+    "😀 é vs e\u0301",
+    "word " * 200,
+]
+ARGUMENTS = {"n_embed": 64, "n_layer": 2, "vocab_size": len(VOCAB), "max_seq_len": 16}
+
+
+@pytest.fixture(scope="module")
+def vocab_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("\n".join(VOCAB) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(vocab_file):
+    from transformers import BertTokenizerFast
+
+    tokenizer = BertTokenizerFast.from_pretrained(str(vocab_file.parent), local_files_only=True)
+
+    def tokenize(prompts, length):
+        return tokenizer(prompts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
+
+    return lambda prompts, length: tokenize(prompts, length)["input_ids"]
+
+
+@pytest.mark.parametrize("length", [2, 16, 77])
+def test_tokens_are_those_of_transformers(theirs, vocab_file, length):
+    ours = WordPiece(read_vocab(vocab_file), length)
+    assert ours.max_length == length and ours(PROMPTS).dtype == torch.int64
+    assert torch.equal(ours(PROMPTS), theirs(PROMPTS, length))
+
+
+def test_tokens_are_those_of_transformers_for_any_text(theirs):
+    ours = WordPiece(VOCAB, 24)
+
+    @settings(deadline=None, max_examples=200)
+    @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
+    def agree(text):
+        assert torch.equal(ours([text]), theirs([text], 24))
+
+    agree()
+
+
+def test_what_the_tokens_are():
+    """By hand: lower case, no accents, longest pieces first, [CLS] ... [SEP], [PAD]."""
+    ours = WordPiece(VOCAB, 8)
+    assert [VOCAB[i] for i in ours(["PAINTÍNGS Cafés"])[0]] == [
+        "[CLS]",
+        "paint",
+        "##ing",
+        "##s",
+        "cafe",
+        "##s",
+        "[SEP]",
+        "[PAD]",
+    ]
+    assert [VOCAB[i] for i in ours(["Ω cat [MASK]"])[0]][:5] == ["[CLS]", "[UNK]", "cat", "[MASK]", "[SEP]"]
+    assert [VOCAB[i] for i in ours(["a a a a a a a a a"])[0]] == ["[CLS]", *"aaaaaa", "[SEP]"]
+    assert torch.equal(ours(["a \ud800"]), ours(["a \ufffd"]))  # half a character, as a terminal may hand over
+
+
+def test_a_vocabulary_file(tmp_path, vocab_file):
+    assert read_vocab(vocab_file) == VOCAB
+    crlf = tmp_path / "crlf.txt"
+    crlf.write_bytes("\r\n".join(VOCAB).encode())
+    assert read_vocab(crlf) == VOCAB
+    with pytest.raises(FileNotFoundError, match="vocab.txt"):
+        read_vocab(tmp_path / "missing.txt")
+    (tmp_path / "other.txt").write_text("hello\nworld\n")
+    with pytest.raises(ValueError, match=r"other.txt' is not BERT's: its 2 tokens lack \[PAD\]"):
+        read_vocab(tmp_path / "other.txt")
+    (tmp_path / "twice.txt").write_text("\n".join([*SPECIAL, "cat", "dog", "cat"]))
+    with pytest.raises(ValueError, match="1 of its 8 tokens appear twice"):
+        read_vocab(tmp_path / "twice.txt")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_vocab(tmp_path / "latin.txt")
+    with pytest.raises(ValueError, match="max_length 1"):
+        WordPiece(VOCAB, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("ldm-text2img-large", {"n_embed": 1280, "n_layer": 32}),
+        ("ldm-layout2img", {"n_embed": 512, "n_layer": 16, "vocab_size": 8192, "max_seq_len": 92}),
+    ],
+)
+def test_names_and_shapes_of_published_models(model, arguments):
+    with torch.device("meta"):
+        network = BERTEncoder(**arguments)
+    assert shapes(network) == published_shapes(model, "cond_stage_model.")
+
+
+@torch.no_grad()
+def test_golden():
+    params, seed, tensors = load_golden("bert_embedder")
+    model = fill(BERTEncoder(**params), seed)
+    torch.testing.assert_close(model.encode(tensors["in/tokens"]), tensors["out/embedding"], atol=1e-5, rtol=0)
+    assert list(model(tensors["in/tokens"])) == ["c_crossattn"]
+
+
+@torch.no_grad()
+def test_prompts_are_encoded_once_each():
+    model = fill(BERTEncoder(**ARGUMENTS, vocab=VOCAB), 2)
+    batches = []
+    model.transformer.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    prompts = ["a cat", "", "a cat", "dogs"]
+    cond = model(prompts)["c_crossattn"]
+    assert batches == [3] and cond.shape == (4, 16, 64)
+    want = model.transformer(model.tokenizer(prompts), return_embeddings=True)
+    torch.testing.assert_close(cond, want, atol=1e-6, rtol=1e-5)
+    assert (want[0] - want[3]).abs().max() > 0.1
+    assert torch.equal(cond, model(model.tokenizer(prompts))["c_crossattn"])  # token ids
+    assert torch.equal(cond, model(model.tokenizer(prompts).tolist())["c_crossattn"])
+    assert torch.equal(cond, copy.deepcopy(model)(prompts)["c_crossattn"])
+    assert model(torch.zeros(2, 5, dtype=torch.int32))["c_crossattn"].shape == (2, 5, 64)
+
+
+def test_without_a_vocabulary():
+    """Token ids are taken, and so is the empty prompt where its ids are known: those of bert-base-uncased."""
+    model = BERTEncoder(8, 1)
+    assert model.null == ""
+    assert model.tokens(["", ""]).tolist() == 2 * [[101, 102, *75 * [0]]]
+    with pytest.raises(ValueError, match=r"prompt 'a cat' cannot be read.*vocab.txt .*--vocab FILE"):
+        model(["", "a cat"])
+    small = BERTEncoder(**ARGUMENTS)
+    assert small.null is None
+    with pytest.raises(ValueError, match="vocab.txt"):
+        small([""])
+    assert BERTEncoder(**ARGUMENTS, vocab=VOCAB).null == ""
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ("a cat", "a list of prompts, not one string"),
+        (torch.zeros(2, 17, dtype=torch.long), r"\(2, 17\).*at most 16 tokens"),
+        (torch.zeros(16, dtype=torch.long), r"\(16,\)"),
+        (torch.zeros(2, 16), "torch.float32"),
+        ([[1, 2], [3]], "rows of token ids of one length"),
+        ([None], "rows of token ids"),
+        (["a", 3], "rows of token ids"),
+        ([[0, len(VOCAB)]], f"token id {len(VOCAB)} does not exist: this model has 0 to {len(VOCAB) - 1}"),
+        ([[-1, 0]], "token id -1 does not exist"),
+    ],
+)
+def test_bad_prompts_are_refused(prompts, said):
+    with pytest.raises(ValueError, match=said):
+        BERTEncoder(**ARGUMENTS, vocab=VOCAB)(prompts)
+
+
+def test_a_vocabulary_of_another_model_is_refused():
+    with pytest.raises(ValueError, match=f"vocabulary has {len(VOCAB)} tokens and the model 30522"):
+        BERTEncoder(8, 1, vocab=VOCAB)

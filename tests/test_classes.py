@@ -1,0 +1,46 @@
+"""Class conditioning: the published layout, and numbers that are no class."""
+
+import pytest
+import torch
+from golden_fill import fill, published_shapes, shapes
+
+from ldm.conditioning.classes import ClassEmbedder
+
+
+def test_names_and_shapes_of_the_published_model():
+    with torch.device("meta"):
+        model = ClassEmbedder(512, n_classes=1001)
+    assert shapes(model) == published_shapes("ldm-cin256-v2", "cond_stage_model.")
+    assert model.null == 1000
+
+
+@torch.no_grad()
+def test_each_class_has_its_vector():
+    model = fill(ClassEmbedder(8, 11), 0)
+    cond = model([3, 10, 3])
+    assert list(cond) == ["c_crossattn"]
+    assert torch.equal(cond["c_crossattn"], model.embedding.weight[[3, 10, 3]][:, None])
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        assert torch.equal(model.encode(torch.tensor([3, 10, 3], dtype=dtype)), cond["c_crossattn"])
+    assert torch.equal(model([model.null])["c_crossattn"][0, 0], model.embedding.weight[-1])
+
+
+def test_it_trains():
+    model = ClassEmbedder(8, 11)
+    model([3])["c_crossattn"].sum().backward()
+    assert model.embedding.weight.grad[3].abs().min() > 0 and not model.embedding.weight.grad[4].any()
+
+
+@pytest.mark.parametrize("wrong", [11, -1, "3", 2.0, True, None])
+def test_what_is_no_class_is_refused_by_value(wrong):
+    with pytest.raises(ValueError, match=f"class {wrong!r} does not exist: this model's are 0 to 10"):
+        ClassEmbedder(8, 11)([3, wrong])
+
+
+def test_tensors_that_are_no_classes_are_refused():
+    with pytest.raises(ValueError, match="class 11 does not exist"):
+        ClassEmbedder(8, 11)(torch.tensor([11]))
+    with pytest.raises(ValueError, match="class 1.0 does not exist"):
+        ClassEmbedder(8, 11)(torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"class \[1, 2\] does not exist"):
+        ClassEmbedder(8, 11)(torch.tensor([[1, 2]]))

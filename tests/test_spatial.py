@@ -1,0 +1,67 @@
+"""Conditioning on pictures: the original's numbers, the published layout, closed forms."""
+
+import pytest
+import torch
+from golden_fill import fill, load_golden, published_shapes, shapes
+
+from ldm.conditioning.spatial import Picture, SpatialRescaler
+
+
+def pictures(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_golden():
+    params, seed, tensors = load_golden("spatial_rescaler")
+    model = fill(SpatialRescaler(**params), seed)
+    torch.testing.assert_close(model.encode(tensors["in/x"]), tensors["out/y"], atol=1e-5, rtol=0)
+    assert list(model(tensors["in/x"])) == ["c_concat"] and model.null is None
+
+
+def test_names_and_shapes_of_the_published_model():
+    with torch.device("meta"):
+        model = SpatialRescaler(n_stages=2, in_channels=182, out_channels=3)
+    assert shapes(model) == published_shapes("ldm-semantic-synthesis256", "cond_stage_model.")
+
+
+def test_halving():
+    """By 2, "bilinear" (no corner alignment) and "area" both are the mean of 2x2; without a mapper channels stay."""
+    x = pictures(2, 5, 8, 12)
+    want = x.view(2, 5, 4, 2, 6, 2).mean(dim=(3, 5))
+    for method in ("bilinear", "area"):
+        model = SpatialRescaler(method=method, in_channels=5)
+        torch.testing.assert_close(model(x)["c_concat"], want)
+        assert not list(model.parameters())
+    assert torch.equal(SpatialRescaler(method="nearest", multiplier=0.25)(x)["c_concat"], x[:, :, ::4, ::4])
+    assert SpatialRescaler(n_stages=3, method="bicubic", multiplier=2)(x)["c_concat"].shape == (2, 5, 64, 96)
+    assert torch.equal(SpatialRescaler(n_stages=0)(x)["c_concat"], x)
+
+
+def test_the_mapper_is_a_matrix_over_channels():
+    model = fill(SpatialRescaler(n_stages=0, in_channels=5, out_channels=3, bias=True), 1)
+    x, weight, bias = pictures(2, 5, 4, 4), model.channel_mapper.weight[:, :, 0, 0], model.channel_mapper.bias
+    torch.testing.assert_close(model.encode(x), torch.einsum("oc,bchw->bohw", weight, x) + bias[:, None, None])
+    assert model.half().encode(x).dtype == torch.float16
+
+
+def test_a_picture_stays_as_it_is():
+    x = pictures(2, 3, 4, 4)
+    assert Picture()(x)["c_concat"] is x and Picture().null is None and not shapes(Picture())
+
+
+@pytest.mark.parametrize("model", [Picture(), SpatialRescaler()])
+def test_what_is_no_picture_is_refused(model):
+    with pytest.raises(ValueError, match="was given list"):
+        model(["a cat"])
+    with pytest.raises(ValueError, match=r"given \(3, 4, 4\) of torch.float32"):
+        model(pictures(3, 4, 4))
+    with pytest.raises(ValueError, match="of torch.uint8"):
+        model(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="method 'lanczos'"):
+        SpatialRescaler(method="lanczos")
+    with pytest.raises(ValueError, match="n_stages -1"):
+        SpatialRescaler(n_stages=-1)
