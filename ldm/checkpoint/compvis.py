@@ -1,0 +1,274 @@
+"""CompVis's single files: what is stray in them and how their names vary, and the files that we write for others.
+
+A whole model's names are `model.diffusion_model.*` (UNet), `first_stage_model.*`, `cond_stage_model.*` (conditioner).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.checkpoint.diffusers_names import vae_from_diffusers
+from ldm.checkpoint.family_table import SCALE_FACTORS
+from ldm.checkpoint.structure import TEXT, count
+from ldm.diffusion.schedule import SMALLEST_ALPHA_BAR, make_schedule
+
+State = dict[str, Tensor]
+
+PREFIXES = {"unet": "model.diffusion_model.", "first_stage": "first_stage_model.", "text": "cond_stage_model."}
+EMA = "model_ema."
+
+SCHEDULE_BUFFERS = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+# Names that published files carry and no network here has; whatever else is unexpected stays, for the loader to list.
+_STRAYS = (
+    "|".join(SCHEDULE_BUFFERS),  # follow from the schedule, which is in the configuration (`recognise` reads them)
+    "scale_factor",  # likewise
+    "v_pred|ztsnr",  # marks for "predicts v" and "zero terminal SNR"; `recognise` reads them
+    "logvar|lvlb_weights",  # weights of the training loss
+    "ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)",  # a sampler's, saved into LDM's inpainting_big by mistake
+    r"model_ema\..*",  # a second copy of the UNet (or of an autoencoder in training), unless it was asked for
+    r"first_stage_model\.(loss|model_ema)\..*",  # discriminator, LPIPS and EMA of the autoencoder's own training
+    r"cond_stage_model\.transformer\.text_model\.embeddings\.position_ids",  # 0, 1, 2 ...: transformers before 4.31
+    r"cond_stage_model\.logit_scale",  # ComfyUI's wrapper around CLIP; not part of the text tower
+    r"embedding_manager\..*",  # textual inversion's, which the DreamBooth fork of its code carries along unused
+)
+_STRAY = re.compile("|".join(f"(?:{pattern})" for pattern in _STRAYS))
+
+# How parts on their own and older writers begin their names -> the names of a whole model.
+_RENAMES = (
+    (r"(input_blocks|middle_block|output_blocks|out|time_embed|label_emb)\.", r"model.diffusion_model.\1."),
+    (r"diffusion_model\.", "model.diffusion_model."),
+    (r"(encoder|decoder|quantize|quant_conv|post_quant_conv|loss)\.", r"first_stage_model.\1."),
+    (r"vae\.", "first_stage_model."),
+    # CLIP in transformers' layout, as NovelAI's files and transformers from 5.6 on name it
+    (r"(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2."),
+)
+_FIRST_STAGE_COPY = re.compile(r"cond_stage_model\.((?:encoder|decoder|quantize|quant_conv|post_quant_conv)\..*)")
+_VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn(_1|\.\d+)\.(q|k|v|proj_out)\.weight")
+
+
+def normalise(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[str]]:
+    """A published file's tensors under the names of our networks, without what is known to be stray, and notes.
+
+    Tensors are passed on as they are (mapped ones stay mapped). A file of one part alone comes out with that network's
+    own names, a whole model with the three prefixes of `PREFIXES`. `ema` takes the averaged weights where there are
+    any. Idempotent.
+
+    Raises ValueError for `ema` when there are no averaged weights or they do not fit, for a conditioner that claims to
+    be the first stage and differs from it, and for tensors that come twice under two names.
+    """
+    state, notes = tidy(state, ema)
+    parts = [part for part in PREFIXES if has_part(state, part)]
+    if len(parts) == 1:
+        prefix = PREFIXES[parts[0]]
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state, notes
+
+
+def has_part(state: Mapping[str, Any], part: str) -> bool:
+    """Whether any name belongs to that part of `PREFIXES`."""
+    return any(name.startswith(PREFIXES[part]) for name in state)
+
+
+def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[str]]:
+    """`normalise`, but with the names of a whole model even where there is only one part."""
+    notes = []
+    state = _from_diffusers(state)
+    renamed = {name: _renamed(name) for name in state}
+    if len(set(renamed.values())) < len(renamed):
+        twice = sorted(name for name, new in renamed.items() if name != new and new in renamed)
+        raise ValueError(f"the file holds {len(twice)} tensors twice, under two names each ({', '.join(twice[:5])})")
+    state = {renamed[name]: tensor for name, tensor in state.items()}
+    if ema:
+        state |= _averaged(state)
+        notes.append("the averaged weights (EMA) were taken")
+    elif any(name.startswith(f"{EMA}diffusion_model") for name in state):
+        notes.append("the file also has averaged weights (EMA), which were not taken (ema=True, --ema)")
+    if any(name.startswith("embedding_manager.") for name in state):
+        notes.append("textual inversion's embeddings (embedding_manager.*) in the file are left out")
+    state = {name: tensor for name, tensor in state.items() if not _STRAY.fullmatch(name)}
+    state = _without_first_stage_copy(state)
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and _VAE_ATTENTION.fullmatch(name):
+            state[name] = tensor[:, :, None, None]  # linear layers (diffusers) -> 1x1 convolutions (CompVis)
+    supplied = _missing_of_openclip(state)
+    if supplied:
+        notes.append(f"the file lacks {len(supplied)} tensors of OpenCLIP that nothing reads; stand-ins were supplied")
+    return state | supplied, notes
+
+
+def _from_diffusers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A first stage as diffusers names it (most VAEs that are shared alone) -> CompVis's names; others unchanged."""
+    levels = count(state, "encoder.down_blocks.")
+    if levels == 0:
+        return state
+    return vae_from_diffusers(state, levels, count(state, "encoder.down_blocks.0.resnets."))
+
+
+def _renamed(name: str) -> str:
+    for pattern, new in _RENAMES:
+        if re.match(pattern, name):
+            return re.sub(pattern, new, name, count=1)
+    return name
+
+
+def _averaged(state: State) -> State:
+    """The EMA's tensors under the names of what they average, mapped forward: the EMA's names have lost their dots."""
+    owner = "model." if has_part(state, "unet") else PREFIXES["first_stage"]
+    shadows = {name: EMA + name.removeprefix(owner).replace(".", "") for name in state if name.startswith(owner)}
+    averaged = {name: state[shadow] for name, shadow in shadows.items() if shadow in state}
+    if not averaged:
+        raise ValueError("the file has no averaged weights (EMA, model_ema.*): load it without ema")
+    counters = {f"{EMA}decay", f"{EMA}num_updates"}
+    stray = {name for name in state if name.startswith(EMA)} - counters - set(shadows.values())
+    misshapen = {name for name, tensor in averaged.items() if tensor.shape != state[name].shape}
+    if stray or misshapen:
+        names = ", ".join(sorted(stray | misshapen)[:5])
+        raise ValueError(f"the averaged weights (EMA) do not fit the model, {len(stray | misshapen)} of them ({names})")
+    return averaged
+
+
+def _without_first_stage_copy(state: State) -> State:
+    """LDM's inpainting model was saved with its first stage twice, as its conditioner (`__is_first_stage__`) too."""
+    copy = {match[1]: name for name in state if (match := _FIRST_STAGE_COPY.fullmatch(name))}
+    prefix = PREFIXES["first_stage"]
+    shapes = {name: state[old].shape for name, old in copy.items()}
+    own = {name.removeprefix(prefix): tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
+    if copy and shapes != own:
+        different = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
+        raise ValueError(
+            "the conditioner is an autoencoder other than the first stage: they differ in "
+            f"{len(different)} tensors ({', '.join(different[:5])})"
+        )
+    return {name: tensor for name, tensor in state.items() if name not in copy.values()}
+
+
+def _missing_of_openclip(state: State) -> State:
+    """What strictness needs of OpenCLIP's tower in a Stable Diffusion 2 file that other programs saved again.
+
+    SD2 reads the state before the last block, so diffusers keeps 23 of the 24 blocks, and neither projection nor
+    temperature. Stand-ins: a copy of the block before (as sd-scripts writes), the identity and 0.
+    """
+    base = f"{PREFIXES['text']}model."
+    embedding = state.get(f"{base}token_embedding.weight")
+    if embedding is None:
+        return {}
+    width = embedding.shape[-1]
+    supplied = {}
+    if f"{base}text_projection" not in state:
+        supplied[f"{base}text_projection"] = torch.eye(width, device=embedding.device).to(embedding.dtype)
+    if f"{base}logit_scale" not in state:
+        supplied[f"{base}logit_scale"] = torch.zeros((), dtype=embedding.dtype, device=embedding.device)
+    layer = re.compile(rf"{re.escape(base)}transformer\.resblocks\.(\d+)\.(.*)")
+    blocks = [match for name in state if (match := layer.fullmatch(name))]
+    last = max((int(match[1]) for match in blocks), default=-1)
+    # ViT-H has 24 blocks; of other towers only the missing projection tells that the file was saved by diffusers
+    cut = last == 22 if width == 1024 else f"{base}text_projection" in supplied
+    for match in blocks if cut else ():
+        if int(match[1]) == last:
+            supplied[f"{base}transformer.resblocks.{last + 1}.{match[2]}"] = state[match[0]].clone()
+    return supplied
+
+
+def single_file(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[State, dict[str, str]]:
+    """What to write so that other programs read a whole model: (tensors, safetensors metadata).
+
+    Beside the weights: the schedule's buffers, CLIP's position ids, `scale_factor` unless it is what everyone assumes
+    (`SCALE_FACTORS`), the empty marks `v_pred` and `ztsnr`, and metadata after the modelspec standard 1.0.0
+    (https://github.com/Stability-AI/ModelSpec).
+
+    config: {"target": LatentDiffusion's, "params": ...}. `normalise` undoes it.
+    """
+    params = config["params"]
+    added = schedule_buffers(params["schedule"])
+    conditioner = params["cond_stage_config"]
+    settings = {} if conditioner is None else conditioner["params"]
+    if conditioner is not None and conditioner["target"] == TEXT and settings["layout"] == "transformers":
+        name = f"{PREFIXES['text']}transformer.text_model.embeddings.position_ids"
+        added[name] = torch.arange(settings.get("context_length", 77))[None]
+    if params["scale_factor"] != SCALE_FACTORS.get(params["first_stage_config"]["target"]):
+        added["scale_factor"] = torch.tensor(params["scale_factor"])
+    if params["prediction"] == "v":
+        added["v_pred"] = torch.empty(0)
+    if params["schedule"].get("zero_terminal_snr", False):
+        added["ztsnr"] = torch.empty(0)
+    return {**added, **state}, _modelspec(params)
+
+
+def schedule_buffers(schedule: Mapping[str, Any]) -> State:
+    """The twelve buffers of CompVis's DDPM, float32 (T,), from `make_schedule`'s arguments.
+
+    Posterior of q: Ho et al. 2020, eq. 6 and 7. Where ab = 0 (zero terminal SNR), its reciprocal is taken of 2^-24.
+    """
+    ab = make_schedule(**schedule).alphas_cumprod
+    prev = torch.cat([ab.new_ones(1), ab[:-1]])
+    beta = 1 - ab / prev
+    recip = 1 / ab.clamp(min=SMALLEST_ALPHA_BAR)
+    variance = beta * (1 - prev) / (1 - ab)
+    values = (
+        beta,
+        ab,
+        prev,
+        ab.sqrt(),
+        (1 - ab).sqrt(),
+        (1 - ab).log(),
+        recip.sqrt(),
+        (recip - 1).sqrt(),
+        variance,
+        variance.clamp(min=1e-20).log(),  # 0 at the first step
+        beta * prev.sqrt() / (1 - ab),
+        (1 - prev) * (1 - beta).sqrt() / (1 - ab),
+    )
+    return {name: value.float() for name, value in zip(SCHEDULE_BUFFERS, values, strict=True)}
+
+
+_PREDICTION_TYPES = {"eps": "epsilon", "v": "v", "x0": "sample"}
+_SUFFIXES = {
+    None: "",
+    "mask_latents": "-inpainting",
+    "latents_mask": "-inpainting",
+    "latents": "-instruct-pix2pix",
+}
+_REPOSITORIES = {
+    "stable-diffusion-v1": "https://github.com/CompVis/stable-diffusion",
+    "stable-diffusion-v2": "https://github.com/Stability-AI/stablediffusion",
+    "latent-diffusion": "https://github.com/CompVis/latent-diffusion",
+}
+
+
+def _modelspec(params: Mapping[str, Any]) -> dict[str, str]:
+    """The header that says what a file is, by the modelspec standard; `format` is transformers' demand."""
+    conditioner = params["cond_stage_config"]
+    layout = None
+    if conditioner is not None and conditioner["target"] == TEXT:
+        layout = conditioner["params"]["layout"]
+    line = {"transformers": "stable-diffusion-v1", "openclip": "stable-diffusion-v2"}.get(layout, "latent-diffusion")
+    architecture = line + _SUFFIXES[params.get("concat")]
+    if architecture == "stable-diffusion-v2":
+        architecture += "-768-v" if params["prediction"] == "v" else "-512"
+    defaults = params["defaults"]
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": _REPOSITORIES[line],
+        "modelspec.title": architecture,
+        "modelspec.resolution": f"{defaults['width']}x{defaults['height']}",
+        "modelspec.prediction_type": _PREDICTION_TYPES[params["prediction"]],
+    }
