@@ -219,6 +219,35 @@ def test_sigma_spacings():
     assert levels == pytest.approx([999, 984.92, 970.38], abs=0.01)
 
 
+def test_levels_of_ones_own():
+    grid = [999, 749.5, 499, 0]
+    sigmas = [sd().sigma_at(t) for t in grid]
+    for spacing in (grid, tuple(grid), "999,749.5,499,0", "999 749.5, 499 0", "sigmas " + " ".join(map(str, sigmas))):
+        assert S.sampling_sigmas(sd(), 4, spacing).tolist() == [*sigmas, 0.0]
+    assert S.sampling_sigmas(sd(), 1, "sigmas 1.5", "sigma_min").tolist() == [1.5, sigmas[-1]]
+
+
+@pytest.mark.parametrize(
+    "spacing, words",
+    [
+        ("999,749", "lists 2 levels: the number of steps must be that, got 4"),
+        ("999,1000,3,1", "timestep 1000.0 is outside 0..999"),
+        ([1, 2, 3, 4], "must descend, got \\[1, 2, 3, 4\\]"),
+        ([4, 3, 3, 2], "must descend"),
+        ([4, 3, 2, -1], "timestep -1.0 is outside 0..999"),
+        ("nan 3 2 1", "timestep nan is outside"),
+        ("sigmas 15 3 2 1", "sigma 15.0 is outside 0.02916716..14.61464, the levels that the model knows"),
+        ("sigmas 4 3 2 0", "sigma 0.0 is outside"),
+        ("sigmas 4 3 2 nan", "sigma nan is outside"),
+        ("sigma 4 3 2 1", "unknown spacing 'sigma 4 3 2 1'; choose from compvis.*or list levels of your own"),
+        ("", "lists 0 levels"),
+    ],
+)
+def test_levels_that_do_not_fit_are_named(spacing, words):
+    with pytest.raises(ValueError, match=words):
+        S.sampling_sigmas(sd(), 4, spacing)
+
+
 def test_q_sample_is_diffusers_add_noise():
     x0, noise = torch.full((3, 1, 1, 1), 2.0), torch.full((3, 1, 1, 1), -1.0)
     x = S.q_sample(x0, torch.tensor([0, 500, 999]), noise, sd())

@@ -75,6 +75,21 @@ def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, 
     return skipped + c_out * (phi * ratio + (1 - phi)) * output
 
 
+def keep(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
+    """Inpainting with any model: x0 is `known` where the mask is 0, and what the network draws where it is 1.
+
+    A sampler then carries the known part along known + sigma noise, with one and the same noise for eta = 0, so that it
+    has the right noise at every level (in the end none) without being noised anew, as in CompVis's mask blending.
+    known: (b, c, h, w). mask: broadcast to it, in [0, 1].
+    """
+
+    def kept(x: Tensor, sigma: float) -> Prediction:
+        x0, log_variance = denoise(x, sigma)
+        return Prediction(torch.lerp(known, x0, mask), log_variance)
+
+    return kept
+
+
 def clip_x0(denoise: BoundDenoise, limit: float = 1.0) -> BoundDenoise:
     """Clamp x0 to [-limit, limit]: for models of pixels in [-1, 1] (the clipping of Ho et al. 2020's code)."""
     if not limit > 0:

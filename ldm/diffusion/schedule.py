@@ -11,8 +11,10 @@ samplers the variance-exploding one of Karras et al. 2022, which is x_vp / sqrt(
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -264,13 +266,38 @@ def _sigma_ramp(spacing: str, steps: int, low: float, high: float, rho: float = 
     return levels.clamp(low, high)  # the ends round
 
 
-def sampling_sigmas(schedule: Schedule, steps: int, spacing: str = "trailing", final_sigma: str = "zero") -> Tensor:
+def _own_sigmas(levels: str | Sequence[float], schedule: Schedule) -> Tensor:
+    """The sigmas of the timesteps listed, or those listed behind the word "sigmas": float64 (n,), descending."""
+    words = levels.replace(",", " ").split() if isinstance(levels, str) else list(levels)
+    are_sigmas = words[:1] == ["sigmas"]
+    try:
+        numbers = [float(word) for word in words[are_sigmas:]]
+    except ValueError:
+        raise ValueError(
+            f"unknown spacing {levels!r}; choose from {', '.join(TIMESTEP_SPACINGS + SIGMA_SPACINGS)}, or list levels "
+            "of your own: timesteps (999,749,499,249) or sigmas (sigmas 14,3.6,1.2)"
+        ) from None
+    sigmas = numbers if are_sigmas else [schedule.sigma_at(t) for t in numbers]
+    low, high = schedule.sigmas[[0, -1]].tolist()
+    for sigma in sigmas:
+        if not low <= sigma <= high:
+            raise ValueError(f"sigma {sigma} is outside {low:.7g}..{high:.7g}, the levels that the model knows")
+    if any(above <= below for above, below in pairwise(sigmas)):
+        raise ValueError(f"the levels of a spacing must descend, got {levels}")
+    return torch.tensor(sigmas, dtype=torch.float64)
+
+
+def sampling_sigmas(
+    schedule: Schedule, steps: int, spacing: str | Sequence[float] = "trailing", final_sigma: str = "zero"
+) -> Tensor:
     """The levels of a run: `steps` network levels, strictly descending, then the final one: float64 (steps + 1,).
 
-    spacing: one of `timesteps`, or karras or exponential, which run from the schedule's largest sigma to its smallest.
+    spacing: one of `timesteps`; or karras or exponential, which run from the schedule's largest sigma to its smallest;
+      or levels of one's own, `steps` of them, descending: timesteps in 0..T-1, fractions too, as a sequence or as text
+      ("999, 749.5, 499"), or sigmas within the schedule's as text after that word ("sigmas 14, 5.5, 1.2").
     final_sigma: zero, or sigma_min = sigma(ab_0), where CompVis stops.
 
-    Raises ValueError for unknown names and for steps outside 1..T.
+    Raises ValueError for unknown names, for steps outside 1..T, and for levels that do not fit.
     """
     if final_sigma not in FINAL_SIGMAS:
         raise ValueError(f"unknown final sigma {final_sigma!r}; choose from {', '.join(FINAL_SIGMAS)}")
@@ -280,6 +307,8 @@ def sampling_sigmas(schedule: Schedule, steps: int, spacing: str = "trailing", f
     elif spacing in TIMESTEP_SPACINGS:
         levels = schedule.sigmas[timesteps(spacing, steps, schedule.T)]
     else:
-        raise ValueError(f"unknown spacing {spacing!r}; choose from {', '.join(TIMESTEP_SPACINGS + SIGMA_SPACINGS)}")
+        levels = _own_sigmas(spacing, schedule)
+        if len(levels) != steps:
+            raise ValueError(f"the spacing lists {len(levels)} levels: the number of steps must be that, got {steps}")
     final = schedule.sigmas[:1] if final_sigma == "sigma_min" else schedule.sigmas.new_zeros(1)
     return torch.cat([levels, final])

@@ -1,0 +1,33 @@
+"""Samplers that evaluate the network twice a step: Heun's method and the midpoint method."""
+
+import math
+
+from torch import Tensor
+
+from ldm.diffusion.denoiser import BoundDenoise
+from ldm.diffusion.sampling.first_order import Noise, Point, Points, add_noise, ancestral_split, euler_to
+
+
+def two_slopes(denoise: BoundDenoise, now: Point, sigma: float, middle: float, share: float) -> Tensor:
+    """Euler's step to sigma with the slope (1 - share) eps + share eps(middle), that of Euler's step to `middle`.
+
+    Euler's step alone where the second slope does harm: for middle = 0, which has none, and far down in almost pure
+    noise (a cosine schedule may go from sigma 20000 to 10). There the flow is straight to within var(x0) / (2 middle),
+    and a share of eps(middle) on the whole step errs by that times share sigma / middle.
+    """
+    if middle == 0 or now.sigma > 10 * max(middle, 1):
+        return euler_to(now, sigma)
+    change = now.x0 - denoise(euler_to(now, middle), middle).x0  # middle (eps(middle) - eps), without cancellation
+    return euler_to(now, sigma) + share * (sigma - now.sigma) / middle * change
+
+
+def heun(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+    """The mean of the slopes at both ends (Karras et al. 2022, algorithm 1)."""
+    return two_slopes(denoise, points[-1], sigma_next, sigma_next, 0.5)
+
+
+def dpm2(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+    """The slope in the middle of log sigma: DPM-Solver-2 (Lu et al. 2022, algorithm 1, r = 1/2); ancestral with eta."""
+    now = points[-1]
+    down, up = ancestral_split(now.sigma, sigma_next, eta)
+    return add_noise(two_slopes(denoise, now, down, math.sqrt(now.sigma * down), 1.0), up, noise)
