@@ -68,10 +68,15 @@ def test_stable_diffusion_1_as_transformers():
     ours.transformer.load_state_dict(weights)
     tokens = ours.tokenizer(PROMPTS)
     assert tokens[1].tolist() == [49406] + 76 * [49407]
-    want = theirs(input_ids=tokens)
+    want = theirs(input_ids=tokens, output_hidden_states=True)
     cond = ours(PROMPTS)
     torch.testing.assert_close(cond["c_crossattn"], want.last_hidden_state, **TOLERANCE)
     torch.testing.assert_close(cond["c_adm"], want.pooler_output, **TOLERANCE)
+    norm = next(module for name, module in theirs.named_modules() if name.endswith("final_layer_norm"))
+    for skip in (1, 2, 3):  # as diffusers' clip_skip = skip - 1 and A1111's = skip
+        cond = ours(PROMPTS, clip_skip=skip)
+        torch.testing.assert_close(cond["c_crossattn"], norm(want.hidden_states[-skip]), **TOLERANCE)
+        torch.testing.assert_close(cond["c_adm"], want.pooler_output, **TOLERANCE)
 
 
 @torch.no_grad()
@@ -85,12 +90,13 @@ def test_stable_diffusion_2_as_open_clip():
     ours = TextEncoder("openclip", 32, 3, 4, "gelu", projection_dim=24, layer="penultimate", pooled=True)
     ours.model.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("visual.")})
     tokens = open_clip.tokenize(PROMPTS)
-    x = theirs.token_embedding(tokens) + theirs.positional_embedding
-    for block in theirs.transformer.resblocks[:-1]:
-        x = block(x, attn_mask=theirs.attn_mask)
-    cond = ours(PROMPTS)
-    torch.testing.assert_close(cond["c_crossattn"], theirs.ln_final(x), **TOLERANCE)
-    torch.testing.assert_close(cond["c_adm"], theirs.encode_text(tokens), **TOLERANCE)
+    for skip in (1, 2):
+        x = theirs.token_embedding(tokens) + theirs.positional_embedding
+        for block in theirs.transformer.resblocks[:-skip]:
+            x = block(x, attn_mask=theirs.attn_mask)
+        cond = ours(PROMPTS, clip_skip=skip)
+        torch.testing.assert_close(cond["c_crossattn"], theirs.ln_final(x), **TOLERANCE)
+        torch.testing.assert_close(cond["c_adm"], theirs.encode_text(tokens), **TOLERANCE)
 
 
 @torch.no_grad()
@@ -146,6 +152,28 @@ def test_layers(layout):
                 torch.testing.assert_close(cond["c_adm"], pool, **TOLERANCE)
 
 
+@torch.no_grad()
+def test_clip_skip_counts_from_the_encoders_own_layer():
+    model = encoder(layer="hidden", layer_index=-2)
+    states = model.tower.hidden_states(model.tokenizer(PROMPTS))
+    for skip in (1, 2):
+        torch.testing.assert_close(model(PROMPTS, clip_skip=skip)["c_crossattn"], states[3 - skip], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("layer", "skip", "said"),
+    [
+        ({"layer": "last"}, 4, "clip_skip 4 does not exist: .* 3 blocks up to its own layer, so it is 1 .* to 3"),
+        ({"layer": "penultimate"}, 3, "clip_skip 3 does not exist: .* to 2$"),
+        ({"layer": "last"}, 0, "clip_skip 0 does not exist"),
+        ({"layer": "hidden", "layer_index": 0}, 2, "to 1$"),
+    ],
+)
+def test_a_clip_skip_that_does_not_exist_is_refused(layer, skip, said):
+    with pytest.raises(ValueError, match=said):
+        encoder(**layer)(["a cat"], clip_skip=skip)
+
+
 def test_only_the_blocks_that_count_are_run():
     model = encoder(layer="penultimate")
     ran = []
@@ -153,6 +181,8 @@ def test_only_the_blocks_that_count_are_run():
         block.register_forward_hook(lambda module, args, out, i=i: ran.append(i))
     model(["a"])
     assert ran == [0, 1]
+    model(["a"], clip_skip=2)
+    assert ran == [0, 1, 0]
 
 
 @torch.no_grad()

@@ -173,6 +173,11 @@ def test_padding_can_be_chosen(clip):
     assert clip([]).shape == (0, 77)
 
 
+def test_ids_can_be_framed_without_text(clip, openclip):
+    for tokenizer in (clip, openclip):
+        assert torch.equal(tokenizer.frame([[320, 2368], []]), tokenizer(["a cat", ""]))
+
+
 # open_clip's cleaning without ftfy
 
 

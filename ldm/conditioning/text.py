@@ -30,6 +30,8 @@ class TextEncoder(nn.Module):
         ValueError: an unknown layout or layer, a layer_index out of range, or a vocab_size unlike the tokenizer's.
     """
 
+    null = ""  # the prompt that says nothing
+
     def __init__(
         self,
         layout: str,
@@ -58,7 +60,7 @@ class TextEncoder(nn.Module):
         self.layout = layout
         self.layer = layer
         self.state = _state_number(layer, layer_index, layers)
-        self.depth = layers if pooled else self.state  # blocks to run
+        self.layers = layers
         self.pooled = pooled
         options = {} if tokenizer is None else dict(tokenizer)
         self.tokenizer = Tokenizer(**{"context_length": context_length, "cleaning": cleaning, **options})
@@ -73,30 +75,43 @@ class TextEncoder(nn.Module):
         """The text tower, whatever its layout calls it."""
         return self.transformer if self.layout == "transformers" else self.model
 
-    def forward(self, prompts: Sequence[str] | Tensor) -> dict[str, Tensor]:
+    def forward(self, prompts: Sequence[str] | Tensor, clip_skip: int = 1) -> dict[str, Tensor]:
         """Prompts, or their tokens int64 (b, n), -> {"c_crossattn": (b, n, d)} and, if pooled, "c_adm": (b, p).
 
-        Each distinct prompt of a list is encoded once, since a batch is often one prompt many times.
+        Each distinct prompt of a list is encoded once, since a batch is often one prompt many times. Prompts are taken
+        literally and cut at the context length, as in CompVis's code; `ldm.conditioning.prompt` reads weights and long
+        ones.
+
+        clip_skip: 1 takes the context from the encoder's own layer, 2 from one block before it, and so on to the first
+            block, and treats it alike (final norm or none). For Stable Diffusion 1 that is A1111's "Clip skip"; for
+            Stable Diffusion 2, whose own layer is the last but one, 2 is the last but two (A1111 ignores it there). It
+            is diffusers' clip_skip plus 1 for both. The pooled text stays that of the last layer. ValueError for a
+            block that does not exist.
         """
         device = next(self.parameters()).device
         if isinstance(prompts, Tensor):
-            return self._encode(prompts.to(device))
+            return self._encode(prompts.to(device), clip_skip)
         if isinstance(prompts, str):
             raise ValueError(f"the text encoder takes a list of prompts, not one string ({prompts[:40]!r})")
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        cond = self._encode(self.tokenizer(list(distinct)).to(device))
+        cond = self._encode(self.tokenizer(list(distinct)).to(device), clip_skip)
         if len(distinct) < len(prompts):
             which = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
             cond = {key: value[which] for key, value in cond.items()}
         return cond
 
-    def _encode(self, tokens: Tensor) -> dict[str, Tensor]:
-        states = self.tower.hidden_states(tokens, self.depth)
-        context = states[self.state]
+    def _encode(self, tokens: Tensor, clip_skip: int) -> dict[str, Tensor]:
+        if not 1 <= clip_skip <= max(self.state, 1):
+            raise ValueError(
+                f"clip_skip {clip_skip} does not exist: this text encoder has {self.state} blocks up to its own layer, "
+                f"so it is 1 (that layer) to {max(self.state, 1)}"
+            )
+        number = self.state - (clip_skip - 1)
+        states = self.tower.hidden_states(tokens, self.layers if self.pooled else number)
+        context = states[number]
         cond = {"c_crossattn": context if self.layer == "hidden" else self.tower.final_norm(context)}  # (b, n, d)
         if self.pooled:
-            last = cond["c_crossattn"] if self.layer == "last" else self.tower.final_norm(states[-1])
-            cond["c_adm"] = self.tower.pool(last, tokens, self.tokenizer.eos)  # (b, p)
+            cond["c_adm"] = self.tower.pool(self.tower.final_norm(states[-1]), tokens, self.tokenizer.eos)  # (b, p)
         return cond
 
 

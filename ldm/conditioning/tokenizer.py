@@ -70,10 +70,13 @@ class Tokenizer:
         """Token ids of a list of prompts, int64 (b, context_length)."""
         if isinstance(prompts, str):
             raise ValueError(f"the tokenizer takes a list of prompts, not one string ({prompts[:40]!r})")
-        rows = torch.full((len(prompts), self.context_length), self.pad, dtype=torch.long)
-        for row, prompt in zip(rows, prompts, strict=True):
-            ids = [self.sot, *self.encode(prompt)[: self.context_length - 2], self.eos]
-            row[: len(ids)] = torch.tensor(ids)
+        return self.frame([self.encode(prompt)[: self.context_length - 2] for prompt in prompts])
+
+    def frame(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Ids of at most context_length - 2 tokens each -> int64 (b, context_length) with start, end and padding."""
+        rows = torch.full((len(texts), self.context_length), self.pad, dtype=torch.long)
+        for row, ids in zip(rows, texts, strict=True):
+            row[: len(ids) + 2] = torch.tensor([self.sot, *ids, self.eos])
         return rows
 
     def encode(self, prompt: str) -> list[int]:

@@ -1,0 +1,225 @@
+r"""Weighted and long prompts, as users of AUTOMATIC1111's web UI ("A1111") write them -> the conditioning dict.
+
+    a (red) car          weight 1.1; ((red)) has 1.1 ** 2, and so on
+    a (red:1.3) car      weight 1.3; brackets in brackets multiply
+    a [red] car          weight 1 / 1.1
+    \( \) \[ \] \\       these characters themselves; a backslash before any other character is dropped
+    a car BREAK a tree   the word in capitals ends the chunk: what follows begins a new one
+
+Brackets that do not match are read as A1111 reads them: one that is never closed acts to the end of the prompt, as if
+closed there (by 1.1 or 1 / 1.1), one that was never opened is text, and round and square ones may cross.
+
+A prompt of more tokens than the encoder holds is cut into chunks of `context_length` - 2 (75 for CLIP), each framed and
+padded as a prompt of its own; their hidden states follow one another. As in A1111, a cut within a phrase moves back to
+the last comma if that is among the last 20 of 75 tokens (of other lengths: the same share).
+
+Weights multiply the hidden states of their tokens; then the whole chunk is scaled so that its mean is what it was
+("original" emphasis). The factor is a ratio of two signed means, old over new. Where all tokens' means share a sign,
+its inverse is an average of the weights. Where it is no such average (an encoder whose features average to almost zero:
+for one prompt the digits model's factor would be -130) or not positive (negative weights), nothing is restored.
+
+Not as in A1111: the mean is of each chunk alone, never of the batch; BREAK acts inside brackets too; a weight may have
+an exponent and is refused beyond 1000; `(a:1.2.3)`, at which A1111 fails, is text; prompt editing `[a:b:0.5]`,
+alternation `[a|b]` and AND are not read. compel is another language with another meaning: it writes `(red)1.3` or
+`red++`, moves the hidden states of tokens away from those of the empty prompt, for weights below 1 towards those of the
+prompt without the words, and restores no mean.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.tokenizer import Tokenizer
+
+FACTORS = {"(": 1.1, "[": 1 / 1.1}  # of a bracket without a number
+LARGEST_WEIGHT = 1000.0  # float16 still holds CLIP's largest features, about 30, times this
+MOST_CHUNKS = 32
+TOKENS = re.compile(
+    r"\\(?P<escaped>[()\[\]\\]?)"
+    r"|:\s*(?P<number>[+-]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|(?i:inf|nan)))\s*\)"
+    r"|[()\[\]:]"
+    r"|[^\\()\[\]:]+"
+)
+BREAK = re.compile(r"\bBREAK\b")
+
+
+class Piece(NamedTuple):
+    """Text and its weight."""
+
+    text: str
+    weight: float
+
+
+class Chunk(NamedTuple):
+    """At most `context_length` - 2 token ids, without start, end or padding, and the weight of each."""
+
+    tokens: list[int]
+    weights: list[float]
+
+
+def parse(prompt: str) -> list[list[Piece]]:
+    """The pieces of a prompt, neighbours of equal weight joined; a new list after each BREAK.
+
+    Text without any syntax is one piece of weight 1. Raises ValueError for a weight that is not finite or beyond 1000.
+    """
+    texts: list[str | None] = []  # None: BREAK
+    weights: list[float] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `texts` the content of each open bracket begins
+
+    def close(bracket: str, factor: float) -> None:
+        start = opened[bracket].pop()
+        weights[start:] = [weight * factor for weight in weights[start:]]
+
+    for match in TOKENS.finditer(prompt):
+        token = match[0]
+        if match["escaped"] is not None:
+            texts.append(match["escaped"])
+        elif token in opened:
+            opened[token].append(len(texts))
+        elif match["number"] is not None and opened["("]:
+            close("(", float(match["number"]))
+        elif token == ")" and opened["("]:
+            close("(", FACTORS["("])
+        elif token == "]" and opened["["]:
+            close("[", FACTORS["["])
+        else:
+            first, *rest = BREAK.split(token)
+            texts += [first, *(text for part in rest for text in (None, part))]
+        weights += [1.0] * (len(texts) - len(weights))
+    for bracket, starts in opened.items():
+        while starts:
+            close(bracket, FACTORS[bracket])
+    return _joined(texts, weights)
+
+
+def _joined(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[Piece]]:
+    sections: list[list[Piece]] = [[]]
+    for text, weight in zip(texts, weights, strict=True):
+        section = sections[-1]
+        if text is None:
+            sections.append([])
+        elif text and not abs(weight) <= LARGEST_WEIGHT:  # nan too
+            raise ValueError(
+                f"the weight {weight:g} of {text[:40]!r} must be from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}; round "
+                r"brackets in prompts are weights: write \( \) for the characters"
+            )
+        elif text and section and section[-1].weight == weight:
+            section[-1] = Piece(section[-1].text + text, weight)
+        elif text:
+            section.append(Piece(text, weight))
+    return sections
+
+
+def cut(tokenizer: Tokenizer, prompt: str, plain: bool = False) -> list[Chunk]:
+    """The chunks of a prompt, at least one. A section of `parse` begins a chunk; an empty last one adds none.
+
+    Raises ValueError for a bad weight (see `parse`) or more than 32 chunks.
+    """
+    room = tokenizer.context_length - 2
+    (comma,) = tokenizer.encode(",")
+    chunks: list[Chunk] = []
+    sections = [[Piece(prompt, 1.0)]] if plain else parse(prompt)
+    for i, section in enumerate(sections):
+        tokens, weights = [], []
+        for text, weight in section:
+            ids = tokenizer.encode(text)
+            tokens += ids
+            weights += [weight] * len(ids)
+        while len(tokens) > room and len(chunks) < MOST_CHUNKS:
+            end = _end(tokens, room, comma)
+            chunks.append(Chunk(tokens[:end], weights[:end]))
+            tokens, weights = tokens[end:], weights[end:]
+        if tokens or i + 1 < len(sections) or not chunks:
+            chunks.append(Chunk(tokens, weights))
+        if len(chunks) > MOST_CHUNKS:
+            raise ValueError(
+                f"the prompt {prompt[:40]!r}... is too long: it makes more than {MOST_CHUNKS} chunks of {room} tokens"
+            )
+    return chunks
+
+
+def _end(tokens: list[int], room: int, comma: int) -> int:
+    """Where to cut: after the last comma near the end of the first `room` tokens, else after them all."""
+    near = range(room - 1, room - 1 - 20 * room // 75, -1)  # A1111: 20 of 75
+    # a comma that is itself the first token without room begins the next chunk
+    return room if tokens[room] == comma else next((i + 1 for i in near if tokens[i] == comma), room)
+
+
+def count_chunks(encoder: nn.Module, prompts: Sequence[Any], plain: bool = False) -> list[int]:
+    """How many chunks each prompt makes; 1 for whatever an encoder other than TextEncoder is given."""
+    if not _weighs(encoder, prompts):
+        return [1] * len(prompts)
+    return [len(cut(encoder.tokenizer, prompt, plain)) for prompt in prompts]
+
+
+def encode_prompts(
+    encoder: nn.Module, prompts: Sequence[Any], chunks: int | None = None, clip_skip: int = 1, plain: bool = False
+) -> dict[str, Tensor]:
+    """Prompts -> {"c_crossattn": (b, k n, d)} of k chunks of n tokens and, if pooled, "c_adm": (b, p).
+
+    Of one chunk and without syntax, a prompt gives what `encoder(prompts)` gives, bit for bit. Each distinct prompt is
+    encoded once, all in one call: its shape depends on the number of different prompts and of chunks alone, and so do
+    the last bits of the result.
+
+    Args:
+        encoder: a TextEncoder; any other conditioner is called as it is, with no syntax read.
+        chunks: k, to which shorter prompts are padded with empty chunks. None: the longest prompt's own, which makes a
+            prompt's conditioning depend on what else is in its batch: see `count_chunks`.
+        clip_skip: as in TextEncoder.forward. The pooled text is always of the last layer.
+        plain: take prompts literally: no brackets, no BREAK.
+
+    "c_adm" is that of the first chunk, unweighted, as in A1111.
+
+    Raises ValueError as `cut`, for `chunks` that a prompt exceeds, and for a clip_skip that does not exist.
+    """
+    if not _weighs(encoder, prompts):
+        if clip_skip != 1 or chunks not in (None, 1):
+            raise ValueError(
+                f"clip_skip {clip_skip} or {chunks} chunks cannot be had: only texts for CLIP are cut into chunks and "
+                f"have layers to skip, and this model is conditioned by {type(encoder).__name__}"
+            )
+        return encoder(prompts)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    parts = [cut(encoder.tokenizer, prompt, plain) for prompt in distinct]
+    longest = max(map(len, parts), default=1)
+    k = longest if chunks is None else chunks
+    if not longest <= k <= MOST_CHUNKS:
+        raise ValueError(f"a prompt of {longest} chunks cannot be padded to {k}; the most are {MOST_CHUNKS}")
+    rows = [chunk for part in parts for chunk in part + [Chunk([], [])] * (k - len(part))]
+    cond = encoder(encoder.tokenizer.frame([row.tokens for row in rows]), clip_skip)
+    states = cond["c_crossattn"]
+    if any(weight != 1 for row in rows for weight in row.weights):
+        n = states.shape[1]
+        weights = [[1.0, *row.weights, *[1.0] * (n - 1 - len(row.weights))] for row in rows]  # (b k, n)
+        states = weigh(states, torch.tensor(weights, device=states.device))
+    out = {"c_crossattn": rearrange(states, "(b k) n d -> b (k n) d", k=k)}
+    if "c_adm" in cond:
+        out["c_adm"] = rearrange(cond["c_adm"], "(b k) p -> b k p", k=k)[:, 0]
+    if len(distinct) < len(prompts):
+        which = torch.tensor([distinct[prompt] for prompt in prompts], device=states.device)
+        out = {key: value[which] for key, value in out.items()}
+    return out
+
+
+def weigh(states: Tensor, weights: Tensor) -> Tensor:
+    """Hidden states (b, n, d) times weights (b, n), each row then scaled to its former mean where that is sound."""
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    weighted = exact * weights[..., None].to(exact)
+    before, after = exact.mean((1, 2)), weighted.mean((1, 2))  # (b,)
+    least, most = weights.aminmax(dim=1)
+    share = after / before  # a mean of the weights, if the tokens' own means share a sign
+    sound = (share > 0) & (least <= share) & (share <= most)
+    factor = torch.where(sound, before / after, 1.0)
+    return (weighted * factor[:, None, None]).to(states.dtype)
+
+
+def _weighs(encoder: nn.Module, prompts: Sequence[Any]) -> bool:
+    """Whether chunks and weights have a meaning: for texts to a TextEncoder, but not for token ids made elsewhere."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of prompts, not one string ({prompts[:40]!r})")
+    return isinstance(encoder, TextEncoder) and not isinstance(prompts, Tensor)
