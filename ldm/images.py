@@ -13,8 +13,9 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (b, c, h, w) in [-1, 1], c = 1 or 3 -> b pictures, greyscale ("L") or "RGB"."""
-    arrays = to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, c)
+    """Pixels (b, c, h, w) in [-1, 1], or uint8, c = 1 or 3 -> b pictures, greyscale ("L") or "RGB"."""
+    levels = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
+    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, c)
     return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 

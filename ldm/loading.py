@@ -1,33 +1,88 @@
-"""A path -> a LatentDiffusion, and back; the file's configuration rebuilds the model, its tokenizer included."""
+"""A path -> a LatentDiffusion, and back: our own checkpoints, CompVis's single files, diffusers' folders."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
-from ldm.checkpoint.file import load_file, save_file
+from ldm.checkpoint.compvis import PREFIXES, normalise, single_file
+from ldm.checkpoint.compvis_config import from_compvis
+from ldm.checkpoint.diffusers_folder import read_folder, write_folder
+from ldm.checkpoint.families import recognise, stored_scale_factor
+from ldm.checkpoint.file import CONFIG_KEY, load_file, read_config, save_file
+from ldm.checkpoint.structure import BERT, KL, UNET, VQ, WHOLE
+from ldm.checkpoint.tensors import read_tensors
+from ldm.conditioning.bert import read_vocab
+from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.util import instantiate_network, pick_device
+from ldm.util import Unfilled, instantiate_network, pick_device, read_yaml
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
-TARGET = "ldm.latent_diffusion.LatentDiffusion"
+FORMATS = ("ldm", "compvis", "diffusers")
+# What to do with a file that is not a whole model.
+ALONE = {KL: ": load it beside a model, as its vae (--vae)", UNET: ": load it beside a model, as its unet (--unet)"}
+ALONE[VQ] = ALONE[KL]
 
 
-def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype = torch.float32) -> LatentDiffusion:
+class Found(NamedTuple):
+    """What a file or folder holds: {"target": class, "params": ...}, its tensors, and what to tell about it."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    notes: list[str]
+
+
+def load(
+    path: str | Path | None = None,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    config: str | Path | None = None,
+    vae: str | Path | None = None,
+    unet: str | Path | None = None,
+    ema: bool = False,
+    prediction: str | None = None,
+    vocab: str | Path | None = None,
+    variant: str | None = None,
+) -> LatentDiffusion:
     """The model of a checkpoint, ready to draw; without a path, the digits model that ships with the package.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged, foreign, or does not fit its own
+    Args:
+        path: a checkpoint of ours, a single file of CompVis's kind (.safetensors or .ckpt; nothing in it is executed),
+            or a folder of diffusers. `model.notes` tells what was recognised in it and what had to be assumed.
+        device, dtype: where the weights go, and as what. On the CPU, in the file's own dtype, they stay mapped: they
+            take memory when they are first used, and none of their own.
+        config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
+        vae, unet: files that hold that part, to be used in place of the checkpoint's own.
+        ema: take the averaged weights of a training checkpoint (`model_ema.*`).
+        prediction: what the UNet predicts ("eps", "x0", "v"), for files that do not say.
+        vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
+        variant: of a diffusers folder's files, "fp16" say.
+
+    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or unknown, or that does not fit its
     configuration.
     """
     path = SHIPPED if path is None else Path(path)
-    config, state = load_file(path)
-    if config.get("target") != TARGET:
-        raise ValueError(f"checkpoint {str(path)!r} holds a {config.get('target')}, not a whole model ({TARGET})")
-    model = _build(path, config, state, pick_device(device), dtype)
-    model.path = path
+    if prediction is not None:
+        check_prediction(prediction)
+    given = {"first_stage": vae, "unet": unet}
+    replacements = {part: _take(part, Path(file), ema) for part, file in given.items() if file is not None}
+    found = _open(path, config, ema, prediction, variant, replacements)
+    if found.config.get("target") != WHOLE:
+        hint = ALONE.get(found.config.get("target"), "")
+        raise ValueError(f"checkpoint {str(path)!r} holds a {found.config.get('target')}, not a whole model{hint}")
+    params = deepcopy(found.config["params"])
+    for part, new in replacements.items():
+        params[f"{part}_config"] = new.config
+        found = found._replace(state=_swapped(found.state, part, new), notes=[*found.notes, *new.notes])
+    if prediction is not None:
+        params["prediction"] = prediction
+    if vocab is not None:
+        _give_vocabulary(params, Path(vocab))
+    model = _build(path, {"target": WHOLE, "params": params}, found.state, pick_device(device), dtype)
+    model.path, model.notes = path, found.notes
     return model
 
 
@@ -36,14 +91,65 @@ def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     return _build(path, *load_file(path), pick_device(device), dtype)
 
 
-class Unfilled(TorchFunctionMode):
-    """Leaves initialisers out: meta tensors hold nothing, and filling them imports torch._dynamo for a second."""
+def _open(
+    path: Path,
+    config: str | Path | None = None,
+    ema: bool = False,
+    prediction: str | None = None,
+    variant: str | None = None,
+    replacements: Mapping[str, Found] | None = None,
+) -> Found:
+    """What a file or folder holds, whoever wrote it: a whole model or a part alone, as the configuration's target says.
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = {} if kwargs is None else kwargs
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+    `replacements` go in before a single file of CompVis's kind is recognised: some lack the first stage.
+    """
+    if path.is_dir():
+        return Found(*read_folder(path, variant))
+    contents = read_tensors(path)
+    state = contents.state
+    if CONFIG_KEY in contents.metadata and config is None:
+        own = read_config(path, contents.metadata)
+        # what `save` added for other programs goes again
+        return Found(own, normalise(state)[0] if own.get("target") == WHOLE else state, [])
+    for part, new in (replacements or {}).items():
+        state = _swapped(state, part, new)
+    try:
+        clean, notes = normalise(state, ema)
+        if config is not None:
+            described = from_compvis(read_yaml(config))
+            stored = stored_scale_factor(state)
+            if stored is not None:  # of models whose yaml only says that it was measured (scale_by_std)
+                described["params"]["scale_factor"] = stored
+            return Found(described, clean, [*notes, f"the configuration is that of {config}"])
+        recognised = recognise(state, contents.metadata, contents.facts, prediction)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {str(path)!r}: {error}") from None
+    return Found(recognised.config, clean, [*recognised.notes, *notes])
+
+
+def _take(part: str, path: Path, ema: bool) -> Found:
+    """A part out of a file or folder, under its own names: of that part alone, or of a whole model."""
+    found = _open(path, ema=ema)
+    if found.config.get("target") != WHOLE:
+        return found._replace(notes=[f"{part}: {path}"])
+    prefix = PREFIXES[part]
+    state = {name.removeprefix(prefix): t for name, t in found.state.items() if name.startswith(prefix)}
+    return Found(found.config["params"][f"{part}_config"], state, [f"{part}: {path}"])
+
+
+def _swapped(state: Mapping[str, Tensor], part: str, new: Found) -> dict[str, Tensor]:
+    """A whole model's tensors with that part's exchanged."""
+    prefix = PREFIXES[part]
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    return rest | {prefix + name: tensor for name, tensor in new.state.items()}
+
+
+def _give_vocabulary(params: dict[str, Any], path: Path) -> None:
+    """A BERT-style encoder's words; from now on they travel with the model."""
+    conditioner = params["cond_stage_config"]
+    if conditioner is None or conditioner["target"] != BERT:
+        raise ValueError(f"the vocabulary {str(path)!r} has no use: the model has no BERT-style encoder")
+    conditioner["params"]["vocab"] = read_vocab(path)
 
 
 def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -65,9 +171,24 @@ def _build(path: str | Path, config: dict, state: dict, device: torch.device, dt
     return module.eval().requires_grad_(False)
 
 
-def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a model as one checkpoint, atomically; `dtype` (torch.float16, say) makes it smaller."""
-    save_file(path, model.state_dict(), {"target": TARGET, "params": model.config}, dtype)
+def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None, format: str = "ldm") -> None:
+    """Write a model, atomically; `dtype` (torch.float16, say) makes it smaller.
+
+    format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
+    (schedule buffers, marks, modelspec metadata); "diffusers", a folder.
+
+    Raises OSError when it cannot be written, ValueError for an unknown format or a model that diffusers cannot express.
+    """
+    config = {"target": WHOLE, "params": model.config}
+    if format == "ldm":
+        save_file(path, model.state_dict(), config, dtype)
+    elif format == "compvis":
+        state, metadata = single_file(model.state_dict(), config)
+        save_file(path, state, config, dtype, metadata | {"modelspec.title": Path(path).stem})
+    elif format == "diffusers":
+        write_folder(path, config, model.state_dict(), dtype)
+    else:
+        raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(FORMATS)}")
 
 
 def _differences(expected: dict, found: dict) -> str:

@@ -1,13 +1,15 @@
-"""Building objects from configurations, and choosing a device."""
+"""Building objects from configurations, reading those, and choosing a device."""
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
 # Classes outside this package that a configuration may name. A short list on purpose: a yaml or a checkpoint from a
@@ -78,6 +80,44 @@ def instantiate_network(config: Mapping[str, Any]) -> nn.Module:
     if "target" in config and not issubclass(get_obj_from_str(config["target"]), nn.Module):
         raise ValueError(f"target {config['target']!r} is no network (torch.nn.Module)")
     return instantiate_from_config(config)
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves initialisers out: meta tensors hold nothing, and filling them imports torch._dynamo for a second."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def load_yaml(path: str | Path) -> Any:
+    """OmegaConf's form of a yaml file, unresolved. FileNotFoundError, or ValueError for what is not yaml."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"configuration {str(path)!r} does not exist")
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"configuration {str(path)!r} is not yaml: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A yaml file's mapping as plain dicts, resolved. Errors as `load_yaml`, and ValueError for what is no mapping."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        content = OmegaConf.to_container(load_yaml(path), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration {str(path)!r} does not resolve: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"configuration {str(path)!r} is no mapping")
+    return content
 
 
 def pick_device(name: str = "auto") -> torch.device:

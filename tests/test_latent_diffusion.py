@@ -43,8 +43,9 @@ class Calls:
 def test_generate_is_five_steps(tiny_model, sampler):
     """Bit for bit; ddpm draws each step's noise from the same generator as the start."""
     model, row = tiny_model, SAMPLERS[sampler]
+    prompts = [*PROMPTS[:3], "eight"]  # of one length, so that they are one batch
     with torch.inference_mode():
-        cond, uncond = model.condition(PROMPTS), model.condition(["thick"] * 4)
+        cond, uncond = model.condition(prompts), model.condition(["thick"] * 4)
         denoise = guidance.classifier_free(model.denoiser(), cond, uncond, 2.5)
         sigmas = sampling_sigmas(model.schedule, 3, row.spacing, row.final_sigma)
         generators = [torch.Generator().manual_seed(7 + i) for i in range(4)]
@@ -54,7 +55,7 @@ def test_generate_is_five_steps(tiny_model, sampler):
 
         *_, last = row(denoise, from_vp(draw(), sigmas[0].item()), sigmas, noise=draw)
         expected = to_pil(model.decode(to_vp(last.x, sigmas[-1].item())))
-    images = model.generate(PROMPTS, negative="thick", steps=3, scale=2.5, sampler=sampler, seed=7)
+    images = model.generate(prompts, negative="thick", steps=3, scale=2.5, sampler=sampler, seed=7)
     assert np.array_equal(pixels(images), pixels(expected))
     assert images[0].size == (32, 32) and images[0].mode == "L"
     assert pixels(images).std() > 5  # random weights draw something
@@ -218,3 +219,17 @@ def test_hash_is_that_of_the_file(tiny_model, tiny_checkpoint):
     expected = hashlib.sha256(tiny_checkpoint.read_bytes()).hexdigest()[:10]
     assert ldm.load(tiny_checkpoint, device="cpu").hash == expected
     assert tiny_model.hash == ""
+
+
+def test_prompts_of_different_lengths_in_one_run(tiny_model):
+    """A picture is the same whatever the lengths of the other prompts, and its negative prompt is padded to it."""
+    long = "five " * 30 + "BREAK (bold:1.5)"
+    prompts, options = ["five", long, "(five:1.4)", "3"], {"steps": 2, "scale": 3.0}
+    together = pixels(tiny_model.generate(prompts, seed=4, **options))
+    for i, prompt in enumerate(prompts):
+        alone = pixels(tiny_model.generate([prompt], seed=4 + i, **options))[0]
+        assert abs(alone - together[i]).max() <= 1
+    literal = pixels(tiny_model.generate(["(five:1.4)"], seed=6, plain=True, **options))[0]
+    assert abs(literal - together[2]).max() > 1
+    with pytest.raises(ValueError, match="clip_skip 9"):
+        tiny_model.generate(["5"], clip_skip=9, **options)

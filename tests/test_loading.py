@@ -13,7 +13,8 @@ from torch import nn
 
 import ldm
 from ldm.checkpoint.file import load_file, save_file
-from ldm.loading import Unfilled, load_network
+from ldm.loading import load_network
+from ldm.util import Unfilled
 
 
 def pixels(model) -> np.ndarray:

@@ -289,7 +289,7 @@ def test_the_diffusion_loss_by_hand(parts, digits, prediction):
     torch.manual_seed(9)
     z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn(4, 4, 8, 8))
     kept = torch.rand(4) >= 0.5
-    cond = model.condition([c if keep else "" for c, keep in zip(batch["caption"], kept, strict=True)])
+    cond = model.cond_stage_model([c if keep else "" for c, keep in zip(batch["caption"], kept, strict=True)])
     t = training_timesteps("logit_normal", 4, 1000, mean=0.5, std=0.8)
     noise = torch.randn(4, 4, 8, 8)
     ab = model.schedule.alphas_cumprod[t].float()[:, None, None, None]
@@ -302,7 +302,7 @@ def test_the_diffusion_loss_by_hand(parts, digits, prediction):
 
 def test_captions_are_dropped_at_their_share(parts, monkeypatch):
     stage, seen = diffusion(parts, caption_dropout=0.3), []
-    monkeypatch.setattr(stage.latent_diffusion, "condition", lambda captions: seen.extend(captions))
+    monkeypatch.setattr(stage.latent_diffusion.cond_stage_model, "forward", seen.extend)
     monkeypatch.setattr(stage.latent_diffusion, "loss", lambda z, cond, t, noise: z.mean((1, 2, 3)))
     captions = [f"caption {i}" for i in range(2000)]
     stage({"mean": torch.zeros(2000, 1, 1, 1), "std": torch.ones(2000, 1, 1, 1), "caption": captions})

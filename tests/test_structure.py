@@ -14,9 +14,11 @@ FLOORS = (
     ("training",),
     ("loading",),
     ("latent_diffusion",),
-    ("conditioning", "checkpoint", "data"),
+    ("source",),
+    ("conditioning",),
+    ("checkpoint", "data"),
     ("diffusion", "models"),
-    ("util", "images", "cli"),
+    ("util", "images", "cli", "batching"),
 )
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted((ROOT / "ldm").rglob("*.py"))

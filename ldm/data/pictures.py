@@ -22,8 +22,29 @@ def read_picture(path: Path, channels: int = 3) -> Image.Image:
     with _open(path) as opened:
         opened.load()
         # The orientation first: a conversion may drop the metadata that tells it.
-        picture = _over_white(_to_eight_bits(ImageOps.exif_transpose(opened)))
+        picture = over(_to_eight_bits(ImageOps.exif_transpose(opened)), "white")
         return picture.convert("RGB" if channels == 3 else "L")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture as `upright` gives it. Raises as read_picture does."""
+    with _open(path) as opened:
+        opened.load()
+        return upright(opened)
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture as read_picture gives it, but in mode "L", "RGB" or, where there is transparency, "RGBA".
+
+    Raises ValueError for pixels whose range is unknown, or a mode without a way to RGB.
+    """
+    picture = _to_eight_bits(ImageOps.exif_transpose(picture))
+    if picture.has_transparency_data:
+        return picture.convert("RGBA")
+    result = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    if picture.mode == "CMYK":
+        result.info.pop("icc_profile", None)  # it describes ink
+    return result
 
 
 def check_picture(path: Path) -> None:
@@ -60,8 +81,9 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 
-def _over_white(picture: Image.Image) -> Image.Image:
+def over(picture: Image.Image, colour: str) -> Image.Image:
+    """The picture laid over that colour, where it has transparency."""
     if not picture.has_transparency_data:
         return picture
     picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture)

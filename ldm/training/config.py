@@ -1,8 +1,9 @@
 """Configurations of training: yaml files and `key=value` changes -> plain dicts, with every mistake named."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from ldm.util import load_yaml
 
 KEYS = ("name", "outdir", "seed", "stage", "data", "loop")
 
@@ -47,16 +48,9 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
 
 
 def _read(path: str) -> Any:
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"configuration {path!r} does not exist")
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {path!r} is not yaml: {' '.join(str(error).split())}") from None
+    config = load_yaml(path)
     found = set(config) if OmegaConf.is_dict(config) else set()
     missing, unknown = [k for k in KEYS if k not in found], sorted(found - set(KEYS))
     if missing or unknown:

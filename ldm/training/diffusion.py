@@ -112,7 +112,7 @@ class DiffusionStage(Stage):
                 z = model.encode(batch["image"])
             dropped = torch.rand(len(z)) < self.caption_dropout
             captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
-            cond = model.condition(captions)
+            cond = model.cond_stage_model(captions)  # literally, and cut to one length
             t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
         loss = model.loss(z, cond, t, torch.randn_like(z)).mean()
         return loss, {"loss": loss}

@@ -1,0 +1,233 @@
+"""`ldm.load` and `ldm.save` on everything people bring: CompVis's single files, diffusers' folders, parts, mistakes."""
+
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomised
+from meta_models import TINY_1, TINY_2
+from safetensors.torch import save_file
+
+import ldm
+from ldm.checkpoint.compvis import PREFIXES, single_file
+from ldm.checkpoint.structure import WHOLE
+from ldm.latent_diffusion import LatentDiffusion
+
+ROOT = Path(__file__).parents[1]
+TINY_V = copy.deepcopy(TINY_2)
+TINY_V["params"]["prediction"] = "v"
+KINDS = {"sd1": TINY_1, "sd2-v": TINY_V}
+
+
+def pixels(model) -> np.ndarray:
+    images = model.generate(["a cat", "a dog"], steps=2, height=32, width=32)
+    return np.stack([np.asarray(image) for image in images])
+
+
+def same_weights(model, state) -> bool:
+    own = model.state_dict()
+    return own.keys() == state.keys() and all(torch.equal(own[name], tensor) for name, tensor in state.items())
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def model(request):
+    torch.manual_seed(0)
+    return randomised(LatentDiffusion(**KINDS[request.param]["params"])).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def theirs(model) -> dict:
+    """What a CompVis checkpoint of this model holds: weights, buffers, position ids; no configuration of ours."""
+    return single_file(model.state_dict(), {"target": WHOLE, "params": model.config})[0]
+
+
+class Callback:
+    """Stands for Lightning's ModelCheckpoint, which .ckpt files hold: nothing may import or build it."""
+
+    def __setstate__(self, state):
+        raise AssertionError("code of a checkpoint ran")
+
+
+def write(form: str, path: Path, state: dict) -> Path:
+    if form == "safetensors":
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        return path
+    callback = Callback()
+    callback.best = 0.5
+    content = {"state_dict": state, "global_step": 7, "epoch": 1, "callbacks": {"ModelCheckpoint": callback}}
+    if form == "nested":
+        content = {"state_dict": content}
+    torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy", "nested"])
+def test_a_compvis_single_file(model, theirs, tmp_path, form):
+    loaded = ldm.load(write(form, tmp_path / "model.ckpt", theirs), device="cpu")
+    assert same_weights(loaded, model.state_dict())
+    for setting in ("prediction", "scale_factor", "schedule_params", "concat"):
+        assert getattr(loaded, setting) == getattr(model, setting)
+    assert loaded.notes[0].startswith("recognised Stable Diffusion")
+    assert any("prediction" in note for note in loaded.notes)
+    assert loaded.defaults["scale"] == model.defaults["scale"]
+    if model.config["unet_config"]["params"].get("num_heads") == 8:  # SD2's 64 channels a head leave none here
+        assert np.array_equal(pixels(loaded), pixels(model))
+
+
+@pytest.mark.parametrize("format", ["ldm", "compvis", "diffusers"])
+def test_round_trips_are_bit_exact(model, tmp_path, format):
+    path = tmp_path / "out"
+    if format == "diffusers" and model.cond_stage_model.layout == "openclip":
+        pytest.skip("diffusers keeps no text_projection: its own test compares what the model uses")
+    ldm.save(model, path, format=format)
+    loaded = ldm.load(path, device="cpu")
+    assert same_weights(loaded, model.state_dict())
+    assert np.array_equal(pixels(loaded), pixels(model))
+
+
+def test_an_unknown_format_is_named(model, tmp_path):
+    with pytest.raises(ValueError, match="format 'onnx' is unknown: it is one of ldm, compvis, diffusers"):
+        ldm.save(model, tmp_path / "out", format="onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(model, theirs, tmp_path, dtype):
+    half = {name: t.to(dtype) if t.is_floating_point() else t for name, t in theirs.items()}
+    loaded = ldm.load(write("safetensors", tmp_path / "half.safetensors", half), device="cpu")
+    assert same_weights(loaded, {name: half[name].float() for name in model.state_dict()})
+    kept = ldm.load(tmp_path / "half.safetensors", device="cpu", dtype=dtype)
+    assert {p.dtype for p in kept.parameters()} == {dtype}
+
+
+def test_averaged_weights_when_asked(model, theirs, tmp_path):
+    prefix = PREFIXES["unet"]
+    shadows = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): t + 1
+        for name, t in model.state_dict().items()
+        if name.startswith(prefix)
+    }
+    counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
+    path = write("zip", tmp_path / "ema.ckpt", theirs | shadows | counters)
+    plain, averaged = ldm.load(path, device="cpu"), ldm.load(path, device="cpu", ema=True)
+    assert same_weights(plain, model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(averaged.state_dict()[name], tensor + 1 if name.startswith(prefix) else tensor), name
+    with pytest.raises(ValueError, match="has no averaged weights"):
+        ldm.load(write("zip", tmp_path / "plain.ckpt", theirs), device="cpu", ema=True)
+
+
+def test_names_that_vary(model, theirs, tmp_path):
+    state = {name.replace("transformer.text_model.", "transformer."): t for name, t in theirs.items()}
+    state = {name: t for name, t in state.items() if not name.endswith("position_ids")}
+    assert same_weights(ldm.load(write("zip", tmp_path / "a.ckpt", state), device="cpu"), model.state_dict())
+
+
+def test_another_first_stage_and_unet(model, theirs, tmp_path):
+    """From a file of the part alone, from a whole model, and where the checkpoint has none of its own."""
+    other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in theirs.items()}
+    whole = write("zip", tmp_path / "model.ckpt", theirs)
+    for option, prefix in (("vae", "first_stage_model."), ("unet", "model.diffusion_model.")):
+        bare = {name.removeprefix(prefix): t for name, t in other.items() if name.startswith(prefix)}
+        wanted = {n: t + 1 if n.startswith(prefix) else t for n, t in model.state_dict().items()}
+        for part in (write("safetensors", tmp_path / f"{option}.safetensors", bare),
+                     write("zip", tmp_path / "other.ckpt", other)):  # fmt: skip
+            loaded = ldm.load(whole, device="cpu", **{option: part})
+            assert same_weights(loaded, wanted)
+            assert any(str(part) in note for note in loaded.notes)
+    without = {name: t for name, t in theirs.items() if not name.startswith("first_stage_model.")}
+    path = write("zip", tmp_path / "without.ckpt", without)
+    with pytest.raises(ValueError, match="has no first stage.*vae"):
+        ldm.load(path, device="cpu")
+    assert "first_stage_model.post_quant_conv.bias" in ldm.load(path, device="cpu", vae=whole).state_dict()
+    with pytest.raises(
+        ValueError, match="holds a ldm.models.autoencoder.AutoencoderKL, not a whole model: load.*--vae"
+    ):
+        ldm.load(tmp_path / "vae.safetensors", device="cpu")
+
+
+def test_a_part_for_one_of_our_own_files(tiny_model, tiny_checkpoint, tmp_path):
+    from ldm.checkpoint.file import save_file as save_own
+
+    changed = {name: t + 1 for name, t in tiny_model.first_stage_model.state_dict().items()}
+    save_own(tmp_path / "vae.safetensors", changed, tiny_model.config["first_stage_config"])
+    loaded = ldm.load(tiny_checkpoint, device="cpu", vae=tmp_path / "vae.safetensors")
+    assert same_weights(loaded.first_stage_model, changed)
+    assert same_weights(loaded.model, tiny_model.model.state_dict())
+
+
+def test_prediction_is_what_one_says(model, theirs, tmp_path):
+    unmarked = {name: t for name, t in theirs.items() if name != "v_pred"}
+    path = write("zip", tmp_path / "a.ckpt", unmarked)
+    for prediction in ("eps", "x0", "v"):
+        assert ldm.load(path, device="cpu", prediction=prediction).prediction == prediction
+    with pytest.raises(ValueError, match="unknown prediction 'noise'"):
+        ldm.load(path, device="cpu", prediction="noise")
+
+
+def test_compvis_yaml_as_configuration(theirs, model, tmp_path):
+    """`config=` takes CompVis's own yaml: a file with other sizes than it describes is listed name by name."""
+    yaml = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
+    path = write("zip", tmp_path / "a.ckpt", theirs)
+    with pytest.raises(ValueError, match=r"does not fit its configuration: \d+ missing.*of another shape"):
+        ldm.load(path, device="cpu", config=yaml)
+    own = tmp_path / "own.yaml"
+    own.write_text(f"model: {({'target': WHOLE, 'params': model.config})}".replace("None", "null").replace("True", "true")
+                   .replace("False", "false"))  # fmt: skip
+    assert np.array_equal(pixels(ldm.load(path, device="cpu", config=own)), pixels(model))
+    with pytest.raises(FileNotFoundError, match="configuration 'none.yaml' does not exist"):
+        ldm.load(path, device="cpu", config="none.yaml")
+
+
+def test_strictly(theirs, tmp_path):
+    first = "model.diffusion_model.out.2.bias"
+    damaged = {name: t for name, t in theirs.items() if name != first}
+    damaged["model.diffusion_model.surplus.weight"] = torch.zeros(1)
+    with pytest.raises(
+        ValueError, match=rf"1 missing \({first}\); 1 unexpected \(model.diffusion_model.surplus.weight\)"
+    ):
+        ldm.load(write("zip", tmp_path / "a.ckpt", damaged), device="cpu")
+
+
+def test_what_is_no_model(tmp_path, theirs):
+    for content, message in (
+        ({"conditioner.embedders.0.x": torch.zeros(1)}, "Stable Diffusion XL"),
+        ({"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, "Stable Diffusion 3"),
+        ({"model.diffusion_model.double_blocks.0.x": torch.zeros(1)}, "Flux"),
+        ({"lora_unet_x.lora_up.weight": torch.zeros(1)}, "LoRA"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint '.*a.safetensors': .*{message}"):
+            ldm.load(write("safetensors", tmp_path / "a.safetensors", content), device="cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="model_index.json"):
+        ldm.load(tmp_path / "empty", device="cpu")
+    whole = write("zip", tmp_path / "whole.ckpt", theirs).read_bytes()
+    for size in (0, 1000, len(whole) // 2, len(whole) - 30):
+        (tmp_path / "cut.ckpt").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="checkpoint '.*cut.ckpt'"):
+            ldm.load(tmp_path / "cut.ckpt", device="cpu")
+
+
+def test_a_file_of_ours_in_diffusers(model, tmp_path, monkeypatch):
+    """from_single_file, offline, with the folder that we write as its configuration: the same picture to 1e-5."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from diffusers import StableDiffusionPipeline
+
+    ldm.save(model, tmp_path / "single.safetensors", format="compvis")
+    ldm.save(model, tmp_path / "folder", format="diffusers")
+    for part in ("unet", "vae", "text_encoder"):  # only configurations: the weights come from the single file
+        for weights in (tmp_path / "folder" / part).glob("*.safetensors"):
+            os.remove(weights)
+    pipeline = StableDiffusionPipeline.from_single_file(
+        str(tmp_path / "single.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[model.prediction]
+    start = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    theirs = pipeline("a cat", latents=start, num_inference_steps=4, guidance_scale=3.0, output_type="np").images[0]
+    steps = []
+    model.generate(["a cat"], steps=4, scale=3.0, seed=3, height=32, width=32, callback=steps.append)
+    ours = (model.decode(steps[-1].x) / 2 + 0.5).clamp(0, 1)
+    assert np.abs(theirs - ours[0].permute(1, 2, 0).numpy()).max() < 1e-5
