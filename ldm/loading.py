@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.compvis import PREFIXES, normalise, single_file
 from ldm.checkpoint.compvis_config import from_compvis
-from ldm.checkpoint.diffusers_folder import read_folder, write_folder
+from ldm.checkpoint.diffusers_folder import read_folder, read_vae_folder, write_folder
 from ldm.checkpoint.families import recognise, stored_scale_factor
 from ldm.checkpoint.file import CONFIG_KEY, load_file, read_config, save_file
 from ldm.checkpoint.structure import BERT, KL, UNET, VQ, WHOLE
@@ -103,6 +103,8 @@ def _open(
 
     `replacements` go in before a single file of CompVis's kind is recognised: some lack the first stage.
     """
+    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        return Found(*read_vae_folder(path), [])
     if path.is_dir():
         return Found(*read_folder(path, variant))
     contents = read_tensors(path)
@@ -171,24 +173,24 @@ def _build(path: str | Path, config: dict, state: dict, device: torch.device, dt
     return module.eval().requires_grad_(False)
 
 
-def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None, format: str = "ldm") -> None:
+def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None, format: str = "ldm") -> list[str]:
     """Write a model, atomically; `dtype` (torch.float16, say) makes it smaller.
 
     format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
-    (schedule buffers, marks, modelspec metadata); "diffusers", a folder.
+    (schedule buffers, marks, modelspec metadata); "diffusers", a folder. Returns notes on what it cannot say.
 
     Raises OSError when it cannot be written, ValueError for an unknown format or a model that diffusers cannot express.
     """
-    config = {"target": WHOLE, "params": model.config}
-    if format == "ldm":
-        save_file(path, model.state_dict(), config, dtype)
-    elif format == "compvis":
-        state, metadata = single_file(model.state_dict(), config)
-        save_file(path, state, config, dtype, metadata | {"modelspec.title": Path(path).stem})
-    elif format == "diffusers":
-        write_folder(path, config, model.state_dict(), dtype)
-    else:
+    config, state, metadata = {"target": WHOLE, "params": model.config}, model.state_dict(), {}
+    if format == "diffusers":
+        return write_folder(path, config, state, dtype)
+    if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(FORMATS)}")
+    if format == "compvis":
+        state, metadata = single_file(state, config)
+        metadata["modelspec.title"] = Path(path).stem
+    save_file(path, state, config, dtype, metadata)
+    return []
 
 
 def _differences(expected: dict, found: dict) -> str:

@@ -145,6 +145,7 @@ def test_what_others_leave_out_of_openclip_is_supplied():
     state = random(
         {
             f"{tower}token_embedding.weight": (5, 4),
+            f"{tower}ln_final.weight": (4,),
             f"{tower}transformer.resblocks.0.ln_1.bias": (4,),
             f"{tower}transformer.resblocks.1.ln_1.bias": (4,),
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomised
 from torch import Tensor
 
 from ldm.checkpoint import diffusers_names as names
@@ -159,19 +160,29 @@ def test_openclip_there_and_back_is_exact_for_what_is_used():
 
 
 @pytest.mark.parametrize("changes", UNETS.values(), ids=UNETS)
+@torch.no_grad()
 def test_unets_of_any_structure(changes):
-    """Names, shapes and configuration against the network that diffusers builds from what we write."""
+    """Names, shapes, configuration and numbers against the network that diffusers builds from what we write."""
     from diffusers import UNet2DConditionModel
 
+    torch.manual_seed(0)
     params = TINY_UNET | changes
     config, levels = write_unet(params, sample_size=8), unet_levels(params)
-    with torch.device("meta"):
-        ours = UNetModel(**params).state_dict()
-        theirs = UNet2DConditionModel(**config).state_dict()
-        again = UNetModel(**read_unet(config)).state_dict()
-    assert shapes(names.unet_to_diffusers(ours, levels)) == shapes(theirs)
-    assert shapes(names.unet_from_diffusers(theirs, levels)) == shapes(ours) == shapes(again)
+    ours, theirs = randomised(UNetModel(**params)).eval(), UNet2DConditionModel(**config).eval()
+    state = ours.state_dict()
+    mapped = names.unet_to_diffusers(state, levels)
+    assert shapes(mapped) == shapes(theirs.state_dict())
+    back = names.unet_from_diffusers(mapped, levels)
+    assert back.keys() == state.keys() and all(back[name] is state[name] for name in state)
     assert unet_levels(read_unet(config)) == levels
+    theirs.load_state_dict(mapped)
+    again = UNetModel(**read_unet(config)).eval()
+    again.load_state_dict(state)
+    x, t, context = torch.randn(2, params["in_channels"], 8, 8), torch.tensor([3, 900]), torch.randn(2, 5, 24)
+    expected = ours(x, t, context)
+    # two sums of the same hundreds of float32 products
+    torch.testing.assert_close(theirs(x, t, context).sample, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again(x, t, context), expected)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +217,7 @@ def test_class_embeddings(ours, theirs):
     [{}, {"attn_resolutions": [16, 4]}, {"ch_mult": [1], "num_res_blocks": 3}, {"attn_type": "none", "out_ch": 1}],
     ids=["plain", "attention", "one level", "no attention"],
 )
+@torch.no_grad()
 def test_autoencoders_of_any_structure(changes):
     from diffusers import AutoencoderKL as Theirs
 
@@ -222,15 +234,20 @@ def test_autoencoders_of_any_structure(changes):
     }
     params = {"embed_dim": 3, "ddconfig": ddconfig | changes}
     config = write_vae(params, scale_factor=0.5, sample_size=16)
-    again, scale_factor = read_vae(config)
-    assert scale_factor == 0.5
-    with torch.device("meta"):
-        ours = AutoencoderKL(**params).state_dict()
-        theirs = Theirs(**config).state_dict()
-        assert shapes(AutoencoderKL(**again).state_dict()) == shapes(ours)
+    own, scale_factor = read_vae(config)
+    torch.manual_seed(0)
+    ours, again, theirs = AutoencoderKL(**params), AutoencoderKL(**own), Theirs(**config)
+    state = ours.state_dict()
     sizes = {"levels": len(params["ddconfig"]["ch_mult"]), "blocks": params["ddconfig"]["num_res_blocks"]}
-    assert shapes(names.vae_to_diffusers(ours, **sizes)) == shapes(theirs)
-    assert shapes(names.vae_from_diffusers(theirs, **sizes)) == shapes(ours)
+    mapped = names.vae_to_diffusers(state, **sizes)
+    assert scale_factor == 0.5 and shapes(mapped) == shapes(theirs.state_dict())
+    theirs.load_state_dict(mapped)
+    again.load_state_dict(names.vae_from_diffusers(mapped, **sizes))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    x, z = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(theirs.encode(x).latent_dist.mode(), ours.encode(x).mode(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.decode(z).sample, ours.decode(z), atol=1e-5, rtol=1e-5)
+    assert torch.equal(again.decode(z), ours.decode(z))
 
 
 def test_an_autoencoder_under_the_names_before_diffusers_0_17():
@@ -269,3 +286,25 @@ def test_names_without_a_place_are_listed():
     state = {f"encoder.layers.0.self_attn.{part}_proj.weight": torch.zeros(1, 1) for part in "qv"}
     with pytest.raises(ValueError, match="not all three of .*k_proj.weight"):
         names.openclip_from_transformers(state, layers=1)
+
+
+def test_heads_are_a_number_or_a_width():
+    config = write_unet(TINY_UNET | {"channel_mult": [1, 2, 2]}, sample_size=8)
+    for heads, expected in (
+        (4, {"num_heads": 4}),
+        ([4, 4, 4], {"num_heads": 4}),
+        ([2, 4, 4], {"num_head_channels": 8}),
+        ([2, 9, 4], None),
+    ):
+        if expected is None:
+            with pytest.raises(ValueError, match="one number of heads, or one width of a head"):
+                read_unet(config | {"attention_head_dim": heads})
+        else:
+            params = read_unet(config | {"attention_head_dim": heads})
+            assert {key: value for key, value in params.items() if "head" in key} == expected
+    # no level has attention, but the middle, of the last level's width, has
+    with pytest.raises(ValueError, match="num_head_channels 12"):
+        write_unet(
+            TINY_UNET | {"channel_mult": [1, 2], "attention_resolutions": [], "num_heads": -1, "num_head_channels": 12},
+            8,
+        )

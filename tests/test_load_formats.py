@@ -1,6 +1,7 @@
 """`ldm.load` and `ldm.save` on everything people bring: CompVis's single files, diffusers' folders, parts, mistakes."""
 
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -148,6 +149,14 @@ def test_another_first_stage_and_unet(model, theirs, tmp_path):
         ldm.load(tmp_path / "vae.safetensors", device="cpu")
 
 
+def test_a_first_stage_as_a_folder_of_diffusers(model, theirs, tmp_path):
+    """As VAEs are published: config.json and weights, in a folder of their own."""
+    ldm.save(model, tmp_path / "whole", format="diffusers")
+    without = {name: t for name, t in theirs.items() if not name.startswith("first_stage_model.")}
+    loaded = ldm.load(write("zip", tmp_path / "a.ckpt", without), device="cpu", vae=tmp_path / "whole" / "vae")
+    assert same_weights(loaded, model.state_dict())
+
+
 def test_a_part_for_one_of_our_own_files(tiny_model, tiny_checkpoint, tmp_path):
     from ldm.checkpoint.file import save_file as save_own
 
@@ -174,8 +183,7 @@ def test_compvis_yaml_as_configuration(theirs, model, tmp_path):
     with pytest.raises(ValueError, match=r"does not fit its configuration: \d+ missing.*of another shape"):
         ldm.load(path, device="cpu", config=yaml)
     own = tmp_path / "own.yaml"
-    own.write_text(f"model: {({'target': WHOLE, 'params': model.config})}".replace("None", "null").replace("True", "true")
-                   .replace("False", "false"))  # fmt: skip
+    own.write_text(json.dumps({"model": {"target": WHOLE, "params": model.config}}))  # JSON is yaml
     assert np.array_equal(pixels(ldm.load(path, device="cpu", config=own)), pixels(model))
     with pytest.raises(FileNotFoundError, match="configuration 'none.yaml' does not exist"):
         ldm.load(path, device="cpu", config="none.yaml")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.diffusers_names import vae_from_diffusers
+from ldm.checkpoint.diffusers_names import completed_openclip, vae_from_diffusers
 from ldm.checkpoint.family_table import SCALE_FACTORS
 from ldm.checkpoint.structure import TEXT, count
 from ldm.diffusion.schedule import SMALLEST_ALPHA_BAR, make_schedule
@@ -160,30 +160,16 @@ def _without_first_stage_copy(state: State) -> State:
 
 
 def _missing_of_openclip(state: State) -> State:
-    """What strictness needs of OpenCLIP's tower in a Stable Diffusion 2 file that other programs saved again.
-
-    SD2 reads the state before the last block, so diffusers keeps 23 of the 24 blocks, and neither projection nor
-    temperature. Stand-ins: a copy of the block before (as sd-scripts writes), the identity and 0.
-    """
+    """What strictness needs of OpenCLIP's tower in a Stable Diffusion 2 file that other programs saved again."""
     base = f"{PREFIXES['text']}model."
-    embedding = state.get(f"{base}token_embedding.weight")
-    if embedding is None:
+    tower = {name.removeprefix(base): tensor for name, tensor in state.items() if name.startswith(base)}
+    if "token_embedding.weight" not in tower:
         return {}
-    width = embedding.shape[-1]
-    supplied = {}
-    if f"{base}text_projection" not in state:
-        supplied[f"{base}text_projection"] = torch.eye(width, device=embedding.device).to(embedding.dtype)
-    if f"{base}logit_scale" not in state:
-        supplied[f"{base}logit_scale"] = torch.zeros((), dtype=embedding.dtype, device=embedding.device)
-    layer = re.compile(rf"{re.escape(base)}transformer\.resblocks\.(\d+)\.(.*)")
-    blocks = [match for name in state if (match := layer.fullmatch(name))]
-    last = max((int(match[1]) for match in blocks), default=-1)
+    blocks = count(tower, "transformer.resblocks.")
     # ViT-H has 24 blocks; of other towers only the missing projection tells that the file was saved by diffusers
-    cut = last == 22 if width == 1024 else f"{base}text_projection" in supplied
-    for match in blocks if cut else ():
-        if int(match[1]) == last:
-            supplied[f"{base}transformer.resblocks.{last + 1}.{match[2]}"] = state[match[0]].clone()
-    return supplied
+    cut = blocks == 23 if tower["token_embedding.weight"].shape[-1] == 1024 else "text_projection" not in tower
+    completed = completed_openclip(dict(tower), blocks + cut)
+    return {base + name: tensor for name, tensor in completed.items() if name not in tower}
 
 
 def single_file(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[State, dict[str, str]]:

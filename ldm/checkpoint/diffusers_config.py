@@ -129,6 +129,8 @@ def write_unet(params: Mapping[str, Any], sample_size: int | list[int]) -> Confi
     levels = unet_levels(params)
     by_width = own["num_head_channels"] != -1
     heads = [max(1, w // own["num_head_channels"]) for w in widths] if by_width else own["num_heads"]
+    # each width with attention: the middle's is the last level's
+    used = {width for width, level in zip(widths, levels, strict=True) if level.attention} | {widths[-1]}
     contexts = own["context_dim"] if isinstance(own["context_dim"], Sequence) else [own["context_dim"]]
     refuse(
         {
@@ -142,7 +144,7 @@ def write_unet(params: Mapping[str, Any], sample_size: int | list[int]) -> Confi
             f"channel_mult {list(own['channel_mult'])}, which does not begin with 1": own["channel_mult"][0] != 1,
             f"context_dim {contexts}, of several widths": len(set(contexts)) != 1,
             f"num_head_channels {own['num_head_channels']}, which does not divide every width": by_width
-            and any(level.attention and w % own["num_head_channels"] for w, level in zip(widths, levels, strict=True)),
+            and any(width % own["num_head_channels"] for width in used),
         }
     )
     disabled = own["disable_self_attentions"]

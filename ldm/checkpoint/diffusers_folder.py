@@ -24,11 +24,11 @@ from ldm.checkpoint.diffusers_text import (
     write_text_encoder,
     write_tokenizer,
 )
+from ldm.checkpoint.families import WHOLE
 from ldm.checkpoint.file import save_file
 from ldm.checkpoint.structure import KL, TEXT, UNET
 from ldm.util import instantiate_network
 
-TARGET = "ldm.latent_diffusion.LatentDiffusion"
 # concat -> the pipeline that is written; all of them are read
 PIPELINES = {
     None: "StableDiffusionPipeline",
@@ -96,7 +96,21 @@ def read_folder(path: str | Path, variant: str | None = None) -> tuple[dict[str,
         raise ValueError(f"folder {str(path)!r} holds no weights of the variant {variant!r}")
     notes += [f"{part}/: the weights' variant {own!r}" for part, own in variants.items() if own is not None]
     with _said_of(path):
-        return {"target": TARGET, "params": params}, _from_diffusers(weights, params), notes
+        return {"target": WHOLE, "params": params}, _from_diffusers(weights, params), notes
+
+
+def read_vae_folder(path: str | Path) -> tuple[dict[str, Any], State]:
+    """A folder of an autoencoder alone (config.json and weights) -> (its configuration, its weights in our names).
+
+    Errors as `read_folder`.
+    """
+    path = Path(path)
+    with _said_of(path):
+        vae, _ = read_vae(read_json(path / "config.json"))
+        ddconfig = vae["ddconfig"]
+        weights, _ = read_weights(path, "vae", None)
+        state = names.vae_from_diffusers(weights, len(ddconfig["ch_mult"]), ddconfig["num_res_blocks"])
+        return {"target": KL, "params": vae}, state
 
 
 def _check_index(path: Path) -> str:
@@ -116,7 +130,7 @@ def _check_index(path: Path) -> str:
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if name in WEIGHTS or name == "tokenizer":
             wanted = PARTS[name][1]
-            if kind not in (wanted, "CLIPTokenizerFast"):
+            if kind not in (wanted, f"{wanted}Fast"):  # CLIPTokenizerFast is the same tokenizer
                 raise ValueError(f"folder {str(path)!r} has a {kind} as its {name}: only {wanted} is read")
         elif kind is not None and name not in (*IGNORED, "scheduler"):
             raise ValueError(f"folder {str(path)!r} has a part {name} ({kind}), without which it draws something else")
@@ -261,6 +275,8 @@ def _to_diffusers(
         "vae": names.vae_to_diffusers(parts["first_stage"], len(ddconfig["ch_mult"]), ddconfig["num_res_blocks"]),
         "text_encoder": to_transformers(parts["text"], encoder.state),
     }
+    if encoder.layout == "openclip" or len(weights["text_encoder"]) < len(parts["text"]):
+        notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
     return files, weights, encoder.tokenizer, notes
 
 

@@ -118,15 +118,19 @@ def openclip_from_transformers(state: Mapping[str, Tensor], layers: int) -> Stat
             elif found:
                 raise ValueError(f"the text encoder has not all three of {', '.join(names)}")
     named = _renamed(state, _inverse(_openclip(layers)), "the text encoder") | stacked
-    return _completed(named, layers)
+    return completed_openclip(named, layers)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
     return rearrange(parts, "part o ... -> (part o) ...")
 
 
-def _completed(state: State, layers: int) -> State:
-    """The last block, text_projection and logit_scale, if they are missing; see `openclip_from_transformers`."""
+def completed_openclip(state: State, layers: int) -> State:
+    """OpenCLIP's text tower of `layers` blocks, with what nothing reads of it made up where it is missing.
+
+    Stable Diffusion 2 reads the state before the last block, so diffusers keeps neither that block nor projection and
+    temperature. Stand-ins: a copy of the block before (as sd-scripts writes), the identity and 0.
+    """
     last, before = (f"{OPENCLIP_BLOCKS}{i}." for i in (layers - 1, layers - 2))
     if not any(name.startswith(last) for name in state):
         # clones: no two names of a file may share their memory

@@ -83,8 +83,9 @@ def write_scheduler(
     sampler = defaults.get("sampler", "ddim")
     spacing = defaults.get("spacing")
     spacing = get_sampler(sampler).spacing if spacing is None else spacing
+    their_spacing = SPACINGS.get(spacing) if isinstance(spacing, str) else None  # it may be a list of levels
     notes = []
-    if sampler != "ddim" or spacing not in SPACINGS:
+    if sampler != "ddim" or their_spacing is None:
         notes.append(f"the folder's scheduler is DDIM; the model's own sampler is {sampler}, spacing {spacing}")
     own = {key: defaults.get(key, usual) for key, usual in (("steps", 50), ("scale", 7.5), ("interval", None))}
     if own != {"steps": 50, "scale": 7.5, "interval": None}:
@@ -97,10 +98,10 @@ def write_scheduler(
         "trained_betas": None,
         "prediction_type": {own: theirs for theirs, own in PREDICTIONS.items()}[prediction],
         "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
-        "timestep_spacing": SPACINGS.get(spacing, "leading"),
+        "timestep_spacing": "leading" if their_spacing is None else their_spacing,
         "steps_offset": 1,
         "clip_sample": False,
-        "set_alpha_to_one": False,
+        "set_alpha_to_one": True,  # our samplers end at sigma 0
         "thresholding": False,
     }
     return config, notes

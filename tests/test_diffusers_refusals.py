@@ -1,0 +1,182 @@
+"""What is wrong with a folder of diffusers, or with a model for one, is said in one sentence that names it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_stable_diffusion import MERGES, SD1, VAE, changed, edit, whole
+
+from ldm.checkpoint.diffusers_folder import read_folder, write_folder
+from ldm.latent_diffusion import LatentDiffusion
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return LatentDiffusion(**SD1).state_dict()
+
+
+@pytest.fixture
+def folder(state, tmp_path):
+    write_folder(tmp_path / "sd1", whole(SD1), state)
+    return tmp_path / "sd1"
+
+
+def test_folders_that_are_none(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="'.*nowhere' does not exist"):
+        read_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no model_index.json"):
+        read_folder(folder / "unet")
+    for pipeline in ("StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusionControlNetPipeline"):
+        edit(folder / "model_index.json", _class_name=pipeline)
+        with pytest.raises(ValueError, match=f"holds a {pipeline}: only Stable Diffusion 1 and 2"):
+            read_folder(folder)
+    (folder / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match="model_index.json' is damaged"):
+        read_folder(folder)
+
+
+def test_parts_that_are_missing_or_unknown(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, entry, sentence in (
+        ("controlnet", ["diffusers", "ControlNetModel"], "a part controlnet \\(ControlNetModel\\)"),
+        (
+            "text_encoder",
+            ["transformers", "T5EncoderModel"],
+            "a T5EncoderModel as its text_encoder: only CLIPTextModel",
+        ),
+        ("text_encoder", [None, None], "a None as its text_encoder"),
+        ("vae", ["diffusers", "AutoencoderTiny"], "a AutoencoderTiny as its vae: only AutoencoderKL"),
+    ):
+        edit(folder / "model_index.json", **{name: entry})
+        with pytest.raises(ValueError, match=sentence):
+            read_folder(folder)
+        (folder / "model_index.json").write_text(json.dumps(index))
+    edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    read_folder(folder)  # its folder need not be there
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="vae' holds no weights \\(diffusion_pytorch_model.safetensors or"):
+        read_folder(folder)
+    shutil.rmtree(folder / "vae")
+    shutil.rmtree(folder / "scheduler")
+    with pytest.raises(FileNotFoundError, match="lacks vae, scheduler: it needs unet, vae, text_encoder, tokenizer"):
+        read_folder(folder)
+
+
+def test_a_truncated_file_and_a_missing_shard_are_named(folder, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.safetensors' is not a whole safetensors file"):
+        read_folder(folder)
+    file.unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+    shard = sorted((folder / "unet").glob("*-00002-of-*"))[0]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        read_folder(folder)
+
+
+def test_a_variant_that_is_missing_or_not_the_only_one(folder):
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(ValueError, match="holds no weights of the variant 'bf16'"):
+        read_folder(folder, variant="bf16")
+    for variant in ("fp16", "non_ema"):
+        shutil.copy(weights, weights.with_name(f"diffusion_pytorch_model.{variant}.safetensors"))
+    read_folder(folder)  # those without a variant come first
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="in the variants fp16, non_ema: name one"):
+        read_folder(folder)
+    read_folder(folder, variant="non_ema")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "sentence"),
+    [
+        ("unet/config.json", {"class_embed_type": "timestep"}, "UNet has class_embed_type 'timestep'"),
+        ("unet/config.json", {"num_class_embeds": 7}, "UNet has num_class_embeds 7"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "UNet has time_cond_proj_dim 256"),
+        ("unet/config.json", {"something_new": "yes"}, "UNet has something_new 'yes'"),
+        ("unet/config.json", {"norm_eps": 1e-6}, "UNet has norm_eps 1e-06"),
+        ("unet/config.json", {"attention_head_dim": [2, 3, 4]}, r"attention_head_dim is \[2, 3, 4\] heads"),
+        ("unet/config.json", {"cross_attention_dim": [32, 8, 32]}, "cross_attention_dim is"),
+        ("unet/config.json", {"block_out_channels": [16, 24, 32]}, "each must be a multiple"),
+        ("unet/config.json", {"up_block_types": ["CrossAttnUpBlock2D"] * 3}, "mirrored on the way up"),
+        ("unet/config.json", {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 3}, "SimpleCrossAttnDownBlock2D"),
+        ("unet/config.json", {"in_channels": 5}, "takes 5 channels where latents have 4"),
+        ("unet/config.json", {"in_channels": 8}, "takes 8 channels where latents have 4"),
+        ("unet/config.json", {"block_out_channels": None}, "damaged configuration"),
+        ("vae/config.json", {"shift_factor": 0.1}, "autoencoder has shift_factor 0.1"),
+        ("vae/config.json", {"use_quant_conv": False}, "autoencoder has use_quant_conv False"),
+        ("vae/config.json", {"latents_mean": [0.0]}, "autoencoder has latents_mean"),
+        ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act 'relu': known is quick_gelu or gelu"),
+        ("text_encoder/config.json", {"intermediate_size": 99}, "intermediate_size 99: known is 128"),
+        ("text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "'flow_prediction': known are eps"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
+        ("tokenizer/special_tokens_map.json", {"pad_token": "zzz"}, None),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "zzz"}, "pad token 'zzz'"),
+    ],
+)
+def test_what_our_networks_cannot_do_is_named(folder, file, changes, sentence):
+    edit(folder / file, **changes)
+    if sentence is None:
+        read_folder(folder)
+        return
+    with pytest.raises(ValueError, match=f"folder '.*sd1'.*{sentence}"):
+        read_folder(folder)
+
+
+def test_another_kind_of_scheduler_is_refused(folder):
+    (folder / "scheduler/scheduler_config.json").write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    with pytest.raises(ValueError, match="the scheduler is a FlowMatchEulerDiscreteScheduler"):
+        read_folder(folder)
+
+
+def test_tokens_that_were_added_are_named(folder):
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<my-cat>": 514 + len(MERGES)}))
+    with pytest.raises(ValueError, match="not in their place: <my-cat>"):
+        read_folder(folder)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    with pytest.raises(ValueError, match="neither vocab.json with merges.txt nor tokenizer.json"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (SD1 | {"cond_stage_config": None}, "the conditioner None"),
+        (
+            SD1 | {"cond_stage_config": {"target": "ldm.conditioning.classes.ClassEmbedder"}},
+            "conditioner .*ClassEmbedder",
+        ),
+        (SD1 | {"first_stage_config": {"target": "ldm.models.vq_autoencoder.VQModelInterface"}}, "VQModelInterface"),
+        (SD1 | {"concat": "latents_mask"}, "concat 'latents_mask'"),
+        (SD1 | {"schedule": {"name": "sigmoid_alphabar"}}, "noise schedule 'sigmoid_alphabar'"),
+        (changed(SD1, "unet", num_classes=7), "num_classes"),
+        (changed(SD1, "unet", resblock_updown=True), "resblock_updown"),
+        (changed(SD1, "unet", conv_resample=False), "conv_resample false"),
+        (changed(SD1, "unet", use_spatial_transformer=False, context_dim=None), "use_spatial_transformer false"),
+        (changed(SD1, "unet", num_attention_blocks=[1, 1, 1]), "num_attention_blocks"),
+        (changed(SD1, "unet", num_heads=-1, num_head_channels=12), "num_head_channels 12"),
+        (changed(SD1, "first_stage", embed_dim=3), "embed_dim 3 beside z_channels 4"),
+        (changed(SD1, "first_stage", ddconfig=VAE["ddconfig"] | {"tanh_out": True}), "tanh_out"),
+        (changed(SD1, "cond_stage", layer="hidden", layer_index=-2), "layer hidden"),
+        (changed(SD1, "cond_stage", pooled=True), "pooled text"),
+    ],
+)
+def test_what_diffusers_cannot_say_is_named_and_nothing_written(state, tmp_path, params, sentence):
+    with pytest.raises(ValueError, match=f"has no words for this model: .*{sentence}"):
+        write_folder(tmp_path / "out", whole(params), state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_of_no_network_is_named(state, tmp_path):
+    state = state | {"model_ema.decay": torch.zeros(())}
+    with pytest.raises(ValueError, match="model_ema.decay is no weight of"):
+        write_folder(tmp_path / "out", whole(SD1), state)
