@@ -4,11 +4,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+BACKENDS = ("auto", "sdpa", "xformers", "math")
 MAX_PLAIN_SCORES = 1024 * 1024  # query x key positions up to which the plain form is faster, and its memory harmless
+MAX_MATH_SCORES = 2**26  # how many scores "math" holds at a time: 256 MiB of float32
+MAX_XFORMERS_WIDTH = 256  # of a head; the autoencoder's one head of 512 has no flash kernel
+
+_backend = "auto"
+
+
+def set_attention(backend: str) -> None:
+    """Choose the kernel of every attention in this process; all give the same up to rounding.
+
+    "auto": "sdpa", save for bfloat16 on a CPU (see `attention`). "sdpa": torch's fused attention, which is flash
+    attention on recent GPUs. "xformers": its memory-efficient attention, for what is on a CUDA device, without a mask,
+    and has heads of at most 256; "auto" for the rest. "math": matrix product, softmax, matrix product in float32,
+    whatever the tensors' dtype, a slice of the queries at a time: the one to try where another gives NaN.
+
+    Raises ValueError for an unknown name, and for "xformers" where it is not installed or there is no CUDA device.
+    """
+    global _backend
+    if backend not in BACKENDS:
+        raise ValueError(f"attention {backend!r} is unknown: it is one of {', '.join(BACKENDS)}")
+    if backend == "xformers":
+        if not torch.cuda.is_available():
+            raise ValueError("attention 'xformers' needs a CUDA device, and there is none: use auto, sdpa or math")
+        try:
+            import xformers.ops  # noqa: F401 - only here: importing it takes seconds
+        except (ImportError, OSError, RuntimeError) as error:  # a build for another torch fails in any of these ways
+            raise ValueError(
+                f"attention 'xformers' does not import ({error}): pip install xformers, or use auto, sdpa or math"
+            ) from None
+    _backend = backend
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1).
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), by the kernel that `set_attention` chose.
 
     q is (b, h, n, d); k and v are (b, h, m, d); the result is (b, h, n, d). `mask` is boolean, broadcastable to
     (b, h, n, m), True where a query may look; `causal` lets query i look at keys 0..i. They exclude each other.
@@ -17,8 +47,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
     times slower than this (and than its own float32 form), and the forward pass up to 3 times.
     """
     assert mask is None or not causal, "mask and causal exclude each other"
-    if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= MAX_PLAIN_SCORES and _computes_in_bfloat16(q):
+    if _backend == "math":
+        return _math_attention(q, k, v, causal, mask)
+    if _backend == "xformers" and q.is_cuda and mask is None and q.shape[-1] <= MAX_XFORMERS_WIDTH:
+        return _xformers_attention(q, k, v, causal)
+    small = q.shape[-2] * k.shape[-2] <= MAX_PLAIN_SCORES
+    if _backend != "sdpa" and small and q.device.type == "cpu" and _computes_in_bfloat16(q):
         return _plain_attention(q, k, v, causal, mask)
+    # torch's fused kernels take features that lie side by side; for others it writes all the scores out, and is slower
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
@@ -32,7 +69,37 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor
     # scaling the scores and not q, which is smaller: q in another layout than k made this a third slower
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # (b, h, n, m)
     if causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # (n, m)
+        mask = _causal_mask(q, k)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(dim=-1) @ v  # torch sums a bfloat16 softmax in float32
+
+
+def _math_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """The plain form in float32 or wider, for as many queries at a time as MAX_MATH_SCORES allows."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    b, h, n, _ = q.shape
+    rows = max(1, MAX_MATH_SCORES // (b * h * k.shape[-2]))
+    if causal:
+        mask = _causal_mask(q, k)
+    if mask is not None and mask.shape[-2] == 1:  # the same for every query
+        mask = mask.expand(*mask.shape[:-2], n, -1)
+    with torch.autocast(q.device.type, enabled=False):  # it would make the products half precision again
+        wide_k, wide_v = k.to(wide), v.to(wide)
+        parts = []
+        for part in (slice(first, first + rows) for first in range(0, n, rows)):
+            own_mask = None if mask is None else mask[..., part, :]
+            parts.append(_plain_attention(q[:, :, part].to(wide), wide_k, wide_v, False, own_mask).to(v.dtype))
+    return torch.cat(parts, dim=2)
+
+
+def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (b, n, h, d), as xformers has it
+    out = memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
+    return out.transpose(1, 2)  # (b, h, n, d)
+
+
+def _causal_mask(q: Tensor, k: Tensor) -> Tensor:
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()  # (n, m)

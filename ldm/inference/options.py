@@ -1,0 +1,92 @@
+"""The options about the model that all drawing scripts share, and the model that they describe.
+
+Imports nothing heavy, so that `--help` and mistakes in options are quick.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli import whole
+
+if TYPE_CHECKING:  # it imports torch
+    from ldm.latent_diffusion import LatentDiffusion
+
+LOADING = ("config", "vae", "unet", "ema", "prediction", "vocab", "variant")  # those that are arguments of `ldm.load`
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Two groups of options: which model, and how it computes. What is not given is None (a flag: False)."""
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", type=Path, metavar="FILE", help="checkpoint or diffusers folder (the digits model that ships)")
+    add("--config", type=Path, metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
+    add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
+    add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
+    add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
+    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
+    add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
+    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
+
+    add = parser.add_argument_group("speed and memory (pictures stay the same but for rounding)").add_argument
+    add(
+        "--precision",
+        choices=("full", "bf16", "fp16", "autocast"),
+        help="of UNet and text encoder: float32, bfloat16, float16 (GPU only), or mixed (full)",
+    )
+    add("--attention", choices=("auto", "sdpa", "xformers", "math"), help="its kernel; math: plain, in float32 (auto)")
+    add("--channels-last", action="store_true", help="another memory layout, which convolutions may prefer")
+    add("--compile", action="store_true", help="torch.compile the UNet: a minute or more once, then faster steps")
+    add("--vae-slicing", action="store_true", help="encode and decode one picture at a time")
+    add(
+        "--vae-tiling",
+        type=whole(1),
+        nargs="?",
+        const=128,
+        metavar="SIDE",
+        help="encode and decode pictures of more than SIDE x SIDE (128) pixels in bands, in less memory, seamlessly",
+    )
+    add(
+        "--offload",
+        choices=("cpu", "swap"),
+        help="text encoder and first stage compute on the CPU, or wait there and are on the GPU only while used",
+    )
+
+
+def load_model(args: argparse.Namespace) -> "LatentDiffusion":
+    """The model that the options of `add_model_options` describe, with what had to be assumed about it on stderr.
+
+    Raises FileNotFoundError and ValueError in words for the user.
+    """
+    import ldm
+    from ldm.inference.offload import offload
+    from ldm.inference.precision import set_precision
+    from ldm.inference.speed import channels_last, compile_unet
+    from ldm.inference.tiling import slice_vae, tile_vae
+    from ldm.inference.watch import watch
+    from ldm.models.kernels import set_attention
+    from ldm.util import pick_device
+
+    device = pick_device(args.device)
+    set_attention("auto" if args.attention is None else args.attention)
+    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
+    # first onto the CPU, where a mapped file takes no memory: what goes to the device goes there once, in its precision
+    model = ldm.load(args.ckpt, device="cpu", **given)
+    for note in model.notes:
+        print(note, file=sys.stderr)
+    set_precision(model, "full" if args.precision is None else args.precision, device)
+    if args.channels_last:
+        channels_last(model)
+    if args.vae_tiling is not None:
+        tile_vae(model, args.vae_tiling)
+    elif args.vae_slicing:
+        slice_vae(model)
+    if args.offload is None or device.type == "cpu":
+        model.to(device)
+    else:
+        offload(model, args.offload, device)
+    if args.compile:
+        compile_unet(model)
+    watch(model)
+    return model

@@ -1,0 +1,141 @@
+"""The options that scripts share: what they load, and that together they change no picture beyond rounding."""
+
+import argparse
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ldm
+from ldm.cli import Parser
+from ldm.diffusion.denoiser import PREDICTIONS
+from ldm.inference import offload, precision
+from ldm.inference.options import LOADING, add_model_options, load_model
+from ldm.models import kernels
+
+
+def parse(*options: object) -> argparse.Namespace:
+    parser = Parser()
+    add_model_options(parser)
+    return parser.parse_args([str(option) for option in options])
+
+
+@pytest.fixture(autouse=True)
+def default_attention():
+    yield
+    kernels.set_attention("auto")
+
+
+def drawn(model) -> np.ndarray:
+    return np.stack(model.generate(["a one", "a two"], steps=3)).astype(int)
+
+
+@pytest.fixture
+def expected(tiny_model) -> np.ndarray:
+    return drawn(tiny_model)
+
+
+@pytest.fixture
+def load(tiny_checkpoint):
+    return lambda *options: load_model(parse("--ckpt", tiny_checkpoint, "--device", "cpu", *options))
+
+
+def test_options_cost_nothing_to_import_and_name_what_there_is():
+    code = "import sys, ldm.inference.options; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    parser = Parser()
+    add_model_options(parser)
+    choices = {action.dest: action.choices for action in parser._actions if action.choices is not None}
+    assert choices == {
+        "prediction": PREDICTIONS,
+        "precision": tuple(precision.DTYPES),
+        "attention": kernels.BACKENDS,
+        "offload": offload.WAYS,
+    }
+
+
+# Levels of 255 that a pixel may change. 1: a value on the edge between two. bf16: with random weights, which draw no
+# digits, measured 9 and, all together, 12; see test_precision for the model that ships.
+SETS = {
+    "none": ([], 0),
+    "attention": (["--attention", "math"], 1),
+    "channels last": (["--channels-last"], 1),
+    "slicing": (["--vae-slicing"], 1),
+    "tiling": (["--vae-tiling", 16], 1),
+    "offload": (["--offload", "swap"], 0),
+    "bf16": (["--precision", "bf16"], 30),
+    "all": ([*"--precision autocast --attention math --channels-last --vae-tiling 16 --offload cpu".split()], 30),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_pictures_stay_what_they_are(load, expected, name):
+    options, levels = SETS[name]
+    model = load(*options)
+    difference = np.abs(drawn(model) - expected)
+    assert difference.max() <= levels and np.ptp(expected) > 20
+    assert precision.precision_of(model) == {"bf16": "bf16", "all": "autocast"}.get(name, "full")
+
+
+def test_a_broken_model_is_reported(tiny_model, tmp_path):
+    broken = copy.deepcopy(tiny_model)
+    broken.model.diffusion_model.out[2].weight[0] = torch.nan
+    ldm.save(broken, tmp_path / "broken.safetensors")
+    model = load_model(parse("--ckpt", tmp_path / "broken.safetensors", "--device", "cpu"))
+    with pytest.raises(ValueError, match=r"began in model.diffusion_model.out.2; its weights are not finite"):
+        model.generate(["a one"], steps=2)
+
+
+def test_what_is_offloaded_is_not_on_the_device(load, tiny_checkpoint):
+    # the meta device stands for a GPU, which can do float16
+    model = load_model(parse("--ckpt", tiny_checkpoint, "--device", "meta", "--precision", "fp16", "--offload", "swap"))
+    found = {part: {p.device.type for p in getattr(model, part).parameters()} for part, _ in model.named_children()}
+    assert found == {"model": {"meta"}, "cond_stage_model": {"cpu"}, "first_stage_model": {"cpu"}}
+    assert model.condition(["a one"])["c_crossattn"].device.type == "meta"
+    model = load_model(parse("--ckpt", tiny_checkpoint, "--device", "meta"))
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_ldm_load_is_given_what_was_given(monkeypatch, tiny_model, capsys):
+    calls = []
+
+    def load(path, device, **given):
+        calls.append((path, device, given))
+        model = copy.deepcopy(tiny_model)
+        model.notes = ["it is taken to predict eps"]
+        return model
+
+    monkeypatch.setattr(ldm, "load", load, raising=False)
+    load_model(parse())
+    values = {"config": "c.yaml", "vae": "v.pt", "prediction": "v", "vocab": "vocab.txt", "variant": "fp16"}
+    options = [word for name, value in values.items() for word in (f"--{name}", value)]
+    load_model(parse("--ckpt", "some.ckpt", "--ema", *options))
+    assert calls[0] == (None, "cpu", {})
+    path, device, given = calls[1]
+    assert str(path) == "some.ckpt" and device == "cpu"
+    assert given.pop("ema") is True and {name: str(value) for name, value in given.items()} == values
+    assert set(LOADING) == {"ema", *values}
+    assert capsys.readouterr().err == "it is taken to predict eps\n" * 2
+
+
+MISTAKES = {
+    "device": (["--device", "gpu"], "device 'gpu' is not available"),
+    "fp16": (["--precision", "fp16"], "precision fp16 on a CPU"),
+    "tiles": (["--vae-tiling", "3"], "tiles of 3 pixels are too small"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(load, name):
+    options, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        load(*options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_xformers_without_a_gpu(load):
+    with pytest.raises(ValueError, match="'xformers' needs a CUDA device"):
+        load("--attention", "xformers")

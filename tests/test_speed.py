@@ -1,0 +1,120 @@
+"""Memory layout and torch.compile change nothing but the order of sums."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ldm
+from ldm.inference.speed import channels_last, compile_unet
+
+
+@pytest.fixture
+def model(tiny_model):
+    return copy.deepcopy(tiny_model)
+
+
+def network(model, b: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(b, 4, 8, 8, generator=generator)
+    with torch.inference_mode():
+        return model.apply_model(x, torch.full((b,), 500.0), model.condition(["a one"] * b))
+
+
+def test_channels_last(model):
+    expected, latents = network(model), torch.randn(1, 4, 8, 8)
+    pixels = model.decode(latents)
+    channels_last(model)
+    for weight in (
+        model.model.diffusion_model.out[2].weight,
+        model.first_stage_model.encoder.down[0].block[0].conv1.weight,
+    ):
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    # float32 sums of a few hundred products of order 1; measured: 1e-6
+    torch.testing.assert_close(network(model), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.decode(latents), pixels, atol=1e-5, rtol=0)
+
+
+class Network(torch.nn.Module):
+    """In place of a UNet, because tracing one takes 20 seconds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x, timesteps, context=None, y=None):
+        if y is not None:
+            raise ValueError("it takes no y")
+        return self.conv(x).sin() + timesteps[:, None, None, None]
+
+
+@pytest.fixture
+def small():
+    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=Network()))
+    return model, model.model.diffusion_model
+
+
+def test_compiling_is_announced_once_for_each_shape(small, capsys):
+    model, unet = small
+    inputs = [(torch.randn(b, 4, 8, 8), torch.zeros(b)) for b in (2, 1)]
+    expected = [unet(*pair) for pair in inputs]
+    compile_unet(model, backend="eager")  # traces as every backend does, and then computes as before
+    for _ in range(2):
+        assert all(torch.equal(unet(x, t, context=None), out) for (x, t), out in zip(inputs, expected, strict=True))
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.splitlines() == [
+        "compiling the UNet for an input of 2 x 4 x 8 x 8 ...",
+        "compiling the UNet for an input of 1 x 4 x 8 x 8 ...",
+    ]
+
+
+def test_a_compiler_that_fails_is_one_sentence(small):
+    def broken(graph, inputs):
+        raise RuntimeError("cannot find g++\nand many lines more")
+
+    model, unet = small
+    compile_unet(model, backend=broken)
+    with pytest.raises(ValueError, match=r"^torch.compile failed \(.*cannot find g\+\+\): .* leave --compile out$"):
+        unet(torch.randn(1, 4, 8, 8), torch.zeros(1))
+
+
+def test_mistakes_of_the_caller_stay_what_they_are(small):
+    model, unet = small
+    compile_unet(model, backend="eager")
+    with pytest.raises(ValueError, match="^it takes no y$"):
+        unet(torch.randn(1, 4, 8, 8), torch.zeros(1), y=torch.zeros(1))
+
+
+@pytest.mark.full
+def test_inductor_draws_the_same_digit():
+    model = ldm.load(device="cpu")
+    settings = {"steps": 4, "interval": (0, 100)}  # one shape
+    expected = np.asarray(model.generate(["a handwritten digit five"], **settings)[0]).astype(int)
+    compile_unet(model)
+    found = np.asarray(model.generate(["a handwritten digit five"], **settings)[0])
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.full
+def test_inductor_without_a_compiler(model, monkeypatch, tmp_path):
+    from torch._inductor import config
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent"))
+    monkeypatch.setattr(config, "fx_graph_cache", False)
+    compile_unet(model)
+    with pytest.raises(ValueError, match=r"torch.compile failed \(.*No working C\+\+ compiler.*leave --compile out"):
+        network(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu():
+    model = ldm.load(device="cuda")
+    expected = np.asarray(model.generate(["a handwritten digit five"], steps=4)[0]).astype(int)
+    channels_last(model)
+    compile_unet(model)
+    found = np.asarray(model.generate(["a handwritten digit five"], steps=4)[0])
+    assert np.abs(found - expected).max() <= 2
