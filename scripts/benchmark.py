@@ -1,23 +1,32 @@
-"""Measure, side by side and each in a fresh process.
+"""Measure and compare: ways of loading, and samplers.
 
 python scripts/benchmark.py load                      # Stable Diffusion 1 at full size, random weights (8.5 GB of disk)
 python scripts/benchmark.py load --ckpt model.safetensors --repeat 3
+python scripts/benchmark.py samplers --out samplers.jsonl --plot samplers.png --precision autocast
 
-`load` compares ways to get a model from a file into memory: ours, and the naive one (build the model, read the file,
-load_state_dict). Seconds are wall clock and CPU time of the loading alone, imports left out, with the file in the page
-cache; memory is the process's, less what it had before: its peak, and what is private to it afterwards (what a mapped
-file brought in and nobody changed is not).
+`samplers` draws the captions of held-out MNIST pictures (--data or LDM_DATA) with every sampler at several numbers of
+steps, everything else being the model's own, and measures prompt accuracy, the Fréchet distance over the floor of as
+many real pictures, and recall. It goes on where an interrupted run stopped: what --out has is not drawn again.
+
+`load` compares, each in a fresh process, ways to get a model from a file into memory: ours, and the naive one (build
+the model, read the file, load_state_dict). Seconds are wall clock and CPU time of the loading alone, imports left out,
+with the file in the page cache; memory is the process's, less what it had before: its peak, and what is private to it
+afterwards (what a mapped file brought in and nobody changed is not).
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli import Parser, run, whole
+from ldm.inference.options import add_model_options, load_model
 
+ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
 # What a fresh process runs: it prepares, then measures `work()`.
 MEASURE = """
 import json, resource, sys, time
@@ -67,7 +76,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("load", help="time and memory of loading a checkpoint")
     command.add_argument("--ckpt", type=Path, metavar="FILE", help="(random weights at Stable Diffusion 1's full size)")
     command.add_argument("--repeat", type=whole(1), default=3, metavar="N", help="best of N (3)")
+    command = commands.add_parser("samplers", help="quality of every sampler at several numbers of steps")
+    add_model_options(command)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as a picture (matplotlib)")
+    command.add_argument("--samplers", nargs="*", metavar="NAME", help="(all, aliases left out)")
+    command.add_argument("--steps", nargs="*", type=whole(1), default=[5, 10, 20, 50], metavar="N", help="(5 10 20 50)")
+    command.add_argument("--n", type=whole(1), default=2000, metavar="N", help="pictures of each (2000)")
+    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
+    command.add_argument("--data", metavar="DIR", help="folder of MNIST (LDM_DATA, or ./data)")
     args = parser.parse_args(argv)
+    if args.command == "samplers":
+        rows = compare_samplers(args)
+        print(sampler_table(rows))
+        if args.plot is not None:
+            plot_samplers(rows, args.plot)
+        return
     with tempfile.TemporaryDirectory() as folder:
         files = [args.ckpt] if args.ckpt is not None else make_stable_diffusion(Path(folder))
         compare_loading(files, Path(folder) / "config.json", args.repeat)
@@ -124,6 +148,76 @@ def measure(prepare: str, work: str, path: Path, config: Path) -> dict[str, floa
     if done.returncode != 0:
         raise ValueError(f"loading {path} failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare_samplers(args: argparse.Namespace) -> list[dict]:
+    """Measure what the output file does not have yet, adding a line to it each time; all its rows."""
+    from ldm.diffusion.sampling import SAMPLERS, get_sampler
+    from ldm.diffusion.schedule import sampling_sigmas
+    from ldm.evaluation.draw import draw
+    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
+    from ldm.evaluation.report import report_model
+    from ldm.evaluation.source import find_reference
+
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
+    done = {(row["sampler"], row["steps"]) for row in rows}
+    names = [name for name in SAMPLERS if name not in ALIASES] if args.samplers is None else args.samplers
+    wanted = [(steps, name) for steps in args.steps for name in names if (name, steps) not in done]
+    for _, name in wanted:
+        get_sampler(name)  # an unknown name is told before anything is drawn
+    model, networks = load_model(args), Measuring.load(JUDGE, FEATURES)
+    reference, _ = find_reference("mnist", "heldout", args.data, networks, args.n)
+    captions = reference.captions(args.n, "train")
+    for steps, name in wanted:
+        row = get_sampler(name)
+        sigmas = sampling_sigmas(model.schedule, steps, row.spacing, row.final_sigma).tolist()
+        print(f"{name}, {steps} steps", file=sys.stderr)
+        start = time.perf_counter()
+        pictures = draw(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
+        seconds = time.perf_counter() - start
+        report = report_model(pictures, captions, "train", reference, networks, None)
+        found = {
+            "sampler": name,
+            "steps": steps,
+            "evaluations": sum(row.evaluations(sigmas)),
+            "accuracy": report["prompt_accuracy"]["accuracy"],
+            "ratio": report["frechet"]["ratio"],
+            "recall": report["precision_recall"]["recall"],
+            "diversity": report["diversity"]["ratio"],
+            "n": args.n,
+            "seconds": seconds,
+        }
+        rows.append(found)
+        with open(args.out, "a") as file:
+            file.write(json.dumps(found) + "\n")
+    return rows
+
+
+def sampler_table(rows: Sequence[dict]) -> str:
+    """Markdown: a row for each sampler, a column for each number of steps: accuracy, distance / floor, recall."""
+    steps = sorted({row["steps"] for row in rows})
+    cells = {(r["sampler"], r["steps"]): f"{r['accuracy']:.1%}, {r['ratio']:.2f}, {r['recall']:.2f}" for r in rows}
+    lines = ["| sampler | " + " | ".join(f"{s} steps" for s in steps) + " |", "|---" * (len(steps) + 1) + "|"]
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        lines.append(f"| `{name}` | " + " | ".join(cells.get((name, s), "-") for s in steps) + " |")
+    return "\n".join(lines)
+
+
+def plot_samplers(rows: Sequence[dict], path: Path) -> None:
+    """Distance over the floor against network evaluations, a line for each sampler; both axes logarithmic."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+        own = sorted((row["evaluations"], row["ratio"]) for row in rows if row["sampler"] == name)
+        axes.plot(*zip(*own, strict=True), "o-" if i < 10 else "s--", label=name, markersize=4, linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance / floor")
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

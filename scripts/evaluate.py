@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import Parser, real, run, whole
+from ldm.inference.options import add_model_options, load_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,8 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     autoencoder = commands.add_parser("autoencoder", help="measure what a first stage loses")
     statistics = commands.add_parser("statistics", help="measure MNIST's test pictures: what ldm/pretrained holds")
 
+    autoencoder.add_argument("--ckpt", type=Path, help="the checkpoint; without it, the model that ships")
+    autoencoder.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; measuring is on the CPU")
     for command in (model, autoencoder):
-        command.add_argument("--ckpt", type=Path, help="the checkpoint; without it, the model that ships")
         command.add_argument("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: scikit-learn's")
         command.add_argument(
             "--split", choices=("test", "heldout"), default="test", help="heldout: the last training pictures"
@@ -50,7 +52,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--batch-size", type=whole(1), default=100, help="pictures at a time")
         command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there instead")
         command.add_argument("--picture", type=Path, metavar="FILE", help="where the picture goes (evaluate.png)")
-        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; measuring is on the CPU")
     for command in (model, autoencoder, statistics):
         command.add_argument("--data", metavar="ROOT", help="folder that holds MNIST/raw (LDM_DATA, else ./data)")
         command.add_argument("--judge", type=Path, metavar="FILE", help="classifier; without it, the one that ships")
@@ -70,6 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--interval", type=real(0, infinite=True), nargs=2, metavar=("LOW", "HIGH"), help="guide at these sigmas"
     )
     model.add_argument("--rescale", type=real(0), metavar="PHI", help="guidance rescale, 0 to 1")
+    add_model_options(model)
     return parser.parse_args(argv)
 
 
@@ -98,13 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
     """Draw and measure: the report, and a sheet of drawn pictures beside real ones."""
-    import ldm
     from ldm.evaluation.draw import draw
     from ldm.evaluation.pictures import by_class, side_by_side
     from ldm.evaluation.report import report_model
     from ldm.evaluation.source import find_reference
 
-    model = ldm.load(args.ckpt, device=args.device)
+    model = load_model(args)
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
     n = len(reference.labels) if args.n is None else args.n
     frames = "train" if args.wording == "seen" else "unseen"

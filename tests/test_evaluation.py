@@ -285,7 +285,7 @@ def options(files, tmp_path, *more):
 
 def test_script_measures_a_model(files, tmp_path, monkeypatch):
     model = Copier()
-    monkeypatch.setattr("ldm.load", lambda path, device: model, raising=False)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
     more = ("--n", 50, "--batch-size", 20, "--seed", 7, "--steps", 5, "--scale", "2", "--wording", "unseen")
     evaluate.main(["model", *options(files, tmp_path, *more)])
     result = json.loads((tmp_path / "new" / "report.json").read_text())
@@ -313,14 +313,14 @@ def test_script_measures_an_autoencoder(files, tmp_path, monkeypatch, capsys):
     [(("--n", 500), "500 pictures are more"), (("--split", "heldout", "--n", 300), "300 pictures are more")],
 )
 def test_script_refuses_more_pictures_than_there_are(files, tmp_path, monkeypatch, more, words):
-    monkeypatch.setattr("ldm.load", lambda path, device: Copier(), raising=False)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: Copier())
     with pytest.raises(ValueError, match=words):
         evaluate.main(["model", *options(files, tmp_path, *more)])
 
 
 def test_script_says_when_mnist_is_missing(files, tmp_path, monkeypatch):
     """Another feature network than that of the shipped statistics needs the real pictures."""
-    monkeypatch.setattr("ldm.load", lambda path, device: Copier(), raising=False)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: Copier())
     for data in (["--data", str(tmp_path)], []):
         monkeypatch.setenv("LDM_DATA", str(tmp_path))
         arguments = [value if value != "digits" else "mnist" for value in options(files, tmp_path)]
@@ -364,7 +364,7 @@ def test_shipped_statistics_are_of_the_shipped_networks():
 
 
 def test_script_runs_on_a_machine_without_mnist(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.load", lambda path, device: Copier(), raising=False)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: Copier())
     monkeypatch.setattr("ldm.evaluation.autoencoder.load_autoencoder", lambda path, device: (Doubling(), 1.0))
     monkeypatch.setenv("LDM_DATA", str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"model")
