@@ -4,7 +4,6 @@ pixels [-1, 1] --encode--> latents (unit variance) --noise, denoise under text--
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -138,7 +137,7 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None, mode: bool = False) -> Tensor:
         """Pixels (b, c, h, w) in [-1, 1] -> scaled latents (b, z, h/f, w/f): a sample of the posterior, or its mode."""
-        code = self.first_stage_model.encode(images.to(self.device, next(self.first_stage_model.parameters()).dtype))
+        code = self.first_stage_model.encode(images.to(self.device))
         if isinstance(code, Tensor):  # a VQ autoencoder's latents, which have no posterior
             return self.scale_factor * code
         return self.scale_factor * (code.mode() if mode else code.sample(generator))
@@ -235,6 +234,7 @@ class LatentDiffusion(nn.Module):
         image: Pictures | None = None,
         mask: Pictures | None = None,
         strength: float | None = None,
+        guide: guidance.Guide | None = None,
         callback: Callable[[Step], None] | None = None,
     ) -> list[Image.Image]:
         """Draw one picture per prompt; what is None is the model's own default.
@@ -248,7 +248,7 @@ class LatentDiffusion(nn.Module):
             height, width: in pixels; with an `image`, its own.
             batch_size: pictures at a time; bounds memory and changes nothing else.
             fixed_code: every picture starts from picture 0's noise.
-            interval: (low, high) in sigma outside which guidance is off.
+            interval: (low, high) in sigma outside which all guidance is off.
             rescale: phi of guidance rescale, 0 to 1.
             clip_skip: which of CLIP's layers is read, counted back from the model's own, 1.
             plain: take prompts literally; otherwise brackets in them are weights (`ldm.conditioning.prompt`).
@@ -256,6 +256,7 @@ class LatentDiffusion(nn.Module):
                 (`ldm.source.Source`).
             strength: share of the steps that are taken (`steps_taken`), from the `image` noised to the first of their
                 levels; 0 gives it back through the first stage, 1 takes all. Its default is `usual_strength`.
+            guide: guidance besides the classifier-free one (`ldm.inference.guides`): guide(denoise, cond) -> denoise.
             callback: is given every `Step` (index, sigma, x, x0: latents of the current batch) as it is made.
 
         Raises ValueError for a setting that is out of range or a size that the model cannot make.
@@ -291,9 +292,10 @@ class LatentDiffusion(nn.Module):
             strength=strength,
             size=self.latent_size(given(height, own["height"]), given(width, own["width"])),
             scale=scale,
-            interval=tuple(given(given(interval, own["interval"]), (0.0, math.inf))),
+            interval=tuple(given(given(interval, own["interval"]), guidance.EVERYWHERE)),
             rescale=rescale,
             start_seed=seeds[0] if fixed_code and seeds else None,
+            guide=guide,
             callback=callback,
         )
         lengths = count_chunks(self.cond_stage_model, prompts, plain)
@@ -322,6 +324,8 @@ class LatentDiffusion(nn.Module):
         denoise = guidance.classifier_free(
             self.denoiser(), cond, uncond, run.scale, run.interval, run.rescale, self.prediction
         )
+        if run.guide is not None:
+            denoise = guidance.within(run.interval, run.guide(denoise, cond), denoise)
         x = from_vp(start, run.sigmas[0])
         if source is not None:
             x, denoise = self._over(source, x, start, run, denoise)
@@ -376,6 +380,7 @@ class _Run(NamedTuple):
     interval: tuple[float, float]
     rescale: float
     start_seed: int | None  # of the start noise that all pictures share
+    guide: guidance.Guide | None
     callback: Callable[[Step], None] | None
 
 

@@ -110,7 +110,7 @@ def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
 
 @pytest.mark.full
 def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
-    """As above under `accelerate launch`: the state is shared, and each process goes on with its own half of the data."""
+    """As above under `accelerate launch`: one state for both, and each goes on with its own half of the data."""
 
     def launch(folder, resume: bool, steps: int = 30) -> subprocess.Popen:
         settings = config(folder, steps=steps, save_every=1, tensorboard=False)
@@ -123,9 +123,7 @@ def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
         launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
         command = [*launcher, str(script), json.dumps(settings), str(resume)]
-        return subprocess.Popen(
-            command, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        return subprocess.Popen(command, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     assert launch(tmp_path / "alone", False).wait() == 0
     process = launch(tmp_path / "killed", False)

@@ -41,7 +41,7 @@ numbers = st.floats(-1e6, 1e6)
 def test_text_gives_the_recipe_back(prompt, negative, steps, scale, seed, spacing, eta, interval, fixed, name):
     recipe = Recipe(
         prompt, negative, steps, "ddpm", scale, seed, 64, 32, spacing=spacing, eta=eta, interval=interval,
-        fixed_code=fixed, rescale=0.7, index=5, batch_size=16, batch_position=5,
+        fixed_code=fixed, plain=fixed, clip_skip=steps, rescale=0.7, index=5, batch_size=16, batch_position=5,
         batch_prompts=4, prompt_position=2, model_name=name, precision="autocast",
     )  # fmt: skip
     assert Recipe.from_text(recipe.to_text()) == recipe
@@ -101,6 +101,26 @@ def test_refill_gives_a_batch_of_the_same_shape(prompts, per_prompt, batch_size)
         assert batch[recipe.batch_position] == recipe.prompt
         assert (len(batch), len(distinct)) == (recipe.batch_size, recipe.batch_prompts)
         assert distinct.index(recipe.prompt) == recipe.prompt_position
+
+
+def test_a_batch_has_prompts_of_one_length():
+    run = plan(FIVE, ["one", "two", "three", "four"], per_prompt=2, batch_size=3, lengths=[1, 2, 2, 1])
+    shapes = [(r.batch_size, r.batch_position, r.batch_prompts, r.prompt_position) for r in run]
+    assert shapes == [(2, 0, 1, 0), (2, 1, 1, 0), *[(3, 0, 2, 0), (3, 1, 2, 0), (3, 2, 2, 1)], (1, 0, 1, 0),
+                      (2, 0, 1, 0), (2, 1, 1, 0)]  # fmt: skip
+    assert [recipe.index for recipe in run] == list(range(8))
+
+
+@pytest.mark.parametrize("prompt", ["a b", "a b c", "a b c d", "a 1", "a", "1 1 1", "a b c d e"])
+def test_refill_keeps_the_length(prompt):
+    def count(text):  # chunks of three words
+        return -(-len(text.split()) // 3)
+
+    run = plan(FIVE, [prompt, "x " * len(prompt.split()), "y"], per_prompt=1, batch_size=3)
+    for recipe in run[:1]:
+        batch = refill(recipe, count)
+        assert batch[0] == prompt and len(set(batch)) == 3
+        assert {count(other) for other in batch} == {count(prompt)}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 # From the top; each part uses only parts on floors below its own.
 FLOORS = (
     ("inference", "evaluation"),
+    ("finetune",),
     ("training",),
     ("loading",),
     ("latent_diffusion",),

@@ -1,7 +1,6 @@
 """txt2img: counts, seeds, numbers, what each PNG says, making it again; every mistake is one sentence."""
 
 import copy
-import importlib.util
 import os
 import resource
 import subprocess
@@ -12,64 +11,30 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
+from script_runs import (
+    ROOT,
+    heavy_imports,
+    imported_by_help,
+    load_script,
+    names,
+    pixels,
+    recipe,
+    run_program,
+    runner,
+    samples,
+    script_path,
+)
 
 import ldm
 from ldm.inference.png import read_png_text
-from ldm.inference.recipe import Recipe
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "txt2img.py"
-HEAVY = {
-    "torch._dynamo",
-    "sympy",
-    "transformers",
-    "open_clip",
-    "torchvision",
-    "sklearn",
-    "accelerate",
-    "diffusers",
-    "tensorboard",
-    "scipy",
-}
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("txt2img", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-txt2img = load_script()
+txt2img = load_script("txt2img")
 
 
 @pytest.fixture
-def draw(tiny_checkpoint, tmp_path, monkeypatch):
-    """`draw("--n_samples", 2)` runs the script on the tiny checkpoint, 3 steps, and gives the output folder."""
-
-    def run(*options: object, out: str = "out", steps: int | None = 3) -> Path:
-        fixed = ["--ckpt", tiny_checkpoint, "--device", "cpu", "--outdir", tmp_path / out]
-        fixed += [] if steps is None else ["--steps", steps]
-        txt2img.main([str(option) for option in [*fixed, *options]])
-        return tmp_path / out
-
-    return run
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
-
-
-def recipe(path: Path) -> Recipe:
-    return Recipe.from_text(read_png_text(path))
-
-
-def samples(folder: Path) -> list[Path]:
-    return sorted((folder / "samples").iterdir())
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
+def draw(tiny_checkpoint, tmp_path):
+    return runner(txt2img, tiny_checkpoint, tmp_path)
 
 
 def test_one_picture_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_model):
@@ -153,6 +118,7 @@ VARIETY = {
     "ddpm": ["--n_samples", 2, "--sampler", "ddpm", "--rescale", 0.7, "--interval", 0.1, 3],
     "fixed": ["--n_samples", 5, "--batch-size", 2, "--fixed_code", "--eta", 0.5, "--seed", 2],
     "prompt": ["--prompt", ' "Steps: 5", ö 五 🎨\n\nend ', "--negative-prompt", "a: b, c\nd", "--scale", 3.3],
+    "plms": ["--plms", "--spacing", "linspace"],
     "compvis": ["--spacing", "compvis", "--ddim_steps", 5, "--ddim_eta", 0.25, "--precision", "autocast"],
 }
 
@@ -167,9 +133,45 @@ def test_every_picture_can_be_made_again_to_the_byte(draw, options):
         assert read_png_text(made) == read_png_text(path)
 
 
-def test_every_picture_of_many_prompts_can_be_made_again_to_the_byte(draw, tmp_path):
+LENGTHS = {
+    "plain": ([], [2, 3, 1, 3, 1]),
+    "fixed": (["--fixed_code"], [2, 3, 1, 3, 1]),
+    "longer negative": (["--negative-prompt", "a bold handwritten one"], [3, 3, 3, 1]),
+    "no guidance": (["--negative-prompt", "a bold handwritten one", "--scale", 1], [2, 3, 1, 3, 1]),
+}
+
+
+@pytest.mark.parametrize(("options", "sizes"), LENGTHS.values(), ids=LENGTHS)
+def test_prompts_of_several_lengths_can_be_made_again_in_batches_of_the_same_shape(
+    draw, tmp_path, monkeypatch, options, sizes
+):
+    """Of 1, 2, 2, 1, 1 chunks: the tiny model's hold 14 tokens, mostly letters, and the last prompt is full."""
+    decode, decoded = ldm.LatentDiffusion.decode, []
+    monkeypatch.setattr(ldm.LatentDiffusion, "decode", lambda self, z: decoded.append(len(z)) or decode(self, z))
+    prompts = ["(a one:1.3)", "a bold handwritten two", "three BREAK [four] five", "a seven", "1234567 one four"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 3, *options)
+    assert decoded == sizes
+    made = [recipe(path) for path in samples(out)]
+    assert [r.batch_size for r in made] == [size for size in sizes for _ in range(size)]
+    for path, one in zip(samples(out), made, strict=True):
+        decoded.clear()
+        (again,) = samples(draw("--from-png", path, out=f"again-{path.stem}", steps=None))
+        assert np.array_equal(pixels(again), pixels(path)) and set(decoded) == {one.batch_size}
+
+
+def test_prompts_taken_literally(draw, tmp_path):
+    weighted, literal = draw("--prompt", "(a one:1.4)", out="weighted"), draw("--prompt", "(a one:1.4)", "--plain")
+    assert not np.array_equal(pixels(samples(weighted)[0]), pixels(samples(literal)[0]))
+    assert recipe(samples(literal)[0]).plain and "Plain prompt: True" in read_png_text(samples(literal)[0])
+    (again,) = samples(draw("--from-png", samples(literal)[0], out="again", steps=None))
+    assert np.array_equal(pixels(samples(literal)[0]), pixels(again))
+
+
+@pytest.mark.parametrize("options", [[], ["--fixed_code"]], ids=["plain", "fixed"])
+def test_every_picture_of_many_prompts_can_be_made_again_to_the_byte(draw, tmp_path, options):
     (tmp_path / "prompts.txt").write_text("a one\na two\na three\na one\n")
-    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 5)
+    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 5, *options)
     for path in samples(out):
         (made,) = samples(draw("--from-png", path, out=f"again-{path.stem}", steps=None))
         assert np.array_equal(pixels(made), pixels(path))
@@ -218,7 +220,7 @@ def test_long_runs_show_ten_columns(draw, tiny_model):
 
 MISTAKES = {
     "sampler": (["--sampler", "eular"], "unknown sampler 'eular'.*ddim"),
-    "plms": (["--plms"], "unknown sampler 'plms'.*ddim"),
+    "plms": (["--plms", "--eta", "0.5"], "adds no noise"),
     "spacing": (["--spacing", "curly"], "spacing.*curly"),
     "steps": (["--steps", "100000"], "100000"),
     "height": (["--H", "33"], "height 33"),
@@ -226,6 +228,7 @@ MISTAKES = {
     "channels": (["--C", "77"], "--C 77 does not fit this model"),
     "factor": (["--f", "77"], "--f 77 does not fit this model"),
     "eta": (["--eta", "1.5"], "eta.*1.5"),
+    "clip skip": (["--clip-skip", "9"], "clip_skip 9 does not exist"),
     "device": (["--device", "gpu"], "device 'gpu' is not available"),
     "checkpoint": (["--ckpt", "missing.safetensors"], "missing.safetensors"),
     "negative prompt": (["--prompt", "a\nNegative prompt: b"], "--negative-prompt"),
@@ -257,6 +260,14 @@ def test_options_that_repeat_what_the_checkpoint_says(draw, tmp_path, tiny_model
         draw("--config", tmp_path / "missing.yaml")
 
 
+def test_a_yaml_describes_a_checkpoint_that_does_not_describe_itself(draw, tmp_path, tiny_model):
+    save_file(tiny_model.state_dict(), tmp_path / "bare.safetensors")
+    config = {"model": {"target": "ldm.latent_diffusion.LatentDiffusion", "params": tiny_model.config}}
+    OmegaConf.save(config, tmp_path / "model.yaml")
+    out = draw("--ckpt", tmp_path / "bare.safetensors", "--config", tmp_path / "model.yaml", out="bare")
+    assert np.array_equal(pixels(samples(out)[0]), pixels(samples(draw())[0]))
+
+
 OPTION_MISTAKES = {
     "unknown": (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
     "steps of 0": (["--steps", "0"], "0 is out of range"),
@@ -278,7 +289,7 @@ def test_mistakes_in_options(options, message, capsys):
 
 
 def test_a_file_in_the_way_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("ldm.loading.load", None)
+    monkeypatch.setattr("ldm.load", None)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write into the output folder"):
         txt2img.main(["--outdir", str(tmp_path / "file" / "out")])
@@ -345,34 +356,21 @@ def test_what_was_drawn_before_an_interruption_is_there(draw, tmp_path, monkeypa
     assert names(tmp_path / "out" / "samples") == [f"{i:05}.png" for i in range(4)]
 
 
-def run_script(*options: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this tree, installed or not
-    argv = [sys.executable, SCRIPT, *map(str, options)]
-    return subprocess.run(argv, capture_output=True, text=True, env=environment)
-
-
 def test_as_a_program(tiny_checkpoint, tmp_path):
-    done = run_script("--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path)
+    done = run_program("txt2img", "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.split("\n") == [f"{tmp_path}/samples/00000.png", f"{tmp_path}/grid-0000.png", ""]
-    done = run_script("--ckpt", tiny_checkpoint, "--sampler", "none", "--outdir", tmp_path)
+    done = run_program("txt2img", "--ckpt", tiny_checkpoint, "--sampler", "none", "--outdir", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: unknown sampler") and done.stderr.count("\n") == 1
 
 
 def test_help_does_without_torch():
-    code = f"import sys, runpy; sys.argv = ['txt2img.py', '--help']; runpy.run_path({str(SCRIPT)!r})['parse'](None)"
-    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); {code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stderr == "False\n" and "--negative-prompt" in done.stdout
+    torch, text = imported_by_help("txt2img")
+    assert not torch and "--negative-prompt" in text
 
 
 def test_drawing_imports_nothing_heavy(tiny_checkpoint, tmp_path):
-    argv = ["--ckpt", str(tiny_checkpoint), "--steps", "2", "--outdir", str(tmp_path)]
-    code = (
-        f"import sys, runpy; runpy.run_path({str(SCRIPT)!r})['main']({argv}); print(sorted({HEAVY} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    assert heavy_imports("txt2img", "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path) == "[]"
 
 
 @pytest.mark.full
@@ -387,5 +385,5 @@ def test_start_up_time(tmp_path):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     torch_alone = sorted(cpu_seconds("-c", "import torch") for _ in range(5))[2]
-    whole = sorted(cpu_seconds(SCRIPT, "--outdir", tmp_path) for _ in range(5))[2]
+    whole = sorted(cpu_seconds(script_path("txt2img"), "--outdir", tmp_path) for _ in range(5))[2]
     assert whole <= 1.6 * torch_alone

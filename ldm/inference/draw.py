@@ -1,7 +1,7 @@
 """Drawing recipes with a model: a run of them, or one again; and showing how a picture came about."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,11 +9,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step, get_sampler
 from ldm.images import image_grid, to_pil
+from ldm.inference.original import Original
+from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import EVERYWHERE, Recipe, refill
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.source import steps_taken
 
 Callback = Callable[[Step], None]
 
@@ -41,6 +45,7 @@ def own_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
         height=own["height"],
         spacing=own.get("spacing"),
         interval=EVERYWHERE if interval is None else tuple(map(float, interval)),
+        precision=precision_of(model),
         model_hash=model.hash,
         model_name=name,
     )
@@ -71,22 +76,33 @@ def _complete(recipe: Recipe) -> Recipe:
     )
 
 
-def draw(model: LatentDiffusion, recipes: Sequence[Recipe], callback: Callback | None = None) -> Iterator[Drawn]:
+def draw(
+    model: LatentDiffusion,
+    recipes: Sequence[Recipe],
+    callback: Callback | None = None,
+    original: Original | None = None,
+) -> Iterator[Drawn]:
     """Draw a planned run (`recipe.plan`), yielding each picture when its batch is done, so that it can be saved then.
 
-    With `fixed_code` all pictures come from one call, whose picture 0 gives them their start.
+    They are drawn over the original, if there is one, which has the recipes' size. With `fixed_code` all pictures come
+    from one call, whose picture 0 gives them their start.
     """
     done = 0
     while done < len(recipes):
         first = recipes[done]
-        batch = recipes[done:] if first.fixed_code else recipes[done : done + first.batch_size]
-        images = _generate(model, first, [r.prompt for r in batch], [r.seed for r in batch], callback)
+        batch = recipes[done : done + first.batch_size]
+        if first.fixed_code:
+            batch = recipes[done:]
+            first = replace(first, batch_size=max(r.batch_size for r in batch))
+        images = _generate(model, first, [r.prompt for r in batch], [r.seed for r in batch], callback, original)
         for place, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
             yield Drawn(recipe, image, place)
         done += len(batch)
 
 
-def draw_again(model: LatentDiffusion, recipe: Recipe, callback: Callback | None = None) -> Iterator[Drawn]:
+def draw_again(
+    model: LatentDiffusion, recipe: Recipe, callback: Callback | None = None, original: Original | None = None
+) -> Iterator[Drawn]:
     """Draw that recipe's picture, to the byte: at the same place of a batch of the same shape.
 
     Raises ValueError if another model made it.
@@ -96,18 +112,19 @@ def draw_again(model: LatentDiffusion, recipe: Recipe, callback: Callback | None
             f"the picture was made by the model {recipe.model_name} with hash {recipe.model_hash}, "
             f"but the one loaded has hash {model.hash}: name the right checkpoint with --ckpt"
         )
-    prompts, seeds, place = refill(recipe), [recipe.seed] * recipe.batch_size, recipe.batch_position
+    prompts = refill(recipe, lambda prompt: chunks(model, recipe, [prompt])[0])
+    seeds, place = [recipe.seed] * recipe.batch_size, recipe.batch_position
     if recipe.fixed_code:  # a batch of picture 0 goes before, for its start noise
         prompts, seeds = prompts * 2, [recipe.seed - recipe.index] * recipe.batch_size + seeds
         place += recipe.batch_size
-    yield Drawn(recipe, _generate(model, recipe, prompts, seeds, callback)[place], place)
+    yield Drawn(recipe, _generate(model, recipe, prompts, seeds, callback, original)[place], place)
 
 
 @contextmanager
 def watching(recipes: Sequence[Recipe], recorder: Callback | None = None) -> Iterator[Callback]:
     """A callback that feeds the recorder and moves a progress bar, which a terminal shows after two seconds."""
     batches = max(1, sum(recipe.batch_position == 0 for recipe in recipes))
-    with tqdm(total=batches * recipes[0].steps, unit="step", delay=2, disable=None, leave=False) as bar:
+    with tqdm(total=batches * steps_of(recipes[0]), unit="step", delay=2, disable=None, leave=False) as bar:
 
         def callback(step: Step) -> None:
             bar.update()
@@ -117,32 +134,59 @@ def watching(recipes: Sequence[Recipe], recorder: Callback | None = None) -> Ite
         yield callback
 
 
+def chunks(model: LatentDiffusion, recipe: Recipe, prompts: Sequence[str]) -> list[int]:
+    """How many chunks each prompt makes, or the recipe's negative prompt if that makes more."""
+    lengths = count_chunks(model.cond_stage_model, prompts, recipe.plain)
+    (least,) = [1] if recipe.scale == 1 else count_chunks(model.cond_stage_model, [recipe.negative], recipe.plain)
+    return [max(length, least) for length in lengths]
+
+
+def steps_of(recipe: Recipe) -> int:
+    """How many steps the recipe's picture takes."""
+    return recipe.steps if recipe.strength is None else steps_taken(recipe.strength, recipe.steps)
+
+
 def _generate(
-    model: LatentDiffusion, recipe: Recipe, prompts: list[str], seeds: list[int], callback: Callback | None
+    model: LatentDiffusion,
+    recipe: Recipe,
+    prompts: list[str],
+    seeds: list[int],
+    callback: Callback | None,
+    original: Original | None,
 ) -> list[Image.Image]:
-    """`model.generate` with the settings of the recipe."""
-    with torch.autocast(model.device.type) if recipe.precision == "autocast" else nullcontext():
-        return model.generate(
-            prompts,
-            negative=recipe.negative,
-            steps=recipe.steps,
-            scale=recipe.scale,
-            sampler=recipe.sampler,
-            spacing=recipe.spacing,
-            eta=recipe.eta,
-            seeds=seeds,
-            height=recipe.height,
-            width=recipe.width,
-            batch_size=recipe.batch_size,
-            fixed_code=recipe.fixed_code,
-            interval=recipe.interval,
-            rescale=recipe.rescale,
-            callback=callback,
-        )
+    """`model.generate` with the settings of the recipe, the model put into its precision if it is in another one."""
+    if recipe.precision != precision_of(model):
+        set_precision(model, recipe.precision)
+    images = model.generate(
+        prompts,
+        negative=recipe.negative,
+        steps=recipe.steps,
+        scale=recipe.scale,
+        sampler=recipe.sampler,
+        spacing=recipe.spacing,
+        eta=recipe.eta,
+        seeds=seeds,
+        height=recipe.height,
+        width=recipe.width,
+        batch_size=recipe.batch_size,
+        fixed_code=recipe.fixed_code,
+        interval=recipe.interval,
+        rescale=recipe.rescale,
+        clip_skip=recipe.clip_skip,
+        plain=recipe.plain,
+        image=None if original is None else original.image,
+        mask=None if original is None else original.mask,
+        strength=recipe.strength,
+        callback=callback,
+    )
+    if original is not None:
+        for image in images:
+            original.give_profile(image)
+    return images
 
 
 class StripRecorder:
-    """A callback that decodes up to `columns` steps of each picture, evenly spread, the last among them."""
+    """A callback that decodes up to `columns` of each picture's `steps` (1 or more), evenly, the last among them."""
 
     def __init__(self, model: LatentDiffusion, steps: int, columns: int = 10) -> None:
         self.model = model

@@ -19,13 +19,8 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.next: dict[str, int] = {}  # prefix -> next number
-        try:
-            (path / "samples").mkdir(parents=True, exist_ok=True)
-            for folder in (path, path / "samples"):
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-        except OSError as error:
-            raise OSError(f"cannot write into the output folder {path}: {error.strerror}") from None
+        for folder in (path, path / "samples"):
+            make_writable(folder)
 
     def save_sample(self, image: Image.Image, text: str) -> Path:
         """samples/00000.png and on; returns the path."""
@@ -51,6 +46,16 @@ class OutputFolder:
         save_png(image, path, text)
         self.next[prefix] = number + 1
         return path
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder, and try to write there. OSError with the folder and the reason if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into the output folder {folder}: {error.strerror}") from None
 
 
 def next_number(folder: Path, prefix: str) -> int:

@@ -9,11 +9,12 @@ The text is that of AUTOMATIC1111's web UI in the PNG chunk `parameters`, so tha
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ldm import __version__
+from ldm.batching import batches
 
 NEGATIVE = "Negative prompt: "
 EVERYWHERE = (0.0, float("inf"))
@@ -27,6 +28,9 @@ class Recipe:
     `index` is the picture's place in its run, whose first seed was `seed - index`. The last of a picture's bits depend
     on the shapes that it was computed in, so these are part of it: the size of its batch, its place there, how many
     different prompts the batch had, and which of those was its own.
+
+    `strength`, `init_hash` and `mask_hash` are of a picture drawn over another one (`original.Original`), and otherwise
+    None and "".
     """
 
     prompt: str
@@ -42,7 +46,12 @@ class Recipe:
     interval: Sequence[float] = EVERYWHERE  # (low, high) of sigma between which guidance is on
     rescale: float = 0.0
     fixed_code: bool = False
+    clip_skip: int = 1
+    plain: bool = False
     precision: str = "full"
+    strength: float | None = None
+    init_hash: str = ""
+    mask_hash: str = ""
     index: int = 0
     batch_size: int = 1
     batch_position: int = 0
@@ -66,6 +75,9 @@ class Recipe:
             "CFG scale": self.scale,
             "Seed": self.seed,
             "Size": f"{self.width}x{self.height}",
+            "Denoising strength": self.strength,
+            "Init image hash": self.init_hash,
+            "Mask hash": self.mask_hash,
             "Model hash": self.model_hash,
             "Model": self.model_name,
             "Index": self.index,
@@ -74,6 +86,8 @@ class Recipe:
             "Guidance interval": None if self.interval == EVERYWHERE else f"{self.interval[0]} to {self.interval[1]}",
             "Guidance rescale": self.rescale if self.rescale != 0 else None,
             "Fixed code": True if self.fixed_code else None,
+            "Clip skip": self.clip_skip if self.clip_skip != 1 else None,
+            "Plain prompt": True if self.plain else None,
             "Precision": self.precision,
             "Batch size": self.batch_size,
             "Batch pos": self.batch_position,
@@ -109,7 +123,12 @@ class Recipe:
                 interval=(float(low), float(high)),
                 rescale=float(settings.get("Guidance rescale", 0.0)),
                 fixed_code=settings.get("Fixed code") == "True",
+                clip_skip=int(settings.get("Clip skip", 1)),
+                plain=settings.get("Plain prompt") == "True",
                 precision=settings.get("Precision", "full"),
+                strength=float(settings["Denoising strength"]) if "Denoising strength" in settings else None,
+                init_hash=settings.get("Init image hash", ""),
+                mask_hash=settings.get("Mask hash", ""),
                 index=int(settings.get("Index", 0)),
                 batch_size=int(settings.get("Batch size", 1)),
                 batch_position=int(settings.get("Batch pos", 0)),
@@ -142,19 +161,25 @@ def _unquote(value: str) -> str:
         return value
 
 
-def plan(first: Recipe, prompts: Sequence[str], per_prompt: int, batch_size: int) -> list[Recipe]:
-    """The recipes of a run: all pictures of the first prompt, then of the next; picture k has seed `first.seed + k`."""
+def plan(
+    first: Recipe, prompts: Sequence[str], per_prompt: int, batch_size: int, lengths: Sequence[int] | None = None
+) -> list[Recipe]:
+    """The recipes of a run: all pictures of the first prompt, then of the next; picture k has seed `first.seed + k`.
+
+    lengths: how many chunks each prompt makes, since a batch has prompts of one length (`ldm.batching`).
+    """
     run = [prompt for prompt in prompts for _ in range(per_prompt)]
+    lengths = [length for length in lengths or [1] * len(prompts) for _ in range(per_prompt)]
     recipes = []
-    for start in range(0, len(run), batch_size):
-        batch = run[start : start + batch_size]
+    for place in batches(lengths, batch_size):
+        batch = run[place]
         distinct = list(dict.fromkeys(batch))
         recipes += [
             replace(
                 first,
                 prompt=prompt,
-                seed=first.seed + start + position,
-                index=start + position,
+                seed=first.seed + place.start + position,
+                index=place.start + position,
                 batch_size=len(batch),
                 batch_position=position,
                 batch_prompts=len(distinct),
@@ -165,9 +190,10 @@ def plan(first: Recipe, prompts: Sequence[str], per_prompt: int, batch_size: int
     return recipes
 
 
-def refill(recipe: Recipe) -> list[str]:
+def refill(recipe: Recipe, count: Callable[[str], int] = lambda prompt: 1) -> list[str]:
     """Prompts for a batch of the recipe's shape: its own at its place, and as many different ones as the batch had.
 
+    count: how many chunks a prompt makes; the different ones make as many as the recipe's own.
     Raises ValueError for places that do not exist.
     """
     ranks: list[int] = []  # of each place's prompt among the different ones, in the order of their first appearance
@@ -181,7 +207,16 @@ def refill(recipe: Recipe) -> list[str]:
             f"a batch of {recipe.batch_size} with {recipe.batch_prompts} prompts has no place {recipe.batch_position} "
             f"for prompt {recipe.prompt_position}"
         )
-    return [recipe.prompt if rank == recipe.prompt_position else f"{recipe.prompt} {rank}" for rank in ranks]
+    others = {rank: _another(recipe.prompt, rank, count) for rank in set(ranks) - {recipe.prompt_position}}
+    return [others.get(rank, recipe.prompt) for rank in ranks]
+
+
+def _another(prompt: str, number: int, count: Callable[[str], int]) -> str:
+    """Another prompt of as many chunks: with that number at its end, in place of as few words as must be."""
+    words = prompt.split(" ")
+    shorter = (" ".join([*words[: len(words) - dropped], str(number)]) for dropped in range(len(words)))
+    same = (other for other in shorter if other != prompt and count(other) == count(prompt))
+    return next(same, f"{prompt} {number}")
 
 
 def read_prompts(path: Path) -> list[str]:

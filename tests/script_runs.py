@@ -1,0 +1,90 @@
+"""What tests of the drawing scripts share: running a script in this process or as a program, and looking at files."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+from ldm.inference.png import read_png_text
+from ldm.inference.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {
+    "torch._dynamo",
+    "sympy",
+    "transformers",
+    "open_clip",
+    "torchvision",
+    "sklearn",
+    "accelerate",
+    "diffusers",
+    "tensorboard",
+    "scipy",
+}
+
+
+def script_path(name: str) -> Path:
+    return ROOT / "scripts" / f"{name}.py"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, script_path(name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def runner(script: ModuleType, checkpoint: Path, folder: Path) -> Callable[..., Path]:
+    """`draw("--n_samples", 2)` runs the script on the checkpoint, 3 steps, and gives the output folder."""
+
+    def run(*options: object, out: str = "out", steps: int | None = 3) -> Path:
+        fixed = ["--ckpt", checkpoint, "--device", "cpu", "--outdir", folder / out]
+        fixed += [] if steps is None else ["--steps", steps]
+        script.main([str(option) for option in [*fixed, *options]])
+        return folder / out
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def recipe(path: Path) -> Recipe:
+    return Recipe.from_text(read_png_text(path))
+
+
+def samples(folder: Path) -> list[Path]:
+    return sorted((folder / "samples").iterdir())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def run_program(name: str, *options: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this tree, installed or not
+    argv = [sys.executable, script_path(name), *map(str, options)]
+    return subprocess.run(argv, capture_output=True, text=True, env=environment)
+
+
+def imported_by_help(name: str) -> tuple[bool, str]:
+    """Whether `--help` imports torch, and what it prints."""
+    code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_path({str(script_path(name))!r})['parse'](None)"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); {code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return done.stderr != "False\n", done.stdout
+
+
+def heavy_imports(name: str, *options: object) -> str:
+    """The last line that a run prints with the heavy modules that it imported; "[]" if none."""
+    argv, script = [str(option) for option in options], str(script_path(name))
+    code = f"import sys, runpy; runpy.run_path({script!r})['main']({argv}); print(sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return (done.stdout + done.stderr).splitlines()[-1]

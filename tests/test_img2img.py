@@ -1,0 +1,294 @@
+"""img2img: levels by --strength, sizes, files of all kinds, what each PNG says, making it again; mistakes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+from script_runs import (
+    heavy_imports,
+    imported_by_help,
+    load_script,
+    names,
+    pixels,
+    recipe,
+    run_program,
+    runner,
+    samples,
+)
+
+import ldm
+from ldm.inference.png import read_png_text, save_png
+from ldm.inference.recipe import Recipe
+
+img2img = load_script("img2img")
+
+
+@pytest.fixture
+def draw(tiny_checkpoint, tmp_path):
+    return runner(img2img, tiny_checkpoint, tmp_path)
+
+
+@pytest.fixture
+def five(tmp_path) -> Path:
+    """A picture file, 32 x 32, grey."""
+    return saved(tmp_path / "five.png")
+
+
+def picture(width=32, height=32, seed=0) -> Image.Image:
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def saved(path: Path, image: Image.Image | None = None, **options) -> Path:
+    (picture() if image is None else image).save(path, **options)
+    return path
+
+
+def test_one_picture_and_its_grid_at_the_usual_strength(draw, five, tiny_model):
+    out = draw("--init-img", five, steps=None)
+    assert names(out) == ["grid-0000.png", "samples"] and names(out / "samples") == ["00000.png"]
+    made = recipe(samples(out)[0])
+    assert (made.prompt, made.strength, made.steps) == ("", 0.75, tiny_model.defaults["steps"])
+    assert (made.width, made.height) == Image.open(samples(out)[0]).size == (32, 32)
+    assert len(made.init_hash) == 10 and int(made.init_hash, 16) >= 0 and made.mask_hash == ""
+    assert "Denoising strength: 0.75, Init image hash: " in read_png_text(samples(out)[0])
+
+
+def test_the_picture_is_that_of_the_library(draw, five, tiny_checkpoint):
+    out = draw("--init-img", five, "--prompt", "a seven", "--strength", 0.4, "--seed", 5, "--scale", 3, steps=5)
+    settings = {"image": Image.open(five), "strength": 0.4, "steps": 5, "seed": 5, "scale": 3.0}
+    (image,) = ldm.load(tiny_checkpoint, device="cpu").generate(["a seven"], **settings)
+    assert np.array_equal(pixels(samples(out)[0]), np.asarray(image))
+
+
+def test_counts_and_seeds_are_as_in_txt2img(draw, five, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a one\na two\n")
+    out = draw("--init-img", five, "--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--seed", 7)
+    assert [(r.prompt, r.seed) for r in map(recipe, samples(out))] == [
+        ("a one", 7),
+        ("a one", 8),
+        ("a two", 9),
+        ("a two", 10),
+    ]
+    assert len({pixels(path).tobytes() for path in samples(out)}) == 4
+    assert read_png_text(out / "grid-0000.png").endswith("Grid: 2x2")
+
+
+def test_compvis_flags_and_the_default_folder(five):
+    compvis = (
+        "--prompt x --init-img y --outdir z --skip_grid --skip_save --ddim_steps 50 --plms --fixed_code --ddim_eta 0.0 "
+        "--n_iter 1 --C 4 --f 8 --n_samples 2 --n_rows 0 --scale 5.0 --strength 0.75 --config c --ckpt k --seed 42 "
+        "--precision autocast"
+    )
+    args = img2img.parse(compvis.split())
+    assert (args.init_img, args.strength, args.sampler, args.steps) == (Path("y"), 0.75, "plms", 50)
+    assert img2img.parse(["--from-file", "p", "--init_img", "y"]).outdir == Path("outputs/img2img-samples")
+
+
+VARIETY = {
+    "plain": [],
+    "batch": ["--n_samples", 5, "--batch-size", 3, "--seed", 11],
+    "ddpm": ["--n_samples", 2, "--sampler", "ddpm", "--strength", 0.5, "--negative-prompt", "a: b, c"],
+    "fixed": ["--n_samples", 3, "--batch-size", 2, "--fixed_code", "--strength", 1],
+    "nothing": ["--strength", 0],
+    "resized": ["--W", 48, "--H", 20],
+    "wide": ["--W", 64],
+}
+
+
+@pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
+def test_every_picture_can_be_made_again_to_the_byte(draw, five, options):
+    out = draw("--init-img", five, *options)
+    for path in samples(out):
+        again = draw("--from-png", path, "--init-img", five, out=f"again-{path.stem}", steps=None)
+        (made,) = samples(again)
+        assert np.array_equal(pixels(made), pixels(path))
+        assert read_png_text(made) == read_png_text(path)
+
+
+def test_made_again_with_a_change_from_the_same_pixels_in_another_file(draw, five, tmp_path):
+    other = saved(tmp_path / "five.bmp")
+    (path,) = samples(draw("--init-img", five, "--prompt", "a one", "--W", 40))
+    out = draw("--from-png", path, "--init-img", other, "--strength", 0.2, out="strength", steps=None)
+    made = recipe(samples(out)[0])
+    assert (made.prompt, made.strength, made.width, made.height) == ("a one", 0.2, 40, 40)
+    out = draw("--from-png", path, "--init-img", other, "--resize", out="size", steps=None)
+    assert (recipe(samples(out)[0]).width, recipe(samples(out)[0]).strength) == (32, 0.75)
+
+
+def test_making_again_needs_the_same_picture(draw, five, tmp_path, tiny_checkpoint):
+    (path,) = samples(draw("--init-img", five))
+    with pytest.raises(ValueError, match="00000.png was drawn over a picture with hash .* by --init-img"):
+        draw("--from-png", path, "--init-img", saved(tmp_path / "other.png", picture(seed=1)))
+    with pytest.raises(ValueError, match="--init-img FILE names the picture"):
+        draw("--from-png", path)
+    txt2img = runner(load_script("txt2img"), tiny_checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="00000.png was drawn over another picture.* use scripts/img2img.py"):
+        txt2img("--from-png", path)
+    (plain,) = samples(txt2img(out="text"))
+    with pytest.raises(ValueError, match="00000.png was drawn from text alone: use scripts/txt2img.py"):
+        draw("--from-png", plain, "--init-img", five)
+
+
+def test_a_picture_of_another_program_says_no_hash(draw, five, tmp_path):
+    text = (
+        "a five\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 3, Size: 32x32, Denoising strength: 0.5, Version: v1.9"
+    )
+    save_png(picture(), tmp_path / "foreign.png", text)
+    out = draw("--from-png", tmp_path / "foreign.png", "--init-img", five, steps=None)
+    made = recipe(samples(out)[0])
+    assert (made.strength, made.seed) == (0.5, 3) and made.init_hash != ""
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "expected"),
+    [
+        ((28, 28), [], (28, 28)),
+        ((45, 31), [], (45, 31)),
+        ((500, 400), ["--resize"], (40, 32)),
+        ((16, 8), ["--resize"], (64, 32)),
+        ((500, 400), ["--W", 40, "--H", 40], (40, 40)),
+        ((500, 400), ["--W", 50], (50, 40)),
+        ((400, 500), ["--H", 50], (40, 50)),
+    ],
+)
+def test_sizes(draw, tmp_path, size, options, expected):
+    out = draw("--init-img", saved(tmp_path / "a.png", picture(*size)), *options)
+    made = recipe(samples(out)[0])
+    assert Image.open(samples(out)[0]).size == (made.width, made.height) == expected
+
+
+@pytest.mark.parametrize("size", [(500, 400), (129, 32), (32, 7), (4000, 3000)])
+def test_sizes_far_from_the_models_are_refused(draw, tmp_path, size):
+    with pytest.raises(ValueError, match=f"the picture is {size[0]} x {size[1]} pixels and the model draws at 32 x 32"):
+        draw("--init-img", saved(tmp_path / "a.png", picture(*size)))
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
+def turned_jpeg(path: Path) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(path, picture(32, 48), exif=exif, quality=95)
+
+
+FILES = {
+    "jpeg": (lambda p: saved(p / "a.jpg", quality=95), (32, 32)),
+    "turned by the camera": (lambda p: turned_jpeg(p / "a.jpg"), (48, 32)),
+    "webp": (lambda p: saved(p / "a.webp", lossless=True), (32, 32)),
+    "palette": (lambda p: saved(p / "a.png", picture().convert("RGB").quantize(256)), (32, 32)),
+    "rgba": (lambda p: saved(p / "a.png", picture().convert("RGBA")), (32, 32)),
+    "16 bits": (lambda p: saved(p / "a.png", Image.fromarray(np.asarray(picture()).astype(np.uint16) * 257)), (32, 32)),
+    "cmyk": (lambda p: saved(p / "a.tif", picture().convert("CMYK")), (32, 32)),
+    "animation": (
+        lambda p: saved(p / "a.gif", save_all=True, append_images=[picture(seed=1), picture(seed=2)]),
+        (32, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "size"), FILES.values(), ids=FILES)
+def test_files_of_all_kinds(draw, tmp_path, tiny_model, make, size):
+    """At strength 0 the first stage shows what was read: the same picture in each, but for a lossy file's losses."""
+    path = make(tmp_path)
+    (made,) = samples(draw("--init-img", path, "--strength", 0))
+    original = picture(32, 48).transpose(Image.Transpose.ROTATE_270) if size == (48, 32) else picture()
+    (expected,) = tiny_model.generate([""], image=original, strength=0)
+    assert Image.open(made).size == size
+    assert np.abs(pixels(made).astype(int) - np.asarray(expected)).mean() < 3
+
+
+def test_a_resized_picture_is_that_of_the_middle(draw, tmp_path, tiny_model):
+    wide = Image.new("L", (96, 32))
+    wide.paste(picture(), (32, 0))
+    (made,) = samples(draw("--init-img", saved(tmp_path / "w.png", wide), "--W", 32, "--H", 32, "--strength", 0))
+    (expected,) = tiny_model.generate([""], image=picture(), strength=0)
+    assert np.array_equal(pixels(made), np.asarray(expected))
+
+
+def test_the_colour_profile_stays(draw, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    grey = saved(tmp_path / "grey.png", icc_profile=profile)
+    assert Image.open(samples(draw("--init-img", grey))[0]).info["icc_profile"] == profile
+    # the tiny model draws grey: a profile of colours does not fit
+    rgb = saved(tmp_path / "rgb.png", picture().convert("RGB"), icc_profile=profile)
+    assert "icc_profile" not in Image.open(samples(draw("--init-img", rgb, out="rgb"))[0]).info
+
+
+def test_strip_shows_the_steps_that_were_taken(draw, five):
+    out = draw("--init-img", five, "--strength", 0.3, "--strip", steps=20)
+    assert abs(Image.open(out / "strip-0000.png").width - 6 * 32) < 20
+    assert names(draw("--init-img", five, "--strength", 0, "--strip", out="none")) == ["grid-0000.png", "samples"]
+
+
+def truncated(path: Path) -> Path:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8))
+    data = saved(path, noise).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+DAMAGED = {
+    "png": (lambda p: truncated(p / "cut.png"), "cut.png cannot be read as a picture: .*truncated"),
+    "jpeg": (lambda p: truncated(p / "cut.jpg"), "cut.jpg cannot be read as a picture: .*truncated"),
+    "empty": (lambda p: written(p / "empty.png", b""), "empty.png is no picture"),
+    "text": (lambda p: written(p / "notes.png", b"notes"), "notes.png is no picture"),
+    "missing": (lambda p: p / "missing.png", "missing.png"),
+    "folder": (lambda p: p, "cannot be read"),
+    "floats": (lambda p: saved(p / "f.tif", Image.new("F", (32, 32))), "f.tif .*mode F.* unknown range"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_files_are_found_before_the_model_is_loaded(tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr("ldm.load", None)
+    with pytest.raises((ValueError, OSError), match=message):
+        img2img.main(["--init-img", str(make(tmp_path)), "--outdir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes(draw, five):
+    with pytest.raises(ValueError, match="--init-img FILE names the picture to draw over"):
+        draw()
+    with pytest.raises(ValueError, match="--resize says the size"):
+        draw("--init-img", five, "--resize", "--W", 32)
+    with pytest.raises(ValueError, match="leave out --n_samples"):
+        draw("--init-img", five, "--from-png", five, "--n_samples", 2)
+
+
+@pytest.mark.parametrize(
+    ("strength", "message"), [("1.5", "1.5 is out of range"), ("-1", "-1"), ("nan", "not a finite")]
+)
+def test_strengths_that_are_none(strength, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        img2img.main(["--init-img", "x.png", "--strength", strength])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_as_a_program(tiny_checkpoint, tmp_path, five):
+    options = ["--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out"]
+    done = run_program("img2img", "--init-img", five, *options)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.split("\n") == [f"{tmp_path}/out/samples/00000.png", f"{tmp_path}/out/grid-0000.png", ""]
+    done = run_program("img2img", "--init-img", tmp_path / "none.png", *options)
+    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/none.png: No such file or directory\n"
+
+
+def test_imports(tiny_checkpoint, tmp_path, five):
+    torch, text = imported_by_help("img2img")
+    assert not torch and "--strength" in text
+    options = ["--init-img", five, "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out"]
+    assert heavy_imports("img2img", *options) == "[]"
+
+
+def test_recipes_carry_what_they_were_drawn_over():
+    made = Recipe("a", "", 4, "ddim", 1.0, 0, 32, 32, strength=0.3, init_hash="0123456789", mask_hash="abcdefabcd")
+    assert Recipe.from_text(made.to_text()) == made
+    plain = Recipe("a", "", 4, "ddim", 1.0, 0, 32, 32)
+    assert Recipe.from_text(plain.to_text()) == plain and "Denoising" not in plain.to_text()

@@ -1,0 +1,247 @@
+"""inpaint: what the mask keeps is in the file to the byte; folders of pairs; models trained to inpaint; mistakes."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, randomised
+from PIL import Image
+from script_runs import (
+    heavy_imports,
+    imported_by_help,
+    load_script,
+    names,
+    pixels,
+    recipe,
+    run_program,
+    runner,
+    samples,
+)
+
+import ldm
+from ldm.inference.png import read_png_text
+
+inpaint = load_script("inpaint")
+
+
+@pytest.fixture
+def draw(tiny_checkpoint, tmp_path):
+    return runner(inpaint, tiny_checkpoint, tmp_path)
+
+
+@pytest.fixture
+def pair(tmp_path) -> list:
+    """The options that name a picture and a mask, white in the upper half."""
+    return ["--init-img", saved(tmp_path / "five.png", picture()), "--mask", saved(tmp_path / "mask.png", upper())]
+
+
+def picture(width=32, height=32, mode="L", seed=0) -> Image.Image:
+    shape = (height, width) if mode == "L" else (height, width, len(mode))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def upper(width=32, height=32) -> Image.Image:
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, width, height // 2))
+    return mask
+
+
+def saved(path: Path, image: Image.Image) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    image.save(path)
+    return path
+
+
+def folder(path: Path, **pictures: Image.Image) -> Path:
+    for name, image in pictures.items():
+        saved(path / f"{name}.png", image)
+    return path
+
+
+def test_the_picture_is_that_of_the_library_and_says_how_it_was_made(draw, pair, tiny_checkpoint):
+    out = draw(*pair, "--prompt", "a seven", "--seed", 5)
+    assert names(out) == ["grid-0000.png", "samples"]
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    (image,) = model.generate(["a seven"], image=picture(), mask=upper(), steps=3, seed=5)
+    assert np.array_equal(pixels(samples(out)[0]), np.asarray(image))
+    made = recipe(samples(out)[0])
+    assert (made.strength, len(made.init_hash), len(made.mask_hash)) == (1.0, 10, 10)
+    assert made.mask_hash != made.init_hash
+    assert "Mask hash: " in read_png_text(samples(out)[0])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(32, 32), (45, 31)])
+def test_what_the_mask_keeps_is_in_the_file_to_the_byte(draw, tmp_path, mode, size):
+    original = picture(*size, mode)
+    files = ["--init-img", saved(tmp_path / "a.png", original), "--mask", saved(tmp_path / "m.png", upper(*size))]
+    out, inverse = draw(*files, "--n_samples", 2), draw(*files, "--invert-mask", "--strength", 0.5, out="inverse")
+    half = size[1] // 2
+    for path, kept in [*((path, slice(half, None)) for path in samples(out)), (samples(inverse)[0], slice(None, half))]:
+        result = Image.open(path)
+        assert (result.mode, result.size) == (mode, size)
+        assert np.array_equal(np.asarray(result)[kept], np.asarray(original)[kept])
+        assert not np.array_equal(np.asarray(result), np.asarray(original))
+
+
+def test_greys_blend(draw, tmp_path):
+    ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None], 32, 0))
+    files = ["--init-img", saved(tmp_path / "a.png", picture())]
+    soft = pixels(samples(draw(*files, "--mask", saved(tmp_path / "soft.png", ramp)))[0])
+    hard_mask = ramp.point(lambda level: 255 if level >= 128 else 0)
+    hard = pixels(samples(draw(*files, "--mask", saved(tmp_path / "hard.png", hard_mask), out="hard"))[0])
+    share = np.asarray(ramp)[:, 16:] / 255
+    expected = share * hard[:, 16:] + (1 - share) * np.asarray(picture())[:, 16:]
+    assert np.abs(soft[:, 16:] - expected).max() <= 0.501
+    assert np.array_equal(soft[:, 0], np.asarray(picture())[:, 0])
+
+
+VARIETY = {
+    "plain": [],
+    "batch": ["--n_samples", 3, "--batch-size", 2, "--sampler", "ddpm"],
+    "inverted": ["--invert-mask", "--strength", 0.6],
+    "resized": ["--W", 40, "--prompt", "a three"],
+}
+
+
+@pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
+def test_every_picture_can_be_made_again_to_the_byte(draw, pair, options):
+    again = [*pair, "--invert-mask"] if "--invert-mask" in options else pair
+    for path in samples(draw(*pair, *options)):
+        (made,) = samples(draw("--from-png", path, *again, out=f"again-{path.stem}", steps=None))
+        assert np.array_equal(pixels(made), pixels(path))
+        assert read_png_text(made) == read_png_text(path)
+
+
+def test_making_again_needs_the_same_picture_and_mask(draw, pair, tmp_path, tiny_checkpoint):
+    (path,) = samples(draw(*pair))
+    other = saved(tmp_path / "other.png", picture(seed=1))
+    with pytest.raises(ValueError, match="over a picture with hash .*--init-img"):
+        draw("--from-png", path, "--init-img", other, *pair[2:])
+    for change in (["--mask", other], [*pair[2:], "--invert-mask"]):
+        with pytest.raises(ValueError, match="with a mask with hash .*--mask, with --invert-mask"):
+            draw("--from-png", path, *pair[:2], *change)
+    img2img = runner(load_script("img2img"), tiny_checkpoint, tmp_path)
+    with pytest.raises(ValueError, match="was drawn with a mask: use scripts/inpaint.py"):
+        img2img("--from-png", path, *pair[:2])
+    (plain,) = samples(img2img(*pair[:2], out="plain"))
+    with pytest.raises(ValueError, match="was drawn without a mask: use scripts/img2img.py"):
+        draw("--from-png", plain, *pair)
+    with pytest.raises(ValueError, match="drawn over another picture.* use scripts/inpaint.py"):
+        runner(load_script("txt2img"), tiny_checkpoint, tmp_path)("--from-png", path)
+
+
+def test_masks_may_be_painted_on_transparency(draw, pair, tmp_path):
+    clear = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (0, 0, 32, 16))
+    out = draw(*pair[:2], "--mask", saved(tmp_path / "clear.png", clear), out="clear")
+    assert np.array_equal(pixels(samples(out)[0]), pixels(samples(draw(*pair))[0]))
+
+
+def test_a_folder_of_pairs(draw, tmp_path, tiny_model):
+    """b has another size; c is no pair; each is drawn as it would be alone, with a seed of its own."""
+    pairs = {"b": picture(24, 40, "RGB"), "b_mask": upper(24, 40), "a": picture(), "a_mask": upper(), "c": picture()}
+    indir = folder(tmp_path / "pairs", **pairs)
+    out = draw("--indir", indir, "--seed", 3, "--prompt", "a nine")
+    assert names(out) == ["a.png", "b.png"]
+    for i, name in enumerate("ab"):
+        files = ["--init-img", indir / f"{name}.png", "--mask", indir / f"{name}_mask.png"]
+        (alone,) = samples(draw(*files, "--seed", 3 + i, "--prompt", "a nine", out=f"alone-{name}"))
+        assert np.array_equal(pixels(out / f"{name}.png"), pixels(alone))
+        assert Image.open(out / f"{name}.png").mode == pairs[name].mode
+        assert (recipe(out / f"{name}.png").seed, recipe(out / f"{name}.png").index) == (3 + i, i)
+        (again,) = samples(draw("--from-png", out / f"{name}.png", *files, out=f"again-{name}", steps=None))
+        assert np.array_equal(pixels(out / f"{name}.png"), pixels(again))
+    before = pixels(out / "a.png")
+    draw("--indir", indir, "--seed", 9)
+    assert names(out) == ["a.png", "b.png"] and not np.array_equal(pixels(out / "a.png"), before)
+
+
+FOLDERS = {
+    "empty": ({}, [], "holds no X_mask.png beside an X.png"),
+    "no masks": ({"a": picture()}, [], "holds no X_mask.png beside an X.png"),
+    "no picture": ({"a_mask": upper()}, [], "a_mask.png has no picture: a.png is not there"),
+    "another size": (
+        {"a": picture(), "a_mask": upper(), "b": picture(), "b_mask": upper(16, 32)},
+        [],
+        "the mask .*b_mask.png is 16 x 32 pixels and the picture .*b.png 32 x 32",
+    ),
+    "too large": (
+        {"a": picture(), "a_mask": upper(), "b": picture(300, 300), "b_mask": upper(300, 300)},
+        [],
+        "the picture is 300 x 300 pixels and the model draws at 32 x 32",
+    ),
+    "many": ({"a": picture(), "a_mask": upper()}, ["--n_samples", 2], "leave out --n-samples, --n-iter"),
+    "two ways": ({"a": picture(), "a_mask": upper()}, ["--mask", "m.png", "--strip"], "leave out --mask, --strip"),
+}
+
+
+@pytest.mark.parametrize(("pictures", "options", "message"), FOLDERS.values(), ids=FOLDERS)
+def test_mistakes_in_folders_are_found_before_anything_is_drawn(draw, tmp_path, pictures, options, message):
+    (tmp_path / "pairs").mkdir()
+    with pytest.raises(ValueError, match=message):
+        draw("--indir", folder(tmp_path / "pairs", **pictures), *options)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_damaged_pairs_are_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.load", None)
+    indir = folder(tmp_path / "pairs", a=picture(), a_mask=upper(), b=picture(), b_mask=upper(16, 32))
+    with pytest.raises(ValueError, match="b_mask.png is 16 x 32 pixels"):
+        inpaint.main(["--indir", str(indir), "--outdir", str(tmp_path / "out")])
+    (indir / "b.png").write_bytes((indir / "b.png").read_bytes()[:-300])
+    with pytest.raises(ValueError, match="b.png cannot be read as a picture"):
+        inpaint.main(["--indir", str(indir), "--outdir", str(tmp_path / "out")])
+
+
+def test_a_folder_is_not_written_into_itself(draw, tmp_path):
+    indir = folder(tmp_path / "out", a=picture(), a_mask=upper())
+    with pytest.raises(ValueError, match="out is --indir, where the pictures would be replaced"):
+        draw("--indir", indir)
+    assert np.array_equal(pixels(indir / "a.png"), np.asarray(picture()))
+    with pytest.raises(FileNotFoundError):
+        draw("--indir", tmp_path / "missing")
+
+
+@pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
+def test_models_trained_to_inpaint(tmp_path, pair, concat, channels):
+    config = copy.deepcopy(TINY) | {"concat": concat}
+    config["unet_config"]["params"]["in_channels"] = channels
+    torch.manual_seed(0)
+    ldm.save(randomised(ldm.LatentDiffusion(**config)), tmp_path / "inpainting.safetensors")
+    out = runner(inpaint, tmp_path / "inpainting.safetensors", tmp_path)(*pair)
+    result = pixels(samples(out)[0])
+    assert np.array_equal(result[16:], np.asarray(picture())[16:]) and not np.array_equal(result, np.asarray(picture()))
+
+
+def test_mistakes(draw, pair, tmp_path):
+    for part in ([], pair[:2], pair[2:]):
+        with pytest.raises(ValueError, match="--init-img FILE and --mask FILE name a picture"):
+            draw(*part)
+    small = saved(tmp_path / "small.png", upper(16, 16))
+    with pytest.raises(ValueError, match="the mask .*small.png is 16 x 16 pixels and the picture .*five.png 32 x 32"):
+        draw(*pair[:2], "--mask", small)
+    (tmp_path / "notes.png").write_text("notes")
+    with pytest.raises(ValueError, match="notes.png is no picture"):
+        draw(*pair[:2], "--mask", tmp_path / "notes.png")
+
+
+def test_as_a_program(tiny_checkpoint, tmp_path, pair):
+    options = ["--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out"]
+    done = run_program("inpaint", *pair, *options)
+    assert done.returncode == 0 and done.stderr == ""
+    indir = folder(tmp_path / "pairs", a=picture(), a_mask=upper())
+    done = run_program("inpaint", "--indir", indir, *options)
+    assert done.returncode == 0 and done.stdout == f"{tmp_path}/out/a.png\n"
+    done = run_program("inpaint", *pair[:2], *options)
+    assert done.returncode == 2 and done.stderr.startswith("error: --init-img FILE") and done.stderr.count("\n") == 1
+
+
+def test_imports(tiny_checkpoint, tmp_path, pair):
+    torch, text = imported_by_help("inpaint")
+    assert not torch and "--invert-mask" in text
+    assert (
+        heavy_imports("inpaint", *pair, "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out") == "[]"
+    )

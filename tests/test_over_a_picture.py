@@ -1,0 +1,361 @@
+"""LatentDiffusion.generate over a picture: levels, noise, what a mask keeps, models that are told of it, mistakes."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, randomised
+from PIL import Image
+
+from ldm.diffusion.denoiser import Prediction, from_vp, to_vp
+from ldm.diffusion.schedule import sampling_sigmas
+from ldm.images import to_pil
+from ldm.latent_diffusion import LatentDiffusion
+
+PROMPTS = ["five", "a thin 3", "", "an eight leaning left"]
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+def picture(seed=0, width=32, height=32, mode="L") -> Image.Image:
+    """Smooth random blobs, as the first stage can more or less carry."""
+    small = torch.rand(len(mode), 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    large = torch.nn.functional.interpolate(small[None], (height, width), mode="bicubic")
+    return to_pil(large)[0]
+
+
+def top_half(width=32, height=32) -> Image.Image:
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, width, height // 2))
+    return mask
+
+
+def seen_latents(model, image) -> torch.Tensor:
+    """The first stage's latents (1, 4, h, w) of a picture, most likely ones."""
+    x = torch.tensor(pixels([image.convert("L")]), dtype=torch.float32)[:, None] / 127.5 - 1
+    return model.scale_factor * model.first_stage_model.encode(x).mode()
+
+
+def spied(model, x0=None):
+    """A copy whose denoiser notes each (x, sigma) and always finds x0 (zeros); the notes."""
+    model, notes = copy.copy(model), []
+
+    def denoise(x, sigma, cond):
+        notes.append((x, sigma))
+        return Prediction(torch.zeros_like(x) if x0 is None else x0.expand_as(x))
+
+    model.denoiser = lambda: denoise
+    return model, notes
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("strength", [0.25, 0.8, 1])
+def test_an_oracle_finds_its_picture_from_any_strength(tiny_model, sampler, strength):
+    """A network that gives the exact eps for a known x0 leads from any picture at any level to that x0."""
+    model, z = copy.copy(tiny_model), seen_latents(tiny_model, picture(1))
+    model.prediction = "eps"
+
+    def exact_eps(x_vp, t, cond):
+        sigma = model.schedule.sigma_at(float(t[0]))
+        return (x_vp * (1 + sigma**2) ** 0.5 - z) / sigma
+
+    model.apply_model = exact_eps
+    options = {"steps": 8, "sampler": sampler, "scale": 1.0, "seed": 3}
+    (found,) = model.generate(["five"], image=picture(2), strength=strength, **options)
+    assert abs(pixels([found]) - pixels(to_pil(tiny_model.decode(z)))).max() <= 1
+
+
+@pytest.mark.parametrize(("strength", "taken"), [(0.01, 1), (0.25, 2), (0.5, 4), (0.99, 7), (1, 8)])
+@pytest.mark.parametrize("spacing", ["trailing", "compvis", "karras"])
+def test_noised_exactly_to_the_first_level_that_is_denoised(tiny_model, strength, taken, spacing):
+    model, notes = spied(tiny_model)
+    options = {"steps": 8, "spacing": spacing, "scale": 1.0, "strength": strength, "seeds": [5, 9]}
+    model.generate(["a", "b"], image=picture(), **options)
+    sigmas = sampling_sigmas(model.schedule, 8, spacing).tolist()
+    assert [sigma for _, sigma in notes] == sigmas[8 - taken : 8]
+    noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 9)])
+    expected = seen_latents(model, picture()) + sigmas[8 - taken] * noise
+    torch.testing.assert_close(notes[0][0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_strength_0_gives_the_picture_back_through_the_first_stage(tiny_model):
+    model, notes = spied(tiny_model)
+    (image,) = model.generate(["five"], image=picture(), strength=0)
+    expected = to_pil(tiny_model.decode(seen_latents(tiny_model, picture())))
+    assert notes == [] and np.array_equal(pixels([image]), pixels(expected))
+    # under a mask, all that is black is the picture's own
+    (image,) = model.generate(["five"], image=picture(), mask=top_half(), strength=0)
+    assert np.array_equal(np.asarray(image)[:16], pixels(expected)[0, :16])
+    assert np.array_equal(np.asarray(image)[16:], np.asarray(picture())[16:])
+
+
+def test_more_strength_leaves_less_of_the_picture(tiny_model):
+    """It starts at a higher level, with more noise on it."""
+    model, notes = spied(tiny_model)
+    for strength in (0.25, 0.5, 0.75, 1):
+        model.generate(["five"], steps=4, image=picture(), strength=strength)
+    levels = [sigma for _, sigma in notes]
+    starts = [levels[0], levels[1], levels[3], levels[6]]
+    assert starts == sorted(starts) and starts == sampling_sigmas(model.schedule, 4, "trailing").tolist()[3::-1]
+
+
+def test_its_default_strength_is_three_quarters_and_all_under_a_mask(tiny_model):
+    for mask, strength in ((None, 0.75), (top_half(), 1.0)):
+        usual, given = (
+            tiny_model.generate(["five"], steps=4, image=picture(), mask=mask, **options)
+            for options in ({}, {"strength": strength})
+        )
+        assert tiny_model.usual_strength(mask is not None) == strength
+        assert np.array_equal(pixels(usual), pixels(given))
+
+
+@pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
+def test_over_a_picture_seeds_and_batches_are_as_from_text(tiny_model, mask):
+    options = {"sampler": "ddpm", "steps": 4, "image": picture(), "mask": mask, "strength": 0.8}
+    whole = pixels(tiny_model.generate(PROMPTS, seed=20, **options))
+    for size in (1, 3):
+        assert abs(pixels(tiny_model.generate(PROMPTS, seed=20, batch_size=size, **options)) - whole).max() <= 1
+    for i, prompt in enumerate(PROMPTS):
+        assert abs(pixels(tiny_model.generate([prompt], seed=20 + i, **options))[0] - whole[i]).max() <= 1
+    assert np.array_equal(pixels(tiny_model.generate(PROMPTS, seed=20, **options)), whole)  # same batch: same bytes
+    assert not np.array_equal(pixels(tiny_model.generate(PROMPTS, seed=21, **options)), whole)
+    fixed = pixels(tiny_model.generate(["5", "5"], **(options | {"sampler": "ddim"}), fixed_code=True))
+    assert np.array_equal(fixed[0], fixed[1])
+
+
+def test_a_picture_and_a_mask_for_each_prompt(tiny_model):
+    pictures, masks = [picture(1), picture(2), picture(3)], [top_half(), top_half().rotate(180), top_half().rotate(90)]
+    options = {"steps": 3, "seeds": [4, 4, 4]}
+    together = pixels(tiny_model.generate(["5"] * 3, image=pictures, mask=masks, batch_size=2, **options))
+    for i in range(3):
+        alone = tiny_model.generate(["5"], image=pictures[i], mask=masks[i], steps=3, seed=4)
+        assert abs(pixels(alone)[0] - together[i]).max() <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_what_the_mask_keeps_is_kept_at_every_step_and_to_the_byte(tiny_model, sampler, strength):
+    steps, original = [], picture()
+    options = {"steps": 6, "sampler": sampler, "strength": strength, "callback": steps.append, "seed": 2}
+    (image,) = tiny_model.generate(["five"], image=original, mask=top_half(), **options)
+    known = seen_latents(tiny_model, original)
+    assert len(steps) == 6 * strength
+    for step in steps:
+        assert torch.equal(step.x0[:, :, 4:], known[:, :, 4:])
+        assert (step.x0[:, :, :4] - known[:, :, :4]).abs().max() > 0.1
+    assert np.array_equal(np.asarray(image)[16:], np.asarray(original)[16:])
+    assert abs(pixels([image]) - pixels([original]))[0, :16].mean() > 5
+
+
+def test_what_is_kept_has_the_right_noise_at_every_level(tiny_model):
+    """Without fresh noise, known + sigma (the start's noise); at strength 1 the part to draw starts as noise alone."""
+    model, notes = spied(tiny_model)
+    model.generate(["five"], steps=5, scale=1.0, image=picture(), mask=top_half(), seed=8)
+    known = seen_latents(model, picture())
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    for x, sigma in notes:
+        kept = (known + sigma * noise)[:, :, 4:]
+        torch.testing.assert_close(x[:, :, 4:], kept, rtol=1e-4, atol=1e-4)  # float32 at sigmas of thousands
+    x, sigma = notes[0]
+    torch.testing.assert_close(x[:, :, :4], from_vp(noise, sigma)[:, :, :4])
+
+
+def test_a_latent_is_new_if_half_white_pixels_reach_into_it(tiny_model):
+    mask = Image.new("L", (32, 32))
+    mask.putpixel((9, 14), 128)  # latent (x 2, y 3): 4 pixels a latent
+    mask.paste(127, (20, 20, 32, 32))  # not even half white
+    model, notes = spied(tiny_model, seen_latents(tiny_model, picture(4)))
+    steps = []
+    model.generate(["five"], steps=1, image=picture(), mask=mask, callback=steps.append)
+    expected = seen_latents(model, picture())
+    expected[:, :, 3, 2] = seen_latents(model, picture(4))[:, :, 3, 2]
+    assert torch.equal(steps[0].x0, expected)
+
+
+def test_greys_of_the_mask_blend_what_was_drawn_with_the_picture(tiny_model):
+    white = Image.new("L", (32, 32), 255)
+    soft = Image.fromarray(np.linspace(128, 255, 1024).astype(np.uint8).reshape(32, 32))
+    options = {"steps": 2, "image": picture(), "seed": 1}
+    (new,), (blend,) = (tiny_model.generate(["five"], mask=mask, **options) for mask in (white, soft))
+    share = pixels([soft]) / 255
+    assert abs(pixels([blend]) - (share * pixels([new]) + (1 - share) * pixels([picture()]))).max() <= 0.501
+
+
+def test_a_mask_that_is_all_white_or_all_black(tiny_model):
+    """White draws as from text, the same picture; black gives the picture back."""
+    plain = tiny_model.generate(["five"], seed=6)
+    white = tiny_model.generate(["five"], seed=6, image=picture(), mask=Image.new("L", (32, 32), 255))
+    assert np.array_equal(pixels(plain), pixels(white))
+    (black,) = tiny_model.generate(["five"], seed=6, image=picture(), mask=Image.new("L", (32, 32)))
+    assert np.array_equal(np.asarray(black), np.asarray(picture()))
+
+
+def test_a_picture_whose_size_does_not_divide(tiny_model):
+    original, mask = picture(width=29, height=35), top_half(29, 35)
+    model, notes = spied(tiny_model)
+    (image,) = model.generate(["five"], image=original, steps=1)
+    assert image.size == (29, 35) and notes[0][0].shape[2:] == (10, 8)
+    padded = Image.fromarray(np.pad(np.asarray(original), ((0, 5), (0, 3)), mode="edge"))
+    options = {"steps": 2, "strength": 0.5}
+    whole, cut = (tiny_model.generate(["five"], image=one, **options)[0] for one in (padded, original))
+    assert np.array_equal(np.asarray(whole)[:35, :29], np.asarray(cut))
+    (image,) = tiny_model.generate(["five"], image=original, mask=mask, steps=2)
+    assert np.array_equal(np.asarray(image)[17:], np.asarray(original)[17:])
+
+
+@pytest.fixture(scope="module")
+def colour_model():
+    """TINY with a first stage of three channels."""
+    config = copy.deepcopy(TINY)
+    config["first_stage_config"]["params"]["ddconfig"] |= {"in_channels": 3, "out_ch": 3}
+    torch.manual_seed(1)
+    return randomised(LatentDiffusion(**config)).eval().requires_grad_(False)
+
+
+def test_colours_for_a_grey_model_and_grey_for_one_of_colours(tiny_model, colour_model):
+    rgb, grey = picture(mode="RGB"), picture()
+    (image,) = tiny_model.generate(["five"], image=rgb, steps=2)
+    assert image.mode == "L" and image == tiny_model.generate(["five"], image=rgb.convert("L"), steps=2)[0]
+    (image,) = colour_model.generate(["five"], image=grey, steps=2)
+    assert image.mode == "RGB" and image == colour_model.generate(["five"], image=grey.convert("RGB"), steps=2)[0]
+    for model, original in ((tiny_model, rgb), (colour_model, grey)):
+        (image,) = model.generate(["five"], image=original, mask=top_half(), steps=2)
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image)[16:], np.asarray(original.convert("RGB"))[16:])
+
+
+@pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
+def test_over_a_picture_with_half_precision_weights(tiny_model, mask):
+    model, steps = copy.deepcopy(tiny_model).to(torch.bfloat16), []
+    options = {"image": picture(), "mask": mask, "steps": 4}
+    half = pixels(model.generate(["five"], callback=steps.append, **options))
+    assert {tensor.dtype for step in steps for tensor in (step.x, step.x0)} == {torch.float32}
+    assert abs(half - pixels(tiny_model.generate(["five"], **options))).mean() < 6  # 8 bits through three networks
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image": picture(), "strength": 1.5}, "strength must be from 0 to 1, got 1.5"),
+        ({"image": picture(), "strength": float("nan")}, "strength must be from 0 to 1, got nan"),
+        ({"mask": top_half()}, "no image is given"),
+        ({"strength": 0.5}, "no image is given"),
+        ({"image": picture(), "mask": top_half(16, 32)}, "the mask is 16 x 32 pixels and the picture 32 x 32"),
+        ({"image": picture(width=7)}, "7 x 32 pixels, too small for this model: it draws at least 8 x 8"),
+        ({"image": picture(), "width": 64}, "width 64 is not that of the picture, 32"),
+        ({"image": picture(), "height": 31}, "height 31 is not that of the picture, 32"),
+        ({"image": [picture()] * 3}, "2 results need one or 2 pictures"),
+    ],
+)
+def test_mistakes_about_the_picture_are_named(tiny_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model.generate(["4", "5"], **settings)
+
+
+def concat_model(concat: str, channels: int) -> LatentDiffusion:
+    config = copy.deepcopy(TINY) | {"concat": concat, "scale_factor": 0.5}
+    config["unet_config"]["params"]["in_channels"] = channels
+    torch.manual_seed(2)
+    return randomised(LatentDiffusion(**config)).eval().requires_grad_(False)
+
+
+class Inputs:
+    """Keeps what the UNet is given."""
+
+    def __init__(self, model):
+        self.given = []
+        self.handle = model.model.diffusion_model.register_forward_pre_hook(lambda _, arguments: self.note(arguments))
+
+    def note(self, arguments):
+        self.given.append(arguments[0])
+
+
+def odd_mask() -> Image.Image:
+    """White on a region whose edges lie inside latents, with a grey just too dark and one just bright enough."""
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (3, 5, 21, 18))
+    mask.paste(127, (22, 0, 32, 8))
+    mask.paste(128, (22, 24, 32, 32))
+    return mask
+
+
+def blanked(mask: Image.Image, level: int) -> Image.Image:
+    """picture() with that level, -1 to 1, where the mask is half white or more; the first stage sees it as it is."""
+    return np.where(np.asarray(mask) >= 128, level, np.asarray(picture()) / 127.5 - 1)
+
+
+@pytest.mark.parametrize(
+    ("concat", "channels", "blank"), [("mask_latents", 9, 0), ("latents_mask", 9, -1), ("latents", 8, None)]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_models_with_concat_are_given_picture_and_mask_in_their_order(concat, channels, blank, count):
+    model, mask = concat_model(concat, channels), odd_mask()
+    inputs, steps = Inputs(model), []
+    options = {"steps": 2, "scale": 3.0, "callback": steps.append}
+    images = model.generate(["five"] * count, image=picture(), mask=mask, **options)
+
+    seen = np.asarray(picture()) / 127.5 - 1 if blank is None else blanked(mask, blank)
+    latents = model.first_stage_model.encode(torch.tensor(seen, dtype=torch.float32)[None, None]).mode()
+    at_latents = torch.tensor(np.asarray(mask)[::4, ::4] >= 128).float()[None, None]  # nearest: the first of 4 pixels
+    expected = {
+        "mask_latents": [at_latents, 0.5 * latents],
+        "latents_mask": [0.5 * latents, 2 * at_latents - 1],
+        "latents": [latents],  # unscaled
+    }[concat]
+    assert [x.shape for x in inputs.given] == [(2 * count, channels, 8, 8)] * 2  # both halves of guidance, two steps
+    for x in inputs.given:
+        torch.testing.assert_close(x[:, 4:], torch.cat(expected, 1).expand(2 * count, -1, -1, -1), rtol=1e-5, atol=1e-5)
+    for image in images:
+        assert np.array_equal(np.asarray(image)[np.asarray(mask) == 0], np.asarray(picture())[np.asarray(mask) == 0])
+    # Those that are told of the mask draw freely; InstructPix2Pix is not, and has the rest put back.
+    kept = torch.nn.functional.max_pool2d(torch.tensor(np.asarray(mask) >= 128).float()[None, None], 4) == 0
+    difference = (steps[0].x0 - seen_latents(model, picture())).abs().amax(1, keepdim=True)[kept.expand(count, 1, 8, 8)]
+    assert (difference == 0).all() if concat == "latents" else (difference > 0).all()
+
+
+@pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
+def test_models_with_concat_draw_from_text_alone(concat, channels):
+    """A picture that is masked everywhere; for InstructPix2Pix the zeros that stand for no picture."""
+    model = concat_model(concat, channels)
+    inputs = Inputs(model)
+    model.generate(["five", "six"], steps=1, scale=1.0)
+    blank = torch.full((1, 1, 32, 32), -1.0 if concat == "latents_mask" else 0.0)
+    latents, ones = 0.5 * model.first_stage_model.encode(blank).mode(), torch.ones(1, 1, 8, 8)
+    expected = {
+        "mask_latents": [ones, latents],
+        "latents_mask": [latents, ones],
+        "latents": [torch.zeros(1, 4, 8, 8)],
+    }[concat]
+    assert inputs.given[0].shape == (2, channels, 8, 8)
+    torch.testing.assert_close(
+        inputs.given[0][:, 4:], torch.cat(expected, 1).expand(2, -1, -1, -1), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
+def test_where_models_with_concat_start(concat, channels):
+    """Below strength 1 from the picture with noise. At 1 what is new starts as noise alone, all of it if the model has
+    the whole picture in its input; without a mask, the others have nothing but the start to know the picture by."""
+    model = concat_model(concat, channels)
+    inputs = Inputs(model)
+    noise, known = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), seen_latents(model, picture())
+    for mask, strength in ((None, 0.5), (top_half(), 0.5), (None, 1), (top_half(), 1)):
+        model.generate(["five"], steps=2, scale=1.0, image=picture(), mask=mask, strength=strength)
+        x = inputs.given[-int(2 * strength)][:, :4]
+        sigma = sampling_sigmas(model.schedule, 2, "trailing").tolist()[-int(2 * strength) - 1]
+        noised = to_vp(known + sigma * noise, sigma)
+        new = torch.zeros(1, 1, 8, 8)
+        new[:, :, : 4 if mask is not None else 8 if concat == "latents" else 0] = strength == 1
+        torch.testing.assert_close(x, torch.where(new == 1, noise, noised), rtol=1e-5, atol=1e-5)
+    assert model.usual_strength(False) == (1.0 if concat == "latents" else 0.75)
+
+
+def test_models_with_concat_in_half_precision():
+    model = concat_model("mask_latents", 9).to(torch.bfloat16)
+    inputs = Inputs(model)
+    (image,) = model.generate(["five"], steps=2, image=picture(), mask=top_half())
+    assert inputs.given[0].dtype == torch.bfloat16
+    assert np.array_equal(np.asarray(image)[16:], np.asarray(picture())[16:])
