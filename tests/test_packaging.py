@@ -55,11 +55,11 @@ def test_distribution_and_version():
 def test_every_import_is_a_dependency():
     project = PROJECT["project"]
     run, test = modules(project["dependencies"]), modules(project["optional-dependencies"]["test"])
-    xformers = modules(project["optional-dependencies"]["xformers"])
+    optional = {m for name in ("xformers", "8bit", "plots") for m in modules(project["optional-dependencies"][name])}
     by_package = {p for path in PYTHON_FILES if "tests" not in path.parts for p in imported(path)} - {"ldm"}
     by_tests = {p for path in PYTHON_FILES if "tests" in path.parts for p in imported(path)} - {"ldm", "tomli"}
     helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "conftest", "scripts"}
-    assert by_package - run - xformers == set()
+    assert by_package - run - optional == set()
     assert by_tests - run - test - helpers == set()
 
 
