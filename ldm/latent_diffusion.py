@@ -3,7 +3,6 @@
 pixels [-1, 1] --encode--> latents (unit variance) --noise, denoise under text--> latents --decode--> pixels
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.batching import batches
+from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import count_chunks, encode_prompts
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Denoise, from_vp, make_denoiser, target, to_vp
@@ -99,8 +99,9 @@ class LatentDiffusion(nn.Module):
         self.schedule_params = dict(schedule or {"name": "scaled_linear"})
         self.prediction = prediction
         self.scale_factor = scale_factor
-        self.path: Path | None = None  # the file it was loaded from
+        self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
+        self.changes: list[str] = []  # LoRAs and learned words put into it since
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.channels = self.first_stage_model.embed_dim
         self.image_channels = self.first_stage_model.encoder.conv_in.in_channels
@@ -122,14 +123,13 @@ class LatentDiffusion(nn.Module):
 
     @cached_property
     def hash(self) -> str:
-        """The first ten hexadecimal digits of the checkpoint's SHA-256, as A1111's users know models; "" if unsaved."""
+        """The first ten hexadecimal digits of the checkpoint's SHA-256, as A1111's users know models; "" if unsaved.
+
+        Of a folder it is that of its parts' files, in the order of their names.
+        """
         if self.path is None:
             return ""
-        with open(self.path, "rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()[:10]
+        return file_hash(sorted(p for p in self.path.glob("*/*") if p.is_file()) if self.path.is_dir() else [self.path])
 
     @property
     def device(self) -> torch.device:
@@ -278,7 +278,7 @@ class LatentDiffusion(nn.Module):
             raise ValueError("a mask and a strength are for drawing over a picture, and no image is given")
         seeds = list(range(seed, seed + len(prompts)) if seeds is None else seeds)
         scale, negative = given(scale, own["scale"]), given(negative, self.null)
-        if scale != 1 and negative is None:
+        if scale != 1 and (negative is None or self.cond_stage_model is None):
             raise ValueError(f"scale {scale} has nothing to steer away from: this model is drawn with scale 1")
         negatives = negative if isinstance(negative, list | tuple | Tensor) else [negative] * len(prompts)
         if batch_size < 1 or not len(prompts) == len(seeds) == len(negatives):

@@ -13,7 +13,7 @@ from ldm.checkpoint.compvis_config import from_compvis
 from ldm.checkpoint.diffusers_folder import read_folder, read_vae_folder, write_folder
 from ldm.checkpoint.families import recognise, stored_scale_factor
 from ldm.checkpoint.file import CONFIG_KEY, load_file, read_config, save_file
-from ldm.checkpoint.structure import BERT, KL, UNET, VQ, WHOLE
+from ldm.checkpoint.structure import BERT, KL, TEXT, UNET, VQ, WHOLE
 from ldm.checkpoint.tensors import read_tensors
 from ldm.conditioning.bert import read_vocab
 from ldm.diffusion.denoiser import check_prediction
@@ -22,9 +22,10 @@ from ldm.util import Unfilled, instantiate_network, pick_device, read_yaml
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
 FORMATS = ("ldm", "compvis", "diffusers")
-# What to do with a file that is not a whole model.
-ALONE = {KL: ": load it beside a model, as its vae (--vae)", UNET: ": load it beside a model, as its unet (--unet)"}
-ALONE[VQ] = ALONE[KL]
+# What a file that is not a whole model holds, by its target, and how it is loaded beside one.
+PART_OF = {KL: "first_stage", VQ: "first_stage", UNET: "unet", TEXT: "text", BERT: "text"}
+OPTIONS = {"first_stage": "vae", "unet": "unet"}
+NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
 
 
 class Found(NamedTuple):
@@ -56,7 +57,7 @@ def load(
             take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
         vae, unet: files that hold that part, to be used in place of the checkpoint's own.
-        ema: take the averaged weights of a training checkpoint (`model_ema.*`).
+        ema: take the averaged weights of a training checkpoint (`model_ema.*`), the file that the UNet comes from.
         prediction: what the UNet predicts ("eps", "x0", "v"), for files that do not say.
         vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
         variant: of a diffusers folder's files, "fp16" say.
@@ -68,11 +69,15 @@ def load(
     if prediction is not None:
         check_prediction(prediction)
     given = {"first_stage": vae, "unet": unet}
-    replacements = {part: _take(part, Path(file), ema) for part, file in given.items() if file is not None}
-    found = _open(path, config, ema, prediction, variant, replacements)
-    if found.config.get("target") != WHOLE:
-        hint = ALONE.get(found.config.get("target"), "")
-        raise ValueError(f"checkpoint {str(path)!r} holds a {found.config.get('target')}, not a whole model{hint}")
+    replacements = {
+        part: _take(part, Path(file), ema and part == "unet") for part, file in given.items() if file is not None
+    }
+    found = _open(path, config, ema and unet is None, prediction, variant, replacements)
+    target = found.config.get("target")
+    if target != WHOLE:
+        option = OPTIONS.get(PART_OF.get(target))
+        hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
+        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a whole model{hint}")
     params = deepcopy(found.config["params"])
     for part, new in replacements.items():
         params[f"{part}_config"] = new.config
@@ -82,6 +87,11 @@ def load(
     if vocab is not None:
         _give_vocabulary(params, Path(vocab))
     model = _build(path, {"target": WHOLE, "params": params}, found.state, pick_device(device), dtype)
+    try:
+        check_prediction(model.prediction)
+        model.schedule  # noqa: B018 - made on first use; a damaged one is told here, not when drawing
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration: {error}") from None
     model.path, model.notes = path, found.notes
     return model
 
@@ -103,14 +113,19 @@ def _open(
 
     `replacements` go in before a single file of CompVis's kind is recognised: some lack the first stage.
     """
-    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-        return Found(*read_vae_folder(path), [])
     if path.is_dir():
-        return Found(*read_folder(path, variant))
+        if ema or config is not None:
+            raise ValueError(f"folder {str(path)!r} has {NO_EMA if ema else 'a configuration: load it without config'}")
+        alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
+        return Found(*read_vae_folder(path), []) if alone else Found(*read_folder(path, variant))
     contents = read_tensors(path)
+    if variant is not None:
+        raise ValueError(f"checkpoint {str(path)!r} is one file: only diffusers' folders have a variant {variant!r}")
     state = contents.state
     if CONFIG_KEY in contents.metadata and config is None:
         own = read_config(path, contents.metadata)
+        if ema:
+            raise ValueError(f"checkpoint {str(path)!r} has {NO_EMA}")
         # what `save` added for other programs goes again
         return Found(own, normalise(state)[0] if own.get("target") == WHOLE else state, [])
     for part, new in (replacements or {}).items():
@@ -132,7 +147,10 @@ def _open(
 def _take(part: str, path: Path, ema: bool) -> Found:
     """A part out of a file or folder, under its own names: of that part alone, or of a whole model."""
     found = _open(path, ema=ema)
-    if found.config.get("target") != WHOLE:
+    target = found.config.get("target")
+    if target != WHOLE:
+        if PART_OF.get(target, part) != part:
+            raise ValueError(f"{str(path)!r} holds a {target}, which is no {part} (--{OPTIONS[part]})")
         return found._replace(notes=[f"{part}: {path}"])
     prefix = PREFIXES[part]
     state = {name.removeprefix(prefix): t for name, t in found.state.items() if name.startswith(prefix)}
@@ -162,7 +180,8 @@ def _build(path: str | Path, config: dict, state: dict, device: torch.device, dt
         with torch.device("meta"), Unfilled():
             module = instantiate_network(config)
     except Exception as error:  # a damaged configuration may break a constructor in any way
-        raise ValueError(f"checkpoint {str(path)!r} has a configuration that builds nothing: {error}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]  # torch appends its own stack
+        raise ValueError(f"checkpoint {str(path)!r} has a configuration that builds nothing: {reason}") from error
     expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in state.items()}
     if expected != found:

@@ -1,38 +1,105 @@
-"""Rewrite a checkpoint, in another precision if asked.
+"""Rewrite a model: in another format or precision, with other parts, with LoRAs merged into it. Or rewrite a LoRA.
 
 python scripts/convert.py runs/digits/diffusion/model.safetensors digits.safetensors --dtype fp16
+python scripts/convert.py model.ckpt folder/ --format diffusers --vae vae.safetensors
+python scripts/convert.py model.safetensors other.safetensors --lora subject.safetensors:0.8 --lora style.safetensors
 python scripts/convert.py model.safetensors other.safetensors --default scale=1.25 --default steps=20
+python scripts/convert.py lora.safetensors small.safetensors --rank 4 --lora-format peft
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ldm.cli import Parser, run
+from ldm.cli import Parser, run, whole
+from ldm.inference.options import LOADING
 
-DTYPES = ("fp32", "fp16", "bf16")
+if TYPE_CHECKING:  # it takes a second, which --help has no use for
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+OF_MODELS = (*LOADING, "format", "lora", "default")
+OF_LORAS = ("rank", "lora_format")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("input", type=Path, metavar="IN", help="a checkpoint")
-    parser.add_argument(
-        "output", type=Path, metavar="OUT", help="where to write; an existing file is replaced at the end"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights in the file (fp32)")
-    parser.add_argument(
-        "--default", action="append", default=[], metavar="KEY=VALUE", help="change one of the model's own settings"
-    )
-    args = parser.parse_args(argv)
+    args = parse(argv)
 
     import torch
 
-    import ldm
+    from ldm.finetune.lora_files import holds_lora
 
-    model = ldm.load(args.input, device="cpu")
+    dtype = None if args.dtype is None else getattr(torch, DTYPES[args.dtype])
+    is_lora = args.input.is_file() and holds_lora(args.input)
+    for name in OF_MODELS if is_lora else OF_LORAS:
+        if getattr(args, name) not in (None, False, []):
+            kinds = ("models", "a LoRA file") if is_lora else ("LoRA files", "none")
+            raise ValueError(f"--{name.replace('_', '-')} is for {kinds[0]}, and {str(args.input)!r} is {kinds[1]}")
+    for note in (convert_lora if is_lora else convert_model)(args, dtype):
+        print(note)
+    files = [args.output] if args.output.is_file() else [path for path in args.output.rglob("*") if path.is_file()]
+    print(f"{args.output}: {sum(path.stat().st_size for path in files):,} bytes")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("input", type=Path, metavar="IN", help="a checkpoint, a folder of diffusers, or a LoRA file")
+    add("output", type=Path, metavar="OUT", help="where to write; an existing file is replaced at the end")
+    add("--dtype", choices=DTYPES, help="of the weights in the file (models: fp32; LoRAs: as they are)")
+
+    add = parser.add_argument_group("if IN is a model").add_argument
+    add(
+        "--format",
+        choices=("ldm", "compvis", "diffusers"),
+        help="one file; the same with what other programs look for in it; a folder (ldm)",
+    )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="add this LoRA's change, times STRENGTH (1), to the weights; several add up",
+    )
+    add("--default", action="append", default=[], metavar="KEY=VALUE", help="change one of the model's own settings")
+    add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
+    add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
+    add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
+    add("--config", type=Path, metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
+    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
+    add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
+    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
+
+    add = parser.add_argument_group("if IN is a LoRA").add_argument
+    add("--rank", type=whole(1), metavar="N", help="a smaller rank: of each layer's change, its N strongest directions")
+    add(
+        "--lora-format",
+        choices=("kohya", "peft"),
+        help="kohya: what nearly every program reads; peft: diffusers' own (as it is)",
+    )
+    return parser.parse_args(argv)
+
+
+def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list[str]:
+    """Write the model that the options describe; what is to be said about it."""
+    import ldm
+    from ldm.finetune.lora_files import merge_lora, split_strength
+
+    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
+    model = ldm.load(args.input, device="cpu", **given)
     for change in args.default:
         set_default(model.defaults, change)
-    ldm.save(model, args.output, {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype])
-    print(f"{args.output}: {args.output.stat().st_size:,} bytes")
+    for text in args.lora:
+        merge_lora(model, *split_strength(text))
+    return model.notes + ldm.save(model, args.output, dtype, "ldm" if args.format is None else args.format)
+
+
+def convert_lora(args: argparse.Namespace, dtype: "torch.dtype | None") -> list[str]:
+    """Write the LoRA; what is to be said about it."""
+    from ldm.finetune.lora_files import rewrite
+
+    return rewrite(args.input, args.output, args.rank, args.lora_format, dtype)
 
 
 def set_default(defaults: dict, change: str) -> None:

@@ -1,13 +1,18 @@
-"""scripts/convert.py: precision, own settings, mistakes."""
+"""scripts/convert.py: precision, formats, own settings, LoRAs merged and rewritten, mistakes."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from lora_models import learned, tiny
+from safetensors.torch import load_file as read_tensors
+from safetensors.torch import save_file
 
 import ldm
 from ldm.checkpoint.file import load_file
+from ldm.finetune import lora
+from ldm.finetune.lora_files import merge_lora, save_lora
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 
@@ -42,3 +47,92 @@ def test_mistakes_are_named_and_leave_the_output_alone(convert, tiny_checkpoint,
     with pytest.raises(FileNotFoundError, match="does not exist"):
         convert([str(tmp_path / "none.safetensors"), str(out)])
     assert out.read_bytes() == b"kept"
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory):
+    """(a tiny Stable Diffusion 1, its file, two LoRAs for it)"""
+    folder = tmp_path_factory.mktemp("stable")
+    model = tiny("sd1")
+    paths = [folder / name for name in ("model.safetensors", "a.safetensors", "b.safetensors")]
+    ldm.save(model, paths[0])
+    for seed, path in enumerate(paths[1:]):
+        adapters = learned(model, rank=4, seed=seed)
+        lora.detach(adapters)
+        save_lora(path, adapters, model)
+    return model, *map(str, paths)
+
+
+def test_loras_are_merged_at_their_strengths(convert, stable, tmp_path):
+    model, file, a, b = stable
+    out = tmp_path / "merged.safetensors"
+    convert([file, str(out), "--lora", f"{a}:0.5", "--lora", b])
+    merged, original = load_file(out)[1], load_file(file)[1]
+    first, second = merge_lora(model, b), merge_lora(model, a, 0.5)
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lora.restore(model, second | first)
+    assert merged.keys() == original.keys()
+    changed = {name for name in merged if not torch.equal(merged[name], original[name])}
+    assert len(changed) > 80 and not any(name.startswith("first_stage") for name in changed)
+    assert all(torch.allclose(merged[name], wanted[name], atol=1e-6) for name in merged)  # of another order
+
+
+def test_every_format_is_written_and_read_back(convert, stable, tmp_path, capsys):
+    model, file, *_ = stable
+    for format, name in (("ldm", "a.safetensors"), ("compvis", "b.safetensors"), ("diffusers", "folder")):
+        convert([file, str(tmp_path / name), "--format", format])
+        said = capsys.readouterr().out
+        back = tmp_path / f"{format}.safetensors"
+        convert([str(tmp_path / name), str(back)])
+        state = load_file(back)[1]
+        assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+        size = sum(p.stat().st_size for p in [tmp_path / name, *(tmp_path / name).rglob("*")] if p.is_file())
+        assert f"{name}: {size:,} bytes" in said
+    assert "a folder of diffusers, StableDiffusionPipeline" in capsys.readouterr().out  # model.notes
+
+
+def test_parts_and_prediction_are_those_asked_for(convert, stable, tmp_path):
+    _, file, *_ = stable
+    other = tiny("sd1")
+    for parameter in other.first_stage_model.parameters():
+        parameter.data = torch.full_like(parameter, 0.25)
+    ldm.save(other, tmp_path / "vae.safetensors")
+    out = tmp_path / "out.safetensors"
+    convert([file, str(out), "--vae", str(tmp_path / "vae.safetensors"), "--prediction", "v"])
+    config, state = load_file(out)
+    assert config["params"]["prediction"] == "v"
+    assert all((tensor == 0.25).all() for name, tensor in state.items() if name.startswith("first_stage_model."))
+    assert torch.equal(state["model.diffusion_model.out.2.weight"], other.model.diffusion_model.out[2].weight)
+    save_file(state, tmp_path / "plain.safetensors")  # by another program, without a header of ours
+    with pytest.raises(ValueError, match="averaged"):
+        convert([str(tmp_path / "plain.safetensors"), str(out), "--ema"])
+
+
+def test_a_lora_is_rewritten(convert, stable, tmp_path, capsys):
+    *_, a, _ = stable
+    out = tmp_path / "out.safetensors"
+    convert([a, str(out), "--rank", "2", "--lora-format", "peft", "--dtype", "fp16"])
+    state = read_tensors(out)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    ranks = {len(tensor) for name, tensor in state.items() if name.endswith("lora_A.weight")}
+    assert ranks == {2} and all(name.startswith(("unet.", "text_encoder.")) for name in state)
+    said = capsys.readouterr().out
+    assert "rank 2: " in said and f"{out}: {out.stat().st_size:,} bytes" in said
+    convert([a, str(out)])
+    assert out.read_bytes() == Path(a).read_bytes()
+
+
+def test_options_of_the_other_kind_are_refused(convert, stable, tmp_path):
+    _, file, a, b = stable
+    out = str(tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match=r"--rank is for LoRA files, and '.*model.safetensors' is none"):
+        convert([file, out, "--rank", "4"])
+    with pytest.raises(ValueError, match=r"--lora is for models, and '.*a.safetensors' is a LoRA file"):
+        convert([a, out, "--lora", b])
+    with pytest.raises(ValueError, match="--format is for models"):
+        convert([a, out, "--format", "diffusers"])
+    with pytest.raises(FileNotFoundError, match="none.safetensors' does not exist"):
+        convert([file, out, "--lora", str(tmp_path / "none.safetensors:0.5")])
+    with pytest.raises(ValueError, match="holds no LoRA weights"):
+        convert([file, out, "--lora", file])
+    assert not Path(out).exists()

@@ -11,6 +11,8 @@ import torch
 from conftest import randomised
 from meta_models import TINY_1, TINY_2
 from safetensors.torch import save_file
+from script_runs import load_script, recipe, runner, samples
+from script_runs import pixels as script_pixels
 
 import ldm
 from ldm.checkpoint.compvis import PREFIXES, single_file
@@ -187,6 +189,68 @@ def test_compvis_yaml_as_configuration(theirs, model, tmp_path):
     assert np.array_equal(pixels(ldm.load(path, device="cpu", config=own)), pixels(model))
     with pytest.raises(FileNotFoundError, match="configuration 'none.yaml' does not exist"):
         ldm.load(path, device="cpu", config="none.yaml")
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_the_scripts_draw_with_it_and_again_from_the_picture(model, theirs, tmp_path, form):
+    """A folder has no bytes of its own to hash: its parts' files are."""
+    path = tmp_path / "model"
+    if form == "file":
+        write("zip", path, theirs)
+    else:
+        ldm.save(model, path, format="diffusers")
+    draw = runner(load_script("txt2img"), path, tmp_path)
+    first, *_ = samples(draw("--H", 32, "--W", 32, out="first"))
+    (again,) = samples(draw("--from-png", first, out="again", steps=None))
+    assert np.array_equal(script_pixels(first), script_pixels(again))
+    assert len(recipe(first).model_hash) == 10
+    if form == "folder":
+        ldm.save(model, path, dtype=torch.float16, format="diffusers")
+        with pytest.raises(ValueError, match=f"made by the model model with hash {recipe(first).model_hash}, but"):
+            draw("--from-png", first, out="other", steps=None)
+
+
+def test_what_would_change_nothing_is_refused(model, theirs, tmp_path):
+    """ema, variant and config, where the file or folder has none or says it itself."""
+    ldm.save(model, tmp_path / "folder", format="diffusers")
+    ldm.save(model, tmp_path / "own.safetensors")
+    path = write("zip", tmp_path / "theirs.ckpt", theirs)
+    yaml = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
+    for name in ("folder", "own.safetensors", "theirs.ckpt"):
+        with pytest.raises(ValueError, match=f"{name}'.* has no averaged weights"):
+            ldm.load(tmp_path / name, device="cpu", ema=True)
+    with pytest.raises(ValueError, match="folder' has a configuration: load it without config"):
+        ldm.load(tmp_path / "folder", device="cpu", config=yaml)
+    with pytest.raises(ValueError, match="theirs.ckpt' is one file: only diffusers' folders have a variant 'fp16'"):
+        ldm.load(path, device="cpu", variant="fp16")
+
+
+def test_averaged_weights_beside_another_first_stage(model, theirs, tmp_path):
+    """`ema` is of the file that the UNet comes from; a first stage of another file need not have any."""
+    unet, vae = PREFIXES["unet"], PREFIXES["first_stage"]
+    names = [name for name in model.state_dict() if name.startswith(unet)]
+    averages = {"model_ema." + n.removeprefix("model.").replace(".", ""): model.state_dict()[n] + 1 for n in names}
+    averaged = write("zip", tmp_path / "ema.ckpt", theirs | averages)
+    alone = {name.removeprefix(vae): t for name, t in theirs.items() if name.startswith(vae)}
+    first_stage = write("safetensors", tmp_path / "vae.safetensors", alone)
+    wanted = {n: t + 1 if n.startswith(unet) else t for n, t in model.state_dict().items()}
+    assert same_weights(ldm.load(averaged, device="cpu", ema=True, vae=first_stage), wanted)
+    plain = write("zip", tmp_path / "plain.ckpt", theirs)
+    assert same_weights(ldm.load(plain, device="cpu", ema=True, unet=averaged), wanted)
+
+
+def test_parts_of_another_kind_are_told_by_their_own_names(model, theirs, tmp_path):
+    ldm.save(model, tmp_path / "folder", format="diffusers")
+    plain = write("zip", tmp_path / "plain.ckpt", theirs)
+    for option, other in (("vae", "model.diffusion_model."), ("unet", "first_stage_model.")):
+        bare = {name.removeprefix(other): t for name, t in theirs.items() if name.startswith(other)}
+        with pytest.raises(ValueError, match=f"part.safetensors' holds a ldm.*, which is no .* .--{option}"):
+            part = write("safetensors", tmp_path / "part.safetensors", bare)
+            ldm.load(plain, device="cpu", **{option: part})
+    for part, kind in (("unet", "UNet2DConditionModel"), ("text_encoder", "CLIPTextModel")):
+        for options in ({"path": tmp_path / "folder" / part}, {"path": plain, "vae": tmp_path / "folder" / part}):
+            with pytest.raises(ValueError, match=f"folder '.*{part}' holds a .*{kind}.* alone: what is read are"):
+                ldm.load(device="cpu", **options)
 
 
 def test_strictly(theirs, tmp_path):

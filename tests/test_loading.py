@@ -90,6 +90,34 @@ def test_what_is_not_a_whole_model(tiny_model, tmp_path):
     assert torch.equal(network(x, sample_posterior=False)[0], tiny_model.first_stage_model(x, False)[0])
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"target": ["a"]},
+        {"params": "x"},
+        {"params": None},
+        {"schedule": {"name": "linear", "T": "1000"}},
+        {"schedule": {"name": "linear", "start": 2.0}},
+        {"prediction": []},
+    ],
+    ids=str,
+)
+def test_a_damaged_configuration_in_one_sentence(tiny_model, tmp_path, damage):
+    config = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": copy.deepcopy(tiny_model.config)}
+    (config if damage.keys() <= config.keys() else config["params"]).update(damage)
+    save_file(tmp_path / "a", tiny_model.state_dict(), config)
+    with pytest.raises(ValueError, match="^checkpoint '.*' has a damaged configuration.*[^\\n]$"):
+        ldm.load(tmp_path / "a", device="cpu")
+
+
+def test_torchs_own_stack_is_left_out_of_the_sentence(tiny_model, tmp_path):
+    config = copy.deepcopy(tiny_model.config)
+    config["unet_config"]["params"]["model_channels"] = 10**30
+    save_file(tmp_path / "a", tiny_model.state_dict(), {"target": "ldm.latent_diffusion.LatentDiffusion", "params": config})
+    with pytest.raises(ValueError, match="^checkpoint .* builds nothing: [^\\n]*$"):
+        ldm.load(tmp_path / "a", device="cpu")
+
+
 @pytest.mark.parametrize("target", ["os.system", "torch.hub.load", "ldm.loading.load", "subprocess.Popen"])
 def test_a_configuration_reaches_nothing_but_classes(tmp_path, target):
     params = {"command": f"touch {tmp_path}/hit", "args": ["touch", f"{tmp_path}/hit"]}

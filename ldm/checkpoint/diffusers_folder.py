@@ -24,9 +24,8 @@ from ldm.checkpoint.diffusers_text import (
     write_text_encoder,
     write_tokenizer,
 )
-from ldm.checkpoint.families import WHOLE
 from ldm.checkpoint.file import save_file
-from ldm.checkpoint.structure import KL, TEXT, UNET
+from ldm.checkpoint.structure import KL, TEXT, UNET, WHOLE
 from ldm.util import instantiate_network
 
 # concat -> the pipeline that is written; all of them are read
@@ -105,8 +104,15 @@ def read_vae_folder(path: str | Path) -> tuple[dict[str, Any], State]:
     Errors as `read_folder`.
     """
     path = Path(path)
+    config = read_json(path / "config.json")
+    kind = config.get("_class_name", config.get("architectures"))
+    if kind not in (None, "AutoencoderKL"):
+        raise ValueError(
+            f"folder {str(path)!r} holds a {kind} alone: what is read are whole pipelines (with a model_index.json) and "
+            "an AutoencoderKL"
+        )
     with _said_of(path):
-        vae, _ = read_vae(read_json(path / "config.json"))
+        vae, _ = read_vae(config)
         ddconfig = vae["ddconfig"]
         weights, _ = read_weights(path, "vae", None)
         state = names.vae_from_diffusers(weights, len(ddconfig["ch_mult"]), ddconfig["num_res_blocks"])

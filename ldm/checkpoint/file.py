@@ -1,9 +1,10 @@
 """Our checkpoint file: safetensors with the configuration in the header, so that the file alone rebuilds the model."""
 
+import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,8 +50,10 @@ def read_config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]
         config = json.loads(metadata[CONFIG_KEY])
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration ({error})") from None
-    if not isinstance(config, dict):
+    if not isinstance(config, dict) or not isinstance(config.get("params", {}), dict):
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it is no mapping)")
+    if not isinstance(config.get("target"), str | None):
+        raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (its target is {config['target']!r})")
     return config
 
 
@@ -99,6 +102,16 @@ def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], d
 def _content(tensor: Tensor) -> Any:
     """The tensor's numbers as a buffer."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def file_hash(paths: Iterable[Path]) -> str:
+    """The first ten hexadecimal digits of the SHA-256 of files one after another: as A1111's users know models."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()[:10]
 
 
 class atomic:

@@ -15,7 +15,7 @@ _FOREIGN = tuple(
     for pattern, sentence in (
         (
             r"^lora_(unet|te)|\.lora[._](up|down|A|B)\.|_lora\.(up|down)\.|\.(hada_w1|lokr_w1|oft_)",
-            "holds LoRA weights, which change a model and are none: load the model that they were made for",
+            "holds LoRA weights, which change a model and are none: load the model that they were made for, with --lora FILE",
         ),
         (r"^conditioner\.embedders\.", SDXL),
         (r"\bjoint_blocks\.", f"is Stable Diffusion 3, which is not supported: {WANTED}"),
@@ -29,7 +29,8 @@ _FOREIGN = tuple(
         (r"^(noise_augmentor|embedder)\.", f"is Stable Diffusion 2.1 unCLIP, which is not supported: {WANTED}"),
         (
             r"^(string_to_param|emb_params$|clip_[gl]$)",
-            "holds a textual-inversion embedding, a word and no model: load the model that it was learned with",
+            "holds a textual-inversion embedding, a word and no model: load the model that it was learned with, and "
+            "this with --embedding FILE",
         ),
         (
             r"^(unet\.)?(down_blocks\.\d+\.resnets\.|time_embedding\.linear_1\.)",
@@ -54,5 +55,5 @@ def refuse_foreign(state: Mapping[str, Tensor]) -> None:
     if len(state) < 8 and all(_WORD.fullmatch(name) and tensor.ndim in (1, 2) for name, tensor in state.items()):
         raise ValueError(
             f"the file holds {len(state)} small tensors ({', '.join(sorted(state)[:3])}), as a textual-inversion "
-            "embedding does, a word and no model: load the model that it was learned with"
+            "embedding does, a word and no model: load the model that it was learned with, and this with --embedding FILE"
         )

@@ -5,7 +5,8 @@ A pickle is a program for a small stack machine, and Python's own machine import
 nothing to call with: a class or function that the program names stays a `Name`, a text that is never looked up; an
 object that it wants made is `Inert`, save the few plain things that `_made` knows; attributes, items or elements for
 anything but a plain dict or list go nowhere. `pickletools.genops` of the standard library, a disassembler, cuts the
-bytes into instructions (protocols 0 to 5) and checks their lengths.
+bytes into instructions (protocols 0 to 5) and checks their lengths. One class is known by what it holds: of a
+`torch.nn.ParameterDict`, in which embeddings of textual inversion are kept, the parameters are taken.
 
 A tensor comes out as `StoredTensor`, the numbers that describe it: `torch_file` checks them and makes the tensor.
 """
@@ -57,6 +58,10 @@ class StoredTensor:
     size: Any
     stride: Any
     dtype: str | None = None
+
+
+class Parameters(dict):
+    """A torch.nn.ParameterDict: parameters by name, which the pickle gives as one of its attributes."""
 
 
 def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
@@ -163,7 +168,10 @@ class _Machine:
                 maker, *arguments = self.take_to_mark()
                 stack.append(_made(maker, arguments))
             case "BUILD":
-                self.take(1)  # attributes
+                (attributes,) = self.take(1)
+                held = attributes.get("_parameters") if type(attributes) is dict else None
+                if type(stack[-1]) is Parameters and type(held) is dict:
+                    stack[-1].update(held)
             case "EMPTY_SET" | "NEXT_BUFFER":
                 stack.append(Inert(opcode))
             case "FROZENSET":
@@ -211,6 +219,8 @@ def _made(maker: Any, arguments: Any) -> Any:
     match name, arguments:
         case "collections.OrderedDict", ():
             return {}
+        case "torch.nn.modules.container.ParameterDict", ():
+            return Parameters()
         case "torch._utils._rebuild_tensor", (storage, offset, size, stride):
             return StoredTensor(storage, offset, size, stride)
         case "torch._utils._rebuild_tensor_v2", (storage, offset, size, stride, _, _):

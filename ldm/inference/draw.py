@@ -47,6 +47,7 @@ def own_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
         interval=EVERYWHERE if interval is None else tuple(map(float, interval)),
         precision=precision_of(model),
         model_hash=model.hash,
+        changes="; ".join(model.changes),
         model_name=name,
     )
     return _complete(recipe.changed(**settings))
@@ -111,6 +112,11 @@ def draw_again(
         raise ValueError(
             f"the picture was made by the model {recipe.model_name} with hash {recipe.model_hash}, "
             f"but the one loaded has hash {model.hash}: name the right checkpoint with --ckpt"
+        )
+    if recipe.changes != "; ".join(model.changes):
+        raise ValueError(
+            f"the picture was made with {recipe.changes or 'nothing'} in the model, and now there is "
+            f"{'; '.join(model.changes) or 'nothing'}: name the same --lora and --embedding files"
         )
     prompts = refill(recipe, lambda prompt: chunks(model, recipe, [prompt])[0])
     seeds, place = [recipe.seed] * recipe.batch_size, recipe.batch_position

@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` and mistakes in options are quick.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
     add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
     add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
+    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add this LoRA's change (1); repeatable")
+    add("--embedding", type=Path, action="append", default=[], metavar="FILE", help="learned words; repeatable")
     add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
     add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
     add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
@@ -73,6 +76,7 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     given = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
     # first onto the CPU, where a mapped file takes no memory: what goes to the device goes there once, in its precision
     model = ldm.load(args.ckpt, device="cpu", **given)
+    change(model, args.lora, args.embedding)
     for note in model.notes:
         print(note, file=sys.stderr)
     set_precision(model, "full" if args.precision is None else args.precision, device)
@@ -90,3 +94,18 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
         compile_unet(model)
     watch(model)
     return model
+
+
+def change(model: "LatentDiffusion", loras: Sequence[str], embeddings: Sequence[Path]) -> None:
+    """Put LoRAs (`FILE[:STRENGTH]`) and learned words into the model, and write down that they are there."""
+    from ldm.checkpoint.file import file_hash
+    from ldm.finetune.embeddings import apply_embedding
+    from ldm.finetune.lora_files import merge_lora, split_strength
+
+    for path, strength in map(split_strength, loras):
+        merge_lora(model, path, strength)
+        model.changes.append(f"lora {path.stem} {file_hash([path])} at {strength:g}")
+    for path in embeddings:
+        words = apply_embedding(model, path)
+        model.changes.append(f"words {' '.join(words)} {file_hash([path])}")
+        model.notes.append(f"learned words of {path}: {' '.join(words)}")

@@ -58,6 +58,7 @@ class Recipe:
     batch_prompts: int = 1
     prompt_position: int = 0
     model_hash: str = ""
+    changes: str = ""  # LoRAs and learned words in the model
     model_name: str = ""
 
     def __post_init__(self) -> None:
@@ -79,6 +80,7 @@ class Recipe:
             "Init image hash": self.init_hash,
             "Mask hash": self.mask_hash,
             "Model hash": self.model_hash,
+            "Changes": self.changes,
             "Model": self.model_name,
             "Index": self.index,
             "Spacing": self.spacing,
@@ -135,6 +137,7 @@ class Recipe:
                 batch_prompts=int(settings.get("Batch prompts", 1)),
                 prompt_position=int(settings.get("Prompt pos", 0)),
                 model_hash=settings.get("Model hash", ""),
+                changes=settings.get("Changes", ""),
                 model_name=settings.get("Model", ""),
             )
         except KeyError as missing:

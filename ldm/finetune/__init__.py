@@ -1,0 +1,1 @@
+"""Teaching a model something new: DreamBooth, LoRA, textual inversion."""

@@ -1,0 +1,285 @@
+"""LoRA: chosen layers of a network are changed by matrices of low rank, learned beside them (Hu et al. 2021,
+https://arxiv.org/abs/2106.09685, section 4.1):
+
+    W' = W + strength * alpha / rank * up @ down        up (out, rank), down (rank, in)
+
+For a k x k convolution, down is one of k x k to `rank` channels and up one of 1 x 1 (LoCon; Yeh et al. 2023,
+https://arxiv.org/abs/2309.14859). The network keeps its modules, their classes and the names of its parameters: an
+adapter hooks onto the layer that it changes, or is merged into its weights.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum
+from torch import Tensor, nn
+
+from ldm.conditioning.text import TextEncoder
+from ldm.models.clip import StackedAttention
+
+# Groups of layers by name; `attach` also takes regular expressions of one's own. The first two are what diffusers'
+# scripts train, sd-scripts takes feed-forward layers and projections too, and convolutions if asked.
+TARGETS = {
+    "attention": r"\battn[12]\.to_(q|k|v|out\.0)$",
+    "text": r"\b(self_)?attn\.(q|k|v|out)_proj$",
+    "feed_forward": r"\bff\.net\.(0\.proj|2)$",
+    "text_feed_forward": r"\bmlp\.(fc1|fc2|c_fc|c_proj)$",
+    "projection": r"\bproj_(in|out)$",
+    "convolution": r"\b(in_layers\.2|out_layers\.3|skip_connection|op|conv)$",
+}
+DEFAULT_TARGETS = ("attention", "text")
+
+
+class Place(NamedTuple):
+    """A layer that can be adapted: its weight's name, and which third of it where q, k and v are stacked in one."""
+
+    layer: nn.Linear | nn.Conv2d | StackedAttention
+    parameter: str
+    part: int | None = None
+
+    def part_of(self, weight: Tensor) -> Tensor:
+        """What an adapter at this place changes of the layer's weight, as a view."""
+        return weight if self.part is None else weight.chunk(3)[self.part]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that an adapter at this place changes: (out, in), or (out, in, k, k) of a convolution."""
+        return self.part_of(self.layer.weight if self.part is None else self.layer.in_proj_weight)
+
+
+class Adapter(nn.Module):
+    """The change of one layer: scale * up(down(x)), with scale = strength * alpha / rank.
+
+    Args:
+        down: (rank, in), or (rank, in, k, k) beside a convolution. up: (out, rank), or (out, rank, 1, 1).
+        strength: may be set at any time; 0 is none.
+
+    Raises ValueError for matrices that do not fit together.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, alpha: float, strength: float = 1.0) -> None:
+        super().__init__()
+        if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != len(down) or up.shape[2:].numel() != 1:
+            raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are not two matrices of one rank")
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(up)
+        self.alpha = alpha
+        self.strength = strength
+        self._remove: Callable[[], None] | None = None  # takes it off its layer
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+    @property
+    def scale(self) -> float:
+        return self.strength * self.alpha / self.rank
+
+    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """The layer's input -> what is added to its output; `layer` says how it convolves.
+
+        It is computed in the adapter's dtype, or autocast's.
+        """
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.dtype)
+        if self.down.ndim == 2:
+            return F.linear(self.scale * F.linear(x, self.down), self.up)  # (..., rank), (..., out)
+        h = F.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)  # (b, rank, h, w)
+        return F.conv2d(self.scale * h, self.up)  # (b, out, h, w)
+
+    def delta(self) -> Tensor:
+        """scale * up @ down in float32: (out, in), or (out, in, k, k)."""
+        up = self.up.detach().float().flatten(1)  # (out, rank)
+        return self.scale * einsum(up, self.down.detach().float(), "o r, r ... -> o ...")
+
+    def connect(self, place: Place) -> None:
+        """From now on the layer's output has the change added to it; several adapters of a layer add up."""
+        assert self._remove is None, "an adapter is at one layer"
+        self.to(place.weight.device)
+        if place.part is None:
+            self._remove = place.layer.register_forward_hook(self._hook).remove
+        else:
+            self._remove = _connect_stacked(place, self)
+
+    def disconnect(self) -> None:
+        """Takes the change off the layer again, if it is on one."""
+        if self._remove is not None:
+            self._remove()
+        self._remove = None
+
+    def _hook(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self(inputs[0], layer).to(output.dtype)
+
+
+def _connect_stacked(place: Place, adapter: Adapter) -> Callable[[], None]:
+    """Hooks onto q, k or v of OpenCLIP's attention, which are no modules: the instance gets a `qkv` of its own."""
+    attention, entry = place.layer, (place.part, adapter)
+    if "adapters" not in vars(attention):
+        attention.adapters = []
+        attention.qkv = MethodType(_adapted_qkv, attention)  # which a deep copy binds to the copy
+    attention.adapters.append(entry)
+    return partial(_disconnect_stacked, attention, entry)
+
+
+def _disconnect_stacked(attention: StackedAttention, entry: tuple[int, Adapter]) -> None:
+    attention.adapters.remove(entry)
+    if not attention.adapters:
+        del attention.adapters, attention.qkv
+
+
+def _adapted_qkv(attention: StackedAttention, x: Tensor) -> tuple[Tensor, ...]:
+    """The class's own qkv, and what the adapters add to each of the three."""
+    parts = list(type(attention).qkv(attention, x))
+    for part, adapter in attention.adapters:
+        parts[part] = adapter._hook(attention, (x,), parts[part])
+    return tuple(parts)
+
+
+def places(network: nn.Module) -> dict[str, Place]:
+    """All layers of a network that can be adapted, by name: its linear layers and convolutions of images.
+
+    The three parts of OpenCLIP's `attn.in_proj_weight` are named `attn.q_proj`, `attn.k_proj`, `attn.v_proj`. Not among
+    the layers of a whole model are its first stage, for which LoRA files have no names, and the text encoder's blocks
+    after the one that it reads.
+    """
+    found = {}
+    encoders = [module for module in network.modules() if isinstance(module, TextEncoder) and not module.pooled]
+    unread = {layer for own in encoders for block in own.tower.blocks()[own.state :] for layer in block.modules()}
+    for name, module in network.named_modules():
+        if module in unread or name.startswith("first_stage_model."):
+            continue
+        dot = f"{name}." if name else ""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            found[name] = Place(module, f"{dot}weight")
+        elif isinstance(module, StackedAttention):
+            for i, part in enumerate("qkv"):
+                found[f"{dot}{part}_proj"] = Place(module, f"{dot}in_proj_weight", i)
+    return found
+
+
+def select(names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Those names that a target fits: a group of `TARGETS`, or a regular expression that is found in the name.
+
+    A group may be empty, as "text" is in a UNet. Raises ValueError when there is no layer at all, or none for an
+    expression.
+    """
+    chosen = set()
+    for target in targets:
+        try:
+            fitting = {name for name in names if re.search(TARGETS.get(target, target), name)}
+        except re.error as error:
+            raise ValueError(f"target {target!r} is not a regular expression: {error}") from None
+        if not fitting and target not in TARGETS:
+            raise ValueError(
+                f"target {target!r} fits no layer: it is one of {', '.join(TARGETS)}, or a regular expression for "
+                f"names such as {', '.join(list(names)[:3])}"
+            )
+        chosen |= fitting
+    if not chosen:
+        raise ValueError(f"the network has no layers to adapt among {', '.join(targets)}")
+    return [name for name in names if name in chosen]
+
+
+def attach(
+    network: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    seed: int = 0,
+) -> dict[str, Adapter]:
+    """New adapters, ready to be trained, at the chosen layers of a network: by the layers' names.
+
+    They are no part of the network: its parameters, `state_dict` and `to` do not know them, and nothing of the network
+    is frozen or thawed. They begin as no change (Hu et al. 2021, section 4.1: down normal, here with standard deviation
+    1 / rank, and up zero), in float32 where the layers are: a network moved later leaves them behind.
+
+    Args:
+        network: a whole model, if the adapters are to be saved by `lora_files.save_lora`; or any other.
+        alpha: the change is multiplied by alpha / rank; None is `rank`.
+        targets: see `select`.
+    """
+    if rank < 1:
+        raise ValueError(f"rank {rank} is no rank of a LoRA: it is at least 1")
+    found = places(network)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for name in select(list(found), targets):
+        shape = found[name].weight.shape
+        down = torch.randn(rank, *shape[1:], generator=generator) / rank
+        up = torch.zeros(shape[0], rank, *[1] * len(shape[2:]))
+        adapters[name] = Adapter(down, up, rank if alpha is None else alpha)
+    connect(network, adapters)
+    return adapters
+
+
+def connect(network: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Hooks adapters onto the layers of these names. Those that are already there stay: changes add up."""
+    found = places(network)
+    for name, adapter in adapters.items():
+        adapter.connect(found[name])
+
+
+def detach(adapters: Mapping[str, Adapter]) -> None:
+    """Takes adapters off their layers; the network is as it was without them, bit for bit."""
+    for adapter in adapters.values():
+        adapter.disconnect()
+
+
+@torch.no_grad()
+def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Adds adapters to the weights, at their strengths, and takes them off their layers.
+
+    Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once. Returns the weights
+    that it replaced, by parameter: not copies, but the tensors of before, which `restore` puts back.
+    """
+    detach(adapters)
+    found, kept = places(network), {}
+    for name, adapter in adapters.items():
+        place = found[name]
+        parameter = network.get_parameter(place.parameter)
+        if place.parameter not in kept:
+            kept[place.parameter] = parameter.data
+            parameter.data = parameter.data.clone()
+        part = place.part_of(parameter.data)
+        part.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) + adapter.delta().to(part.device))
+    return kept
+
+
+def restore(network: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Undoes `merge`, bit for bit; after several, the last one first (or all at once with `last | ... | first`)."""
+    for name, original in kept.items():
+        parameter = network.get_parameter(name)
+        parameter.data = original.to(parameter.device, parameter.dtype)
+
+
+class Resized(NamedTuple):
+    """An adapter of a smaller rank, and how much of the squared norm of the change it has, of how much."""
+
+    adapter: Adapter
+    kept: float
+    whole: float
+
+
+@torch.no_grad()
+def resized(adapter: Adapter, rank: int) -> Resized:
+    """The nearest adapter of that rank, by singular values (Eckart & Young 1936), with the same alpha / rank.
+
+    The singular values are split evenly between up and down. An adapter of no more than that rank stays as it is.
+    """
+    up, down = (matrix.double().flatten(1) for matrix in (adapter.up, adapter.down))  # (out, r), (r, in * k * k)
+    # up @ down = q_up (r_up @ r_down^T) q_down^T: the decomposition of a small matrix
+    (q_up, r_up), (q_down, r_down) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+    u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    energy = (adapter.scale * s).square()
+    if rank >= adapter.rank:
+        return Resized(adapter, energy.sum().item(), energy.sum().item())
+    root = s[:rank].sqrt()
+    new_up = ((q_up @ u[:, :rank]) * root).reshape(-1, len(root), *adapter.up.shape[2:])
+    new_down = (root[:, None] * (vh[:rank] @ q_down.T)).reshape(-1, *adapter.down.shape[1:])
+    dtype = adapter.down.dtype
+    smaller = Adapter(new_down.to(dtype), new_up.to(dtype), adapter.alpha * len(root) / adapter.rank, adapter.strength)
+    return Resized(smaller, energy[:rank].sum().item(), energy.sum().item())

@@ -1,0 +1,318 @@
+"""LoRA files: read in any of the common namings, written in sd-scripts' ("kohya") and PEFT's, which diffusers reads.
+
+An adapter's alpha is a tensor beside its matrices in sd-scripts' files, and in the header of PEFT's (diffusers from
+0.35 on); where neither says, alpha is the rank. Every adapter here has scale alpha / rank.
+"""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from ldm.checkpoint.file import save_file
+from ldm.checkpoint.tensors import read_tensors
+from ldm.finetune.lora import Adapter, connect, merge, places, resized
+from ldm.finetune.lora_names import (
+    PARTS,
+    XL,
+    XL_CONTEXT,
+    layers_of,
+    own_spellings,
+    parse,
+    refuse_other_kinds,
+    to_kohya,
+    with_usual_levels,
+)
+from ldm.latent_diffusion import LatentDiffusion
+
+FORMATS = ("kohya", "peft")
+# diffusers' key in the header: arguments of PEFT's LoraConfig as JSON, each with `unet.` or `text_encoder.` before it
+SETTINGS = "lora_adapter_metadata"
+
+
+class LoraFile(NamedTuple):
+    """A file's adapters by layer (in the one naming of `lora_names`), other tensors, header's texts, and format."""
+
+    adapters: dict[str, Adapter]
+    others: list[str]
+    metadata: dict[str, str]
+    format: str
+
+
+def read_lora(path: str | Path) -> LoraFile:
+    """All adapters in a file (safetensors, or .ckpt, .pt and .bin, in which nothing is executed), as they are stored.
+
+    Raises FileNotFoundError when there is none, and ValueError when it holds no LoRA, or one that is not read here:
+    LoHa, LoKr, OFT, DoRA ..., or for another family of models.
+    """
+    contents = read_tensors(path)
+    state, metadata = contents.state, contents.metadata
+    try:
+        refuse_other_kinds(state)
+        base = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
+        if re.search(r"\bsdxl|stable-diffusion-xl", base):
+            raise ValueError(XL)
+        matrices, others = _by_layer(state)
+        if not matrices:
+            raise ValueError(f"holds no LoRA weights; it has {', '.join(list(state)[:3])}")
+        alphas = _Alphas(Path(path), metadata)
+        adapters = {layer: _adapter(layer, own, alphas) for layer, own in matrices.items()}
+        if any(re.search(r"attn2\.to_[kv]$", n) and a.down.shape[1] == XL_CONTEXT for n, a in adapters.items()):
+            raise ValueError(XL)
+    except ValueError as error:
+        raise ValueError(f"LoRA {str(path)!r} {error}") from None
+    form = "kohya" if any(name.startswith("lora_") for name in state) else "peft"
+    return LoraFile(adapters, others, metadata, form)
+
+
+def holds_lora(path: str | Path) -> bool:
+    """Whether a file is a LoRA of some kind rather than a model. Raises as `read_tensors`."""
+    return any(parse(name) is not None for name in read_tensors(path).state)
+
+
+def _by_layer(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({layer: {"down": .., "up": .., "alpha": ..}}, names of what is no LoRA's)."""
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    others = []
+    for key, tensor in state.items():
+        parsed = parse(key)
+        if parsed is None or parsed[1] in layers[parsed[0]]:
+            others.append(key)
+        else:
+            layers[parsed[0]][parsed[1]] = tensor
+    alone = [layer for layer, own in layers.items() if own.keys() <= {"alpha"}]
+    others += [f"{layer}.alpha" for layer in alone if layers[layer]]
+    return {layer: own for layer, own in layers.items() if layer not in alone}, others
+
+
+def _adapter(layer: str, own: Mapping[str, Tensor], alphas: "_Alphas") -> Adapter:
+    missing = sorted({"down", "up"} - own.keys())
+    if missing:
+        raise ValueError(f"is damaged: {layer} lacks its matrix {missing[0]}")
+    down, up = own["down"], own["up"]
+    try:
+        if "mid" in own:  # a convolution in three factors (LyCORIS's Tucker decomposition), of which two make one
+            down = einsum(own["mid"].float(), down.float().flatten(1), "r s h w, s i -> r i h w")
+        alpha = own["alpha"].item() if "alpha" in own else alphas(layer, len(down))
+        return Adapter(down, up.to(down.dtype), alpha).requires_grad_(False)
+    except (ValueError, RuntimeError) as error:  # torch's and einops's are RuntimeErrors
+        raise ValueError(f"is damaged at {layer}: {error}") from None
+
+
+class _Alphas:
+    """What the header of a file, or PEFT's adapter_config.json beside it, says of alpha."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        config = path.with_name("adapter_config.json")
+        try:
+            if SETTINGS in metadata:
+                self.settings = dict(json.loads(metadata[SETTINGS]))
+            elif path.name.startswith("adapter_model.") and config.is_file():
+                own = json.loads(config.read_bytes())
+                self.settings = {f"{part}.{key}": value for part in PARTS for key, value in own.items()}
+            else:
+                self.settings = {}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"is damaged: its settings cannot be read ({error})") from None
+
+    def __call__(self, layer: str, rank: int) -> float:
+        """The alpha with which alpha / rank is the layer's scale."""
+        part, _, name = layer.partition(".")
+        alpha, patterns = self.settings.get(f"{part}.lora_alpha", rank), self.settings.get(f"{part}.alpha_pattern")
+        try:
+            for pattern, own in () if patterns is None else dict(patterns).items():
+                if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT reads it
+                    alpha = own
+                    break
+            alpha = float(alpha)
+        except (ValueError, TypeError, re.error) as error:
+            raise ValueError(f"its settings of alpha cannot be read ({error})") from None
+        # rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) has alpha / sqrt(rank) instead
+        return alpha * math.sqrt(rank) if self.settings.get(f"{part}.use_rslora", False) else alpha
+
+
+def load_lora(path: str | Path, model: LatentDiffusion, strength: float = 1.0) -> tuple[dict[str, Adapter], list[str]]:
+    """(a file's adapters by our names of the model's layers, notes on what has no place there), in float32.
+
+    Raises, besides what `read_lora` does, ValueError for a LoRA made for a model of another architecture.
+    """
+    found, lora = places(model), read_lora(path)
+    ours = own_spellings(model) | layers_of(model)
+    adapters, left = {}, list(lora.others)
+    for layer, adapter in lora.adapters.items():
+        name = ours.get(layer)
+        if name is None or name in adapters:
+            left.append(layer)
+            continue
+        shape = found[name].weight.shape
+        down, up = (_shaped(matrix.detach().float(), len(shape)) for matrix in (adapter.down, adapter.up))
+        if (len(up), *down.shape[1:]) != shape:
+            raise ValueError(
+                f"LoRA {str(path)!r} is for a model of another architecture: it changes a weight "
+                f"{(len(up), *down.shape[1:])} of {layer}, which is {tuple(shape)} here"
+            )
+        adapters[name] = Adapter(down, up, adapter.alpha, strength).requires_grad_(False)
+    few = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
+    if not adapters:
+        raise ValueError(f"LoRA {str(path)!r} is for a model of another architecture: this one has no {few}")
+    if not left:
+        return adapters, []
+    return adapters, [f"LoRA {path}: {len(left)} of its names have no place in this model and are left out: {few}"]
+
+
+def _shaped(matrix: Tensor, ndim: int) -> Tensor:
+    """A linear layer's matrix as a 1 x 1 convolution's, or the reverse, which say the same."""
+    if ndim == 4 and matrix.ndim == 2:
+        return matrix[:, :, None, None]
+    return matrix.flatten(1) if ndim == 2 and matrix.shape[2:].numel() == 1 else matrix
+
+
+def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> dict[str, Adapter]:
+    """Hooks a file's adapters onto the model; several files' changes add up. Notes go to `model.notes`.
+
+    The weights stay as they are, and each adapter's `strength` may change at any time; `lora.detach` takes them off.
+    Where the strength is settled, `merge_lora` draws faster. Errors as `load_lora`.
+    """
+    adapters, notes = load_lora(path, model, strength)
+    connect(model, adapters)
+    model.notes += notes
+    return adapters
+
+
+def merge_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> dict[str, Tensor]:
+    """Adds a file's adapters to the model's weights; the result undoes it in `lora.restore`, bit for bit.
+
+    Notes go to `model.notes`. Errors as `load_lora`.
+    """
+    adapters, notes = load_lora(path, model, strength)
+    model.notes += notes
+    return merge(model, adapters)
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """`FILE[:STRENGTH]` -> (file, strength); the strength is 1 where none is given, and may be negative."""
+    head, colon, tail = text.rpartition(":")
+    if head and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", tail):
+        return Path(head), float(tail)
+    return Path(text), 1.0
+
+
+def save_lora(
+    path: str | Path,
+    adapters: Mapping[str, Adapter],
+    model: LatentDiffusion,
+    format: str = "kohya",
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write adapters (names as `lora.attach` gives them for the whole model), atomically; equal ones make equal files.
+
+    format: "kohya", which nearly every program reads, or "peft", diffusers' own, in which only diffusers from 0.35 on
+    sees an alpha that is not the rank. dtype: torch.float16, say, halves the file. metadata: further texts for its
+    header. Strengths are not written.
+
+    Raises ValueError for an unknown format or a layer that these formats have no name for; OSError.
+    """
+    theirs = {own: layer for layer, own in layers_of(model).items()}
+    nameless = [name for name in adapters if name not in theirs]
+    if nameless:
+        raise ValueError(f"LoRA files have no name for {len(nameless)} of the layers ({', '.join(nameless[:3])})")
+    _write(path, {theirs[name]: adapter for name, adapter in adapters.items()}, format, dtype, metadata)
+
+
+def _write(
+    path: str | Path,
+    layers: Mapping[str, Adapter],
+    format: str,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+) -> None:
+    """`save_lora` of layers in the one naming."""
+    if format not in FORMATS:
+        raise ValueError(f"LoRA format {format!r} is unknown: it is one of {', '.join(FORMATS)}")
+    state, texts = {}, {**(metadata or {}), "format": "pt"}
+    for layer, adapter in layers.items():
+        down, up = (m.detach() if dtype is None else m.detach().to(dtype) for m in (adapter.down, adapter.up))
+        if format == "kohya":
+            name = to_kohya(layer)
+            alpha = torch.tensor(float(adapter.alpha))
+            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+        else:
+            state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    if format == "kohya":
+        ranks, alphas = {a.rank for a in layers.values()}, {a.alpha for a in layers.values()}
+        texts["ss_network_module"] = "networks.lora"
+        texts["ss_network_dim"] = str(*ranks) if len(ranks) == 1 else "Dynamic"  # sd-scripts' own word
+        texts["ss_network_alpha"] = str(*alphas) if len(alphas) == 1 else "Dynamic"
+    else:
+        texts[SETTINGS] = json.dumps(_peft_settings(layers), sort_keys=True)
+    save_file(path, state, metadata=texts)
+
+
+def _peft_settings(layers: Mapping[str, Adapter]) -> dict[str, Any]:
+    """LoraConfig's arguments for each part: its usual rank and alpha, and the layers with others."""
+    settings = {}
+    for part in PARTS:
+        # transformers has had CLIP with `text_model.` and without; PEFT takes a name's end for the name
+        own = {
+            n.removeprefix(f"{part}.").removeprefix("text_model."): a
+            for n, a in layers.items()
+            if n.startswith(f"{part}.")
+        }
+        if not own:
+            continue
+        for name, pattern, attribute in (("r", "rank_pattern", "rank"), ("lora_alpha", "alpha_pattern", "alpha")):
+            values = {layer: getattr(adapter, attribute) for layer, adapter in own.items()}
+            usual = Counter(values.values()).most_common(1)[0][0]
+            settings[f"{part}.{name}"] = usual
+            settings[f"{part}.{pattern}"] = {layer: value for layer, value in values.items() if value != usual}
+        settings[f"{part}.target_modules"] = sorted(own)
+    return settings
+
+
+def rewrite(
+    source: str | Path,
+    target: str | Path,
+    rank: int | None = None,
+    format: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """A LoRA file in another format, of a smaller rank, or in another precision; without a model. Notes on the result.
+
+    rank: every layer of a larger rank gets the nearest change of this one. format: None keeps it. CompVis's block names
+    become diffusers', as in Stable Diffusion 1 and 2. Errors as `read_lora` and `save_lora`.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank {rank} is no rank of a LoRA: it is at least 1")
+    lora = read_lora(source)
+    try:
+        layers = with_usual_levels(lora.adapters)
+    except ValueError as error:
+        raise ValueError(f"LoRA {str(source)!r} is not for Stable Diffusion 1 or 2: {error}") from None
+    notes = [f"left out: {', '.join(lora.others)}"] if lora.others else []
+    if rank is not None:
+        smaller = {layer: resized(adapter, rank) for layer, adapter in layers.items()}
+        notes.append(_energy(smaller, rank))
+        layers = {layer: own.adapter for layer, own in smaller.items()}
+    # what the header says of the old file's content goes; of its training, it stays
+    texts = {k: v for k, v in lora.metadata.items() if k != SETTINGS and not re.match(r"sshs_|modelspec\.hash", k)}
+    _write(target, layers, lora.format if format is None else format, dtype, texts)
+    return notes
+
+
+def _energy(layers: Mapping[str, Any], rank: int) -> str:
+    kept, whole = (sum(getattr(own, name) for own in layers.values()) for name in ("kept", "whole"))
+    shares = {layer: own.kept / own.whole if own.whole > 0 else 1.0 for layer, own in layers.items()}
+    least = min(shares, key=shares.get)
+    share = kept / whole if whole > 0 else 1.0
+    return (
+        f"rank {rank}: {share:.2%} of the change (its squared norm) is kept in all {len(layers)} layers, and at least "
+        f"{shares[least]:.2%} in each ({least})"
+    )

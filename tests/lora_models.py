@@ -1,0 +1,163 @@
+"""What the LoRA tests share: tiny models, adapters that change something, what a model computes, and namings."""
+
+import re
+
+import torch
+from conftest import randomised
+from tiny_stable_diffusion import KINDS
+from torch import Tensor
+
+from ldm.finetune import lora
+from ldm.latent_diffusion import LatentDiffusion
+
+EVERYWHERE = tuple(lora.TARGETS)
+
+
+def tiny(kind: str) -> LatentDiffusion:
+    torch.manual_seed(0)
+    return randomised(LatentDiffusion(**KINDS[kind])).eval().requires_grad_(False)
+
+
+def learned(model, rank: int = 3, alpha: float | None = 2.0, targets=EVERYWHERE, seed: int = 0):
+    """Adapters as training might leave them, at the model's layers: of an effect about as large as the weights'."""
+    adapters = lora.attach(model, rank, alpha, targets, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for adapter in adapters.values():
+        adapter.up.data = 0.1 * torch.randn(adapter.up.shape, generator=generator)
+    return adapters
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, timesteps, a context and tokens."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    context = torch.randn(2, 24, 32, generator=generator)
+    tokens = torch.randint(0, 500, (2, 24), generator=generator)
+    return x, torch.tensor([10, 700]), context, tokens
+
+
+@torch.no_grad()
+def outputs(model: LatentDiffusion) -> tuple[Tensor, Tensor]:
+    """What the UNet makes of `inputs`, and the text encoder."""
+    x, t, context, tokens = inputs()
+    return model.apply_model(x, t, {"c_crossattn": context}), model.cond_stage_model(tokens)["c_crossattn"]
+
+
+def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
+    """The largest difference anywhere."""
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+RANK = 3
+UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
+ATTENTION = "transformer_blocks.0.attn1"
+# ours -> diffusers', for a model of three levels with one residual block each and attention in two
+LAYERS = {
+    f"{UNET}input_blocks.1.1.{ATTENTION}.to_q": f"unet.down_blocks.0.attentions.0.{ATTENTION}.to_q",
+    f"{UNET}input_blocks.3.1.{ATTENTION}.to_out.0": f"unet.down_blocks.1.attentions.0.{ATTENTION}.to_out.0",
+    f"{UNET}middle_block.1.{ATTENTION}.to_v": f"unet.mid_block.attentions.0.{ATTENTION}.to_v",
+    f"{UNET}output_blocks.4.1.transformer_blocks.0.attn2.to_k": (
+        "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
+    ),
+    f"{UNET}output_blocks.4.1.transformer_blocks.0.ff.net.0.proj": (
+        "unet.up_blocks.2.attentions.0.transformer_blocks.0.ff.net.0.proj"
+    ),
+    f"{UNET}output_blocks.5.1.proj_out": "unet.up_blocks.2.attentions.1.proj_out",
+    f"{UNET}input_blocks.1.0.in_layers.2": "unet.down_blocks.0.resnets.0.conv1",
+    f"{UNET}middle_block.2.out_layers.3": "unet.mid_block.resnets.1.conv2",
+    f"{UNET}output_blocks.0.0.skip_connection": "unet.up_blocks.0.resnets.0.conv_shortcut",
+    f"{UNET}output_blocks.0.0.emb_layers.1": "unet.up_blocks.0.resnets.0.time_emb_proj",
+    f"{UNET}input_blocks.2.0.op": "unet.down_blocks.0.downsamplers.0.conv",
+    f"{UNET}output_blocks.1.1.conv": "unet.up_blocks.0.upsamplers.0.conv",
+    f"{UNET}input_blocks.0.0": "unet.conv_in",
+    f"{UNET}out.2": "unet.conv_out",
+    f"{UNET}time_embed.2": "unet.time_embedding.linear_2",
+    f"{TEXT}text_model.encoder.layers.0.self_attn.q_proj": (
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    ),
+    f"{TEXT}text_model.encoder.layers.1.self_attn.out_proj": (
+        "text_encoder.text_model.encoder.layers.1.self_attn.out_proj"
+    ),
+    f"{TEXT}text_model.encoder.layers.1.mlp.fc2": "text_encoder.text_model.encoder.layers.1.mlp.fc2",
+}
+ATTENDED = {ours: theirs for ours, theirs in LAYERS.items() if re.search("to_[qkv]$|to_out.0$|_proj$", ours)}
+
+
+def kohya(ours, theirs):
+    part, _, name = theirs.partition(".")
+    return {"unet": "lora_unet_", "text_encoder": "lora_te_"}[part] + name.replace(".", "_")
+
+
+def kohya_compvis(ours, theirs):
+    return "lora_unet_" + ours.removeprefix(UNET).replace(".", "_") if UNET in ours else kohya(ours, theirs)
+
+
+def processor(ours, theirs):
+    """diffusers 0.12 to 0.21: an attention's adapters in its processor, to_out without its number."""
+    theirs = re.sub(r"self_attn\.(\w+)_proj$", r"self_attn.to_\1", theirs)
+    return re.sub(r"\.(to_[qkv]|to_out)(\.0)?$", r".processor.\1_lora" if UNET in ours else r".\1_lora", theirs)
+
+
+def linear_layer(ours, theirs):
+    """diffusers 0.18 to 0.21, of text encoders."""
+    return theirs + (".lora" if UNET in ours else ".lora_linear_layer")
+
+
+# naming: (layers, ours and diffusers' name -> name, ending of down, of up, of alpha)
+NAMINGS = {
+    "kohya": (LAYERS, kohya, ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "kohya te1": (
+        LAYERS,
+        lambda *n: kohya(*n).replace("_te_", "_te1_"),
+        ".lora_down.weight",
+        ".lora_up.weight",
+        ".alpha",
+    ),
+    "kohya, CompVis's blocks": (LAYERS, kohya_compvis, ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "peft": (LAYERS, lambda ours, theirs: theirs, ".lora_A.weight", ".lora_B.weight", None),
+    "peft with an adapter's name": (LAYERS, lambda o, t: t, ".lora_A.default.weight", ".lora_B.default.weight", None),
+    "peft, transformers 5": (
+        LAYERS,
+        lambda ours, theirs: theirs.replace("text_model.", ""),
+        ".lora_A.weight",
+        ".lora_B.weight",
+        None,
+    ),
+    "PEFT's own": (
+        LAYERS,
+        lambda ours, theirs: "base_model.model." + re.sub("^(unet|text_encoder).", "", theirs),
+        ".lora_A.weight",
+        ".lora_B.weight",
+        None,
+    ),
+    "diffusers before PEFT": (LAYERS, linear_layer, ".down.weight", ".up.weight", None),
+    "diffusers' processors": (ATTENDED, processor, ".down.weight", ".up.weight", None),
+    "diffusers' processors, the UNet's alone": (
+        {ours: theirs for ours, theirs in ATTENDED.items() if UNET in ours},
+        lambda *n: processor(*n).removeprefix("unet."),
+        ".down.weight",
+        ".up.weight",
+        None,
+    ),
+    "dots, CompVis's names": (
+        {ours: theirs for ours, theirs in LAYERS.items() if UNET in ours},
+        lambda ours, theirs: ours.removeprefix("model."),
+        ".lora_down.weight",
+        ".lora_up.weight",
+        ".alpha",
+    ),
+}
+
+
+def file_of(adapters, naming: str) -> dict[str, Tensor]:
+    """What a file holds that has these adapters (those that the naming has layers for) in that naming."""
+    layers, name, down, up, alpha = NAMINGS[naming]
+    state = {}
+    for ours, theirs in layers.items():
+        if ours not in adapters:
+            continue
+        own, adapter = name(ours, theirs), adapters[ours]
+        state |= {own + down: adapter.down.data, own + up: adapter.up.data}
+        if alpha is not None:
+            state[own + alpha] = torch.tensor(adapter.alpha)
+    return state
