@@ -15,7 +15,7 @@ _FOREIGN = tuple(
     for pattern, sentence in (
         (
             r"^lora_(unet|te)|\.lora[._](up|down|A|B)\.|_lora\.(up|down)\.|\.(hada_w1|lokr_w1|oft_)",
-            "holds LoRA weights, which change a model and are none: load the model that they were made for, with --lora FILE",
+            "holds LoRA weights, which change a model and are none: load the model they are for, with --lora FILE",
         ),
         (r"^conditioner\.embedders\.", SDXL),
         (r"\bjoint_blocks\.", f"is Stable Diffusion 3, which is not supported: {WANTED}"),
@@ -55,5 +55,5 @@ def refuse_foreign(state: Mapping[str, Tensor]) -> None:
     if len(state) < 8 and all(_WORD.fullmatch(name) and tensor.ndim in (1, 2) for name, tensor in state.items()):
         raise ValueError(
             f"the file holds {len(state)} small tensors ({', '.join(sorted(state)[:3])}), as a textual-inversion "
-            "embedding does, a word and no model: load the model that it was learned with, and this with --embedding FILE"
+            "embedding does, a word and no model: load the model it was learned with, and this with --embedding FILE"
         )

@@ -1,0 +1,121 @@
+"""Files of learned words, in the three formats that there are; nothing in them is executed.
+
+    diffusers   learned_embeds.safetensors or .bin: {word: vectors}
+    a1111       WORD.pt of AUTOMATIC1111's web UI: {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors},
+                "name": WORD, "step": ...}, or WORD.safetensors: {"emb_params": vectors}
+    compvis     embeddings.pt of the textual inversion code: {"string_to_token": {word: token}, "string_to_param":
+                nn.ParameterDict of {word: vectors}}, of one word or several
+
+Vectors are (n, d), or (d) for a single one. "*" in the last two is no name: the word is the "name", or else, as
+AUTOMATIC1111's web UI always does it, the file's name.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.file import atomic, save_file
+from ldm.checkpoint.pickled import StoredTensor
+from ldm.checkpoint.tensors import PICKLE_START, read_tensors
+from ldm.checkpoint.torch_file import ZIP_START, TorchFile
+
+FORMATS = ("diffusers", "a1111", "compvis")
+ANY, ANY_TOKEN = "*", 265  # the placeholder of files that tell no word, and its token in all of CLIP's vocabularies
+TABLE = "string_to_param"
+
+
+class LearnedWord(NamedTuple):
+    """A word, its vectors (n, d) in float32, and the number of steps that it was trained for, if known."""
+
+    word: str
+    vectors: Tensor
+    step: int | None = None
+
+
+def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
+    """The learned words of a file of any of the formats; `word` is what to call a single one.
+
+    Raises FileNotFoundError, and ValueError, in one sentence with the file's name, for what holds no learned words.
+    """
+    path = Path(path)
+    try:
+        named, name, step = _read(path)
+        if word is not None and len(named) > 1:
+            raise ValueError(f"it holds {len(named)} words ({', '.join(named)}), which cannot all be called {word!r}")
+        own = {word if word is not None else (name if key == ANY else key): value for key, value in named.items()}
+        return [LearnedWord(key, _vectors(key, value), step) for key, value in own.items()]
+    except ValueError as error:
+        raise ValueError(f"embedding {str(path)!r} cannot be read: {error}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
+    """(vectors by word, the word that "*" stands for, step)."""
+    if not path.is_file():
+        raise FileNotFoundError(f"embedding {str(path)!r} does not exist")
+    with open(path, "rb") as opened:
+        start = opened.read(len(ZIP_START))
+    if not start.startswith((ZIP_START, PICKLE_START)):
+        return _safetensors(path)
+    file = TorchFile(path)
+    top: Mapping[str, Any] = file.value if isinstance(file.value, dict) else {}
+    table, name, step = top.get(TABLE, top), top.get("name"), top.get("step")
+    found = {}
+    for key, value in table.items() if isinstance(table, dict) else ():
+        if isinstance(value, StoredTensor):
+            found[key] = file.tensor(value)
+    _refuse_others(found)
+    name = name if TABLE in top and type(name) is str and name else path.stem
+    return found, name, step if type(step) is int else None
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], str, None]:
+    state = read_tensors(path).state
+    _refuse_others(state)
+    return ({ANY: state["emb_params"]} if state.keys() == {"emb_params"} else state), path.stem, None
+
+
+def _refuse_others(found: Mapping[str, Tensor]) -> None:
+    if "clip_l" in found or "clip_g" in found:
+        raise ValueError("it is a word for Stable Diffusion XL, which is not supported")
+    wrong = [key for key, value in found.items() if value.ndim not in (1, 2) or not value.is_floating_point()]
+    if not found or wrong or any("." in key and key.endswith(("weight", "bias", "alpha")) for key in found):
+        raise ValueError(f"it holds no learned words, but {', '.join(map(repr, list(found)[:3])) or 'no tensors'}")
+
+
+def _vectors(word: str, value: Tensor) -> Tensor:
+    vectors = torch.atleast_2d(value).float()  # (d) or (n, d) -> (n, d)
+    if vectors.numel() == 0 or not vectors.isfinite().all():
+        raise ValueError(f"the vectors of {word!r} are {'not finite' if vectors.numel() else 'empty'}")
+    return vectors
+
+
+def write_words(path: str | Path, learned: LearnedWord, format: str) -> None:
+    """Write one word, atomically: a1111 and diffusers as safetensors or torch's file, as the path's suffix says.
+
+    The word is "*" where compvis's format would need it to be a token of its vocabulary. Raises OSError when the file
+    cannot be written, and ValueError for an unknown format.
+    """
+    word, vectors = learned.word, learned.vectors.detach().cpu().clone()
+    safe = Path(path).suffix == ".safetensors"
+    match format:
+        case "diffusers":
+            content = {word: vectors}
+        case "a1111" if safe:
+            content = {"emb_params": vectors}
+        case "a1111":
+            content = {"string_to_token": {ANY: ANY_TOKEN}, TABLE: {ANY: vectors}, "name": word, "step": learned.step}
+        case "compvis" if not safe:
+            table = nn.ParameterDict({ANY: nn.Parameter(vectors)})
+            content = {"string_to_token": {ANY: torch.tensor(ANY_TOKEN)}, TABLE: table, "name": word}
+        case _:
+            raise ValueError(f"format {format!r} is unknown for {str(path)!r}: it is one of {', '.join(FORMATS)}")
+    if safe:
+        return save_file(path, content)
+    with atomic(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"cannot write {str(path)!r}: {error}") from None

@@ -1,0 +1,158 @@
+"""Learned words in a model (textual inversion, Gal et al. 2022, https://arxiv.org/abs/2208.01618, section 3).
+
+A learned word is a name and the vectors that the text encoder's first layer gives for it: one or several, each taking
+the place of a token. They lie beside the model: its token embedding keeps its weight, its names and its size, its
+vocabulary stays, and whatever prompt does not contain the word is tokenized as before. `ldm.save` writes the model
+without them; their own files are read and written by `embedding_files`.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldm.conditioning.prompt import BREAK
+from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.tokenizer import Tokenizer
+from ldm.finetune.embedding_files import read_words
+from ldm.latent_diffusion import LatentDiffusion
+
+WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "Stable Diffusion XL"}  # of their text encoders
+
+
+class WordTokenizer(Tokenizer):
+    """A tokenizer and learned words: their ids follow the vocabulary's, and all other text gets what it gets from it.
+
+    A word is found wherever it stands, in capitals or not; one that begins or ends with a letter or digit only where
+    no other letter or digit is next to it.
+    """
+
+    def __init__(self, base: Tokenizer) -> None:
+        vars(self).update(vars(base))  # its merges, its sizes and its pipeline, which takes a while to build
+        self.words: dict[str, list[int]] = {}
+
+    def add(self, word: str, count: int) -> None:
+        """From now on `word` is `count` tokens."""
+        first = self.vocab_size + sum(map(len, self.words.values()))
+        self.words[word] = list(range(first, first + count))
+        self.order = sorted(self.words, key=len, reverse=True)  # of two that begin alike, the longer is meant
+        self.found = re.compile("|".join(map(_pattern, self.order)), re.IGNORECASE)
+
+    def encode(self, prompt: str) -> list[int]:
+        ids, end = [], 0
+        for match in self.found.finditer(prompt):
+            ids += super().encode(prompt[end : match.start()]) + self.words[self.order[match.lastindex - 1]]
+            end = match.end()
+        return ids + super().encode(prompt[end:])
+
+
+def _pattern(word: str) -> str:
+    before, after = (r"(?<!\w)" if word[0].isalnum() else ""), (r"(?!\w)" if word[-1].isalnum() else "")
+    return f"{before}({re.escape(word)}){after}"
+
+
+class WordEmbedding(nn.Embedding):
+    """A token embedding whose ids go on behind its weight, (v, d), with the rows of `vectors`.
+
+    The weight is that of the embedding in whose place it stands. The vectors are no parameters of it, so that names,
+    sizes and what is saved stay the same.
+    """
+
+    def __init__(self, base: nn.Embedding) -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim, _weight=base.weight)
+        self.weight = base.weight
+        self.vectors: list[Tensor] = []  # (n, d) for each word
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        own = super().forward(tokens.clamp(max=self.num_embeddings - 1))  # (b, n) -> (b, n, d)
+        rows = torch.cat([vectors.to(own) for vectors in self.vectors])  # (m, d)
+        learned = F.embedding((tokens - self.num_embeddings).clamp(min=0), rows)  # (b, n, d)
+        return torch.where((tokens >= self.num_embeddings)[..., None], learned, own)
+
+
+def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None = None) -> list[str]:
+    """Teach a loaded model the words of a file -> these words. `word` is what to call a single one.
+
+    Raises FileNotFoundError, and ValueError for a file that holds no learned words or words for another model.
+    """
+    found = read_words(path, word)
+    for learned in found:
+        try:
+            add_word(model, learned.word, learned.vectors)
+        except ValueError as error:
+            raise ValueError(f"embedding {str(path)!r}: {error}") from None
+    return [learned.word for learned in found]
+
+
+def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:
+    """Teach a loaded model one word. The vectors (n, d) are used as they are, so that they may be in training.
+
+    Raises ValueError for a word that cannot be one, vectors that do not fit, or a model without CLIP's text encoder.
+    """
+    encoder = text_encoder(model)
+    check_word(encoder, word)
+    width, room = token_embedding(encoder).embedding_dim, encoder.tokenizer.context_length - 2
+    if vectors.shape[-1] != width:
+        raise ValueError(
+            f"the vectors of {word!r} have {_width(vectors.shape[-1])}, and this model's text encoder "
+            f"takes {_width(width)}: the word was learned with another text encoder"
+        )
+    if len(vectors) > room:
+        raise ValueError(f"{word!r} has {len(vectors)} vectors, and a prompt of this model has room for {room} tokens")
+    if not isinstance(encoder.tokenizer, WordTokenizer):
+        encoder.tokenizer = WordTokenizer(encoder.tokenizer)
+        parent = encoder.tower.text_model.embeddings if encoder.layout == "transformers" else encoder.tower
+        parent.token_embedding = WordEmbedding(parent.token_embedding)
+    encoder.tokenizer.add(word, len(vectors))
+    token_embedding(encoder).vectors.append(vectors)
+
+
+def text_encoder(model: LatentDiffusion) -> TextEncoder:
+    """The model's text encoder. ValueError where it has none of CLIP's kind."""
+    encoder = model.cond_stage_model
+    if not isinstance(encoder, TextEncoder):
+        kind = "nothing" if encoder is None else type(encoder).__name__
+        raise ValueError(f"learned words are for CLIP's text encoders, and this model is conditioned by {kind}")
+    return encoder
+
+
+def token_embedding(encoder: TextEncoder) -> nn.Embedding:
+    """The text tower's first layer, in either layout."""
+    tower = encoder.tower
+    return tower.text_model.embeddings.token_embedding if encoder.layout == "transformers" else tower.token_embedding
+
+
+def check_word(encoder: TextEncoder, word: str) -> None:
+    """ValueError for a word that prompts could not contain, or that means something to the text encoder already."""
+    if not word or not word.isprintable() or any(map(str.isspace, word)):
+        raise ValueError(f"{word!r} cannot be a learned word: it must be of visible characters, without spaces")
+    if set(word) & set("()[]\\") or BREAK.search(word):
+        raise ValueError(f"{word!r} cannot be a learned word: brackets, backslashes and BREAK are syntax in prompts")
+    if word.lower() in map(str.lower, getattr(encoder.tokenizer, "words", ())):
+        raise ValueError(f"{word!r} is learned already: call one of the two otherwise")
+    ids = encoder.tokenizer.encode(word)
+    if len(ids) == 1:
+        raise ValueError(
+            f"{word!r} is a word that the text encoder has already (token {ids[0]}): choose one that it does not "
+            f"have, such as '<{word.strip('<>')}>'"
+        )
+
+
+def initial_vectors(encoder: TextEncoder, text: str, count: int | None = None) -> Tensor:
+    """The token vectors (count, d) of a text to start from: its own, or each several times in order, to make `count`.
+
+    Raises ValueError for a text without tokens, or of more tokens than `count`.
+    """
+    ids = encoder.tokenizer.encode(text)
+    if not ids or (count is not None and len(ids) > count):
+        raise ValueError(f"the initial words {text!r} are {len(ids)} tokens: they must be 1 to the number of vectors")
+    count = len(ids) if count is None else count
+    spread = torch.tensor([ids[i * len(ids) // count] for i in range(count)])
+    weight = token_embedding(encoder).weight
+    return weight.detach()[spread.to(weight.device)].float()
+
+
+def _width(width: int) -> str:
+    return f"{width} numbers each" + (f" (as {WIDTHS[width]}'s)" if width in WIDTHS else "")
