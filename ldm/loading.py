@@ -150,7 +150,7 @@ def _take(part: str, path: Path, ema: bool) -> Found:
     target = found.config.get("target")
     if target != WHOLE:
         if PART_OF.get(target, part) != part:
-            raise ValueError(f"{str(path)!r} holds a {target}, which is no {part} (--{OPTIONS[part]})")
+            raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
         return found._replace(notes=[f"{part}: {path}"])
     prefix = PREFIXES[part]
     state = {name.removeprefix(prefix): t for name, t in found.state.items() if name.startswith(prefix)}
@@ -186,6 +186,13 @@ def _build(path: str | Path, config: dict, state: dict, device: torch.device, dt
     found = {name: tuple(t.shape) for name, t in state.items()}
     if expected != found:
         raise ValueError(f"checkpoint {str(path)!r} does not fit its configuration: {_differences(expected, found)}")
+    kinds = {name: p.is_floating_point() for name, p in module.state_dict().items()}
+    wrong = sorted(name for name, tensor in state.items() if tensor.is_floating_point() != kinds[name])
+    if wrong:
+        raise ValueError(
+            f"checkpoint {str(path)!r} has numbers of the wrong kind in {len(wrong)} tensors, such as {wrong[0]} "
+            f"({state[wrong[0]].dtype})"
+        )
     for name, tensor in state.items():
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     module.load_state_dict(state, assign=True)

@@ -125,11 +125,13 @@ def compare_loading(files: Sequence[Path], config: Path, repeat: int) -> None:
 
     rows = []
     for path in files:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: the naive way that is compared reads single files")
         model = ldm.load(path, device="cpu")
         config.write_text(json.dumps(model.config))
         weights = sum(p.numel() * p.element_size() for p in model.state_dict().values()) / 2**30
         del model
-        for way, (prepare, work) in (("ldm.load", OURS), ("naive", NAIVE[path.suffix])):
+        for way, (prepare, work) in (("ldm.load", OURS), ("naive", NAIVE.get(path.suffix, NAIVE[".ckpt"]))):
             best = min((measure(prepare, work, path, config) for _ in range(repeat)), key=lambda row: row["seconds"])
             rows.append({"file": path.suffix, "way": way, "weights_GiB": weights, **best})
     print("| file | way | s | CPU s | peak / weights | private / weights |\n|---|---|---|---|---|---|")
@@ -159,7 +161,10 @@ def compare_samplers(args: argparse.Namespace) -> list[dict]:
     from ldm.evaluation.report import report_model
     from ldm.evaluation.source import find_reference
 
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
+    with open(args.out, "a"):  # tried now, not after minutes of drawing
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+    if any(row["n"] != args.n for row in rows):
+        raise ValueError(f"{args.out} has rows of {rows[0]['n']} pictures each: name another --out, or the same --n")
     done = {(row["sampler"], row["steps"]) for row in rows}
     names = [name for name in SAMPLERS if name not in ALIASES] if args.samplers is None else args.samplers
     wanted = [(steps, name) for steps in args.steps for name in names if (name, steps) not in done]

@@ -58,6 +58,18 @@ def test_stable_diffusion_at_full_size(tmp_path):
         assert found["private_GiB"] < 0.6 * weights  # half the bytes, and nothing of the mapped file
 
 
+def test_what_cannot_be_compared_is_told_before_any_work(files, tmp_path):
+    folder, _ = files
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"sampler": "ddim", "steps": 5, "n": 100}) + "\n")
+    for options, message in (
+        (["load", "--ckpt", folder], f"{folder} is a folder"),
+        (["samplers", "--out", tmp_path / "rows.jsonl"], "rows.jsonl has rows of 100 pictures each"),
+        (["samplers", "--out", tmp_path / "none" / "rows.jsonl"], "No such file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            benchmark.main([str(option) for option in options])
+
+
 def test_sampler_table_and_plot(tmp_path):
     rows = [
         {"sampler": name, "steps": s, "evaluations": s, "accuracy": 0.995, "ratio": 1 + 5 / s, "recall": 0.8}

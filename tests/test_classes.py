@@ -25,13 +25,18 @@ def test_each_class_has_its_vector():
     assert torch.equal(model([model.null])["c_crossattn"][0, 0], model.embedding.weight[-1])
 
 
+def test_numbers_may_be_texts_as_scripts_have_them():
+    model = fill(ClassEmbedder(8, 11), 0)
+    assert torch.equal(model.encode(["3", "", "10"]), model.encode([3, model.null, 10]))
+
+
 def test_it_trains():
     model = ClassEmbedder(8, 11)
     model([3])["c_crossattn"].sum().backward()
     assert model.embedding.weight.grad[3].abs().min() > 0 and not model.embedding.weight.grad[4].any()
 
 
-@pytest.mark.parametrize("wrong", [11, -1, "3", 2.0, True, None])
+@pytest.mark.parametrize("wrong", [11, -1, "three", "-1", "٣", 2.0, True, None])
 def test_what_is_no_class_is_refused_by_value(wrong):
     with pytest.raises(ValueError, match=f"class {wrong!r} does not exist: this model's are 0 to 10"):
         ClassEmbedder(8, 11)([3, wrong])

@@ -211,6 +211,18 @@ def test_unknown_settings_of_a_model_are_named(change, message):
         LatentDiffusion(**{**TINY, **change})
 
 
+def test_an_unconditional_model_has_nothing_to_guide():
+    """Whatever is given as the negative prompt (scripts give the empty one): the second half would repeat the first."""
+    params = copy.deepcopy(TINY) | {"cond_stage_config": None}
+    for name in ("num_classes", "adm_in_channels", "context_dim", "use_spatial_transformer"):
+        del params["unet_config"]["params"][name]
+    model = LatentDiffusion(**params).eval()
+    assert len(model.generate([""], steps=1, scale=1.0)) == 1
+    for negative in (None, ""):
+        with pytest.raises(ValueError, match="scale 2.0 has nothing to steer away from: .* with scale 1"):
+            model.generate([""], negative, steps=1)
+
+
 def test_hash_is_that_of_the_file(tiny_model, tiny_checkpoint):
     import hashlib
 

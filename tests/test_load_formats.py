@@ -244,12 +244,12 @@ def test_parts_of_another_kind_are_told_by_their_own_names(model, theirs, tmp_pa
     plain = write("zip", tmp_path / "plain.ckpt", theirs)
     for option, other in (("vae", "model.diffusion_model."), ("unet", "first_stage_model.")):
         bare = {name.removeprefix(other): t for name, t in theirs.items() if name.startswith(other)}
-        with pytest.raises(ValueError, match=f"part.safetensors' holds a ldm.*, which is no .* .--{option}"):
+        with pytest.raises(ValueError, match=f"part.safetensors' holds a ldm.*, which cannot be a model's {option}"):
             part = write("safetensors", tmp_path / "part.safetensors", bare)
             ldm.load(plain, device="cpu", **{option: part})
     for part, kind in (("unet", "UNet2DConditionModel"), ("text_encoder", "CLIPTextModel")):
         for options in ({"path": tmp_path / "folder" / part}, {"path": plain, "vae": tmp_path / "folder" / part}):
-            with pytest.raises(ValueError, match=f"folder '.*{part}' holds a .*{kind}.* alone: what is read are"):
+            with pytest.raises(ValueError, match=f"folder '.*{part}' holds a .*{kind}.* alone: read are whole"):
                 ldm.load(device="cpu", **options)
 
 
@@ -261,6 +261,14 @@ def test_strictly(theirs, tmp_path):
         ValueError, match=rf"1 missing \({first}\); 1 unexpected \(model.diffusion_model.surplus.weight\)"
     ):
         ldm.load(write("zip", tmp_path / "a.ckpt", damaged), device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_numbers_of_the_wrong_kind(theirs, tmp_path, dtype):
+    name = "model.diffusion_model.out.2.bias"
+    path = write("zip", tmp_path / "a.ckpt", theirs | {name: theirs[name].to(dtype)})
+    with pytest.raises(ValueError, match=f"wrong kind in 1 tensors, such as {name} \\({dtype}\\)"):
+        ldm.load(path, device="cpu")
 
 
 def test_what_is_no_model(tmp_path, theirs):

@@ -113,7 +113,8 @@ def test_a_damaged_configuration_in_one_sentence(tiny_model, tmp_path, damage):
 def test_torchs_own_stack_is_left_out_of_the_sentence(tiny_model, tmp_path):
     config = copy.deepcopy(tiny_model.config)
     config["unet_config"]["params"]["model_channels"] = 10**30
-    save_file(tmp_path / "a", tiny_model.state_dict(), {"target": "ldm.latent_diffusion.LatentDiffusion", "params": config})
+    target = "ldm.latent_diffusion.LatentDiffusion"
+    save_file(tmp_path / "a", tiny_model.state_dict(), {"target": target, "params": config})
     with pytest.raises(ValueError, match="^checkpoint .* builds nothing: [^\\n]*$"):
         ldm.load(tmp_path / "a", device="cpu")
 

@@ -240,6 +240,7 @@ def test_levels_of_ones_own():
         ("sigmas 4 3 2 0", "sigma 0.0 is outside"),
         ("sigmas 4 3 2 nan", "sigma nan is outside"),
         ("sigma 4 3 2 1", "unknown spacing 'sigma 4 3 2 1'; choose from compvis.*or list levels of your own"),
+        (4, "unknown spacing 4; choose from compvis"),
         ("", "lists 0 levels"),
     ],
 )

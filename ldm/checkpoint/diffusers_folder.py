@@ -108,7 +108,7 @@ def read_vae_folder(path: str | Path) -> tuple[dict[str, Any], State]:
     kind = config.get("_class_name", config.get("architectures"))
     if kind not in (None, "AutoencoderKL"):
         raise ValueError(
-            f"folder {str(path)!r} holds a {kind} alone: what is read are whole pipelines (with a model_index.json) and "
+            f"folder {str(path)!r} holds a {kind} alone: read are whole pipelines, with a model_index.json, and "
             "an AutoencoderKL"
         )
     with _said_of(path):

@@ -19,14 +19,23 @@ class ClassEmbedder(nn.Module):
         self.null = n_classes - 1
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
-    def forward(self, classes: Sequence[int] | Tensor) -> dict[str, Tensor]:
+    def forward(self, classes: Sequence[int | str] | Tensor) -> dict[str, Tensor]:
         """{"c_crossattn": encode(classes)}."""
         return {"c_crossattn": self.encode(classes)}
 
-    def encode(self, classes: Sequence[int] | Tensor) -> Tensor:
-        """Class numbers (b,) from 0 -> (b, 1, d). Raises ValueError for what is no number of a class."""
-        numbers = classes.tolist() if isinstance(classes, Tensor) else list(classes)
+    def encode(self, classes: Sequence[int | str] | Tensor) -> Tensor:
+        """Class numbers (b,) from 0 -> (b, 1, d). Raises ValueError for what is no number of a class.
+
+        They may be texts, as a script's --prompt gives them; the empty text is the class that says nothing.
+        """
+        numbers = classes.tolist() if isinstance(classes, Tensor) else [self._number(one) for one in classes]
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < self.n_classes:
                 raise ValueError(f"class {number!r} does not exist: this model's are 0 to {self.n_classes - 1}")
         return self.embedding(torch.tensor(numbers, device=self.embedding.weight.device))[:, None]
+
+    def _number(self, given: int | str) -> int | str:
+        """The number that a text says; what says none stays as it is."""
+        if given == "":
+            return self.null
+        return int(given) if isinstance(given, str) and given.isascii() and given.isdecimal() else given

@@ -268,11 +268,11 @@ def _sigma_ramp(spacing: str, steps: int, low: float, high: float, rho: float = 
 
 def _own_sigmas(levels: str | Sequence[float], schedule: Schedule) -> Tensor:
     """The sigmas of the timesteps listed, or those listed behind the word "sigmas": float64 (n,), descending."""
-    words = levels.replace(",", " ").split() if isinstance(levels, str) else list(levels)
-    are_sigmas = words[:1] == ["sigmas"]
     try:
+        words = levels.replace(",", " ").split() if isinstance(levels, str) else list(levels)
+        are_sigmas = words[:1] == ["sigmas"]
         numbers = [float(word) for word in words[are_sigmas:]]
-    except ValueError:
+    except (ValueError, TypeError):
         raise ValueError(
             f"unknown spacing {levels!r}; choose from {', '.join(TIMESTEP_SPACINGS + SIGMA_SPACINGS)}, or list levels "
             "of your own: timesteps (999,749,499,249) or sigmas (sigmas 14,3.6,1.2)"
