@@ -52,6 +52,11 @@ class DiffusionWrapper(nn.Module):
         c_crossattn: Tensor | None = None,
         c_adm: Tensor | None = None,
     ) -> Tensor:
+        if c_concat is not None and c_concat.shape[-2:] != x.shape[-2:]:
+            sizes = [f"{t.shape[-1]} x {t.shape[-2]}" for t in (c_concat, x)]
+            raise ValueError(
+                f"the picture that the model is given is {sizes[0]} latents in size, and it draws {sizes[1]}"
+            )
         if c_concat is not None:
             x = torch.cat([x, c_concat.to(x.dtype)], dim=1)
         return self.diffusion_model(x, t, context=c_crossattn, y=c_adm)
@@ -101,7 +106,7 @@ class LatentDiffusion(nn.Module):
         self.scale_factor = scale_factor
         self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
-        self.changes: list[str] = []  # LoRAs and learned words put into it since
+        self.changes: list[str] = []  # parts and settings other than that file's, LoRAs, learned words
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.channels = self.first_stage_model.embed_dim
         self.image_channels = self.first_stage_model.encoder.conv_in.in_channels
@@ -123,13 +128,8 @@ class LatentDiffusion(nn.Module):
 
     @cached_property
     def hash(self) -> str:
-        """The first ten hexadecimal digits of the checkpoint's SHA-256, as A1111's users know models; "" if unsaved.
-
-        Of a folder it is that of its parts' files, in the order of their names.
-        """
-        if self.path is None:
-            return ""
-        return file_hash(sorted(p for p in self.path.glob("*/*") if p.is_file()) if self.path.is_dir() else [self.path])
+        """The first ten hexadecimal digits of the checkpoint's SHA-256 (`file_hash`); "" if unsaved."""
+        return "" if self.path is None else file_hash(self.path)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ from ldm.checkpoint.compvis import PREFIXES, normalise, single_file
 from ldm.checkpoint.compvis_config import from_compvis
 from ldm.checkpoint.diffusers_folder import read_folder, read_vae_folder, write_folder
 from ldm.checkpoint.families import recognise, stored_scale_factor
-from ldm.checkpoint.file import CONFIG_KEY, load_file, read_config, save_file
+from ldm.checkpoint.file import CONFIG_KEY, file_hash, load_file, read_config, save_file
 from ldm.checkpoint.structure import BERT, KL, TEXT, UNET, VQ, WHOLE
 from ldm.checkpoint.tensors import read_tensors
 from ldm.conditioning.bert import read_vocab
@@ -34,6 +34,7 @@ class Found(NamedTuple):
     config: dict[str, Any]
     state: dict[str, Tensor]
     notes: list[str]
+    scale_factor: float | None = None  # of a first stage taken from a model or folder that has one
 
 
 def load(
@@ -81,6 +82,11 @@ def load(
     params = deepcopy(found.config["params"])
     for part, new in replacements.items():
         params[f"{part}_config"] = new.config
+        if new.scale_factor not in (None, params["scale_factor"]):
+            raise ValueError(
+                f"the first stage of {str(vae)!r} has scale factor {new.scale_factor:g} and the model "
+                f"{params['scale_factor']:g}: they are not for the same latents"
+            )
         found = found._replace(state=_swapped(found.state, part, new), notes=[*found.notes, *new.notes])
     if prediction is not None:
         params["prediction"] = prediction
@@ -93,6 +99,10 @@ def load(
     except (ValueError, TypeError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration: {error}") from None
     model.path, model.notes = path, found.notes
+    files = {"vae": vae, "unet": unet, "config": config, "vocab": vocab}
+    words = {"ema": "ema" if ema else None, "prediction": prediction, "variant": variant}
+    model.changes = [f"{name} {file_hash(Path(file))}" for name, file in files.items() if file is not None]
+    model.changes += [f"{name} {word}" for name, word in words.items() if word is not None]
     return model
 
 
@@ -117,7 +127,10 @@ def _open(
         if ema or config is not None:
             raise ValueError(f"folder {str(path)!r} has {NO_EMA if ema else 'a configuration: load it without config'}")
         alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
-        return Found(*read_vae_folder(path), []) if alone else Found(*read_folder(path, variant))
+        if alone:
+            vae, weights, scale_factor = read_vae_folder(path)
+            return Found(vae, weights, [], scale_factor)
+        return Found(*read_folder(path, variant))
     contents = read_tensors(path)
     if variant is not None:
         raise ValueError(f"checkpoint {str(path)!r} is one file: only diffusers' folders have a variant {variant!r}")
@@ -151,10 +164,12 @@ def _take(part: str, path: Path, ema: bool) -> Found:
     if target != WHOLE:
         if PART_OF.get(target, part) != part:
             raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
-        return found._replace(notes=[f"{part}: {path}"])
+        return found._replace(notes=[f"{OPTIONS[part]}: {path}"])
     prefix = PREFIXES[part]
     state = {name.removeprefix(prefix): t for name, t in found.state.items() if name.startswith(prefix)}
-    return Found(found.config["params"][f"{part}_config"], state, [f"{part}: {path}"])
+    params = found.config["params"]
+    scale_factor = params["scale_factor"] if part == "first_stage" else None
+    return Found(params[f"{part}_config"], state, [f"{OPTIONS[part]}: {path}"], scale_factor)
 
 
 def _swapped(state: Mapping[str, Tensor], part: str, new: Found) -> dict[str, Tensor]:

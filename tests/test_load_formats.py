@@ -159,6 +159,23 @@ def test_a_first_stage_as_a_folder_of_diffusers(model, theirs, tmp_path):
     assert same_weights(loaded, model.state_dict())
 
 
+def test_a_first_stage_for_other_latents_is_refused(model, theirs, tmp_path):
+    ldm.save(model, tmp_path / "whole", format="diffusers")
+    config = tmp_path / "whole" / "vae" / "config.json"
+    config.write_text(config.read_text().replace("0.18215", "0.5"))
+    path = write("zip", tmp_path / "a.ckpt", theirs)
+    for vae in (tmp_path / "whole" / "vae", tmp_path / "whole"):
+        with pytest.raises(ValueError, match="scale factor 0.5 and the model 0.18215"):
+            ldm.load(path, device="cpu", vae=vae)
+
+
+def test_what_is_not_the_files_own_is_written_down(model, theirs, tmp_path):
+    path = write("zip", tmp_path / "a.ckpt", theirs)
+    assert ldm.load(path, device="cpu").changes == []
+    changes = ldm.load(path, device="cpu", vae=path, prediction="v").changes
+    assert changes == [f"vae {ldm.load(path, device='cpu').hash}", "prediction v"]
+
+
 def test_a_part_for_one_of_our_own_files(tiny_model, tiny_checkpoint, tmp_path):
     from ldm.checkpoint.file import save_file as save_own
 

@@ -243,18 +243,17 @@ def test_mistakes_are_found_before_anything_is_drawn(draw, tmp_path, options, me
     assert not list(tmp_path.glob("out/**/*.png"))
 
 
-def test_options_that_repeat_what_the_checkpoint_says(draw, tmp_path, tiny_model):
+def test_a_yaml_in_place_of_what_the_checkpoint_says(draw, tmp_path, tiny_model):
     path = tmp_path / "model.yaml"
-    config = {"model": {"target": "any", "params": {"scale_factor": 1.0, "prediction": tiny_model.prediction}}}
+    config = {"model": {"target": "ldm.latent_diffusion.LatentDiffusion", "params": tiny_model.config}}
     OmegaConf.save(config, path)
-    assert len(samples(draw("--config", path, "--C", tiny_model.channels, "--f", tiny_model.downsampling))) == 1
-    config["model"]["params"] |= {"scale_factor": 0.18215, "linear_start": 0.00085}
-    OmegaConf.save(config, path)
-    with pytest.raises(ValueError, match="model.yaml describes another model .*scale_factor, linear_start"):
-        draw("--config", path)
+    drawn = samples(draw("--config", path, "--C", tiny_model.channels, "--f", tiny_model.downsampling))
+    assert len(drawn) == 1 and "Changes: config" in Image.open(drawn[0]).text["parameters"]
+    with pytest.raises(ValueError, match="made with config .* in the model, and now there is nothing"):
+        draw("--from-png", drawn[0])
     for content in ("a: [", "just text", "other: 1", "model: 3", "${nothing"):
         path.write_text(content)
-        with pytest.raises(ValueError, match="model.yaml is no configuration"):
+        with pytest.raises(ValueError, match="configuration"):
             draw("--config", path)
     with pytest.raises(OSError, match="missing.yaml"):
         draw("--config", tmp_path / "missing.yaml")

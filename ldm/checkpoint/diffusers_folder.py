@@ -98,8 +98,10 @@ def read_folder(path: str | Path, variant: str | None = None) -> tuple[dict[str,
         return {"target": WHOLE, "params": params}, _from_diffusers(weights, params), notes
 
 
-def read_vae_folder(path: str | Path) -> tuple[dict[str, Any], State]:
-    """A folder of an autoencoder alone (config.json and weights) -> (its configuration, its weights in our names).
+def read_vae_folder(path: str | Path) -> tuple[dict[str, Any], State, float | None]:
+    """A folder of an autoencoder alone (config.json, weights) -> (configuration, weights in our names, scale factor).
+
+    The scale factor is None where the folder does not say.
 
     Errors as `read_folder`.
     """
@@ -112,11 +114,11 @@ def read_vae_folder(path: str | Path) -> tuple[dict[str, Any], State]:
             "an AutoencoderKL"
         )
     with _said_of(path):
-        vae, _ = read_vae(config)
+        vae, scale_factor = read_vae(config)
         ddconfig = vae["ddconfig"]
         weights, _ = read_weights(path, "vae", None)
         state = names.vae_from_diffusers(weights, len(ddconfig["ch_mult"]), ddconfig["num_res_blocks"])
-        return {"target": KL, "params": vae}, state
+        return {"target": KL, "params": vae}, state, scale_factor if "scaling_factor" in config else None
 
 
 def _check_index(path: Path) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -104,11 +104,14 @@ def _content(tensor: Tensor) -> Any:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def file_hash(paths: Iterable[Path]) -> str:
-    """The first ten hexadecimal digits of the SHA-256 of files one after another: as A1111's users know models."""
+def file_hash(path: Path) -> str:
+    """The first ten hexadecimal digits of a file's SHA-256, as A1111's users know models.
+
+    Of a folder it is that of the files in it, in the order of their names. FileNotFoundError if there is none.
+    """
     digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
+    for part in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        with open(part, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()[:10]

@@ -116,7 +116,7 @@ def draw_again(
     if recipe.changes != "; ".join(model.changes):
         raise ValueError(
             f"the picture was made with {recipe.changes or 'nothing'} in the model, and now there is "
-            f"{'; '.join(model.changes) or 'nothing'}: name the same --lora and --embedding files"
+            f"{'; '.join(model.changes) or 'nothing'}: give the same options"
         )
     prompts = refill(recipe, lambda prompt: chunks(model, recipe, [prompt])[0])
     seeds, place = [recipe.seed] * recipe.batch_size, recipe.batch_position

@@ -148,21 +148,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def load(args: argparse.Namespace) -> "LatentDiffusion":
-    """The model that the options name. ValueError if --C, --f or --config say anything else than it does.
+    """The model that the options name. ValueError if --C or --f say anything else than it does."""
+    from ldm.inference.agreement import check_latents
 
-    A checkpoint that does not describe itself is read as --config says.
-    """
-    from ldm.checkpoint.file import CONFIG_KEY
-    from ldm.checkpoint.tensors import read_tensors
-    from ldm.inference.agreement import check_config, check_latents
-
-    config, ckpt = None, args.ckpt
-    if args.config is not None and (ckpt is None or ckpt.is_dir() or CONFIG_KEY in read_tensors(ckpt).metadata):
-        config, args.config = args.config, None
     model = load_model(args)
     check_latents(model, args.C, args.f)
-    if config is not None:
-        check_config(model, config)
     return model
 
 

@@ -21,7 +21,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Two groups of options: which model, and how it computes. What is not given is None (a flag: False)."""
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, metavar="FILE", help="checkpoint or diffusers folder (the digits model that ships)")
-    add("--config", type=Path, metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
+    add("--config", type=Path, metavar="FILE", help="CompVis's yaml (or ours), in place of what the checkpoint says")
     add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
     add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
     add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add this LoRA's change (1); repeatable")
@@ -104,8 +104,8 @@ def change(model: "LatentDiffusion", loras: Sequence[str], embeddings: Sequence[
 
     for path, strength in map(split_strength, loras):
         merge_lora(model, path, strength)
-        model.changes.append(f"lora {path.stem} {file_hash([path])} at {strength:g}")
+        model.changes.append(f"lora {path.stem} {file_hash(path)} at {strength:g}")
     for path in embeddings:
         words = apply_embedding(model, path)
-        model.changes.append(f"words {' '.join(words)} {file_hash([path])}")
+        model.changes.append(f"words {' '.join(words)} {file_hash(path)}")
         model.notes.append(f"learned words of {path}: {' '.join(words)}")

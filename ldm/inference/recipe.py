@@ -58,7 +58,7 @@ class Recipe:
     batch_prompts: int = 1
     prompt_position: int = 0
     model_hash: str = ""
-    changes: str = ""  # LoRAs and learned words in the model
+    changes: str = ""  # what is not the model file's own: parts, settings, LoRAs, learned words
     model_name: str = ""
 
     def __post_init__(self) -> None:
