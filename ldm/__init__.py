@@ -3,10 +3,14 @@
 from importlib import import_module
 from typing import Any
 
+from ldm import legacy_paths
+
 __version__ = "0.1.0"
 
 _HOMES = {"load": "ldm.loading", "save": "ldm.loading", "LatentDiffusion": "ldm.latent_diffusion"}
 __all__ = ["LatentDiffusion", "__version__", "load", "save"]
+
+legacy_paths.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
 """Building objects from configurations, reading those, and choosing a device."""
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
+
+from ldm.legacy_paths import TARGETS, elsewhere, open_home
+
+__getattr__ = elsewhere(__name__)  # CompVis's other helpers
 
 # Classes outside this package that a configuration may name. A short list on purpose: a yaml or a checkpoint from a
 # stranger must not reach anything that runs code, opens files or downloads.
@@ -25,13 +29,16 @@ ALLOWED = {
 ALLOWED_PACKAGES: set[str] = set()  # what `--allow PACKAGE` names; its modules may be imported and its classes built
 
 
-def get_obj_from_str(string: str) -> type:
-    """The class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`.
+def get_obj_from_str(string: str, reload: bool = False) -> type:
+    """The class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`; its module loaded anew first
+    with `reload`.
 
     Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets of packages that the running
     program has imported itself or that are in `ALLOWED_PACKAGES`. Raises ValueError for everything else.
     """
     module_name, _, name = str(string).rpartition(".")
+    if module_name not in sys.modules:  # a `main` or `taming` of the program's own goes first
+        module_name = TARGETS.get(module_name, module_name)
     package = module_name.partition(".")[0]
     ours, imported = package == "ldm", package not in ("torch", "torchvision") and module_name in sys.modules
     if not (ours or imported or string in ALLOWED or package in ALLOWED_PACKAGES):
@@ -39,7 +46,8 @@ def get_obj_from_str(string: str) -> type:
             f"target {string!r} is not an allowed class: use one of ldm, or import its package (--allow PACKAGE) first"
         )
     try:
-        found = getattr(import_module(module_name), name)
+        module = open_home(module_name)
+        found = getattr(importlib.reload(module) if reload else module, name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"target {string!r} does not exist: {error}") from None
     if not inspect.isclass(found):

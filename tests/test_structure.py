@@ -13,13 +13,14 @@ FLOORS = (
     ("inference", "evaluation"),
     ("finetune",),
     ("training",),
-    ("loading",),
+    ("compvis", "loading"),
     ("latent_diffusion",),
     ("source",),
     ("conditioning",),
     ("checkpoint", "data"),
     ("diffusion", "models"),
     ("util", "images", "cli", "batching"),
+    ("legacy_paths",),
 )
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted((ROOT / "ldm").rglob("*.py"))

@@ -39,7 +39,7 @@ def picture_like(b: int, height: int, width: int) -> torch.Tensor:
 
 def model_with(**kind) -> SimpleNamespace:
     torch.manual_seed(0)
-    first_stage = randomised(AutoencoderKL({**DDCONFIG, **kind}, 4)).eval().requires_grad_(False)
+    first_stage = randomised(AutoencoderKL({**DDCONFIG, **kind}, embed_dim=4)).eval().requires_grad_(False)
     return SimpleNamespace(first_stage_model=first_stage, downsampling=4)
 
 
@@ -165,7 +165,7 @@ def resident():
 ddconfig = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4],
                 num_res_blocks=2, attn_resolutions=[], dropout=0.0)
 torch.manual_seed(0)
-vae = AutoencoderKL(ddconfig, 4).eval().requires_grad_(False)
+vae = AutoencoderKL(ddconfig, embed_dim=4).eval().requires_grad_(False)
 z = torch.randn(1, 4, 64, 64)
 if sys.argv[1] == "bands":
     tile_vae(SimpleNamespace(first_stage_model=vae, downsampling=8), 128)

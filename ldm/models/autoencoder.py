@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.functional import silu as nonlinearity  # CompVis's name, under which research code replaces it
 
+from ldm.legacy_paths import elsewhere
 from ldm.models.blocks import normalization
 from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.kernels import attention
+
+__getattr__ = elsewhere(__name__)  # what CompVis's file of this name had besides
 
 EPS = 1e-6  # of every group normalisation here; the UNet's residual blocks have 1e-5
 
@@ -32,8 +36,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, self.out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (b, out_channels, h, w)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(nonlinearity(self.norm1(x)))  # (b, out_channels, h, w)
+        h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))
         return (x if self.in_channels == self.out_channels else self.nin_shortcut(x)) + h
 
 
@@ -173,7 +177,7 @@ class Encoder(nn.Module):
             if i < len(self.down) - 1:
                 h = level.downsample(h)
         h = self.mid(h)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (b, 2 z_channels, h / f, w / f)
+        return self.conv_out(nonlinearity(self.norm_out(h)))  # (b, 2 z_channels, h / f, w / f)
 
 
 class Decoder(nn.Module):
@@ -226,22 +230,29 @@ class Decoder(nn.Module):
             h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
             if i > 0:
                 h = level.upsample(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))  # (b, out_ch, h, w)
+        h = self.conv_out(nonlinearity(self.norm_out(h)))  # (b, out_ch, h, w)
         return torch.tanh(h) if self.tanh_out else h
 
 
 class AutoencoderKL(nn.Module):
     """Pixels in [-1, 1] <-> raw (unscaled) latents, with a Gaussian posterior.
 
-    `ddconfig` holds Encoder's arguments, `embed_dim` is the number of latent channels. `lossconfig` and `monitor`
-    belong to CompVis's configs and are not used: losses are part of training.
+    `ddconfig` holds Encoder's arguments, `embed_dim` is the number of latent channels. `lossconfig`, `image_key` and
+    `monitor` belong to CompVis's configs and are not used: losses are part of training.
     Raises ValueError when ddconfig has double_z false: the encoder must give means and log variances.
     """
 
     def __init__(
-        self, ddconfig: dict, embed_dim: int, lossconfig: dict | None = None, monitor: str | None = None
+        self,
+        ddconfig: dict,
+        lossconfig: dict | None = None,
+        embed_dim: int | None = None,
+        image_key: str = "image",
+        monitor: str | None = None,
     ) -> None:
         super().__init__()
+        if embed_dim is None:
+            raise ValueError("embed_dim is missing: it is the number of latent channels")
         if not ddconfig.get("double_z", True):
             raise ValueError("ddconfig has double_z false: a KL autoencoder needs it true, for means and log variances")
         self.embed_dim = embed_dim

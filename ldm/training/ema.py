@@ -17,17 +17,23 @@ def wide(x: Tensor) -> Tensor:
 
 
 class EMA:
-    """Averages of a module's trainable parameters, in float32 or wider. Buffers are not averaged."""
+    """Averages of a module's trainable parameters, in float32 or wider. Buffers are not averaged.
+
+    With decay 0 the average is the weights themselves, and no copy of them is kept.
+    """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
         self.decay, self.updates = decay, 0
-        self.live = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trainable = module.named_parameters() if decay > 0 else ()
+        self.live = {name: p for name, p in trainable if p.requires_grad}
         self.shadow = {name: wide(p.detach().clone()) for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * live; call once per optimizer step."""
         self.updates += 1
+        if not self.live:
+            return
         live = [wide(p.detach()) for p in self.live.values()]
         torch._foreach_lerp_(list(self.shadow.values()), live, 1 - ema_decay(self.updates, self.decay))
 

@@ -1,0 +1,246 @@
+"""What CompVis's diffusion models share: the UNet under its conditioning keys, and DDPM. `ddpm.py` has the rest.
+
+The schedule's buffers are read on every use, as in CompVis's code, so that code that replaces them is heard. Training
+methods are plain methods: a loop of one's own calls what a `pl.Trainer` would have called.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ldm import latent_diffusion as core
+from ldm.checkpoint.compvis import schedule_buffers
+from ldm.checkpoint.compvis_config import _schedule
+from ldm.checkpoint.tensors import read_tensors
+from ldm.compvis.util import LitEma, extract_into_tensor
+from ldm.util import instantiate_from_config
+
+Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, and what is logged
+KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
+# DDPM's arguments in both generations, and attributes of the same names.
+SETTINGS = {
+    **{"timesteps": 1000, "beta_schedule": "linear", "linear_start": 1e-4, "linear_end": 2e-2, "cosine_s": 8e-3},
+    **{"given_betas": None, "v_posterior": 0.0, "parameterization": "eps", "clip_denoised": True, "log_every_t": 100},
+    **{"loss_type": "l2", "l_simple_weight": 1.0, "original_elbo_weight": 0.0, "learn_logvar": False},
+    **{"logvar_init": 0.0, "monitor": "val/loss", "scheduler_config": None, "ucg_training": None},
+    **{"first_stage_key": "image", "image_size": 256, "channels": 3, "use_positional_encodings": False},
+    **{"use_ema": True, "reset_ema": False, "reset_num_ema_updates": False, "make_it_fit": False},
+    **{"ckpt_path": None, "ignore_keys": (), "load_only_unet": False},
+}
+
+
+class DiffusionWrapper(nn.Module):
+    """The UNet (its configuration, or itself), given of the conditioning what `conditioning_key` says."""
+
+    def __init__(self, diff_model_config: Any, conditioning_key: str | None) -> None:
+        super().__init__()
+        if conditioning_key not in KEYS:
+            raise ValueError(f"conditioning_key {conditioning_key!r} is unknown: it is one of {KEYS}")
+        built = isinstance(diff_model_config, nn.Module)
+        self.diffusion_model = diff_model_config if built else instantiate_from_config(diff_model_config)
+        self.conditioning_key = conditioning_key
+
+    def forward(self, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, c_adm: Any = None) -> Tensor:
+        """Each conditioning is a tensor, or a list to be joined along channels or tokens."""
+        kinds, inputs = str(self.conditioning_key).split("-"), {}
+        if kinds[0] in ("concat", "hybrid"):
+            x = torch.cat([x, _joined(c_concat).to(x.dtype)], dim=1)  # (b, c + channels, h, w)
+        if kinds[0] in ("crossattn", "hybrid"):
+            inputs["context"] = _joined(c_crossattn)  # (b, n, d)
+        if kinds[-1] == "adm":
+            y = c_crossattn if kinds == ["adm"] else c_adm
+            inputs["y"] = y[0] if isinstance(y, list | tuple) else y
+        return self.diffusion_model(x, t, **inputs)
+
+
+def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
+    return parts if isinstance(parts, Tensor) else torch.cat(list(parts), dim=1)
+
+
+class DDPM(nn.Module):
+    """What CompVis's models share: noise levels, losses, averaged weights, training. Alone, a model of pixels.
+
+    settings: see `SETTINGS`. _networks: what else our own LatentDiffusion is made of, where this is one.
+    """
+
+    global_step, current_epoch, logger, cond_stage_trainable = 0, 0, None, False
+    device = core.LatentDiffusion.device
+    parameterization = property(lambda self: self.prediction, lambda self, kind: setattr(self, "prediction", kind))
+
+    def __init__(
+        self, unet_config: Any, *, conditioning_key: str | None = None, _networks: Any = None, **settings: Any
+    ) -> None:
+        unknown = sorted(settings.keys() - SETTINGS.keys())
+        if unknown:
+            raise TypeError(f"unknown arguments {unknown}: besides its networks, it takes {list(SETTINGS)}")
+        if any(settings.get(name) for name in ("v_posterior", "use_positional_encodings", "make_it_fit")):
+            raise ValueError("v_posterior, use_positional_encodings and make_it_fit have no counterpart here")
+        super().__init__(**({} if _networks is None else {"unet_config": unet_config, **_networks}))
+        unet = unet_config if _networks is None else self.model.diffusion_model
+        self.model = DiffusionWrapper(unet, conditioning_key)
+        for name, value in (SETTINGS | settings).items():
+            setattr(self, name, value)
+        self.register_schedule(**{name: getattr(self, name) for name in list(SETTINGS)[:6]})
+        logvar = torch.full((self.num_timesteps,), float(self.logvar_init), device="cpu")
+        if self.learn_logvar:
+            self.logvar = nn.Parameter(logvar)
+        else:
+            self.register_buffer("logvar", logvar, persistent=False)
+        self.use_scheduler, self.logged, self.ucg_prng = self.scheduler_config is not None, {}, np.random.RandomState()
+        if self.use_ema:
+            self.model_ema = LitEma(self.model)
+        if _networks is None:
+            self._restore()
+
+    def register_schedule(self, **line: Any) -> None:
+        """The twelve buffers of every checkpoint, from CompVis's names, and the weights of the bound's terms."""
+        self.schedule_params, self.num_timesteps = _schedule(line), int(line["timesteps"])
+        vars(self).pop("schedule", None)  # the core's, which is made of these
+        with torch.device("cpu"):  # the model may be built on the meta device
+            for name, values in schedule_buffers(self.schedule_params).items():
+                self.register_buffer(name, values)
+        ab, beta = self.alphas_cumprod, self.betas
+        weights = {
+            "eps": beta**2 / (2 * self.posterior_variance * (1 - beta) * (1 - ab)),
+            "x0": 0.5 * ab.sqrt() / (2 - ab),
+            "v": torch.ones_like(ab),
+        }[self.parameterization]
+        weights[0] = weights[1]  # there is no variance to divide by
+        self.register_buffer("lvlb_weights", weights, persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """`half()` leaves the buffers in float32: what 16 bits hold of them is another schedule."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        self._buffers.update({name: buffer.to(self._buffers[name].device) for name, buffer in kept.items()})
+        return self
+
+    def _restore(self) -> None:
+        self.restarted_from_ckpt = self.ckpt_path is not None
+        if self.restarted_from_ckpt:
+            self.init_from_ckpt(self.ckpt_path, self.ignore_keys, self.load_only_unet)
+            if self.reset_ema:
+                self.model_ema = LitEma(self.model)
+        if self.reset_num_ema_updates:
+            self.model_ema.reset_num_updates()
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load what fits by name; nothing in the file is executed, and a warning tells what did not fit."""
+        state = {k: v for k, v in read_tensors(path).state.items() if not k.startswith(tuple(ignore_keys))}
+        wrong = (self.model if only_model else self).load_state_dict(state, strict=False)
+        for kind, names in zip(("missing", "unexpected"), wrong, strict=True):
+            if names:
+                warnings.warn(f"{path}: {len(names)} tensors are {kind} ({', '.join(names[:5])} ...)", stacklevel=2)
+
+    @contextmanager
+    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+        """Inside the block the UNet has its averaged weights, if it has any."""
+        if not self.use_ema:
+            yield
+            return
+        self.model_ema.store(self.model.parameters())
+        self.model_ema.copy_to(self.model)
+        try:
+            yield
+        finally:
+            self.model_ema.restore(self.model.parameters())
+
+    def _mix(self, first: str, a: Tensor, second: str, b: Tensor, t: Tensor) -> Tensor:
+        """a, b: (b, c, h, w), each times a buffer's values at t (b,)."""
+        at = partial(extract_into_tensor, t=t, x_shape=a.shape)
+        return at(getattr(self, first)) * a + at(getattr(self, second)) * b
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return self._mix("sqrt_alphas_cumprod", x_start, "sqrt_one_minus_alphas_cumprod", noise, t)
+
+    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self._mix("sqrt_alphas_cumprod", noise, "sqrt_one_minus_alphas_cumprod", -x, t)
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return self._mix("sqrt_recip_alphas_cumprod", x_t, "sqrt_recipm1_alphas_cumprod", -noise, t)
+
+    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return self._mix("sqrt_alphas_cumprod", x_t, "sqrt_one_minus_alphas_cumprod", -v, t)
+
+    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return self._mix("sqrt_alphas_cumprod", v, "sqrt_one_minus_alphas_cumprod", x_t, t)
+
+    def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
+        """loss_type's, l1 or l2: (b, c, h, w), or their mean."""
+        loss = {"l1": F.l1_loss, "l2": F.mse_loss}[self.loss_type]
+        return loss(pred, target, reduction="mean" if mean else "none")
+
+    def _losses(self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Losses:
+        """(loss, what is logged) of the UNet's output (b, c, h, w)."""
+        target = self.get_v(x_start, noise, t) if self.parameterization == "v" else x_start
+        target = noise if self.parameterization == "eps" else target
+        simple = self.get_loss(output, target, mean=False).mean(dim=(1, 2, 3))  # (b,)
+        weighted = (simple / self.logvar[t].exp() + self.logvar[t]).mean()
+        vlb = (self.lvlb_weights[t] * simple).mean()
+        loss = self.l_simple_weight * weighted + self.original_elbo_weight * vlb
+        logs = {"loss_simple": simple.mean(), "loss_vlb": vlb, "loss": loss}
+        logs |= {"loss_gamma": weighted, "logvar": self.logvar.mean()} if self.learn_logvar else {}
+        return loss, {f"{'train' if self.training else 'val'}/{name}": value for name, value in logs.items()}
+
+    def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
+        """A picture of a batch, (b, h, w, c) or (b, h, w) in [-1, 1] -> (b, c, h, w)."""
+        x = batch[k] if batch[k].ndim == 4 else batch[k][..., None]
+        return rearrange(x, "b h w c -> b c h w").contiguous().float()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Losses:
+        """The losses of x (b, c, h, w), raw or in latents, at random levels."""
+        t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
+        return self.p_losses(x, t, *args, **kwargs)
+
+    def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Losses:
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return self._losses(self.model(self.q_sample(x_start, t, noise), t), x_start, t, noise)
+
+    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> Losses:
+        return self(self.get_input(batch, self.first_stage_key))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Tensor:
+        for key, dropped in ({} if self.ucg_training is None else self.ucg_training).items():
+            for i in np.flatnonzero(self.ucg_prng.rand(len(batch[key])) < dropped["p"]):
+                batch[key][i] = "" if dropped["val"] is None else dropped["val"]
+        loss, logs = self.shared_step(batch)
+        self.log_dict(logs | {"global_step": self.global_step})
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int = 0) -> None:
+        self.log_dict(self.shared_step(batch)[1])
+        with self.ema_scope():
+            self.log_dict({f"{name}_ema": value for name, value in self.shared_step(batch)[1].items()})
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.use_ema:
+            self.model_ema(self.model)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        """What a Trainer would have written somewhere is kept in `logged`."""
+        self.logged[name] = value.detach() if isinstance(value, Tensor) else value
+
+    def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
+        for name, value in dictionary.items():
+            self.log(name, value)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW at `learning_rate`, which is to be set before; with a scheduler_config, Lightning's two lists."""
+        parameters = [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
+        parameters += self.cond_stage_model.parameters() if self.cond_stage_trainable else []
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate)
+        if not self.use_scheduler:
+            return optimizer
+        schedule = LambdaLR(optimizer, instantiate_from_config(self.scheduler_config).schedule)
+        return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 1}]

@@ -1,0 +1,343 @@
+"""CompVis's `ldm.models.diffusion.ddpm`: LatentDiffusion with its constructor and verbs, over ours."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm import latent_diffusion as core
+from ldm.checkpoint.compvis import normalise
+from ldm.checkpoint.tensors import read_tensors
+from ldm.compvis.base import DDPM, DiffusionWrapper, Losses  # noqa: F401 - both classes are of this name there
+from ldm.compvis.samplers import DDIMSampler
+from ldm.compvis.util import isimage, ismap, log_txt_as_img
+from ldm.diffusion import guidance, sampling
+from ldm.diffusion.denoiser import Prediction, from_vp, to_vp
+from ldm.models.distributions import DiagonalGaussianDistribution
+from ldm.models.vq_autoencoder import VQModelInterface
+
+TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # of batches: no pictures
+
+
+def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
+    """In place of `train`, for parts that stay in eval mode."""
+    return self
+
+
+def _first(cond: Any, n: int) -> Any:
+    """The first n pictures' share of a conditioning of any form."""
+    if isinstance(cond, Mapping):
+        return {key: _first(value, n) for key, value in cond.items()}
+    if isinstance(cond, list | tuple) and isinstance(cond[0], Tensor):
+        return [part[:n] for part in cond]
+    return None if cond is None else cond[:n]
+
+
+class LatentDiffusion(DDPM, core.LatentDiffusion):
+    """CompVis's LatentDiffusion, of both generations; of ours it has `generate`, `denoiser`, `encode` and `decode`."""
+
+    # fmt: off
+    def __init__(
+        self, first_stage_config: Any, cond_stage_config: Any, num_timesteps_cond: int | None = None,
+        cond_stage_key: str = "image", cond_stage_trainable: bool = False, concat_mode: bool = True,
+        cond_stage_forward: str | None = None, conditioning_key: str | None = None, scale_factor: float = 1.0,
+        scale_by_std: bool = False, force_null_conditioning: bool = False, **settings: Any,
+    ) -> None:
+        # fmt: on
+        if num_timesteps_cond not in (None, 1):
+            raise ValueError(f"num_timesteps_cond {num_timesteps_cond} has no counterpart here: it must be 1")
+        if conditioning_key is None:
+            conditioning_key = "concat" if concat_mode else "crossattn"
+        if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
+            conditioning_key = None
+        params = dict(first_stage_config.get("params") or {})
+        file, _ = params.pop("ckpt_path", None), params.pop("ignore_keys", None)
+        networks = {"first_stage_config": {**first_stage_config, "params": params}, "scale_factor": scale_factor}
+        networks["cond_stage_config"] = None if isinstance(cond_stage_config, str) else cond_stage_config
+        super().__init__(conditioning_key=conditioning_key, _networks=networks, **settings)
+        self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
+        self.cond_stage_forward, self.force_null_conditioning = cond_stage_forward, force_null_conditioning
+        self.concat_mode, self.clip_denoised, self.scale_by_std = concat_mode, False, scale_by_std
+        self.config |= {"schedule": self.schedule_params, "prediction": self.parameterization}
+        self.defaults |= dict.fromkeys(("height", "width"), self.image_size * self.downsampling)
+        if cond_stage_config == "__is_first_stage__":
+            self.cond_stage_model = self.first_stage_model
+        if file is not None:
+            self.first_stage_model.load_state_dict(normalise(read_tensors(file).state)[0])
+        if scale_by_std:
+            del self.scale_factor
+            self.register_buffer("scale_factor", torch.tensor(scale_factor, device="cpu"))
+        for part in (self.first_stage_model, None if cond_stage_trainable else self.cond_stage_model):
+            if part is not None:
+                part.eval().requires_grad_(False)
+                part.train = partial(disabled_train, part)
+        self._restore()
+
+    @torch.no_grad()
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """With scale_by_std, the first batch of a run says how wide latents are."""
+        fresh = not (self.restarted_from_ckpt or self.global_step or self.current_epoch or batch_idx)
+        if self.scale_by_std and fresh:
+            z = self.encode_first_stage(super().get_input(batch, self.first_stage_key).to(self.device))
+            self.scale_factor = 1 / (self.get_first_stage_encoding(z) / self.scale_factor).std()
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """What the encoder makes of texts, classes in a batch, or pictures."""
+        encoder = self.cond_stage_model
+        if self.cond_stage_forward is not None:
+            return getattr(encoder, self.cond_stage_forward)(c)
+        c = encoder.encode(c) if callable(getattr(encoder, "encode", None)) else encoder(c)
+        return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
+
+    def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
+        if null_label is None and self.cond_stage_key in CLASS_KEYS:
+            return self.get_learned_conditioning(self.cond_stage_model.get_unconditional_conditioning(batch_size))
+        c = self.get_learned_conditioning("" if null_label is None else null_label)
+        return repeat(c, "1 ... -> b ...", b=batch_size)
+
+    @property
+    def null(self) -> Any:
+        return getattr(self.cond_stage_model, "null", None)
+
+    def condition(self, prompts: Sequence[Any], chunks: Any = None, clip_skip: int = 1, plain: bool = False) -> Any:
+        """For `generate`: prompts as CompVis's code takes them, literally."""
+        key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
+        return {} if self.model.conditioning_key is None else {key: self.get_learned_conditioning(prompts)}
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any, return_ids: bool = False) -> Tensor:
+        """The UNet's output for latents (b, c, h, w) at t (b,) under a dict, a list or a tensor."""
+        if not isinstance(cond, Mapping):
+            key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
+            cond = {key: cond if isinstance(cond, list) else [cond]}
+        out = self.model(x_noisy, t, **cond)
+        return out[0] if isinstance(out, tuple) and not return_ids else out
+
+    @torch.no_grad()
+    def encode_first_stage(self, x: Tensor) -> Any:
+        """Pixels (b, c, h, w) in [-1, 1] -> the posterior, or a VQ autoencoder's raw latents."""
+        return self.first_stage_model.encode(x)
+
+    def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
+        """A posterior, or raw latents -> scaled latents (b, z, h, w)."""
+        is_posterior = isinstance(encoder_posterior, DiagonalGaussianDistribution)
+        return self.scale_factor * (encoder_posterior.sample() if is_posterior else encoder_posterior)
+
+    def differentiable_decode_first_stage(
+        self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
+    ) -> Tensor:
+        """Scaled latents (b, z, h, w) -> pixels (b, c, h, w)."""
+        if predict_cids:
+            raise ValueError("predict_cids, latents as numbers of codebook entries, has no counterpart here")
+        options = (force_not_quantize,) if isinstance(self.first_stage_model, VQModelInterface) else ()
+        return self.first_stage_model.decode(z / self.scale_factor, *options)
+
+    decode_first_stage = torch.no_grad()(differentiable_decode_first_stage)
+
+    # fmt: off
+    @torch.no_grad()
+    def get_input(
+        self, batch: Mapping[str, Any], k: str, return_first_stage_outputs: bool = False, force_c_encode: bool = False,
+        cond_key: str | None = None, return_original_cond: bool = False, bs: int | None = None, return_x: bool = False,
+    ) -> list[Any]:
+        # fmt: on
+        """[latents, conditioning], and on request pixels and reconstruction, pixels, what was conditioned on."""
+        x = super().get_input(batch, k)[:bs].to(self.device)
+        z = self.get_first_stage_encoding(self.encode_first_stage(x))
+        c = xc = None
+        if self.model.conditioning_key is not None and not self.force_null_conditioning:
+            key = self.cond_stage_key if cond_key is None else cond_key
+            xc = batch if key in CLASS_KEYS else batch[key] if key in TEXT_KEYS else x
+            if xc is x and key != self.first_stage_key:
+                xc = super().get_input(batch, key).to(self.device)
+            raw = self.cond_stage_trainable and not force_c_encode
+            c = _first(xc if raw else self.get_learned_conditioning(xc), bs)
+        pixels = [x, self.decode_first_stage(z)] if return_first_stage_outputs else []
+        return [z, c, *pixels, *([x] if return_x else []), *([xc] if return_original_cond else [])]
+
+    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> Losses:
+        x, c = self.get_input(batch, self.first_stage_key)
+        return self(x, c)
+
+    def forward(self, x: Tensor, c: Any, *args: Any, **kwargs: Any) -> Losses:
+        """The losses of latents x (b, z, h, w) at random levels."""
+        t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
+        if self.cond_stage_trainable and self.model.conditioning_key is not None:
+            c = self.get_learned_conditioning(c)
+        return self.p_losses(x, c, t, *args, **kwargs)
+
+    def p_losses(self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None) -> Losses:
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_noisy = self.q_sample(x_start=x_start, t=t, noise=noise)
+        return self._losses(self.apply_model(x_noisy, t, cond), x_start, t, noise)
+
+    # fmt: off
+    @torch.no_grad()
+    def _ancestral(
+        self, cond: Any, shape: Sequence[int], x_T: Tensor | None = None, timesteps: int | None = None,
+        start_T: int | None = None, mask: Tensor | None = None, x0: Tensor | None = None, verbose: bool = True,
+        quantize_denoised: bool = False, log_every_t: int | None = None, callback: Any = None, img_callback: Any = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        # fmt: on
+        """DDPM by the core's steps: x (b, z, h, w), and the x and x0 at every `log_every_t`th step."""
+        model, every = self.denoiser(), self.log_every_t if log_every_t is None else log_every_t
+        T = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
+        sigmas = [*self.schedule.sigmas[:T].flip(0).tolist(), 0.0]
+        x = torch.randn(*shape, device=self.device) if x_T is None else x_T
+        cond, xs, x0s = _first(cond, len(x)), [x], []
+
+        def denoise(x: Tensor, sigma: float) -> Prediction:
+            predicted = model(x, sigma, cond).x0
+            predicted = predicted.clamp(-1, 1) if self.clip_denoised else predicted
+            return Prediction(self.first_stage_model.quantize(predicted)[0] if quantize_denoised else predicted)
+
+        kept = denoise if mask is None else guidance.keep(denoise, x0, 1 - mask)
+        steps = sampling.sample(kept, from_vp(x, sigmas[0]), sigmas, eta=1.0, noise=lambda: torch.randn_like(x))
+        for step in tqdm(steps, "Sampling t", T, disable=not verbose):
+            i, img = T - 1 - step.index, to_vp(step.x, step.sigma)
+            if i % every == 0 or i == T - 1:
+                xs.append(img)
+                x0s.append(step.x0)
+            if callback is not None:
+                callback(i)
+            if img_callback is not None:
+                img_callback(img, i)
+        return img, xs, x0s
+
+    def p_sample_loop(self, cond: Any, shape: Sequence[int], return_intermediates: bool = False, **options: Any) -> Any:
+        """Latents of that shape drawn with all steps; options: see `_ancestral`."""
+        x, xs, _ = self._ancestral(cond, shape, **options)
+        return (x, xs) if return_intermediates else x
+
+    def progressive_denoising(
+        self, cond: Any, shape: Sequence[int], batch_size: int | None = None, **options: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As p_sample_loop, and what x0 looked like on the way; with batch_size, the shape is that of one."""
+        x, _, x0s = self._ancestral(cond, shape if batch_size is None else (batch_size, *shape), **options)
+        return x, x0s
+
+    def sample(
+        self, cond: Any, batch_size: int = 16, return_intermediates: bool = False, shape: Any = None, **options: Any
+    ) -> Any:
+        shape = (batch_size, self.channels, self.image_size, self.image_size) if shape is None else shape
+        return self.p_sample_loop(cond, shape, return_intermediates, **options)
+
+    @torch.no_grad()
+    def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int | None, **options: Any) -> Any:
+        """(latents, intermediates), by DDIM or with all steps."""
+        if not ddim:
+            return self.sample(cond, batch_size, return_intermediates=True, **options)
+        shape = (self.channels, self.image_size, self.image_size)
+        return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
+
+    # fmt: off
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, sample: bool = True, ddim_steps: int | None = 50,
+        ddim_eta: float = 0.0, return_keys: Sequence[str] | None = None, quantize_denoised: bool = True,
+        inpaint: bool = True, plot_denoise_rows: bool = False, plot_progressive_rows: bool = True,
+        plot_diffusion_rows: bool = True, unconditional_guidance_scale: float = 1.0,
+        unconditional_guidance_label: Any = None, use_ema_scope: bool = True, **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        # fmt: on
+        """Pictures (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
+        options = {"return_first_stage_outputs": True, "force_c_encode": True, "return_original_cond": True}
+        z, c, x, xrec, xc = self.get_input(batch, self.first_stage_key, bs=N, **options)
+        ddim, decode = {} if ddim_steps is None else {"eta": ddim_eta}, self.decode_first_stage
+        draw = partial(self.sample_log, c, len(z), ddim_steps is not None, ddim_steps, **ddim)
+        log = {"inputs": x, "reconstruction": xrec} | self._condition_pictures(batch, x, c, xc)
+        if plot_diffusion_rows:
+            levels = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == self.num_timesteps - 1]
+            few = z[:n_row]
+            log["diffusion_row"] = self._row([self.q_sample(few, x.new_full((len(few),), t).long()) for t in levels])
+        with self.ema_scope("Plotting") if use_ema_scope else nullcontext():
+            if sample:
+                samples, steps = draw()
+                log["samples"] = decode(samples)
+                if plot_denoise_rows:
+                    log["denoise_row"] = self._row(steps["x_inter"] if isinstance(steps, Mapping) else steps)
+            if sample and quantize_denoised and isinstance(self.first_stage_model, VQModelInterface):
+                log["samples_x0_quantized"] = decode(draw(quantize_denoised=True)[0])
+            if unconditional_guidance_scale > 1:
+                null = self.get_unconditional_conditioning(len(z), unconditional_guidance_label)
+                null = {**c, "c_crossattn": [null]} if isinstance(c, Mapping) else null
+                scale = {"unconditional_guidance_scale": unconditional_guidance_scale}
+                guided = draw(**scale, unconditional_conditioning=null)[0]
+                log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = decode(guided)
+            if sample and inpaint:
+                (h, w), mask = z.shape[-2:], torch.ones_like(z[:, :1])
+                mask[..., h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0  # what is drawn; 1 stays
+                log["mask"] = mask
+                log["samples_inpainting"] = decode(draw(x0=z, mask=mask)[0])
+                log["samples_outpainting"] = decode(draw(x0=z, mask=1 - mask)[0])
+            if plot_progressive_rows:
+                log["progressive_row"] = self._row(self.progressive_denoising(c, z.shape, verbose=False)[1])
+        wanted = [name for name in return_keys or () if name in log]
+        return {name: log[name] for name in wanted} if wanted else log
+
+    def _condition_pictures(self, batch: Mapping[str, Any], x: Tensor, c: Any, xc: Any) -> dict[str, Tensor]:
+        key, pictures = self.cond_stage_key, {}
+        words = {**dict.fromkeys(TEXT_KEYS, key), **dict.fromkeys(CLASS_KEYS, "human_label")}.get(key)
+        if hasattr(self.cond_stage_model, "decode"):
+            pictures["conditioning"] = self.cond_stage_model.decode(c)
+        elif words in batch:
+            (h, w), size = x.shape[-2:], max(10, x.shape[-1] // 25)
+            pictures["conditioning"] = log_txt_as_img((w, h), batch[words][: len(x)], size)
+        elif isimage(xc):
+            pictures["conditioning"] = xc
+        if ismap(xc):
+            pictures["original_conditioning"] = self.to_rgb(xc)
+        return pictures
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """A map (b, c, h, w) in random colours, the same for all: (b, 3, h, w) in [-1, 1]."""
+        if not hasattr(self, "colorize"):
+            self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
+        x = F.conv2d(x, self.colorize)
+        return 2 * (x - x.min()) / (x.max() - x.min()) - 1
+
+    def _row(self, latents: Sequence[Tensor]) -> Tensor:
+        pictures = torch.stack([self.decode_first_stage(z) for z in latents])  # (n, b, c, h, w)
+        return rearrange(pictures, "n b c h w -> c (b h) (n w)")
+
+
+class LatentInpaintDiffusion(LatentDiffusion):
+    """Its UNet also gets the mask, at the latents' size, and the latents of the masked picture: `concat_keys`."""
+
+    # fmt: off
+    def __init__(
+        self, concat_keys: Sequence[str] = ("mask", "masked_image"), masked_image_key: str = "masked_image",
+        finetune_keys: Sequence[str] | None = None, **settings: Any,
+    ) -> None:
+        # fmt: on
+        if finetune_keys is not None:
+            raise ValueError("finetune_keys, input channels made anew, have no counterpart here: they must be null")
+        super().__init__(**settings)
+        self.concat_keys, self.masked_image_key, self.concat = concat_keys, masked_image_key, "mask_latents"
+
+    @torch.no_grad()
+    def get_input(
+        self, batch: Mapping[str, Any], k: str, return_first_stage_outputs: bool = False, **options: Any
+    ) -> list[Any]:
+        options |= {"force_c_encode": True, "return_original_cond": True}
+        z, c, *rest = super().get_input(batch, k, return_first_stage_outputs=True, **options)
+        parts = []
+        for key in self.concat_keys:
+            part = DDPM.get_input(self, batch, key)[: len(z)].to(z)
+            is_picture = key == self.masked_image_key
+            encoded = self.get_first_stage_encoding(self.encode_first_stage(part)) if is_picture else part
+            parts.append(F.interpolate(encoded, size=z.shape[-2:]))  # (b, 1 or z, h, w)
+        cond = {"c_concat": [torch.cat(parts, dim=1)], "c_crossattn": [c]}
+        return [z, cond, *(rest if return_first_stage_outputs else [])]
+
+
+class Layout2ImgDiffusion(LatentDiffusion):
+    """latent-diffusion's model of boxes and what is in them, whose log shows no boxes."""
+
+    def __init__(self, cond_stage_key: str = "coordinates_bbox", **settings: Any) -> None:
+        super().__init__(cond_stage_key=cond_stage_key, **settings)

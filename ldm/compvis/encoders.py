@@ -1,0 +1,221 @@
+"""CompVis's `ldm.modules.encoders.modules` over our networks: its encoders give tensors.
+
+Nothing here reaches for the internet. CLIP's weights are read from a folder, a file or Hugging Face's cache; where they
+are not, the encoder is built without, and a warning says so: CompVis's code loads a checkpoint over it.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.compvis_config import _clip, _openclip
+from ldm.conditioning import bert, classes, spatial
+from ldm.conditioning.public_clip import read_text_encoder
+from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.tokenizer import Tokenizer
+from ldm.models import clip
+
+
+class AbstractEncoder(nn.Module):
+    """What CompVis calls an encoder: `encode` is `forward`, whoever replaces that."""
+
+    device = property(lambda self: next(self.parameters()).device, lambda self, _: None)  # set in vain: `to` moves it
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+    def freeze(self) -> None:
+        self.eval().requires_grad_(False)
+
+
+class Embeddings(nn.ModuleDict):
+    """transformers' CLIPTextEmbeddings. `position_ids` is a name that files have or lack, and no more."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], length: int) -> None:
+        super().__init__(modules)
+        self.register_buffer("position_ids", torch.arange(length, device="cpu")[None])
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
+        return self.token_embedding(input_ids) + self.position_embedding(positions)  # (b, n, d)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}position_ids", self.position_ids)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class CLIPTextModel(clip.CLIPTextModel):
+    """Our tower, called and patched as transformers' CLIPTextModel was before it lost `text_model`."""
+
+    def __init__(self, vocab_size: int, width: int, layers: int, heads: int, context_length: int, activation: str):
+        super().__init__(vocab_size, width, layers, heads, context_length, activation)
+        self.text_model.embeddings = Embeddings(self.text_model.embeddings, context_length)
+        self.eos = vocab_size - 1
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.text_model.embeddings(tokens)
+
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> Any:
+        """Tokens (b, n) -> `last_hidden_state` (b, n, d), `pooler_output` (b, d), both normed, `hidden_states`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        states = tuple(self.hidden_states(input_ids))
+        last = self.final_norm(states[-1])
+        pooled = self.pool(last, input_ids, self.eos)
+        return BaseModelOutputWithPooling(last, pooled, states if output_hidden_states else None)
+
+
+class FrozenCLIPEmbedder(AbstractEncoder):
+    """Stable Diffusion 1's text encoder: prompts -> (b, 77, d).
+
+    version: a folder in transformers' layout, or a name of Hugging Face's hub. device: not used, here and below. layer:
+    "last", "pooled" (b, 1, d), or "hidden": state number `layer_idx`, without the final norm.
+    """
+
+    LAYERS = ("last", "pooled", "hidden")
+    null = ""
+
+    # fmt: off
+    def __init__(
+        self, version: str = "openai/clip-vit-large-patch14", device: Any = "cuda", max_length: int = 77,
+        freeze: bool = True, layer: str = "last", layer_idx: int | None = None,
+    ) -> None:
+        # fmt: on
+        super().__init__()
+        if layer not in self.LAYERS or (layer == "hidden") != (layer_idx is not None):
+            raise ValueError(f"layer {layer!r} and layer_idx {layer_idx}: use last, pooled, or hidden with a layer_idx")
+        folder = version if Path(version).is_dir() else _cached(version, "config.json")
+        params, state = _without(version, _clip({"version": version})) if folder is None else read_text_encoder(folder)
+        tokenizer = Tokenizer(**{"context_length": params.get("context_length", 77), **params.get("tokenizer", {})})
+        self.tokenizer = _as_transformers(tokenizer)
+        sizes = (tokenizer.vocab_size, params["width"], params["layers"], params["heads"], tokenizer.context_length)
+        self.transformer = CLIPTextModel(*sizes, params["activation"])
+        self.max_length, self.layer, self.layer_idx = max_length, layer, layer_idx
+        if state is not None:
+            self.load_state_dict(state)
+        if freeze:
+            self.freeze()
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        settings = {"truncation": True, "max_length": self.max_length, "padding": "max_length", "return_tensors": "pt"}
+        tokens = self.tokenizer(text, **settings)["input_ids"].to(self.device)  # (b, n)
+        out = self.transformer(input_ids=tokens, output_hidden_states=self.layer == "hidden")
+        if self.layer == "hidden":
+            return out.hidden_states[self.layer_idx]
+        return out.last_hidden_state if self.layer == "last" else out.pooler_output[:, None]
+
+
+class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
+    """Stable Diffusion 2's text encoder, `model`: prompts -> (b, 77, d). version: a file, or a tag of open_clip's."""
+
+    LAYERS = ("last", "penultimate")
+
+    # fmt: off
+    def __init__(
+        self, arch: str = "ViT-H-14", version: str = "laion2b_s32b_b79k", device: Any = "cuda", max_length: int = 77,
+        freeze: bool = True, layer: str = "last",
+    ) -> None:
+        # fmt: on
+        if layer not in self.LAYERS:
+            raise ValueError(f"layer {layer!r} is unknown: use last or penultimate")
+        name, here = f"{arch}/{version}", Path(version).is_file()
+        params, state = read_text_encoder(name) if here else _without(name, _openclip({"arch": arch}))
+        super().__init__(**params | {"layer": layer})
+        self.max_length, self.layer_idx = max_length, self.LAYERS.index(layer)
+        if state is not None:
+            self.load_state_dict(state)
+        if freeze:
+            self.freeze()
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        return self.encode_with_transformer(self.tokenizer([text] if isinstance(text, str) else text).to(self.device))
+
+    def encode_with_transformer(self, text: Tensor) -> Tensor:
+        """Tokens (b, n) -> (b, n, d)."""
+        return TextEncoder.forward(self, text)["c_crossattn"]
+
+
+class BERTEmbedder(AbstractEncoder, bert.BERTEncoder):
+    """latent-diffusion's text encoder: prompts, if BERT's vocabulary is in Hugging Face's cache, or tokens (b, n)."""
+
+    # fmt: off
+    def __init__(
+        self, n_embed: int, n_layer: int, vocab_size: int = bert.BERT_TOKENS, max_seq_len: int = 77,
+        device: Any = "cuda", use_tokenizer: bool = True, embedding_dropout: float = 0.0,
+    ) -> None:
+        # fmt: on
+        folder = _cached("bert-base-uncased", "vocab.txt") if use_tokenizer else None
+        vocab = None if folder is None else bert.read_vocab(Path(folder) / "vocab.txt")
+        super().__init__(n_embed, n_layer, vocab_size, max_seq_len, vocab, embedding_dropout)
+
+    def forward(self, text: Any) -> Tensor:
+        return bert.BERTEncoder.encode(self, text)  # (b, n, d)
+
+
+class TransformerEmbedder(BERTEmbedder):
+    """BERTEmbedder for tokens made elsewhere."""
+
+    def __init__(self, n_embed: int, n_layer: int, vocab_size: int, max_seq_len: int = 77, device: Any = "cuda"):
+        super().__init__(n_embed, n_layer, vocab_size, max_seq_len, use_tokenizer=False)
+
+
+class ClassEmbedder(AbstractEncoder, classes.ClassEmbedder):
+    """Classes in a batch, `batch[key]` (b,), -> (b, 1, d). ucg_rate: share of them dropped in training, and only then.
+
+    CompVis's later default, 0.1, also drops when pictures are drawn.
+    """
+
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
+        super().__init__(embed_dim, n_classes)
+        self.key, self.ucg_rate = key, ucg_rate
+
+    def forward(self, batch: Any, key: str | None = None, disable_dropout: bool = False) -> Tensor:
+        numbers = batch[self.key if key is None else key] if isinstance(batch, Mapping) else batch
+        numbers = torch.as_tensor(numbers, device=self.device)
+        if self.training and not disable_dropout:
+            numbers = numbers.masked_fill(torch.rand(numbers.shape, device=self.device) < self.ucg_rate, self.null)
+        return classes.ClassEmbedder.encode(self, numbers)
+
+    def get_unconditional_conditioning(self, bs: int, device: Any = None) -> dict[str, Tensor]:
+        return {self.key: torch.full((bs,), self.null, device=self.device)}
+
+
+class SpatialRescaler(AbstractEncoder, spatial.SpatialRescaler):
+    """A picture (b, c, h, w), made smaller."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return spatial.SpatialRescaler.encode(self, x)
+
+
+def _cached(repository: str, needed: str) -> str | None:
+    """The folder in Hugging Face's cache that has that file of a model, if there is one."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repository, needed)
+    except ValueError:  # no name that the hub could have
+        return None
+    return str(Path(found).parent) if isinstance(found, str) else None
+
+
+def _without(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], None]:
+    warnings.warn(f"no weights of {name!r} here: this text encoder must get them from a checkpoint", stacklevel=3)
+    return config["params"], None
+
+
+def _as_transformers(tokenizer: Tokenizer) -> Any:
+    """Our vocabulary in transformers' own class."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    start, end, pad = (tokenizer._pipeline.id_to_token(i) for i in (tokenizer.sot, tokenizer.eos, tokenizer.pad))
+    names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    length = tokenizer.context_length
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer._pipeline, **names, model_max_length=length)
+    frame = [(start, tokenizer.sot), (end, tokenizer.eos)]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=frame)
+    return made

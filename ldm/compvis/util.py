@@ -1,0 +1,248 @@
+"""What CompVis's modules had beside the networks: schedules as arrays, small helpers, averaged weights."""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from inspect import isfunction
+from math import cos, pi
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.diffusion.schedule import betas, compvis_quad, timesteps
+from ldm.util import instantiate_from_config
+
+SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "sqrt": "sqrt"}  # CompVis's name -> ours
+
+
+def make_beta_schedule(
+    schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
+) -> np.ndarray:
+    """The betas of a schedule by CompVis's name: float64 (n_timestep,). ValueError for an unknown one."""
+    if schedule in ("cosine", "squaredcos_cap_v2"):
+        return betas_for_alpha_bar(n_timestep, lambda u: cos((u + cosine_s) / (1 + cosine_s) * pi / 2) ** 2)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is unknown: it is one of {', '.join(SCHEDULES)}, cosine")
+    return betas(SCHEDULES[schedule], n_timestep, linear_start, linear_end).numpy()
+
+
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> np.ndarray:
+    """The betas of a curve alpha_bar over [0, 1], each at most max_beta: float64."""
+    curve = np.array([alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)])
+    return np.minimum(1 - curve[1:] / curve[:-1], max_beta)
+
+
+def make_ddim_timesteps(
+    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
+) -> np.ndarray:
+    """The levels of a run, int64, ascending: CompVis's "quad", or "uniform", which has always as many as asked for."""
+    if ddim_discr_method == "quad":
+        return np.array(compvis_quad(num_ddim_timesteps, num_ddpm_timesteps))
+    if ddim_discr_method != "uniform":
+        raise ValueError(f"ddim_discr_method {ddim_discr_method!r} is unknown: it is uniform or quad")
+    return np.array(timesteps("compvis", num_ddim_timesteps, num_ddpm_timesteps)[::-1])
+
+
+def make_ddim_sampling_parameters(
+    alphacums: Any, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
+) -> tuple:
+    """(sigmas, alphas, alphas_prev) at the levels (Song et al. 2021, eq. 16); the last is a float64 array."""
+    alphas = alphacums[ddim_timesteps]
+    now, before = np.asarray(alphas, np.float64), np.asarray([alphacums[0], *alphas[:-1]], np.float64)
+    sigmas = eta * np.sqrt((1 - before) / (1 - now) * (1 - now / before))
+    return torch.from_numpy(sigmas) if isinstance(alphacums, Tensor) else sigmas, alphas, before
+
+
+def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
+    """a[t] beside x: (T,), (b,) -> (b, 1, ...)."""
+    return a.gather(-1, t).view(len(t), *[1] * (len(x_shape) - 1))
+
+
+def noise_like(shape: Sequence[int], device: Any, repeat: bool = False) -> Tensor:
+    """Unit normal noise; with `repeat` the same for every picture."""
+    noise = torch.randn((1, *shape[1:]) if repeat else tuple(shape), device=device)
+    return noise.repeat(shape[0], *[1] * (len(shape) - 1)) if repeat else noise
+
+
+def norm_thresholding(x0: Tensor, value: float) -> Tensor:
+    """Each picture of x0 (b, ...) with a root mean square of at most `value`."""
+    s = x0.square().flatten(1).mean(1).sqrt().clamp(min=value)
+    return x0 * (value / s).view(-1, *[1] * (x0.ndim - 1))
+
+
+def exists(x: Any) -> bool:
+    return x is not None
+
+
+def default(val: Any, d: Any) -> Any:
+    """val, or d (called, if it is a function) where val is None."""
+    return val if val is not None else d() if isfunction(d) else d
+
+
+def ismap(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] > 3
+
+
+def isimage(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] in (1, 3)
+
+
+def mean_flat(tensor: Tensor) -> Tensor:
+    """The mean of each picture: (b, ...) -> (b,)."""
+    return tensor.flatten(1).mean(1)
+
+
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply every parameter by `scale`, and return the module."""
+    for parameter in module.parameters():
+        parameter.detach().mul_(scale)
+    return module
+
+
+def count_params(model: nn.Module, verbose: bool = False) -> int:
+    """How many parameters the model has, printed if asked to."""
+    total = sum(p.numel() for p in model.parameters())
+    if verbose:
+        print(f"{type(model).__name__} has {total * 1e-6:.2f} M params.")
+    return total
+
+
+def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tensor:
+    """The texts, black on white: (b, 3, h, w) in [-1, 1], for wh = (w, h)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    pictures, columns = [], max(1, int(40 * wh[0] / 256))
+    for text in xc:
+        picture = Image.new("RGB", tuple(wh), "white")
+        lines = "\n".join(text[i : i + columns] for i in range(0, len(text), columns))
+        ImageDraw.Draw(picture).text((0, 0), lines, fill="black", font=ImageFont.load_default(size))
+        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1)  # (3, h, w)
+    return torch.stack(pictures)
+
+
+def parallel_data_prefetch(
+    func: Callable,
+    data: Any,
+    n_proc: int,
+    target_data_type: str = "ndarray",
+    cpu_intensive: bool = True,
+    use_worker_id: bool = False,
+) -> Any:
+    """func over n_proc parts of the data, in processes or threads, joined into an array or a list ("list")."""
+    data = list(data.values()) if isinstance(data, dict) else data
+    parts = [[data[i] for i in part] for part in np.array_split(range(len(data)), n_proc) if len(part) > 0]
+    with (ProcessPoolExecutor if cpu_intensive else ThreadPoolExecutor)(n_proc) as pool:
+        jobs = [pool.submit(func, part, **{"worker_id": i} if use_worker_id else {}) for i, part in enumerate(parts)]
+        results = [job.result() for job in jobs]
+    return np.concatenate(results) if target_data_type == "ndarray" else [row for part in results for row in part]
+
+
+def autocast(f: Callable) -> Callable:
+    """f in mixed precision where there is a CUDA device."""
+    return torch.autocast("cuda", enabled=torch.cuda.is_available())(f)
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    return {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims](*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    return {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims](*args, **kwargs)
+
+
+def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+
+
+class HybridConditioner(nn.Module):
+    """Two conditioners, for the channels and for cross-attention."""
+
+    def __init__(self, c_concat_config: Any, c_crossattn_config: Any) -> None:
+        super().__init__()
+        self.concat_conditioner = instantiate_from_config(c_concat_config)
+        self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
+
+    def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list]:
+        return {
+            "c_concat": [self.concat_conditioner(c_concat)],
+            "c_crossattn": [self.crossattn_conditioner(c_crossattn)],
+        }
+
+
+class AbstractDistribution:
+    def sample(self) -> Any:
+        raise NotImplementedError
+
+    mode = sample
+
+
+class DiracDistribution(AbstractDistribution):
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def sample(self) -> Any:
+        return self.value
+
+    mode = sample
+
+
+class IdentityFirstStage(nn.Module):
+    """Pixels as latents."""
+
+    def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        self.vq_interface = vq_interface
+
+    def encode(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    decode = forward = encode
+
+    def quantize(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return (x, None, [None, None, None]) if self.vq_interface else x
+
+
+class LitEma(nn.Module):
+    """Averages of a network's trainable parameters, as buffers whose names lack the dots."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
+        super().__init__()
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must be from 0 to 1, got {decay}")
+        live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.m_name2s_name = {name: name.replace(".", "") for name in live}
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
+        for name, p in live.items():
+            self.register_buffer(self.m_name2s_name[name], p.detach().clone())
+
+    def reset_num_updates(self) -> None:
+        self.num_updates.zero_()
+
+    @torch.no_grad()
+    def forward(self, model: nn.Module) -> None:
+        """shadow <- shadow - (1 - d) (shadow - live), d = min(decay, (1 + n) / (10 + n)) in update number n from 1."""
+        decay = self.decay
+        if self.num_updates >= 0:
+            self.num_updates += 1
+            decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                shadow = getattr(self, self.m_name2s_name[name])
+                shadow.sub_((1 - decay) * (shadow - p))
+
+    def copy_to(self, model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.data.copy_(getattr(self, self.m_name2s_name[name]))
+
+    def store(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep a copy, for `restore`."""
+        self.collected_params = [p.detach().clone() for p in parameters]
+
+    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+        for kept, p in zip(self.collected_params, parameters, strict=True):
+            p.data.copy_(kept)

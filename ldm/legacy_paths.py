@@ -1,0 +1,189 @@
+"""CompVis's module names -> the files here that have what was in them: a table, and a finder that reads it.
+
+The finder stands last in `sys.meta_path`, so that real files win, and makes an old name the very module object of its
+home: classes are the same under both names, patches reach the running code, old pickles load. A home is a file. What
+was a package is an empty module here, which looks names up in its home if it has one. Nothing loads before it is asked
+for.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+HOMES = {
+    "ldm.data.base": "ldm.compvis.data",
+    "ldm.lr_scheduler": "ldm.compvis.lr_scheduler",
+    "ldm.models.diffusion.ddim": "ldm.compvis.samplers",
+    "ldm.models.diffusion.ddpm": "ldm.compvis.ddpm",
+    "ldm.models.diffusion.dpm_solver": "ldm.compvis.samplers",
+    "ldm.models.diffusion.dpm_solver.sampler": "ldm.compvis.samplers",
+    "ldm.models.diffusion.plms": "ldm.compvis.samplers",
+    "ldm.models.diffusion.sampling_util": "ldm.compvis.util",
+    "ldm.modules.attention": "ldm.models.attention",
+    "ldm.modules.diffusionmodules.model": "ldm.models.autoencoder",
+    "ldm.modules.diffusionmodules.openaimodel": "ldm.models.unet",
+    "ldm.modules.diffusionmodules.util": "ldm.models.blocks",  # the networks call `checkpoint` there: forks replace it
+    "ldm.modules.distributions.distributions": "ldm.models.distributions",
+    "ldm.modules.ema": "ldm.compvis.util",
+    "ldm.modules.encoders.modules": "ldm.compvis.encoders",
+    "ldm.modules.losses": "ldm.compvis.losses",
+    "ldm.modules.losses.contperceptual": "ldm.compvis.losses",
+    "ldm.modules.losses.vqperceptual": "ldm.compvis.losses",
+    "ldm.modules.x_transformer": "ldm.models.transformer",
+}
+
+# What configurations name of CompVis's program and of taming-transformers; for `util.get_obj_from_str` alone.
+TARGETS = {
+    "main": "ldm.compvis.data",
+    "taming.modules.discriminator.model": "ldm.models.discriminator",
+    "taming.modules.losses.lpips": "ldm.compvis.losses",
+    "taming.modules.losses.vqperceptual": "ldm.compvis.losses",
+    "taming.modules.vqvae.quantize": "ldm.models.quantize",
+}
+
+# What CompVis's modules have, or merely use, and their homes have not: home -> {where it is: names}. "a=b" is what is
+# called b there, and "a=" that module itself.
+_UTIL = "exists default ismap isimage mean_flat count_params log_txt_as_img"
+_SCHEDULE = "make_beta_schedule make_ddim_timesteps make_ddim_sampling_parameters extract_into_tensor noise_like"
+_ND = "conv_nd avg_pool_nd"
+_LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called as CompVis's functions are, they give what those give
+ELSEWHERE = {
+    "ldm.compvis.ddpm": {
+        "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} LitEma IdentityFirstStage",
+        "ldm.models.autoencoder": "AutoencoderKL",
+        "ldm.models.distributions": "normal_kl",
+        "ldm.util": "instantiate_from_config",
+        "torch.optim.lr_scheduler": "LambdaLR",
+        "contextlib": "contextmanager",
+        "numpy": "np=",
+    },
+    "ldm.compvis.samplers": {"ldm.compvis.util": "extract_into_tensor", "functools": "partial"},
+    "ldm.models.attention": {
+        "ldm.compvis.util": "exists default Normalize",
+        "ldm.models.attention": "MemoryEfficientCrossAttention=CrossAttention",
+        "ldm.models.autoencoder": "SpatialSelfAttention=AttnBlock",
+        "ldm.models.blocks": "checkpoint",
+        "torch": "torch= einsum",
+        "einops": "rearrange repeat",
+        "inspect": "isfunction",
+        "math": "math=",
+    },
+    "ldm.models.autoencoder": {  # CompVis's own name of this file, and of `diffusionmodules.model`
+        "ldm.models.vq_autoencoder": "VQModel VQModelInterface",
+        "ldm.models.quantize": "VectorQuantizer VectorQuantizer2=VectorQuantizer",
+        "ldm.models.autoencoder": "MemoryEfficientAttnBlock=AttnBlock",
+        "ldm.compvis.util": "IdentityFirstStage LitEma Normalize",
+        "ldm.util": "instantiate_from_config",
+        "math": "math=",
+        "numpy": "np=",
+    },
+    "ldm.models.blocks": {
+        "ldm.compvis.util": f"{_SCHEDULE} betas_for_alpha_bar mean_flat scale_module HybridConditioner {_ND}",
+        "ldm.util": "instantiate_from_config",
+        "torch.nn": _LAYERS,
+        "numpy": "np=",
+    },
+    "ldm.models.distributions": {"ldm.compvis.util": "AbstractDistribution DiracDistribution", "numpy": "np="},
+    "ldm.models.quantize": {"ldm.models.quantize": "VectorQuantizer2=VectorQuantizer"},
+    "ldm.models.transformer": {
+        "ldm.compvis.util": "exists default",
+        "ldm.models.attention": "GEGLU",
+        "torch": "torch=",
+    },
+    "ldm.models.unet": {
+        "ldm.compvis.util": f"exists {_ND}",
+        "ldm.models.blocks": "TimestepBlock checkpoint",
+        "torch": "th=",
+        "torch.nn": _LAYERS,
+        "torch.nn.functional": "F=",
+        "numpy": "np=",
+        "math": "math=",
+    },
+    "ldm.util": {
+        "ldm.compvis.util": f"{_UTIL} parallel_data_prefetch autocast",
+        "inspect": "isfunction",
+        "numpy": "np=",
+        "PIL.Image": "Image=",
+    },
+}
+
+REAL = ("ldm", "ldm.data", "ldm.models")
+PACKAGES = {name[:i] for name in HOMES for i in range(len(name)) if name[i] == "."} - set(REAL)
+
+
+def open_home(home: str) -> ModuleType:
+    """Import a home and give it what it has `ELSEWHERE`, if it does not see to that itself."""
+    module = import_module(home)
+    if home in ELSEWHERE:
+        vars(module).setdefault("__getattr__", elsewhere(home))
+    return module
+
+
+def elsewhere(home: str) -> Callable[[str], Any]:
+    """A module's `__getattr__` (PEP 562) that finds what the home has `ELSEWHERE`; `import *` gives all of it."""
+    places = {
+        alias: (place, name if equals else alias)
+        for place, names in ELSEWHERE[home].items()
+        for alias, equals, name in (entry.partition("=") for entry in names.split())
+    }
+
+    def look_up(name: str) -> Any:
+        if name == "__all__":
+            return list(dict.fromkeys([*_public(sys.modules[home]), *places]))
+        if name not in places:
+            raise AttributeError(f"module {home!r} has no attribute {name!r}")
+        place, its_name = places[name]
+        module = import_module(place)
+        return getattr(module, its_name) if its_name else module
+
+    return look_up
+
+
+def _of_package(package: str, home: str) -> Callable[[str], Any]:
+    """The `__getattr__` of what was a package with names of its own: those of its home."""
+
+    def look_up(name: str) -> Any:
+        if name == "__all__":
+            module = open_home(home)
+            return list(getattr(module, "__all__", _public(module)))
+        # The home's __file__ and the like are not the package's, and who asks every module for them loads nothing.
+        if name.startswith("__") or not hasattr(open_home(home), name):
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(sys.modules[home], name)
+
+    return look_up
+
+
+def _public(module: ModuleType) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")]
+
+
+class _Finder:
+    """Finder and loader of the names in the table."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name in HOMES or name in PACKAGES:
+            return ModuleSpec(name, self, origin=HOMES.get(name, "CompVis"), is_package=name in PACKAGES)
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual empty module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        if name not in PACKAGES:
+            sys.modules[name] = open_home(HOMES[name])  # the import system takes what it finds there
+        elif name in HOMES:
+            module.__getattr__ = _of_package(name, HOMES[name])
+
+
+FINDER = _Finder()
+
+
+def install() -> None:
+    """From now on CompVis's names import."""
+    if FINDER not in sys.meta_path:
+        sys.meta_path.append(FINDER)
