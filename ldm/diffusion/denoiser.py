@@ -19,10 +19,14 @@ Cond = dict[str, Tensor]
 
 
 class Prediction(NamedTuple):
-    """A network's estimate: x0 (b, ...), and the log variance of the step where the network learned one."""
+    """A network's estimate: x0 (b, ...), and the log variance of the step where the network learned one.
+
+    unguided: where guidance has moved x0, what it was before, under the conditioning alone: (b, ...).
+    """
 
     x0: Tensor
     log_variance: Tensor | None = None
+    unguided: Tensor | None = None
 
 
 Denoise = Callable[[Tensor, float, Cond], Prediction]  # (x, sigma, cond): what a model gives

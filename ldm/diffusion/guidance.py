@@ -1,11 +1,26 @@
-"""Guidance: each function turns a denoise into another denoise(x, sigma), so that no sampler hears of prompts."""
+"""Guidance: each function turns a denoise into another denoise(x, sigma), so that no sampler hears of prompts.
+
+    denoise = classifier_free(model.denoiser(), cond, uncond, scale)     binds the conditioning; first
+    denoise = autoguidance(denoise, weak, scale)                         these add up, in any order
+    denoise = perturbed_attention(denoise, perturbed, scale)
+    denoise = dynamic_threshold(denoise)                                 these limit what came of it; last
+    denoise = keep(denoise, known, mask)
+
+With all of them x0 = c + (scale - 1) (c - uncond) + (scale - 1) (c - weak) + scale (c - perturbed), each scale its own
+and c what the network says under the conditioning, which is evaluated once: Prediction carries it as `unguided`.
+"""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, skip_and_out
+
+EVERYWHERE = (0.0, math.inf)  # the interval that leaves nothing out
+
+Guide = Callable[[BoundDenoise, Cond], BoundDenoise]  # (denoise, cond): more guidance, for that conditioning
 
 
 def classifier_free(
@@ -13,7 +28,7 @@ def classifier_free(
     cond: Cond,
     uncond: Cond | None = None,
     scale: float = 1.0,
-    interval: tuple[float, float] = (0.0, math.inf),
+    interval: tuple[float, float] = EVERYWHERE,
     rescale: float = 0.0,
     prediction: str | None = None,
 ) -> BoundDenoise:
@@ -23,35 +38,35 @@ def classifier_free(
     through the network in ONE call, uncond first; at scale 1 and outside the interval it is called on cond alone.
 
     cond, uncond: {"c_crossattn": (b, n, d), ...}, the same keys and shapes. A negative prompt is an uncond.
-    interval: guide where low < sigma <= high (Kynkäänniemi et al. 2024).
+    interval: as for `within`.
     rescale: phi in [0, 1] of Lin et al. 2024, section 3.4, on the network's own output, so `prediction` must say which.
 
     Raises ValueError for a missing or mismatched uncond, an interval or rescale out of range, an unknown prediction.
     """
-    low, high = interval
-    if not 0 <= low <= high:
-        raise ValueError(f"the guidance interval must be 0 <= low <= high in sigma, got {low} to {high}")
+    _check_interval(interval)
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale must be from 0 to 1, got {rescale}")
     if rescale > 0:
         check_prediction(prediction)
+
+    def plain(x: Tensor, sigma: float) -> Prediction:
+        return denoise(x, sigma, cond)
+
     if scale == 1:
-        return lambda x, sigma: denoise(x, sigma, cond)
+        return plain
     if uncond is None:
         raise ValueError(f"guidance scale {scale} needs an unconditional or negative conditioning, got none")
     both = _concatenate(uncond, cond)
 
     def guided(x: Tensor, sigma: float) -> Prediction:
-        if not low < sigma <= high:
-            return denoise(x, sigma, cond)
-        x0, log_variance = denoise(torch.cat([x, x]), sigma, both)  # (2b, ...)
-        x0_uncond, x0_cond = x0.chunk(2)
+        found = denoise(torch.cat([x, x]), sigma, both)  # (2b, ...)
+        x0_uncond, x0_cond = found.x0.chunk(2)
         x0 = torch.lerp(x0_uncond, x0_cond, scale)
         if rescale > 0:
             x0 = _rescaled(x, x0, x0_cond, sigma, rescale, prediction)
-        return Prediction(x0, None if log_variance is None else log_variance.chunk(2)[1])
+        return Prediction(x0, None if found.log_variance is None else found.log_variance.chunk(2)[1], x0_cond)
 
-    return guided
+    return within(interval, guided, plain)
 
 
 def _concatenate(uncond: Cond, cond: Cond) -> Cond:
@@ -75,6 +90,53 @@ def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, 
     return skipped + c_out * (phi * ratio + (1 - phi)) * output
 
 
+def autoguidance(denoise: BoundDenoise, weak: BoundDenoise, scale: float) -> BoundDenoise:
+    """Away from a weaker model: x0 + (scale - 1) (x0_cond - x0_weak) (Karras et al. 2024, arXiv 2406.02507: their w).
+
+    weak: a model of the same x0 under the same conditioning, with the same faults in a higher degree: smaller, trained
+    more shortly. It is called once, on x; at scale 1 not at all.
+    """
+    if scale == 1:
+        return denoise
+
+    def guided(x: Tensor, sigma: float) -> Prediction:
+        found = denoise(x, sigma)
+        unguided = found.x0 if found.unguided is None else found.unguided
+        x0 = found.x0 + (scale - 1) * (unguided - weak(x, sigma).x0)
+        return found._replace(x0=x0, unguided=unguided)
+
+    return guided
+
+
+def perturbed_attention(denoise: BoundDenoise, perturbed: BoundDenoise, scale: float) -> BoundDenoise:
+    """Away from the network without self-attention: x0 + scale (x0_cond - x0_perturbed) (Ahn et al. 2024).
+
+    perturbed: the same network under the same conditioning, with the identity as the attention map of some layers
+    (`inference.guides`). arXiv 2403.17377, whose eps + s (eps - eps_perturbed) this is; autoguidance from scale 1 on.
+    """
+    return autoguidance(denoise, perturbed, 1 + scale)
+
+
+def within(interval: tuple[float, float], inside: BoundDenoise, outside: BoundDenoise) -> BoundDenoise:
+    """`inside` where low < sigma <= high, `outside` elsewhere: guidance in an interval (Kynkäänniemi et al. 2024).
+
+    Raises ValueError for an interval (low, high) that is none.
+    """
+    _check_interval(interval)
+    low, high = interval
+
+    def chosen(x: Tensor, sigma: float) -> Prediction:
+        return (inside if low < sigma <= high else outside)(x, sigma)
+
+    return chosen
+
+
+def _check_interval(interval: tuple[float, float]) -> None:
+    low, high = interval
+    if not 0 <= low <= high:
+        raise ValueError(f"the guidance interval must be 0 <= low <= high in sigma, got {low} to {high}")
+
+
 def keep(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
     """Inpainting with any model: x0 is `known` where the mask is 0, and what the network draws where it is 1.
 
@@ -84,8 +146,8 @@ def keep(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
     """
 
     def kept(x: Tensor, sigma: float) -> Prediction:
-        x0, log_variance = denoise(x, sigma)
-        return Prediction(torch.lerp(known, x0, mask), log_variance)
+        found = denoise(x, sigma)
+        return found._replace(x0=torch.lerp(known, found.x0, mask))
 
     return kept
 
@@ -96,23 +158,34 @@ def clip_x0(denoise: BoundDenoise, limit: float = 1.0) -> BoundDenoise:
         raise ValueError(f"the limit of x0 must be above 0, got {limit}")
 
     def clipped(x: Tensor, sigma: float) -> Prediction:
-        x0, log_variance = denoise(x, sigma)
-        return Prediction(x0.clamp(-limit, limit), log_variance)
+        found = denoise(x, sigma)
+        return found._replace(x0=found.x0.clamp(-limit, limit))
 
     return clipped
 
 
-def dynamic_threshold(denoise: BoundDenoise, percentile: float = 0.995) -> BoundDenoise:
-    """Clamp x0 to [-s, s] and divide by s (Saharia et al. 2022, section 2.3).
+def dynamic_threshold(denoise: BoundDenoise, percentile: float = 0.995, limit: float | None = 1.0) -> BoundDenoise:
+    """Clamp x0 to [-s, s] and scale that to [-limit, limit] (Saharia et al. 2022, section 2.3).
 
-    s: that percentile (a fraction in (0, 1]) of |x0| within each picture, and at least 1. For pixels in [-1, 1].
+    s: that percentile (a fraction in (0, 1]) of |x0| within each picture, and at least the limit.
+    limit: how far x0 reaches by nature: 1 for pixels in [-1, 1]. Latents have no such bound: with None the limit is the
+    same percentile of each picture's unguided x0, and what no guidance has moved stays as it is.
     """
     if not 0 < percentile <= 1:
         raise ValueError(f"the percentile must be above 0 and at most 1, got {percentile}")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"the limit of x0 must be above 0, got {limit}")
+
+    def reach(x0: Tensor) -> Tensor:
+        return x0.abs().flatten(1).quantile(percentile, dim=1).view(-1, *[1] * (x0.ndim - 1))  # (b, 1, ...)
 
     def thresholded(x: Tensor, sigma: float) -> Prediction:
-        x0, log_variance = denoise(x, sigma)
-        s = x0.abs().flatten(1).quantile(percentile, dim=1).clamp(min=1).view(-1, *[1] * (x0.ndim - 1))  # (b, 1, ...)
-        return Prediction(x0.clamp(-s, s) / s, log_variance)
+        found = denoise(x, sigma)
+        if limit is None and found.unguided is None:
+            return found
+        own = reach(found.x0)
+        bound = reach(found.unguided) if limit is None else torch.full_like(own, limit)
+        s = torch.maximum(own, bound).clamp(min=1e-8)  # all zeros stay zeros
+        return found._replace(x0=found.x0.clamp(-s, s) * (bound / s))
 
     return thresholded
