@@ -106,6 +106,7 @@ class LatentDiffusion(nn.Module):
         self.scale_factor = scale_factor
         self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
+        self.guide: guidance.Guide | None = None  # for `generate`, where it is given none
         self.changes: list[str] = []  # parts and settings other than that file's, LoRAs, learned words
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.channels = self.first_stage_model.embed_dim
@@ -256,7 +257,8 @@ class LatentDiffusion(nn.Module):
                 (`ldm.source.Source`).
             strength: share of the steps that are taken (`steps_taken`), from the `image` noised to the first of their
                 levels; 0 gives it back through the first stage, 1 takes all. Its default is `usual_strength`.
-            guide: guidance besides the classifier-free one (`ldm.inference.guides`): guide(denoise, cond) -> denoise.
+            guide: guidance besides the classifier-free one (`ldm.inference.guides`): guide(denoise, cond) -> denoise;
+                the model's `guide` if not given.
             callback: is given every `Step` (index, sigma, x, x0: latents of the current batch) as it is made.
 
         Raises ValueError for a setting that is out of range or a size that the model cannot make.
@@ -295,7 +297,7 @@ class LatentDiffusion(nn.Module):
             interval=tuple(given(given(interval, own["interval"]), guidance.EVERYWHERE)),
             rescale=rescale,
             start_seed=seeds[0] if fixed_code and seeds else None,
-            guide=guide,
+            guide=given(guide, self.guide),
             callback=callback,
         )
         lengths = count_chunks(self.cond_stage_model, prompts, plain)

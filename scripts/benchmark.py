@@ -220,6 +220,9 @@ def plot_samplers(rows: Sequence[dict], path: Path) -> None:
         own = sorted((row["evaluations"], row["ratio"]) for row in rows if row["sampler"] == name)
         axes.plot(*zip(*own, strict=True), "o-" if i < 10 else "s--", label=name, markersize=4, linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance / floor")
+    for axis, ticks in ((axes.xaxis, (5, 10, 20, 50, 100)), (axes.yaxis, (0.8, 1, 1.5, 2, 3))):
+        axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
     axes.legend(fontsize=8, ncols=2)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)

@@ -386,3 +386,14 @@ def test_start_up_time(tmp_path):
     torch_alone = sorted(cpu_seconds("-c", "import torch") for _ in range(5))[2]
     whole = sorted(cpu_seconds(script_path("txt2img"), "--outdir", tmp_path) for _ in range(5))[2]
     assert whole <= 1.6 * torch_alone
+
+
+def test_other_guidance_is_written_down_and_drawn_again(draw):
+    """PAG and thresholds are no part of the recipe's settings, but of what was changed in the model."""
+    options = ("--pag", "3", "--pag-layers", "output_blocks", "--threshold", "0.9")
+    first = samples(draw(*options, out="guided"))[0]
+    assert not np.array_equal(pixels(first), pixels(samples(draw())[0]))
+    assert "pag 3 output_blocks; threshold 0.9" in Image.open(first).text["parameters"]
+    assert np.array_equal(pixels(samples(draw("--from-png", first, *options, out="again"))[0]), pixels(first))
+    with pytest.raises(ValueError, match="give the same options"):
+        draw("--from-png", first)

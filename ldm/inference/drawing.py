@@ -62,6 +62,11 @@ def drawing_parser(description: str, prompt: str, outdir: str) -> Parser:
     add("--eta", "--ddim_eta", type=real(0), metavar="X", help="share of fresh noise in each step: 0 is DDIM, 1 DDPM")
     add("--interval", type=real(0, infinite=True), nargs=2, metavar=("LOW", "HIGH"), help="guide only at these sigmas")
     add("--rescale", type=real(0), metavar="X", help="guidance rescale (0)")
+    add("--threshold", type=share, metavar="P", help="dynamic thresholding at this percentile, a fraction: 0.995")
+    add("--pag", type=real(), default=0.0, metavar="X", help="perturbed-attention guidance at this scale; 0 is off")
+    add("--pag-layers", nargs="+", default=["middle_block"], metavar="NAME", help="whose attention (middle_block)")
+    add("--autoguide", type=Path, metavar="FILE", help="steer away from this weaker model of the same latents")
+    add("--autoguide-scale", type=real(), default=2.0, metavar="X", help="(2); 1 is off")
 
     add_model_options(parser)
 
@@ -153,7 +158,23 @@ def load(args: argparse.Namespace) -> "LatentDiffusion":
 
     model = load_model(args)
     check_latents(model, args.C, args.f)
+    set_guide(model, args)
     return model
+
+
+def set_guide(model: "LatentDiffusion", args: argparse.Namespace) -> None:
+    """Guidance besides the classifier-free one, as the options ask for it, written down among the model's changes."""
+    from ldm.checkpoint.file import file_hash
+    from ldm.inference.guides import load_weak, make_guide
+
+    weak = None if args.autoguide is None else load_weak(args.autoguide, model)
+    model.guide = make_guide(model, args.threshold, args.pag, args.pag_layers, weak, args.autoguide_scale)
+    if weak is not None:
+        model.changes.append(f"autoguide {file_hash(args.autoguide)} at {args.autoguide_scale:g}")
+    if args.pag != 0:
+        model.changes.append(f"pag {args.pag:g} {' '.join(args.pag_layers)}")
+    if args.threshold is not None:
+        model.changes.append(f"threshold {args.threshold:g}")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
