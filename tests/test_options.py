@@ -110,7 +110,14 @@ def test_ldm_load_is_given_what_was_given(monkeypatch, tiny_model, capsys):
 
     monkeypatch.setattr(ldm, "load", load, raising=False)
     load_model(parse())
-    values = {"config": "c.yaml", "vae": "v.pt", "unet": "u.pt", "prediction": "v", "vocab": "vocab.txt", "variant": "fp16"}
+    values = {
+        "config": "c.yaml",
+        "vae": "v.pt",
+        "unet": "u.pt",
+        "prediction": "v",
+        "vocab": "vocab.txt",
+        "variant": "fp16",
+    }
     options = [word for name, value in values.items() for word in (f"--{name}", value)]
     load_model(parse("--ckpt", "some.ckpt", "--ema", *options))
     assert calls[0] == (None, "cpu", {})
