@@ -40,7 +40,7 @@ class Found(NamedTuple):
 def load(
     path: str | Path | None = None,
     device: str = "auto",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     config: str | Path | None = None,
     vae: str | Path | None = None,
     unet: str | Path | None = None,
@@ -54,8 +54,8 @@ def load(
     Args:
         path: a checkpoint of ours, a single file of CompVis's kind (.safetensors or .ckpt; nothing in it is executed),
             or a folder of diffusers. `model.notes` tells what was recognised in it and what had to be assumed.
-        device, dtype: where the weights go, and as what. On the CPU, in the file's own dtype, they stay mapped: they
-            take memory when they are first used, and none of their own.
+        device, dtype: where the weights go, and as what (None: as the file has them). On the CPU, in the file's own
+            dtype, they stay mapped: they take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
         vae, unet: files that hold that part, to be used in place of the checkpoint's own.
         ema: take the averaged weights of a training checkpoint (`model_ema.*`), the file that the UNet comes from.
@@ -187,7 +187,7 @@ def _give_vocabulary(params: dict[str, Any], path: Path) -> None:
     conditioner["params"]["vocab"] = read_vocab(path)
 
 
-def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
     if "target" not in config:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it names no target)")

@@ -5,6 +5,9 @@ python scripts/evaluate.py model --wording unseen --out unseen.json
 python scripts/evaluate.py model --split heldout --scale 1.25   # to choose scale and steps by
 python scripts/evaluate.py autoencoder --ckpt outputs/autoencoder/model.safetensors
 python scripts/evaluate.py statistics --judge FILE --features FILE    # newly trained ones become those that ship
+python scripts/evaluate.py subjects --outdir subjects    # pictures to try DreamBooth on: one/train, star/heldout ...
+python scripts/evaluate.py dreambooth --ckpt outputs/one/model.safetensors --subject subjects/one \\
+    --instance-prompt "a sks one" --class-prompt "a handwritten digit one" --digit 1
 
 `model` draws a picture for the caption of each real one. With MNIST at hand (--data, LDM_DATA or ./data) it also
 searches the training pictures for copies, and `autoencoder` measures all test pictures instead of the 1,000 that
@@ -41,6 +44,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     autoencoder = commands.add_parser("autoencoder", help="measure what a first stage loses")
     statistics = commands.add_parser("statistics", help="measure MNIST's test pictures: what ldm/pretrained holds")
 
+    subjects = commands.add_parser("subjects", help="write pictures of subjects: MNIST's printed ones, drawn stars")
+    dreambooth = commands.add_parser("dreambooth", help="measure what a model learnt of a subject, and what it forgot")
+    add_dreambooth(dreambooth)
+
     autoencoder.add_argument("--ckpt", type=Path, help="the checkpoint; without it, the model that ships")
     autoencoder.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; measuring is on the CPU")
     for command in (model, autoencoder):
@@ -50,12 +57,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         command.add_argument("--n", type=whole(10), help="pictures; without it, all (10,000 of MNIST's test pictures)")
         command.add_argument("--batch-size", type=whole(1), default=100, help="pictures at a time")
+    for command in (model, autoencoder, dreambooth):
         command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there instead")
         command.add_argument("--picture", type=Path, metavar="FILE", help="where the picture goes (evaluate.png)")
-    for command in (model, autoencoder, statistics):
+    for command in (model, autoencoder, statistics, subjects, dreambooth):
         command.add_argument("--data", metavar="ROOT", help="folder that holds MNIST/raw (LDM_DATA, else ./data)")
         command.add_argument("--judge", type=Path, metavar="FILE", help="classifier; without it, the one that ships")
         command.add_argument("--features", type=Path, metavar="FILE", help="feature network; without it, as it ships")
+    subjects.add_argument("--outdir", type=Path, default=Path("subjects"), help="where they go (subjects)")
     statistics.add_argument("--outdir", type=Path, help="where the files go (ldm/pretrained)")
 
     model.add_argument(
@@ -80,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "statistics":
         write_statistics(args)
         return
+    if args.command == "subjects":
+        write_subjects(args)
+        return
     for path in (args.out, picture_path(args)):
         check_writable(path)  # now, not after minutes of drawing
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring  # the first to import torch: the options are good
@@ -88,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     judge = JUDGE if args.judge is None else args.judge
     features = FEATURES if args.features is None else args.features
     networks = Measuring.load(judge, features)
-    report, sheet = (evaluate_model if args.command == "model" else evaluate_autoencoder)(args, networks)
+    evaluate = {"model": evaluate_model, "autoencoder": evaluate_autoencoder, "dreambooth": evaluate_dreambooth}
+    report, sheet = evaluate[args.command](args, networks)
     text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
     sheet.save(picture_path(args), format="PNG")
     if args.out is None:
@@ -141,6 +154,75 @@ def evaluate_autoencoder(args: argparse.Namespace, networks: "Measuring") -> "tu
     report = report_autoencoder(result, pictures, labels, reference, networks)
     sheet = side_by_side([by_class(result.pictures, labels, SHEET_COLUMNS), by_class(pictures, labels, SHEET_COLUMNS)])
     return {**head(args, reference, n), **report}, sheet
+
+
+def add_dreambooth(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, metavar="FILE", help="the tuned model")
+    add("--before", type=Path, metavar="FILE", help="the model that it was (the digits model that ships)")
+    add("--without", type=Path, metavar="FILE", help="what the same command gives with --prior_loss_weight 0")
+    add(
+        "--subject",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="its pictures: heldout/ of the subject, not trained on; others/ of anything else (real digits that ship)",
+    )
+    add("--instance-prompt", required=True, metavar="TEXT", help="as in training")
+    add("--class-prompt", required=True, metavar="TEXT", help="as in training")
+    add("--digit", type=whole(0, 9), help="which digit the class is; without it, of none")
+    add("--n", type=whole(10), default=200, help="pictures of each kind (200)")
+    add("--batch-size", type=whole(1), default=100, help="pictures at a time (100)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; measuring is on the CPU")
+
+
+def evaluate_dreambooth(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
+    """Measure the models before and after, and without prior preservation; a sheet of each one's pictures."""
+    import ldm
+    from ldm.evaluation.dreambooth import Asked, Detector, compare, measure, read_folder
+    from ldm.evaluation.networks import features_of, fingerprint
+    from ldm.evaluation.pictures import side_by_side
+    from ldm.evaluation.reference import load_reference
+
+    real = read_folder(args.subject / "heldout")
+    others = args.subject / "others"
+    other = read_folder(others) if others.is_dir() else load_reference().pictures
+    subject = features_of(networks.features, real)
+    detector = Detector(subject, features_of(networks.features, other))
+    asked = Asked(args.instance_prompt, args.class_prompt, args.digit)
+    figures, rows = {}, []
+    for name, path in (("before", args.before), ("after", args.ckpt), ("without_prior", args.without)):
+        if name != "without_prior" or path is not None:
+            model = ldm.load(path, device=args.device)
+            figures[name], shown = measure(model, asked, subject, detector, networks, args.n, args.batch_size)
+            rows.append(shown)
+    report = {
+        "measured": "dreambooth",
+        "checkpoint": {"path": str(args.ckpt), "sha256": fingerprint(args.ckpt)},
+        "networks": networks.fingerprints,
+        "n": args.n,
+        "detector": detector.errors(),
+        **compare(figures["before"], figures["after"], figures.get("without_prior")),
+        **figures,
+    }
+    return report, side_by_side(rows)
+
+
+def write_subjects(args: argparse.Namespace) -> None:
+    """Pictures of the subjects that DreamBooth is shown on: to learn from, held out, and of other things."""
+    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
+    from ldm.evaluation.source import open_data
+    from ldm.evaluation.subjects import DIGITS, printed_ones, stars, write_pictures
+    from ldm.models.classifier import inner
+
+    networks = Measuring.load(
+        JUDGE if args.judge is None else args.judge, FEATURES if args.features is None else args.features
+    )
+    digits = inner(open_data("mnist", "test", args.data)[0].images[:DIGITS, 0])
+    for name, parts in (("one", printed_ones(args.data, networks)), ("star", stars(digits))):
+        write_pictures(parts, args.outdir / name)
+        counts = ", ".join(f"{len(pictures)} {part}" for part, pictures in parts.items())
+        print(f"{args.outdir / name}: {counts}", file=sys.stderr)
 
 
 def write_statistics(args: argparse.Namespace) -> None:

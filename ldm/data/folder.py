@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: NAME.txt beside NAME.png, or Hugging Face's metadata.jsonl."""
+"""A folder of pictures with captions: NAME.txt (or NAME.caption) beside NAME.png, or Hugging Face's metadata.jsonl."""
 
 import json
 import random
@@ -19,15 +19,17 @@ from ldm.data.pictures import SUFFIXES, check_picture, read_picture
 class Folder(Dataset):
     """Pictures below `root`, sub-folders included, in the order of their names.
 
-    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str}. A caption is the text of
-    NAME.txt beside the picture, or else the "text" of its line in root/metadata.jsonl, where "file_name" is the path
-    of the picture from root: {"file_name": "sub/a.png", "text": "a red kite"}.
+    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str}. A caption is the text of NAME.txt
+    or NAME.caption beside the picture, or else the "text" of its line in root/metadata.jsonl, where "file_name" is the
+    path of the picture from root: {"file_name": "sub/a.png", "text": "a red kite"}.
 
     root: the folder; None stands in configs until a user names one, and is refused.
     size: pixels of the square that is made: the shorter side is resized to it (Lanczos), the longer is cropped, at the
     middle with crop="center"; with crop="random" at a place that is a function of (seed, epoch, index), as is the
     mirroring of half of the pictures with flip=True.
     channels: 3, or 1 for grey.
+    caption: of pictures that have none of their own; without it those are refused.
+    paths: only these pictures, which lie below `root`, instead of all.
 
     Raises ValueError with the file's name for a picture without caption, a caption without picture, a bad line, a file
     that is no picture, and for settings out of range; FileNotFoundError for a missing or empty folder. A picture
@@ -35,7 +37,15 @@ class Folder(Dataset):
     """
 
     def __init__(
-        self, root: str | None, size: int, channels: int = 3, crop: str = "center", flip: bool = False, seed: int = 0
+        self,
+        root: str | Path | None,
+        size: int,
+        channels: int = 3,
+        crop: str = "center",
+        flip: bool = False,
+        seed: int = 0,
+        caption: str | None = None,
+        paths: list[Path] | None = None,
     ):
         if root is None:
             raise ValueError("no folder of pictures is given: name it with data.params.root=DIR (or root).")
@@ -48,13 +58,18 @@ class Folder(Dataset):
         self.root, self.size, self.channels = Path(root), size, channels
         self.crop, self.flip, self.seed, self.epoch = crop, flip, seed, 0
         self.augments = flip or crop == "random"
-        self.paths = _find_pictures(self.root)
-        self.captions = _find_captions(self.root, self.paths)
+        everything = find_pictures(self.root)
+        self.paths = everything if paths is None else paths
+        listed = _read_metadata(self.root / "metadata.jsonl", {self._name(path) for path in everything})
+        self.captions = [_find_caption(path, listed.get(self._name(path), caption)) for path in self.paths]
         for path in self.paths:
             check_picture(path)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
 
     def set_epoch(self, epoch: int) -> None:
         """Crops and mirrorings of the following samples are those of `epoch`."""
@@ -103,7 +118,8 @@ def _to_tensor(picture: Image.Image) -> Tensor:
     return planes.float().div_(127.5).sub_(1).contiguous()
 
 
-def _find_pictures(root: Path) -> list[Path]:
+def find_pictures(root: Path) -> list[Path]:
+    """The pictures below a folder in the order of their names. FileNotFoundError if it is none, or holds none."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give one that holds pictures.")
     files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -114,18 +130,13 @@ def _find_pictures(root: Path) -> list[Path]:
     return paths
 
 
-def _find_captions(root: Path, paths: list[Path]) -> list[str]:
-    listed = _read_metadata(root / "metadata.jsonl", {path.relative_to(root).as_posix() for path in paths})
-    captions = []
-    for path in paths:
-        sidecar, name = path.with_suffix(".txt"), path.relative_to(root).as_posix()
+def _find_caption(path: Path, otherwise: str | None) -> str:
+    for sidecar in (path.with_suffix(".txt"), path.with_suffix(".caption")):
         if sidecar.is_file():
-            captions.append(_read_text(sidecar).strip())
-        elif name in listed:
-            captions.append(listed[name])
-        else:
-            raise ValueError(f"{path} has no caption: write {sidecar.name} beside it or a line in metadata.jsonl.")
-    return captions
+            return _read_text(sidecar).strip()
+    if otherwise is None:
+        raise ValueError(f"{path} has no caption: write {path.stem}.txt beside it or a line in metadata.jsonl.")
+    return otherwise
 
 
 def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:

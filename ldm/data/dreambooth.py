@@ -1,0 +1,113 @@
+"""DreamBooth's data: a few pictures of each subject, paired with pictures of the subject's class (Ruiz et al. 2022)."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ldm.data.folder import Folder
+from ldm.data.pictures import read_picture
+
+
+class DreamBooth(Dataset):
+    """Pairs: sample i is a picture of a subject and, where there are class pictures, one of the same subject's class.
+
+    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str} and, of the class picture, the same
+    as "class_image" and "class_caption". Sample i belongs to subject i modulo their number, and runs through its
+    pictures in turn, so that subjects weigh the same, however many pictures they have. An epoch holds every picture at
+    least once, and at least `least` samples.
+
+    subjects: for each, {"instance_dir", "instance_prompt"} and, with prior preservation, {"class_dir", "class_prompt",
+        "class_pictures": which files of the folder}; all of them have class pictures, or none. The prompts are the
+        captions of pictures that come without one of their own (NAME.txt, NAME.caption, metadata.jsonl).
+    size, channels, crop, flip, seed: as in `Folder`.
+
+    Raises what `Folder` raises, and ValueError for a damaged picture (all are read once), no subject, or class pictures
+    of some subjects only.
+    """
+
+    def __init__(
+        self,
+        subjects: Sequence[Mapping[str, Any]],
+        size: int,
+        channels: int = 3,
+        crop: str = "center",
+        flip: bool = False,
+        seed: int = 0,
+        least: int = 1,
+    ) -> None:
+        if not subjects:
+            raise ValueError("there is no subject: give a folder with pictures of one.")
+        settings = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
+        self.instances: list[Any] = [
+            Folder(one["instance_dir"], caption=one["instance_prompt"], **settings) for one in subjects
+        ]
+        self.classes: list[Any] = [
+            Folder(
+                one["class_dir"],
+                caption=one["class_prompt"],
+                paths=[Path(one["class_dir"], name) for name in one["class_pictures"]],
+                **settings,
+            )
+            for one in subjects
+            if one.get("class_dir") is not None
+        ]
+        if self.classes and len(self.classes) != len(self.instances):
+            raise ValueError(f"only {len(self.classes)} of {len(subjects)} subjects have class pictures: all, or none.")
+        self.least, self.augments = least, flip or crop == "random"
+        for folder in [*self.instances, *self.classes]:
+            for path in folder.paths:
+                read_picture(path, channels)  # damage shows now, not after an hour of training
+
+    def __len__(self) -> int:
+        longest = max(len(pictures) for pictures in [*self.instances, *self.classes])
+        return max(longest * len(self.instances), self.least)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Crops and mirrorings of the following samples are those of `epoch`."""
+        for pictures in [*self.instances, *self.classes]:
+            pictures.set_epoch(epoch)
+
+    def captions(self) -> list[str]:
+        """Every different caption, of subjects and classes."""
+        texts = (text for pictures in [*self.instances, *self.classes] for text in pictures.captions)
+        return list(dict.fromkeys(texts))
+
+    def map(self, cached: Callable[[Any], Any]) -> None:
+        """Replace each set of pictures by `cached(set)`: latents instead of pixels, say."""
+        self.instances = [cached(pictures) for pictures in self.instances]
+        self.classes = [cached(pictures) for pictures in self.classes]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        turn, subject = divmod(index, len(self.instances))
+        instances = self.instances[subject]
+        (sample,) = instances.__getitems__([turn % len(instances)])
+        if self.classes:
+            classes = self.classes[subject]
+            (other,) = classes.__getitems__([turn % len(classes)])
+            sample |= {f"class_{name}": value for name, value in other.items()}
+        return sample
+
+
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt, without the punctuation around them."""
+    return [bare for word in prompt.split() if (bare := word.strip(".,;:!?\"'()[]{}"))]
+
+
+def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
+    """The words that name the subject: those of its prompt that its class's prompt lacks; none without a class."""
+    if class_prompt is None:
+        return []
+    common = set(words_of(class_prompt.lower()))
+    return [word for word in dict.fromkeys(words_of(instance_prompt)) if word.lower() not in common]
+
+
+def unread(folder: str | Path, read: Iterable[Path]) -> list[str]:
+    """Names of the files in a folder that are neither pictures read from it nor captions: what to tell a user of."""
+    known, root = {Path(path) for path in read}, Path(folder)
+    captions = {path.with_suffix(suffix) for path in known for suffix in (".txt", ".caption")}
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != "metadata.jsonl")
+    return sorted(str(path.relative_to(root)) for path in files if path not in known | captions)

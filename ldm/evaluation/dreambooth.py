@@ -1,0 +1,144 @@
+"""What DreamBooth did to a model of digits: the measures of Ruiz et al. 2022 (sections 4.2 and 4.4) and of forgetting.
+
+Similarity is the cosine of the features (of `networks`) that DINO's are in the paper.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data.captions import NUMBER_WORDS, SLANT_WORDS, WEIGHT_WORDS, Caption
+from ldm.data.folder import find_pictures
+from ldm.data.measure import MNIST_THRESHOLDS
+from ldm.data.pictures import read_picture
+from ldm.evaluation.diversity import mean_pairwise_distance
+from ldm.evaluation.draw import draw
+from ldm.evaluation.networks import Measuring, classify, features_of
+from ldm.evaluation.pictures import from_pil
+from ldm.evaluation.prompt import accuracy
+from ldm.evaluation.style import style_accuracy
+
+COLUMNS = 9  # pictures of a row on the sheet
+
+
+def read_folder(folder: Path) -> Tensor:
+    """uint8 (n, 28, 28): the pictures of a folder, grey. FileNotFoundError for none, ValueError for another size."""
+    return from_pil([read_picture(path, channels=1) for path in find_pictures(folder)])
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Tells a subject by its nearest neighbour, in features, among held-out pictures of it and other pictures.
+
+    subject: (n, d) features, others: (m, d).
+    """
+
+    subject: Tensor
+    others: Tensor
+
+    def recognised(self, features: Tensor) -> list[bool]:
+        """Whether each of (k, d) is nearer to some picture of the subject than to any other."""
+        return (nearest_distance(features, self.subject) < nearest_distance(features, self.others)).tolist()
+
+    def errors(self) -> dict[str, Any]:
+        """Its error rates on the real pictures themselves, each left out in turn."""
+        found = nearest_distance(self.subject, self.subject, True) < nearest_distance(self.subject, self.others)
+        false = nearest_distance(self.others, self.subject) < nearest_distance(self.others, self.others, True)
+        return {"missed": accuracy((~found).tolist()), "false_alarms": accuracy(false.tolist())}
+
+
+def nearest_distance(points: Tensor, among: Tensor, same: bool = False) -> Tensor:
+    """Distance (n,) from each of points (n, d) to the nearest of others (m, d); `same`: no point counts as its own."""
+    distances = torch.cdist(points, among)
+    return (distances.fill_diagonal_(torch.inf) if same else distances).amin(dim=1)
+
+
+def similarity(a: Tensor, b: Tensor | None = None) -> float:
+    """Mean cosine over all pairs of a (n, d) with b (m, d); without b, over all pairs of different rows of a."""
+    x, y = F.normalize(a.double()), F.normalize((a if b is None else b).double())
+    total = (x @ y.T).sum().item()
+    return (total - len(a)) / (len(a) * (len(a) - 1)) if b is None else total / (len(x) * len(y))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of a measurement: the subject's, its class's, and which digit the class is (None: of no digit)."""
+
+    instance_prompt: str
+    class_prompt: str
+    digit: int | None
+
+
+def styled(prompt: str) -> list[Caption]:
+    """The prompt with each stroke weight ("a bold sks one") and each slant ("a sks one leaning left")."""
+    article, _, rest = prompt.partition(" ")
+    weights = [Caption(f"{article} {words[0]} {rest}", weight=i) for i, words in enumerate(WEIGHT_WORDS)]
+    return weights + [Caption(f"{prompt} {words[0]}", slant=i) for i, words in enumerate(SLANT_WORDS)]
+
+
+def measure(
+    model: Any, asked: Asked, subject: Tensor, detector: Detector, networks: Measuring, n: int, batch_size: int
+) -> tuple[dict[str, Any], Tensor]:
+    """All figures of one model, with n pictures of each kind, drawn with its own settings; and some of the pictures.
+
+    subject: (m, d) features of real pictures of the subject that were not trained on.
+    Pictures, uint8 (3, columns, 28, 28): of the subject's prompt, of the class's, and of other digits.
+    """
+
+    def pictures(prompts: Sequence[str], seed: int) -> Tensor:
+        return draw(model, list(prompts), seed, batch_size)
+
+    results, own = pictures([asked.instance_prompt] * n, 0), pictures([asked.class_prompt] * n, 0)
+    features, class_features = features_of(networks.features, results), features_of(networks.features, own)
+    captions = [caption for caption in styled(asked.instance_prompt) for _ in range(max(1, n // 6))]
+    style = style_accuracy(pictures([c.text for c in captions], 2 * n), captions, MNIST_THRESHOLDS)
+    digits = [i for i in range(10) if i != asked.digit for _ in range(n // 9 + 1)]
+    others = pictures([f"a handwritten digit {NUMBER_WORDS[digit]}" for digit in digits], 3 * n)
+    right = (classify(networks.judge, others) == torch.tensor(digits)).tolist()
+    ceiling = similarity(subject)
+    fidelity = similarity(features, subject)
+    shown = torch.stack([some[:: max(1, len(some) // COLUMNS)][:COLUMNS] for some in (results, own, others)])
+    figures = {
+        "subject": {
+            "similarity": fidelity,
+            "real_to_real": ceiling,
+            "ratio": fidelity / ceiling,
+            "recognised": accuracy(detector.recognised(features)),
+            "diversity": mean_pairwise_distance(features),
+        },
+        "prompt": {"class": _is_digit(results, asked.digit, networks), "style": style["stated"]},
+        "class": {
+            "pres": similarity(class_features, subject),
+            "div": mean_pairwise_distance(class_features),
+            "leak": accuracy(detector.recognised(class_features)),
+            "accuracy": _is_digit(own, asked.digit, networks),
+        },
+        "other_digits": accuracy(right),
+    }
+    return figures, shown
+
+
+def _is_digit(pictures: Tensor, digit: int | None, networks: Measuring) -> dict[str, Any] | None:
+    """Share of pictures that the judge reads as that digit; None where there is none."""
+    return None if digit is None else accuracy((classify(networks.judge, pictures) == digit).tolist())
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], without: dict[str, Any] | None) -> dict[str, Any]:
+    """What was lost, and, where the same run without prior preservation was measured too, what the prior prevents.
+
+    pres_better_by is 1 - PRES with the prior / PRES without it: 0.26 in the paper (0.493 / 0.664, its table 4).
+    """
+    lost = before["other_digits"]["accuracy"] - after["other_digits"]["accuracy"]
+    found = {"div_kept": after["class"]["div"] / before["class"]["div"], "other_digits_lost": lost}
+    if without is not None:
+        found |= {
+            "other_digits_lost_without_prior": before["other_digits"]["accuracy"] - without["other_digits"]["accuracy"],
+            "leak_without_prior": without["class"]["leak"]["accuracy"],
+            "pres_better_by": 1 - after["class"]["pres"] / without["class"]["pres"],
+        }
+    return found

@@ -1,0 +1,195 @@
+"""Teach a model a subject from three to five pictures, and keep what it knew.
+
+python scripts/dreambooth.py --instance_data_dir pictures/mine --instance_prompt "a sks five" \\
+    --class_prompt "a handwritten digit five" --output_dir outputs/mine
+python scripts/txt2img.py --ckpt outputs/mine/model.safetensors --prompt "a sks five"
+
+With --class_prompt, pictures of the class, which the model draws before it is tuned, keep the class as it is. For
+several subjects give --instance_data_dir, --instance_prompt and --class_prompt once for each, in the same order. A
+picture's own caption (NAME.txt, NAME.caption, metadata.jsonl) goes before --instance_prompt. What is not given is
+chosen by the checkpoint's size. Files: OUTPUT_DIR/model.safetensors, contact_sheet.png, previews/, class/.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.cli import Parser, real, run, whole
+
+if TYPE_CHECKING:
+    from ldm.finetune.dreambooth_run import Subject
+    from ldm.latent_diffusion import LatentDiffusion
+
+LOADING = ("config", "vae", "ema", "prediction", "vocab", "variant")  # arguments of `ldm.load`
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; those that are left None are chosen by the checkpoint's size."""
+    parser = Parser(description=__doc__)
+    add_model(parser.add_argument_group("model"))
+    add_data(parser.add_argument_group("subjects"))
+    add_training(parser.add_argument_group("training"))
+    add_memory(parser.add_argument_group("speed and memory"))
+    add_output(parser.add_argument_group("output"))
+    return parser.parse_args(argv)
+
+
+def add_model(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--ckpt",
+        "--pretrained_model_name_or_path",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint or diffusers folder to start from (the digits model that ships)",
+    )
+    add("--config", metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
+    add("--vae", metavar="FILE", help="another first stage than the checkpoint's")
+    add("--ema", action="store_true", help="start from the averaged weights, where the checkpoint has both")
+    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
+    add("--vocab", metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
+    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
+
+
+def add_data(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--instance_data_dir", type=Path, action="append", default=[], metavar="DIR", help="the subject's pictures")
+    add("--instance_prompt", action="append", default=[], metavar="TEXT", help="what they show: 'a sks dog'")
+    add("--class_prompt", action="append", default=[], metavar="TEXT", help="what the subject is one of: 'a dog'")
+    add(
+        "--class_data_dir",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="pictures of the class; what is missing to --num_class_images is drawn there (OUTPUT_DIR/class)",
+    )
+    add("--with_prior_preservation", action="store_true", help="implied by --class_prompt")
+    add("--prior_loss_weight", type=real(0), default=1.0, metavar="LAMBDA", help="of the class pictures; 0: none (1)")
+    add("--num_class_images", type=whole(1), metavar="N", help="of each subject")
+    add("--class_guidance_scale", type=real(0), metavar="SCALE", help="guidance that they are drawn with")
+    add("--sample_batch_size", type=whole(1), metavar="N", help="class pictures drawn at a time")
+    add("--resolution", type=whole(1), metavar="PIXELS", help="side of the squares to train on (the model's own)")
+    add("--crop", choices=("center", "random"), default="center", help="which part of pictures that are not square")
+    add("--center_crop", dest="crop", action="store_const", const="center", help="the same as --crop center")
+    add("--random_flip", action="store_true", help="mirror half of the pictures")
+
+
+def add_training(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--max_train_steps", type=whole(1), metavar="N", help="optimizer steps")
+    add("--train_batch_size", type=whole(1), metavar="N", help="pairs of a subject's and a class picture at a time")
+    add("--learning_rate", type=real(0), metavar="RATE", help="of the UNet")
+    add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant", help="(constant)")
+    add("--lr_warmup_steps", type=whole(0), default=0, metavar="N", help="(0)")
+    add(
+        "--train_text",
+        choices=("none", "words", "all"),
+        help="of the text encoder: nothing, the vectors of the words that name the subject, or all of it",
+    )
+    add("--train_text_encoder", dest="train_text", action="store_const", const="all", help="the same as all")
+    add("--text_encoder_lr", type=real(0), metavar="RATE", help="learning rate of what --train_text says")
+    add(
+        "--train_layers",
+        default="all",
+        metavar="NAME",
+        help="of the UNet: all, attention, cross-attention, key-value, or a regular expression for their names (all)",
+    )
+    add("--rank", type=whole(1), metavar="N", help="LoRA: train small matrices, for OUTPUT_DIR/lora.safetensors")
+    add("--lora_alpha", type=real(0), metavar="X", help="their change is multiplied by alpha / rank (the rank)")
+    add(
+        "--lora_targets",
+        nargs="+",
+        metavar="NAME",
+        help="attention, text, feed_forward, text_feed_forward, projection, convolution, or regular expressions",
+    )
+    add("--lora_format", choices=("kohya", "peft"), default="kohya", help="how the file names its layers (kohya)")
+    add("--snr_gamma", type=real(0), metavar="GAMMA", help="weigh each picture's loss by min-SNR; the paper takes 5")
+    add("--noise_offset", type=real(0), default=0.0, metavar="X", help="noise that is the same all over a channel (0)")
+    add("--offset_noise", dest="noise_offset", action="store_const", const=0.1, help="the same as --noise_offset 0.1")
+    add("--use_ema", action="store_true", help="the result is an average of the weights over the last steps")
+    add("--ema_decay", type=real(0), default=0.99, metavar="X", help="of that average (0.99)")
+    add("--max_grad_norm", type=real(0), default=1.0, metavar="X", help="gradients are clipped to it (1)")
+    add("--adam_beta1", type=real(0), default=0.9, metavar="X", help="(0.9)")
+    add("--adam_beta2", type=real(0), default=0.999, metavar="X", help="(0.999)")
+    add("--adam_weight_decay", type=real(0), default=0.01, metavar="X", help="(0.01)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="of everything but the class pictures (0)")
+
+
+def add_memory(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--gradient_accumulation_steps", type=whole(1), default=1, metavar="N", help="batches to an optimizer step (1)")
+    add("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
+    add("--mixed_precision", choices=("auto", "fp32", "no", "bf16"), default="auto", help="auto: bf16 where it is fast")
+    add("--optimizer", choices=("adamw", "adamw8bit", "adafactor"), default="adamw", help="the last two are small")
+    add("--use_8bit_adam", dest="optimizer", action="store_const", const="adamw8bit", help="--optimizer adamw8bit")
+    add("--no_cache", dest="cache", action="store_false", help="encode pictures and texts anew at every step")
+    add("--dataloader_num_workers", type=whole(0), default=0, metavar="N", help="(0)")
+
+
+def add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--output_dir", type=Path, default=Path("outputs/dreambooth"), metavar="DIR", help="(outputs/dreambooth)")
+    add("--checkpointing_steps", type=whole(1), default=500, metavar="N", help="steps between saved states (500)")
+    add(
+        "--resume_from_checkpoint",
+        "--resume",
+        nargs="?",
+        const="latest",
+        metavar="DIR",
+        help="go on with the run in OUTPUT_DIR (latest), or with a copy of that in another folder",
+    )
+    add("--validation_prompt", action="append", default=[], metavar="TEXT", help="to preview (subjects', classes')")
+    add("--num_validation_images", type=whole(1), metavar="N", help="of each prompt")
+    add("--validation_steps", type=whole(1), default=100, metavar="N", help="steps between previews (100)")
+    add("--report_to", choices=("tensorboard", "none"), default="tensorboard", help="metrics.jsonl is always written")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.mixed_precision == "no":  # accelerate's and diffusers' word
+        args.mixed_precision = "fp32"
+    import ldm
+    from ldm.finetune.dreambooth_run import make_config, move_in, subjects
+    from ldm.training.loop import loop_settings, train
+
+    found, resume = subjects(args), args.resume_from_checkpoint is not None
+    if resume:
+        move_in(args.resume_from_checkpoint, args.output_dir)
+    loading = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
+    model = ldm.load(args.ckpt, device=args.device, **loading)
+    config = make_config(args, model, found, class_pictures(args, model, found), loading)
+    loop_settings(config)
+    del model  # the run has its own
+    result = train(config, resume, args.device)
+    print(f"model: {result} ({result.stat().st_size:,} bytes)\ncontact sheet: {args.output_dir / 'contact_sheet.png'}")
+
+
+def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "list[Subject]") -> list[list[str]]:
+    """Which files of each subject's class folder to train on, drawn where they are missing; and notes on stderr."""
+    from ldm.finetune.dreambooth import check_model
+    from ldm.finetune.dreambooth_run import defaults_for, notes_on, training_size
+    from ldm.inference.class_pictures import collect
+
+    check_model(model)
+    default, size, names = defaults_for(model), training_size(args, model), []
+    for note in [*model.notes, *(note for subject in found for note in notes_on(subject, model))]:
+        print(f"note: {note}", file=sys.stderr)
+    scale = default.class_scale if args.class_guidance_scale is None else args.class_guidance_scale
+    batch_size = default.sample_batch_size if args.sample_batch_size is None else args.sample_batch_size
+    for subject in found:
+        if subject.class_prompt is None or not args.prior_loss_weight:
+            names.append([])
+            continue
+        folder, prompt = subject.class_dir, subject.class_prompt
+        names.append(
+            collect(model, folder, prompt, args.num_class_images, default.class_pictures, size, scale, batch_size)
+        )
+    return names
+
+
+if __name__ == "__main__":
+    run(main)

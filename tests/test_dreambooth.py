@@ -1,0 +1,306 @@
+"""The DreamBooth stage: its loss written out by hand, what trains, what is cached, exact resume, and what comes out."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch.nn import functional as F
+
+import ldm
+from ldm.data.dreambooth import DreamBooth
+from ldm.finetune.dreambooth import LAYERS, DreamBoothStage
+from ldm.finetune.dreambooth_run import move_in
+from ldm.finetune.lora_files import apply_lora
+from ldm.finetune.optimizers import make_optimizer
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.ema import EMA
+from ldm.training.loop import train
+from ldm.training.order import collate
+
+CPU = torch.device("cpu")
+PROMPTS = {"instance_prompt": "a sks five", "class_prompt": "a five"}
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory) -> dict:
+    """Three pictures of a subject and five of its class, of noise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("instance", 3), ("class", 5)):
+        (folder / name).mkdir()
+        for i in range(count):
+            noise = torch.randint(0, 255, (32, 32), generator=generator, dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(folder / name / f"{i}.png")
+    files = {"class_pictures": [f"{i}.png" for i in range(5)]}
+    return {"instance_dir": str(folder / "instance"), "class_dir": str(folder / "class"), **files, **PROMPTS}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_model, tmp_path_factory) -> dict[str, str]:
+    """The tiny model as eps, x0 and v, in half precision."""
+    paths = {}
+    for prediction in ("eps", "x0", "v"):
+        model = LatentDiffusion(**{**tiny_model.config, "prediction": prediction})
+        model.load_state_dict(tiny_model.state_dict())
+        paths[prediction] = str(tmp_path_factory.mktemp("model") / f"{prediction}.safetensors")
+        ldm.save(model, paths[prediction], dtype=torch.float16)
+    return paths
+
+
+def make(checkpoints, subject, prediction="v", prior=True, **settings):
+    """A stage, its data, and a batch of two samples."""
+    stage = DreamBoothStage(checkpoints[prediction], resolution=32, learning_rate=1e-3, **settings)
+    row = subject if prior else {k: v for k, v in subject.items() if not k.startswith("class")}
+    data = stage.prepare(DreamBooth([row], 32, channels=1), CPU)
+    return stage, data, collate([data[1], data[2]])
+
+
+def loss_by_hand(stage, batch, parts, gamma):
+    """Terms of (Ruiz et al. 2022, eq. 2), drawing the random numbers again in the same order; t, ab for weights."""
+    model, terms = stage.latent_diffusion, []
+    torch.manual_seed(5)
+    z = torch.cat([batch[f"{p}mean"] + batch[f"{p}std"] * torch.randn_like(batch[f"{p}mean"]) for p in parts])
+    z = model.scale_factor * z
+    t = torch.randint(0, 1000, (len(z),))
+    noise = torch.randn_like(z)
+    noise += 0.2 * torch.randn_like(z[:, :, :1, :1])
+    captions = [caption for p in parts for caption in batch[f"{p}caption"]]
+    for i, caption in enumerate(captions):
+        cond = model.cond_stage_model([caption])
+        ab = model.schedule.alphas_cumprod[t[i]].float()
+        x_t = ab.sqrt() * z[i] + (1 - ab).sqrt() * noise[i]
+        out = model.model.diffusion_model(x_t[None], t[i : i + 1], cond["c_crossattn"], cond["c_adm"])[0]
+        v = ab.sqrt() * noise[i] - (1 - ab).sqrt() * z[i]
+        wanted = {"eps": noise[i], "x0": z[i], "v": v}[model.prediction]
+        snr = ab / (1 - ab)
+        weight = {"eps": min(snr, gamma) / snr, "x0": min(snr, gamma), "v": min(snr, gamma) / (snr + 1)}
+        terms.append(F.mse_loss(out, wanted) * weight[model.prediction])
+    return [sum(terms[:2]) / 2, sum(terms[2:]) / 2]
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_loss_by_hand(checkpoints, subject, prediction):
+    """Both terms are weighted sample by sample, which diffusers' script gets wrong."""
+    stage, _, batch = make(checkpoints, subject, prediction, prior_weight=0.3, snr_gamma=5.0, noise_offset=0.2)
+    torch.manual_seed(5)
+    loss, values = stage(batch)
+    instance, prior = loss_by_hand(stage, batch, ["", "class_"], 5.0)
+    torch.testing.assert_close(values["instance_loss"], instance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values["class_loss"], prior, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss, instance + 0.3 * prior, rtol=1e-4, atol=1e-6)
+    assert abs(instance - prior) > 1e-3  # they could be told apart
+
+
+def test_without_class_pictures_there_is_one_term(checkpoints, subject):
+    stage, _, batch = make(checkpoints, subject, prior=False, noise_offset=0.2)
+    torch.manual_seed(5)
+    loss, values = stage(batch)
+    assert values.keys() == {"loss", "instance_loss"} and batch.keys() == {"mean", "std", "caption"}
+    torch.testing.assert_close(loss, values["instance_loss"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("train_text", [False, True])
+def test_caches_change_nothing(checkpoints, subject, train_text):
+    rate = 1e-4 if train_text else None
+    losses = []
+    for cache in (True, False):
+        stage, data, batch = make(checkpoints, subject, cache=cache, text_learning_rate=rate)
+        assert ("mean" in batch) == cache and bool(stage.texts) == (cache and not train_text)
+        torch.manual_seed(3)
+        loss, _ = stage(batch)
+        loss.backward()
+        losses.append((loss.detach(), stage.model.diffusion_model.out[2].weight.grad))
+    for cached, fresh in zip(*losses, strict=True):
+        torch.testing.assert_close(cached, fresh, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in stage.first_stage.parameters())
+    assert train_text == any(p.grad is not None for p in stage.latent_diffusion.cond_stage_model.parameters())
+
+
+def test_random_crops_are_not_cached(checkpoints, subject):
+    stage = DreamBoothStage(checkpoints["v"], resolution=16, learning_rate=1e-3)
+    data = stage.prepare(DreamBooth([subject], 16, channels=1, crop="random"), CPU)
+    assert "image" in data[0] and "mean" not in data[0]
+
+
+@pytest.mark.parametrize("layers", [*LAYERS, r"\bout\.2\."])
+def test_only_the_chosen_layers_train(checkpoints, subject, layers):
+    stage, _, batch = make(checkpoints, subject, layers=layers)
+    before = copy.deepcopy(stage.latent_diffusion.state_dict())
+    (optimizer,) = stage.optimizers()
+    stage(batch)[0].backward()
+    optimizer.step()
+    changed = {n for n, t in stage.latent_diffusion.state_dict().items() if not torch.equal(t, before[n])}
+    fitting = {
+        "all": lambda n: n.startswith("model."),
+        "attention": lambda n: ".attn1." in n or ".attn2." in n,
+        "cross-attention": lambda n: ".attn2." in n,
+        "key-value": lambda n: ".attn2.to_k." in n or ".attn2.to_v." in n,
+    }.get(layers, lambda n: n.startswith("model.diffusion_model.out.2."))
+    assert changed == {n for n in before if fitting(n)} and changed
+
+
+def test_the_text_encoder_has_its_own_learning_rate(checkpoints, subject):
+    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-5)
+    (optimizer,) = stage.optimizers()
+    unet, text = optimizer.param_groups
+    assert (unet["lr"], text["lr"]) == (1e-3, 1e-5)
+    assert len(text["params"]) == len(list(stage.latent_diffusion.cond_stage_model.parameters()))
+    before = [p.detach().clone() for p in text["params"]]
+    stage(batch)[0].backward()
+    optimizer.step()
+    moved = [(p - q).abs().max().item() for p, q in zip(text["params"], before, strict=True)]
+    assert 0.5e-5 < max(moved) < 2e-5  # Adam's first step is the learning rate
+
+
+def test_words_alone_can_be_trained(checkpoints, subject):
+    """Rows of the word's tokens move, and nothing else of the text encoder: other prompts say the same to the bit."""
+    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-2, words=["sks"], weight_decay=0.1)
+    encoder = stage.latent_diffusion.cond_stage_model
+    before = copy.deepcopy(encoder.state_dict())
+    told = encoder(["a five"])["c_crossattn"].detach()
+    (optimizer,) = stage.optimizers()
+    for _ in range(3):
+        optimizer.zero_grad()
+        stage(batch)[0].backward()
+        optimizer.step()
+    changed = {name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, before[name])}
+    (name,) = changed
+    rows = (encoder.state_dict()[name] != before[name]).any(1).nonzero()[:, 0].tolist()
+    assert name == "model.token_embedding.weight" and rows == sorted(set(encoder.tokenizer.encode("sks")))
+    assert torch.equal(encoder(["a five"])["c_crossattn"], told)
+    with pytest.raises(ValueError, match="there are no words to train"):
+        make(checkpoints, subject, text_learning_rate=1e-2, words=[])
+
+
+def test_checkpointing_changes_memory_not_gradients(checkpoints, subject):
+    grads = []
+    for flag in (False, True):
+        stage, _, batch = make(checkpoints, subject, gradient_checkpointing=flag)
+        assert any(getattr(m, "use_checkpoint", False) for m in stage.model.modules()) == flag
+        torch.manual_seed(3)
+        stage(batch)[0].backward()
+        grads.append([p.grad for p in stage.model.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-5, atol=1e-7)
+
+
+def config(checkpoints, subject, folder, steps=5, **settings):
+    stage = {"ckpt": checkpoints["v"], "resolution": 32, "learning_rate": 1e-3, "previews": ["a sks five", "a five"]}
+    loop = {"steps": steps, "batch_size": 2, "ema": 0.0, "tensorboard": False, "preview_every": 3, "precision": "fp32"}
+    data = {"subjects": [subject], "size": 32, "channels": 1}
+    stage |= {"preview_columns": 2, "sheet": str(folder / "contact_sheet.png"), **settings}
+    return {
+        "name": folder.name,
+        "outdir": str(folder.parent),
+        "seed": 1,
+        "stage": {"target": "ldm.finetune.dreambooth.DreamBoothStage", "params": stage},
+        "data": {"target": "ldm.data.dreambooth.DreamBooth", "params": data},
+        "loop": loop,
+    }
+
+
+def test_a_run_gives_one_file_no_larger_than_the_model(checkpoints, subject, tmp_path):
+    result = train(config(checkpoints, subject, tmp_path / "run"))
+    model, before = ldm.load(result, device="cpu"), ldm.load(checkpoints["v"], device="cpu")
+    base = open(checkpoints["v"], "rb").read()
+    assert result == tmp_path / "run" / "model.safetensors" and result.stat().st_size <= len(base)
+    with safe_open(result, "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+    after, was = model.state_dict(), before.state_dict()
+    assert all(torch.equal(after[n], was[n]) for n in was if not n.startswith("model."))
+    assert not torch.equal(after["model.diffusion_model.out.2.weight"], was["model.diffusion_model.out.2.weight"])
+    assert len(model.generate(["a sks five"], steps=2)) == 1
+    assert (tmp_path / "run" / "previews" / "000003.png").exists()
+    # 3 pictures of the subject, two prompts before and after
+    with Image.open(tmp_path / "run" / "contact_sheet.png") as sheet:
+        assert sheet.height == 5 * (16 + 4 + 64) + 4
+
+
+def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subject, tmp_path):
+    """5 pairs in batches of 2 make epochs of 2 steps; step 3 is in the middle of one."""
+    whole = train(config(checkpoints, subject, tmp_path / "whole", text_learning_rate=1e-4))
+    part = config(checkpoints, subject, tmp_path / "part", text_learning_rate=1e-4)
+    part["loop"] |= {"save_every": 3, "steps": 5}
+    stopped = DreamBoothStage.forward
+    calls = []
+
+    def failing(self, batch, k=0):
+        calls.append(k)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return stopped(self, batch, k)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DreamBoothStage, "forward", failing)
+        train(part)
+    shutil.move(tmp_path / "part", tmp_path / "elsewhere")
+    move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
+    again = config(checkpoints, subject, tmp_path / "third", text_learning_rate=1e-4)
+    again["loop"] |= {"save_every": 3, "steps": 5}
+    resumed = train(again, resume=True)
+    assert whole.read_bytes() == resumed.read_bytes()
+    with pytest.raises(FileNotFoundError, match="holds no run to go on with"):
+        move_in(str(tmp_path / "part"), tmp_path / "fourth")
+    with pytest.raises(ValueError, match="already holds a run"):
+        move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
+
+
+@pytest.mark.parametrize("train_text", [False, True])
+def test_lora_trains_adapters_alone(checkpoints, subject, tmp_path, train_text):
+    """The adapters' file on the model as it was, and the merged model, draw alike."""
+    lora = {"rank": 2, "targets": ["attention", "text"] if train_text else ["attention"]}
+    settings = {"lora": lora, "lora_file": str(tmp_path / "run" / "lora.safetensors")}
+    rate = 1e-2 if train_text else None
+    result = train(config(checkpoints, subject, tmp_path / "run", text_learning_rate=rate, **settings))
+    base, merged = ldm.load(checkpoints["v"], device="cpu"), ldm.load(result, device="cpu")
+    changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, base.state_dict()[n])}
+    assert changed and all(".attn" in n and not n.startswith("first") for n in changed)
+    assert train_text == any(n.startswith("cond_stage_model") for n in changed)
+    x, t, prompts = torch.randn(1, 4, 8, 8), torch.tensor([500]), ["a sks five"]
+    plain = base.apply_model(x, t, base.condition(prompts))
+    apply_lora(base, tmp_path / "run" / "lora.safetensors")
+    adapted = base.apply_model(x, t, base.condition(prompts))
+    wanted = merged.apply_model(x, t, merged.condition(prompts))
+    # the merged weights and the adapters are each rounded to half precision
+    error, change = (adapted - wanted).abs().max(), (adapted - plain).abs().max()
+    assert error < 0.1 * change
+
+
+def test_without_an_average_no_copy_of_the_weights_is_kept():
+    module = torch.nn.Linear(2, 2)
+    average, before = EMA(module, 0.0), module.weight.detach().clone()
+    average.update()
+    with average.applied():
+        assert torch.equal(module.weight, before)
+    assert average.shadow == {} and average.state_dict() == {"updates": 1, "shadow": {}}
+
+
+def test_optimizers():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    for name, elements in (("adamw", 2 * 12), ("adafactor", 4 + 3)):
+        optimizer = make_optimizer([{"params": [weight], "lr": 1e-3}], name, (0.9, 0.999), 0.0)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        state = [v for k, v in optimizer.state[weight].items() if k != "step"]
+        assert sum(v.numel() for v in state if torch.is_tensor(v)) == elements, name
+    with pytest.raises(ValueError, match="optimizer 'sgd' is unknown"):
+        make_optimizer([{"params": [weight], "lr": 1e-3}], "sgd", (0.9, 0.999), 0.0)
+    with pytest.raises(ValueError, match=r"learning rate 0\.0 must be above 0"):
+        make_optimizer([{"params": [weight], "lr": 0.0}], "adamw", (0.9, 0.999), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "attn7"}, "layers 'attn7' match no weight"),
+        ({"layers": "("}, "use all, attention"),
+        ({"prior_weight": -1.0}, r"prior_weight -1\.0"),
+        ({"snr_gamma": 0.0}, "gamma of min-SNR"),
+    ],
+)
+def test_mistakes(checkpoints, settings, message):
+    with pytest.raises(ValueError, match=message):
+        DreamBoothStage(checkpoints["v"], resolution=32, learning_rate=1e-3, **settings)

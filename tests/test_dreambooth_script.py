@@ -1,0 +1,122 @@
+"""scripts/dreambooth.py as a user runs it: from pictures to a file that draws, LoRA, several subjects, mistakes."""
+
+import json
+
+import pytest
+from PIL import Image
+from script_runs import imported_by_help, load_script, samples
+
+import ldm
+from ldm.cli import run
+
+dreambooth, txt2img = load_script("dreambooth"), load_script("txt2img")
+SHORT = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_validation_images", "1", "--report_to", "none"]
+SHORT += ["--num_class_images", "3", "--mixed_precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture
+def subject(tmp_path):
+    """Four pictures as they come: grey, colour with an odd size, with transparency, turned; and what is no picture."""
+    folder = tmp_path / "subject"
+    folder.mkdir()
+    Image.new("L", (32, 32), 200).save(folder / "a.png")
+    Image.new("RGB", (70, 41), (10, 200, 30)).save(folder / "b.jpg")
+    Image.new("RGBA", (40, 40), (10, 200, 30, 100)).save(folder / "c.png")
+    Image.new("I;16", (36, 30), 40000).save(folder / "d.png")
+    (folder / "notes.txt.bak").write_text("x")
+    return folder
+
+
+def options(checkpoint, subject, out, *more):
+    named = ["--instance_data_dir", subject, "--instance_prompt", "a sks five", "--class_prompt", "a five"]
+    return [str(option) for option in ["--ckpt", checkpoint, *named, "--output_dir", out, *SHORT, *more]]
+
+
+def test_from_pictures_to_a_file_that_draws(tiny_checkpoint, subject, tmp_path, capsys):
+    out = tmp_path / "out"
+    dreambooth.main(options(tiny_checkpoint, subject, out))
+    said = capsys.readouterr()
+    assert f"model: {out / 'model.safetensors'}" in said.out
+    assert "skipped notes.txt.bak" in said.err and "'sks' into" in said.err
+    assert len(list((out / "class").iterdir())) == 3 and (out / "contact_sheet.png").exists()
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "instance_loss", "class_loss"} <= lines[-1].keys()
+    assert lines[-1]["loss"] == pytest.approx(lines[-1]["instance_loss"] + lines[-1]["class_loss"], rel=1e-5)
+    result = out / "model.safetensors"
+    assert result.stat().st_size <= tiny_checkpoint.stat().st_size
+    drawn = tmp_path / "drawn"
+    txt2img.main(["--ckpt", str(result), "--prompt", "a sks five", "--steps", "2", "--outdir", str(drawn)])
+    assert len(samples(drawn)) >= 1
+    with pytest.raises(ValueError, match="already holds a run"):
+        dreambooth.main(options(tiny_checkpoint, subject, out))
+
+
+def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, tmp_path):
+    """Accepted as they are; and a finished run asked to go on is left alone."""
+    out, line = tmp_path / "out", options(tiny_checkpoint, subject, tmp_path / "out", "--with_prior_preservation")
+    line[0] = "--pretrained_model_name_or_path"
+    line += ["--center_crop", "--lr_warmup_steps", "1", "--snr_gamma", "5", "--offset_noise", "--train_text", "none"]
+    dreambooth.main(line)
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    before, after = ldm.load(tiny_checkpoint).state_dict(), ldm.load(out / "model.safetensors").state_dict()
+    assert all((before[n] == after[n]).all() for n in before if n.startswith("cond_stage_model."))
+    dreambooth.main([*line, "--resume_from_checkpoint", "latest"])
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_lora(tiny_checkpoint, subject, tmp_path):
+    out = tmp_path / "out"
+    dreambooth.main(options(tiny_checkpoint, subject, out, "--rank", "2", "--lora_format", "peft"))
+    assert 0 < (out / "lora.safetensors").stat().st_size < tiny_checkpoint.stat().st_size / 2
+    assert (out / "model.safetensors").stat().st_size <= tiny_checkpoint.stat().st_size
+
+
+def test_several_subjects_and_own_class_pictures(tiny_checkpoint, subject, tmp_path):
+    second, own = tmp_path / "second", tmp_path / "own"
+    for folder, count in ((second, 2), (own, 4)):
+        folder.mkdir()
+        for i in range(count):
+            Image.new("L", (32, 32), 50 * i).save(folder / f"{i}.png")
+    more = ["--instance_data_dir", second, "--instance_prompt", "a zwx six", "--class_prompt", "a six"]
+    dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", *more, *["--class_data_dir", own] * 2))
+    assert not (tmp_path / "out" / "class").exists() and len(list(own.iterdir())) == 4
+    with pytest.raises(ValueError, match="2 --instance_data_dir need as many --class_data_dir, got 1"):
+        dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "no", *more, "--class_data_dir", own))
+
+
+def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsys):
+    def line(*changes):
+        return options(tiny_checkpoint, subject, tmp_path / "no", *changes)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes((subject / "a.png").read_bytes()[:50])
+    plain = ["--output_dir", str(tmp_path / "no"), "--ckpt", str(tiny_checkpoint), *SHORT]
+    only = [*plain, "--instance_prompt", "a sks five"]
+    mistakes = {
+        "give the folder": plain,
+        "need as many --instance_prompt, got 0": [*plain, "--instance_data_dir", str(subject)],
+        "empty holds no pictures": [*only, "--instance_data_dir", str(tmp_path / "empty")],
+        "none is not a folder": [*only, "--instance_data_dir", str(tmp_path / "none")],
+        "x.png ": [*only, "--instance_data_dir", str(tmp_path / "bad")],
+        "needs --class_prompt": [*only, "--instance_data_dir", str(subject), "--with_prior_preservation"],
+        "cannot be made by this model": line("--resolution", "33"),
+        "match no weight": line("--train_layers", "attn9"),
+        "bitsandbytes, which is not installed": line("--use_8bit_adam"),
+        "cannot hold the vectors of words": line("--rank", "2", "--train_text", "words"),
+        "adafactor's learning rate is relative": line("--optimizer", "adafactor"),
+        "did you mean --learning_rate?": line("--learning_rat", "1"),
+        "holds no run to go on with": line("--resume_from_checkpoint", str(tmp_path / "none")),
+    }
+    for message, argv in mistakes.items():
+        with pytest.raises(SystemExit) as ended:
+            run(lambda argv=argv: dreambooth.main(argv))
+        said = capsys.readouterr().err
+        last = [text for text in said.splitlines() if text.startswith("error: ")]
+        assert ended.value.code == 2 and len(last) == 1 and message in last[0], f"{message}: {said}"
+    assert not (tmp_path / "no" / "model.safetensors").exists()
+
+
+def test_help_is_quick():
+    imported, text = imported_by_help("dreambooth")
+    assert not imported and "--prior_loss_weight" in text
