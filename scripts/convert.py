@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import Parser, run, whole
-from ldm.inference.options import LOADING
+from ldm.inference.options import LOADING, loading_arguments
 
 if TYPE_CHECKING:  # it takes a second, which --help has no use for
     import torch
@@ -86,8 +86,7 @@ def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list
     import ldm
     from ldm.finetune.lora_files import merge_lora, split_strength
 
-    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
-    model = ldm.load(args.input, device="cpu", **given)
+    model = ldm.load(args.input, device="cpu", **loading_arguments(args))
     for change in args.default:
         set_default(model.defaults, change)
     for text in args.lora:

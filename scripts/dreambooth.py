@@ -17,41 +17,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import Parser, real, run, whole
+from ldm.inference.options import add_checkpoint_options, loading_arguments
 
 if TYPE_CHECKING:
     from ldm.finetune.dreambooth_run import Subject
     from ldm.latent_diffusion import LatentDiffusion
 
-LOADING = ("config", "vae", "ema", "prediction", "vocab", "variant")  # arguments of `ldm.load`
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; those that are left None are chosen by the checkpoint's size."""
     parser = Parser(description=__doc__)
-    add_model(parser.add_argument_group("model"))
+    add_checkpoint_options(parser.add_argument_group("model"), "--pretrained_model_name_or_path")
     add_data(parser.add_argument_group("subjects"))
     add_training(parser.add_argument_group("training"))
     add_memory(parser.add_argument_group("speed and memory"))
     add_output(parser.add_argument_group("output"))
     return parser.parse_args(argv)
-
-
-def add_model(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--ckpt",
-        "--pretrained_model_name_or_path",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint or diffusers folder to start from (the digits model that ships)",
-    )
-    add("--config", metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
-    add("--vae", metavar="FILE", help="another first stage than the checkpoint's")
-    add("--ema", action="store_true", help="start from the averaged weights, where the checkpoint has both")
-    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
-    add("--vocab", metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
-    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
 
 
 def add_data(group: argparse._ArgumentGroup) -> None:
@@ -159,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     found, resume = subjects(args), args.resume_from_checkpoint is not None
     if resume:
         move_in(args.resume_from_checkpoint, args.output_dir)
-    loading = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
-    model = ldm.load(args.ckpt, device=args.device, **loading)
-    config = make_config(args, model, found, class_pictures(args, model, found), loading)
+    model = ldm.load(args.ckpt, device=args.device, **loading_arguments(args))
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in loading_arguments(args).items()}
+    config = make_config(args, model, found, class_pictures(args, model, found), plain)
     loop_settings(config)
     del model  # the run has its own
     result = train(config, resume, args.device)

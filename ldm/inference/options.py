@@ -19,18 +19,14 @@ LOADING = ("config", "vae", "unet", "ema", "prediction", "vocab", "variant")  # 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Two groups of options: which model, and how it computes. What is not given is None (a flag: False)."""
-    add = parser.add_argument_group("model").add_argument
-    add("--ckpt", type=Path, metavar="FILE", help="checkpoint or diffusers folder (the digits model that ships)")
-    add("--config", type=Path, metavar="FILE", help="CompVis's yaml (or ours), in place of what the checkpoint says")
-    add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
-    add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
-    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add this LoRA's change (1); repeatable")
-    add("--embedding", type=Path, action="append", default=[], metavar="FILE", help="learned words; repeatable")
-    add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
-    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
-    add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
-    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    group = parser.add_argument_group("model")
+    add_checkpoint_options(group)
+    group.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add this LoRA's change (1); repeatable"
+    )
+    group.add_argument(
+        "--embedding", type=Path, action="append", default=[], metavar="FILE", help="learned words; repeatable"
+    )
 
     add = parser.add_argument_group("speed and memory (pictures stay the same but for rounding)").add_argument
     add(
@@ -57,6 +53,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
+    """Which checkpoint, how to read it, and where to put it. names: others for --ckpt."""
+    add = group.add_argument
+    add(
+        "--ckpt", *names, type=Path, metavar="FILE", help="checkpoint or diffusers folder (the digits model that ships)"
+    )
+    add("--config", type=Path, metavar="FILE", help="CompVis's yaml (or ours), in place of what the checkpoint says")
+    add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
+    add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
+    add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
+    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
+    add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
+    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
+
+
+def loading_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """Those of `add_checkpoint_options` that were given, as `ldm.load` takes them; not where and in which dtype."""
+    return {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
+
+
 def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     """The model that the options of `add_model_options` describe, with what had to be assumed about it on stderr.
 
@@ -73,9 +90,8 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
 
     device = pick_device(args.device)
     set_attention("auto" if args.attention is None else args.attention)
-    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
     # first onto the CPU, where a mapped file takes no memory: what goes to the device goes there once, in its precision
-    model = ldm.load(args.ckpt, device="cpu", **given)
+    model = ldm.load(args.ckpt, device="cpu", **loading_arguments(args))
     change(model, args.lora, args.embedding)
     for note in model.notes:
         print(note, file=sys.stderr)
