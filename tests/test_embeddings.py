@@ -114,7 +114,9 @@ def test_all_other_text_is_tokenized_as_before(cleaning):
         assume(not words.found.search(before) and not words.found.search(after))
         assert words.encode(before) == base.encode(before)
         ids = words.encode(f"{before} <sks> {after} zqx7")
-        assert ids == [*base.encode(before), first, first + 1, first + 2, *base.encode(after), first + 3]
+        # with their spaces: ftfy may take one for a part of a damaged character
+        expected = [*base.encode(f"{before} "), first, first + 1, first + 2, *base.encode(f" {after} "), first + 3]
+        assert ids == expected
         assert torch.equal(words([before, after]), base([before, after]))
 
     check()

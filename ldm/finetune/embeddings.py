@@ -154,5 +154,10 @@ def initial_vectors(encoder: TextEncoder, text: str, count: int | None = None) -
     return weight.detach()[spread.to(weight.device)].float()
 
 
+def deviation(encoder: TextEncoder) -> float:
+    """Of the numbers in the text encoder's own token vectors: the scale of what learned ones differ by."""
+    return float(token_embedding(encoder).weight.detach().float().std())
+
+
 def _width(width: int) -> str:
     return f"{width} numbers each" + (f" (as {WIDTHS[width]}'s)" if width in WIDTHS else "")

@@ -1,0 +1,188 @@
+"""Textual inversion: a new word for a subject (Gal et al. 2022, https://arxiv.org/abs/2208.01618, eq. 2).
+
+The model's own loss on a few pictures of the subject, captioned with the word; all that trains is the word's vectors.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ldm.conditioning.tokenizer import CLIP_MERGES, Tokenizer
+from ldm.data.captions import TRAIN_FRAMES, render
+from ldm.diffusion.schedule import training_timesteps
+from ldm.finetune.contact_sheet import Row, save_contact_sheet
+from ldm.finetune.dreambooth import checkpoint_blocks
+from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_encoder
+from ldm.images import to_pil
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.loading import load
+from ldm.training.diffusion import LatentDataset
+from ldm.training.stage import Stage, adamw
+
+# What may be said of a picture whose subject alone is known. A frame says nothing else about the picture.
+FRAMES = {
+    "object": (
+        *("a photo of a {}", "a photo of the {}", "a photo of one {}", "a picture of a {}", "an image of the {}"),
+        *("a close-up of a {}", "a cropped photo of the {}", "a photo of my {}", "this is a {}", "here is the {}"),
+        *("a good photo of a {}", "a snapshot of the {}", "a {} in a photo", "the {}, photographed", "a {}"),
+    ),
+    "style": (
+        *("a painting in the style of {}", "a picture in the style of {}", "a drawing in the style of {}"),
+        *("an artwork in the style of {}", "a scene in the style of {}", "an image in {} style", "art by {}"),
+    ),
+}
+
+
+class TextualInversionStage(Stage):
+    """Learns the vectors of one word; the model itself is frozen, bit for bit. Its data is a `Folder` of pictures.
+
+    Args:
+        word: what the subject will be called in prompts.
+        initial: words to start from, such as "five"; they may be several tokens.
+        resolution: pixels of a side of the pictures.
+        ckpt: the model, any that `ldm.load` reads; None is the one that ships.
+        loading: further arguments of `ldm.load`.
+        vectors: how many tokens the word is; None: as many as the initial words are.
+        learning_rate: of Adam, each of whose steps moves each number by about as much.
+        frames: captions with {} for the word, or a name in FRAMES; None: what suits the model (`captions`).
+        pull: weight of the mean squared distance to the initial vectors, in units of `deviation`.
+        timesteps: arguments of `training_timesteps`.
+        gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
+        previews: how many pictures previews draw. sheet: where the contact sheet goes.
+    """
+
+    def __init__(
+        self,
+        word: str,
+        initial: str,
+        resolution: int,
+        learning_rate: float,
+        ckpt: str | None = None,
+        loading: Mapping[str, Any] | None = None,
+        vectors: int | None = None,
+        frames: Sequence[str] | str | None = None,
+        pull: float = 0.0,
+        timesteps: Mapping[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        previews: int = 8,
+        sheet: str | None = None,
+    ) -> None:
+        super().__init__()
+        model = load(ckpt, device="cpu", **(loading or {}))
+        check_model(model)
+        self.exclude_from_modules(latent_diffusion=model)
+        encoder = text_encoder(model)
+        start = initial_vectors(encoder, initial, vectors)
+        self.vectors = nn.Parameter(start.clone())  # (n, d)
+        add_word(model, word, self.vectors)
+        self.word, self.initial, self.start, self.pull = word, initial, start, pull
+        self.deviation, self.learning_rate = deviation(encoder), learning_rate
+        self.captions = captions(encoder.tokenizer, word, len(start), frames)
+        self.timesteps = dict(timesteps or {"name": "uniform"})
+        self.resolution, self.preview_columns = resolution, previews
+        self.sheet = None if sheet is None else Path(sheet)
+        model.latent_size(resolution, resolution)
+        if gradient_checkpointing:
+            checkpoint_blocks(model.model)
+
+    @torch.no_grad()
+    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+        """Encode the pictures, once, and draw what the contact sheet shows of the initial words."""
+        self.to(device)
+        self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
+        codes = [self.latent_diffusion.first_stage_model.encode(picture[None].to(device)) for picture in self.pixels]
+        # a VQ autoencoder's latents have no posterior
+        mean = torch.cat([code if isinstance(code, Tensor) else code.mean for code in codes])  # (n, z, h/f, w/f)
+        std = torch.cat([torch.zeros_like(code) if isinstance(code, Tensor) else code.std for code in codes])
+        self.before = [] if self.sheet is None else self._draw(self.captions[0].replace(self.word, self.initial))
+        return Repeated(LatentDataset(dataset, mean.cpu(), std.cpu()))
+
+    def optimizers(self) -> list[Optimizer]:
+        return [adamw([self.vectors], self.learning_rate, weight_decay=0.0)]
+
+    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        model = self.latent_diffusion
+        z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
+        t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
+        said = torch.randint(len(self.captions), (len(z),)).tolist()
+        cond = model.cond_stage_model([self.captions[i] for i in said])
+        loss = model.loss(z, cond, t, torch.randn_like(z)).mean()
+        moved = ((self.vectors - self.start.to(self.vectors)) / self.deviation).square().mean()
+        return loss + self.pull * moved, {"loss": loss, "moved": moved.sqrt()}
+
+    @torch.no_grad()
+    def preview(self) -> list[Image.Image]:
+        """A row of the subject's pictures, and one of what the model draws for the first caption."""
+        shown = self.pixels[torch.arange(self.preview_columns) % len(self.pixels)]
+        return to_pil(shown) + self._draw(self.captions[0])
+
+    def _draw(self, prompt: str) -> list[Image.Image]:
+        side, prompts = self.resolution, [prompt] * self.preview_columns
+        return self.latent_diffusion.generate(prompts, height=side, width=side, plain=True)
+
+    def finish(self, dataset: Dataset) -> None:
+        """Write the contact sheet."""
+        if self.sheet is not None:
+            prompt = self.captions[0]
+            before, after = prompt.replace(self.word, self.initial), self._draw(prompt)
+            rows = [
+                Row("the subject's pictures", to_pil(self.pixels[:8])),
+                Row(before, self.before),
+                Row(prompt, after),
+            ]
+            save_contact_sheet(rows, self.sheet)
+
+    def export(self) -> tuple[None, dict[str, Tensor]]:
+        """The word's vectors, without a configuration: diffusers' format of an embedding."""
+        return None, {self.word: self.vectors.detach()}
+
+
+class Repeated(Dataset):
+    """A few samples, many times over, so that an epoch holds whole batches."""
+
+    def __init__(self, dataset: LatentDataset, times: int = 100) -> None:
+        self.dataset, self.times = dataset, times
+
+    def __len__(self) -> int:
+        return self.times * len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return self.dataset.__getitems__([index % len(self.dataset) for index in indices])
+
+
+def check_model(model: LatentDiffusion) -> None:
+    """ValueError for a model that a word cannot be learnt with."""
+    text_encoder(model)
+    if model.concat is not None:
+        raise ValueError("textual inversion needs a model that draws from text alone: this one is given a picture too")
+
+
+def captions(tokenizer: Tokenizer, word: str, vectors: int, frames: Sequence[str] | str | None = None) -> list[str]:
+    """What pictures of `word`, of so many vectors, are captioned with: what fits the text encoder of `frames`.
+
+    frames: a name in FRAMES, or captions with {} for the word; None: the "object" ones, save for a vocabulary that was
+    reduced to the digits' captions. It knows few other words, and its text encoder has learnt nothing else.
+
+    Raises ValueError for a frame without {}, or when none leaves room for the word.
+    """
+    if frames is None:
+        words = [part for frame in TRAIN_FRAMES for part in re.findall(r"[a-z]+", render(frame, "five"))]
+        reduced = len(tokenizer.merges) < CLIP_MERGES
+        knows = reduced and all(len(tokenizer.encode(part)) == 1 for part in dict.fromkeys(words))
+        frames = [render(frame, "{}") for frame in TRAIN_FRAMES] if knows else "object"
+    frames = FRAMES[frames] if isinstance(frames, str) else frames
+    without = [frame for frame in frames if "{}" not in frame]
+    if without or not frames:
+        raise ValueError(f"the caption {(without or [''])[0]!r} has no {{}}, where the word is to stand")
+    room = tokenizer.context_length - 2 - vectors
+    fitting = [frame for frame in frames if len(tokenizer.encode(frame.replace("{}", " "))) <= room]
+    if not fitting:
+        raise ValueError(f"{vectors} vectors leave room for {room} tokens, too few for {frames[0]!r}: use fewer")
+    return [frame.replace("{}", word) for frame in fitting]
