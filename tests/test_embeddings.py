@@ -299,13 +299,13 @@ def test_nothing_in_a_file_is_run(tmp_path):
 # --- against diffusers
 
 
-@pytest.mark.parametrize("format", ["diffusers", "a1111"])
+@pytest.mark.parametrize(("kind", "format"), [("sd1", "diffusers"), ("sd1", "a1111"), ("sd2", "diffusers")])
 @torch.no_grad()
-def test_texts_are_encoded_as_by_diffusers(tmp_path, format):
+def test_texts_are_encoded_as_by_diffusers(tmp_path, kind, format):
     """The same file, loaded by diffusers' load_textual_inversion into the same model, gives the same text states."""
     from diffusers import StableDiffusionPipeline
 
-    model = make("sd1")
+    model = make(kind)
     ldm.save(model, tmp_path / "folder", format="diffusers")
     write_words(tmp_path / "sks.pt", LearnedWord("<sks>", VECTORS), format)
     assert apply_embedding(model, tmp_path / "sks.pt") == ["<sks>"]

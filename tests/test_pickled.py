@@ -356,3 +356,19 @@ def test_any_program_is_read_or_refused(steps):
 def test_any_bytes_are_read_or_refused(content):
     with suppress(ValueError):
         read(content)
+
+
+def test_a_parameter_dict_is_what_its_parameters_are():
+    """torch.nn.ParameterDict alone is known by an attribute, and only where that is a dictionary of texts."""
+    maker = name("torch.nn.modules.container", "ParameterDict") + b")\x81"
+
+    def built(attributes: bytes) -> bytes:
+        return program(maker + b"q\x07" + attributes + b"b" + b"0h\x07")  # looked up again after its attributes
+
+    inner = b"}(" + text("a") + number(1) + number(2) + number(3) + b"u"
+    assert read(built(b"}(" + text("training") + b"\x88" + text("_parameters") + inner + b"u")) == {"a": 1}
+    for attributes in (b"N", b"](K\x01e", b"}", b"}" + text("_parameters") + b"](K\x01K\x02es"):
+        assert read(built(attributes)) == {}
+    other = program(name("torch.nn", "Module") + b")\x81}" + text("_parameters") + inner + b"sb")
+    assert read(other) == Inert("torch.nn.Module")
+    assert read(program(b"}}" + text("_parameters") + inner + b"sb")) == {}
