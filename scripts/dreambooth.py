@@ -140,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     found, resume = subjects(args), args.resume_from_checkpoint is not None
     if resume:
         move_in(args.resume_from_checkpoint, args.output_dir)
-    model = ldm.load(args.ckpt, device=args.device, **loading_arguments(args))
-    plain = {name: str(v) if isinstance(v, Path) else v for name, v in loading_arguments(args).items()}
-    config = make_config(args, model, found, class_pictures(args, model, found), plain)
+    loading = loading_arguments(args)
+    model = ldm.load(args.ckpt, device=args.device, **loading)
+    config = make_config(args, model, found, class_pictures(args, model, found), loading)
     loop_settings(config)
     del model  # the run has its own
     result = train(config, resume, args.device)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.cli import Parser, real, run, whole
+from ldm.inference.options import add_checkpoint_options, loading_arguments
 
 if TYPE_CHECKING:  # it imports torch
     from ldm.latent_diffusion import LatentDiffusion
-
-LOADING = ("config", "vae", "ema", "prediction", "variant")  # arguments of `ldm.load`
 
 
 class Defaults(NamedTuple):
@@ -47,20 +46,7 @@ DEFAULTS = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; those that are left None are chosen by the checkpoint's size."""
     parser = Parser(description=__doc__)
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--ckpt",
-        "--pretrained_model_name_or_path",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint or diffusers folder (the digits model that ships)",
-    )
-    add("--config", metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
-    add("--vae", metavar="FILE", help="another first stage than the checkpoint's")
-    add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
-    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
-    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    add_checkpoint_options(parser.add_argument_group("model"), "--pretrained_model_name_or_path")
     add = parser.add_argument_group("subject").add_argument
     add("--train_data_dir", type=Path, required=True, metavar="DIR", help="the subject's pictures")
     add("--placeholder_token", required=True, metavar="WORD", help="what to call it: '<mine>'")
@@ -121,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     resume = args.resume_from_checkpoint is not None
     if resume:
         move_in(args.resume_from_checkpoint, args.output_dir)
-    loading = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
+    loading = loading_arguments(args)
     model = ldm.load(args.ckpt, device="cpu", **loading)
     check_model(model)
     for note in model.notes:

@@ -70,8 +70,12 @@ def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
 
 
 def loading_arguments(args: argparse.Namespace) -> dict[str, object]:
-    """Those of `add_checkpoint_options` that were given, as `ldm.load` takes them; not where and in which dtype."""
-    return {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
+    """Those of `add_checkpoint_options` that were given, as `ldm.load` takes them; not where and in which dtype.
+
+    They are plain values, which a run's configuration can keep.
+    """
+    given = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def load_model(args: argparse.Namespace) -> "LatentDiffusion":
