@@ -144,6 +144,33 @@ def test_timestep_embedding():
     assert not torch.equal(timestep_embedding(t, 16, max_period=100), expected)
 
 
+# name: (sines first, shift of the exponent's divisor), as each one's code has it
+CONVENTIONS = {
+    "compvis, guided diffusion": (False, 0),
+    "ddpm, lucidrains, the annotated SimpleUnet": (True, 1),
+    "diffusers' UNet2DModel with flip_sin_to_cos=False": (True, 0),
+}
+
+
+@pytest.mark.parametrize("sines_first, shift", CONVENTIONS.values(), ids=CONVENTIONS.keys())
+@pytest.mark.parametrize("dim", [2, 32, 33])
+def test_timestep_embeddings_of_all_conventions(dim, sines_first, shift):
+    from diffusers.models.embeddings import get_timestep_embedding
+
+    t = torch.tensor([0.0, 1.0, 299.0, 12.5])
+    got = timestep_embedding(t, dim, sines_first=sines_first, shift=shift)
+    half = dim // 2
+    frequencies = torch.tensor([10000.0 ** (-k / (half - shift or 1)) for k in range(half)], dtype=torch.float64)
+    angles = t.double()[:, None] * frequencies
+    parts = [angles.sin(), angles.cos()] if sines_first else [angles.cos(), angles.sin()]
+    torch.testing.assert_close(got[:, : 2 * half], torch.cat(parts, 1).float(), atol=3e-5, rtol=0)
+    if half > shift:  # where it is not, theirs divides by zero
+        theirs = get_timestep_embedding(t, dim, flip_sin_to_cos=not sines_first, downscale_freq_shift=shift)
+        torch.testing.assert_close(got, theirs, atol=3e-5, rtol=0)
+        last = angles[:, -1] / t.double()
+        assert last[1] == pytest.approx(1e-4 if shift == 1 else 10 ** (-4 * (half - 1) / half))
+
+
 @pytest.mark.parametrize(
     "options",
     [

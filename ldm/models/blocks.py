@@ -12,18 +12,30 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ldm.models.kernels import attention
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
-    """Sinusoidal features of the noise level, cosines first (Vaswani et al. 2017, section 3.5; Ho et al. 2020).
+def timestep_embedding(
+    t: Tensor,
+    dim: int,
+    max_period: float = 10000,
+    repeat_only: bool = False,
+    sines_first: bool = False,
+    shift: float = 0,
+) -> Tensor:
+    """Sinusoidal features of the noise level (Vaswani et al. 2017, section 3.5; Ho et al. 2020).
 
     t (b,) may be fractional; the result is (b, dim) in float32, with a zero column at the end when dim is odd.
-    `repeat_only` gives t itself in every column instead.
+    `repeat_only` gives t itself in every column instead. Feature k of each half has the frequency
+    max_period^(-k / (dim / 2 - shift)). Conventions differ: cosines first and shift 0 in guided diffusion, latent
+    diffusion and diffusers' Stable Diffusion; `sines_first` and shift 1 in Ho et al.'s code and most written after it,
+    where the last frequency is 1 / max_period itself.
     """
     if repeat_only:
         return repeat(t, "b -> b d", d=dim)
     half = dim // 2
-    frequencies = torch.arange(half, dtype=torch.float32, device=t.device).mul_(-math.log(max_period) / half).exp_()
+    rate = -math.log(max_period) / max(half - shift, 1)  # the bound: a single frequency is 1 whatever the shift
+    frequencies = torch.arange(half, dtype=torch.float32, device=t.device).mul_(rate).exp_()
     angles = t[:, None].float() * frequencies  # (b, dim / 2)
-    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)  # (b, dim)
+    parts = (angles.sin(), angles.cos()) if sines_first else (angles.cos(), angles.sin())
+    embedding = torch.cat(parts, dim=1)  # (b, dim)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
 
 

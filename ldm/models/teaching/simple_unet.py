@@ -1,0 +1,84 @@
+"""The UNet of a widely read annotated DDPM: no attention, no residual blocks, batch normalisation behind the ReLU."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.blocks import timestep_embedding
+
+
+class SimpleUNet(nn.Module):
+    """Predicts eps (or x0, v) from a noisy picture x and its level t. Sides must be multiples of `downsampling`.
+
+    Args:
+        channels: of the pictures, in and out.
+        widths: at full size and after each halving. As published, 62,438,883 parameters for 3 channels.
+        time_channels: width of the embedded time, even.
+        shared_norm: one batch normalisation for both places in a block, statistics included: the text that goes with
+            the published code counts 62,433,123 parameters, which is this.
+
+    Raises ValueError for fewer than two widths or an odd width of the time.
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        widths: Sequence[int] = (64, 128, 256, 512, 1024),
+        time_channels: int = 32,
+        shared_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2:
+            raise ValueError(f"widths {list(widths)} make no UNet: give one for full size and one for each halving")
+        if time_channels < 2 or time_channels % 2:
+            raise ValueError(f"time_channels {time_channels} must be even: half of them are sines, half cosines")
+        self.time_channels = time_channels
+        self.downsampling = 2 ** (len(widths) - 1)
+        self.time_embed = nn.Sequential(nn.Linear(time_channels, time_channels), nn.ReLU())
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        steps = list(zip(widths[:-1], widths[1:], strict=True))
+        self.down_blocks = nn.ModuleList(
+            Block(before, after, nn.Conv2d(after, after, 4, stride=2, padding=1), time_channels, shared_norm)
+            for before, after in steps
+        )
+        self.up_blocks = nn.ModuleList(  # each takes the encoder's map of its size beside what comes from below
+            Block(2 * after, before, nn.ConvTranspose2d(before, before, 4, 2, 1), time_channels, shared_norm)
+            for before, after in reversed(steps)
+        )
+        self.conv_out = nn.Conv2d(widths[0], channels, 1)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """x (b, channels, h, w), timesteps (b,) in 0..T-1 -> (b, channels, h, w)."""
+        features = timestep_embedding(timesteps, self.time_channels, sines_first=True, shift=1)
+        emb = self.time_embed(features.to(x.dtype))  # (b, time_channels)
+        h = self.conv_in(x)  # (b, widths[0], h, w)
+        skips = []
+        for block in self.down_blocks:
+            h = block(h, emb)  # (b, widths[i + 1], h / 2^(i + 1), w / 2^(i + 1))
+            skips.append(h)
+        for block in self.up_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)  # the lowest map meets itself
+        return self.conv_out(h)
+
+
+class Block(nn.Module):
+    """Two convolutions, the time added between them, then `resample`: (b, c, h, w) -> (b, out_channels, ...)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, resample: nn.Module, time_channels: int, shared_norm: bool
+    ) -> None:
+        super().__init__()
+        self.time = nn.Linear(time_channels, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        norms = [nn.BatchNorm2d(out_channels) for _ in range(1 if shared_norm else 2)]
+        self.norms = nn.ModuleList(norms)
+        self.resample = resample
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.norms[0](F.relu(self.conv1(x)))  # (b, out_channels, h, w)
+        h = h + F.relu(self.time(emb))[:, :, None, None]
+        h = self.norms[-1](F.relu(self.conv2(h)))
+        return self.resample(h)
