@@ -52,6 +52,7 @@ def test_betas_are_compvis(golden, arguments):
         (("cosine",), 1000, 2.43e-9),
         (("sigmoid_alphabar",), 500, 0.5),
         (("sigmoid_alphabar",), 1000, 3.0e-7),
+        (("vp", 4), 4, 4.319e-5),
     ],
 )
 def test_alphas_cumprod_facts(arguments, t, expected):
@@ -68,6 +69,16 @@ def test_first_betas_and_the_bound():
     assert beta[[0, 400, 999]].tolist() == pytest.approx(expected, rel=1e-13)
 
 
+def test_vp_betas_of_ddgan():
+    assert S.betas("vp", 4).tolist() == pytest.approx([0.4783, 0.8492, 0.9564, 0.9874], abs=5e-5)
+    # However many steps, they end where the SDE ends: ab(1) / ab(0.001).
+    for T in (1, 2, 1000):
+        ab = math.exp(-0.1 * 0.999 - 19.9 / 2 * (1 - 1e-6))
+        assert float(S.make_schedule("vp", T).alphas_cumprod[-1]) == pytest.approx(ab, rel=1e-10)
+    # and of a thousand steps each is near the rate times its duration
+    assert float(S.betas("vp")[499]) == pytest.approx(0.999e-3 * (0.1 + 19.9 * 0.5), rel=0.01)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -75,6 +86,7 @@ def test_first_betas_and_the_bound():
         (("linear", 0), ["T=0"]),
         (("linear", 10, 0.0, 1.5), ["start=0.0", "end=1.5"]),
         (("cosine", 10, 1e-4), ["cosine", "start=0.0001"]),
+        (("vp", 4, 0.0, 20.0), ["vp", "start=0.0", "end=20.0"]),
         (("sigmoid_alphabar", 10, 3.0, -3.0), ["start=3.0", "end=-3.0"]),
     ],
 )

@@ -23,7 +23,8 @@ from torch import Tensor
 # What ab = 0 (zero terminal SNR) becomes, so that its sigma is finite: 4096.
 SMALLEST_ALPHA_BAR = 2.0**-24
 
-# name -> default (start, end): betas, save for sigmoid_alphabar, where they are arguments of the sigmoid.
+# name -> default (start, end): betas, save for sigmoid_alphabar, where they are arguments of the sigmoid, and vp, where
+# they are rates.
 SCHEDULES = {
     "linear": (1e-4, 0.02),
     "scaled_linear": (0.00085, 0.012),
@@ -31,7 +32,9 @@ SCHEDULES = {
     "sigmoid_alphabar": (-3.0, 3.0),
     "sigmoid_beta": (1e-4, 0.02),
     "sqrt": (1e-4, 0.02),
+    "vp": (0.1, 20.0),
 }
+VP_FIRST = 1e-3  # the time at which the vp schedule begins
 TIMESTEP_SPACINGS = ("compvis", "leading", "linspace", "trailing", "quad")
 SIGMA_SPACINGS = ("karras", "exponential")
 FINAL_SIGMAS = ("zero", "sigma_min")
@@ -47,6 +50,8 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
       sigmoid_alphabar  ab a sigmoid between its values at -3 and 3 (Jabri et al. 2022, fig. 8, tau = 1).
       sigmoid_beta      beta = start + (end - start) sigmoid(u), u linear from -6 to 6; from 1e-4 to 0.02.
       sqrt              beta = sqrt(u), u linear from 1e-4 to 0.02 (CompVis).
+      vp                T stretches of the variance-preserving SDE from time 0.001 to 1, whose rate grows from 0.1 to 20
+                        (Song et al. 2021, "Score-based ...", appendix C; in a few large steps: Xiao et al. 2022).
 
     Raises ValueError for an unknown name, T < 1, start or end given to cosine, and betas outside (0, 1).
     """
@@ -65,6 +70,10 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
             raise ValueError(f"schedule {name!r} needs start < end, got start={start}, end={end}")
         top = 1 / (1 + math.exp(-end))
         return _betas_from_alpha_bar(lambda u: top - torch.sigmoid(u * (end - start) + start), T)
+    if name == "vp":
+        if not 0 < start <= end:
+            raise ValueError(f"schedule {name!r} needs 0 < start <= end, got start={start}, end={end}")
+        return _vp(T, start, end)
     if not (0 < start < 1 and 0 < end < 1):
         raise ValueError(f"schedule {name!r} needs start and end between 0 and 1, got start={start}, end={end}")
     if name == "scaled_linear":
@@ -82,6 +91,12 @@ def _betas_from_alpha_bar(alpha_bar, T: int) -> Tensor:
     """
     curve = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
     return (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+
+
+def _vp(T: int, start: float, end: float) -> Tensor:
+    """beta = 1 - ab(time_{t+1}) / ab(time_t), ab = exp(-start time - (end - start) time^2 / 2): float64 (T,)."""
+    time = torch.linspace(VP_FIRST, 1, T + 1, dtype=torch.float64)
+    return -torch.expm1((-start * time - (end - start) / 2 * time**2).diff())
 
 
 def alphas_cumprod(beta: Tensor) -> Tensor:
