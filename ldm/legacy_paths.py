@@ -96,6 +96,7 @@ ELSEWHERE = {
     "ldm.models.unet": {
         "ldm.compvis.util": f"exists {_ND}",
         "ldm.models.blocks": "TimestepBlock checkpoint",
+        "ldm.models.noisy_classifier": "AttentionPool2d EncoderUNetModel",
         "torch": "th=",
         "torch.nn": _LAYERS,
         "torch.nn.functional": "F=",

@@ -12,6 +12,7 @@ from ldm.models.blocks import (
     Upsample,
     checkpoint,
     timestep_embedding,
+    zero_module,
 )
 from ldm.models.unet import UNetModel
 
@@ -128,6 +129,45 @@ def test_blocks_start_as_their_skip_connection():
     assert torch.equal(ResBlock(32, 16, 0.0, down=True)(x, emb), nn.functional.avg_pool2d(x, 2))
     assert torch.equal(ResBlock(32, 16, 0.0, up=True)(x, emb), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     assert torch.equal(AttentionBlock(32, num_heads=4)(x), x)
+
+
+def test_adm_sizes():
+    """Dhariwal & Nichol 2021, their class-conditional models of 64 and 256 pixels, with learned variances."""
+    adm = {"num_head_channels": 64, "use_scale_shift_norm": True, "resblock_updown": True, "num_classes": 1000}
+    with torch.device("meta"):
+        small = UNetModel(64, 3, 192, 6, 3, [2, 4, 8], channel_mult=[1, 2, 3, 4], **adm)
+        large = UNetModel(256, 3, 256, 6, 2, [8, 16, 32], channel_mult=[1, 1, 2, 2, 4, 4], **adm)
+    counts = [sum(p.numel() for p in model.parameters()) for model in (small, large)]
+    assert counts == [295_904_454, 553_838_086]
+
+
+def test_adagn_scales_and_shifts_the_second_normalisation():
+    block = fill(ResBlock(32, 16, 0.0, use_scale_shift_norm=True), 1)
+    x, emb = randn(2, 32, 8, 8), randn(2, 16)
+    norm, silu, _, conv = block.out_layers
+    h = norm(block.in_layers(x))
+    scale, shift = block.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+    assert torch.equal(block(x, emb), x + conv(silu(h * (1 + scale) + shift)))  # 1 +: ADM's code, not its equation 3
+    zero_module(block.emb_layers)
+    assert torch.equal(block(x, emb), x + conv(silu(h)))  # plain group normalisation
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_biggan_blocks_resample_both_branches_after_the_activation(direction):
+    block = fill(ResBlock(32, 16, 0.0, **{direction: True}), 1)
+    x, emb = randn(2, 32, 8, 8).requires_grad_(), randn(2, 16)
+    if direction == "up":
+        resample = nn.Upsample(scale_factor=2, mode="nearest")
+    else:
+        resample = nn.AvgPool2d(2)
+    norm, silu, conv = block.in_layers
+    h = conv(resample(silu(norm(x)))) + block.emb_layers(emb)[:, :, None, None]
+    out = block(x, emb)
+    assert torch.equal(out, resample(x) + block.out_layers(h))  # no 1 / sqrt(2): ADM tried that, and it hurt
+    assert out.shape[-1] == (16 if direction == "up" else 4)
+    assert sum(p.numel() for p in block.parameters()) == sum(p.numel() for p in ResBlock(32, 16, 0.0).parameters())
+    out.square().mean().backward()
+    assert x.grad.abs().min() > 0 and all(p.grad.abs().max() > 0 for p in block.parameters())
 
 
 def test_timestep_embedding():

@@ -22,8 +22,8 @@ from ldm.models.blocks import (
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Makes the layers of one UNet; the fields are UNetModel's arguments."""
+class Parts:
+    """Makes the layers of one UNet, or of its encoder half; the fields are UNetModel's arguments."""
 
     emb_channels: int
     dropout: float
@@ -31,15 +31,15 @@ class _Parts:
     use_checkpoint: bool
     num_heads: int
     num_head_channels: int
-    num_heads_upsample: int
     use_scale_shift_norm: bool
     resblock_updown: bool
     use_new_attention_order: bool
-    use_spatial_transformer: bool
-    context_dim: int | Sequence[int] | None
-    legacy: bool
-    use_linear_in_transformer: bool
     norm_groups: int
+    num_heads_upsample: int = -1
+    use_spatial_transformer: bool = False
+    context_dim: int | Sequence[int] | None = None
+    legacy: bool = True
+    use_linear_in_transformer: bool = False
 
     def res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
@@ -99,16 +99,25 @@ class _Parts:
             norm_groups=self.norm_groups,
         )
 
+    def middle(self, channels: int, depth: int = 1, disable_self_attention: bool = False) -> TimestepEmbedSequential:
+        return TimestepEmbedSequential(
+            self.res(channels, channels),
+            self.attend(channels, depth, disable_self_attention),
+            self.res(channels, channels),
+        )
 
-class _Level(NamedTuple):
+
+class Level(NamedTuple):
+    """One resolution: what the encoder and the decoder have there."""
+
     width: int
     blocks: int  # residual blocks in the encoder; the decoder has one more
     attended: int  # how many of them, from the first, are followed by attention
-    depth: int
-    disable_self_attention: bool
+    depth: int = 1
+    disable_self_attention: bool = False
 
 
-def _encoder(parts: _Parts, in_channels: int, stem: int, levels: list[_Level]) -> tuple[nn.ModuleList, list[int]]:
+def encoder_blocks(parts: Parts, in_channels: int, stem: int, levels: list[Level]) -> tuple[nn.ModuleList, list[int]]:
     """The layers from x down to the lowest resolution, and the width that each of them hands to the decoder."""
     blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, stem, 3, padding=1))]
     widths = [stem]
@@ -125,7 +134,7 @@ def _encoder(parts: _Parts, in_channels: int, stem: int, levels: list[_Level]) -
     return nn.ModuleList(blocks), widths
 
 
-def _decoder(parts: _Parts, levels: list[_Level], skips: list[int]) -> nn.ModuleList:
+def _decoder(parts: Parts, levels: list[Level], skips: list[int]) -> nn.ModuleList:
     """The layers back up; each first takes in one of the encoder's outputs (of widths `skips`), the last one first."""
     blocks = []
     width = levels[-1].width
@@ -163,7 +172,7 @@ class UNetModel(nn.Module):
         transformer block) in place of attention blocks; transformer_depth blocks each, per level (the middle takes
         the last level's) or one number for all.
     n_embed: predicts logits over so many codebook entries instead.
-    legacy: how num_head_channels is read, see _Parts.attend; False for Stable Diffusion.
+    legacy: how num_head_channels is read, see Parts.attend; False for Stable Diffusion.
     disable_self_attentions: per level; True makes the first attention of each transformer look at the context too;
         disable_middle_self_attn the same for the middle.
     num_attention_blocks: per level, how many residual blocks are followed by attention; default all.
@@ -222,7 +231,7 @@ class UNetModel(nn.Module):
         disabled = _per_level("disable_self_attentions", disable_self_attentions, count)
         attended = _per_level("num_attention_blocks", num_attention_blocks, count)
         levels = [
-            _Level(
+            Level(
                 width=model_channels * channel_mult[i],
                 blocks=self.num_res_blocks[i],
                 attended=_attended(self.num_res_blocks[i], attended[i], 2**i in attention_resolutions),
@@ -231,7 +240,7 @@ class UNetModel(nn.Module):
             )
             for i in range(count)
         ]
-        parts = _Parts(
+        parts = Parts(
             emb_channels=4 * model_channels,
             dropout=dropout,
             conv_resample=conv_resample,
@@ -248,16 +257,12 @@ class UNetModel(nn.Module):
             use_linear_in_transformer=use_linear_in_transformer,
             norm_groups=norm_groups,
         )
-        self.time_embed = _mlp(model_channels, parts.emb_channels)
+        self.time_embed = time_mlp(model_channels, parts.emb_channels)
         if num_classes is not None:
             self.label_emb = _label_embedding(num_classes, adm_in_channels, parts.emb_channels)
-        self.input_blocks, skips = _encoder(parts, in_channels, model_channels, levels)
+        self.input_blocks, skips = encoder_blocks(parts, in_channels, model_channels, levels)
         width = levels[-1].width
-        self.middle_block = TimestepEmbedSequential(
-            parts.res(width, width),
-            parts.attend(width, depths[-1], disable_middle_self_attn),
-            parts.res(width, width),
-        )
+        self.middle_block = parts.middle(width, depths[-1], disable_middle_self_attn)
         self.output_blocks = _decoder(parts, levels, skips)
         width = levels[0].width
         self.out = nn.Sequential(
@@ -310,7 +315,7 @@ class UNetModel(nn.Module):
         return (self.id_predictor(h) if self.predict_codebook_ids else self.out(h)).to(x.dtype)
 
 
-def _mlp(features: int, width: int) -> nn.Sequential:
+def time_mlp(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
 
@@ -326,7 +331,7 @@ def _label_embedding(num_classes: int | str, adm_in_channels: int | None, width:
         )
     if adm_in_channels is None:
         raise ValueError('num_classes "sequential" needs adm_in_channels, the width of y')
-    return nn.Sequential(_mlp(adm_in_channels, width))
+    return nn.Sequential(time_mlp(adm_in_channels, width))
 
 
 def _per_level(name: str, value: int | Sequence | None, levels: int) -> list:

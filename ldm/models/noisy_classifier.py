@@ -1,0 +1,148 @@
+"""The noisy classifier of classifier guidance: the UNet's encoder with a head (Dhariwal & Nichol 2021, section 4)."""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from ldm.models.blocks import normalization, require_two_dims, timestep_embedding, zero_module
+from ldm.models.kernels import attention
+from ldm.models.unet import Level, Parts, encoder_blocks, time_mlp
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+HIDDEN = 2048  # width of the spatial heads' hidden layer
+
+
+class AttentionPool2d(nn.Module):
+    """Feature map (b, embed_dim, s, s) -> (b, output_dim): what its mean, as one more token, attends to (CLIP's pool).
+
+    spacial_dim: s. Raises ValueError when heads of num_heads_channels do not divide embed_dim.
+    """
+
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads_channels:
+            raise ValueError(f"{embed_dim} channels do not split into heads of {num_heads_channels}")
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
+        self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
+        self.c_proj = nn.Conv1d(embed_dim, embed_dim if output_dim is None else output_dim, 1)
+        self.num_heads = embed_dim // num_heads_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, embed_dim, s, s) -> (b, output_dim); ValueError for another size."""
+        tokens = x.flatten(2)
+        tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)  # (b, c, 1 + s * s)
+        if tokens.shape[-1] != self.positional_embedding.shape[-1]:
+            side = int((self.positional_embedding.shape[-1] - 1) ** 0.5)
+            raise ValueError(
+                f"attention pooling is for feature maps of {side} x {side}, and got {x.shape[-2]} x {x.shape[-1]}: "
+                "give pictures of image_size"
+            )
+        tokens = tokens + self.positional_embedding
+        layout = "b (three h d) n -> three b h n d"
+        q, k, v = rearrange(self.qkv_proj(tokens), layout, three=3, h=self.num_heads)  # each (b, h, n, d)
+        pooled = attention(q[:, :, :1], k, v)  # only the mean's query is used: (b, h, 1, d)
+        return self.c_proj(rearrange(pooled, "b h n d -> b (h d) n"))[:, :, 0]
+
+
+class EncoderUNetModel(nn.Module):
+    """p(y | x_t): logits of classes for a noisy picture x_t and its level t; the first half of `unet.UNetModel`.
+
+    The arguments that are not UNetModel's, or mean something else:
+    image_size: the pictures' size; only `pool` "attention" is bound to it.
+    out_channels: number of classes.
+    num_heads_upsample: accepted for CompVis's configurations, without effect.
+    pool: the head. "adaptive": the mean of the lowest features, then a linear layer that starts at zero.
+        "attention": AttentionPool2d, which ADM's published classifiers have; needs num_head_channels.
+        "spatial", "spatial_v2": the means of every layer's features, then a hidden layer with ReLU, or with
+        normalisation and SiLU.
+
+    Raises ValueError for arguments that exclude each other or do not fit.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        require_two_dims(dims)
+        if pool not in POOLS:
+            raise ValueError(f"pool {pool!r} is unknown: it is one of {', '.join(POOLS)}")
+        if pool == "attention" and num_head_channels == -1:
+            raise ValueError('pool "attention" needs num_head_channels, the width of its heads')
+        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
+        self.model_channels, self.pool = model_channels, pool
+        levels = [
+            Level(model_channels * times, num_res_blocks, num_res_blocks if 2**i in attention_resolutions else 0)
+            for i, times in enumerate(channel_mult)
+        ]
+        parts = Parts(
+            emb_channels=4 * model_channels,
+            dropout=dropout,
+            conv_resample=conv_resample,
+            use_checkpoint=use_checkpoint,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+            norm_groups=norm_groups,
+        )
+        self.time_embed = time_mlp(model_channels, parts.emb_channels)
+        self.input_blocks, widths = encoder_blocks(parts, in_channels, model_channels, levels)
+        width = levels[-1].width
+        self.middle_block = parts.middle(width)
+        if pool.startswith("spatial"):
+            self.out = _spatial_head(sum(widths) + width, out_channels, pool)
+        elif pool == "adaptive":
+            last = zero_module(nn.Conv2d(width, out_channels, 1))
+            self.out = nn.Sequential(
+                normalization(width, norm_groups), nn.SiLU(), nn.AdaptiveAvgPool2d(1), last, nn.Flatten()
+            )
+        else:
+            side = image_size // 2 ** (len(levels) - 1)
+            pooling = AttentionPool2d(side, width, num_head_channels, out_channels)
+            self.out = nn.Sequential(normalization(width, norm_groups), nn.SiLU(), pooling)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, in which the network computes."""
+        return self.time_embed[0].weight.dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """x (b, in_channels, h, w), variance-preserving; timesteps (b,) in 0..T-1 -> logits (b, out_channels)."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (b, 4 c)
+        h, means = x.to(self.dtype), []
+        for block in [*self.input_blocks, self.middle_block]:
+            h = block(h, emb)  # (b, width of the level, h / 2^level, w / 2^level)
+            if self.pool.startswith("spatial"):
+                means.append(h.mean(dim=(2, 3)))
+        return self.out(torch.cat(means, dim=1) if means else h).to(x.dtype)
+
+
+def _spatial_head(features: int, classes: int, pool: str) -> nn.Sequential:
+    """(b, features), the means of every layer -> (b, classes)."""
+    middle = [nn.ReLU()] if pool == "spatial" else [normalization(HIDDEN), nn.SiLU()]
+    return nn.Sequential(nn.Linear(features, HIDDEN), *middle, nn.Linear(HIDDEN, classes))
