@@ -1,0 +1,178 @@
+"""The two networks of denoising diffusion GANs (Xiao et al. 2022, https://arxiv.org/abs/2112.07804).
+
+With few, large denoising steps, what x_{t-1} may be given x_t has many modes, and no Gaussian fits them. So the
+generator draws one of them, by a latent z of its own at every step, and the discriminator judges (x_{t-1}, x_t) as a
+pair, knowing t. Without z the step would be deterministic; without x_t and t the judge would not judge a *step*.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.models.blocks import TimestepBlock, timestep_embedding
+from ldm.util import instantiate_from_config
+
+UNET = "ldm.models.unet.UNetModel"
+NORM_EPS = 1e-8
+
+
+class Generator(nn.Module):
+    """x0' = G(x_t, t, z): a UNet whose embedded time has the mapped z, and the class if there is one, added to it.
+
+    As in the paper (appendix C) z is normalised and mapped by a small perceptron, and the picture goes through a tanh.
+    There z alone scales and shifts the features and the time is added to them; here both do what the UNet's
+    `use_scale_shift_norm` says.
+
+    Args:
+        unet: arguments of `UNetModel`, without num_classes and adm_in_channels; channels are those of the patches.
+        latent_dim: width of z.
+        mapped, layers: width and number of the perceptron's layers.
+        classes: number of classes to be told one of; None for none.
+        patch: the UNet sees squares of so many pixels as channels of one position, which makes it so much faster.
+    """
+
+    def __init__(
+        self,
+        unet: Mapping[str, Any],
+        latent_dim: int = 100,
+        mapped: int = 256,
+        layers: int = 4,
+        classes: int | None = None,
+        patch: int = 1,
+    ) -> None:
+        super().__init__()
+        own = sorted({"num_classes", "adm_in_channels"} & set(unet))
+        if own or latent_dim < 1 or layers < 1 or patch < 1:
+            raise ValueError(
+                f"latent_dim {latent_dim}, layers {layers} and patch {patch} must be at least 1, and the generator "
+                f"itself sets {own or 'num_classes and adm_in_channels'} of its UNet"
+            )
+        self.latent_dim, self.classes, self.patch = latent_dim, classes, patch
+        widths = [latent_dim] + [mapped] * layers
+        pairs = zip(widths, widths[1:], strict=False)
+        self.mapping = nn.Sequential(*(part for pair in pairs for part in (nn.Linear(*pair), nn.SiLU())))
+        told = mapped
+        if classes is not None:
+            self.label_emb = nn.Embedding(classes, mapped)
+            told += mapped
+        params = {**unet, "num_classes": "sequential", "adm_in_channels": told}
+        self.unet = instantiate_from_config({"target": UNET, "params": params})
+        self.downsampling = patch * self.unet.downsampling  # sizes must be multiples of it
+
+    def forward(self, x: Tensor, timesteps: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (b, c, h, w), variance-preserving; timesteps (b,) in 0..T-1; z unit normal (b, latent_dim); y classes (b,).
+
+        Returns x0' (b, c, h, w) in [-1, 1]. Raises ValueError when y is missing or not expected.
+        """
+        told = self.mapping(pixel_norm(z).to(self.unet.dtype))  # (b, mapped)
+        if check_classes(self.classes, y):
+            told = torch.cat([told, self.label_emb(y)], dim=1)  # (b, 2 mapped)
+        h = self.unet(F.pixel_unshuffle(x, self.patch), timesteps, y=told)  # (b, c patch^2, h / patch, w / patch)
+        return F.pixel_shuffle(h, self.patch).tanh()
+
+
+class Discriminator(nn.Module):
+    """D(x_{t-1}, x_t, t): one logit per pair, above 0 for a step of the true chain. After the paper's small one.
+
+    Args:
+        in_channels: of a picture.
+        width: of the first residual block.
+        channel_mult: width of each residual block in units of it; all but the first halve height and width.
+        time_channels: width of the embedded time, to which the class is added.
+        classes, patch: as in `Generator`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        width: int = 64,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        time_channels: int = 128,
+        classes: int | None = None,
+        patch: int = 1,
+    ) -> None:
+        super().__init__()
+        self.time_channels, self.classes, self.patch = time_channels, classes, patch
+        self.time_embed = nn.Sequential(
+            nn.Linear(time_channels, time_channels), nn.LeakyReLU(0.2), nn.Linear(time_channels, time_channels)
+        )
+        if classes is not None:
+            self.label_emb = nn.Embedding(classes, time_channels)
+        widths = [width * mult for mult in channel_mult]
+        self.conv_in = nn.Conv2d(2 * in_channels * patch**2, widths[0], 1)
+        befores = [widths[0], *widths]
+        self.blocks = nn.ModuleList(
+            PairBlock(before, after, time_channels, down=i > 0)
+            for i, (before, after) in enumerate(zip(befores, widths, strict=False))
+        )
+        self.conv_out = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1)
+        self.out = nn.Linear(widths[-1], 1)
+
+    def forward(self, before: Tensor, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """before = x_{t-1} and x = x_t, (b, c, h, w) each; timesteps t (b,) in 0..T-1; y classes (b,) -> (b,)."""
+        emb = timestep_embedding(timesteps, self.time_channels).to(self.out.weight.dtype)
+        emb = self.time_embed(emb)  # (b, time_channels)
+        if check_classes(self.classes, y):
+            emb = emb + self.label_emb(y)
+        h = self.conv_in(F.pixel_unshuffle(torch.cat([before, x], dim=1), self.patch))  # (b, width, h / patch, ...)
+        for block in self.blocks:
+            h = block(h, emb)
+        h = torch.cat([F.leaky_relu(h, 0.2), batch_deviation(h)], dim=1)
+        h = F.leaky_relu(self.conv_out(h), 0.2)  # (b, c', h', w')
+        return self.out(h.sum(dim=(2, 3))).squeeze(1)
+
+
+class PairBlock(TimestepBlock):
+    """Two convolutions with the embedded time added between them: (b, channels, h, w) -> (b, out_channels, h, w).
+
+    `down` halves both branches by means of 2 x 2. Their sum is divided by sqrt(2), which keeps its variance.
+    """
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.emb_layer = nn.Linear(emb_channels, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(x, 0.2)) + self.emb_layer(emb)[:, :, None, None]
+        h = F.leaky_relu(h, 0.2)
+        if self.down:
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        return (self.conv2(h) + self.skip(x)) / 2**0.5
+
+
+def pixel_norm(z: Tensor) -> Tensor:
+    """z (b, d) at a mean square of 1 each (Karras et al. 2018, section 4.2)."""
+    return z * (z.square().mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
+
+
+def batch_deviation(h: Tensor) -> Tensor:
+    """How much the pictures of a batch differ: the mean deviation of all features as one more, (b, 1, h, w).
+
+    A generator whose pictures are all alike gives itself away by it (Karras et al. 2018, section 3).
+    """
+    deviation = (h.float().var(dim=0, unbiased=False) + NORM_EPS).sqrt().mean()
+    return deviation.to(h.dtype).expand(len(h), 1, *h.shape[2:])
+
+
+def r1_penalty(logits: Tensor, before: Tensor) -> Tensor:
+    """|d logit / d x_{t-1}|^2 of each pair (Mescheder et al. 2018, eq. 9): a graph, to be trained through. (b,).
+
+    logits: (b,) of before (b, ...), which requires grad.
+    """
+    (gradient,) = torch.autograd.grad(logits.sum(), before, create_graph=True)
+    return gradient.square().flatten(1).sum(dim=1)
+
+
+def check_classes(classes: int | None, y: Tensor | None) -> bool:
+    """Whether there are classes. ValueError when y is missing or not expected."""
+    if (classes is None) != (y is None):
+        state = "needs y, the class of each picture" if y is None else "takes no y"
+        raise ValueError(f"a network with classes {classes} {state}")
+    return classes is not None
