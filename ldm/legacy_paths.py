@@ -14,8 +14,7 @@ from types import ModuleType
 from typing import Any
 
 HOMES = {
-    "ldm.data.base": "ldm.compvis.data",
-    "ldm.lr_scheduler": "ldm.compvis.lr_scheduler",
+    "ldm.lr_scheduler": "ldm.training.lr_scheduler",
     "ldm.models.diffusion.ddim": "ldm.compvis.samplers",
     "ldm.models.diffusion.ddpm": "ldm.compvis.ddpm",
     "ldm.models.diffusion.dpm_solver": "ldm.compvis.samplers",
@@ -27,20 +26,20 @@ HOMES = {
     "ldm.modules.diffusionmodules.openaimodel": "ldm.models.unet",
     "ldm.modules.diffusionmodules.util": "ldm.models.blocks",  # the networks call `checkpoint` there: forks replace it
     "ldm.modules.distributions.distributions": "ldm.models.distributions",
-    "ldm.modules.ema": "ldm.compvis.util",
+    "ldm.modules.ema": "ldm.training.ema",
     "ldm.modules.encoders.modules": "ldm.compvis.encoders",
-    "ldm.modules.losses": "ldm.compvis.losses",
-    "ldm.modules.losses.contperceptual": "ldm.compvis.losses",
-    "ldm.modules.losses.vqperceptual": "ldm.compvis.losses",
+    "ldm.modules.losses": "ldm.training.losses",
+    "ldm.modules.losses.contperceptual": "ldm.training.losses",
+    "ldm.modules.losses.vqperceptual": "ldm.training.losses",
     "ldm.modules.x_transformer": "ldm.models.transformer",
 }
 
 # What configurations name of CompVis's program and of taming-transformers; for `util.get_obj_from_str` alone.
 TARGETS = {
-    "main": "ldm.compvis.data",
+    "main": "ldm.compvis.main",
     "taming.modules.discriminator.model": "ldm.models.discriminator",
-    "taming.modules.losses.lpips": "ldm.compvis.losses",
-    "taming.modules.losses.vqperceptual": "ldm.compvis.losses",
+    "taming.modules.losses.lpips": "ldm.training.losses",
+    "taming.modules.losses.vqperceptual": "ldm.training.losses",
     "taming.modules.vqvae.quantize": "ldm.models.quantize",
 }
 
@@ -52,7 +51,8 @@ _ND = "conv_nd avg_pool_nd"
 _LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called as CompVis's functions are, they give what those give
 ELSEWHERE = {
     "ldm.compvis.ddpm": {
-        "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} LitEma IdentityFirstStage",
+        "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} IdentityFirstStage",
+        "ldm.training.ema": "LitEma",
         "ldm.models.autoencoder": "AutoencoderKL",
         "ldm.models.distributions": "normal_kl",
         "ldm.util": "instantiate_from_config",
@@ -75,7 +75,8 @@ ELSEWHERE = {
         "ldm.models.vq_autoencoder": "VQModel VQModelInterface",
         "ldm.models.quantize": "VectorQuantizer VectorQuantizer2=VectorQuantizer",
         "ldm.models.autoencoder": "MemoryEfficientAttnBlock=AttnBlock",
-        "ldm.compvis.util": "IdentityFirstStage LitEma Normalize",
+        "ldm.compvis.util": "IdentityFirstStage Normalize",
+        "ldm.training.ema": "LitEma",
         "ldm.util": "instantiate_from_config",
         "math": "math=",
         "numpy": "np=",

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2
 from ldm.models.diffusion.sampling_util import norm_thresholding
 from ldm.modules.attention import Normalize
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.util import (  # fmt: skip
     autocast,

@@ -3,7 +3,13 @@ import torch
 import torch.nn.functional as F
 from golden_fill import fill, load_golden
 
-from ldm.models.discriminator import NLayerDiscriminator, generator_loss, hinge_d_loss, vanilla_d_loss
+from ldm.models.discriminator import (
+    NLayerDiscriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_d_loss,
+    vanilla_d_loss,
+)
 
 
 def test_golden():
@@ -40,3 +46,11 @@ def test_losses():
     expected = 0.5 * (cross_entropy(real, torch.ones(2)) + cross_entropy(fake, torch.zeros(2)))
     torch.testing.assert_close(vanilla_d_loss(real, fake), expected)
     assert generator_loss(fake).item() == 1.0
+
+
+def test_adaptive_weight_of_linear_losses():
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])  # gradients of norm 5 and 2
+    assert adaptive_weight((a * w).sum(), (b * w).sum(), w).item() == pytest.approx(5 / (2 + 1e-4))
+    assert adaptive_weight((a * w).sum(), (0 * b * w).sum(), w).item() == pytest.approx(1e4)  # not 5e4
+    assert not adaptive_weight((a * w).sum(), (b * w).sum(), w).requires_grad

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top; each part uses only parts on floors below its own.
 FLOORS = (
-    ("inference", "evaluation"),
+    ("compvis", "inference", "evaluation"),
     ("finetune",),
     ("training",),
-    ("compvis", "loading"),
+    ("loading",),
     ("latent_diffusion",),
     ("source",),
     ("conditioning",),

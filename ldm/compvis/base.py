@@ -21,7 +21,8 @@ from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import schedule_buffers
 from ldm.checkpoint.compvis_config import _schedule
 from ldm.checkpoint.tensors import read_tensors
-from ldm.compvis.util import LitEma, extract_into_tensor
+from ldm.compvis.util import extract_into_tensor
+from ldm.training.ema import LitEma
 from ldm.util import instantiate_from_config
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, and what is logged

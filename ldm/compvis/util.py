@@ -1,6 +1,6 @@
-"""What CompVis's modules had beside the networks: schedules as arrays, small helpers, averaged weights."""
+"""What CompVis's modules had beside the networks: schedules as arrays, and small helpers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from inspect import isfunction
 from math import cos, pi
@@ -203,46 +203,3 @@ class IdentityFirstStage(nn.Module):
 
     def quantize(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return (x, None, [None, None, None]) if self.vq_interface else x
-
-
-class LitEma(nn.Module):
-    """Averages of a network's trainable parameters, as buffers whose names lack the dots."""
-
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
-        super().__init__()
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be from 0 to 1, got {decay}")
-        live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.m_name2s_name = {name: name.replace(".", "") for name in live}
-        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
-        for name, p in live.items():
-            self.register_buffer(self.m_name2s_name[name], p.detach().clone())
-
-    def reset_num_updates(self) -> None:
-        self.num_updates.zero_()
-
-    @torch.no_grad()
-    def forward(self, model: nn.Module) -> None:
-        """shadow <- shadow - (1 - d) (shadow - live), d = min(decay, (1 + n) / (10 + n)) in update number n from 1."""
-        decay = self.decay
-        if self.num_updates >= 0:
-            self.num_updates += 1
-            decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                shadow = getattr(self, self.m_name2s_name[name])
-                shadow.sub_((1 - decay) * (shadow - p))
-
-    def copy_to(self, model: nn.Module) -> None:
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.data.copy_(getattr(self, self.m_name2s_name[name]))
-
-    def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep a copy, for `restore`."""
-        self.collected_params = [p.detach().clone() for p in parameters]
-
-    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        for kept, p in zip(self.collected_params, parameters, strict=True):
-            p.data.copy_(kept)

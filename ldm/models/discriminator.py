@@ -1,5 +1,6 @@
 """The PatchGAN discriminator (Isola et al. 2017, section 3.2.2) that sharpens an autoencoder, and its losses."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -56,3 +57,9 @@ def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 def generator_loss(logits_fake: Tensor) -> Tensor:
     """What the autoencoder minimises against either discriminator loss; a scalar."""
     return -logits_fake.mean()
+
+
+def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+    """|grad loss| / |grad adversarial| at the decoder's last layer (Esser et al. 2021, eq. 7), within [0, 1e4]."""
+    gradients = [torch.autograd.grad(value, last_layer, retain_graph=True)[0].norm() for value in (loss, adversarial)]
+    return (gradients[0] / (gradients[1] + 1e-4)).clamp(0.0, 1e4).detach()

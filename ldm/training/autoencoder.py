@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ldm.images import to_pil
 from ldm.loading import load_network
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.discriminator import NLayerDiscriminator, generator_loss, hinge_d_loss
+from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
 from ldm.models.perceptual import perceptual_distance
 from ldm.training.stage import Stage, adamw
 
@@ -92,7 +92,8 @@ class AutoencoderStage(Stage):
         if self.discriminator is not None:
             self.batches += 1
             metrics["adversarial"] = generator_loss(self._judged(reconstruction))
-            factor = self._adaptive_weight(loss, metrics["adversarial"]) * self.disc_weight
+            last = self.model.get_last_layer()
+            factor = adaptive_weight(loss, metrics["adversarial"], last) * self.disc_weight
             loss = loss + (self.batches > self.disc_start) * factor * metrics["adversarial"]
         return loss, metrics
 
@@ -102,12 +103,6 @@ class AutoencoderStage(Stage):
         logits = self.discriminator(x)
         self.discriminator.requires_grad_(True)
         return logits.float()
-
-    def _adaptive_weight(self, loss: Tensor, adversarial: Tensor) -> Tensor:
-        """|grad loss| / |grad adversarial| at the decoder's last layer (Esser et al. 2021, eq. 7), within [0, 1e4]."""
-        last = self.model.get_last_layer()
-        gradients = [torch.autograd.grad(value, last, retain_graph=True)[0].norm() for value in (loss, adversarial)]
-        return (gradients[0] / (gradients[1] + 1e-4)).clamp(0.0, 1e4).detach()
 
     def _discriminator_loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""CompVis's losses of autoencoders (Esser et al. 2021, eq. 6 and 7; Rombach et al. 2022, appendix G)."""
+"""The losses that the published first stages were trained with (Esser et al. 2021, eq. 6 and 7; Rombach et al. 2022,
+appendix G), under their names there and in their units: sums per picture, where `autoencoder` has means."""
 
 from importlib import import_module
 from typing import Any
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, relu
 
-from ldm.models.discriminator import NLayerDiscriminator, generator_loss, hinge_d_loss, vanilla_d_loss
+from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss, vanilla_d_loss
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # a loss, and what to log
 
@@ -77,9 +78,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         self.discriminator_weight, self.disc_conditional = disc_weight, disc_conditional
 
     def calculate_adaptive_weight(self, nll_loss: Tensor, g_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
-        """|grad nll| / |grad g| at the decoder's last layer (Esser et al. 2021, eq. 7), times the weight given."""
-        nll, g = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (nll_loss, g_loss))
-        return (nll / (g + 1e-4)).clamp(0.0, 1e4).detach() * self.discriminator_weight
+        return adaptive_weight(nll_loss, g_loss, last_layer) * self.discriminator_weight
 
     def _judge(self, x: Tensor, cond: Tensor | None) -> Tensor:
         assert (cond is not None) == self.disc_conditional, "disc_conditional, and only that, needs a cond"

@@ -1,4 +1,4 @@
-"""What configurations name of CompVis's program `main`, and the base of its data sets. There is no Lightning here."""
+"""What configurations name of CompVis's program `main`. There is no Lightning here."""
 
 from functools import partialmethod
 from pathlib import Path
@@ -9,16 +9,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.images import image_grid, to_pil
 from ldm.util import instantiate_from_config
-
-
-class Txt2ImgIterableBaseDataset(IterableDataset):
-    """A base for data sets of pictures with texts."""
-
-    def __init__(self, num_records: int = 0, valid_ids: Any = None, size: int = 256) -> None:
-        self.num_records, self.valid_ids, self.sample_ids, self.size = num_records, valid_ids, valid_ids, size
-
-    def __len__(self) -> int:
-        return self.num_records
 
 
 class DataModuleFromConfig:
