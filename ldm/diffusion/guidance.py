@@ -3,24 +3,28 @@
     denoise = classifier_free(model.denoiser(), cond, uncond, scale)     binds the conditioning; first
     denoise = autoguidance(denoise, weak, scale)                         these add up, in any order
     denoise = perturbed_attention(denoise, perturbed, scale)
+    denoise = classifier(denoise, log_prob, scale)
     denoise = dynamic_threshold(denoise)                                 these limit what came of it; last
     denoise = keep(denoise, known, mask)
 
-With all of them x0 = c + (scale - 1) (c - uncond) + (scale - 1) (c - weak) + scale (c - perturbed), each scale its own
-and c what the network says under the conditioning, which is evaluated once: Prediction carries it as `unguided`.
+With all of them x0 = c + (scale - 1) (c - uncond) + (scale - 1) (c - weak) + scale (c - perturbed) + scale sigma^2 grad
+log p(y | x), each scale its own and c what the network says under the conditioning, which is evaluated once: Prediction
+carries it as `unguided`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, skip_and_out
+from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, skip_and_out, to_vp
+from ldm.diffusion.schedule import Schedule
 
 EVERYWHERE = (0.0, math.inf)  # the interval that leaves nothing out
 
 Guide = Callable[[BoundDenoise, Cond], BoundDenoise]  # (denoise, cond): more guidance, for that conditioning
+LogProb = Callable[[Tensor, float], Tensor]  # (x, sigma) -> log p(y | x) of each picture, (b,), differentiable in x
 
 
 def classifier_free(
@@ -115,6 +119,48 @@ def perturbed_attention(denoise: BoundDenoise, perturbed: BoundDenoise, scale: f
     (`inference.guides`). arXiv 2403.17377, whose eps + s (eps - eps_perturbed) this is; autoguidance from scale 1 on.
     """
     return autoguidance(denoise, perturbed, 1 + scale)
+
+
+def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundDenoise:
+    """Towards what a classifier of noisy pictures takes for y: x0 + scale sigma^2 grad_x log p(y | x).
+
+    Classifier guidance adds scale times the classifier's score to the model's own, (x0 - x) / sigma^2. In the
+    variance-preserving frame that is eps - scale sqrt(1 - ab) grad log p(y | x_vp) (Dhariwal & Nichol 2021, algorithm
+    2), so that every sampler is guided by it. An ancestral step's mean moves by scale beta_t / sqrt(alpha_t) grad log
+    p(y | x_vp), with alpha_t = 1 - beta_t between the two levels visited: their algorithm 1 with the large variance
+    beta_t for Sigma, but for 1 / sqrt(alpha_t), by which the next level's frame is the larger one.
+
+    log_prob: (x, sigma) -> log p(y | x) of each picture, (b,), for x = x0 + sigma noise; `noisy_log_prob` makes one.
+    Gradients are computed even where they are off. At scale 0 the classifier is not called.
+    """
+    if scale == 0:
+        return denoise
+
+    def guided(x: Tensor, sigma: float) -> Prediction:
+        found = denoise(x, sigma)
+        unguided = found.x0 if found.unguided is None else found.unguided
+        return found._replace(x0=found.x0 + (scale * sigma**2) * _slope(log_prob, x, sigma), unguided=unguided)
+
+    return guided
+
+
+def _slope(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:
+    """The gradient of log_prob in x, each picture's by its own: (b, ...)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()  # cloned: a tensor made in inference mode never has a gradient
+        return torch.autograd.grad(log_prob(x, sigma).sum(), x)[0]
+
+
+def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, classes: Sequence[int]) -> LogProb:
+    """log p(class | x) by network(x_vp, t) -> logits (b, n), trained on this schedule: one class for each picture."""
+
+    def log_prob(x: Tensor, sigma: float) -> Tensor:
+        t = torch.full((len(x),), schedule.t_at(sigma), dtype=x.dtype, device=x.device)
+        logits = network(to_vp(x, sigma), t)
+        chosen = torch.tensor(list(classes), device=x.device)[:, None]  # made here, to have a gradient through it
+        return logits.log_softmax(dim=1).gather(1, chosen)[:, 0]
+
+    return log_prob
 
 
 def within(interval: tuple[float, float], inside: BoundDenoise, outside: BoundDenoise) -> BoundDenoise:
