@@ -41,6 +41,23 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_pooled_pictures_are_means_of_squares(root: Path):
+    whole, pooled = MNIST(str(root)), MNIST(str(root), pool=2)
+    assert pooled[3]["image"].shape == (1, 14, 14) and pooled.images.dtype == torch.uint8
+    inner = whole.images[:, :, 2:30, 2:30].numpy().astype(float)
+    means = (inner[..., ::2, ::2] + inner[..., 1::2, ::2] + inner[..., ::2, 1::2] + inner[..., 1::2, 1::2]) / 4
+    assert np.abs(pooled.images.numpy() - means).max() <= 0.5
+    assert MNIST(str(root), pool=7, first=5).images.shape == (5, 1, 4, 4)
+    # what captions say is measured on the whole picture
+    assert [pooled.caption(i) for i in range(20)] == [whole.caption(i) for i in range(20)]
+
+
+@pytest.mark.parametrize("pool", [0, 3, 5])
+def test_a_pool_that_does_not_divide_is_refused(root: Path, pool):
+    with pytest.raises(ValueError, match=f"pool {pool} does not divide MNIST's 28 pixels: use 1, 2, 4, 7 or 14"):
+        MNIST(str(root), pool=pool)
+
+
 def test_pixels(root: Path) -> None:
     data = MNIST(root=str(root))
     images, labels = pictures(20)

@@ -50,6 +50,15 @@ def test_learning_rate_decays_only_over_the_last_share():
     assert [lr_multiplier(s, 10, "constant", warmup=2) for s in range(3)] == [0.5, 1, 1]
 
 
+def test_learning_rate_steps_down_for_the_last_share():
+    # 25 epochs of 10 steps, then 16 at a tenth
+    values = [lr_multiplier(step, 410, "step", warmup=2, decay=16 / 41) for step in range(410)]
+    assert values == [0.5] + [1.0] * 249 + [0.1] * 160
+    assert lr_multiplier(9, 10, "step", decay=0.5, low=0.25) == 0.25
+    with pytest.raises(ValueError, match="'stairs' is unknown: use constant, linear, cosine or step"):
+        lr_multiplier(0, 10, "stairs")
+
+
 def test_order_is_a_permutation_per_epoch_and_resumes_anywhere():
     order = EpochBatches(length=23, batch_size=4, seed=1)
     assert len(order) == 5

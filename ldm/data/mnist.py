@@ -1,6 +1,7 @@
 """MNIST (LeCun et al. 1998) from the files of torchvision's layout, ROOT/MNIST/raw/*-ubyte, plain or .gz.
 
-The 28 x 28 pictures are padded, not resized, to 32 x 32: two pixels of background on each side.
+The 28 x 28 pictures are padded, not resized, to 32 x 32: two pixels of background on each side. For small teaching
+models they can be averaged over squares of pixels instead, down to 14 x 14, say.
 """
 
 import gzip
@@ -16,6 +17,7 @@ from einops import rearrange
 from ldm.data.captioned import CaptionedDigits, part
 from ldm.data.captions import Captioner
 
+SIDE = 28
 _FILES = {"train": "train", "test": "t10k"}
 _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049  # the first four bytes of an IDX file: type uint8, three or one dimensions
 
@@ -23,13 +25,16 @@ _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049  # the first four bytes of an IDX file
 class MNIST(CaptionedDigits):
     """60,000 training or 10,000 test digits with captions, float32 (1, 32, 32) in [-1, 1], background -1.
 
+    pool: side of the squares that are averaged, 1 for none: 2 gives (1, 14, 14), rounded to 256 levels and unpadded.
+    Captions state the style of the picture as it was before.
+
     root: folder that holds MNIST/raw; by default the environment variable LDM_DATA, else ./data.
     split: "train" or "test". first, last: only the first or last so many pictures; a config trains on first=55000 and
     chooses its settings on last=5000. seed, frames, styled, filler: see captions.Captioner.
     download: let torchvision fetch the files (11 MB) into root when they are not there.
 
-    Raises ValueError for an unknown split, a bad count, and files that are not whole; FileNotFoundError when there are
-    none; OSError when the download fails.
+    Raises ValueError for an unknown split, a bad count or pool, and files that are not whole; FileNotFoundError when
+    there are none; OSError when the download fails.
     """
 
     def __init__(
@@ -43,17 +48,23 @@ class MNIST(CaptionedDigits):
         styled: float = 0.5,
         filler: float = 0.0,
         download: bool = False,
+        pool: int = 1,
     ):
         if split not in _FILES:
             raise ValueError(f"MNIST's split is 'train' or 'test', not {split!r}.")
+        if pool < 1 or SIDE % pool:
+            raise ValueError(f"pool {pool} does not divide MNIST's {SIDE} pixels: use 1, 2, 4, 7 or 14.")
         captioner = Captioner(seed, frames, styled, filler)
         folder = Path(os.environ.get("LDM_DATA", "data") if root is None else root)
         if download:
             _download(folder, split)
         images, labels = _read_split(folder / "MNIST" / "raw", _FILES[split])
         chosen = part(len(images), first, last)
-        padded = F.pad(torch.from_numpy(images[chosen]), (2, 2, 2, 2))  # n 28 28 -> n 32 32
-        super().__init__(rearrange(padded, "n h w -> n 1 h w"), torch.from_numpy(labels[chosen]).long(), captioner)
+        pictures = rearrange(torch.from_numpy(images[chosen]), "n h w -> n 1 h w")
+        padded = F.pad(pictures, (2, 2, 2, 2))  # n 1 28 28 -> n 1 32 32
+        super().__init__(padded, torch.from_numpy(labels[chosen]).long(), captioner)
+        if pool > 1:
+            self.images = F.avg_pool2d(pictures.float(), pool).round().to(torch.uint8)  # n 1 28/pool 28/pool
 
 
 def _read_split(raw: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +72,7 @@ def _read_split(raw: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
     images_path, labels_path = (_find(raw / f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     images = _read_idx(images_path, _IMAGES_MAGIC)
     labels = _read_idx(labels_path, _LABELS_MAGIC)
-    if images.shape[1:] != (28, 28):
+    if images.shape[1:] != (SIDE, SIDE):
         raise ValueError(f"{images_path} is corrupt: its pictures are {images.shape[1:]}, not 28 x 28.")
     if len(images) != len(labels):
         raise ValueError(f"{labels_path} has {len(labels)} labels for the {len(images)} pictures of {images_path}.")

@@ -52,7 +52,9 @@ class LoopSettings:
         try:
             lr_multiplier(0, self.steps, **self.lr_schedule)
         except TypeError as error:
-            raise ValueError(f"loop.lr_schedule {self.lr_schedule}: {error}; it takes name, warmup, decay") from None
+            raise ValueError(
+                f"loop.lr_schedule {self.lr_schedule}: {error}; it takes name, warmup, decay, low"
+            ) from None
 
 
 class Interrupted(KeyboardInterrupt):
