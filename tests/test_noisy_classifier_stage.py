@@ -1,0 +1,144 @@
+"""The stage that trains the noisy classifier: its loss by hand, what it learns and what it leaves."""
+
+import numpy as np
+import pytest
+import torch
+from golden_fill import fill
+from torch.nn import functional as F
+
+from ldm.checkpoint.file import load_file, save_file
+from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
+from ldm.loading import load_network
+from ldm.training.noisy_classifier import NoisyClassifierStage
+
+NETWORK = {
+    "target": "ldm.models.noisy_classifier.EncoderUNetModel",
+    "params": {
+        "image_size": 16,
+        "in_channels": 1,
+        "model_channels": 8,
+        "out_channels": 4,
+        "num_res_blocks": 1,
+        "attention_resolutions": [],
+        "channel_mult": [1, 2],
+        "num_head_channels": 8,
+        "norm_groups": 4,
+        "resblock_updown": True,
+        "pool": "attention",
+    },
+}
+CPU = torch.device("cpu")
+
+
+class Bars(torch.utils.data.Dataset):
+    """Four classes of bright rows, each at its own height."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        image = torch.full((1, 16, 16), -1.0)
+        image[:, 1 + 4 * (i % 4) : 4 + 4 * (i % 4)] = 1.0
+        return {"image": image, "label": i % 4}
+
+
+def stage(**changes) -> NoisyClassifierStage:
+    torch.manual_seed(0)
+    options = {"network": NETWORK, "learning_rate": 1e-2, "schedule": {"name": "cosine", "T": 100}}
+    return NoisyClassifierStage(**options | changes)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    samples = [Bars()[i] for i in range(40)]
+    return {"image": torch.stack([s["image"] for s in samples]), "label": torch.tensor([s["label"] for s in samples])}
+
+
+def test_the_loss_is_the_cross_entropy_of_noised_pictures_at_their_levels():
+    training, data = stage(timesteps={"name": "logit_normal", "mean": 0.5}), batch()
+    fill(training.model, 3)
+    torch.manual_seed(4)
+    loss, metrics = training(data)
+    torch.manual_seed(4)
+    t = training_timesteps("logit_normal", 40, 100, mean=0.5)
+    noised = q_sample(data["image"], t, torch.randn(40, 1, 16, 16), make_schedule("cosine", T=100))
+    p = training.model(noised, t).double().softmax(1)[torch.arange(40), data["label"]]
+    assert loss.item() == pytest.approx(-p.log().mean().item(), rel=1e-5)
+    assert metrics["loss"] is loss and 0 <= metrics["accuracy"] <= 1
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in training.model.parameters())
+    (optimizer,) = training.optimizers()
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in training.parameters()}
+
+
+def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path):
+    training, data = stage(), batch()
+    assert training.prepare(Bars(), CPU) is not None
+    (optimizer,) = training.optimizers()
+    for _ in range(60):
+        loss, _ = training(data)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    training.eval()
+    found = {}
+    for level in (0, 30, 99):
+        t = torch.full((40,), level)
+        noise = torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            found[level] = F.cross_entropy(
+                training.model(q_sample(data["image"], t, noise, training.schedule), t), data["label"]
+            )
+    assert found[0] < 0.1 and found[30] < 0.2
+    assert found[99] > 1  # nothing is left of the picture: a coin of four sides has log 4 = 1.4
+
+    pictures = training.preview()
+    assert len(pictures) == 100 and pictures[0].size == (16, 16)
+    black = [not np.asarray(picture).any() for picture in pictures]
+    assert not any(black[::10]) and any(black[9::10])  # clean ones are read, and some of pure noise are not
+
+    config, state = training.export()
+    save_file(tmp_path / "classifier.safetensors", state, config)
+    assert load_file(tmp_path / "classifier.safetensors")[0]["schedule"] == {"name": "cosine", "T": 100}
+    network = load_network(tmp_path / "classifier.safetensors")
+    t = torch.full((40,), 7)
+    assert torch.equal(network(data["image"], t), training.model(data["image"], t))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"timesteps": {"name": "normal"}}, "unknown distribution of timesteps 'normal'"),
+        ({"schedule": {"name": "linaer"}}, "unknown noise schedule 'linaer'"),
+        ({"network": {"target": "ldm.models.noisy_classifier.EncoderUNetModel", "params": {"pol": "x"}}}, "'pol'"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        stage(**changes)
+
+
+def test_pictures_that_do_not_fit_are_refused():
+    class Unlabelled(Bars):
+        def __getitem__(self, i):
+            return {"image": torch.zeros(1, 16, 16)}
+
+    class Coloured(Bars):
+        def __getitem__(self, i):
+            return {"image": torch.zeros(3, 16, 16), "label": 0}
+
+    class Large(Bars):
+        def __getitem__(self, i):
+            return {"image": torch.zeros(1, 32, 32), "label": 0}
+
+    class Ten(Bars):
+        def __getitem__(self, i):
+            return {**super().__getitem__(i), "label": i % 10}
+
+    for data, message in (
+        (Unlabelled(), "no labels"),
+        (Coloured(), r"does not fit pictures of \(3, 16, 16\)"),
+        (Large(), "8 x 8, and got 16 x 16"),
+        (Ten(), "label 9, and the network.s classes end at 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stage().prepare(data, CPU)
