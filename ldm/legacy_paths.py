@@ -87,7 +87,7 @@ ELSEWHERE = {
         "torch.nn": _LAYERS,
         "numpy": "np=",
     },
-    "ldm.models.distributions": {"ldm.compvis.util": "AbstractDistribution DiracDistribution", "numpy": "np="},
+    "ldm.models.distributions": {"numpy": "np="},
     "ldm.models.quantize": {"ldm.models.quantize": "VectorQuantizer2=VectorQuantizer"},
     "ldm.models.transformer": {
         "ldm.compvis.util": "exists default",

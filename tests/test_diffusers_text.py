@@ -58,5 +58,5 @@ def test_an_exclamation_mark_is_the_pad_token_of_stable_diffusion_2(tmp_path):
 def test_the_vocabulary_is_the_tokenizers():
     ours = Tokenizer()
     names = vocabulary(clip_merges())
-    assert names == [ours._pipeline.id_to_token(i) for i in range(ours.vocab_size)]
+    assert names == [ours.pipeline.id_to_token(i) for i in range(ours.vocab_size)]
     assert hashlib.sha256("\n".join(clip_merges()).encode()).hexdigest() == CLIP_MERGES

@@ -232,7 +232,7 @@ def test_the_vocabulary_spells_everything(clip):
     for text in ("a zebra on a quetzal", "日本語", "naïve ☃ 🦓", "x" * 50):
         ids = tokenizer.encode(text)
         assert max(ids) < tokenizer.sot
-        spelled = "".join(tokenizer._pipeline.id_to_token(i) for i in ids)
+        spelled = "".join(tokenizer.pipeline.id_to_token(i) for i in ids)
         words = [decoders.ByteLevel().decode([word]) for word in spelled.split("</w>")]
         assert "".join(words) == text.replace(" ", "")
 

@@ -113,7 +113,7 @@ def as_transformers(hugging, prompts, context_length=77):
 def test_the_vocabulary_is_clips(clip, openclip, open_clip):
     assert clip.vocab_size == 49408 and (clip.sot, clip.eos, clip.pad) == (49406, 49407, 49407)
     assert (openclip.sot, openclip.eos, openclip.pad) == (open_clip.sot_token_id, open_clip.eot_token_id, 0)
-    names = [openclip._pipeline.id_to_token(i) for i in range(49408)]
+    names = [openclip.pipeline.id_to_token(i) for i in range(49408)]
     assert {name: i for i, name in enumerate(names)} == open_clip.encoder
     assert list(clip_merges()) == vocabulary_file()[1:48895]
     # diffusers' well-known example
@@ -211,8 +211,8 @@ def test_reduced_vocabulary_tokenizes_its_texts_alike(cleaning, clip):
     full, small = Tokenizer(cleaning=cleaning), Tokenizer(json.loads(json.dumps(merges)), cleaning=cleaning)
     assert (small.vocab_size, small.sot, small.eos) == (514 + len(merges), 512 + len(merges), 513 + len(merges))
     for text in texts:
-        names = [full._pipeline.id_to_token(i) for i in full.encode(text)]
-        assert [small._pipeline.id_to_token(i) for i in small.encode(text)] == names
+        names = [full.pipeline.id_to_token(i) for i in full.encode(text)]
+        assert [small.pipeline.id_to_token(i) for i in small.encode(text)] == names
 
 
 @QUICK
@@ -222,7 +222,7 @@ def test_any_prompt_tokenizes_without_loss_in_bytes_alone(text):
     words = Tokenizer([], cleaning="openclip")
     ids = words.encode(text)
     assert all(0 <= i < words.vocab_size for i in ids)
-    names = [words._pipeline.id_to_token(i).removesuffix("</w>") for i in ids if i < 512]
+    names = [words.pipeline.id_to_token(i).removesuffix("</w>") for i in ids if i < 512]
     cleaned = openclip_clean(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     if not any(name in cleaned for name in ("<start_of_text>", "<end_of_text>")):
         assert bytes(byte[name] for name in names) == cleaned.replace(" ", "").encode()
@@ -241,7 +241,7 @@ def test_reduced_ids_are_compact():
     rows = small(CAPTIONS)
     assert rows.max() == small.eos == 514 + len(merges) - 1
     assert (rows.argmax(-1) == (rows == small.eos).int().argmax(-1)).all()  # open_clip pools at the highest id
-    assert {small._pipeline.id_to_token(i) for i in small.encode(CAPTIONS[0])} == {
+    assert {small.pipeline.id_to_token(i) for i in small.encode(CAPTIONS[0])} == {
         "a</w>",
         "handwritten</w>",
         "digit</w>",

@@ -54,7 +54,7 @@ _AUTOENCODER_TRAINING = (
     *("lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "ema_decay", "use_ema"),
     *("learn_logvar", "remap", "sane_index_shape", "batch_resize_range", "scheduler_config", "lr_g_factor"),
 )
-_SCHEDULES = {  # CompVis's name -> ours
+SCHEDULES = {  # CompVis's name -> ours
     "linear": "scaled_linear",
     "sqrt_linear": "linear",
     "sqrt": "sqrt",
@@ -109,7 +109,7 @@ def _model(params: Mapping[str, Any]) -> Config:
         "unet_config": unet,
         "first_stage_config": first_stage,
         "cond_stage_config": conditioner,
-        "schedule": _schedule(params),
+        "schedule": schedule_params(params),
         "prediction": prediction,
         "scale_factor": float(params.get("scale_factor", 1.0)),
         "defaults": _defaults(params, first_stage, conditioner, concat, prediction),
@@ -130,20 +130,20 @@ def _conditioner(params: Mapping[str, Any]) -> Config | None:
     return _translated(config, _CONDITIONERS, "the conditioner")
 
 
-def _schedule(params: Mapping[str, Any]) -> Config:
+def schedule_params(params: Mapping[str, Any]) -> Config:
     """Arguments of `make_schedule`; what the yaml leaves out is CompVis's default."""
     name = params.get("beta_schedule", "linear")
-    if name not in _SCHEDULES:
-        raise ValueError(f"beta_schedule {name!r} is unknown: it is one of {', '.join(_SCHEDULES)}")
+    if name not in SCHEDULES:
+        raise ValueError(f"beta_schedule {name!r} is unknown: it is one of {', '.join(SCHEDULES)}")
     if params.get("given_betas") is not None:
         raise ValueError("given_betas, betas one by one, have no counterpart here: schedules are named curves")
     T = int(params.get("timesteps", 1000))
-    if _SCHEDULES[name] == "cosine":
+    if SCHEDULES[name] == "cosine":
         if float(params.get("cosine_s", 8e-3)) != 8e-3:
             raise ValueError(f"cosine_s {params['cosine_s']} has no counterpart here: it is always 0.008")
         return {"name": "cosine", "T": T}
     start, end = float(params.get("linear_start", 1e-4)), float(params.get("linear_end", 2e-2))
-    return {"name": _SCHEDULES[name], "start": start, "end": end, "T": T}
+    return {"name": SCHEDULES[name], "start": start, "end": end, "T": T}
 
 
 def _defaults(
@@ -204,7 +204,7 @@ def _autoencoder(target: str, params: Config, taken: tuple[str, ...]) -> Config:
     return {"target": target, "params": params | {"ddconfig": _arguments(Encoder, params["ddconfig"], "ddconfig")}}
 
 
-def _clip(params: Config) -> Config:
+def clip_config(params: Config) -> Config:
     taken = ("version", "max_length", "layer", "layer_idx")
     params = _kept(params, taken, ("device", "freeze"), "FrozenCLIPEmbedder")
     name = params.get("version", "openai/clip-vit-large-patch14")
@@ -212,7 +212,7 @@ def _clip(params: Config) -> Config:
     return _text(CLIP_SETTINGS | sizes, params, layers=("last", "hidden"))
 
 
-def _openclip(params: Config) -> Config:
+def openclip_config(params: Config) -> Config:
     taken = ("arch", "version", "max_length", "layer")  # the version names weights, which the checkpoint brings
     params = _kept(params, taken, ("device", "freeze"), "FrozenOpenCLIPEmbedder")
     arch = params.get("arch", "ViT-H-14")
@@ -262,8 +262,8 @@ _FIRST_STAGES = {
     "ldm.models.autoencoder.VQModel": _vq,
 }
 _CONDITIONERS = {
-    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": _clip,
-    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": _openclip,
+    "ldm.modules.encoders.modules.FrozenCLIPEmbedder": clip_config,
+    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": openclip_config,
     "ldm.modules.encoders.modules.BERTEmbedder": _bert,
     "ldm.modules.encoders.modules.ClassEmbedder": _classes,
     "ldm.modules.encoders.modules.SpatialRescaler": _rescaler,

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import schedule_buffers
-from ldm.checkpoint.compvis_config import _schedule
+from ldm.checkpoint.compvis_config import schedule_params
 from ldm.checkpoint.tensors import read_tensors
 from ldm.compvis.util import extract_into_tensor
 from ldm.training.ema import LitEma
@@ -104,7 +104,7 @@ class DDPM(nn.Module):
 
     def register_schedule(self, **line: Any) -> None:
         """The twelve buffers of every checkpoint, from CompVis's names, and the weights of the bound's terms."""
-        self.schedule_params, self.num_timesteps = _schedule(line), int(line["timesteps"])
+        self.schedule_params, self.num_timesteps = schedule_params(line), int(line["timesteps"])
         vars(self).pop("schedule", None)  # the core's, which is made of these
         with torch.device("cpu"):  # the model may be built on the meta device
             for name, values in schedule_buffers(self.schedule_params).items():
@@ -126,7 +126,7 @@ class DDPM(nn.Module):
         return self
 
     def _restore(self) -> None:
-        self.restarted_from_ckpt = self.ckpt_path is not None
+        self.restarted_from_ckpt = self.ckpt_path is not None and self.device.type != "meta"
         if self.restarted_from_ckpt:
             self.init_from_ckpt(self.ckpt_path, self.ignore_keys, self.load_only_unet)
             if self.reset_ema:

@@ -68,7 +68,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         self.defaults |= dict.fromkeys(("height", "width"), self.image_size * self.downsampling)
         if cond_stage_config == "__is_first_stage__":
             self.cond_stage_model = self.first_stage_model
-        if file is not None:
+        if file is not None and self.device.type != "meta":
             self.first_stage_model.load_state_dict(normalise(read_tensors(file).state)[0])
         if scale_by_std:
             del self.scale_factor

@@ -5,14 +5,14 @@ are not, the encoder is built without, and a warning says so: CompVis's code loa
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.compvis_config import _clip, _openclip
+from ldm.checkpoint.compvis_config import clip_config, openclip_config
 from ldm.conditioning import bert, classes, spatial
 from ldm.conditioning.public_clip import read_text_encoder
 from ldm.conditioning.text import TextEncoder
@@ -89,7 +89,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         if layer not in self.LAYERS or (layer == "hidden") != (layer_idx is not None):
             raise ValueError(f"layer {layer!r} and layer_idx {layer_idx}: use last, pooled, or hidden with a layer_idx")
         folder = version if Path(version).is_dir() else _cached(version, "config.json")
-        params, state = _without(version, _clip({"version": version})) if folder is None else read_text_encoder(folder)
+        params, state = _read(folder, version, clip_config, {"version": version})
         tokenizer = Tokenizer(**{"context_length": params.get("context_length", 77), **params.get("tokenizer", {})})
         self.tokenizer = _as_transformers(tokenizer)
         sizes = (tokenizer.vocab_size, params["width"], params["layers"], params["heads"], tokenizer.context_length)
@@ -122,8 +122,8 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
         # fmt: on
         if layer not in self.LAYERS:
             raise ValueError(f"layer {layer!r} is unknown: use last or penultimate")
-        name, here = f"{arch}/{version}", Path(version).is_file()
-        params, state = read_text_encoder(name) if here else _without(name, _openclip({"arch": arch}))
+        name = f"{arch}/{version}"
+        params, state = _read(name if Path(version).is_file() else None, name, openclip_config, {"arch": arch})
         super().__init__(**params | {"layer": layer})
         self.max_length, self.layer_idx = max_length, self.LAYERS.index(layer)
         if state is not None:
@@ -202,9 +202,13 @@ def _cached(repository: str, needed: str) -> str | None:
     return str(Path(found).parent) if isinstance(found, str) else None
 
 
-def _without(name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], None]:
+def _read(path: str | None, name: str, known: Callable, asked: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """TextEncoder's arguments and its parameters; without a path, what is `known` of the size asked for, and None."""
+    if path is not None:
+        return read_text_encoder(path)
+    params = known(asked)["params"]
     warnings.warn(f"no weights of {name!r} here: this text encoder must get them from a checkpoint", stacklevel=3)
-    return config["params"], None
+    return params, None
 
 
 def _as_transformers(tokenizer: Tokenizer) -> Any:
@@ -212,10 +216,10 @@ def _as_transformers(tokenizer: Tokenizer) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    start, end, pad = (tokenizer._pipeline.id_to_token(i) for i in (tokenizer.sot, tokenizer.eos, tokenizer.pad))
+    start, end, pad = (tokenizer.pipeline.id_to_token(i) for i in (tokenizer.sot, tokenizer.eos, tokenizer.pad))
     names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     length = tokenizer.context_length
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer._pipeline, **names, model_max_length=length)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer.pipeline, **names, model_max_length=length)
     frame = [(start, tokenizer.sot), (end, tokenizer.eos)]
     made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=frame)
     return made

@@ -10,20 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion.schedule import betas, compvis_quad, timesteps
+from ldm.checkpoint.compvis_config import SCHEDULES
+from ldm.diffusion.schedule import betas, betas_of_curve, compvis_quad, timesteps
 from ldm.util import instantiate_from_config
-
-SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "sqrt": "sqrt"}  # CompVis's name -> ours
 
 
 def make_beta_schedule(
     schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:
     """The betas of a schedule by CompVis's name: float64 (n_timestep,). ValueError for an unknown one."""
-    if schedule in ("cosine", "squaredcos_cap_v2"):
-        return betas_for_alpha_bar(n_timestep, lambda u: cos((u + cosine_s) / (1 + cosine_s) * pi / 2) ** 2)
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is unknown: it is one of {', '.join(SCHEDULES)}, cosine")
+        raise ValueError(f"schedule {schedule!r} is unknown: it is one of {', '.join(SCHEDULES)}")
+    if SCHEDULES[schedule] == "cosine":
+        return betas_for_alpha_bar(n_timestep, lambda u: cos((u + cosine_s) / (1 + cosine_s) * pi / 2) ** 2)
     return betas(SCHEDULES[schedule], n_timestep, linear_start, linear_end).numpy()
 
 
@@ -31,8 +30,7 @@ def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
     """The betas of a curve alpha_bar over [0, 1], each at most max_beta: float64."""
-    curve = np.array([alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)])
-    return np.minimum(1 - curve[1:] / curve[:-1], max_beta)
+    return betas_of_curve(lambda u: u.apply_(alpha_bar), num_diffusion_timesteps, max_beta).numpy()
 
 
 def make_ddim_timesteps(
@@ -123,14 +121,12 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
     return torch.stack(pictures)
 
 
+# fmt: off
 def parallel_data_prefetch(
-    func: Callable,
-    data: Any,
-    n_proc: int,
-    target_data_type: str = "ndarray",
-    cpu_intensive: bool = True,
+    func: Callable, data: Any, n_proc: int, target_data_type: str = "ndarray", cpu_intensive: bool = True,
     use_worker_id: bool = False,
 ) -> Any:
+    # fmt: on
     """func over n_proc parts of the data, in processes or threads, joined into an array or a list ("list")."""
     data = list(data.values()) if isinstance(data, dict) else data
     parts = [[data[i] for i in part] for part in np.array_split(range(len(data)), n_proc) if len(part) > 0]
@@ -166,27 +162,8 @@ class HybridConditioner(nn.Module):
         self.crossattn_conditioner = instantiate_from_config(c_crossattn_config)
 
     def forward(self, c_concat: Any, c_crossattn: Any) -> dict[str, list]:
-        return {
-            "c_concat": [self.concat_conditioner(c_concat)],
-            "c_crossattn": [self.crossattn_conditioner(c_crossattn)],
-        }
-
-
-class AbstractDistribution:
-    def sample(self) -> Any:
-        raise NotImplementedError
-
-    mode = sample
-
-
-class DiracDistribution(AbstractDistribution):
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def sample(self) -> Any:
-        return self.value
-
-    mode = sample
+        given = {"c_concat": self.concat_conditioner(c_concat), "c_crossattn": self.crossattn_conditioner(c_crossattn)}
+        return {key: [value] for key, value in given.items()}
 
 
 class IdentityFirstStage(nn.Module):

@@ -38,6 +38,8 @@ class Tokenizer:
         pad: token id after the end of text, or "eos" for the end of text itself. None: "eos" for "clip", 0 for
             "openclip", which is what Stable Diffusion 1 and 2 were trained with.
 
+    `pipeline` is the `tokenizers.Tokenizer` behind it: token names by id, merging of single words.
+
     Raises:
         ValueError: an unknown cleaning, a context below 2, a pad outside the vocabulary, a merge whose parts do not
             exist, or open_clip not installed.
@@ -64,7 +66,7 @@ class Tokenizer:
         self.pad = self.eos if pad == "eos" else pad
         if not isinstance(self.pad, int) or not 0 <= self.pad < self.vocab_size:
             raise ValueError(f"tokenizer pad {pad!r} must be 'eos' or a token id below {self.vocab_size}")
-        self._pipeline = _pipeline(self.merges, cleaning)
+        self.pipeline = _pipeline(self.merges, cleaning)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Token ids of a list of prompts, int64 (b, context_length)."""
@@ -84,14 +86,14 @@ class Tokenizer:
         # A lone surrogate is no text and has no bytes: U+FFFD, as ftfy writes it.
         prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.cleaning == "clip":
-            return self._pipeline.encode(prompt, add_special_tokens=False).ids
+            return self.pipeline.encode(prompt, add_special_tokens=False).ids
         prompt = openclip_clean(prompt)
         special = dict(zip(SPECIAL["openclip"], (self.sot, self.eos), strict=True))
         if not any(name in prompt for name in special):
-            return self._pipeline.encode(prompt, add_special_tokens=False).ids
+            return self.pipeline.encode(prompt, add_special_tokens=False).ids
         # In open_clip the name of a special token is that token only where the word pattern isolates it.
-        words = [prompt[slice(*span)] for _, span in self._pipeline.pre_tokenizer.pre_tokenize_str(prompt)]
-        return [i for word in words for i in ([special[word]] if word in special else self._pipeline.encode(word).ids)]
+        words = [prompt[slice(*span)] for _, span in self.pipeline.pre_tokenizer.pre_tokenize_str(prompt)]
+        return [i for word in words for i in ([special[word]] if word in special else self.pipeline.encode(word).ids)]
 
 
 def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") -> list[str]:
@@ -114,7 +116,7 @@ def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") 
         raise ValueError(f"merges_first {merges_first} must be between 0 and {len(full.merges)}")
     kept = set(range(merges_first))
     ids = {i for text in dict.fromkeys(texts) for i in full.encode(text) if i < full.sot}
-    pending = [full._pipeline.id_to_token(i) for i in ids]
+    pending = [full.pipeline.id_to_token(i) for i in ids]
     while pending:
         merge = parts.get(pending.pop())  # None: a byte
         if merge is not None and rank[merge] not in kept:

@@ -11,7 +11,7 @@ samplers the variance-exploding one of Karras et al. 2022, which is x_vp / sqrt(
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -62,14 +62,14 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
     if SCHEDULES[name] is None:
         if start is not None or end is not None:
             raise ValueError(f"schedule {name!r} takes neither start nor end, got start={start}, end={end}")
-        return _betas_from_alpha_bar(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, T)
+        return betas_of_curve(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, T)
     start = SCHEDULES[name][0] if start is None else start
     end = SCHEDULES[name][1] if end is None else end
     if name == "sigmoid_alphabar":
         if not start < end:
             raise ValueError(f"schedule {name!r} needs start < end, got start={start}, end={end}")
         top = 1 / (1 + math.exp(-end))
-        return _betas_from_alpha_bar(lambda u: top - torch.sigmoid(u * (end - start) + start), T)
+        return betas_of_curve(lambda u: top - torch.sigmoid(u * (end - start) + start), T)
     if name == "vp":
         if not 0 < start <= end:
             raise ValueError(f"schedule {name!r} needs 0 < start <= end, got start={start}, end={end}")
@@ -84,13 +84,13 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
     return line.sqrt() if name == "sqrt" else line
 
 
-def _betas_from_alpha_bar(alpha_bar, T: int) -> Tensor:
-    """beta_t = 1 - ab(t + 1) / ab(t), at most 0.999, for a curve ab over [0, 1]: float64 (T,).
+def betas_of_curve(alpha_bar: Callable[[Tensor], Tensor], T: int, max_beta: float = 0.999) -> Tensor:
+    """beta_t = 1 - ab(t + 1) / ab(t), at most max_beta, for a curve ab over [0, 1]: float64 (T,).
 
-    The bound is Nichol & Dhariwal's 2021 (section 3.2): the curve ends at 0, where the last beta would be 1.
+    The bound 0.999 is Nichol & Dhariwal's 2021 (section 3.2): the curve ends at 0, where the last beta would be 1.
     """
     curve = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
-    return (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    return (1 - curve[1:] / curve[:-1]).clamp(max=max_beta)
 
 
 def _vp(T: int, start: float, end: float) -> Tensor:

@@ -1,13 +1,36 @@
-"""Gaussians with a diagonal covariance: the posterior of the autoencoder (Kingma & Welling 2014)."""
+"""Gaussians with a diagonal covariance, the posterior of the autoencoder (Kingma & Welling 2014), and single points."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class DiagonalGaussianDistribution:
+class AbstractDistribution:
+    """What can be drawn from, and has a most likely value."""
+
+    def sample(self) -> Any:
+        raise NotImplementedError
+
+    def mode(self) -> Any:
+        raise NotImplementedError
+
+
+class DiracDistribution(AbstractDistribution):
+    """One value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def sample(self) -> Any:
+        return self.value
+
+    mode = sample
+
+
+class DiagonalGaussianDistribution(AbstractDistribution):
     """N(mean, diag(var)) from `parameters` (b, 2c, h, w), which hold the means and the log variances, in that order.
 
     Everything is computed in float32 or wider. Log variances are clamped to [-30, 20]. A `deterministic`
