@@ -172,10 +172,12 @@ def test_a_networks_log_probability_of_each_pictures_class():
 
     sigma, y = SCHEDULE.sigma_at(321), [3, 1]
     with torch.inference_mode():  # as `generate` has it: what is made here has no gradient by itself
-        x = X * 1.0
-        found = classifier(gaussian, noisy_log_prob(network, SCHEDULE, y), 2.0)(x, sigma)
+        x, classes = X * 1.0, torch.tensor(y)
+        found = classifier(gaussian, noisy_log_prob(network, SCHEDULE, classes), 2.0)(x, sigma)
     assert levels == [[321.0, 321.0]] and weight.grad is None and not found.x0.requires_grad
     frame = 1 / math.sqrt(1 + sigma**2)
     p = (frame * X.flatten(1) @ weight.T).softmax(1).detach()
     expected = frame * (weight[y] - p @ weight).detach().view(X.shape)  # of log softmax, by hand
     assert torch.allclose(found.x0 - gaussian(X, sigma).x0, 2 * sigma**2 * expected, rtol=1e-10, atol=1e-11)
+    one = classifier(gaussian, noisy_log_prob(network, SCHEDULE, torch.tensor(1)), 2.0)(X, sigma).x0  # the same for all
+    assert torch.equal(one[1], found.x0[1]) and not torch.equal(one[0], found.x0[0])

@@ -13,7 +13,7 @@ carries it as `unguided`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -151,14 +151,17 @@ def _slope(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:
         return torch.autograd.grad(log_prob(x, sigma).sum(), x)[0]
 
 
-def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, classes: Sequence[int]) -> LogProb:
-    """log p(class | x) by network(x_vp, t) -> logits (b, n), trained on this schedule: one class for each picture."""
+def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, classes: Tensor) -> LogProb:
+    """log p(class | x) by network(x_vp, t) -> logits (b, n), trained on this schedule, be it another than the model's.
+
+    classes: int64 (b,), one for each picture, or () for all.
+    """
 
     def log_prob(x: Tensor, sigma: float) -> Tensor:
         t = torch.full((len(x),), schedule.t_at(sigma), dtype=x.dtype, device=x.device)
         logits = network(to_vp(x, sigma), t)
-        chosen = torch.tensor(list(classes), device=x.device)[:, None]  # made here, to have a gradient through it
-        return logits.log_softmax(dim=1).gather(1, chosen)[:, 0]
+        chosen = classes.clone().to(x.device).expand(len(x))  # cloned: it may have been made in inference mode
+        return logits.log_softmax(dim=1).gather(1, chosen[:, None])[:, 0]
 
     return log_prob
 
