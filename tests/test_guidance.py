@@ -77,6 +77,25 @@ def test_one_single_call_at_scale_1_and_outside_the_interval():
     assert network.batches == [4]
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_every_scale_gives_the_update_and_in_one_form(scale):
+    """Common mistakes: E15 (the direction c - u alone is no prediction), E21 (at scale 1 one tensor in place of two)."""
+    u, c = Prediction(torch.full((2, 1), -1.0)), Prediction(torch.tensor([[3.0], [5.0]]))
+
+    def denoise(x, sigma, cond):
+        rows = [c.x0[i % 2] if told else u.x0[i % 2] for i, told in enumerate(cond["told"].tolist())]
+        return Prediction(torch.stack(rows))
+
+    told, not_told = {"told": torch.tensor([1, 1])}, {"told": torch.tensor([0, 0])}
+    guided = classifier_free(denoise, told, not_told, scale)
+    for found in (
+        guided(torch.zeros(2, 1), 1.0),
+        autoguidance(guided, lambda x, sigma: c, 3.0)(torch.zeros(2, 1), 1.0),
+    ):
+        assert isinstance(found, Prediction)
+        assert torch.equal(found.x0, u.x0 + scale * (c.x0 - u.x0))  # of each picture, itself
+
+
 def test_a_batch_of_2b_equals_two_of_b():
     denoise = make_denoiser(Network(), SCHEDULE, "v")
 
