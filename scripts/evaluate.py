@@ -125,7 +125,7 @@ def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[di
     captions = reference.captions(n, frames)
     given = {name: getattr(args, name) for name in MEASURED if getattr(args, name) is not None}
     started = time.perf_counter()
-    pictures = draw(model, [caption.text for caption in captions], args.seed, args.batch_size, **given)
+    pictures = draw(model, [caption.text for caption in captions], args.seed, args.batch_size, networks.size, **given)
     drawn = time.perf_counter()
     report = report_model(pictures, captions, frames, reference, networks, training)
     rate = n / (drawn - started)
@@ -241,9 +241,10 @@ def write_statistics(args: argparse.Namespace) -> None:
             config, state = load_file(given)
             paths[name] = folder / f"{name}.safetensors"
             save_file(paths[name], state, config, torch.float16)
-    real, training = open_data("mnist", "test", args.data)
+    networks = Measuring.load(**paths)
+    real, training = open_data("mnist", "test", args.data, networks.size)
     path = folder / "statistics.safetensors"
-    save_reference(measure_reference("mnist test", real, training, Measuring.load(**paths), SIZES), path)
+    save_reference(measure_reference("mnist test", real, training, networks, SIZES), path)
     print(f"{path}: {path.stat().st_size:,} bytes", file=sys.stderr)
 
 

@@ -21,10 +21,21 @@ def test_networks_are_small_and_see_only_the_inner_pixels(network):
     assert torch.equal(model(images[..., 2:30, 2:30]), logits)
 
 
-@pytest.mark.parametrize("size", [(27, 28), (24, 24), (29, 28)])
+@pytest.mark.parametrize("size", [(27, 28), (24, 24), (29, 28), (34, 34), (64, 64)])
 def test_inner_refuses_what_has_no_central_part(size):
     with pytest.raises(ValueError, match="28 x 28"):
         inner(torch.zeros(1, 1, *size))
+
+
+@pytest.mark.parametrize("network", [Judge, FeatureNetwork])
+def test_networks_of_another_size_see_that_size_alone(network):
+    model = network(size=14).eval()
+    images = torch.rand(3, 1, 14, 14) * 2 - 1
+    logits = model(images)
+    assert logits.shape == (3, 10)
+    assert torch.equal(model(torch.nn.functional.pad(images, (2, 2, 2, 2), value=-1.0)), logits)
+    with pytest.raises(ValueError, match="28 x 28 have no central 14 x 14 part: give 14 x 14 or 18 x 18"):
+        model(torch.zeros(1, 1, 28, 28))  # whose middle would be no digit
 
 
 def test_no_feature_is_dead_or_louder_than_another():

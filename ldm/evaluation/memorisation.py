@@ -9,7 +9,7 @@ from ldm.evaluation.distances import nearest
 
 
 class Memorisation(NamedTuple):
-    """Distances are Euclidean over the inner 28 x 28 pixels in [0, 1]."""
+    """Distances are Euclidean over the inner pixels, in [0, 1]."""
 
     median: float  # of generated pictures' distances to the nearest training picture
     real_median: float  # the same for test pictures

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ldm.evaluation.pictures import to_unit
 from ldm.loading import load_network as load_any
+from ldm.models.classifier import INNER
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 JUDGE, FEATURES = PRETRAINED / "judge.safetensors", PRETRAINED / "features.safetensors"
@@ -41,17 +42,24 @@ def fingerprint(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Measuring:
-    """The two networks, and the fingerprints of their files."""
+    """The two networks, the fingerprints of their files, and the side of the pictures that both look at."""
 
     judge: nn.Module
     features: nn.Module
     fingerprints: dict[str, str]
+    size: int = INNER
 
     @classmethod
     def load(cls, judge: str | Path = JUDGE, features: str | Path = FEATURES) -> "Measuring":
-        """From their files; errors as `load_network`."""
+        """From their files; errors as `load_network`, and ValueError for networks of different sizes."""
         judging, measuring = load_network(judge), load_network(features, "features")
-        return cls(judging, measuring, {"judge": fingerprint(judge), "features": fingerprint(features)})
+        sizes = [getattr(network, "size", INNER) for network in (judging, measuring)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the judge looks at {sizes[0]} x {sizes[0]} pixels and the feature network at {sizes[1]} x "
+                f"{sizes[1]}: give --judge and --features of one size"
+            )
+        return cls(judging, measuring, {"judge": fingerprint(judge), "features": fingerprint(features)}, sizes[0])
 
 
 @torch.inference_mode()

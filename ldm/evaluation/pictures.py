@@ -1,4 +1,4 @@
-"""Pictures as they are measured: uint8, as real ones are, and the inner 28 x 28 only."""
+"""Pictures as they are measured: uint8, as real ones are, and the inner 28 x 28 (or what size it is) only."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.images import to_uint8
-from ldm.models.classifier import inner
+from ldm.models.classifier import INNER, inner
 
 GREY = 64  # ground of a sheet: neither ink nor background
 
@@ -24,10 +24,10 @@ def quantise(images: Tensor) -> Tensor:
     return rearrange(to_uint8(inner(images)), "n 1 h w -> n h w")
 
 
-def from_pil(images: Iterable) -> Tensor:
-    """PIL images of one size -> uint8 (n, 28, 28)."""
+def from_pil(images: Iterable, size: int = INNER) -> Tensor:
+    """PIL images of one size -> uint8 (n, size, size)."""
     arrays = [np.array(image.convert("L")) for image in images]
-    return inner(torch.from_numpy(np.stack(arrays)))
+    return inner(torch.from_numpy(np.stack(arrays)), size)
 
 
 def to_unit(pictures: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class Reference:
         nearest: (median, first percentile) of the distance to the nearest training picture.
         floors: number of pictures -> Floor.
         thresholds: limits of the classes of style.
-        pictures: uint8 (m, 28, 28), all of them or the first m, in the data set's order.
+        pictures: uint8 (m, h, w), of the networks' size, all of them or the first m, in the data set's order.
     """
 
     name: str
@@ -122,7 +122,7 @@ def measure_reference(
     order = torch.randperm(
         len(real), generator=torch.Generator().manual_seed(0)
     )  # so that any first n are a fair sample
-    pictures, pool = inner(real.images[:, 0]), inner(training.images[:, 0])
+    pictures, pool = inner(real.images[:, 0], networks.size), inner(training.images[:, 0], networks.size)
     features = features_of(networks.features, pictures)[order]
     pool_features = features_of(networks.features, pool)
     sizes = [n for n in sizes if n <= min(len(real), len(training))]
@@ -176,6 +176,7 @@ def save_reference(reference: Reference, path: str | Path, shown: int = SHIPPED_
         "nearest": reference.nearest,
         "floors": {str(n): asdict(floor) for n, floor in reference.floors.items()},
         "thresholds": reference.thresholds._asdict(),
+        "size": reference.pictures.shape[-1],
     }
     save_file(path, tensors, config)
 
@@ -191,6 +192,7 @@ def load_reference(path: str | Path = STATISTICS) -> Reference:
     if config.get("format") != FORMAT:
         raise ValueError(f"{str(path)!r} holds no {FORMAT!r}: make it with scripts/evaluate.py statistics")
     pixels = np.frombuffer(zlib.decompress(tensors["pictures"].numpy().tobytes()), dtype=np.uint8)
+    size = config.get("size", INNER)  # files from before there were others do not say
     thresholds = {name: tuple(limits) for name, limits in config["thresholds"].items()}
     return Reference(
         name=config["name"],
@@ -202,6 +204,6 @@ def load_reference(path: str | Path = STATISTICS) -> Reference:
         nearest=tuple(config["nearest"]),
         floors={int(n): Floor(**floor) for n, floor in sorted(config["floors"].items(), key=lambda item: int(item[0]))},
         thresholds=Thresholds(**thresholds),
-        pictures=torch.from_numpy(pixels.reshape(-1, INNER, INNER).copy()),
+        pictures=torch.from_numpy(pixels.reshape(-1, size, size).copy()),
         **{name: tensors[name].long() for name in ("indices", "labels", "weight", "slant")},
     )

@@ -29,11 +29,11 @@ def report_model(
     networks: Measuring,
     training: Tensor | None,
 ) -> dict:
-    """All figures of uint8 pictures (n, 28, 28) drawn for the first n captions of the reference.
+    """All figures of uint8 pictures (n, h, w), of the networks' size, drawn for the first n captions of the reference.
 
     Args:
         frames: "train" or "unseen", the list that the captions are from.
-        training: uint8 (m, 28, 28) for the search for copies; None leaves it out.
+        training: uint8 (m, h, w) for the search for copies; None leaves it out.
     """
     features = features_of(networks.features, pictures)
     report = {

@@ -7,7 +7,7 @@ from torch import Tensor
 from ldm.data.captioned import CaptionedDigits
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import STATISTICS, Reference, load_reference, measure_reference
-from ldm.models.classifier import inner
+from ldm.models.classifier import INNER, inner
 
 HELD_OUT = {
     "mnist": 5000,
@@ -15,23 +15,32 @@ HELD_OUT = {
 }  # last training pictures, on which settings are chosen: the configs train without them
 
 
-def open_data(dataset: str, split: str, root: str | None) -> tuple[CaptionedDigits, CaptionedDigits]:
+def open_data(dataset: str, split: str, root: str | None, size: int = INNER) -> tuple[CaptionedDigits, CaptionedDigits]:
     """(real, training pictures) of `mnist` or `digits`; split "test", or "heldout" with the others for training.
+
+    Args:
+        size: of the pictures' inner part: 28, or what MNIST can be pooled to.
 
     Raises:
         FileNotFoundError: MNIST is not there.
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a size that there is not.
     """
     if dataset not in HELD_OUT or split not in ("test", "heldout"):
         raise ValueError(f"data set {dataset!r}, split {split!r}: use mnist or digits, test or heldout")
     if dataset == "mnist":
-        from ldm.data.mnist import MNIST
+        from ldm.data.mnist import MNIST, SIDE
+
+        if SIDE % size:
+            raise ValueError(f"MNIST's {SIDE} pixels cannot be pooled to the {size} that the networks look at")
 
         def make(**which: object) -> CaptionedDigits:
-            return MNIST(root, **which)
+            return MNIST(root, pool=SIDE // size, **which)
 
     else:
         from ldm.data.digits import Digits as make
+
+        if size != INNER:
+            raise ValueError(f"the networks look at {size} x {size} pixels, and scikit-learn's digits are 28 x 28")
 
     if split == "test":
         return make(split="test"), make(split="train")
@@ -46,7 +55,7 @@ def find_reference(
     networks: Measuring,
     n: int | None,
 ) -> tuple[Reference, Tensor | None]:
-    """The reference for n pictures (None: all); training pictures, uint8 (m, 28, 28), or None if not at hand.
+    """The reference for n pictures (None: all); training pictures, uint8 (m, h, w), or None if not at hand.
 
     Args:
         root: folder of MNIST; None takes LDM_DATA or ./data, and does without when there is none.
@@ -59,7 +68,7 @@ def find_reference(
     if reference is not None and reference.networks != networks.fingerprints:
         reference = None  # measured in another network's features
     try:
-        real, training = open_data(dataset, split, root)
+        real, training = open_data(dataset, split, root, networks.size)
     except FileNotFoundError:
         if reference is None or root is not None:
             raise
@@ -68,7 +77,7 @@ def find_reference(
         n = len(real) if n is None else n
         reference = measure_reference(f"{dataset} {split}", real, training, networks, sizes=[n])
     elif real is not None:
-        reference = replace(reference, pictures=inner(real.images[:, 0]))
+        reference = replace(reference, pictures=inner(real.images[:, 0], networks.size))
     if n is not None and n > len(reference.labels):
         raise ValueError(f"{n} pictures are more than the {len(reference.labels)} of {reference.name}: ask for fewer")
-    return reference, None if training is None else inner(training.images[:, 0])
+    return reference, None if training is None else inner(training.images[:, 0], networks.size)

@@ -2,26 +2,30 @@
 
 `Judge` names the digit. `FeatureNetwork` is of another design and trained apart from it, so that the Fréchet distance
 and the precision and recall measured in its features do not repeat the judge's mistakes. Both take pictures in [-1,
-1] and look at the inner 28 x 28 only. In half precision each stays under 1 MB.
+1] and look at the inner 28 x 28 only, or are made for another `size`. In half precision each stays under 1 MB.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 INNER = 28  # MNIST's own size: the two pixels of padding that make 32 x 32 say nothing about a digit
+PADDING = 2
 
 
 def inner(images: Tensor, size: int = INNER) -> Tensor:
     """Central `size` x `size` part of pictures (..., h, w); a picture of that size passes as it is.
 
     Raises:
-        ValueError: the pictures are smaller than `size`, or lie off centre by half a pixel.
+        ValueError: the pictures are smaller than `size`, lie off centre by half a pixel, or have more than the padding
+            around that part: theirs are larger digits.
     """
     height, width = images.shape[-2:]
     top, left = (height - size) // 2, (width - size) // 2
-    if height < size or width < size or (height - size) % 2 or (width - size) % 2:
+    if any(extra not in range(0, 2 * PADDING + 1, 2) for extra in (height - size, width - size)):
+        padded = size + 2 * PADDING
         raise ValueError(
-            f"pictures of {height} x {width} have no central {size} x {size} part: give 28 x 28 or 32 x 32"
+            f"pictures of {height} x {width} have no central {size} x {size} part: "
+            f"give {size} x {size} or {padded} x {padded}"
         )
     return images[..., top : top + size, left : left + size]
 
@@ -51,10 +55,18 @@ class Judge(nn.Module):
         widths: channels at 28, 14 and 7 pixels.
         classes: number of classes.
         in_channels: channels of the pictures.
+        size: of the part that it looks at, in place of 28; halving rounds down.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (24, 48, 96), classes: int = 10, in_channels: int = 1):
+    def __init__(
+        self,
+        widths: tuple[int, int, int] = (24, 48, 96),
+        classes: int = 10,
+        in_channels: int = 1,
+        size: int = INNER,
+    ):
         super().__init__()
+        self.size = size
         first, second, third = widths
         self.stem = conv_norm(in_channels, first)
         self.down1 = conv_norm(first, second)
@@ -65,7 +77,7 @@ class Judge(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Pictures (b, c, 28 or 32, same) in [-1, 1] -> features at 28, 14 and 7 pixels: a perceptual distance's."""
-        fine = F.relu(self.stem(inner(images)))  # (b, widths[0], 28, 28)
+        fine = F.relu(self.stem(inner(images, self.size)))  # (b, widths[0], 28, 28)
         middle = self.block1(F.relu(self.down1(F.max_pool2d(fine, 2))))  # (b, widths[1], 14, 14)
         coarse = self.block2(F.relu(self.down2(F.max_pool2d(middle, 2))))  # (b, widths[2], 7, 7)
         return [fine, middle, coarse]
@@ -87,20 +99,29 @@ class FeatureNetwork(nn.Module):
         features: number of features.
         classes: number of classes.
         in_channels: channels of the pictures.
+        size: of the part that it looks at, in place of 28.
     """
 
-    def __init__(self, widths: tuple[int, int] = (16, 32), features: int = 64, classes: int = 10, in_channels: int = 1):
+    def __init__(
+        self,
+        widths: tuple[int, int] = (16, 32),
+        features: int = 64,
+        classes: int = 10,
+        in_channels: int = 1,
+        size: int = INNER,
+    ):
         super().__init__()
+        self.size = size
         first, second = widths
         self.conv1 = conv_norm(in_channels, first, kernel_size=5)
         self.conv2 = conv_norm(first, second, kernel_size=5)
-        self.project = nn.Linear(second * 7 * 7, features, bias=False)
+        self.project = nn.Linear(second * (size // 4) ** 2, features, bias=False)
         self.norm = nn.BatchNorm1d(features, affine=False)
         self.head = nn.Linear(features, classes)
 
     def features(self, images: Tensor) -> Tensor:
         """Pictures (b, c, 28 or 32, same) in [-1, 1] -> features (b, d)."""
-        x = F.max_pool2d(F.gelu(self.conv1(inner(images))), 2)  # (b, widths[0], 14, 14)
+        x = F.max_pool2d(F.gelu(self.conv1(inner(images, self.size))), 2)  # (b, widths[0], 14, 14)
         x = F.max_pool2d(F.gelu(self.conv2(x)), 2)  # (b, widths[1], 7, 7)
         return self.norm(self.project(x.flatten(1)))  # (b, widths[1] * 49) -> (b, d)
 
