@@ -79,7 +79,7 @@ def test_one_single_call_at_scale_1_and_outside_the_interval():
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
 def test_every_scale_gives_the_update_and_in_one_form(scale):
-    """Common mistakes: E15 (the direction c - u alone is no prediction), E21 (at scale 1 one tensor in place of two)."""
+    """Common mistakes: E15 (the direction c - u alone is no prediction) and E21 (at scale 1 one result, not two)."""
     u, c = Prediction(torch.full((2, 1), -1.0)), Prediction(torch.tensor([[3.0], [5.0]]))
 
     def denoise(x, sigma, cond):

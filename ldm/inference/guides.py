@@ -1,4 +1,4 @@
-"""Guidance that needs more than the network's own predictions: perturbed attention, and a weaker model.
+"""Guidance that needs more than the network's own predictions: perturbed attention, a weaker model, a classifier.
 
 Each function gives what `LatentDiffusion.generate` takes as `guide`; `diffusion.guidance` has the formulas.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import get_ident
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
+from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
@@ -183,6 +185,50 @@ def check_weak(weak: LatentDiffusion, model: LatentDiffusion) -> None:
             f"{weak.path} cannot guide this model: it is given {weak.concat or 'no picture'} beside the latents, "
             f"this one {model.concat or 'no picture'}"
         )
+
+
+class NoisyClassifier(NamedTuple):
+    """network(x_t, t) -> logits (b, classes) of noised pictures (or latents), t being levels of this schedule."""
+
+    network: nn.Module
+    schedule: Schedule
+    classes: int
+
+
+def classifier(teller: NoisyClassifier, label: int, scale: float) -> Guide:
+    """Towards pictures of a class (Dhariwal & Nichol 2021); where the model itself is told classes, towards those.
+
+    label: from 0. Costs the classifier forwards and backwards for each step.
+    Raises ValueError for a class that it does not know.
+    """
+    if not 0 <= label < teller.classes:
+        raise ValueError(f"class {label} does not exist: this classifier's are 0 to {teller.classes - 1}")
+
+    def guide(denoise: BoundDenoise, cond: Cond) -> BoundDenoise:
+        log_prob = guidance.noisy_log_prob(teller.network, teller.schedule, torch.tensor(label))
+        return guidance.classifier(denoise, log_prob, scale)
+
+    return guide
+
+
+def load_classifier(path: str | Path, model: LatentDiffusion) -> NoisyClassifier:
+    """The classifier of a checkpoint (`ldm.training.noisy_classifier`) for `classifier`, on the model's device.
+
+    Raises ValueError where it was not trained on noised pictures or does not fit what the model draws.
+    """
+    from ldm.checkpoint.file import load_file
+    from ldm.loading import load_network
+
+    schedule = load_file(path)[0].get("schedule")
+    if not isinstance(schedule, dict):
+        raise ValueError(f"{path} is no classifier of noisy pictures: its configuration has no schedule")
+    network, own = load_network(path, str(model.device)), model.defaults
+    size = model.latent_size(own["height"], own["width"])
+    try:
+        logits = network(torch.zeros(1, *size, device=model.device), torch.zeros(1, device=model.device))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit this model, which draws {tuple(size)}: {error}") from None
+    return NoisyClassifier(network, make_schedule(**schedule), logits.shape[1])
 
 
 def _part(network: nn.Module | None, *prefixes: str) -> dict[str, Tensor]:

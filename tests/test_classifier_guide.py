@@ -1,0 +1,94 @@
+"""Classifier guidance of a whole model: through `generate`, from a classifier's file, and by the scripts' options."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomised
+
+from ldm.checkpoint.file import save_file
+from ldm.diffusion.schedule import make_schedule
+from ldm.inference.guides import classifier, load_classifier
+from ldm.models.noisy_classifier import EncoderUNetModel
+
+PARAMS = {
+    "image_size": 8,
+    "in_channels": 4,
+    "model_channels": 16,
+    "out_channels": 10,
+    "num_res_blocks": 1,
+    "attention_resolutions": [],
+    "channel_mult": [1, 2],
+    "num_head_channels": 16,
+    "norm_groups": 8,
+    "pool": "attention",
+}
+TARGET = "ldm.models.noisy_classifier.EncoderUNetModel"
+
+
+def write(path, schedule=None, **changes):
+    """A classifier's file, with random weights."""
+    torch.manual_seed(0)
+    network = randomised(EncoderUNetModel(**PARAMS | changes))
+    config = {"target": TARGET, "params": PARAMS | changes} | ({} if schedule is None else {"schedule": schedule})
+    save_file(path, network.state_dict(), config)
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("classifier") / "classifier.safetensors", {"name": "cosine"})
+
+
+@pytest.fixture
+def model(tiny_model):
+    return copy.deepcopy(tiny_model)
+
+
+def pixels(images):
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
+def test_it_moves_pictures_under_every_sampler_and_by_its_class(model, file, sampler):
+    """Common mistakes: guidance that DDIM accepts and ignores (row 26 of the reference)."""
+    told = load_classifier(file, model)
+
+    def draw(guide):
+        return pixels(model.generate(["a five"] * 2, sampler=sampler, guide=guide))
+
+    plain, five, six = draw(None), draw(classifier(told, 5, 30.0)), draw(classifier(told, 6, 30.0))
+    assert np.array_equal(draw(classifier(told, 5, 0.0)), plain)  # to the bit
+    assert not np.array_equal(five, plain) and not np.array_equal(five, six)
+
+
+def test_a_picture_is_guided_alone_as_in_a_batch(model, file):
+    guide = classifier(load_classifier(file, model), 5, 10.0)
+    both = pixels(model.generate(["", ""], guide=guide))
+    alone = pixels(model.generate([""], guide=guide, seed=1))
+    assert np.abs(both[1] - alone[0]).max() <= 1
+
+
+def test_the_classifier_has_its_own_schedule(model, tmp_path):
+    """The same noise is another number of another schedule."""
+    told = load_classifier(write(tmp_path / "a.safetensors", {"name": "linear", "T": 300}), model)
+    assert told.schedule.T == 300 and told.classes == 10
+    assert torch.equal(told.schedule.alphas_cumprod, make_schedule("linear", 300).alphas_cumprod)
+    seen = []
+    network = told.network.forward
+    told.network.forward = lambda x, t: seen.append(t[0].item()) or network(x, t)
+    model.generate([""], steps=4, guide=classifier(told, 1, 1.0))
+    sigmas = [model.schedule.sigmas[t] for t in (999, 749, 499, 249)]
+    assert seen == pytest.approx([told.schedule.t_at(float(sigma)) for sigma in sigmas])
+
+
+def test_what_is_no_such_classifier_is_refused(model, file, tmp_path):
+    with pytest.raises(ValueError, match="class 10 does not exist: this classifier's are 0 to 9"):
+        classifier(load_classifier(file, model), 10, 1.0)
+    with pytest.raises(ValueError, match="no schedule"):
+        load_classifier(write(tmp_path / "a.safetensors"), model)
+    with pytest.raises(ValueError, match=r"does not fit this model, which draws \(4, 8, 8\)"):
+        load_classifier(write(tmp_path / "b.safetensors", {"name": "cosine"}, in_channels=1), model)
+    with pytest.raises(ValueError, match=r"does not fit this model.*8 x 8, and got 4 x 4"):
+        load_classifier(write(tmp_path / "c.safetensors", {"name": "cosine"}, image_size=16), model)
