@@ -18,7 +18,7 @@ from ldm.checkpoint.tensors import read_tensors
 from ldm.conditioning.bert import read_vocab
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.util import Unfilled, instantiate_network, pick_device, read_yaml
+from ldm.util import Unfilled, get_obj_from_str, instantiate_network, pick_device, read_yaml
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
 FORMATS = ("ldm", "compvis", "diffusers")
@@ -75,11 +75,13 @@ def load(
     }
     found = _open(path, config, ema and unet is None, prediction, variant, replacements)
     target = found.config.get("target")
-    if target != WHOLE:
+    if not _is_whole(target):
         option = OPTIONS.get(PART_OF.get(target))
         hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
         raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a whole model{hint}")
     params = deepcopy(found.config["params"])
+    if replacements and target != WHOLE:
+        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, whose parts cannot be exchanged")
     for part, new in replacements.items():
         params[f"{part}_config"] = new.config
         if new.scale_factor not in (None, params["scale_factor"]):
@@ -92,7 +94,7 @@ def load(
         params["prediction"] = prediction
     if vocab is not None:
         _give_vocabulary(params, Path(vocab))
-    model = _build(path, {"target": WHOLE, "params": params}, found.state, pick_device(device), dtype)
+    model = _build(path, {"target": target, "params": params}, found.state, pick_device(device), dtype)
     try:
         check_prediction(model.prediction)
         model.schedule  # noqa: B018 - made on first use; a damaged one is told here, not when drawing
@@ -109,6 +111,14 @@ def load(
 def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Any network saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
     return _build(path, *load_file(path), pick_device(device), dtype)
+
+
+def _is_whole(target: str | None) -> bool:
+    """Whether a target is LatentDiffusion, or one of ours that builds on it, such as PixelDiffusion."""
+    try:
+        return issubclass(get_obj_from_str(target), LatentDiffusion)
+    except ValueError:
+        return False
 
 
 def _open(
@@ -162,7 +172,7 @@ def _take(part: str, path: Path, ema: bool) -> Found:
     found = _open(path, ema=ema)
     target = found.config.get("target")
     if target != WHOLE:
-        if PART_OF.get(target, part) != part:
+        if _is_whole(target) or PART_OF.get(target, part) != part:
             raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
         return found._replace(notes=[f"{OPTIONS[part]}: {path}"])
     prefix = PREFIXES[part]
@@ -222,11 +232,13 @@ def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = N
 
     Raises OSError when it cannot be written, ValueError for an unknown format or a model that diffusers cannot express.
     """
-    config, state, metadata = {"target": WHOLE, "params": model.config}, model.state_dict(), {}
-    if format == "diffusers":
-        return write_folder(path, config, state, dtype)
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(FORMATS)}")
+    config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}
+    if format != "ldm" and model.target != WHOLE:
+        raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
+    if format == "diffusers":
+        return write_folder(path, config, state, dtype)
     if format == "compvis":
         state, metadata = single_file(state, config)
         metadata["modelspec.title"] = Path(path).stem

@@ -1,4 +1,4 @@
-"""Class numbers -> the conditioning dict, as in latent diffusion's class-conditional ImageNet model."""
+"""Class numbers -> the conditioning dict: as a token of its own (latent diffusion), or added to the time (ADM)."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,27 @@ import torch
 from torch import Tensor, nn
 
 
+class ClassLabels(nn.Module):
+    """Class numbers as they are, for networks that embed them, such as a UNetModel with `num_classes: n_classes`.
+
+    The last class is the one that says nothing (Ho & Salimans 2022): what models trained for guidance were shown in
+    place of a fraction of the labels. Ten digits and it make 11 `n_classes`.
+    """
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+        self.null = n_classes - 1
+
+    def forward(self, classes: Sequence[int | str] | Tensor) -> dict[str, Tensor]:
+        """{"c_adm": class numbers, int64 (b,)} on the CPU. Errors as `class_numbers`."""
+        return {"c_adm": class_numbers(classes, self.n_classes)}
+
+
 class ClassEmbedder(nn.Module):
     """One learned vector of width `embed_dim` for each of `n_classes` classes; parameters `embedding.weight`.
 
-    The last class is the one that says nothing (Ho & Salimans 2022): models trained for guidance were shown it in place
-    of a fraction of the labels, as number 1000 of ImageNet's 1001.
+    The last class is the one that says nothing, number 1000 of ImageNet's 1001 in latent diffusion's model.
     """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000) -> None:
@@ -24,18 +40,24 @@ class ClassEmbedder(nn.Module):
         return {"c_crossattn": self.encode(classes)}
 
     def encode(self, classes: Sequence[int | str] | Tensor) -> Tensor:
-        """Class numbers (b,) from 0 -> (b, 1, d). Raises ValueError for what is no number of a class.
+        """Class numbers (b,) -> (b, 1, d). Errors as `class_numbers`."""
+        return self.embedding(class_numbers(classes, self.n_classes).to(self.embedding.weight.device))[:, None]
 
-        They may be texts, as a script's --prompt gives them; the empty text is the class that says nothing.
-        """
-        numbers = classes.tolist() if isinstance(classes, Tensor) else [self._number(one) for one in classes]
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < self.n_classes:
-                raise ValueError(f"class {number!r} does not exist: this model's are 0 to {self.n_classes - 1}")
-        return self.embedding(torch.tensor(numbers, device=self.embedding.weight.device))[:, None]
 
-    def _number(self, given: int | str) -> int | str:
-        """The number that a text says; what says none stays as it is."""
-        if given == "":
-            return self.null
-        return int(given) if isinstance(given, str) and given.isascii() and given.isdecimal() else given
+def class_numbers(classes: Sequence[int | str] | Tensor, n_classes: int) -> Tensor:
+    """Numbers from 0, or texts that say such, as a script's --prompt gives them -> int64 (b,) on the CPU.
+
+    The empty text is the last class, which says nothing. Raises ValueError for what is no number of a class.
+    """
+    numbers = classes.tolist() if isinstance(classes, Tensor) else [_number(one, n_classes) for one in classes]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < n_classes:
+            raise ValueError(f"class {number!r} does not exist: this model's are 0 to {n_classes - 1}")
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def _number(given: int | str, n_classes: int) -> int | str:
+    """The number that a text says; what says none stays as it is."""
+    if given == "":
+        return n_classes - 1
+    return int(given) if isinstance(given, str) and given.isascii() and given.isdecimal() else given

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.diffusion.schedule import training_timesteps
-from ldm.diffusion.weighting import min_snr_weight
+from ldm.diffusion.weighting import loss_weight
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
 from ldm.finetune.embeddings import token_embedding
 from ldm.finetune.lora import Adapter, attach, merge
@@ -108,7 +108,7 @@ class DreamBoothStage(Stage):
         self.texts: dict[str, Conditioning] = {}  # cached
         self.before: list[Image.Image] = []
         if snr_gamma is not None:
-            min_snr_weight(whole.prediction, torch.ones(1), snr_gamma)  # raises for a bad one
+            loss_weight("min_snr", whole.prediction, torch.ones(1), snr_gamma)  # raises for a bad one
 
     def _choose(
         self, layers: str, train_text: bool, words: Sequence[str] | None, lora: Mapping[str, Any] | None
@@ -186,7 +186,8 @@ class DreamBoothStage(Stage):
                 noise += self.noise_offset * torch.randn_like(z[:, :, :1, :1])
         losses = model.loss(z, self._condition(captions), t.to(z.device), noise)  # (2 b,)
         if self.snr_gamma is not None:
-            weights = min_snr_weight(model.prediction, model.schedule.alphas_cumprod[t], self.snr_gamma)
+            ab = model.schedule.alphas_cumprod[t]
+            weights = loss_weight("min_snr", model.prediction, ab, self.snr_gamma)
             losses = losses * weights.to(losses)
         instance, *prior = (part.mean() for part in losses.chunk(len(parts)))
         if not prior:

@@ -12,7 +12,8 @@ from ldm.checkpoint.file import atomic
 from ldm.conditioning.prompt import count_chunks
 from ldm.data.dreambooth import identifiers, unread
 from ldm.data.folder import find_pictures
-from ldm.latent_diffusion import LatentDiffusion, given
+from ldm.generation import given
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import read_yaml
 
 SMALL = 50_000_000  # weights of a UNet below which a model is small

@@ -28,15 +28,19 @@ SPACING = (
 )
 
 
-def drawing_parser(description: str, prompt: str, outdir: str) -> Parser:
+def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = False) -> Parser:
     """CompVis's flags and today's. A setting left None is the checkpoint's own, or the --from-png picture's.
 
-    prompt, outdir: what these options are if not given.
+    prompt, outdir: what these options are if not given. classes: what to draw is asked for by numbers, not by texts.
     """
     parser = Parser(description=description)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--prompt", default=prompt, metavar="TEXT", help=f"what to draw ({prompt or 'nothing is said'})")
-    add("--from-file", type=Path, metavar="FILE", help="a text file of prompts, one a line")
+    if classes:
+        add("--class", nargs="+", dest="prompts", default=[prompt], metavar="N", help="which classes to draw (any)")
+    else:
+        told = f"what to draw ({prompt or 'nothing is said'})"
+        add("--prompt", nargs=1, dest="prompts", default=[prompt], metavar="TEXT", help=told)
+    add("--from-file", type=Path, metavar="FILE", help="a text file of prompts or classes, one a line")
     add("--from-png", type=Path, metavar="FILE", help="make this picture again, changed by the settings that are given")
 
     add = parser.add_argument_group("pictures").add_argument
@@ -102,7 +106,7 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
     """
     if args.from_png is not None and args.n_samples * args.n_iter != 1:
         raise ValueError("--from-png makes one picture: leave out --n_samples and --n_iter")
-    prompts = [args.prompt] if args.from_file is None else read_prompts(args.from_file)
+    prompts = args.prompts if args.from_file is None else read_prompts(args.from_file)
     made = None if args.from_png is None else read_recipe(args.from_png)
     if made is not None:
         check_original(made, original, args.from_png)

@@ -258,6 +258,7 @@ class AutoencoderKL(nn.Module):
         self.embed_dim = embed_dim
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
+        self.image_channels = self.encoder.conv_in.in_channels
         self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)

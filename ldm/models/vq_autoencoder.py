@@ -33,6 +33,7 @@ class VQModel(nn.Module):
         self.embed_dim = embed_dim
         self.encoder = Encoder(**ddconfig)
         self.decoder = Decoder(**ddconfig)
+        self.image_channels = self.encoder.conv_in.in_channels
         self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
         self.quantize = VectorQuantizer(n_embed, embed_dim)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)

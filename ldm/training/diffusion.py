@@ -4,31 +4,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
-from ldm.diffusion.denoiser import check_prediction
-from ldm.diffusion.sampling import get_sampler
-from ldm.diffusion.schedule import training_timesteps
-from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.stage import Stage, adamw
+from ldm.latent_diffusion import Conditioning, LatentDiffusion
+from ldm.training.denoising import DenoisingStage, check_share
 
 
-class DiffusionStage(Stage):
-    """Mean squared error between the UNet's prediction and its target at random timesteps.
+class DiffusionStage(DenoisingStage):
+    """A latent diffusion model over two trained stages, which stay frozen.
 
     Args:
         unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's.
-        first_stage, cond_stage: checkpoints of the two stages before this one; both stay frozen.
+        first_stage, cond_stage: checkpoints of the two stages before this one.
+        learning_rate: of AdamW.
         schedule, prediction, defaults: of `LatentDiffusion`.
-        learning_rate, betas, weight_decay: of AdamW.
-        timesteps: arguments of `training_timesteps`: how the levels to train on are drawn.
         caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
         cache_latents: encode the data set once; only for data sets that show every picture always alike.
-        preview_prompts: what the previews draw.
+        betas, weight_decay, timesteps, preview_prompts, preview_columns: of `DenoisingStage`.
     """
 
     def __init__(
@@ -48,36 +42,13 @@ class DiffusionStage(Stage):
         preview_prompts: Sequence[str] = ("",),
         preview_columns: int = 10,
     ) -> None:
-        super().__init__()
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"caption_dropout {caption_dropout} is not a share: it must be from 0 to 1")
         configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
         whole = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
         whole.first_stage_model.load_state_dict(weights[0])
         whole.cond_stage_model.load_state_dict(weights[1])
-        self.model = whole.model  # the only network that trains
+        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, preview_prompts, preview_columns)
         self.exclude_from_modules(first_stage=whole.first_stage_model, cond_stage=whole.cond_stage_model)
-        object.__setattr__(self, "latent_diffusion", whole)
-        self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
-        self.timesteps, self.caption_dropout = dict(timesteps or {"name": "uniform"}), caption_dropout
-        self.cache_latents, self.preview_columns = cache_latents, preview_columns
-        self.preview_prompts = list(preview_prompts)
-        self._check()
-
-    def _check(self) -> None:
-        """Show mistakes now that would otherwise show in the first batch or, after many, in the first preview."""
-        whole = self.latent_diffusion
-        check_prediction(whole.prediction)
-        training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
-        get_sampler(whole.defaults["sampler"])
-        size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
-        try:
-            with torch.no_grad():
-                whole.apply_model(torch.zeros(1, *size), torch.zeros(1), whole.condition([""]))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"the UNet does not fit latents {size} or the text encoder's context_dim and adm_in_channels: {error}"
-            ) from None
+        self.caption_dropout, self.cache_latents = check_share("caption_dropout", caption_dropout), cache_latents
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
@@ -100,31 +71,15 @@ class DiffusionStage(Stage):
         self.latent_diffusion.scale_factor = self.latent_diffusion.config["scale_factor"] = float(variance**-0.5)
         return LatentDataset(dataset, mean, std) if self.cache_latents else dataset
 
-    def optimizers(self) -> list[Optimizer]:
-        return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
-
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
         model = self.latent_diffusion
-        with torch.no_grad():
-            if "mean" in batch:
-                z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
-            else:
-                z = model.encode(batch["image"])
-            dropped = torch.rand(len(z)) < self.caption_dropout
-            captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
-            cond = model.cond_stage_model(captions)  # literally, and cut to one length
-            t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
-        loss = model.loss(z, cond, t, torch.randn_like(z)).mean()
-        return loss, {"loss": loss}
-
-    @torch.no_grad()
-    def preview(self) -> list[Image.Image]:
-        """The preview prompts, drawn with seeds from 0 on and the model's own settings."""
-        return self.latent_diffusion.generate(self.preview_prompts, batch_size=64)
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        config = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": self.latent_diffusion.config}
-        return config, self.latent_diffusion.state_dict()
+        if "mean" in batch:
+            z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
+        else:
+            z = model.encode(batch["image"])
+        dropped = torch.rand(len(z)) < self.caption_dropout
+        captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
+        return z, model.cond_stage_model(captions)  # literally, and cut to one length
 
 
 class LatentDataset(Dataset):

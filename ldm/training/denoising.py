@@ -1,0 +1,119 @@
+"""What all stages have in common in which a network learns to denoise."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ldm.diffusion.denoiser import check_prediction
+from ldm.diffusion.sampling import get_sampler
+from ldm.diffusion.schedule import Schedule, training_timesteps
+from ldm.latent_diffusion import Conditioning, LatentDiffusion
+from ldm.training.stage import Stage, adamw
+
+LEFT_OVER = 0.05  # of the picture at the last level, from which on drawing notices that it starts from pure noise
+
+
+class DenoisingStage(Stage):
+    """The network of a model learns its prediction at random levels.
+
+    Args:
+        whole: the model; its network, `whole.model`, is what trains.
+        learning_rate, betas, weight_decay: of AdamW.
+        timesteps: arguments of `training_timesteps`: how the levels to train on are drawn.
+        preview_prompts: what the previews draw: prompts or classes.
+    """
+
+    def __init__(
+        self,
+        whole: LatentDiffusion,
+        learning_rate: float,
+        betas: Sequence[float] = (0.9, 0.99),
+        weight_decay: float = 0.01,
+        timesteps: Mapping[str, Any] | None = None,
+        preview_prompts: Sequence[Any] = ("",),
+        preview_columns: int = 10,
+    ) -> None:
+        super().__init__()
+        self.model = whole.model  # the only network that trains
+        object.__setattr__(self, "latent_diffusion", whole)
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
+        self.timesteps = dict(timesteps or {"name": "uniform"})
+        self.preview_prompts, self.preview_columns = list(preview_prompts), preview_columns
+        self._check()
+
+    def _check(self) -> None:
+        """Show mistakes now that would otherwise show in the first batch or, after many, in the first preview."""
+        whole = self.latent_diffusion
+        check_prediction(whole.prediction)
+        training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
+        get_sampler(whole.defaults["sampler"])
+        size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
+        state = self.model.training
+        try:
+            with torch.no_grad():  # and without batch statistics, which want more than one picture
+                denoise = self.eval().latent_diffusion.denoiser([0])
+                denoise(torch.zeros(1, *size), 1.0, whole.condition(self.preview_prompts[:1]))
+        except (RuntimeError, AssertionError, IndexError) as error:
+            raise ValueError(
+                f"the network does not fit latents {size} or the conditioner's widths (a UNet's context_dim, "
+                f"adm_in_channels and num_classes): {error}"
+            ) from None
+        self.train(state)
+        warn_of_left_over(whole.schedule)
+
+    def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
+        """The latents (or pixels) (b, c, h, w) of a batch, and what the network is told of them; without gradients."""
+        raise NotImplementedError
+
+    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        model = self.latent_diffusion
+        with torch.no_grad():
+            z, cond = self.data(batch)
+            t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
+        loss = self.losses(z, cond, t, torch.randn_like(z)).mean()
+        return loss, {"loss": loss}
+
+    def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
+        """The loss of each: z, noise (b, c, h, w), t (b,) -> (b,)."""
+        return self.latent_diffusion.loss(z, cond, t, noise)
+
+    def optimizers(self) -> list[Optimizer]:
+        return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
+
+    @torch.no_grad()
+    def preview(self) -> list[Image.Image]:
+        """The preview prompts, drawn with seeds from 0 on and the model's own settings."""
+        return self.latent_diffusion.generate(self.preview_prompts, batch_size=64)
+
+    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        whole = self.latent_diffusion
+        return {"target": whole.target, "params": whole.config}, whole.state_dict()
+
+
+def check_share(name: str, value: float) -> float:
+    """The value, if it is one from 0 to 1; else ValueError."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} {value} is not a share: it must be from 0 to 1")
+    return value
+
+
+def warn_of_left_over(schedule: Schedule) -> None:
+    """Say on stderr when the schedule's last level is far from pure noise, from which every picture is drawn.
+
+    Training then never shows a network what it starts from (Lin et al. 2024, section 3.1): betas from 1e-4 to 0.02 over
+    300 steps, say, leave sqrt(alpha-bar) = 0.22 of the picture.
+    """
+    left = math.sqrt(schedule.alphas_cumprod[-1])
+    if left > LEFT_OVER:
+        print(
+            f"note: at its last level, {schedule.T - 1}, this schedule leaves {left:.3f} of the picture "
+            "(sqrt(alpha-bar)), and pictures are drawn from noise alone: more steps, larger betas or "
+            "zero_terminal_snr would take it away",
+            file=sys.stderr,
+        )

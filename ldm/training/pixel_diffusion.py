@@ -1,0 +1,76 @@
+"""Training of diffusion in pixels: of classes, or of pictures alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.diffusion.weighting import loss_weight, mean_error
+from ldm.latent_diffusion import Conditioning
+from ldm.training.denoising import DenoisingStage, check_share
+from ldm.util import instantiate_from_config
+
+
+class PixelDiffusionStage(DenoisingStage):
+    """A PixelDiffusion, from nothing.
+
+    Args:
+        model: `{"target", "params"}` of a PixelDiffusion.
+        learning_rate: of AdamW.
+        class_dropout: share of labels replaced by the class that says nothing, for classifier-free guidance.
+        error: l2 or l1, of the prediction.
+        weight: arguments of `loss_weight`, `{"name": "min_snr"}` say.
+        betas, weight_decay, timesteps, preview_columns: of `DenoisingStage`.
+        previews: how many pictures previews draw; of each class in turn, where there are classes.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        learning_rate: float,
+        class_dropout: float = 0.1,
+        error: str = "l2",
+        weight: Mapping[str, Any] | None = None,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        timesteps: Mapping[str, Any] | None = None,
+        previews: int = 20,
+        preview_columns: int = 10,
+    ) -> None:
+        whole = instantiate_from_config(model)
+        classes = [""] if whole.cond_stage_model is None else range(whole.cond_stage_model.null)
+        shown = [classes[i % len(classes)] for i in range(previews)]
+        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, shown, preview_columns)
+        self.class_dropout = check_share("class_dropout", class_dropout)
+        self.error, self.weight = error, dict(weight or {"name": "none"})
+        mean_error(error, torch.zeros(1, 1), torch.zeros(1, 1))  # raises for an unknown name, as does the other
+        loss_weight(prediction=whole.prediction, alphas_cumprod_t=whole.schedule.alphas_cumprod[:1], **self.weight)
+
+    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+        """Checks that the data set has what the model is told of, in its size."""
+        whole, sample = self.latent_diffusion, dataset[0]
+        size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
+        if tuple(sample["image"].shape) != size:
+            raise ValueError(
+                f"the pictures of {type(dataset).__name__} are {tuple(sample['image'].shape)} and the model's, by its "
+                f"channels and its defaults' height and width, {size}: make them equal"
+            )
+        if whole.cond_stage_model is not None and "label" not in sample:
+            raise ValueError(f"{type(dataset).__name__} has no labels: use one of the digit sets")
+        return dataset
+
+    def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
+        model = self.latent_diffusion
+        if model.cond_stage_model is None:
+            return batch["image"], {}
+        dropped = torch.rand(len(batch["label"])) < self.class_dropout
+        labels = torch.where(dropped.to(batch["label"].device), model.null, batch["label"])
+        return batch["image"], model.condition(labels)
+
+    def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
+        model = self.latent_diffusion
+        losses = model.loss(z, cond, t, noise, self.error)
+        ab = model.schedule.alphas_cumprod[t.cpu()]
+        return losses * loss_weight(prediction=model.prediction, alphas_cumprod_t=ab, **self.weight).to(losses)

@@ -1,0 +1,164 @@
+"""Diffusion in pixels is latent diffusion without a first stage."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import ldm
+from ldm.conditioning.classes import ClassLabels
+from ldm.data.digits import Digits
+from ldm.diffusion.schedule import q_sample, training_timesteps
+from ldm.diffusion.weighting import loss_weight
+from ldm.loading import save
+from ldm.pixel_diffusion import PixelDiffusion
+from ldm.training.order import collate
+from ldm.training.pixel_diffusion import PixelDiffusionStage
+
+PIXEL = {
+    "unet_config": {
+        "target": "ldm.models.unet.UNetModel",
+        "params": {
+            "image_size": 32,
+            "in_channels": 1,
+            "out_channels": 1,
+            "model_channels": 8,
+            "num_res_blocks": 1,
+            "attention_resolutions": [],
+            "channel_mult": [1, 1],
+            "num_heads": 1,
+            "num_classes": 11,
+            "norm_groups": 4,
+        },
+    },
+    "channels": 1,
+    "cond_stage_config": {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11}},
+    "schedule": {"name": "linear"},
+    "defaults": {"height": 32, "width": 32, "steps": 4, "scale": 1.0, "sampler": "ddpm"},
+}
+CONFIG = {"target": "ldm.pixel_diffusion.PixelDiffusion", "params": PIXEL}
+
+
+def build(**settings) -> PixelDiffusion:
+    torch.manual_seed(0)
+    model = PixelDiffusion(**{**PIXEL, **settings}).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every prediction zero
+    return model
+
+
+def pixels(model: PixelDiffusion, classes: list, **settings) -> np.ndarray:
+    return np.stack([np.asarray(image).astype(int) for image in model.generate(classes, **settings)])
+
+
+def test_pixels_are_the_latents():
+    model, x = build(), torch.rand(2, 1, 32, 32) * 2 - 1
+    assert torch.equal(model.encode(x), x) and torch.equal(model.decode(x), x)
+    assert (
+        model.latent_size(32, 32) == (1, 32, 32)
+        and model.multiple == 2
+        and not list(model.first_stage_model.parameters())
+    )
+
+
+def test_a_class_is_asked_for_by_number_or_text():
+    """None of them is said by the last one, and by the empty text."""
+    labels = ClassLabels(11)
+    assert labels.null == 10 and labels(["3", 7, ""])["c_adm"].tolist() == [3, 7, 10]
+    with pytest.raises(ValueError, match="class 'five' does not exist: this model's are 0 to 10"):
+        labels(["five"])
+    with pytest.raises(ValueError, match="class 11 does not exist"):
+        labels(torch.tensor([11]))
+
+
+def test_drawing():
+    model = build()
+    drawn = pixels(model, [5, 5, 3], seed=4)
+    assert drawn.shape == (3, 32, 32) and (drawn[0] != drawn[1]).any()
+    alone = pixels(model, ["5"], seed=5)
+    assert np.abs(alone[0] - drawn[1]).max() <= 1  # the same noise, alone and in a batch
+    guided = pixels(model, [5, 5, 3], seed=4, scale=3.0)
+    assert (guided != drawn).any()
+
+
+def test_clipping_is_that_of_x0_after_guidance():
+    found = {}
+    for clip in (True, False):
+        steps = []
+        build(clip=clip).generate([5], scale=30.0, steps=3, callback=steps.append)
+        found[clip] = max(step.x0.abs().max().item() for step in steps)
+    assert found[True] == 1.0 and found[False] > 1.5
+
+
+def test_a_file_gives_the_model_back(tmp_path):
+    model = build()
+    save(model, tmp_path / "pixel.safetensors")
+    again = ldm.load(tmp_path / "pixel.safetensors", device="cpu")
+    assert type(again) is PixelDiffusion and again.clip == 1.0
+    assert (pixels(model, [1, 2]) == pixels(again, [1, 2])).all()
+    with pytest.raises(ValueError, match="holds a ldm.pixel_diffusion.PixelDiffusion, whose parts cannot be exchanged"):
+        ldm.load(tmp_path / "pixel.safetensors", vae=ldm.loading.SHIPPED)
+    with pytest.raises(ValueError, match="holds a ldm.pixel_diffusion.PixelDiffusion, which cannot be a model's unet"):
+        ldm.load(unet=tmp_path / "pixel.safetensors")
+    for kind in ("compvis", "diffusers"):
+        with pytest.raises(ValueError, match=f"a PixelDiffusion cannot be written as '{kind}', only as 'ldm'"):
+            save(model, tmp_path / "other", format=kind)
+
+
+@pytest.mark.parametrize(("error", "weight"), [("l2", {"name": "none"}), ("l1", {"name": "min_snr", "gamma": 2.0})])
+def test_the_loss_by_hand(error, weight):
+    """With the random numbers drawn again in the same order."""
+    torch.manual_seed(0)
+    stage = PixelDiffusionStage(CONFIG, 1e-3, class_dropout=0.5, error=error, weight=weight)
+    model, data = stage.latent_diffusion, Digits(first=50)
+    with torch.no_grad():
+        for p in stage.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = collate(stage.prepare(data, torch.device("cpu")).__getitems__([3, 1, 40, 41]))
+    torch.manual_seed(7)
+    loss, metrics = stage(batch)
+    torch.manual_seed(7)
+    labels = torch.where(torch.rand(4) < 0.5, 10, batch["label"])
+    t, noise = training_timesteps("uniform", 4, 1000), torch.randn(4, 1, 32, 32)
+    output = model.model.diffusion_model(q_sample(batch["image"], t, noise, model.schedule), t, y=labels)
+    errors = (F.mse_loss if error == "l2" else F.l1_loss)(output, noise, reduction="none").mean((1, 2, 3))
+    weights = loss_weight(prediction="eps", alphas_cumprod_t=model.schedule.alphas_cumprod[t], **weight)
+    torch.testing.assert_close(loss, (errors * weights).mean(), rtol=1e-5, atol=1e-7)
+    assert metrics["loss"] == loss and 0 < (labels == 10).sum() < 4
+
+
+def test_previews_show_every_class():
+    stage = PixelDiffusionStage(CONFIG, 1e-3, previews=12)
+    assert stage.preview_prompts == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert len(stage.eval().preview()) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"error": "l3"}, "unknown error 'l3'"),
+        ({"weight": {"name": "max_snr"}}, "unknown loss weight 'max_snr'"),
+        ({"class_dropout": 2.0}, "class_dropout 2.0 is not a share"),
+        ({"model": {**CONFIG, "params": {**PIXEL, "prediction": "y"}}}, "unknown prediction 'y'"),
+        ({"model": {**CONFIG, "params": {**PIXEL, "channels": 3}}}, r"the network does not fit latents \(3, 32, 32\)"),
+        ({"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": None}}}, "needs y"),
+    ],
+)
+def test_mistakes_in_a_configuration(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PixelDiffusionStage(**{"model": CONFIG, "learning_rate": 1e-3, **settings})
+
+
+def test_pictures_of_another_size():
+    params = {**PIXEL, "defaults": {**PIXEL["defaults"], "height": 16, "width": 16}}
+    stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3)
+    with pytest.raises(ValueError, match=r"the pictures of Digits are \(1, 32, 32\) and the model's, .* \(1, 16, 16\)"):
+        stage.prepare(Digits(first=5), torch.device("cpu"))
+
+
+def test_a_schedule_that_leaves_something_of_the_picture(capsys):
+    """300 unscaled linear steps leave sqrt(alpha-bar) = 0.2192; 1000 leave 0.006."""
+    PixelDiffusionStage({**CONFIG, "params": {**PIXEL, "schedule": {"name": "linear", "T": 300}}}, 1e-3)
+    assert "at its last level, 299, this schedule leaves 0.219 of the picture" in capsys.readouterr().err
+    PixelDiffusionStage(CONFIG, 1e-3)
+    assert capsys.readouterr().err == ""
