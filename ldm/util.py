@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,18 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
     """The class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`; its module loaded anew first
     with `reload`.
 
-    Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets of packages that the running
-    program has imported itself or that are in `ALLOWED_PACKAGES`. Raises ValueError for everything else.
+    Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets that are defined in a package
+    of the running program's own (`is_own_package`), in another module that it has imported itself, or in a package in
+    `ALLOWED_PACKAGES`. Raises ValueError for everything else.
     """
     module_name, _, name = str(string).rpartition(".")
     if module_name not in sys.modules:  # a `main` or `taming` of the program's own goes first
         module_name = TARGETS.get(module_name, module_name)
     package = module_name.partition(".")[0]
     ours, imported = package == "ldm", package not in ("torch", "torchvision") and module_name in sys.modules
-    if not (ours or imported or string in ALLOWED or package in ALLOWED_PACKAGES):
+    named = string in ALLOWED or package in ALLOWED_PACKAGES
+    own = not (ours or named) and is_own_package(package)
+    if not (ours or own or named or imported):
         raise ValueError(
             f"target {string!r} is not an allowed class: use one of ldm, or import its package (--allow PACKAGE) first"
         )
@@ -52,12 +56,26 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
         raise ValueError(f"target {string!r} does not exist: {error}") from None
     if not inspect.isclass(found):
         raise ValueError(f"target {string!r} is not a class: a configuration may only name classes")
-    # A class merely imported by one of our modules (ldm.util.Dataset, pathlib.Path ...) is not ours to offer.
-    if ours and not found.__module__.startswith("ldm."):
-        raise ValueError(f"target {string!r} is not defined in ldm, so it is not an allowed class")
+    # A class merely imported by one of our modules (ldm.util.Dataset, pathlib.Path ...) is not ours to offer; nor, by a
+    # package of the program's, whose modules may be imported only now, one of torchvision's, say.
+    definer = found.__module__.partition(".")[0]
+    if definer != "ldm" and (ours or (own and not is_own_package(definer))):
+        raise ValueError(f"target {string!r} is not defined in {package}, so it is not an allowed class")
     if not ours and string not in ALLOWED and not issubclass(found, (nn.Module, Dataset)):
         raise ValueError(f"target {string!r} is neither a torch Module nor a Dataset, so it is not an allowed class")
     return found
+
+
+def is_own_package(name: str) -> bool:
+    """Whether the running program has imported that package and brings it along: it is neither installed nor Python's.
+
+    A program that imports one module of its code says by it that the package is its own; which modules of an installed
+    package a configuration may reach is for the program to say, by importing them, or for `--allow`.
+    """
+    folders = [Path(folder).resolve() for folder in getattr(sys.modules.get(name), "__path__", ())]
+    python = Path(sysconfig.get_path("stdlib")).resolve()
+    foreign = [{"site-packages", "dist-packages"} & set(folder.parts) or python in folder.parents for folder in folders]
+    return len(folders) > 0 and not any(foreign)
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:

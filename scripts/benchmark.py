@@ -1,12 +1,17 @@
-"""Measure and compare: ways of loading, and samplers.
+"""Measure and compare: ways of loading, samplers, and kinds of generators.
 
 python scripts/benchmark.py load                      # Stable Diffusion 1 at full size, random weights (8.5 GB of disk)
 python scripts/benchmark.py load --ckpt model.safetensors --repeat 3
 python scripts/benchmark.py samplers --out samplers.jsonl --plot samplers.png --precision autocast
+python scripts/benchmark.py trilemma --ddgan ddgan.safetensors --ddpm ddpm.safetensors --plot trilemma.png
 
 `samplers` draws the captions of held-out MNIST pictures (--data or LDM_DATA) with every sampler at several numbers of
 steps, everything else being the model's own, and measures prompt accuracy, the Fréchet distance over the floor of as
 many real pictures, and recall. It goes on where an interrupted run stopped: what --out has is not drawn again.
+
+`trilemma` draws digits with a VAE (the first stage of the model that ships, sampled from a unit normal prior), a
+denoising diffusion GAN, and a pixel-space diffusion model by its own ancestral sampler and by DDIM, and measures the
+Fréchet distance over the floor, recall, and seconds a picture: three axes, of which each kind leaves one.
 
 `load` compares, each in a fresh process, ways to get a model from a file into memory: ours, and the naive one (build
 the model, read the file, load_state_dict). Seconds are wall clock and CPU time of the loading alone, imports left out,
@@ -21,7 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from ldm.cli import Parser, run, whole
 from ldm.inference.options import add_model_options, load_model
@@ -85,7 +92,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--n", type=whole(1), default=2000, metavar="N", help="pictures of each (2000)")
     command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
     command.add_argument("--data", metavar="DIR", help="folder of MNIST (LDM_DATA, or ./data)")
+    command = commands.add_parser("trilemma", help="quality, coverage and speed of a VAE, DDGAN, DDPM and DDIM")
+    command.add_argument("--ddgan", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddgan.yaml")
+    command.add_argument("--ddpm", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddpm.yaml, say")
+    command.add_argument("--vae", type=Path, metavar="FILE", help="whose first stage is taken (the model that ships)")
+    command.add_argument("--ddim-steps", nargs="*", type=whole(1), default=[4, 20, 50], metavar="N", help="(4 20 50)")
+    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="pictures of each (1000)")
+    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as a picture (matplotlib)")
     args = parser.parse_args(argv)
+    if args.command == "trilemma":
+        rows = compare_generators(args)
+        print(trilemma_table(rows))
+        if args.plot is not None:
+            plot_trilemma(rows, args.plot)
+        return
     if args.command == "samplers":
         rows = compare_samplers(args)
         print(sampler_table(rows))
@@ -210,11 +232,7 @@ def sampler_table(rows: Sequence[dict]) -> str:
 
 def plot_samplers(rows: Sequence[dict], path: Path) -> None:
     """Distance over the floor against network evaluations, a line for each sampler; both axes logarithmic."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for i, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
         own = sorted((row["evaluations"], row["ratio"]) for row in rows if row["sampler"] == name)
@@ -224,6 +242,61 @@ def plot_samplers(rows: Sequence[dict], path: Path) -> None:
         axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
     axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+
+
+def import_pyplot() -> ModuleType:
+    """ValueError where matplotlib is not installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    return pyplot
+
+
+def compare_generators(args: argparse.Namespace) -> list[dict]:
+    """A row for each generator; a line on standard error as each is done."""
+    import ldm
+    from ldm.evaluation import trilemma
+    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
+    from ldm.evaluation.source import find_reference
+
+    networks = Measuring.load(JUDGE, FEATURES)
+    reference, _ = find_reference("mnist", "test", None, networks, args.n)
+    labels, rows = reference.labels[: args.n], []
+    vae, ddgan, ddpm = (ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm))
+    asked = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
+    asked |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
+    ways = [("VAE", 1, partial(trilemma.draw_prior, vae, args.n, args.batch_size))]
+    for name, (model, settings) in asked.items():
+        draw = partial(trilemma.draw_asked, model, labels, args.batch_size, **settings)
+        ways.append((name, trilemma.evaluations(model, **settings), draw))
+    for name, calls, draw in ways:
+        rows.append(trilemma.measure(name, calls, draw, reference, networks))
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def trilemma_table(rows: Sequence[dict]) -> str:
+    """Markdown, a row for each generator."""
+    lines = ["| | evaluations | distance / floor | recall | precision | s a picture | CPU s |", "|---" * 7 + "|"]
+    for row in rows:
+        figures = [f"{row['ratio']:.2f}", f"{row['recall']:.2f}", f"{row['precision']:.2f}"]
+        times = [f"{row['seconds']:.2g}", f"{row['cpu_seconds']:.2g}"]
+        lines.append(f"| {' | '.join([row['name'], str(row['evaluations']), *figures, *times])} |")
+    return "\n".join(lines)
+
+
+def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
+    """Distance against CPU seconds a picture, both logarithmic; larger discs recall more."""
+    figure, axes = import_pyplot().subplots(figsize=(8, 5), layout="constrained")
+    for row in rows:
+        axes.scatter(row["cpu_seconds"], row["ratio"], s=40 + 900 * row["recall"], alpha=0.5)
+        label = f"{row['name']}\nrecall {row['recall']:.2f}"
+        axes.annotate(label, (row["cpu_seconds"], row["ratio"]), ha="center", va="center", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="CPU seconds a picture", ylabel="Fréchet distance / floor")
+    axes.margins(0.15)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
 

@@ -39,7 +39,13 @@ def add_data(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--instance_data_dir", type=Path, action="append", default=[], metavar="DIR", help="the subject's pictures")
     add("--instance_prompt", action="append", default=[], metavar="TEXT", help="what they show: 'a sks dog'")
-    add("--class_prompt", action="append", default=[], metavar="TEXT", help="what the subject is one of: 'a dog'")
+    add(
+        "--class_prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="what the subject is one of: 'a dog'; with choices, all of which are kept: 'a {dog|cat} {|in snow}'",
+    )
     add(
         "--class_data_dir",
         type=Path,
@@ -149,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"model: {result} ({result.stat().st_size:,} bytes)\ncontact sheet: {args.output_dir / 'contact_sheet.png'}")
 
 
-def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "list[Subject]") -> list[list[str]]:
+def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "list[Subject]") -> list[dict[str, str]]:
     """Which files of each subject's class folder to train on, drawn where they are missing; and notes on stderr."""
     from ldm.finetune.dreambooth import check_model
-    from ldm.finetune.dreambooth_run import defaults_for, notes_on, training_size
+    from ldm.finetune.dreambooth_run import class_prompts, defaults_for, notes_on, training_size
     from ldm.inference.class_pictures import collect
 
     check_model(model)
@@ -163,11 +169,11 @@ def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "l
     batch_size = default.sample_batch_size if args.sample_batch_size is None else args.sample_batch_size
     for subject in found:
         if subject.class_prompt is None or not args.prior_loss_weight:
-            names.append([])
+            names.append({})
             continue
-        folder, prompt = subject.class_dir, subject.class_prompt
+        folder, prompts = subject.class_dir, class_prompts(subject)
         names.append(
-            collect(model, folder, prompt, args.num_class_images, default.class_pictures, size, scale, batch_size)
+            collect(model, folder, prompts, args.num_class_images, default.class_pictures, size, scale, batch_size)
         )
     return names
 

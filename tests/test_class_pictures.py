@@ -63,14 +63,34 @@ def test_a_users_pictures_come_first(model, tmp_path, capsys):
     (tmp_path / "readme.txt").write_text("mine")
 
     def take(count):
-        return collect(model, tmp_path, "a five", count, usual=3, size=32, scale=1.0, batch_size=2)
+        return collect(model, tmp_path, ["a five"], count, usual=3, size=32, scale=1.0, batch_size=2)
 
-    assert take(None) == ["a.png", "b.jpg"] and take(1) == ["a.png"]
+    assert take(None) == {"a.png": "a five", "b.jpg": "a five"} and list(take(1)) == ["a.png"]
     four = take(4)
-    assert four[:2] == ["a.png", "b.jpg"] and len(four) == 4
+    assert list(four)[:2] == ["a.png", "b.jpg"] and len(four) == 4 and set(four.values()) == {"a five"}
     assert "holds 2 pictures of the class; the model draws 2 more" in capsys.readouterr().out
-    assert take(4) == four and take(None) == ["a.png", "b.jpg"]  # what was drawn is not taken for the user's
-    assert len(collect(model, tmp_path / "new", "a five", None, usual=3, size=32, scale=1.0, batch_size=2)) == 3
+    assert take(4) == four and list(take(None)) == ["a.png", "b.jpg"]  # what was drawn is not taken for the user's
+    assert len(collect(model, tmp_path / "new", ["a five"], None, usual=3, size=32, scale=1.0, batch_size=2)) == 3
+
+
+def test_several_prompts_share_what_is_drawn(model, tmp_path):
+    """Evenly, each with seeds from 0 on; pictures of one's own have to say which they are."""
+    prompts = ["a five", "a six", "a seven"]
+    found = collect(model, tmp_path, prompts, 5, usual=3, size=32, scale=1.0, batch_size=2)
+    recipes = [Recipe.from_text(read_png_text(tmp_path / name)) for name in found]
+    assert [(recipe.prompt, recipe.seed) for recipe in recipes] == [
+        ("a five", 0),
+        ("a five", 1),
+        ("a six", 0),
+        ("a six", 1),
+        ("a seven", 0),
+    ]
+    assert list(found.values()) == [recipe.prompt for recipe in recipes]
+    Image.new("L", (32, 32), 99).save(tmp_path / "own.png")
+    assert collect(model, tmp_path, prompts, 2, usual=3, size=32, scale=1.0, batch_size=2) == {
+        "own.png": None,
+        next(iter(found)): "a five",
+    }
 
 
 def test_a_full_disk_leaves_whole_pictures_only(model, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Code written for CompVis's `ldm` runs unchanged: each piece gives the numbers of our own model with its weights."""
 
+import importlib
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -142,6 +144,47 @@ def test_controlnet_logs_pictures(controlled, twin):
     start = torch.randn(2, 4, 8, 8)
     cond, null = (twin.condition(prompts)["c_crossattn"] for prompts in (PROMPTS, [""] * 2))
     same(log["samples_cfg_scale_3.00"], twin.decode(drawn(twin, cond, null, start, 4, 3.0)))
+
+
+CREATE_MODEL = """
+from omegaconf import OmegaConf
+from ldm.util import instantiate_from_config
+
+def create_model(config_path):
+    config = OmegaConf.load(config_path)
+    return instantiate_from_config(config.model).cpu()
+"""
+
+
+@pytest.fixture
+def cldm(tmp_path, monkeypatch) -> Path:
+    """ControlNet's checkout: a folder `cldm` of modules, without `__init__.py`."""
+    (tmp_path / "cldm").mkdir()
+    (tmp_path / "cldm" / "model.py").write_text(CREATE_MODEL)
+    (tmp_path / "cldm" / "cldm.py").write_text(Path(outsiders.__file__).read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cldm"]:
+        del sys.modules[name]
+
+
+@torch.no_grad()
+def test_controlnet_s_create_model(cldm, clip, model, twin):
+    """The program imports `cldm.model` alone, and the yaml names classes of `cldm.cldm`."""
+    section = control_section(clip)
+    params = section["params"]
+    for part in (section, params["unet_config"], params["control_stage_config"]):
+        part["target"] = part["target"].replace("outsiders.", "cldm.cldm.")
+    OmegaConf.save(OmegaConf.create({"model": section}), cldm / "cldm_v15.yaml")
+    with pytest.raises(ValueError, match="target 'cldm.cldm.ControlLDM' is not an allowed class"):
+        instantiate_from_config(section)
+    create_model = importlib.import_module("cldm.model").create_model
+    control = create_model(cldm / "cldm_v15.yaml")
+    assert type(control).__module__ == "cldm.cldm"
+    control.load_state_dict(model.state_dict(), strict=False)
+    z, cond = control.eval().get_input(hinted(), "jpg")
+    expected = twin.apply_model(z, T, {"c_crossattn": twin.condition(PROMPTS)["c_crossattn"]})
+    torch.testing.assert_close(control.apply_model(z, T, cond), expected, **CLOSE)
 
 
 # replaced forwards

@@ -21,7 +21,7 @@ from ldm.training.loop import train
 from ldm.training.order import collate
 
 CPU = torch.device("cpu")
-PROMPTS = {"instance_prompt": "a sks five", "class_prompt": "a five"}
+PROMPT = {"instance_prompt": "a sks five"}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def subject(tmp_path_factory) -> dict:
         for i in range(count):
             noise = torch.randint(0, 255, (32, 32), generator=generator, dtype=torch.uint8)
             Image.fromarray(noise.numpy()).save(folder / name / f"{i}.png")
-    files = {"class_pictures": [f"{i}.png" for i in range(5)]}
-    return {"instance_dir": str(folder / "instance"), "class_dir": str(folder / "class"), **files, **PROMPTS}
+    files = {"class_pictures": {f"{i}.png": "a five" for i in range(5)}}
+    return {"instance_dir": str(folder / "instance"), "class_dir": str(folder / "class"), **files, **PROMPT}
 
 
 @pytest.fixture(scope="module")

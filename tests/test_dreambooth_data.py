@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.dreambooth import DreamBooth, identifiers, unread
+from ldm.data.dreambooth import DreamBooth, choices, identifiers, unread
 
 
 def write(folder, count, level=0, size=(12, 12)):
@@ -22,8 +22,8 @@ def subject(tmp_path, name, pictures, classes=0, level=0):
     row = {"instance_dir": str(write(tmp_path / name, pictures, level)), "instance_prompt": f"a sks {name}"}
     if classes:
         write(tmp_path / f"{name}s", classes, level + 100)
-        files = [f"{i}.png" for i in range(classes)]
-        row |= {"class_dir": str(tmp_path / f"{name}s"), "class_prompt": f"a {name}", "class_pictures": files}
+        files = {f"{i}.png": f"a {name}" for i in range(classes)}
+        row |= {"class_dir": str(tmp_path / f"{name}s"), "class_pictures": files}
     return row
 
 
@@ -133,3 +133,15 @@ def test_the_words_that_name_a_subject():
     assert identifiers("A photo of sks dog.", "a photo of a dog") == ["sks"]
     assert identifiers("zwx star, zwx", "a handwritten digit") == ["zwx", "star"]
     assert identifiers("a sks dog", None) == []
+    assert identifiers("a sks dog in snow", "a {dog|cat} {|in snow}") == ["sks"]
+
+
+def test_a_class_of_several_prompts(tmp_path):
+    """Each choice is a prompt; an empty one leaves no second space; each class picture has its own caption."""
+    assert choices("a {dog|cat} {|in snow}") == ["a dog", "a dog in snow", "a cat", "a cat in snow"]
+    assert choices("a {dog}  {") == ["a {dog}  {"] and choices("{a|a} b") == ["a b"]
+    row = subject(tmp_path, "dog", 1, 3) | {"class_pictures": {"2.png": "a cat", "0.png": "a dog"}}
+    samples = [DreamBooth([row], 8, channels=1)[i] for i in range(2)]
+    assert levels(samples, "class_image") == [102, 100] and [s["class_caption"] for s in samples] == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match=r"0\.png has no caption"):
+        DreamBooth([row | {"class_pictures": {"0.png": None}}], 8)

@@ -17,7 +17,7 @@ from ldm.diffusion.sampling.first_order import Point, euler
 from ldm.diffusion.sampling.multistep import deis, dpmpp_2m, dpmpp_3m, lms, plms, unipc
 from ldm.diffusion.sampling.second_order import dpm2, heun
 from ldm.diffusion.sampling.stochastic import dpmpp_sde
-from ldm.diffusion.schedule import make_schedule, sampling_sigmas
+from ldm.diffusion.schedule import make_schedule, sampling_sigmas, timesteps
 
 SCHEDULES = {
     "sd": make_schedule("scaled_linear"),
@@ -81,6 +81,36 @@ def test_the_oracle_keeps_the_right_marginal_at_every_level(name, eta, steps):
 @pytest.mark.parametrize("name, eta", [(name, eta) for name, eta in KINDS if eta != 0.3 and name != "ddpm_large"])
 def test_the_oracle_at_as_many_steps_as_there_are_levels(name, eta):
     check_the_marginals(name, eta, "sd", 1000, "leading")
+
+
+@pytest.mark.parametrize("steps", [800, 200, 50])
+@pytest.mark.parametrize("name, eta", [("ddpm", 1.0), ("ddim", 0.0), ("ddim", 0.5)])
+def test_the_oracle_at_rounded_even_levels(name, eta, steps):
+    check_the_marginals(name, eta, "cosine", steps, "linspace")
+
+
+@pytest.mark.parametrize("steps, published", [(800, 1.09), (200, 2.24), (50, 3.38)])
+def test_a_posterior_to_the_level_below_leaves_too_much_noise(steps, published):
+    """The known mistake: steps skip levels, but mean and variance are the posterior's of t - 1.
+
+    Under the oracle and for x0 = 1 the error over the right noise, three quarters down, is as measured in such code.
+    With the level that comes next in the same formulas it is 1 throughout.
+    """
+    ab, grid = SCHEDULES["cosine"].alphas_cumprod.tolist(), timesteps("linspace", steps, 1000)
+
+    def errors(previous):
+        mean, variance, found = math.sqrt(ab[grid[0]]), 1 - ab[grid[0]], []
+        for i, after in enumerate(grid[1:]):
+            now, before = ab[grid[i]], ab[previous(i)]
+            alpha = now / before
+            on_x0, on_x = math.sqrt(before) * (1 - alpha) / (1 - now), math.sqrt(alpha) * (1 - before) / (1 - now)
+            mean = on_x0 + on_x * mean
+            variance = on_x**2 * variance + (1 - before) / (1 - now) * (1 - alpha)
+            found.append(math.sqrt((variance + (mean - math.sqrt(ab[after])) ** 2) / (1 - ab[after])))
+        return found
+
+    assert errors(lambda i: grid[i] - 1)[int(0.75 * steps)] == pytest.approx(published, rel=0.005)
+    assert errors(lambda i: grid[i + 1]) == pytest.approx([1.0] * (steps - 1), rel=1e-11)
 
 
 # Order of convergence.

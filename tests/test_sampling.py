@@ -120,7 +120,7 @@ def test_ddpm_posterior_golden():
 
 def textbook_error(steps):
     """Measured: 2e-15 of the largest value for up to 50 steps, 9e-15 for 1000; twice that allows for another libm."""
-    return 2e-14 if steps == 1000 else 4e-15
+    return 2e-14 if steps >= 800 else 4e-15
 
 
 def textbook_ddim(x, levels, noises, eta, large=False):
@@ -168,7 +168,7 @@ def test_ddim_is_the_textbooks(steps, spacing, final, eta):
     assert run_both(steps, spacing, final, euler, eta, lambda *run: textbook_ddim(*run, eta)) < textbook_error(steps)
 
 
-@pytest.mark.parametrize("steps, spacing", [(1000, "trailing"), (50, "trailing"), (30, "leading")])
+@pytest.mark.parametrize("steps, spacing", [(1000, "trailing"), (800, "linspace"), (50, "trailing"), (30, "leading")])
 def test_ddpm_is_the_textbooks(steps, spacing):
     assert run_both(steps, spacing, "zero", euler, 1.0, textbook_ddpm) < textbook_error(steps)
 

@@ -174,7 +174,7 @@ def test_other_spacings_are_diffusers():
 
 
 def test_spacings_by_hand():
-    assert S.timesteps("linspace", 6, 10) == [9, 7, 5, 4, 2, 0]
+    assert S.timesteps("linspace", 6, 10) == [9, 7, 5, 4, 2, 0]  # rounded down it would be 9, 7, 5, 3, 1, 0
     assert S.timesteps("linspace", 1, 1000) == S.timesteps("trailing", 1, 1000) == [999]
     assert S.timesteps("compvis", 3, 1000) == [667, 334, 1]  # CompVis: index 1000 out of bounds
     assert S.timesteps("trailing", 50, 1000) == list(range(999, 0, -20))

@@ -10,8 +10,13 @@ from ldm import util
 from ldm.util import get_obj_from_str, instantiate_from_config, pick_device
 
 PACKAGE = """
+from os import system
 from pathlib import Path
+from subprocess import Popen
 import torch
+from torch.nn import Linear
+class MNIST(torch.utils.data.Dataset): pass
+MNIST.__module__ = "torchvision.datasets.mnist"  # as if imported from there
 class Net(torch.nn.Module):
     def __init__(self, width=3): super().__init__(); self.width = width
 class Data(torch.utils.data.Dataset): pass
@@ -24,8 +29,8 @@ def make(): raise AssertionError("a function was reached")
 def package(tmp_path, monkeypatch):
     """Research code beside the program: a package that nobody has imported yet."""
     (tmp_path / "some_research").mkdir()
-    (tmp_path / "some_research" / "__init__.py").write_text("")
     (tmp_path / "some_research" / "nets.py").write_text(PACKAGE)
+    (tmp_path / "some_research" / "other.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     yield "some_research"
     for name in [name for name in sys.modules if name.partition(".")[0] == "some_research"]:
@@ -93,16 +98,49 @@ def test_a_package_is_allowed_once_the_program_has_imported_it(package):
     with pytest.raises(ValueError, match="import its package \\(--allow PACKAGE\\) first"):
         get_obj_from_str("some_research.nets.Net")
     assert "some_research" not in sys.modules  # refusing imports nothing
-    importlib.import_module("some_research")
-    with pytest.raises(ValueError, match="not an allowed class"):  # the module itself must have been imported
-        get_obj_from_str("some_research.nets.Net")
-    importlib.import_module("some_research.nets")
+    importlib.import_module("some_research.other")  # of its own, one module is enough
     net = instantiate_from_config({"target": "some_research.nets.Net", "params": {"width": 7}})
     assert net.width == 7
     assert get_obj_from_str("some_research.nets.Data").__name__ == "Data"
-    for name in ("Plain", "make", "Path"):
-        with pytest.raises(ValueError, match="neither a torch Module nor a Dataset|not a class"):
+    for name in ("Plain", "make", "Path", "MNIST"):
+        with pytest.raises(ValueError, match="neither a torch Module nor a Dataset|not a class|not defined in"):
             get_obj_from_str(f"some_research.nets.{name}")
+
+
+def test_of_an_installed_package_only_imported_modules_are_allowed(tmp_path, package, monkeypatch):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "some_research").rename(tmp_path / "site-packages" / "some_research")
+    monkeypatch.syspath_prepend(tmp_path / "site-packages")
+    importlib.import_module("some_research.other")
+    with pytest.raises(ValueError, match="not an allowed class"):
+        get_obj_from_str("some_research.nets.Net")
+    assert "some_research.nets" not in sys.modules
+    importlib.import_module("some_research.nets")
+    assert get_obj_from_str("some_research.nets.Net").__name__ == "Net"
+
+
+def test_a_stranger_s_configuration_reaches_nothing_through_a_package_of_the_program(package, tmp_path):
+    importlib.import_module("some_research.other")
+    import xml  # a package of Python's own, imported; as torch is, and numpy
+
+    assert xml.__path__
+    through = "torch.hub.load make system Popen Path MNIST Linear __class__".split()
+    reached = [f"some_research.nets.{name}" for name in through]
+    reached += [
+        "some_research.os.system",
+        "some_research.evil.Net",
+        "some_research..nets.Net",
+        "some_research.__path__",
+    ]
+    others = "xml.dom.minidom.Document torch.hub.load torch.distributed.run.run torch.jit.load numpy.load os.system"
+    for target in (
+        *reached,
+        *others.split(),
+        *("numpy.ctypeslib.load_library", "subprocess.Popen", "unittest.mock.Mock", "pytest.main"),
+    ):
+        with pytest.raises(ValueError, match="^target "):
+            instantiate_from_config({"target": target, "params": {"command": f"touch {tmp_path}/hit"}})
+    assert not (tmp_path / "hit").exists()
 
 
 def test_a_package_is_allowed_that_the_user_names(package, monkeypatch):

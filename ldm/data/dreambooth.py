@@ -1,6 +1,8 @@
 """DreamBooth's data: a few pictures of each subject, paired with pictures of the subject's class (Ruiz et al. 2022)."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from torch.utils.data import Dataset
 
 from ldm.data.folder import Folder
 from ldm.data.pictures import read_picture
+
+CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
 
 class DreamBooth(Dataset):
@@ -18,9 +22,9 @@ class DreamBooth(Dataset):
     pictures in turn, so that subjects weigh the same, however many pictures they have. An epoch holds every picture at
     least once, and at least `least` samples.
 
-    subjects: for each, {"instance_dir", "instance_prompt"} and, with prior preservation, {"class_dir", "class_prompt",
-        "class_pictures": which files of the folder}; all of them have class pictures, or none. The prompts are the
-        captions of pictures that come without one of their own (NAME.txt, NAME.caption, metadata.jsonl).
+    subjects: for each, {"instance_dir", "instance_prompt"} and, with prior preservation, {"class_dir",
+        "class_pictures": {file in that folder: caption}}; all of them have class pictures, or none. The prompt and the
+        captions are those of pictures that come without one of their own (NAME.txt, NAME.caption, metadata.jsonl).
     size, channels, crop, flip, seed: as in `Folder`.
 
     Raises what `Folder` raises, and ValueError for a damaged picture (all are read once), no subject, or class pictures
@@ -46,7 +50,7 @@ class DreamBooth(Dataset):
         self.classes: list[Any] = [
             Folder(
                 one["class_dir"],
-                caption=one["class_prompt"],
+                caption=one["class_pictures"],
                 paths=[Path(one["class_dir"], name) for name in one["class_pictures"]],
                 **settings,
             )
@@ -92,6 +96,18 @@ class DreamBooth(Dataset):
         return sample
 
 
+def choices(prompt: str) -> list[str]:
+    """The prompts that one with choices means: "a {thin|bold} five" is "a thin five" and "a bold five".
+
+    A choice may be empty. Braces without | are text. Several choices are combined in every way.
+    """
+    texts, options = CHOICE.split(prompt)[::2], [match[1].split("|") for match in CHOICE.finditer(prompt)]
+    found = (
+        "".join(part for pair in zip(texts, [*row, ""], strict=True) for part in pair) for row in product(*options)
+    )
+    return list(dict.fromkeys(" ".join(one.split()) for one in found)) if options else [prompt]
+
+
 def words_of(prompt: str) -> list[str]:
     """The words of a prompt, without the punctuation around them."""
     return [bare for word in prompt.split() if (bare := word.strip(".,;:!?\"'()[]{}"))]
@@ -101,7 +117,7 @@ def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
     """The words that name the subject: those of its prompt that its class's prompt lacks; none without a class."""
     if class_prompt is None:
         return []
-    common = set(words_of(class_prompt.lower()))
+    common = {word for one in choices(class_prompt) for word in words_of(one.lower())}
     return [word for word in dict.fromkeys(words_of(instance_prompt)) if word.lower() not in common]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ class Folder(Dataset):
     middle with crop="center"; with crop="random" at a place that is a function of (seed, epoch, index), as is the
     mirroring of half of the pictures with flip=True.
     channels: 3, or 1 for grey.
-    caption: of pictures that have none of their own; without it those are refused.
+    caption: of pictures that have none of their own, one for all or by their paths from root; a picture without any is
+    refused.
     paths: only these pictures, which lie below `root`, instead of all.
 
     Raises ValueError with the file's name for a picture without caption, a caption without picture, a bad line, a file
@@ -44,7 +46,7 @@ class Folder(Dataset):
         crop: str = "center",
         flip: bool = False,
         seed: int = 0,
-        caption: str | None = None,
+        caption: str | Mapping[str, str] | None = None,
         paths: list[Path] | None = None,
     ):
         if root is None:
@@ -61,7 +63,9 @@ class Folder(Dataset):
         everything = find_pictures(self.root)
         self.paths = everything if paths is None else paths
         listed = _read_metadata(self.root / "metadata.jsonl", {self._name(path) for path in everything})
-        self.captions = [_find_caption(path, listed.get(self._name(path), caption)) for path in self.paths]
+        others = caption if isinstance(caption, Mapping) else {self._name(path): caption for path in self.paths}
+        captions = {**others, **listed}
+        self.captions = [_find_caption(path, captions.get(self._name(path))) for path in self.paths]
         for path in self.paths:
             check_picture(path)
 

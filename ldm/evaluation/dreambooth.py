@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.captions import NUMBER_WORDS, SLANT_WORDS, WEIGHT_WORDS, Caption
+from ldm.data.dreambooth import choices
 from ldm.data.folder import find_pictures
 from ldm.data.measure import MNIST_THRESHOLDS
 from ldm.data.pictures import read_picture
@@ -67,7 +68,9 @@ def similarity(a: Tensor, b: Tensor | None = None) -> float:
 
 @dataclass(frozen=True)
 class Asked:
-    """The prompts of a measurement: the subject's, its class's, and which digit the class is (None: of no digit)."""
+    """The prompts of a measurement: the subject's, its class's (which may have choices, see `ldm.data.dreambooth`), and
+    which digit the class is (None: of no digit).
+    """
 
     instance_prompt: str
     class_prompt: str
@@ -93,7 +96,8 @@ def measure(
     def pictures(prompts: Sequence[str], seed: int) -> Tensor:
         return draw(model, list(prompts), seed, batch_size)
 
-    results, own = pictures([asked.instance_prompt] * n, 0), pictures([asked.class_prompt] * n, 0)
+    classes = choices(asked.class_prompt)
+    results, own = pictures([asked.instance_prompt] * n, 0), pictures([classes[i % len(classes)] for i in range(n)], 0)
     features, class_features = features_of(networks.features, results), features_of(networks.features, own)
     captions = [caption for caption in styled(asked.instance_prompt) for _ in range(max(1, n // 6))]
     style = style_accuracy(pictures([c.text for c in captions], 2 * n), captions, MNIST_THRESHOLDS)

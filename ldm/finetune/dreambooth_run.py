@@ -10,7 +10,7 @@ import yaml
 
 from ldm.checkpoint.file import atomic
 from ldm.conditioning.prompt import count_chunks
-from ldm.data.dreambooth import identifiers, unread
+from ldm.data.dreambooth import choices, identifiers, unread
 from ldm.data.folder import find_pictures
 from ldm.generation import given
 from ldm.latent_diffusion import LatentDiffusion
@@ -76,7 +76,7 @@ def defaults_for(model: LatentDiffusion) -> Defaults:
 
 
 class Subject(NamedTuple):
-    """A subject as the options name it; its class is None where it is not given."""
+    """A subject as the options name it; its class, which may have choices, is None where it is not given."""
 
     instance_dir: Path
     instance_prompt: str
@@ -116,6 +116,11 @@ def training_size(args: argparse.Namespace, model: LatentDiffusion) -> int:
     return size
 
 
+def class_prompts(subject: Subject) -> list[str]:
+    """All that the subject's class is; nothing without one."""
+    return [] if subject.class_prompt is None else choices(subject.class_prompt)
+
+
 def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
     """What a user should know of a subject before it is learnt."""
     paths, notes = find_pictures(subject.instance_dir), []
@@ -128,8 +133,8 @@ def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
         tokens = len(model.cond_stage_model.tokenizer.encode(word))
         if tokens > 1:
             notes.append(f"the tokenizer splits {word!r} into {tokens} tokens: they are learnt together, which is fine")
-    for prompt in (subject.instance_prompt, subject.class_prompt):
-        if prompt is not None and count_chunks(model.cond_stage_model, [prompt], True)[0] > 1:
+    for prompt in [subject.instance_prompt, *class_prompts(subject)]:
+        if count_chunks(model.cond_stage_model, [prompt], True)[0] > 1:
             notes.append(f"the prompt {prompt!r} is too long for the text encoder and is cut")
     return notes
 
@@ -138,20 +143,20 @@ def make_config(
     args: argparse.Namespace,
     model: LatentDiffusion,
     found: Sequence[Subject],
-    class_pictures: Sequence[list[str]],
+    class_pictures: Sequence[Mapping[str, str | None]],
     loading: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The run's configuration.
 
-    class_pictures: for each subject, which files of its class's folder to train on; none without prior preservation.
+    class_pictures: for each subject, which files of its class's folder to train on, with their captions; none without
+    prior preservation.
     loading: arguments of `ldm.load` besides the path. Raises ValueError for settings that do not fit together.
     """
     default, size, data = defaults_for(model), training_size(args, model), []
-    for subject, names in zip(found, class_pictures, strict=True):
+    for subject, pictures in zip(found, class_pictures, strict=True):
         row = {"instance_dir": str(subject.instance_dir.resolve()), "instance_prompt": subject.instance_prompt}
-        if names:
-            folder = str(subject.class_dir.resolve())
-            row |= {"class_dir": folder, "class_prompt": subject.class_prompt, "class_pictures": names}
+        if pictures:
+            row |= {"class_dir": str(subject.class_dir.resolve()), "class_pictures": dict(pictures)}
         data.append(row)
     batch_size = given(args.train_batch_size, default.batch_size)
     output = args.output_dir.resolve()
@@ -204,7 +209,7 @@ def stage_params(
     words = list(dict.fromkeys(word for one in found for word in identifiers(one.instance_prompt, one.class_prompt)))
     text, text_rate = what_of_the_text(args, default, bool(words))
     prompts = args.validation_prompt or [
-        prompt for one in found for prompt in (one.instance_prompt, one.class_prompt) if prompt is not None
+        prompt for one in found for prompt in (one.instance_prompt, *class_prompts(one)[:1])
     ]
     lora = None
     if args.rank is not None:

@@ -7,6 +7,7 @@ run finds its own; any other picture there is the user's.
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,26 +32,33 @@ def users_pictures(folder: Path) -> list[str]:
 def collect(
     model: LatentDiffusion,
     folder: Path,
-    prompt: str,
+    prompts: Sequence[str],
     count: int | None,
     usual: int,
     size: int,
     scale: float,
     batch_size: int,
-) -> list[str]:
-    """Names of `count` pictures of a class in the folder: those that are not ours first, the rest drawn (see below).
+) -> dict[str, str | None]:
+    """`count` pictures of a class in the folder and their captions: those that are not ours first, the rest drawn.
+
+    The prompts share what is drawn evenly. Pictures that are not ours are captioned with the prompt if there is one
+    alone; if there are several, they need captions of their own, and have none here.
 
     count: None takes all that are not ours, or draws the usual number where there are none.
     """
     own = users_pictures(folder)
     if count is None:
         count = len(own) if own else usual
+    found = dict.fromkeys(own[:count], prompts[0]) if len(prompts) == 1 else dict.fromkeys(own[:count])
     missing = count - len(own)
-    if missing <= 0:
-        return own[:count]
-    if own:
+    if own and missing > 0:
         print(f"{folder} holds {len(own)} pictures of the class; the model draws {missing} more")
-    return own + draw_class_pictures(model, folder, prompt, missing, size, scale, batch_size)
+    for i, prompt in enumerate(prompts):
+        share = len(range(i, missing, len(prompts)))
+        if share:
+            names = draw_class_pictures(model, folder, prompt, share, size, scale, batch_size)
+            found |= dict.fromkeys(names, prompt)
+    return found
 
 
 def draw_class_pictures(

@@ -1,0 +1,67 @@
+"""The generative learning trilemma (Xiao et al. 2022, figure 1): quality, coverage and speed of several generators.
+
+Quality is the Fréchet distance over that of as many real pictures, coverage the recall, speed the seconds a picture.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.sampling import get_sampler
+from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.schedule import sampling_sigmas
+from ldm.evaluation.draw import draw
+from ldm.evaluation.networks import Measuring, features_of
+from ldm.evaluation.pictures import quantise
+from ldm.evaluation.reference import Reference
+from ldm.evaluation.report import report_distribution
+
+
+@torch.inference_mode()
+def draw_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
+    """uint8 (n, 28, 28): a model's first stage as a VAE (Kingma & Welling 2014), unit normal latents decoded.
+
+    Its scaled latents have unit variance, so that the unit normal is the prior that suits them best.
+    """
+    size = model.latent_size(model.defaults["height"], model.defaults["width"])
+    pictures = []
+    for first in range(0, n, batch_size):
+        seeds = range(seed + first, seed + min(first + batch_size, n))
+        pictures.append(quantise(model.decode(PictureNoise(seeds, size)().to(model.device)).cpu()))
+    return torch.cat(pictures)
+
+
+def draw_asked(model: Any, labels: Tensor, batch_size: int, seed: int = 0, **settings: Any) -> Tensor:
+    """uint8 (n, 28, 28): a picture for each label (n,), or as many of a model that takes none."""
+    return draw(model, labels.tolist(), seed, batch_size, **settings)
+
+
+def evaluations(model: Any, **settings: Any) -> int:
+    """How often a picture's drawing calls the network."""
+    own = {**model.defaults, **settings}
+    row = get_sampler(own["sampler"])
+    spacing = row.spacing if own["spacing"] is None else own["spacing"]
+    return sum(row.evaluations(sampling_sigmas(model.schedule, own["steps"], spacing, row.final_sigma).tolist()))
+
+
+def measure(
+    name: str, calls: int, draw_pictures: Callable[[], Tensor], reference: Reference, networks: Measuring
+) -> dict[str, Any]:
+    """A row: the three axes, precision, and CPU seconds a picture, in which a busy machine counts less."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    pictures = draw_pictures()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    found = report_distribution(features_of(networks.features, pictures), reference)
+    return {
+        "name": name,
+        "evaluations": calls,
+        "ratio": found["frechet"]["ratio"],
+        "recall": found["precision_recall"]["recall"],
+        "precision": found["precision_recall"]["precision"],
+        "seconds": wall / len(pictures),
+        "cpu_seconds": cpu / len(pictures),
+        "n": len(pictures),
+    }

@@ -1,0 +1,32 @@
+"""Comparing kinds of generators: what is drawn, how many evaluations it takes, and the row of figures."""
+
+import torch
+
+from ldm.evaluation import trilemma
+from ldm.evaluation.networks import Measuring
+from ldm.evaluation.pictures import quantise
+from ldm.evaluation.reference import load_reference
+
+
+def test_the_prior_is_decoded_seed_by_seed(tiny_model):
+    pictures = trilemma.draw_prior(tiny_model, 5, batch_size=2, seed=3)
+    assert pictures.shape == (5, 28, 28) and pictures.dtype == torch.uint8
+    latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(4))
+    expected = quantise(tiny_model.decode(latents[None]))[0]  # the second one's seed
+    assert (pictures[1].int() - expected.int()).abs().max() <= 1
+
+
+def test_evaluations(tiny_model):
+    assert trilemma.evaluations(tiny_model) == 4
+    assert trilemma.evaluations(tiny_model, sampler="ddpm", steps=10) == 10
+    assert trilemma.evaluations(tiny_model, sampler="heun", steps=10) > 15  # two a step, save for a few
+
+
+def test_a_row_of_real_pictures_is_near_the_floor():
+    reference, networks = load_reference(), Measuring.load()
+    row = trilemma.measure("real", 0, lambda: reference.pictures[:300], reference, networks)
+    assert (row["name"], row["evaluations"], row["n"]) == ("real", 0, 300)
+    assert 0.5 < row["ratio"] < 2 and row["recall"] > 0.7  # the first ones are no fair sample: cleaner than the rest
+    assert 0 <= row["cpu_seconds"] < 1
+    noise = trilemma.measure("noise", 0, lambda: torch.randint(0, 256, (300, 28, 28)).byte(), reference, networks)
+    assert noise["ratio"] > 20 and noise["recall"] < 0.05
