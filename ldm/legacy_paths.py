@@ -14,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 HOMES = {
+    "ldm.data.personalized": "ldm.finetune.personalized",
+    "ldm.data.personalized_style": "ldm.finetune.personalized_style",
     "ldm.lr_scheduler": "ldm.training.lr_scheduler",
     "ldm.models.diffusion.ddim": "ldm.compvis.samplers",
     "ldm.models.diffusion.ddpm": "ldm.compvis.ddpm",
@@ -27,6 +29,7 @@ HOMES = {
     "ldm.modules.diffusionmodules.util": "ldm.models.blocks",  # the networks call `checkpoint` there: forks replace it
     "ldm.modules.distributions.distributions": "ldm.models.distributions",
     "ldm.modules.ema": "ldm.training.ema",
+    "ldm.modules.embedding_manager": "ldm.finetune.embedding_manager",
     "ldm.modules.encoders.modules": "ldm.compvis.encoders",
     "ldm.modules.losses": "ldm.training.losses",
     "ldm.modules.losses.contperceptual": "ldm.training.losses",

@@ -110,7 +110,8 @@ def add_memory(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--gradient_accumulation_steps", type=whole(1), default=1, metavar="N", help="batches to an optimizer step (1)")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
-    add("--mixed_precision", choices=("auto", "fp32", "no", "bf16"), default="auto", help="auto: bf16 where it is fast")
+    precisions = ("auto", "fp32", "no", "bf16", "fp16")
+    add("--mixed_precision", choices=precisions, default="auto", help="auto: bf16 where it is fast")
     add("--optimizer", choices=("adamw", "adamw8bit", "adafactor"), default="adamw", help="the last two are small")
     add("--use_8bit_adam", dest="optimizer", action="store_const", const="adamw8bit", help="--optimizer adamw8bit")
     add("--no_cache", dest="cache", action="store_false", help="encode pictures and texts anew at every step")

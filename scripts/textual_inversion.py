@@ -65,7 +65,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=whole(0), default=0, metavar="N", help="of everything (0)")
     add("--gradient_accumulation_steps", type=whole(1), default=1, metavar="N", help="batches to an optimizer step (1)")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
-    add("--mixed_precision", choices=("auto", "fp32", "no", "bf16"), default="auto", help="auto: bf16 where it is fast")
+    precisions = ("auto", "fp32", "no", "bf16", "fp16")
+    add("--mixed_precision", choices=precisions, default="auto", help="auto: bf16 where it is fast")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, default=Path("outputs/textual_inversion"), metavar="DIR", help="(outputs/...)")
     add(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_fill import fill, published_shapes, shapes
 
-from ldm.conditioning.classes import ClassEmbedder
+from ldm.conditioning.classes import ClassEmbedder, ClassLabels
 
 
 def test_names_and_shapes_of_the_published_model():
@@ -28,6 +28,19 @@ def test_each_class_has_its_vector():
 def test_numbers_may_be_texts_as_scripts_have_them():
     model = fill(ClassEmbedder(8, 11), 0)
     assert torch.equal(model.encode(["3", "", "10"]), model.encode([3, model.null, 10]))
+
+
+def test_labels_are_handed_on_as_numbers():
+    model = ClassLabels(11)
+    cond = model(["3", "", 10, 0])
+    assert list(cond) == ["c_adm"] and cond["c_adm"].tolist() == [3, 10, 10, 0] and model.null == 10
+
+
+def test_without_a_class_that_says_nothing_there_is_no_empty_text():
+    model = ClassLabels(10, null=False)
+    assert model(["9", 0])["c_adm"].tolist() == [9, 0] and model.null is None
+    with pytest.raises(ValueError, match="class '' does not exist: this model's are 0 to 9"):
+        model([""])
 
 
 def test_it_trains():

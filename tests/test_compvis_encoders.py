@@ -16,6 +16,8 @@ from ldm.compvis.encoders import (
     BERTEmbedder,
     ClassEmbedder,
     FrozenCLIPEmbedder,
+    FrozenClipImageEmbedder,
+    FrozenCLIPTextEmbedder,
     FrozenOpenCLIPEmbedder,
     SpatialRescaler,
     TransformerEmbedder,
@@ -209,6 +211,52 @@ def test_open_clip_without_weights():
     with torch.device("meta"), pytest.warns(UserWarning, match="no weights of 'ViT-H-14/laion2b_s32b_b79k'"):
         encoder = FrozenOpenCLIPEmbedder(freeze=True, layer="penultimate")
     assert shapes(encoder) == published_shapes("sd-v2", "cond_stage_model.")
+
+
+# OpenAI's CLIP, whole texts and pictures
+
+
+@torch.no_grad()
+def test_clip_s_embeddings_of_texts_and_pictures(tmp_path, monkeypatch):
+    import open_clip
+
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
+    vision = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 8, "image_size": 24}
+    tiny = {"embed_dim": 24, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(tiny))
+    open_clip.add_model_config(tmp_path / "tiny-clip.json")
+    monkeypatch.setattr(public_clip, "_open_clip_models", lambda: tmp_path)
+    theirs = fill(open_clip.CLIP(**tiny), 0)
+    file = str(tmp_path / "weights.safetensors")
+    save_file({name: tensor.clone() for name, tensor in theirs.state_dict().items()}, file)
+    expected = theirs.encode_text(open_clip.tokenize(PROMPTS))
+    texts = FrozenCLIPTextEmbedder(f"tiny-clip/{file}", n_repeat=3, normalize=False)
+    torch.testing.assert_close(texts(PROMPTS), expected, **CLOSE)
+    torch.testing.assert_close(texts.encode(PROMPTS), expected[:, None].expand(-1, 3, -1), **CLOSE)
+    unit = FrozenCLIPTextEmbedder(f"tiny-clip/{file}")
+    torch.testing.assert_close(unit(PROMPTS[0]), torch.nn.functional.normalize(expected[:1]), **CLOSE)
+
+    pictures = FrozenClipImageEmbedder(f"tiny-clip/{file}")
+    corners = torch.zeros(1, 3, 24, 24)
+    corners[0, :, 0, 0], corners[0, :, -1, -1] = 1.0, -1.0
+    mean, std = (torch.tensor(v) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    for x in (corners, torch.nn.functional.interpolate(corners, (47, 70), mode="bilinear", align_corners=True)):
+        y = pictures.preprocess(x)  # of 24 x 24 nothing is resampled; corners stay corners
+        assert y.shape == (1, 3, 24, 24)
+        torch.testing.assert_close(y[0, :, 0, 0], (1 - mean) / std)
+        torch.testing.assert_close(y[0, :, -1, -1], -mean / std)
+    normed = (corners + 1) / 2 - mean.view(3, 1, 1)
+    torch.testing.assert_close(pictures(corners), theirs.encode_image(normed / std.view(3, 1, 1)), **CLOSE)
+    assert not any(name in ("mean", "std") for name in pictures.state_dict())
+
+
+def test_clip_s_names_of_its_models(monkeypatch):
+    asked = []
+    monkeypatch.setattr("ldm.compvis.encoders.read_text_encoder", lambda name: asked.append(name) or 1 / 0)
+    for name in ("ViT-L/14", "ViT-B/32"):
+        with pytest.raises(ZeroDivisionError):
+            FrozenCLIPTextEmbedder(name)
+    assert asked == ["ViT-L-14/openai", "ViT-B-32/openai"]
 
 
 # the others

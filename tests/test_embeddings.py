@@ -13,7 +13,7 @@ from tiny_stable_diffusion import KINDS, built, whole
 from torch import nn
 
 import ldm
-from ldm.conditioning.prompt import encode_prompts
+from ldm.conditioning.prompt import cut, encode_prompts
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer, reduce
 from ldm.finetune.embedding_files import LearnedWord, read_words, write_words
@@ -94,6 +94,24 @@ def test_words_in_weighted_and_long_prompts(model):
     long = encode_prompts(encoder, ["a cat " * 12 + "BREAK <sks>"])["c_crossattn"]
     n = encoder.tokenizer.context_length
     torch.testing.assert_close(long[:, -n:], model.condition(["<sks>"])["c_crossattn"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_word_of_several_vectors_is_not_cut_between_chunks(model):
+    """It begins the next chunk, whole; two that touch may be parted between them; of all room's length it fits."""
+    tokenizer = model.cond_stage_model.tokenizer
+    room = tokenizer.context_length - 2
+    add_word(model, "<three>", VECTORS)
+    add_word(model, "<whole>", torch.zeros(room, 32))
+    tokenizer = model.cond_stage_model.tokenizer
+    three, whole, (cat,) = tokenizer.encode("<three>"), tokenizer.encode("<whole>"), tokenizer.encode("cat")
+    for before in range(room - 3, room + 1):
+        first, second = cut(tokenizer, "cat " * before + "<three> cat")
+        fits = before + 3 <= room
+        assert first.tokens == [cat] * before + (three if fits else [])
+        assert second.tokens == ([] if fits else three) + [cat] and len(second.weights) == len(second.tokens)
+    parts = cut(tokenizer, "cat " * (room - 3) + "<three><three>(cat:1.2)")
+    assert [part.tokens for part in parts] == [[cat] * (room - 3) + three, [*three, cat]]
+    assert [part.tokens for part in cut(tokenizer, "cat <whole> cat")] == [[cat], whole, [cat]]
 
 
 MERGES = reduce(["a photo of a cat and a dog"], merges_first=100)

@@ -35,6 +35,8 @@ IMPORTED = {
     "ldm.models.diffusion.dpm_solver.sampler": "DPMSolverSampler",
     "ldm.models.diffusion.sampling_util": "norm_thresholding",
     "ldm.data.base": "Txt2ImgIterableBaseDataset",
+    "ldm.data.personalized": "PersonalizedBase per_img_token_list",
+    "ldm.data.personalized_style": "PersonalizedBase",
     "ldm.models.autoencoder": "AutoencoderKL VQModelInterface VQModel IdentityFirstStage DiagonalGaussianDistribution "
     "Encoder Decoder VectorQuantizer instantiate_from_config LitEma torch F",
     "ldm.models.diffusion.ddpm": "LatentDiffusion DDPM DiffusionWrapper LatentInpaintDiffusion exists default "
@@ -45,17 +47,18 @@ IMPORTED = {
     "SpatialSelfAttention FeedForward GEGLU Normalize zero_module checkpoint default exists rearrange repeat einsum "
     "isfunction math torch nn F",
     "ldm.modules.ema": "LitEma",
+    "ldm.modules.embedding_manager": "EmbeddingManager",
     "ldm.modules.x_transformer": "Encoder TransformerWrapper exists default",
     "ldm.modules.encoders.modules": "FrozenCLIPEmbedder FrozenOpenCLIPEmbedder BERTEmbedder TransformerEmbedder "
-    "ClassEmbedder SpatialRescaler AbstractEncoder",
+    "ClassEmbedder SpatialRescaler FrozenCLIPTextEmbedder FrozenClipImageEmbedder AbstractEncoder",
     "ldm.modules.distributions.distributions": "DiagonalGaussianDistribution DiracDistribution AbstractDistribution "
     "normal_kl",
     "ldm.modules.diffusionmodules.util": "make_beta_schedule betas_for_alpha_bar make_ddim_timesteps "
     "make_ddim_sampling_parameters extract_into_tensor noise_like checkpoint timestep_embedding conv_nd linear "
     "avg_pool_nd zero_module scale_module normalization mean_flat SiLU GroupNorm32 HybridConditioner",
-    "ldm.modules.diffusionmodules.openaimodel": "UNetModel TimestepEmbedSequential TimestepBlock ResBlock Downsample "
-    "Upsample AttentionBlock SpatialTransformer timestep_embedding checkpoint conv_nd linear avg_pool_nd zero_module "
-    "normalization exists th np math F",
+    "ldm.modules.diffusionmodules.openaimodel": "UNetModel EncoderUNetModel AttentionPool2d "
+    "TimestepEmbedSequential TimestepBlock ResBlock Downsample Upsample AttentionBlock SpatialTransformer "
+    "timestep_embedding checkpoint conv_nd linear avg_pool_nd zero_module normalization exists th np math F",
     "ldm.modules.diffusionmodules.model": "Encoder Decoder ResnetBlock AttnBlock MemoryEfficientAttnBlock Upsample "
     "Downsample Normalize nonlinearity",
     "ldm.modules.losses": "LPIPSWithDiscriminator",

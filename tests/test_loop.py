@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -106,6 +107,64 @@ def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_same(train(settings, resume=True, device="cpu"), alone)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """Gradients scaled as in fp16, on a CPU in fp32: by 2^19 at first, four times as much after 2 good steps, and half
+    as much after an overflow, which is what anything above 2^20 makes.
+    """
+    scales = []
+
+    class Scaler(torch.amp.GradScaler):
+        def scale(self, outputs):
+            return super().scale(outputs) * (torch.inf if self.get_scale() > 2**20 else 1.0)
+
+        def update(self, new_scale=None):
+            super().update(new_scale)
+            scales.append(self.get_scale())
+
+    def make(settings, device):
+        accelerator = make_accelerator(settings, device)
+        accelerator.scaler = Scaler("cpu", init_scale=2.0**19, growth_factor=4.0, growth_interval=2)
+
+        def unscale_gradients():  # accelerate's own looks for fp16
+            accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+
+        accelerator.unscale_gradients = unscale_gradients
+        return accelerator
+
+    make_accelerator = loop.make_accelerator
+    monkeypatch.setattr(loop, "make_accelerator", make)
+    return scales
+
+
+def test_scaled_gradients(scaled, tmp_path, monkeypatch):
+    """A step whose gradients overflow is skipped and not reported; resumed in the middle, the scale goes on."""
+
+    def one_optimizer(name, **settings):
+        whole = config(tmp_path / name, accumulate=2, log_every=1, preview_every=4, ema=0.0, **settings)
+        return whole | {"stage": AUTOENCODER | {"params": AUTOENCODER["params"] | {"discriminator": None}}}
+
+    path = train(one_optimizer("whole"), device="cpu")
+    whole = list(scaled)
+    assert np.log2(whole).tolist() == [19, 21, 20, 20, 22, 21]  # the third and the sixth step overflow
+    lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert [line["step"] for line in lines if "grad_norm_0" in line] == [1, 2, 4, 5]
+    assert max(line.get("grad_norm_0", 0) for line in lines) < 100  # of gradients that are scaled back
+    five, six = load_file(train(one_optimizer("five", steps=5), device="cpu")), load_file(path)
+    weights = [name for name in five if name.endswith(".weight")]
+    assert weights and all(torch.equal(five[name], six[name]) for name in weights)  # the sixth step was skipped
+    scaled.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "preview", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(one_optimizer("parts"), device="cpu")
+    assert_same(train(one_optimizer("parts"), resume=True, device="cpu"), path)
+    assert scaled == whole
+    with pytest.raises(ValueError, match="fp16 is for one optimizer, and 'autoencoder' trains by 2"):
+        train(config(tmp_path / "two"), device="cpu")
 
 
 @pytest.mark.full
@@ -220,5 +279,8 @@ def test_mixed_precision_names():
     cpu = torch.device("cpu")
     assert mixed_precision("fp32", cpu) == "no"
     assert mixed_precision("bf16", cpu) == "bf16"
+    assert mixed_precision("fp16", torch.device("cuda")) == "fp16"
+    with pytest.raises(ValueError, match="precision fp16 trains on CUDA GPUs, not on 'cpu': use bf16 or fp32"):
+        mixed_precision("fp16", cpu)
     assert mixed_precision("auto", cpu) in ("no", "bf16")
     assert mixed_precision("auto", torch.device("mps")) == "no"

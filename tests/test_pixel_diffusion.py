@@ -133,6 +133,19 @@ def test_previews_show_every_class():
     assert len(stage.eval().preview()) == 12
 
 
+def test_classes_without_one_that_says_nothing():
+    cond = {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 10, "null": False}}
+    config = {**CONFIG, "params": {**PIXEL, "cond_stage_config": cond}}
+    stage = PixelDiffusionStage(config, 1e-3, class_dropout=0.0, previews=12)
+    assert stage.preview_prompts == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    labels = torch.tensor([9, 0, 9])
+    assert torch.equal(stage.data({"image": torch.zeros(3, 1, 32, 32), "label": labels})[1]["c_adm"], labels)
+    with pytest.raises(ValueError, match="class_dropout 0.1 needs a class that says nothing, and the model has none"):
+        PixelDiffusionStage(config, 1e-3)
+    with pytest.raises(ValueError, match="scale 2.0 has nothing to steer away from"):
+        stage.latent_diffusion.generate([3], scale=2.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -14,6 +14,7 @@ FLOORS = (
     ("finetune",),
     ("training",),
     ("loading",),
+    ("denoising_gan",),
     ("pixel_diffusion",),
     ("latent_diffusion",),
     ("generation",),

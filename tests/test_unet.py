@@ -131,6 +131,15 @@ def test_blocks_start_as_their_skip_connection():
     assert torch.equal(AttentionBlock(32, num_heads=4)(x), x)
 
 
+def test_patches_are_channels_of_a_smaller_picture():
+    x, t, _ = inputs()
+    model, inner = small(in_channels=1, out_channels=2, patch=2), small(in_channels=4, out_channels=8)
+    assert model.downsampling == 2 * inner.downsampling and shapes(model) == shapes(inner)
+    image = x.view(2, 2, 2, 8, 8).permute(0, 3, 1, 4, 2).reshape(2, 1, 16, 16)  # channel (i, j): pixel i, j of a square
+    out = inner(x, t).view(2, 2, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 2, 16, 16)
+    assert torch.equal(model(image, t), out)
+
+
 def test_adm_sizes():
     """Dhariwal & Nichol 2021, their class-conditional models of 64 and 256 pixels, with learned variances."""
     adm = {"num_head_channels": 64, "use_scale_shift_norm": True, "resblock_updown": True, "num_classes": 1000}
@@ -420,6 +429,8 @@ def test_group_norm_keeps_float32_statistics(dtype, bits):
         (TEXT | {"transformer_depth": [1]}, "transformer_depth is"),
         (TEXT | {"transformer_depth": 3, "context_dim": [12, 12]}, "3 transformer blocks"),
         ({"num_attention_blocks": [2, 1]}, "2 attention blocks where num_res_blocks is 1"),
+        ({"patch": 0}, "patch is 0"),
+        ({"patch": 2, "n_embed": 5}, "1 with n_embed"),
         ({"num_classes": "text"}, "num_classes is 'text'"),
         ({"num_classes": "sequential"}, "adm_in_channels"),
     ],

@@ -27,7 +27,7 @@ from ldm.util import instantiate_from_config
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, and what is logged
 KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
-# DDPM's arguments in both generations, and attributes of the same names.
+# DDPM's arguments in both generations and in textual inversion's code, and attributes of the same names.
 SETTINGS = {
     **{"timesteps": 1000, "beta_schedule": "linear", "linear_start": 1e-4, "linear_end": 2e-2, "cosine_s": 8e-3},
     **{"given_betas": None, "v_posterior": 0.0, "parameterization": "eps", "clip_denoised": True, "log_every_t": 100},
@@ -36,7 +36,10 @@ SETTINGS = {
     **{"first_stage_key": "image", "image_size": 256, "channels": 3, "use_positional_encodings": False},
     **{"use_ema": True, "reset_ema": False, "reset_num_ema_updates": False, "make_it_fit": False},
     **{"ckpt_path": None, "ignore_keys": (), "load_only_unet": False},
+    **{"personalization_config": None, "embedding_reg_weight": 0.0, "unfreeze_model": False, "model_lr": 0.0},
 }
+
+UNSUPPORTED = ("v_posterior", "use_positional_encodings", "make_it_fit", "unfreeze_model")  # but null, false or 0
 
 
 class DiffusionWrapper(nn.Module):
@@ -83,11 +86,12 @@ class DDPM(nn.Module):
         unknown = sorted(settings.keys() - SETTINGS.keys())
         if unknown:
             raise TypeError(f"unknown arguments {unknown}: besides its networks, it takes {list(SETTINGS)}")
-        if any(settings.get(name) for name in ("v_posterior", "use_positional_encodings", "make_it_fit")):
-            raise ValueError("v_posterior, use_positional_encodings and make_it_fit have no counterpart here")
+        if any(settings.get(name) for name in UNSUPPORTED):
+            raise ValueError(f"{', '.join(UNSUPPORTED)} have no counterpart here")
         super().__init__(**({} if _networks is None else {"unet_config": unet_config, **_networks}))
         unet = unet_config if _networks is None else self.model.diffusion_model
         self.model = DiffusionWrapper(unet, conditioning_key)
+        self.embedding_manager = None  # of textual inversion
         for name, value in (SETTINGS | settings).items():
             setattr(self, name, value)
         self.register_schedule(**{name: getattr(self, name) for name in list(SETTINGS)[:6]})
@@ -240,6 +244,8 @@ class DDPM(nn.Module):
         """AdamW at `learning_rate`, which is to be set before; with a scheduler_config, Lightning's two lists."""
         parameters = [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
         parameters += self.cond_stage_model.parameters() if self.cond_stage_trainable else []
+        if self.embedding_manager is not None:
+            parameters = self.embedding_manager.embedding_parameters()
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate)
         if not self.use_scheduler:
             return optimizer

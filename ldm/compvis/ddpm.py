@@ -21,6 +21,7 @@ from ldm.diffusion import guidance, sampling
 from ldm.diffusion.denoiser import Prediction, from_vp, to_vp
 from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.vq_autoencoder import VQModelInterface
+from ldm.util import instantiate_from_config
 
 TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # of batches: no pictures
 
@@ -77,6 +78,9 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             if part is not None:
                 part.eval().requires_grad_(False)
                 part.train = partial(disabled_train, part)
+        if self.personalization_config is not None:  # textual inversion trains these words alone
+            words = instantiate_from_config(self.personalization_config, embedder=self.cond_stage_model)
+            self.requires_grad_(False).embedding_manager = words
         self._restore()
 
     @torch.no_grad()
@@ -92,7 +96,8 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         encoder = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(encoder, self.cond_stage_forward)(c)
-        c = encoder.encode(c) if callable(getattr(encoder, "encode", None)) else encoder(c)
+        managed = {} if self.embedding_manager is None else {"embedding_manager": self.embedding_manager}
+        c = encoder.encode(c, **managed) if callable(getattr(encoder, "encode", None)) else encoder(c)
         return c.mode() if isinstance(c, DiagonalGaussianDistribution) else c
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
@@ -174,7 +179,13 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     def p_losses(self, x_start: Tensor, cond: Any, t: Tensor, noise: Tensor | None = None) -> Losses:
         noise = torch.randn_like(x_start) if noise is None else noise
         x_noisy = self.q_sample(x_start=x_start, t=t, noise=noise)
-        return self._losses(self.apply_model(x_noisy, t, cond), x_start, t, noise)
+        loss, logs = self._losses(self.apply_model(x_noisy, t, cond), x_start, t, noise)
+        if self.embedding_reg_weight > 0:
+            prefix = "train" if self.training else "val"
+            moved = self.embedding_manager.embedding_to_coarse_loss().mean()
+            loss = loss + self.embedding_reg_weight * moved
+            logs |= {f"{prefix}/loss_emb_reg": moved, f"{prefix}/loss": loss}
+        return loss, logs
 
     # fmt: off
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """CompVis's `ldm.modules.encoders.modules` over our networks: its encoders give tensors.
 
 Nothing here reaches for the internet. CLIP's weights are read from a folder, a file or Hugging Face's cache; where they
-are not, the encoder is built without, and a warning says so: CompVis's code loads a checkpoint over it.
+are not, the encoder is built without, and a warning says so: CompVis's code loads a checkpoint over it. Only those that
+are in no checkpoint, FrozenCLIPTextEmbedder and FrozenClipImageEmbedder, open_clip fetches if it must.
 """
 
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checkpoint.compvis_config import clip_config, openclip_config
@@ -25,8 +27,15 @@ class AbstractEncoder(nn.Module):
 
     device = property(lambda self: next(self.parameters()).device, lambda self, _: None)  # set in vain: `to` moves it
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        return self(*args, **kwargs)
+    def encode(self, *args: Any, embedding_manager: Callable | None = None, **kwargs: Any) -> Any:
+        """A manager, of textual inversion, is given tokens (b, n) and their vectors (b, n, d), and gives others."""
+        if embedding_manager is None:
+            return self(*args, **kwargs)
+        hook = self.token_embedding.register_forward_hook(lambda _, given, out: embedding_manager(given[0], out))
+        try:
+            return self(*args, **kwargs)
+        finally:
+            hook.remove()
 
     def freeze(self) -> None:
         self.eval().requires_grad_(False)
@@ -78,6 +87,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
     LAYERS = ("last", "pooled", "hidden")
     null = ""
+    token_embedding = property(lambda self: self.transformer.text_model.embeddings.token_embedding)
 
     # fmt: off
     def __init__(
@@ -99,6 +109,10 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             self.load_state_dict(state)
         if freeze:
             self.freeze()
+
+    def word_ids(self, text: str) -> list[int]:
+        """Its tokens alone."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
         settings = {"truncation": True, "max_length": self.max_length, "padding": "max_length", "return_tensors": "pt"}
@@ -139,8 +153,57 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
         return TextEncoder.forward(self, text)["c_crossattn"]
 
 
+class FrozenCLIPTextEmbedder(AbstractEncoder, TextEncoder):
+    """CLIP's embeddings of whole texts: (b, p), of length 1 with `normalize`; `encode` repeats them, (b, n_repeat, p).
+
+    version: OpenAI's name of the model, or an architecture of open_clip's and a file, "ViT-B-32-quickgelu/FILE".
+    """
+
+    # fmt: off
+    def __init__(
+        self, version: str = "ViT-L/14", device: Any = "cuda", max_length: int = 77, n_repeat: int = 1,
+        normalize: bool = True,
+    ) -> None:
+        # fmt: on
+        params, state = read_text_encoder("/".join(_openai(version)))
+        super().__init__(**params, pooled=True)
+        self.load_state_dict(state)
+        self.max_length, self.n_repeat, self.normalize = max_length, n_repeat, normalize
+
+    def forward(self, text: str | Sequence[str]) -> Tensor:
+        z = TextEncoder.forward(self, [text] if isinstance(text, str) else text)["c_adm"]
+        return z / z.norm(dim=1, keepdim=True) if self.normalize else z
+
+    def encode(self, text: str | Sequence[str]) -> Tensor:
+        return self(text)[:, None].expand(-1, self.n_repeat, -1)
+
+
+class FrozenClipImageEmbedder(nn.Module):
+    """CLIP's embeddings of pictures (b, 3, h, w) in [-1, 1]: (b, p). model: as FrozenCLIPTextEmbedder's version."""
+
+    def __init__(self, model: str = "ViT-L/14", jit: bool = False, device: Any = "cuda", antialias: bool = False):
+        import open_clip
+
+        super().__init__()
+        architecture, weights = _openai(model)
+        self.model, self.antialias = open_clip.create_model(architecture, weights), antialias
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(open_clip, f"OPENAI_DATASET_{name.upper()}")).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """To CLIP's size and range: (b, 3, 224, 224)."""
+        x = F.interpolate(x, self.model.visual.image_size, mode="bicubic", align_corners=True, antialias=self.antialias)
+        return ((x + 1) / 2 - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.encode_image(self.preprocess(x))
+
+
 class BERTEmbedder(AbstractEncoder, bert.BERTEncoder):
     """latent-diffusion's text encoder: prompts, if BERT's vocabulary is in Hugging Face's cache, or tokens (b, n)."""
+
+    token_embedding = property(lambda self: self.transformer.token_emb)
 
     # fmt: off
     def __init__(
@@ -151,6 +214,10 @@ class BERTEmbedder(AbstractEncoder, bert.BERTEncoder):
         folder = _cached("bert-base-uncased", "vocab.txt") if use_tokenizer else None
         vocab = None if folder is None else bert.read_vocab(Path(folder) / "vocab.txt")
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, vocab, embedding_dropout)
+
+    def word_ids(self, text: str) -> list[int]:
+        ids = self.tokens([text])[0].tolist()
+        return ids[1 : ids.index(self.tokenizer.sep)]
 
     def forward(self, text: Any) -> Tensor:
         return bert.BERTEncoder.encode(self, text)  # (b, n, d)
@@ -189,6 +256,12 @@ class SpatialRescaler(AbstractEncoder, spatial.SpatialRescaler):
 
     def forward(self, x: Tensor) -> Tensor:
         return spatial.SpatialRescaler.encode(self, x)
+
+
+def _openai(name: str) -> tuple[str, str]:
+    """(open_clip's name of an architecture, a file or its tag of OpenAI's weights)."""
+    architecture, _, file = name.partition("/")
+    return (architecture, file) if Path(file).is_file() else (name.replace("/", "-"), "openai")
 
 
 def _cached(repository: str, needed: str) -> str | None:

@@ -10,17 +10,17 @@ class ClassLabels(nn.Module):
     """Class numbers as they are, for networks that embed them, such as a UNetModel with `num_classes: n_classes`.
 
     The last class is the one that says nothing (Ho & Salimans 2022): what models trained for guidance were shown in
-    place of a fraction of the labels. Ten digits and it make 11 `n_classes`.
+    place of a fraction of the labels. Ten digits and it make 11 `n_classes`. With `null` false there is none such.
     """
 
-    def __init__(self, n_classes: int) -> None:
+    def __init__(self, n_classes: int, null: bool = True) -> None:
         super().__init__()
         self.n_classes = n_classes
-        self.null = n_classes - 1
+        self.null = n_classes - 1 if null else None
 
     def forward(self, classes: Sequence[int | str] | Tensor) -> dict[str, Tensor]:
         """{"c_adm": class numbers, int64 (b,)} on the CPU. Errors as `class_numbers`."""
-        return {"c_adm": class_numbers(classes, self.n_classes)}
+        return {"c_adm": class_numbers(classes, self.n_classes, self.null)}
 
 
 class ClassEmbedder(nn.Module):
@@ -41,23 +41,25 @@ class ClassEmbedder(nn.Module):
 
     def encode(self, classes: Sequence[int | str] | Tensor) -> Tensor:
         """Class numbers (b,) -> (b, 1, d). Errors as `class_numbers`."""
-        return self.embedding(class_numbers(classes, self.n_classes).to(self.embedding.weight.device))[:, None]
+        return self.embedding(class_numbers(classes, self.n_classes, self.null).to(self.embedding.weight.device))[
+            :, None
+        ]
 
 
-def class_numbers(classes: Sequence[int | str] | Tensor, n_classes: int) -> Tensor:
+def class_numbers(classes: Sequence[int | str] | Tensor, n_classes: int, null: int | None) -> Tensor:
     """Numbers from 0, or texts that say such, as a script's --prompt gives them -> int64 (b,) on the CPU.
 
-    The empty text is the last class, which says nothing. Raises ValueError for what is no number of a class.
+    The empty text is the class that says nothing, if there is one. Raises ValueError for what is no number of a class.
     """
-    numbers = classes.tolist() if isinstance(classes, Tensor) else [_number(one, n_classes) for one in classes]
+    numbers = classes.tolist() if isinstance(classes, Tensor) else [_number(one, null) for one in classes]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < n_classes:
             raise ValueError(f"class {number!r} does not exist: this model's are 0 to {n_classes - 1}")
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
-def _number(given: int | str, n_classes: int) -> int | str:
+def _number(given: int | str, null: int | None) -> int | str:
     """The number that a text says; what says none stays as it is."""
-    if given == "":
-        return n_classes - 1
+    if given == "" and null is not None:
+        return null
     return int(given) if isinstance(given, str) and given.isascii() and given.isdecimal() else given

@@ -11,7 +11,8 @@ closed there (by 1.1 or 1 / 1.1), one that was never opened is text, and round a
 
 A prompt of more tokens than the encoder holds is cut into chunks of `context_length` - 2 (75 for CLIP), each framed and
 padded as a prompt of its own; their hidden states follow one another. As in A1111, a cut within a phrase moves back to
-the last comma if that is among the last 20 of 75 tokens (of other lengths: the same share).
+the last comma if that is among the last 20 of 75 tokens (of other lengths: the same share). A learned word of several
+tokens is never cut: it begins the next chunk.
 
 Weights multiply the hidden states of their tokens; then the whole chunk is scaled so that its mean is what it was
 ("original" emphasis). The factor is a ratio of two signed means, old over new. Where all tokens' means share a sign,
@@ -132,6 +133,8 @@ def cut(tokenizer: Tokenizer, prompt: str, plain: bool = False) -> list[Chunk]:
             weights += [weight] * len(ids)
         while len(tokens) > room and len(chunks) < MOST_CHUNKS:
             end = _end(tokens, room, comma)
+            while tokenizer.divides(tokens, end):
+                end -= 1
             chunks.append(Chunk(tokens[:end], weights[:end]))
             tokens, weights = tokens[end:], weights[end:]
         if tokens or i + 1 < len(sections) or not chunks:

@@ -95,6 +95,10 @@ class Tokenizer:
         words = [prompt[slice(*span)] for _, span in self.pipeline.pre_tokenizer.pre_tokenize_str(prompt)]
         return [i for word in words for i in ([special[word]] if word in special else self.pipeline.encode(word).ids)]
 
+    def divides(self, tokens: Sequence[int], at: int) -> bool:
+        """Whether a cut before tokens[at] would part what belongs together; of CLIP's own tokens none does."""
+        return False
+
 
 def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") -> list[str]:
     """The part of CLIP's merges that a small model needs: `Tokenizer(merges=reduce(...))`.

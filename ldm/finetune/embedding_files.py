@@ -42,7 +42,7 @@ def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
     """
     path = Path(path)
     try:
-        named, name, step = _read(path)
+        named, name, step = read_table(path)
         if word is not None and len(named) > 1:
             raise ValueError(f"it holds {len(named)} words ({', '.join(named)}), which cannot all be called {word!r}")
         own = {word if word is not None else (name if key == ANY else key): value for key, value in named.items()}
@@ -51,8 +51,8 @@ def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
         raise ValueError(f"embedding {str(path)!r} cannot be read: {error}") from None
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
-    """(vectors by word, the word that "*" stands for, step)."""
+def read_table(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
+    """(vectors by word, the word that "*" stands for, step). Raises as `read_words`, without the file's name."""
     if not path.is_file():
         raise FileNotFoundError(f"embedding {str(path)!r} does not exist")
     with open(path, "rb") as opened:

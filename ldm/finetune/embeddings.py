@@ -7,6 +7,7 @@ without them; their own files are read and written by `embedding_files`.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +40,11 @@ class WordTokenizer(Tokenizer):
         self.words[word] = list(range(first, first + count))
         self.order = sorted(self.words, key=len, reverse=True)  # of two that begin alike, the longer is meant
         self.found = re.compile("|".join(map(_pattern, self.order)), re.IGNORECASE)
+
+    def divides(self, tokens: Sequence[int], at: int) -> bool:
+        """Whether the cut would be within a learned word."""
+        firsts = {ids[0] for ids in self.words.values()}
+        return tokens[at] == tokens[at - 1] + 1 and tokens[at] > self.vocab_size and tokens[at] not in firsts
 
     def encode(self, prompt: str) -> list[int]:
         ids, end = [], 0

@@ -1,17 +1,20 @@
 """Drawing recipes with a model: a run of them, or one again; and showing how a picture came about."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step, get_sampler
+from ldm.diffusion.sampling.first_order import add_noise
+from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.images import image_grid, to_pil
 from ldm.inference.original import Original
 from ldm.inference.precision import precision_of, set_precision
@@ -195,26 +198,43 @@ class StripRecorder:
     """A callback that decodes up to `columns` of each picture's `steps` (1 or more), evenly, the last among them."""
 
     def __init__(self, model: LatentDiffusion, steps: int, columns: int = 10) -> None:
-        self.model = model
+        self.model, self.last = model, steps - 1
         columns = min(columns, steps)
         self.kept = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
-        self.pictures: list[tuple[list[Image.Image], list[Image.Image]]] = []  # (x_t, x0 along the way) of each
+        self.levels: list[float] = []  # sigma after the kept steps of the current batch
+        # of each picture: it noised step by step; x_t, and the x0 predicted, on the way to it
+        self.pictures: list[tuple[list[Image.Image], list[Image.Image], list[Image.Image]]] = []
 
     def __call__(self, step: Step) -> None:
         if step.index == 0:  # a new batch
-            self.pictures += [([], []) for _ in step.x]
+            self.levels = []
+            self.pictures += [([], [], []) for _ in step.x]
         if step.index not in self.kept:
             return
-        noised = to_vp(step.x, step.sigma)  # unit variance, as the decoder knows latents
-        batch = self.pictures[-len(step.x) :]
-        for (above, below), x, x0 in zip(batch, self._decode(noised), self._decode(step.x0), strict=True):
-            above.append(x)
-            below.append(x0)
+        self.levels.append(step.sigma)
+        self._append(1, to_vp(step.x, step.sigma))  # unit variance, as the decoder knows latents
+        self._append(2, step.x0)
+        if step.index == self.last:
+            self._noise(step.x)
 
     def strip(self, place: int) -> Image.Image:
-        """The strip of the picture drawn at that place: x_t after the kept steps, the x0 that they predicted below."""
-        above, below = self.pictures[place]
-        return image_grid(above + below, len(above))
+        """The strip of the picture drawn at that place.
 
-    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        return to_pil(self.model.decode(latents))
+        From above: what training does to such a picture, noised to the kept levels, each from the one before; how it
+        was drawn, x_t after the kept steps; and the x0 that was predicted in each.
+        """
+        noised, drawn, predicted = self.pictures[place]
+        return image_grid(noised + drawn + predicted, len(drawn))
+
+    def _noise(self, x: Tensor) -> None:
+        """Walk the forward process (Ho et al. 2020, eq. 2) from the drawn x (b, ...) up the levels it came down."""
+        noise = PictureNoise(range(len(self.pictures) - len(x), len(self.pictures)), tuple(x.shape[1:]))
+        below = self.levels[-1]
+        for sigma in reversed(self.levels):
+            x, below = add_noise(x, math.sqrt(sigma**2 - below**2), noise), sigma
+            self._append(0, to_vp(x, sigma))
+
+    def _append(self, row: int, latents: Tensor) -> None:
+        images = to_pil(self.model.decode(latents))
+        for rows, image in zip(self.pictures[-len(images) :], images, strict=True):
+            rows[row].append(image)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.attention import SpatialTransformer
@@ -178,6 +179,8 @@ class UNetModel(nn.Module):
     num_attention_blocks: per level, how many residual blocks are followed by attention; default all.
     use_linear_in_transformer: linear instead of convolutional projections around the transformers.
     norm_groups: groups of every group normalisation; they must divide every width.
+    patch: the network sees squares of so many pixels as the channels of one position, which makes it faster by about as
+        many squared; attention_resolutions count from there.
 
     Raises ValueError for arguments that exclude each other or do not fit.
     """
@@ -215,14 +218,18 @@ class UNetModel(nn.Module):
         use_linear_in_transformer: bool = False,
         adm_in_channels: int | None = None,
         norm_groups: int = 32,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         require_two_dims(dims)
         _check_attention(use_spatial_transformer, context_dim, num_heads, num_head_channels)
+        if patch < 1 or (patch > 1 and n_embed is not None):
+            raise ValueError(f"patch is {patch}: it must be at least 1, and 1 with n_embed (here {n_embed})")
         count = len(channel_mult)
         self.image_size = image_size
         self.in_channels = in_channels
-        self.downsampling = 2 ** (len(channel_mult) - 1)  # sizes must be multiples of it
+        self.patch = patch
+        self.downsampling = patch * 2 ** (len(channel_mult) - 1)  # sizes must be multiples of it
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
@@ -260,7 +267,7 @@ class UNetModel(nn.Module):
         self.time_embed = time_mlp(model_channels, parts.emb_channels)
         if num_classes is not None:
             self.label_emb = _label_embedding(num_classes, adm_in_channels, parts.emb_channels)
-        self.input_blocks, skips = encoder_blocks(parts, in_channels, model_channels, levels)
+        self.input_blocks, skips = encoder_blocks(parts, in_channels * patch**2, model_channels, levels)
         width = levels[-1].width
         self.middle_block = parts.middle(width, depths[-1], disable_middle_self_attn)
         self.output_blocks = _decoder(parts, levels, skips)
@@ -268,7 +275,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             normalization(width, norm_groups),
             nn.SiLU(),
-            zero_module(nn.Conv2d(width, out_channels, 3, padding=1)),
+            zero_module(nn.Conv2d(width, out_channels * patch**2, 3, padding=1)),
         )
         self.predict_codebook_ids = n_embed is not None
         if n_embed is not None:
@@ -290,7 +297,7 @@ class UNetModel(nn.Module):
         (b, n, context_dim), or a list with one per transformer block; y as num_classes says. h and w must halve
         len(channel_mult) - 1 times.
 
-        Returns (b, out_channels, h, w) in x's dtype ((b, n_embed, h, w) with n_embed).
+        Returns (b, out_channels, h, w) in x's dtype ((b, n_embed, h, w) with n_embed, which goes with patch 1).
         Raises ValueError when y is missing or not expected.
         """
         if (y is None) != (self.num_classes is None):
@@ -304,15 +311,16 @@ class UNetModel(nn.Module):
             context = [part.to(dtype) for part in context]
         elif context is not None:
             context = context.to(dtype)
-        h = x.to(dtype)
+        h = F.pixel_unshuffle(x.to(dtype), self.patch)  # (b, in_channels patch^2, h / patch, w / patch)
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb, context)  # (b, width of the level, h / 2^level, w / 2^level)
+            h = block(h, emb, context)  # (b, width of the level, 2^level times smaller)
             skips.append(h)
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)  # back up to (b, c, h, w)
-        return (self.id_predictor(h) if self.predict_codebook_ids else self.out(h)).to(x.dtype)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)  # back up to (b, c, h / patch, w / patch)
+        h = self.id_predictor(h) if self.predict_codebook_ids else self.out(h)
+        return F.pixel_shuffle(h, self.patch).to(x.dtype)
 
 
 def time_mlp(features: int, width: int) -> nn.Sequential:

@@ -31,7 +31,7 @@ class LoopSettings:
     steps: int
     batch_size: int
     accumulate: int = 1
-    precision: str = "auto"  # fp32, bf16, or auto: bf16 where the hardware computes in it
+    precision: str = "auto"  # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
@@ -45,8 +45,8 @@ class LoopSettings:
         for name in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "save_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} is {getattr(self, name)!r}: it must be a whole number of at least 1")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32 or bf16")
+        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32, bf16 or fp16")
         if not 0 <= self.ema < 1 or not self.clip > 0:
             raise ValueError(f"loop.ema {self.ema} must be from 0 to below 1, and loop.clip {self.clip} above 0")
         try:
@@ -79,9 +79,12 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
     dataset = stage.prepare(instantiate_from_config(config["data"]), accelerator.device)
     average = EMA(stage.to(accelerator.device), settings.ema)
     model, *optimizers = accelerator.prepare(stage, *stage.optimizers())
+    scaler = accelerator.scaler  # of gradients in fp16, else None
+    if scaler is not None and len(optimizers) > 1:  # each moves the scale, which the others' gradients have already
+        raise ValueError(f"precision fp16 is for one optimizer, and {name!r} trains by {len(optimizers)}: use bf16")
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     order = EpochBatches(len(dataset), settings.batch_size, seed, accelerator.process_index, accelerator.num_processes)
-    step = load_state(folder, stage, average, optimizers) if resume else 0
+    step = load_state(folder, stage, average, optimizers, scaler) if resume else 0
     accelerator.wait_for_everyone()  # every process has looked at the folder as it was
     folder.begin(config)
     metrics = Metrics(name, folder)
@@ -101,7 +104,9 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
                         group["lr"] = rate * lr_multiplier(step, settings.steps, **settings.lr_schedule)
                     if accelerator.sync_gradients:
                         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                        metrics.add({f"grad_norm_{k}": accelerator.clip_grad_norm_(parameters, settings.clip)})
+                        norm = accelerator.clip_grad_norm_(parameters, settings.clip)
+                        if scaler is None or norm.isfinite():  # where it is not, the scaler skips the step
+                            metrics.add({f"grad_norm_{k}": norm})
                     optimizer.step()
                     optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -117,7 +122,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
             stop = agreed(accelerator, interrupted.is_set())
             if stop or (not last and step % settings.save_every == 0):
                 metrics.report(step)  # what is not finite is not saved
-                save_state(folder, step, stage, average, optimizers)
+                save_state(folder, step, stage, average, optimizers, scaler)
             if stop:
                 raise Interrupted(
                     f"stopped at step {step}, saved in {folder.state}: the same command with --resume goes on"
@@ -198,7 +203,9 @@ class Metrics:
         return {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]}
 
 
-def save_state(folder: RunFolder, step: int, stage: Stage, average: EMA, optimizers: Sequence[Any]) -> None:
+def save_state(
+    folder: RunFolder, step: int, stage: Stage, average: EMA, optimizers: Sequence[Any], scaler: Any
+) -> None:
     """Everything that a resumed run needs: randomness and data order are functions of the step, so this is all."""
     folder.save_state(
         {
@@ -206,12 +213,16 @@ def save_state(folder: RunFolder, step: int, stage: Stage, average: EMA, optimiz
             "stage": stage.state_dict(),
             "ema": average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": None if scaler is None else scaler.state_dict(),
         }
     )
 
 
-def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequence[Any]) -> int:
-    """Put a saved state back -> the step it was saved at; 0 when nothing was saved yet."""
+def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequence[Any], scaler: Any) -> int:
+    """Put a saved state back -> the step it was saved at; 0 when nothing was saved yet.
+
+    A run that goes on in fp16 and was not in it begins with the scaler's own scale.
+    """
     state = folder.load_state()
     if state is None:
         return 0
@@ -219,6 +230,8 @@ def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequen
     average.load_state_dict(state["ema"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+    if scaler is not None and state["scaler"] is not None:
+        scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 
@@ -232,9 +245,14 @@ def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
 
 
 def mixed_precision(precision: str, device: torch.device) -> str:
-    """accelerate's name for a precision; `auto` takes bf16 only where the hardware computes in it."""
+    """accelerate's name for a precision; `auto` takes bf16 only where the hardware computes in it.
+
+    Raises ValueError for fp16 without a GPU: there it is slower than float32, and accelerate refuses it.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 trains on CUDA GPUs, not on {str(device)!r}: use bf16 or fp32")
     if precision != "auto":
-        return {"fp32": "no", "bf16": "bf16"}[precision]
+        return {"fp32": "no"}.get(precision, precision)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # torch tells it of CPUs by names that it keeps to itself, and not in all versions

@@ -40,7 +40,13 @@ class PixelDiffusionStage(DenoisingStage):
         preview_columns: int = 10,
     ) -> None:
         whole = instantiate_from_config(model)
-        classes = [""] if whole.cond_stage_model is None else range(whole.cond_stage_model.null)
+        cond = whole.cond_stage_model
+        classes = [""] if cond is None else range(cond.n_classes if cond.null is None else cond.null)
+        if cond is not None and cond.null is None and class_dropout != 0:
+            raise ValueError(
+                f"class_dropout {class_dropout} needs a class that says nothing, and the model has none: set it to 0, "
+                "or give the model's cond_stage_config null: true and one class more"
+            )
         shown = [classes[i % len(classes)] for i in range(previews)]
         super().__init__(whole, learning_rate, betas, weight_decay, timesteps, shown, preview_columns)
         self.class_dropout = check_share("class_dropout", class_dropout)
@@ -65,6 +71,8 @@ class PixelDiffusionStage(DenoisingStage):
         model = self.latent_diffusion
         if model.cond_stage_model is None:
             return batch["image"], {}
+        if self.class_dropout == 0:
+            return batch["image"], model.condition(batch["label"])
         dropped = torch.rand(len(batch["label"])) < self.class_dropout
         labels = torch.where(dropped.to(batch["label"].device), model.null, batch["label"])
         return batch["image"], model.condition(labels)

@@ -1,0 +1,67 @@
+"""DenoisingGAN: a pixel-space diffusion model of few steps, whose network draws x0 by a latent z (Xiao et al. 2022).
+
+Sampling is the ancestral sampler, `ddpm`, at every level of a schedule of few: x_{t-1} ~ q(. | x_t, G(x_t, t, z)), with
+a fresh z at each step.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Denoise, make_denoiser
+from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.latent_diffusion import Conditioning
+from ldm.pixel_diffusion import PixelDiffusion
+
+
+class DenoisingGAN(PixelDiffusion):
+    """A `PixelDiffusion` that predicts x0 by a network that takes a latent, `ldm.models.ddgan.Generator`.
+
+    Args: as there; the schedule is the paper's, four steps of the VP SDE, unless another is given.
+    """
+
+    target = "ldm.denoising_gan.DenoisingGAN"
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        channels: int,
+        cond_stage_config: Mapping[str, Any] | None = None,
+        schedule: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        schedule = {"name": "vp", "T": 4} if schedule is None else schedule
+        super().__init__(unet_config, channels, cond_stage_config, schedule, "x0", defaults, clip=False)
+        for fixed in ("prediction", "clip"):  # the generator's tanh clips
+            del self.config[fixed]
+
+    def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning, z: Tensor | None = None) -> Tensor:
+        """x0' (b, c, h, w) for noised pictures x at timesteps t (b,); z (b, latent_dim), by default drawn anew."""
+        generator = self.model.diffusion_model
+        z = torch.randn(len(x), generator.latent_dim, device=x.device) if z is None else z
+        return generator(x, t, z, y=cond.get("c_adm"))
+
+    def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
+        """As everywhere, with a fresh z at each call: picture i's from seeds[i] alone, or all from torch's own state.
+
+        Where guidance asks for the same pictures under several conditionings at once, each gets its z in all of them.
+        """
+        noise = None
+        if seeds is not None:
+            noise = PictureNoise([latent_seed(seed) for seed in seeds], (self.model.diffusion_model.latent_dim,))
+
+        def network(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            if noise is None:
+                return self.apply_model(x, t, cond)
+            z = noise().to(x.device)
+            return self.apply_model(x, t, cond, z.repeat(len(x) // len(z), 1))
+
+        return make_denoiser(network, self.schedule, self.prediction, next(self.model.parameters()).dtype)
+
+
+def latent_seed(seed: int) -> int:
+    """The seed of a picture's latents: another stream than that of its noise, which has its seed itself."""
+    return int.from_bytes(hashlib.sha256(f"latent {seed}".encode()).digest()[:8], "big")

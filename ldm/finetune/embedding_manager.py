@@ -1,0 +1,93 @@
+"""Learned words as textual inversion's own code has them (Gal et al. 2022): vectors that replace those of a token.
+
+`ldm.finetune.embeddings` is how our own models learn words. Here the word must be a token of the encoder already, and
+what is replaced is decided whenever a prompt is encoded: `encoder.encode(prompts, embedding_manager=manager)`.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoint.file import atomic
+from ldm.finetune.embedding_files import TABLE, read_table
+from ldm.finetune.personalized import per_img_token_list
+
+PROGRESSIVE_SCALE = 2000  # calls in training after which progressive words are one vector longer
+
+
+class EmbeddingManager(nn.Module):
+    """The vectors of some words, to be trained: `string_to_param_dict[word]` (num_vectors_per_token, d).
+
+    embedder: of `ldm.modules.encoders.modules`: has `word_ids(text)` and `token_embedding`. placeholder_strings: the
+    words, each a single token. initializer_words: what each begins as, the first token of it; others begin at random.
+    per_image_tokens: `per_img_token_list` are words, too. progressive_words: a word grows by a vector at a time.
+
+    Raises ValueError for a word that is not a single token.
+    """
+
+    # fmt: off
+    def __init__(
+        self, embedder: Any, placeholder_strings: Sequence[str] | None = None,
+        initializer_words: Sequence[str] | None = None, per_image_tokens: bool = False, num_vectors_per_token: int = 1,
+        progressive_words: bool = False, **kwargs: Any,
+    ) -> None:
+        # fmt: on
+        super().__init__()
+        self.embedder = [embedder]  # in a list: no part of this module's names
+        self.max_vectors_per_token = num_vectors_per_token
+        self.progressive_words, self.progressive_counter = progressive_words, 0
+        self.string_to_token_dict: dict[str, Tensor] = {}
+        self.string_to_param_dict, self.initial_embeddings = nn.ParameterDict(), nn.ParameterDict()
+        words = [*(placeholder_strings or ()), *(per_img_token_list if per_image_tokens else ())]
+        weight, initial = embedder.token_embedding.weight, list(initializer_words or ())
+        for i, word in enumerate(words):
+            self.string_to_token_dict[word] = self._token(word)
+            vectors = torch.rand(num_vectors_per_token, weight.shape[1])
+            if i < len(initial):
+                vectors = weight.detach()[embedder.word_ids(initial[i])[0]].repeat(num_vectors_per_token, 1)
+                self.initial_embeddings[word] = nn.Parameter(vectors.clone(), requires_grad=False)
+            self.string_to_param_dict[word] = nn.Parameter(vectors.clone())
+
+    def _token(self, word: str) -> Tensor:
+        ids = self.embedder[0].word_ids(word)
+        if len(ids) != 1:
+            raise ValueError(f"{word!r} cannot be a placeholder: it is {len(ids)} tokens of this encoder, not one")
+        return torch.tensor(ids[0])
+
+    def forward(self, tokenized_text: Tensor, embedded_text: Tensor) -> Tensor:
+        """Tokens (b, n) and their vectors (b, n, d) -> (b, n, d), with the words' own; what follows moves back."""
+        self.progressive_counter += self.training
+        count = 1 + self.progressive_counter // PROGRESSIVE_SCALE if self.progressive_words else None
+        words = {int(self.string_to_token_dict[word]): p[:count] for word, p in self.string_to_param_dict.items()}
+        rows = []
+        for tokens, vectors in zip(tokenized_text.tolist(), embedded_text, strict=True):
+            parts = [words[t].to(v) if t in words else v[None] for t, v in zip(tokens, vectors, strict=True)]
+            rows.append(torch.cat(parts)[: len(tokens)])  # (n, d)
+        return torch.stack(rows)
+
+    def save(self, ckpt_path: str | Path) -> None:
+        """An `embeddings.pt`, which `ldm.finetune.embedding_files` reads, too."""
+        with atomic(Path(ckpt_path)) as temporary:
+            torch.save({"string_to_token": self.string_to_token_dict, TABLE: self.string_to_param_dict}, temporary)
+
+    def load(self, ckpt_path: str | Path, full: bool = True) -> None:
+        """The words of such a file, in place of those there are. Nothing in it is executed."""
+        table = read_table(Path(ckpt_path))[0]
+        self.string_to_token_dict = {word: self._token(word) for word in table}
+        vectors = {word: torch.atleast_2d(value).float() for word, value in table.items()}
+        self.string_to_param_dict = nn.ParameterDict({word: nn.Parameter(value) for word, value in vectors.items()})
+
+    def get_embedding_norms_squared(self) -> Tensor:
+        """Of all vectors: (m,)."""
+        return torch.cat(list(self.string_to_param_dict.values())).square().sum(dim=-1)
+
+    def embedding_parameters(self) -> Iterable[nn.Parameter]:
+        return self.string_to_param_dict.parameters()
+
+    def embedding_to_coarse_loss(self) -> Tensor:
+        """The mean over words of the inner products of how far their vectors have come: (n, n)."""
+        moved = [self.string_to_param_dict[word] - start for word, start in self.initial_embeddings.items()]
+        return torch.stack([step @ step.T for step in moved]).mean(dim=0)

@@ -1,0 +1,91 @@
+"""Denoising diffusion GAN: a generator of single denoising steps against a judge of them (Xiao et al. 2022)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ldm.diffusion.posterior import q_pair, q_posterior
+from ldm.diffusion.schedule import training_timesteps
+from ldm.models.ddgan import Discriminator, r1_penalty
+from ldm.models.discriminator import vanilla_d_loss
+from ldm.training.pixel_diffusion import PixelDiffusionStage
+from ldm.training.stage import adamw
+
+
+class DenoisingGANStage(PixelDiffusionStage):
+    """True steps (x_{t-1}, x_t) of the forward chain against drawn ones, x_{t-1} ~ q(. | x_t, G(x_t, t, z)).
+
+    Both losses are of the non-saturating GAN, in softplus (eq. 4 and 5), with an R1 penalty on the true x_{t-1}
+    (Mescheder et al. 2018) in every `r1_every`-th batch alone, as in the paper's code.
+
+    Args:
+        model: `{"target", "params"}` of a `DenoisingGAN`.
+        discriminator: arguments of `Discriminator`.
+        learning_rate, discriminator_rate: of AdamW, without weight decay, for the two networks. betas: for both.
+        r1_weight: gamma; half of it multiplies the penalty.
+        class_dropout, previews, preview_columns: as there.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        discriminator: Mapping[str, Any],
+        learning_rate: float,
+        discriminator_rate: float,
+        class_dropout: float = 0.1,
+        betas: Sequence[float] = (0.5, 0.9),
+        r1_weight: float = 0.05,
+        r1_every: int = 15,
+        previews: int = 20,
+        preview_columns: int = 10,
+    ) -> None:
+        if r1_every < 1 or r1_weight < 0:
+            raise ValueError(f"r1_every {r1_every} must be at least 1, and r1_weight {r1_weight} at least 0")
+        super().__init__(
+            model, learning_rate, class_dropout, betas=betas, previews=previews, preview_columns=preview_columns
+        )
+        self.discriminator = Discriminator(**discriminator)
+        self.rates = (learning_rate, discriminator_rate)
+        self.r1_weight, self.r1_every = r1_weight, r1_every
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # saved: a resumed run knows R1's turn
+
+    def optimizers(self) -> list[Optimizer]:
+        networks = zip((self.model, self.discriminator), self.rates, strict=True)
+        return [adamw(n.parameters(), rate, betas=self.betas, weight_decay=0.0) for n, rate in networks]
+
+    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        if k == 0:
+            self.steps = self._steps(batch)  # the discriminator's turn, which follows, judges the same ones
+            return self._generator_loss(*self.steps)
+        return self._discriminator_loss(*self.steps)
+
+    def _steps(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(true x_{t-1}, drawn x_{t-1}, x_t, t, classes) at random t."""
+        whole = self.latent_diffusion
+        with torch.no_grad():
+            x0, cond = self.data(batch)
+        t = training_timesteps(batch=len(x0), T=whole.schedule.T, **self.timesteps).to(x0.device)
+        true, x = q_pair(x0, t, torch.randn_like(x0), torch.randn_like(x0), whole.schedule)
+        mean, variance = q_posterior(whole.apply_model(x, t, cond).float(), x, t, whole.schedule)
+        return true, mean + variance.sqrt() * torch.randn_like(x0), x, t, cond.get("c_adm")
+
+    def _generator_loss(self, true, drawn, x, t, y) -> tuple[Tensor, dict[str, Tensor]]:
+        self.discriminator.requires_grad_(False)
+        loss = F.softplus(-self.discriminator(drawn, x, t, y=y).float()).mean()
+        self.discriminator.requires_grad_(True)
+        return loss, {"generator": loss}
+
+    def _discriminator_loss(self, true, drawn, x, t, y) -> tuple[Tensor, dict[str, Tensor]]:
+        penalised = self.batches % self.r1_every == 0
+        self.batches += 1
+        real = self.discriminator(true.requires_grad_(bool(penalised)), x, t, y=y).float()
+        loss = 2 * vanilla_d_loss(real, self.discriminator(drawn.detach(), x, t, y=y).float())
+        metrics = {"discriminator": loss}
+        if penalised:
+            metrics["r1"] = r1_penalty(real, true).mean()
+            loss = loss + self.r1_weight / 2 * metrics["r1"]
+        return loss, metrics

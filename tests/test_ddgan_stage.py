@@ -1,0 +1,154 @@
+"""Training a denoising diffusion GAN: both losses written out, whose gradients they are, R1's turn, exact resume."""
+
+import copy
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from test_ddgan import UNET
+from torch.nn import functional as F
+
+import ldm
+from ldm.data.digits import Digits
+from ldm.training import loop
+from ldm.training.ddgan import DenoisingGANStage
+from ldm.training.loop import Interrupted, train
+from ldm.training.order import collate
+
+CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "ddgan.yaml"
+GENERATOR = {"unet": UNET, "latent_dim": 6, "mapped": 24, "layers": 2, "patch": 2}
+DISCRIMINATOR = {"width": 8, "channel_mult": [1, 2], "time_channels": 16, "patch": 2}
+MODEL = {
+    "unet_config": {"target": "ldm.models.ddgan.Generator", "params": {**GENERATOR, "classes": 11}},
+    "channels": 1,
+    "cond_stage_config": {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11}},
+    "defaults": {"height": 32, "width": 32, "steps": 4, "scale": 1.0, "sampler": "ddpm"},
+}
+PARAMS = {
+    "model": {"target": "ldm.denoising_gan.DenoisingGAN", "params": MODEL},
+    "discriminator": {**DISCRIMINATOR, "classes": 11},
+    "learning_rate": 1e-3,
+    "discriminator_rate": 1e-3,
+    "previews": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict:
+    return collate(Digits(first=64).__getitems__(list(range(8))))
+
+
+def stage(**settings) -> DenoisingGANStage:
+    torch.manual_seed(0)
+    made = DenoisingGANStage(**copy.deepcopy(PARAMS) | settings)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every drawing grey
+    return made
+
+
+def unconditional(**settings) -> DenoisingGANStage:
+    generator = {"target": MODEL["unet_config"]["target"], "params": GENERATOR}
+    params = {**MODEL, "unet_config": generator, "cond_stage_config": None}
+    return stage(model={**PARAMS["model"], "params": params}, discriminator=DISCRIMINATOR, **settings)
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_the_losses_by_hand(batch, conditional):
+    """(Xiao et al. 2022, eq. 4 and 5) with the random numbers drawn again in the same order."""
+    made = stage(r1_weight=0.3, class_dropout=0.5) if conditional else unconditional(r1_weight=0.3)
+    torch.manual_seed(9)
+    of_generator, of_discriminator = made(batch, 0)[0], made(batch, 1)[0]
+    torch.manual_seed(9)
+    y = torch.where(torch.rand(8) < 0.5, 10, batch["label"]) if conditional else None
+    t = torch.randint(0, 4, (8,))
+    noise, fresh, z = torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32), torch.randn(8, 6)
+    x0, again = batch["image"], torch.randn(8, 1, 32, 32)
+    beta = torch.tensor([0.478286, 0.849203, 0.956422, 0.987394])[t].reshape(8, 1, 1, 1)
+    ab = torch.tensor([1.0, 0.521714, 0.078673, 0.00342837, 4.3219e-5])
+    before, now = ab[t].reshape(8, 1, 1, 1), ab[t + 1].reshape(8, 1, 1, 1)
+    true = before.sqrt() * x0 + (1 - before).sqrt() * noise
+    x = (1 - beta).sqrt() * true + beta.sqrt() * fresh
+    drawn = made.model.diffusion_model(x, t, z, y=y)
+    mean = before.sqrt() * beta / (1 - now) * drawn + (1 - beta).sqrt() * (1 - before) / (1 - now) * x
+    fake = mean + (beta * (1 - before) / (1 - now)).sqrt() * again
+    true.requires_grad_()
+    real, judged = made.discriminator(true, x, t, y=y), made.discriminator(fake, x, t, y=y)
+    torch.testing.assert_close(of_generator, F.softplus(-judged).mean(), rtol=1e-4, atol=1e-6)
+    penalty = torch.autograd.grad(real.sum(), true)[0].square().sum((1, 2, 3)).mean()
+    expected = F.softplus(-real).mean() + F.softplus(judged).mean() + 0.3 / 2 * penalty
+    torch.testing.assert_close(of_discriminator, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_each_loss_reaches_its_own_network_only(batch):
+    made = stage()
+    made(batch, 0)[0].backward()
+    assert all(p.grad is not None and p.grad.any() for p in made.model.parameters())
+    assert all(p.grad is None and p.requires_grad for p in made.discriminator.parameters())
+    made.zero_grad()
+    made(batch, 1)[0].backward()
+    assert all(p.grad is None for p in made.model.parameters())
+    assert all(p.grad is not None for p in made.discriminator.parameters())
+    optimizers = made.optimizers()
+    assert [len(o.param_groups[0]["params"]) for o in optimizers] == [
+        len(list(network.parameters())) for network in (made.model, made.discriminator)
+    ]
+    assert all(o.defaults["betas"] == (0.5, 0.9) and o.defaults["weight_decay"] == 0 for o in optimizers)
+
+
+def test_r1_is_lazy(batch):
+    made, penalised = stage(r1_every=3), []
+    for _ in range(7):
+        made(batch, 0)
+        penalised.append("r1" in made(batch, 1)[1])
+    assert penalised == [True, False, False, True, False, False, True]
+    assert made.state_dict()["batches"] == 7  # saved, so that a resumed run knows
+
+
+def config(outdir: Path, **params) -> dict:
+    return {
+        "name": "ddgan",
+        "outdir": str(outdir),
+        "seed": 3,
+        "stage": {"target": "ldm.training.ddgan.DenoisingGANStage", "params": {**PARAMS, "r1_every": 2, **params}},
+        "data": {"target": "ldm.data.digits.Digits", "params": {"first": 20}},
+        "loop": {"steps": 5, "batch_size": 4, "log_every": 1, "preview_every": 2, "precision": "fp32"},
+    }
+
+
+def test_a_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
+    alone = train(config(tmp_path / "alone"), device="cpu")
+    with monkeypatch.context() as patch:
+        # Ctrl-C in step 2, so that step 3 is again one with R1
+        patch.setattr(loop, "preview", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted, match="stopped at step 2"):
+            train(config(tmp_path / "resumed"), device="cpu")
+    torch.manual_seed(99)
+    resumed = train(config(tmp_path / "resumed"), resume=True, device="cpu")
+    first, second = load_file(alone), load_file(resumed)
+    assert first.keys() == second.keys() and not any("discriminator" in name for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    model = ldm.load(alone, device="cpu")
+    assert len(model.generate([0, 5], seed=1)) == 2
+    assert len(list((alone.parent / "previews").iterdir())) == 3
+
+
+def test_the_shipped_configuration_trains(tmp_path):
+    settings = OmegaConf.to_container(OmegaConf.load(CONFIG), resolve=True)
+    settings["data"] = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
+    settings["loop"] |= {"steps": 1, "batch_size": 4, "tensorboard": False}
+    path = train({**settings, "outdir": str(tmp_path)}, device="cpu")
+    model = ldm.load(path, device="cpu")
+    assert model.schedule.T == 4 and model.defaults["steps"] == 4 and model.defaults["sampler"] == "ddpm"
+    (image,) = model.generate([3])
+    assert image.size == (32, 32)
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"r1_every": 0}, "r1_every 0"), ({"r1_weight": -1.0}, "weight -1")])
+def test_mistakes_show_before_training(settings, message):
+    with pytest.raises(ValueError, match=message):
+        stage(**settings)

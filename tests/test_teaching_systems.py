@@ -1,0 +1,66 @@
+"""The teaching systems' configurations, from training to pictures, at as little of everything as possible."""
+
+import struct
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+from script_runs import ROOT, load_script, names, pixels
+
+from ldm.training.lr_scheduler import lr_multiplier
+
+train, sample = load_script("train"), load_script("sample")
+SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false", "stage.params.previews=2"]
+NARROW = {
+    "simple_unet": ["widths=[4,4,8,8,8]"],
+    "mnist14": ["widths=[8,8,8]", "norm_groups=4"],
+}
+NETWORK = "stage.params.model.params.unet_config.params"
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """Sixteen pictures in MNIST's files."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.zeros((16, 28, 28), np.uint8)
+    images[:, 4:24, 12:16] = np.random.default_rng(0).integers(200, 256, (16, 20, 4))
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 16, 28, 28) + images.tobytes())
+    labels = np.arange(16, dtype=np.uint8) % 10
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 16) + labels.tobytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, side, classes",
+    [("simple_unet", 32, []), ("mnist14", 14, ["--class", "5", "9"])],
+)
+def test_a_system_trains_and_draws(name, side, classes, mnist, tmp_path, capsys):
+    changes = [*SHORT, f"data.params.root={mnist}", "data.params.first=8", f"outdir={tmp_path / 'runs'}"]
+    changes += [f"{NETWORK}.{change}" for change in NARROW[name]]
+    train.main([str(ROOT / "configs" / "pixel" / f"{name}.yaml"), *changes, "--device", "cpu"])
+    noted = "this schedule leaves 0.219 of the picture" in capsys.readouterr().err
+    assert noted == (name == "simple_unet")
+    checkpoint, out = tmp_path / "runs" / name / "model.safetensors", tmp_path / "out"
+    options = ["--ckpt", checkpoint, "--outdir", out, "--steps", 3, "--n_samples", 2, "--strip", "--device", "cpu"]
+    sample.main([str(option) for option in [*options, *classes]])
+    count = 2 * max(1, len(classes) - 1)
+    assert len(names(out / "samples")) == count
+    assert pixels(out / "samples" / "00000.png").shape == (side, side)
+    assert Image.open(out / "strip-0000.png").size == (3 * (side + 2) - 2, 3 * (side + 2) - 2)
+
+
+def test_the_numbers_that_were_published():
+    config = OmegaConf.load(ROOT / "configs" / "pixel" / "mnist14.yaml")
+    loop, data = config.loop, config.data.params
+    steps = data.first // loop.batch_size
+    assert (data.first, data.pool, loop.batch_size, steps, loop.steps) == (5120, 2, 512, 10, 41 * 10)
+    rates = [1e-3 * lr_multiplier(step, loop.steps, **loop.lr_schedule) for step in range(loop.steps)]
+    assert rates == pytest.approx([1e-3] * 250 + [1e-4] * 160) and config.stage.params.learning_rate == 1e-3
+    model = config.stage.params.model.params
+    assert OmegaConf.to_container(model.schedule) == {"name": "cosine", "T": 1000}
+    config = OmegaConf.load(ROOT / "configs" / "pixel" / "simple_unet.yaml")
+    model = config.stage.params.model.params
+    assert OmegaConf.to_container(model.schedule) == {"name": "linear", "T": 300} and config.stage.params.error == "l1"
+    assert (model.defaults.sampler, model.defaults.steps) == ("ddpm", 300)
