@@ -68,7 +68,8 @@ def classifier_free(
         x0 = torch.lerp(x0_uncond, x0_cond, scale)
         if rescale > 0:
             x0 = _rescaled(x, x0, x0_cond, sigma, rescale, prediction)
-        return Prediction(x0, None if found.log_variance is None else found.log_variance.chunk(2)[1], x0_cond)
+        share = None if found.variance_share is None else found.variance_share.chunk(2)[1]
+        return Prediction(x0, share, x0_cond)
 
     return within(interval, guided, plain)
 

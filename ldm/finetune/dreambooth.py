@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.diffusion.schedule import training_timesteps
+from ldm.diffusion.training_noise import training_noise
 from ldm.diffusion.weighting import loss_weight
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
 from ldm.finetune.embeddings import token_embedding
@@ -181,9 +182,7 @@ class DreamBoothStage(Stage):
         with torch.no_grad():
             z = torch.cat([self._latents(batch, part) for part in parts])  # (2 b, z, h/f, w/f)
             t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps)
-            noise = torch.randn_like(z)
-            if self.noise_offset:
-                noise += self.noise_offset * torch.randn_like(z[:, :, :1, :1])
+            noise = training_noise(z, self.noise_offset)
         losses = model.loss(z, self._condition(captions), t.to(z.device), noise)  # (2 b,)
         if self.snr_gamma is not None:
             ab = model.schedule.alphas_cumprod[t]
