@@ -1,16 +1,13 @@
-"""What CompVis's yamls name: every target resolves or is listed as missing, and models have the published names."""
+"""What CompVis's yamls name: every target resolves or is listed as missing."""
 
-import copy
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from golden_fill import published_shapes, shapes
-from test_compvis_config import YAMLS
 
-from ldm.util import Unfilled, get_obj_from_str, instantiate_from_config
+from ldm.util import get_obj_from_str
 
 DOCS = Path(__file__).parents[1] / "docs" / "compvis.md"
 
@@ -125,20 +122,3 @@ def test_every_target_of_a_yaml_resolves_or_is_on_the_list():
             except ValueError:
                 assert f"`{name}`" in unsupported or f"`{module}`" in unsupported, f"{module}.{name}"
     assert len(resolved) >= 17 and "LatentDiffusion" in resolved and "ImageLogger" in resolved
-
-
-@pytest.mark.filterwarnings("ignore:no weights of")
-@pytest.mark.parametrize("name", [name for name in YAMLS if name != "instruct-pix2pix"])
-def test_yamls_instantiate_with_the_published_names(name):
-    yaml, published, _ = YAMLS[name]
-    model = copy.deepcopy(yaml["model"])
-    model["params"]["ckpt_path"] = "models/ldm/a/model.ckpt"  # a file that is not here, as the first stage's
-    if name == "cin256-v2":
-        model["params"]["use_ema"] = False  # as in its yaml
-    with torch.device("meta"), Unfilled():
-        ours = shapes(instantiate_from_config(model))
-    theirs = published_shapes(published)
-    if "inpainting" in name and "sd-" in published:
-        weight = "model.diffusion_model.input_blocks.0.0.weight"
-        theirs[weight] = (320, 9, 3, 3)
-    assert ours == theirs

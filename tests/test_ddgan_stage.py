@@ -20,7 +20,7 @@ from ldm.training.loop import Interrupted, train
 from ldm.training.order import collate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "ddgan.yaml"
-GENERATOR = {"unet": UNET, "latent_dim": 6, "mapped": 24, "layers": 2, "patch": 2}
+GENERATOR = {"unet": UNET, "latent_dim": 6, "mapped": 24, "layers": 2}
 DISCRIMINATOR = {"width": 8, "channel_mult": [1, 2], "time_channels": 16, "patch": 2}
 MODEL = {
     "unet_config": {"target": "ldm.models.ddgan.Generator", "params": {**GENERATOR, "classes": 11}},

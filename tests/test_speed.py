@@ -1,6 +1,10 @@
 """Memory layout and torch.compile change nothing but the order of sums."""
 
 import copy
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,39 +55,57 @@ class Network(torch.nn.Module):
         return self.conv(x).sin() + timesteps[:, None, None, None]
 
 
-@pytest.fixture
-def small():
+def small() -> tuple[SimpleNamespace, Network]:
     model = SimpleNamespace(model=SimpleNamespace(diffusion_model=Network()))
     return model, model.model.diffusion_model
 
 
-def test_compiling_is_announced_once_for_each_shape(small, capsys):
-    model, unet = small
+def announced() -> None:
+    model, unet = small()
     inputs = [(torch.randn(b, 4, 8, 8), torch.zeros(b)) for b in (2, 1)]
-    expected = [unet(*pair) for pair in inputs]
-    compile_unet(model, backend="eager")  # traces as every backend does, and then computes as before
+    expected, traced = [unet(*pair) for pair in inputs], []
+
+    def backend(graph, inputs):  # computes as before
+        traced.append([tuple(x.shape) for x in inputs if x.ndim == 4 and x.shape[1:] == (4, 8, 8)])
+        return graph.forward
+
+    compile_unet(model, backend)
     for _ in range(2):
         assert all(torch.equal(unet(x, t, context=None), out) for (x, t), out in zip(inputs, expected, strict=True))
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.splitlines() == [
+    assert traced == [[(2, 4, 8, 8)], [(1, 4, 8, 8)]], traced
+
+
+def broken() -> None:
+    def backend(graph, inputs):
+        raise RuntimeError("cannot find g++\nand many lines more")
+
+    model, unet = small()
+    compile_unet(model, backend)
+    unet(torch.randn(1, 4, 8, 8), torch.zeros(1))
+
+
+def fresh(check: Callable[[], None]) -> str:
+    """What a check says on stderr, run in an interpreter of its own: torch.compile stops tracing, silently, after
+    much else was done in one."""
+    done = subprocess.run([sys.executable, __file__, check.__name__], capture_output=True, text=True)
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_compiling_is_announced_once_for_each_shape():
+    assert fresh(announced).splitlines() == [
         "compiling the UNet for an input of 2 x 4 x 8 x 8 ...",
         "compiling the UNet for an input of 1 x 4 x 8 x 8 ...",
     ]
 
 
-def test_a_compiler_that_fails_is_one_sentence(small):
-    def broken(graph, inputs):
-        raise RuntimeError("cannot find g++\nand many lines more")
-
-    torch._dynamo.reset()  # after many compilations of one function it gives up, and runs it as it is
-    model, unet = small
-    compile_unet(model, backend=broken)
-    with pytest.raises(ValueError, match=r"^torch.compile failed \(.*cannot find g\+\+\): .* leave --compile out$"):
-        unet(torch.randn(1, 4, 8, 8), torch.zeros(1))
+def test_a_compiler_that_fails_is_one_sentence():
+    last = fresh(broken).splitlines()[-1]
+    assert re.fullmatch(r"ValueError: torch.compile failed \(.*cannot find g\+\+\): .* leave --compile out", last), last
 
 
-def test_mistakes_of_the_caller_stay_what_they_are(small):
-    model, unet = small
+def test_mistakes_of_the_caller_stay_what_they_are():
+    model, unet = small()
     compile_unet(model, backend="eager")
     with pytest.raises(ValueError, match="^it takes no y$"):
         unet(torch.randn(1, 4, 8, 8), torch.zeros(1), y=torch.zeros(1))
@@ -119,3 +141,7 @@ def test_on_a_gpu():
     compile_unet(model)
     found = np.asarray(model.generate(["a handwritten digit five"], steps=4)[0])
     assert np.abs(found - expected).max() <= 2
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()

@@ -1,6 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), CompVis's names."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -234,12 +235,20 @@ class Decoder(nn.Module):
         return torch.tanh(h) if self.tanh_out else h
 
 
+def require_unset(**settings: Any) -> None:
+    """Raises ValueError for an argument of CompVis's autoencoders that has no counterpart here, if it is set."""
+    for name, value in settings.items():
+        if value:
+            raise ValueError(f"{name} {value!r} has no counterpart here: leave it out (ldm.load reads checkpoints)")
+
+
 class AutoencoderKL(nn.Module):
     """Pixels in [-1, 1] <-> raw (unscaled) latents, with a Gaussian posterior.
 
-    `ddconfig` holds Encoder's arguments, `embed_dim` is the number of latent channels. `lossconfig`, `image_key` and
-    `monitor` belong to CompVis's configs and are not used: losses are part of training.
-    Raises ValueError when ddconfig has double_z false: the encoder must give means and log variances.
+    `ddconfig` holds Encoder's arguments, `embed_dim` is the number of latent channels. The others belong to CompVis's
+    configs and are not used: losses and averages are part of training, and files are read by `ldm.load`.
+    Raises ValueError when ddconfig has double_z false (the encoder must give means and log variances), and for a
+    ckpt_path or colorize_nlabels.
     """
 
     def __init__(
@@ -247,10 +256,16 @@ class AutoencoderKL(nn.Module):
         ddconfig: dict,
         lossconfig: dict | None = None,
         embed_dim: int | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
         image_key: str = "image",
+        colorize_nlabels: int | None = None,
         monitor: str | None = None,
+        ema_decay: float | None = None,
+        learn_logvar: bool = False,
     ) -> None:
         super().__init__()
+        require_unset(ckpt_path=ckpt_path, colorize_nlabels=colorize_nlabels)
         if embed_dim is None:
             raise ValueError("embed_dim is missing: it is the number of latent channels")
         if not ddconfig.get("double_z", True):

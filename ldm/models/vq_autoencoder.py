@@ -1,11 +1,12 @@
 """The VQ autoencoder of latent diffusion, a VQGAN (Esser et al. 2021; Rombach et al. 2022, section 3.1), with CompVis's
 names."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import Decoder, Encoder
+from ldm.models.autoencoder import Decoder, Encoder, require_unset
 from ldm.models.quantize import VectorQuantizer
 
 Info = tuple[None, None, Tensor]  # VectorQuantizer's: its last entry are the codebook indices, int64 (b h w)
@@ -14,9 +15,10 @@ Info = tuple[None, None, Tensor]  # VectorQuantizer's: its last entry are the co
 class VQModel(nn.Module):
     """Pixels in [-1, 1] <-> latents from a codebook of `n_embed` vectors of width `embed_dim`: the form that trains.
 
-    `ddconfig` holds the arguments of Encoder and Decoder. `lossconfig` and `monitor` belong to CompVis's configs and
-    are not used: losses are part of training.
-    Raises ValueError when ddconfig does not have double_z false: there is no log variance here.
+    `ddconfig` holds the arguments of Encoder and Decoder. The others belong to CompVis's configs and are not used:
+    losses and averages are part of training, and files are read by `ldm.load`.
+    Raises ValueError when ddconfig does not have double_z false (there is no log variance here), and for a ckpt_path,
+    colorize_nlabels, batch_resize_range, remap or sane_index_shape.
     """
 
     def __init__(
@@ -25,9 +27,21 @@ class VQModel(nn.Module):
         embed_dim: int,
         n_embed: int,
         lossconfig: dict[str, Any] | None = None,
+        ckpt_path: str | None = None,
+        ignore_keys: Sequence[str] = (),
+        image_key: str = "image",
+        colorize_nlabels: int | None = None,
         monitor: str | None = None,
+        batch_resize_range: Sequence[int] | None = None,
+        scheduler_config: dict[str, Any] | None = None,
+        lr_g_factor: float = 1.0,
+        remap: str | None = None,
+        sane_index_shape: bool = False,
+        use_ema: bool = False,
     ) -> None:
         super().__init__()
+        require_unset(ckpt_path=ckpt_path, colorize_nlabels=colorize_nlabels)
+        require_unset(batch_resize_range=batch_resize_range, remap=remap, sane_index_shape=sane_index_shape)
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig needs double_z false: a VQ autoencoder's encoder gives no log variances")
         self.embed_dim = embed_dim
