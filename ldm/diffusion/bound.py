@@ -65,7 +65,7 @@ def normal_kl(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_
 
 
 def log_bin(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of what N(mean, variance) gives each number's bin of 256; the outer ones are open (Ho et al. 2020, eq. 13)."""
+    """log of what N(mean, variance) gives each number's bin of 256, the outer ones open (Ho et al. 2020, eq. 13)."""
     precision = (-log_variance / 2).exp()
     above, below = ((x - mean + side * HALF_BIN) * precision for side in (1, -1))
     # Where both are far up, the difference of two numbers near 1 would be lost: mirrored, they are near 0.
