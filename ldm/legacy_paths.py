@@ -60,6 +60,8 @@ ELSEWHERE = {
         "ldm.models.distributions": "normal_kl",
         "ldm.util": "instantiate_from_config",
         "torch.optim.lr_scheduler": "LambdaLR",
+        "einops": "rearrange",
+        "tqdm": "tqdm",
         "contextlib": "contextmanager",
         "numpy": "np=",
     },

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from script_runs import load_script, names, pixels, recipe
 from test_ddgan import UNET
 from torch.nn import functional as F
 
@@ -137,15 +138,18 @@ def test_a_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
     assert len(list((alone.parent / "previews").iterdir())) == 3
 
 
-def test_the_shipped_configuration_trains(tmp_path):
-    settings = OmegaConf.to_container(OmegaConf.load(CONFIG), resolve=True)
-    settings["data"] = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
-    settings["loop"] |= {"steps": 1, "batch_size": 4, "tensorboard": False}
-    path = train({**settings, "outdir": str(tmp_path)}, device="cpu")
-    model = ldm.load(path, device="cpu")
-    assert model.schedule.T == 4 and model.defaults["steps"] == 4 and model.defaults["sampler"] == "ddpm"
-    (image,) = model.generate([3])
-    assert image.size == (32, 32)
+def test_the_shipped_configuration_trains_and_draws(tmp_path):
+    settings = OmegaConf.load(CONFIG)
+    settings.data = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
+    OmegaConf.save(settings, tmp_path / "ddgan.yaml")
+    changes = ["loop.steps=1", "loop.batch_size=4", "loop.tensorboard=false", f"outdir={tmp_path}", "--device=cpu"]
+    load_script("train").main([str(tmp_path / "ddgan.yaml"), *changes])
+    model, out = tmp_path / "ddgan" / "model.safetensors", tmp_path / "out"
+    load_script("sample").main([f"--ckpt={model}", f"--outdir={out}", "--class", "3", "4", "--device=cpu"])
+    assert names(out / "samples") == ["00000.png", "00001.png"]
+    assert pixels(out / "samples" / "00000.png").shape == (32, 32)
+    drawn = recipe(out / "samples" / "00000.png")
+    assert (drawn.steps, drawn.sampler) == (4, "ddpm")
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"r1_every": 0}, "r1_every 0"), ({"r1_weight": -1.0}, "weight -1")])

@@ -16,6 +16,7 @@ from ldm.finetune.dreambooth_run import move_in
 from ldm.finetune.lora_files import apply_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training import run_folder
 from ldm.training.ema import EMA
 from ldm.training.loop import train
 from ldm.training.order import collate
@@ -246,6 +247,32 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
         move_in(str(tmp_path / "part"), tmp_path / "fourth")
     with pytest.raises(ValueError, match="already holds a run"):
         move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
+
+
+@pytest.mark.parametrize("full_at", ["state", "result"])
+def test_a_full_disk_loses_nothing(checkpoints, subject, tmp_path, full_at):
+    """The second state, or the result, does not fit: the state before it is whole, and the run goes on from it."""
+    whole = train(config(checkpoints, subject, tmp_path / "whole"))
+    settings = config(checkpoints, subject, tmp_path / "part")
+    settings["loop"] |= {"save_every": 2}
+    writers = {"state": (torch, "save", 2), "result": (run_folder, "save_file", 1)}
+    module, name, number = writers[full_at]
+    write, calls = getattr(module, name), []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < number:
+            return write(*args, **kwargs)
+        raise RuntimeError("PytorchStreamWriter failed") if full_at == "state" else OSError(28, "No space left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, full)
+        with pytest.raises(OSError, match="cannot write .*resume.pt" if full_at == "state" else "No space left"):
+            train(settings)
+    kept = torch.load(tmp_path / "part" / "resume.pt", weights_only=True)
+    assert kept["step"] == (2 if full_at == "state" else 4)
+    assert not [p for p in (tmp_path / "part").iterdir() if p.suffix == ".tmp" or p.name == "model.safetensors"]
+    assert train(settings, resume=True).read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize("train_text", [False, True])

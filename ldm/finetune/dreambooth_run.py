@@ -39,14 +39,14 @@ class Defaults(NamedTuple):
 # Small: measured on the digits model (docs/dreambooth.md). Large: the settings that Stable Diffusion is tuned with.
 DEFAULTS = {
     "small": Defaults(
-        steps=150,
+        steps=200,
         batch_size=8,
-        learning_rate=1.5e-4,
+        learning_rate=3e-4,
         lora_learning_rate=5e-3,
         train_text="words",
         words_learning_rate=1.5e-2,
         text_learning_rate=1e-4,
-        class_pictures=100,
+        class_pictures=60,
         class_scale=1.0,  # guided ones are less diverse, and the class would become so
         sample_batch_size=25,
         timesteps={"name": "logit_normal", "mean": 1.0},  # a shape is decided at high noise
