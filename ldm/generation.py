@@ -12,7 +12,7 @@ from ldm.batching import batches
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, from_vp, to_vp
-from ldm.diffusion.sampling import Step, get_sampler
+from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
@@ -50,6 +50,7 @@ def generate(
     Args:
         model: the LatentDiffusion; not to be given where this is its method.
         prompts: texts; classes or pictures for models conditioned on those.
+        sampler: a name, or auto (`choose_sampler`).
         negative: what to steer away from: one prompt, or one per picture.
         scale: of classifier-free guidance; 1 is none and halves the work.
         eta: share of fresh noise in each step, 0 to 1.
@@ -72,9 +73,10 @@ def generate(
     Raises ValueError for a setting that is out of range or a size that the model cannot make.
     """
     own = model.defaults
-    row = get_sampler(given(sampler, own["sampler"]))
+    steps = given(steps, own["steps"])
+    row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
     spacing = given(given(spacing, own["spacing"]), row.spacing)
-    sigmas = sampling_sigmas(model.schedule, given(steps, own["steps"]), spacing, row.final_sigma).tolist()
+    sigmas = sampling_sigmas(model.schedule, steps, spacing, row.final_sigma).tolist()
     source = None
     if image is not None:
         source = Source(image, mask, len(prompts), model.image_channels, model.multiple)

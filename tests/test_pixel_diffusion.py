@@ -13,6 +13,7 @@ from ldm.diffusion.denoiser import split_variance
 from ldm.diffusion.schedule import q_sample, training_timesteps
 from ldm.diffusion.training_noise import training_noise
 from ldm.diffusion.weighting import loss_weight
+from ldm.inference.draw import changed_recipe, own_recipe
 from ldm.loading import save
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.order import collate
@@ -82,6 +83,19 @@ def test_drawing():
     assert np.abs(alone[0] - drawn[1]).max() <= 1  # the same noise, alone and in a batch
     guided = pixels(model, [5, 5, 3], seed=4, scale=3.0)
     assert (guided != drawn).any()
+
+
+def test_auto_draws_by_as_many_steps_as_there_are():
+    model = build(schedule={"name": "linear", "T": 6})
+    for steps, name in ((6, "ddpm"), (3, "ddim")):
+        drawn = pixels(model, [5], steps=steps, sampler="auto")
+        assert (drawn == pixels(model, [5], steps=steps, sampler=name)).all()
+    assert (
+        pixels(model, [5], steps=3, sampler="auto", eta=1.0) == pixels(model, [5], steps=3, sampler="euler_a")
+    ).all()
+    recipe = own_recipe(model, "tiny", sampler="auto", steps=6)
+    assert (recipe.sampler, recipe.eta) == ("ddpm", 1.0)
+    assert changed_recipe(recipe, model, sampler="auto", steps=3).sampler == "ddim"
 
 
 def test_clipping_is_that_of_x0_after_guidance():

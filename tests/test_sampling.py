@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ldm.diffusion.denoiser import Prediction, from_vp, make_denoiser, to_vp
 from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.sampling import SAMPLERS, get_sampler, sample
+from ldm.diffusion.sampling import SAMPLERS, choose_sampler, get_sampler, sample
 from ldm.diffusion.sampling.first_order import Point, ancestral_split, euler
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large
@@ -177,6 +177,11 @@ def test_ddpm_is_the_textbooks(steps, spacing):
 def test_ddpm_large_is_the_textbooks(steps, eta):
     error = run_both(steps, "trailing", "zero", ddpm_large, eta, lambda *run: textbook_ddim(*run, eta, large=True))
     assert error < textbook_error(steps)
+
+
+def test_auto_is_ddpm_for_all_levels_and_ddim_for_fewer():
+    assert [choose_sampler("auto", steps, 300) for steps in (1, 299, 300)] == ["ddim", "ddim", "ddpm"]
+    assert choose_sampler("heun", 10, 300) == "heun"
 
 
 @pytest.mark.parametrize("share, other", [(None, euler), (0.0, euler), (1.0, ddpm_large)])

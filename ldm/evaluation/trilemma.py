@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion.sampling import get_sampler
+from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.evaluation.draw import draw
@@ -42,7 +42,7 @@ def draw_asked(model: Any, labels: Tensor, batch_size: int, seed: int = 0, **set
 def evaluations(model: Any, **settings: Any) -> int:
     """How often a picture's drawing calls the network."""
     own = {**model.defaults, **settings}
-    row = get_sampler(own["sampler"])
+    row = get_sampler(choose_sampler(own["sampler"], own["steps"], model.schedule.T))
     spacing = row.spacing if own["spacing"] is None else own["spacing"]
     return sum(row.evaluations(sampling_sigmas(model.schedule, own["steps"], spacing, row.final_sigma).tolist()))
 

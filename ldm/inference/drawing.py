@@ -60,7 +60,11 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
     add("--clip-skip", type=whole(1), metavar="N", help="CLIP's layer to read, counted back from the model's own (1)")
     add("--scale", type=real(), metavar="X", help="guidance; 1 is none")
     add("--steps", "--ddim_steps", type=whole(1), metavar="N", help="network steps")
-    add("--sampler", metavar="NAME", help="ddim, ddpm, ...; an unknown name lists the known ones")
+    add(
+        "--sampler",
+        metavar="NAME",
+        help="ddim, ddpm, ... (an unknown name lists them), or auto: ddpm for all levels, else ddim",
+    )
     add("--plms", action="store_const", const="plms", dest="sampler", help="the same as --sampler plms")
     add("--spacing", metavar="NAME", help=SPACING)
     add("--eta", "--ddim_eta", type=real(0), metavar="X", help="share of fresh noise in each step: 0 is DDIM, 1 DDPM")
@@ -140,7 +144,7 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
         lengths = chunks(model, first, prompts)
         recipes = plan(first, prompts, args.n_samples * args.n_iter, batch_size, lengths)
     else:
-        recipes = [changed_recipe(made, batch_size=args.batch_size, **settings)]
+        recipes = [changed_recipe(made, model, batch_size=args.batch_size, **settings)]
     first = recipes[0]
     if original is not None:
         original = original.at(first.width, first.height)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.diffusion.denoiser import check_prediction
-from ldm.diffusion.sampling import get_sampler
+from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.schedule import Schedule, training_timesteps
 from ldm.diffusion.training_noise import training_noise
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
@@ -57,7 +57,7 @@ class DenoisingStage(Stage):
         check_prediction(whole.prediction)
         training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
         training_noise(torch.zeros(2, 1, 1, 1), **self.noise)
-        get_sampler(whole.defaults["sampler"])
+        get_sampler(choose_sampler(whole.defaults["sampler"], whole.defaults["steps"], whole.schedule.T))
         size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
         state = self.model.training
         try:

@@ -16,6 +16,7 @@ from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large, dpmpp_sde, lcm
 
 # (denoise, points, sigma_next, eta, noise) -> x at sigma_next
 StepFunction = Callable[[BoundDenoise, Points, float, float, Noise | None], Tensor]
+AUTO = "auto"  # see choose_sampler
 REMEMBERED = 4  # points, for Adams-Bashforth of order 4
 
 
@@ -158,5 +159,13 @@ SAMPLERS = {
 def get_sampler(name: str) -> Sampler:
     """The row of a name. Raises ValueError for an unknown one, listing the names there are."""
     if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; choose from {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown sampler {name!r}; choose from {', '.join((*SAMPLERS, AUTO))}")
     return SAMPLERS[name]
+
+
+def choose_sampler(name: str, steps: int, T: int) -> str:
+    """The name, and for "auto" that of the sampler for so many steps: ddpm for all T levels of a schedule, else ddim.
+
+    The ancestral chain is what the model was trained as, and needs all its steps; DDIM does with fewer.
+    """
+    return name if name != AUTO else "ddim" if steps < T else "ddpm"
