@@ -31,6 +31,7 @@ HOMES = {
     "ldm.modules.ema": "ldm.training.ema",
     "ldm.modules.embedding_manager": "ldm.finetune.embedding_manager",
     "ldm.modules.encoders.modules": "ldm.compvis.encoders",
+    "ldm.modules.image_degradation": "ldm.data.degradation",
     "ldm.modules.losses": "ldm.training.losses",
     "ldm.modules.losses.contperceptual": "ldm.training.losses",
     "ldm.modules.losses.vqperceptual": "ldm.training.losses",
