@@ -34,6 +34,7 @@ from ldm.cli import Parser, run, whole
 from ldm.inference.options import add_model_options, load_model
 
 ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
+OBJECTIVES = Path(__file__).parents[1] / "configs" / "pixel" / "objectives.yaml"
 # What a fresh process runs: it prepares, then measures `work()`.
 MEASURE = """
 import json, resource, sys, time
@@ -101,7 +102,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as a picture (matplotlib)")
+    command = commands.add_parser("objectives", help="schedules, predictions, weights ...: a small network under each")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
+    command.add_argument("--names", nargs="*", metavar="NAME", help="(all; an unknown one lists them)")
+    command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configuration")
+    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="pictures of each (1000)")
+    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     args = parser.parse_args(argv)
+    if args.command == "objectives":
+        from ldm.evaluation.objectives import compare, table
+
+        print(table(compare(OBJECTIVES, args.out, args.names, args.set, args.n, args.batch_size, args.device)))
+        return
     if args.command == "trilemma":
         rows = compare_generators(args)
         print(trilemma_table(rows))
