@@ -9,9 +9,9 @@ python scripts/evaluate.py subjects --outdir subjects    # pictures to try Dream
 python scripts/evaluate.py dreambooth --ckpt outputs/one/model.safetensors --subject subjects/one \\
     --instance-prompt "a sks one" --class-prompt "a handwritten digit one" --digit 1
 
-`model` draws a picture for the caption of each real one. With MNIST at hand (--data, LDM_DATA or ./data) it also
-searches the training pictures for copies, and `autoencoder` measures all test pictures instead of the 1,000 that
-ship.
+`model` draws a picture for the caption of each real one, or for its class, as the model takes it; one that takes
+nothing draws as many. With MNIST at hand (--data, LDM_DATA or ./data) it also searches the training pictures for
+copies, and `autoencoder` measures all test pictures instead of the 1,000 that ship.
 """
 
 import argparse
@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
     """Draw and measure: the report, and a sheet of drawn pictures beside real ones."""
-    from ldm.evaluation.draw import draw
+    from ldm.evaluation.draw import ask, draw
+    from ldm.evaluation.networks import classify
     from ldm.evaluation.pictures import by_class, side_by_side
     from ldm.evaluation.report import report_model
     from ldm.evaluation.source import find_reference
@@ -122,16 +123,17 @@ def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[di
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
     n = len(reference.labels) if args.n is None else args.n
     frames = "train" if args.wording == "seen" else "unseen"
-    captions = reference.captions(n, frames)
+    prompts, captions = ask(model, reference.captions(n, frames))
     given = {name: getattr(args, name) for name in MEASURED if getattr(args, name) is not None}
     started = time.perf_counter()
-    pictures = draw(model, [caption.text for caption in captions], args.seed, args.batch_size, networks.size, **given)
+    pictures = draw(model, prompts, args.seed, args.batch_size, networks.size, **given)
     drawn = time.perf_counter()
     report = report_model(pictures, captions, frames, reference, networks, training)
     rate = n / (drawn - started)
     times = {"drawing": drawn - started, "measuring": time.perf_counter() - drawn, "pictures_per_second": rate}
     settings = {"wording": args.wording, "seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given}
-    shown = by_class(pictures, reference.labels[:n], SHEET_COLUMNS)
+    labels = reference.labels[:n] if report["prompt_accuracy"] else classify(networks.judge, pictures)
+    shown = by_class(pictures, labels, SHEET_COLUMNS)
     real_shown = by_class(reference.pictures, reference.picture_labels, SHEET_COLUMNS)
     report = {**head(args, reference, n), "settings": settings, "seconds": times, **report}
     return report, side_by_side([shown, real_shown])
