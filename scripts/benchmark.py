@@ -277,13 +277,13 @@ def compare_generators(args: argparse.Namespace) -> list[dict]:
 
     networks = Measuring.load(JUDGE, FEATURES)
     reference, _ = find_reference("mnist", "test", None, networks, args.n)
-    labels, rows = reference.labels[: args.n], []
+    captions, rows = reference.captions(args.n, "train"), []
     vae, ddgan, ddpm = (ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm))
     asked = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
     asked |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
     ways = [("VAE", 1, partial(trilemma.draw_prior, vae, args.n, args.batch_size))]
     for name, (model, settings) in asked.items():
-        draw = partial(trilemma.draw_asked, model, labels, args.batch_size, **settings)
+        draw = partial(trilemma.draw_asked, model, captions, args.batch_size, **settings)
         ways.append((name, trilemma.evaluations(model, **settings), draw))
     for name, calls, draw in ways:
         rows.append(trilemma.measure(name, calls, draw, reference, networks))

@@ -87,7 +87,7 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
     add("--skip_save", action="store_true", help="do not save the single pictures")
     add("--skip_grid", action="store_true", help="do not save the grid")
     add("--n_rows", type=whole(0), default=0, metavar="N", help="pictures in a row of the grid (0: n_samples)")
-    add("--strip", action="store_true", help="save how each picture came about: x_t, and below it the predicted x0")
+    add("--strip", action="store_true", help="save how each came about: noising, x_t, predicted x0")
     return parser
 
 
