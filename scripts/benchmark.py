@@ -3,6 +3,7 @@
 python scripts/benchmark.py load                      # Stable Diffusion 1 at full size, random weights (8.5 GB of disk)
 python scripts/benchmark.py load --ckpt model.safetensors --repeat 3
 python scripts/benchmark.py samplers --out samplers.jsonl --plot samplers.png --precision autocast
+python scripts/benchmark.py objectives --out objectives.jsonl
 python scripts/benchmark.py trilemma --ddgan ddgan.safetensors --ddpm ddpm.safetensors --plot trilemma.png
 
 `samplers` draws the captions of held-out MNIST pictures (--data or LDM_DATA) with every sampler at several numbers of
@@ -12,6 +13,9 @@ many real pictures, and recall. It goes on where an interrupted run stopped: wha
 `trilemma` draws digits with a VAE (the first stage of the model that ships, sampled from a unit normal prior), a
 denoising diffusion GAN, and a pixel-space diffusion model by its own ancestral sampler and by DDIM, and measures the
 Fréchet distance over the floor, recall, and seconds a picture: three axes, of which each kind leaves one.
+
+`objectives` trains a small network (configs/pixel/objectives.yaml, MNIST) under each schedule, prediction, loss weight
+... for the same number of steps, and measures the digits that each draws. It goes on in the same way.
 
 `load` compares, each in a fresh process, ways to get a model from a file into memory: ours, and the naive one (build
 the model, read the file, load_state_dict). Seconds are wall clock and CPU time of the loading alone, imports left out,

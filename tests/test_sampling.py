@@ -173,6 +173,25 @@ def test_ddpm_is_the_textbooks(steps, spacing):
     assert run_both(steps, spacing, "zero", euler, 1.0, textbook_ddpm) < textbook_error(steps)
 
 
+def test_ddpm_is_the_tutorials_update():
+    """x <- (x - beta eps / sqrt(1 - ab)) / sqrt(1 - beta) + sqrt(posterior variance) z, and no z at the last step.
+
+    z is fresh: a second draw from the same prediction differs by it alone.
+    """
+    schedule, generator = make_schedule("linear", 300), torch.Generator().manual_seed(0)
+    x, eps, z = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64, generator=generator)
+    ab = [*schedule.alphas_cumprod.tolist()]
+    for t in (299, 100, 1, 0):
+        before = ab[t - 1] if t > 0 else 1.0
+        beta, sigma, sigma_next = 1 - ab[t] / before, schedule.sigma_at(t), schedule.sigma_at(t - 1) if t > 0 else 0.0
+        mean = (x - beta / math.sqrt(1 - ab[t]) * eps) / math.sqrt(1 - beta)
+        expected = mean + math.sqrt(beta * (1 - before) / (1 - ab[t])) * z
+        now = Point(sigma, from_vp(x, sigma), from_vp(x, sigma) - sigma * eps)
+        found = to_vp(ddpm(None, [now], sigma_next, 1.0, lambda: z), sigma_next)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert torch.equal(expected, mean)
+
+
 @pytest.mark.parametrize("steps, eta", [(1000, 1.0), (50, 1.0), (50, 0.5)])
 def test_ddpm_large_is_the_textbooks(steps, eta):
     error = run_both(steps, "trailing", "zero", ddpm_large, eta, lambda *run: textbook_ddim(*run, eta, large=True))

@@ -66,7 +66,7 @@ def compare(
     names = list(OBJECTIVES) if names is None else list(names)
     unknown = [name for name in names if name not in OBJECTIVES]
     if unknown:
-        raise ValueError(f"unknown objective {unknown[0]!r}; choose from {', '.join(OBJECTIVES)}")
+        raise ValueError(f"unknown objective {unknown[0]!r}; choose from {'; '.join(OBJECTIVES)}")
     configs = {name: _configuration(config, name, changes) for name in names}
     with open(out, "a"):  # tried now, not after minutes of training
         rows = [json.loads(line) for line in out.read_text().splitlines()]
