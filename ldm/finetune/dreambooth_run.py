@@ -26,6 +26,7 @@ class Defaults(NamedTuple):
     batch_size: int
     learning_rate: float
     lora_learning_rate: float
+    lr_schedule: Mapping[str, Any]
     train_text: str  # "none", "words" or "all"
     words_learning_rate: float
     text_learning_rate: float
@@ -41,8 +42,9 @@ DEFAULTS = {
     "small": Defaults(
         steps=200,
         batch_size=8,
-        learning_rate=3e-4,
+        learning_rate=4e-4,
         lora_learning_rate=5e-3,
+        lr_schedule={"name": "linear", "decay": 0.4},  # the last steps at full rate decide by chance what is forgotten
         train_text="words",
         words_learning_rate=1.5e-2,
         text_learning_rate=1e-4,
@@ -57,6 +59,7 @@ DEFAULTS = {
         batch_size=1,
         learning_rate=5e-6,
         lora_learning_rate=1e-4,
+        lr_schedule={"name": "constant"},
         train_text="none",
         words_learning_rate=1e-3,
         text_learning_rate=2e-6,
@@ -244,6 +247,7 @@ def stage_params(
 def loop_settings(args: argparse.Namespace, default: Defaults, batch_size: int) -> dict[str, Any]:
     """Of `training.loop.LoopSettings`."""
     steps = given(args.max_train_steps, default.steps)
+    schedule = dict(default.lr_schedule) if args.lr_scheduler is None else {"name": args.lr_scheduler}
     return {
         "steps": steps,
         "batch_size": batch_size,
@@ -251,7 +255,7 @@ def loop_settings(args: argparse.Namespace, default: Defaults, batch_size: int) 
         "precision": args.mixed_precision,
         "clip": args.max_grad_norm,
         "ema": args.ema_decay if args.use_ema else 0.0,
-        "lr_schedule": {"name": args.lr_scheduler, "warmup": args.lr_warmup_steps},
+        "lr_schedule": schedule | {"warmup": args.lr_warmup_steps},
         "log_every": min(50, max(1, steps // 10)),
         "preview_every": args.validation_steps,
         "save_every": args.checkpointing_steps,
