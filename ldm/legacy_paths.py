@@ -54,6 +54,7 @@ _SCHEDULE = "make_beta_schedule make_ddim_timesteps make_ddim_sampling_parameter
 _ND = "conv_nd avg_pool_nd"
 _LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called as CompVis's functions are, they give what those give
 ELSEWHERE = {
+    "ldm.compvis.main": {"ldm.data.base": "DataModuleFromConfig"},
     "ldm.compvis.ddpm": {
         "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} IdentityFirstStage",
         "ldm.training.ema": "LitEma",
