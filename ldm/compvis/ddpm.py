@@ -21,6 +21,7 @@ from ldm.models.vq_autoencoder import VQModelInterface
 from ldm.util import instantiate_from_config
 
 TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # of batches: no pictures
+PER_STEP = ("quantize_denoised", "temperature", "noise_dropout", "score_corrector", "corrector_kwargs")  # p_sample's
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -193,7 +194,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         quantize_denoised: bool = False, return_x0: bool = False, score_corrector: Any = None,
         corrector_kwargs: Mapping | None = None,
     ) -> tuple[Tensor, ...]:
-        """Of the step from x (b, z, h, w) at t (b,): (mean, variance, its log), and x0 on request."""
+        """Of the step from x (b, z, h, w) at t (b,): (mean, variance, its log), and x0 on request; no codebook ids."""
         # fmt: on
         output = self.apply_model(x, t, c)
         if score_corrector is not None:
@@ -220,35 +221,23 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         x = self._noised(mean, log_variance, t, noise)
         return (x, x0) if return_x0 else x
 
-    def _ancestral(self, cond: Any, shape: Sequence[int], steps: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-        settings = {"clip_denoised": self.clip_denoised, "return_x0": True, **settings}
+    def _ancestral(self, cond: Any, shape: Sequence[int], **options: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """`_walk` by `p_sample`; options: of the one, and PER_STEP of the other."""
+        settings = {"clip_denoised": self.clip_denoised, "return_x0": True}
+        settings |= {name: options.pop(name) for name in PER_STEP if name in options}
         cond = _first(cond, shape[0])
-        return self._walk(lambda x, t: self.p_sample(x, cond, t, **settings), shape, **steps)
+        return self._walk(lambda x, t: self.p_sample(x, cond, t, **settings), shape, **options)
 
-    def p_sample_loop(
-        self, cond: Any, shape: Sequence[int], return_intermediates: bool = False, quantize_denoised: bool = False,
-        **steps: Any,
-    ) -> Any:
-        """Latents of that shape by `p_sample` at all levels; steps: see `_walk`."""
-        x, xs, _ = self._ancestral(cond, shape, steps, {"quantize_denoised": quantize_denoised})
+    def p_sample_loop(self, cond: Any, shape: Sequence[int], return_intermediates: bool = False, **options: Any) -> Any:
+        """Latents of that shape drawn with all steps; options: see `_ancestral`."""
+        x, xs, _ = self._ancestral(cond, shape, **options)
         return (x, xs) if return_intermediates else x
 
-    # fmt: off
     def progressive_denoising(
-        self, cond: Any, shape: Sequence[int], verbose: bool = True, callback: Any = None,
-        quantize_denoised: bool = False, img_callback: Any = None, mask: Tensor | None = None, x0: Tensor | None = None,
-        temperature: float = 1.0, noise_dropout: float = 0.0, score_corrector: Any = None,
-        corrector_kwargs: Mapping | None = None, batch_size: int | None = None, x_T: Tensor | None = None,
-        start_T: int | None = None, log_every_t: int | None = None,
+        self, cond: Any, shape: Sequence[int], batch_size: int | None = None, **options: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        # fmt: on
         """As p_sample_loop, and what x0 looked like on the way; with batch_size, the shape is that of one."""
-        settings = {"quantize_denoised": quantize_denoised, "temperature": temperature, "noise_dropout": noise_dropout}
-        settings |= {"score_corrector": score_corrector, "corrector_kwargs": corrector_kwargs}
-        steps = {"verbose": verbose, "callback": callback, "img_callback": img_callback, "mask": mask, "x0": x0}
-        steps |= {"x_T": x_T, "start_T": start_T, "log_every_t": log_every_t}
-        shape = shape if batch_size is None else (batch_size, *shape)
-        x, _, x0s = self._ancestral(cond, shape, steps, settings)
+        x, _, x0s = self._ancestral(cond, shape if batch_size is None else (batch_size, *shape), **options)
         return x, x0s
 
     def sample(
