@@ -26,6 +26,7 @@ class Defaults(NamedTuple):
     batch_size: int
     learning_rate: float
     lora_learning_rate: float
+    lora_text_learning_rate: float  # of adapters in the text encoder
     lr_schedule: Mapping[str, Any]
     train_text: str  # "none", "words" or "all"
     words_learning_rate: float
@@ -42,8 +43,9 @@ DEFAULTS = {
     "small": Defaults(
         steps=200,
         batch_size=8,
-        learning_rate=4e-4,
-        lora_learning_rate=5e-3,
+        learning_rate=6e-4,
+        lora_learning_rate=7e-3,
+        lora_text_learning_rate=1e-3,  # it changes what every prompt says
         lr_schedule={"name": "linear", "decay": 0.4},  # the last steps at full rate decide by chance what is forgotten
         train_text="words",
         words_learning_rate=1.5e-2,
@@ -59,6 +61,7 @@ DEFAULTS = {
         batch_size=1,
         learning_rate=5e-6,
         lora_learning_rate=1e-4,
+        lora_text_learning_rate=5e-5,
         lr_schedule={"name": "constant"},
         train_text="none",
         words_learning_rate=1e-3,
@@ -197,7 +200,7 @@ def what_of_the_text(args: argparse.Namespace, default: Defaults, has_words: boo
         raise ValueError("a LoRA file cannot hold the vectors of words: use --train_text none or all with --rank")
     rates = {"words": default.words_learning_rate, "all": default.text_learning_rate}
     if args.rank is not None:
-        rates["all"] = default.lora_learning_rate
+        rates["all"] = default.lora_text_learning_rate
     if text == "none" and args.text_encoder_lr is not None:
         raise ValueError("--text_encoder_lr is of no use: choose what to train by --train_text words or all")
     return text, None if text == "none" else given(args.text_encoder_lr, rates[text])
