@@ -35,7 +35,7 @@ class DenoisingGAN(PixelDiffusion):
     ) -> None:
         schedule = {"name": "vp", "T": 4} if schedule is None else schedule
         super().__init__(unet_config, channels, cond_stage_config, schedule, "x0", defaults, clip=False)
-        for fixed in ("prediction", "clip"):  # the generator's tanh clips
+        for fixed in ("prediction", "clip", "learned_variance", "self_condition"):  # the generator's tanh clips
             del self.config[fixed]
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning, z: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from ldm.batching import batches
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, from_vp, to_vp
-from ldm.diffusion.sampling import Step, get_sampler
+from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
@@ -50,6 +50,7 @@ def generate(
     Args:
         model: the LatentDiffusion; not to be given where this is its method.
         prompts: texts; classes or pictures for models conditioned on those.
+        sampler: a name, or auto (`choose_sampler`).
         negative: what to steer away from: one prompt, or one per picture.
         scale: of classifier-free guidance; 1 is none and halves the work.
         eta: share of fresh noise in each step, 0 to 1.
@@ -65,16 +66,17 @@ def generate(
             (`ldm.source.Source`).
         strength: share of the steps that are taken (`steps_taken`), from the `image` noised to the first of their
             levels; 0 gives it back through the first stage, 1 takes all. Its default is `usual_strength`.
-        guide: guidance besides the classifier-free one (`ldm.inference.guides`): guide(denoise, cond) -> denoise;
-            the model's `guide` if not given.
+        guide: guidance besides the classifier-free one (`ldm.inference.guides`): guide(denoise, cond, prompts) ->
+            denoise; the model's `guide` if not given.
         callback: is given every `Step` (index, sigma, x, x0: latents of the current batch) as it is made.
 
     Raises ValueError for a setting that is out of range or a size that the model cannot make.
     """
     own = model.defaults
-    row = get_sampler(given(sampler, own["sampler"]))
+    steps = given(steps, own["steps"])
+    row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
     spacing = given(given(spacing, own["spacing"]), row.spacing)
-    sigmas = sampling_sigmas(model.schedule, given(steps, own["steps"]), spacing, row.final_sigma).tolist()
+    sigmas = sampling_sigmas(model.schedule, steps, spacing, row.final_sigma).tolist()
     source = None
     if image is not None:
         source = Source(image, mask, len(prompts), model.image_channels, model.multiple)
@@ -116,11 +118,19 @@ def generate(
         part = None if source is None else source[batch]
         encode = partial(model.condition, chunks=lengths[batch.start], clip_skip=clip_skip, plain=plain)
         cond, uncond = encode(prompts[batch]), None if scale == 1 else encode(negatives[batch])
-        images += to_pil(_draw(model, run, cond, uncond, seeds[batch], part))
+        images += to_pil(_draw(model, run, prompts[batch], cond, uncond, seeds[batch], part))
     return images
 
 
-def _draw(model: Any, run: "_Run", cond: Cond, uncond: Cond | None, seeds: list[int], source: Source | None) -> Tensor:
+def _draw(
+    model: Any,
+    run: "_Run",
+    prompts: Sequence[Any],
+    cond: Cond,
+    uncond: Cond | None,
+    seeds: list[int],
+    source: Source | None,
+) -> Tensor:
     """One batch of `generate`: its pixels (b, c, h, w) in [-1, 1], or uint8 where there is a source."""
     noise = PictureNoise(seeds, run.size)
     start = noise()
@@ -134,7 +144,7 @@ def _draw(model: Any, run: "_Run", cond: Cond, uncond: Cond | None, seeds: list[
         model.denoiser(seeds), cond, uncond, run.scale, run.interval, run.rescale, model.prediction
     )
     if run.guide is not None:
-        denoise = guidance.within(run.interval, run.guide(denoise, cond), denoise)
+        denoise = guidance.within(run.interval, run.guide(denoise, cond, prompts), denoise)
     if model.clip is not None:
         denoise = guidance.clip_x0(denoise, model.clip)
     x = from_vp(start, run.sigmas[0])

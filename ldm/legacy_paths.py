@@ -31,6 +31,7 @@ HOMES = {
     "ldm.modules.ema": "ldm.training.ema",
     "ldm.modules.embedding_manager": "ldm.finetune.embedding_manager",
     "ldm.modules.encoders.modules": "ldm.compvis.encoders",
+    "ldm.modules.image_degradation": "ldm.data.degradation",
     "ldm.modules.losses": "ldm.training.losses",
     "ldm.modules.losses.contperceptual": "ldm.training.losses",
     "ldm.modules.losses.vqperceptual": "ldm.training.losses",
@@ -53,6 +54,7 @@ _SCHEDULE = "make_beta_schedule make_ddim_timesteps make_ddim_sampling_parameter
 _ND = "conv_nd avg_pool_nd"
 _LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called as CompVis's functions are, they give what those give
 ELSEWHERE = {
+    "ldm.compvis.main": {"ldm.data.base": "DataModuleFromConfig"},
     "ldm.compvis.ddpm": {
         "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} IdentityFirstStage",
         "ldm.training.ema": "LitEma",
@@ -60,6 +62,8 @@ ELSEWHERE = {
         "ldm.models.distributions": "normal_kl",
         "ldm.util": "instantiate_from_config",
         "torch.optim.lr_scheduler": "LambdaLR",
+        "einops": "rearrange",
+        "tqdm": "tqdm",
         "contextlib": "contextmanager",
         "numpy": "np=",
     },

@@ -1,9 +1,26 @@
 """Diffusion in pixels (Ho et al. 2020, https://arxiv.org/abs/2006.11239): latent diffusion without a first stage."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ldm.latent_diffusion import LatentDiffusion
+import torch
+from torch import Tensor
+
+from ldm.diffusion.bound import step_bits
+from ldm.diffusion.denoiser import (
+    Denoise,
+    guess,
+    make_denoiser,
+    predicted_x0,
+    self_conditioned,
+    split_variance,
+    target,
+)
+from ldm.diffusion.schedule import q_sample
+from ldm.diffusion.weighting import loss_weight, mean_error
+from ldm.latent_diffusion import Conditioning, LatentDiffusion
+
+TOLD = 0.5  # of the steps in which a self-conditioned network is told of its own guess (Chen et al. 2022)
 
 
 class PixelDiffusion(LatentDiffusion):
@@ -15,6 +32,9 @@ class PixelDiffusion(LatentDiffusion):
         channels: of a picture.
         cond_stage_config, schedule, prediction, defaults: as in LatentDiffusion.
         clip: keep x0 within [-1, 1] while drawing, as pixels are (Ho et al. 2020, in their code).
+        learned_variance: the network gives the variance of `ddpm`'s steps too, in as many channels more
+            (Nichol & Dhariwal 2021, section 3.1).
+        self_condition: the network is given its last x0 too, in as many channels more (Chen et al. 2022, section 3).
     """
 
     target = "ldm.pixel_diffusion.PixelDiffusion"
@@ -28,10 +48,13 @@ class PixelDiffusion(LatentDiffusion):
         prediction: str = "eps",
         defaults: Mapping[str, Any] | None = None,
         clip: bool = True,
+        learned_variance: bool = False,
+        self_condition: bool = False,
     ) -> None:
         first_stage = {"target": "ldm.models.identity.IdentityFirstStage", "params": {"channels": channels}}
         super().__init__(unet_config, first_stage, cond_stage_config, schedule, prediction, defaults=defaults)
         self.clip = 1.0 if clip else None
+        self.learned_variance, self.self_condition = learned_variance, self_condition
         self.config = {
             "unet_config": unet_config,
             "channels": channels,
@@ -40,4 +63,57 @@ class PixelDiffusion(LatentDiffusion):
             "prediction": prediction,
             "defaults": self.defaults,
             "clip": clip,
+            "learned_variance": learned_variance,
+            "self_condition": self_condition,
         }
+
+    def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
+        """The network's eps, x0 or v (b, c, h, w) in float32 for x at timesteps t, and its variance's share, if any."""
+        output = self.apply_model(x, t, cond).float()
+        return split_variance(output, x.shape[1]) if self.learned_variance else (output, None)
+
+    def loss(
+        self,
+        z: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor,
+        error: str = "l2",
+        weight: Mapping[str, Any] | None = None,
+        bound_weight: float = 0.0,
+    ) -> Tensor:
+        """The loss of each picture: z (b, c, h, w), t (b,) -> (b,): its weighted mean error, and a share of the bound.
+
+        Where the variance is learned, this is L_hybrid = L_simple + bound_weight L_vlb (Nichol & Dhariwal 2021, eq. 16)
+        with T times the bound's term of one level for L_vlb, through which the prediction gets no gradient.
+
+        error: a name in `weighting.ERRORS`. weight: arguments of `loss_weight`; by default 1.
+        """
+        ab = self.schedule.alphas_cumprod[t.cpu()]
+        x = q_sample(z, t, noise, self.schedule)
+        if self.self_condition:
+            cond = {**cond, "c_concat": self.first_guess(x, t, cond)}
+        predicted, share = self.predict(x, t, cond)
+        losses = mean_error(error, predicted, target(self.prediction, z, noise, ab))
+        if weight is not None:
+            weights = loss_weight(prediction=self.prediction, alphas_cumprod_t=ab, **weight)
+            losses = losses * weights.to(losses)
+        if share is not None:
+            x0 = predicted_x0(self.prediction, predicted.detach(), x, self.schedule.sigmas[t.cpu()])
+            losses = losses + bound_weight * self.schedule.T * step_bits(z, x, t, x0, share, self.schedule)
+        return losses
+
+    @torch.no_grad()
+    def first_guess(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """What to tell a self-conditioned network in training: its x0 when told nothing, or half the time nothing."""
+        nothing = torch.zeros_like(x)
+        if torch.rand(()) >= TOLD:
+            return nothing
+        predicted, _ = self.predict(x, t, {**cond, "c_concat": nothing})
+        return guess(predicted_x0(self.prediction, predicted, x, self.schedule.sigmas[t.cpu()]))
+
+    def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
+        """As everywhere. seeds: of the batch's pictures, so many; for guidance of a self-conditioned network."""
+        dtype = next(self.model.parameters()).dtype
+        denoise = make_denoiser(self.apply_model, self.schedule, self.prediction, dtype, self.learned_variance)
+        return self_conditioned(denoise, len(seeds or ())) if self.self_condition else denoise

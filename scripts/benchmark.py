@@ -3,6 +3,7 @@
 python scripts/benchmark.py load                      # Stable Diffusion 1 at full size, random weights (8.5 GB of disk)
 python scripts/benchmark.py load --ckpt model.safetensors --repeat 3
 python scripts/benchmark.py samplers --out samplers.jsonl --plot samplers.png --precision autocast
+python scripts/benchmark.py objectives --out objectives.jsonl
 python scripts/benchmark.py trilemma --ddgan ddgan.safetensors --ddpm ddpm.safetensors --plot trilemma.png
 
 `samplers` draws the captions of held-out MNIST pictures (--data or LDM_DATA) with every sampler at several numbers of
@@ -12,6 +13,9 @@ many real pictures, and recall. It goes on where an interrupted run stopped: wha
 `trilemma` draws digits with a VAE (the first stage of the model that ships, sampled from a unit normal prior), a
 denoising diffusion GAN, and a pixel-space diffusion model by its own ancestral sampler and by DDIM, and measures the
 Fréchet distance over the floor, recall, and seconds a picture: three axes, of which each kind leaves one.
+
+`objectives` trains a small network (configs/pixel/objectives.yaml, MNIST) under each schedule, prediction, loss weight
+... for the same number of steps, and measures the digits that each draws. It goes on in the same way.
 
 `load` compares, each in a fresh process, ways to get a model from a file into memory: ours, and the naive one (build
 the model, read the file, load_state_dict). Seconds are wall clock and CPU time of the loading alone, imports left out,
@@ -34,6 +38,7 @@ from ldm.cli import Parser, run, whole
 from ldm.inference.options import add_model_options, load_model
 
 ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
+OBJECTIVES = Path(__file__).parents[1] / "configs" / "pixel" / "objectives.yaml"
 # What a fresh process runs: it prepares, then measures `work()`.
 MEASURE = """
 import json, resource, sys, time
@@ -101,7 +106,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as a picture (matplotlib)")
+    command = commands.add_parser("objectives", help="schedules, predictions, weights ...: a small network under each")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
+    command.add_argument("--names", nargs="*", metavar="NAME", help="(all; an unknown one lists them)")
+    command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configuration")
+    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="pictures of each (1000)")
+    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     args = parser.parse_args(argv)
+    if args.command == "objectives":
+        from ldm.evaluation.objectives import compare, table
+
+        print(table(compare(OBJECTIVES, args.out, args.names, args.set, args.n, args.batch_size, args.device)))
+        return
     if args.command == "trilemma":
         rows = compare_generators(args)
         print(trilemma_table(rows))
@@ -264,13 +281,13 @@ def compare_generators(args: argparse.Namespace) -> list[dict]:
 
     networks = Measuring.load(JUDGE, FEATURES)
     reference, _ = find_reference("mnist", "test", None, networks, args.n)
-    labels, rows = reference.labels[: args.n], []
+    captions, rows = reference.captions(args.n, "train"), []
     vae, ddgan, ddpm = (ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm))
     asked = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
     asked |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
     ways = [("VAE", 1, partial(trilemma.draw_prior, vae, args.n, args.batch_size))]
     for name, (model, settings) in asked.items():
-        draw = partial(trilemma.draw_asked, model, labels, args.batch_size, **settings)
+        draw = partial(trilemma.draw_asked, model, captions, args.batch_size, **settings)
         ways.append((name, trilemma.evaluations(model, **settings), draw))
     for name, calls, draw in ways:
         rows.append(trilemma.measure(name, calls, draw, reference, networks))

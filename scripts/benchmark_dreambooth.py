@@ -105,7 +105,6 @@ class Enough(BaseException):
 
 def measure(work: Callable[[], None], steps: int) -> None:
     """Do the work until an optimizer made steps + 1 steps, and print what the last of them cost."""
-    import resource
     import time
 
     import torch
@@ -126,11 +125,16 @@ def measure(work: Callable[[], None], steps: int) -> None:
     except Enough:
         pass
     wall, cpu = (median(b - a for a, b in zip(times, times[1:], strict=False)) for times in zip(*ends, strict=True))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    if torch.cuda.is_initialized():
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory()
     found = {"seconds": wall, "cpu_seconds": cpu, "peak_GiB": peak / 2**30, "threads": torch.get_num_threads()}
     print(json.dumps(found))
+
+
+def peak_memory() -> int:
+    """Bytes that were resident at most. (getrusage's figure is that of the process which started this one, too.)"""
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return 1024 * int(fields["VmHWM"].split()[0])
 
 
 def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:

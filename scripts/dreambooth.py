@@ -54,6 +54,13 @@ def add_data(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="pictures of the class; what is missing to --num_class_images is drawn there (OUTPUT_DIR/class)",
     )
+    add(
+        "--keep_prompt",
+        action="append",
+        metavar="TEXT",
+        help="what else is to be kept: as many pictures of all these are drawn as of the class; '': nothing "
+        "(the digits, by the model that ships; else nothing)",
+    )
     add("--with_prior_preservation", action="store_true", help="implied by --class_prompt")
     add("--prior_loss_weight", type=real(0), default=1.0, metavar="LAMBDA", help="of the class pictures; 0: none (1)")
     add("--num_class_images", type=whole(1), metavar="N", help="of each subject")
@@ -70,7 +77,7 @@ def add_training(group: argparse._ArgumentGroup) -> None:
     add("--max_train_steps", type=whole(1), metavar="N", help="optimizer steps")
     add("--train_batch_size", type=whole(1), metavar="N", help="pairs of a subject's and a class picture at a time")
     add("--learning_rate", type=real(0), metavar="RATE", help="of the UNet")
-    add("--lr_scheduler", choices=("constant", "linear", "cosine"), default="constant", help="(constant)")
+    add("--lr_scheduler", choices=("constant", "linear", "cosine"), help="how the rates fall, from the first step on")
     add("--lr_warmup_steps", type=whole(0), default=0, metavar="N", help="(0)")
     add(
         "--train_text",
@@ -158,8 +165,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "list[Subject]") -> list[dict[str, str]]:
     """Which files of each subject's class folder to train on, drawn where they are missing; and notes on stderr."""
+    from ldm.data.dreambooth import choices
     from ldm.finetune.dreambooth import check_model
     from ldm.finetune.dreambooth_run import class_prompts, defaults_for, notes_on, training_size
+    from ldm.finetune.known import known_prompts
     from ldm.inference.class_pictures import collect
 
     check_model(model)
@@ -168,14 +177,16 @@ def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "l
         print(f"note: {note}", file=sys.stderr)
     scale = default.class_scale if args.class_guidance_scale is None else args.class_guidance_scale
     batch_size = default.sample_batch_size if args.sample_batch_size is None else args.sample_batch_size
+    keep, known = args.keep_prompt, known_prompts(model.cond_stage_model.tokenizer)
+    if keep is not None:
+        keep = [prompt for one in keep if one for prompt in choices(one)]
+    count, usual = args.num_class_images, default.class_pictures
     for subject in found:
         if subject.class_prompt is None or not args.prior_loss_weight:
             names.append({})
             continue
         folder, prompts = subject.class_dir, class_prompts(subject)
-        names.append(
-            collect(model, folder, prompts, args.num_class_images, default.class_pictures, size, scale, batch_size)
-        )
+        names.append(collect(model, folder, prompts, count, usual, size, scale, batch_size, keep, known))
     return names
 
 

@@ -4,14 +4,15 @@ python scripts/evaluate.py model --scale 1.5 --steps 20
 python scripts/evaluate.py model --wording unseen --out unseen.json
 python scripts/evaluate.py model --split heldout --scale 1.25   # to choose scale and steps by
 python scripts/evaluate.py autoencoder --ckpt outputs/autoencoder/model.safetensors
+python scripts/evaluate.py bits --ckpt runs/pixel/ddpm/model.safetensors --n 100
 python scripts/evaluate.py statistics --judge FILE --features FILE    # newly trained ones become those that ship
 python scripts/evaluate.py subjects --outdir subjects    # pictures to try DreamBooth on: one/train, star/heldout ...
 python scripts/evaluate.py dreambooth --ckpt outputs/one/model.safetensors --subject subjects/one \\
     --instance-prompt "a sks one" --class-prompt "a handwritten digit one" --digit 1
 
-`model` draws a picture for the caption of each real one. With MNIST at hand (--data, LDM_DATA or ./data) it also
-searches the training pictures for copies, and `autoencoder` measures all test pictures instead of the 1,000 that
-ship.
+`model` draws a picture for the caption of each real one, or for its class, as the model takes it; one that takes
+nothing draws as many. With MNIST at hand (--data, LDM_DATA or ./data) it also searches the training pictures for
+copies, and `autoencoder` measures all test pictures instead of the 1,000 that ship.
 """
 
 import argparse
@@ -44,6 +45,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     autoencoder = commands.add_parser("autoencoder", help="measure what a first stage loses")
     statistics = commands.add_parser("statistics", help="measure MNIST's test pictures: what ldm/pretrained holds")
 
+    bits = commands.add_parser("bits", help="bits per dimension of test pictures under a diffusion model of pixels")
+    add_bits(bits)
     subjects = commands.add_parser("subjects", help="write pictures of subjects: MNIST's printed ones, drawn stars")
     dreambooth = commands.add_parser("dreambooth", help="measure what a model learnt of a subject, and what it forgot")
     add_dreambooth(dreambooth)
@@ -89,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "statistics":
         write_statistics(args)
         return
+    if args.command == "bits":
+        evaluate_bits(args)
+        return
     if args.command == "subjects":
         write_subjects(args)
         return
@@ -102,18 +108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     networks = Measuring.load(judge, features)
     evaluate = {"model": evaluate_model, "autoencoder": evaluate_autoencoder, "dreambooth": evaluate_dreambooth}
     report, sheet = evaluate[args.command](args, networks)
-    text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
     sheet.save(picture_path(args), format="PNG")
-    if args.out is None:
-        print(text)
-    else:
-        args.out.write_text(text + "\n", encoding="utf-8")
+    write_report(without_nan(report), args.out)
     print(f"picture: {picture_path(args)}", file=sys.stderr)
 
 
 def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
     """Draw and measure: the report, and a sheet of drawn pictures beside real ones."""
-    from ldm.evaluation.draw import draw
+    from ldm.evaluation.draw import ask, draw
+    from ldm.evaluation.networks import classify
     from ldm.evaluation.pictures import by_class, side_by_side
     from ldm.evaluation.report import report_model
     from ldm.evaluation.source import find_reference
@@ -122,16 +125,17 @@ def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[di
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
     n = len(reference.labels) if args.n is None else args.n
     frames = "train" if args.wording == "seen" else "unseen"
-    captions = reference.captions(n, frames)
+    prompts, captions = ask(model, reference.captions(n, frames))
     given = {name: getattr(args, name) for name in MEASURED if getattr(args, name) is not None}
     started = time.perf_counter()
-    pictures = draw(model, [caption.text for caption in captions], args.seed, args.batch_size, networks.size, **given)
+    pictures = draw(model, prompts, args.seed, args.batch_size, networks.size, **given)
     drawn = time.perf_counter()
     report = report_model(pictures, captions, frames, reference, networks, training)
     rate = n / (drawn - started)
     times = {"drawing": drawn - started, "measuring": time.perf_counter() - drawn, "pictures_per_second": rate}
     settings = {"wording": args.wording, "seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given}
-    shown = by_class(pictures, reference.labels[:n], SHEET_COLUMNS)
+    labels = reference.labels[:n] if report["prompt_accuracy"] else classify(networks.judge, pictures)
+    shown = by_class(pictures, labels, SHEET_COLUMNS)
     real_shown = by_class(reference.pictures, reference.picture_labels, SHEET_COLUMNS)
     report = {**head(args, reference, n), "settings": settings, "seconds": times, **report}
     return report, side_by_side([shown, real_shown])
@@ -154,6 +158,42 @@ def evaluate_autoencoder(args: argparse.Namespace, networks: "Measuring") -> "tu
     report = report_autoencoder(result, pictures, labels, reference, networks)
     sheet = side_by_side([by_class(result.pictures, labels, SHEET_COLUMNS), by_class(pictures, labels, SHEET_COLUMNS)])
     return {**head(args, reference, n), **report}, sheet
+
+
+def add_bits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, metavar="FILE", help="the model")
+    add("--variance", metavar="NAME", help="of each step: learned, small or large (the first of these that it has)")
+    add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: scikit-learn's")
+    add("--data", metavar="ROOT", help="folder that holds MNIST/raw (LDM_DATA, else ./data)")
+    add("--n", type=whole(2), default=100, help="pictures (100)")
+    add("--batch-size", type=whole(1), default=100, help="pictures at a time (100)")
+    add("--seed", type=whole(0), default=0, help="of the noise")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--out", type=Path, metavar="FILE", help="write the JSON there instead")
+
+
+def evaluate_bits(args: argparse.Namespace) -> None:
+    """Print the variational bound of the first test pictures, or write it to --out."""
+    check_writable(args.out)
+    import ldm
+    from ldm.evaluation.likelihood import check_variance, measure_bits
+    from ldm.evaluation.networks import fingerprint
+    from ldm.evaluation.source import open_data
+    from ldm.models.classifier import INNER
+
+    model = ldm.load(args.ckpt, device=args.device)
+    check_variance(model, args.variance)
+    side = model.defaults["height"]
+    data, _ = open_data(args.dataset, "test", args.data, min(side, INNER))  # padded, or pooled to what is smaller
+    report = {
+        "measured": "bits",
+        "checkpoint": {"path": str(args.ckpt), "sha256": fingerprint(args.ckpt)},
+        "dataset": f"{args.dataset} test",
+        "n": args.n,
+        **measure_bits(model, data, args.n, args.batch_size, args.seed, args.variance),
+    }
+    write_report(report, args.out)
 
 
 def add_dreambooth(parser: argparse.ArgumentParser) -> None:
@@ -261,6 +301,14 @@ def head(args: argparse.Namespace, reference: "Reference", n: int) -> dict:
         "networks": reference.networks,
         "n": n,
     }
+
+
+def write_report(report: dict, out: Path | None) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text + "\n", encoding="utf-8")
 
 
 def picture_path(args: argparse.Namespace) -> Path:

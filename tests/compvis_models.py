@@ -14,6 +14,9 @@ from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import normalise
 from ldm.checkpoint.diffusers_text import write_tokenizer
 from ldm.conditioning.tokenizer import reduce
+from ldm.diffusion import guidance, sampling
+from ldm.diffusion.denoiser import from_vp, to_vp
+from ldm.diffusion.schedule import sampling_sigmas
 from ldm.models.clip import CLIPTextModel
 from ldm.util import instantiate_from_config
 
@@ -110,3 +113,16 @@ def ours(model, **changes) -> core.LatentDiffusion:
     twin = core.LatentDiffusion(**params)
     twin.load_state_dict(normalise(model.state_dict())[0])
     return twin.eval().requires_grad_(False)
+
+
+def drawn(twin, cond, null, start, steps, scale, spacing="compvis", final="sigma_min") -> torch.Tensor:
+    """DDIM by our own sampler on CompVis's levels: latents."""
+    sigmas = sampling_sigmas(twin.schedule, steps, spacing, final).tolist()
+    denoise = guidance.classifier_free(twin.denoiser(), {"c_crossattn": cond}, {"c_crossattn": null}, scale)
+    *_, last = sampling.sample(denoise, from_vp(start, sigmas[0]), sigmas)
+    return to_vp(last.x, sigmas[-1])
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of a run of several steps in float32: relative to the largest, as an untrained network amplifies."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))

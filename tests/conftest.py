@@ -1,7 +1,9 @@
-"""Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint."""
+"""Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint; a tiny MNIST."""
 
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,3 +91,16 @@ def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
     save(tiny_model, path)
     return path
+
+
+@pytest.fixture
+def mnist(tmp_path) -> Path:
+    """Sixteen pictures in MNIST's files."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = np.zeros((16, 28, 28), np.uint8)
+    images[:, 4:24, 12:16] = np.random.default_rng(0).integers(200, 256, (16, 20, 4))
+    labels = np.arange(16, dtype=np.uint8) % 10
+    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 16, 28, 28) + images.tobytes())
+    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 16) + labels.tobytes())
+    return tmp_path

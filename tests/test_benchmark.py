@@ -87,6 +87,21 @@ def test_sampler_table_and_plot(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    files = [f"--{kind}={tiny_checkpoint}" for kind in ("vae", "ddgan", "ddpm")]
+    options = ["--n=10", "--ddim-steps", "3", f"--plot={tmp_path / 'plot.png'}", "--device=cpu"]
+    benchmark.main(["trilemma", *files, *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| VAE", "1"],
+        ["| DDGAN", "4"],
+        ["| DDPM", "4"],
+        ["| DDIM, 3 steps", "3"],
+    ]
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
 def test_trilemma_table_and_plot(tmp_path):
     rows = [
         {"name": name, "evaluations": n, "ratio": 2.5, "recall": 0.75, "precision": 0.8, "seconds": s, "cpu_seconds": s}

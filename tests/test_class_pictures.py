@@ -93,6 +93,23 @@ def test_several_prompts_share_what_is_drawn(model, tmp_path):
     }
 
 
+def test_what_else_is_kept(model, tmp_path):
+    """As many pictures again, of what is asked for or known, without the class's prompt; a user's own are enough."""
+
+    def take(folder, **more):
+        found = collect(model, folder, ["a five"], None, usual=2, size=32, scale=1.0, batch_size=2, **more)
+        return sorted(found.values())
+
+    known = ["a five", "a six", "a seven", "an eight"]
+    assert take(tmp_path / "a", known=known) == ["a five", "a five", "a seven", "a six"]
+    assert take(tmp_path / "a", known=known, keep=[]) == ["a five", "a five"]
+    assert take(tmp_path / "a", known=known, keep=["a nine"]) == ["a five", "a five", "a nine", "a nine"]
+    (tmp_path / "b").mkdir()
+    Image.new("L", (32, 32), 99).save(tmp_path / "b" / "own.png")
+    assert take(tmp_path / "b", known=known) == ["a five"]
+    assert take(tmp_path / "b", known=known, keep=["a nine"]) == ["a five", "a nine"]
+
+
 def test_a_full_disk_leaves_whole_pictures_only(model, tmp_path, monkeypatch):
     calls, save = [], Image.Image.save
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ldm.data.digits import Digits
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.guidance import autoguidance, classifier, classifier_free, noisy_log_prob
 from ldm.diffusion.sampling import SAMPLERS
@@ -181,3 +182,45 @@ def test_a_networks_log_probability_of_each_pictures_class():
     assert torch.allclose(found.x0 - gaussian(X, sigma).x0, 2 * sigma**2 * expected, rtol=1e-10, atol=1e-11)
     one = classifier(gaussian, noisy_log_prob(network, SCHEDULE, torch.tensor(1)), 2.0)(X, sigma).x0  # the same for all
     assert torch.equal(one[1], found.x0[1]) and not torch.equal(one[0], found.x0[0])
+    some = classifier(gaussian, noisy_log_prob(network, SCHEDULE, torch.tensor([5, 1])), 2.0)(X, sigma).x0  # 5: none
+    assert torch.equal(some[1], found.x0[1]) and torch.equal(some[0], gaussian(X, sigma).x0[0])
+
+
+# Real digits, without a network: of 200 pictures the exact denoiser is their mean, weighed by how near x is to each.
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = Digits(first=200)
+    return torch.nn.functional.avg_pool2d(data.images.double() / 127.5 - 1, 4), data.labels  # (200, 1, 8, 8)
+
+
+def nearness(x, sigma, pictures):
+    """log p(x | picture) but for a constant: (b, 200)."""
+    return -((x.flatten(1)[:, None] - pictures.flatten(1)) ** 2).sum(-1) / (2 * sigma**2)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_it_makes_unconditional_digits_those_of_a_class(digits, sampler):
+    pictures, labels = digits
+    asked = torch.arange(10).repeat(2)
+
+    def denoise(x, sigma):
+        weights = nearness(x, sigma, pictures).softmax(1)
+        return Prediction((weights @ pictures.flatten(1)).view(x.shape))
+
+    def exact(x, sigma):  # log p(y | x): the share of the weights that pictures of the class have
+        near = nearness(x, sigma, pictures)
+        of_class = near.masked_fill(labels != asked[:, None], -math.inf)
+        return of_class.logsumexp(1) - near.logsumexp(1)
+
+    def right(scale):
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(20, 1, 8, 8, generator=generator).double() * 80.0
+        levels = [*torch.logspace(math.log10(80.0), -2, 30).tolist(), 0.0]
+        fresh = lambda: torch.randn(start.shape, generator=generator).double()  # noqa: E731
+        *_, last = SAMPLERS[sampler](classifier(denoise, exact, scale), start, levels, noise=fresh)
+        return (labels[nearness(last.x, 1.0, pictures).argmax(1)] == asked).double().mean().item()
+
+    assert right(0.0) < 0.3  # one in ten, by chance
+    assert right(1.0) == 1.0  # by Bayes the very denoiser of the class

@@ -257,3 +257,47 @@ def test_a_model_of_pixels(tmp_path):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
     with pytest.raises(TypeError, match="timestep"):
         DDPM(section, timestep=10)
+
+
+@torch.no_grad()
+def test_a_model_of_pixels_draws(tmp_path):
+    """DDPM (Ho et al. 2020, algorithm 2) from the buffers; x0 within the pixels' range."""
+    section = {"target": UNET, "params": PIXELS}
+    model = fill(DDPM(section, timesteps=6, image_size=8, linear_end=0.5, log_every_t=2), 0)
+    torch.manual_seed(0)
+    x, noises = torch.randn(2, 3, 8, 8), [torch.randn(2, 3, 8, 8) for _ in range(6)]
+    for i, noise in zip(reversed(range(6)), noises, strict=True):
+        t = torch.full((2,), i)
+        x0 = model.predict_start_from_noise(x, t, model.model(x, t)).clamp(-1, 1)
+        x = model.posterior_mean_coef1[i] * x0 + model.posterior_mean_coef2[i] * x
+        x = x + (i > 0) * model.posterior_variance[i].sqrt() * noise
+    torch.manual_seed(0)
+    found, kept = model.sample(2, return_intermediates=True)
+    torch.testing.assert_close(found, x, **CLOSE)
+    assert len(kept) == 5  # the start, and levels 5, 4, 2, 0
+    torch.manual_seed(0)
+    assert torch.equal(model.p_sample_loop((2, 3, 8, 8)), found)
+    log = model.log_images({"image": randn(3, 8, 8, 3)}, N=2)
+    assert {name: tuple(value.shape) for name, value in log.items()} == {
+        **{"inputs": (2, 3, 8, 8), "samples": (2, 3, 8, 8)},
+        **{"diffusion_row": (3, 2 * 8, 4 * 8), "denoise_row": (3, 2 * 8, 5 * 8)},
+    }
+    assert set(model.log_images({"image": randn(3, 8, 8, 3)}, sample=False, return_keys=["inputs"])) == {"inputs"}
+
+
+@torch.no_grad()
+def test_moments_are_those_of_the_forward_process(model):
+    """q's moments, and that q(x_{t-1}) results from q(x_t) by the posterior, as both are Gaussian."""
+    x0, x, t = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=1), torch.tensor([3, 700])
+    mean, variance, log_variance = model.q_mean_variance(x0, t)
+    ab = model.alphas_cumprod[t].view(2, 1, 1, 1)
+    torch.testing.assert_close(mean, ab.sqrt() * x0)
+    torch.testing.assert_close(variance, 1 - ab)
+    torch.testing.assert_close(log_variance, (1 - ab).log())
+    of_zero, spread, log_spread = model.q_posterior(torch.zeros_like(x0), x, t)
+    weight = of_zero / x  # of x_t in the posterior's mean
+    before = model.alphas_cumprod_prev[t].view(2, 1, 1, 1)
+    torch.testing.assert_close(weight**2 * (1 - ab) + spread, (1 - before).expand_as(weight), **CLOSE)
+    centred, _, _ = model.q_posterior(x0, ab.sqrt() * x0, t)
+    torch.testing.assert_close(centred, before.sqrt() * x0, **CLOSE)
+    torch.testing.assert_close(log_spread.exp(), spread)

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from compvis_models import ENCODERS, VQ, Recorder, a_batch, built, clip_folder, config, ours, randn
-from golden_fill import published_shapes, shapes
 from meta_models import TINY_1
 from PIL import Image
-from test_compvis_config import YAMLS
 from torch import nn
 
 from ldm.compvis import ddpm
@@ -34,22 +32,6 @@ def model(clip):
 
 
 # names
-
-
-@pytest.mark.parametrize("name", YAMLS.keys() - {"instruct-pix2pix"})  # its class is in its own code
-@pytest.mark.filterwarnings("ignore:no weights of")
-def test_names_and_shapes_are_those_of_published_files(name):
-    section, key, _ = copy.deepcopy(YAMLS[name])
-    params = section["model"]["params"]
-    params["first_stage_config"]["params"].pop("ckpt_path", None)  # files that are not here
-    with torch.device("meta"):
-        found = shapes(instantiate_from_config(section["model"]))
-    expected = published_shapes(key)
-    if "inpainting" in name and key.startswith("sd"):
-        expected["model.diffusion_model.input_blocks.0.0.weight"] = (320, 9, 3, 3)
-    if key == "ldm-cin256-v2":  # published without its averages
-        found = {name: shape for name, shape in found.items() if not name.startswith("model_ema.")}
-    assert found == expected
 
 
 def test_a_published_file_loads_strictly_with_or_without_position_ids(clip, model):
@@ -261,9 +243,44 @@ def test_ancestral_sampling_of_a_part(clip):
     z, mask = randn(3, 4, 8, 8), torch.zeros(3, 1, 8, 8)
     mask[..., :4] = 1  # stays
     cond = {"c_crossattn": [model.get_learned_conditioning([*PROMPTS, "x", "y"])]}
+    noised, q_sample = [], model.q_sample
+    model.q_sample = lambda x0, t, **more: noised.append((t.tolist(), q_sample(x0, t, **more))) or noised[-1][1]
     x = model.p_sample_loop(cond, (3, 4, 8, 8), mask=mask, x0=z, start_T=5, verbose=False)
-    torch.testing.assert_close(x[..., :4], z[..., :4], **CLOSE)
-    assert (x - z)[..., 4:].abs().min() > 1e-6
+    assert [t for t, _ in noised] == [[i] * 3 for i in (4, 3, 2, 1, 0)]  # kept at every level, noised to it
+    assert torch.equal(x[..., :4], noised[-1][1][..., :4]) and (x - noised[-1][1])[..., 4:].abs().min() > 1e-6
+
+
+@torch.no_grad()
+def test_steps_of_ancestral_sampling(clip):
+    """What subclasses override of it, and its settings."""
+    model = built(config(clip, timesteps=8, linear_end=0.5))
+    cond, x, t = model.get_learned_conditioning(PROMPTS), randn(2, 4, 8, 8), torch.tensor([5, 0])
+    predicted = model.predict_start_from_noise(x, t, model.apply_model(x, t, cond))
+    mean, variance, log_variance, x0 = model.p_mean_variance(x, cond, t, clip_denoised=True, return_x0=True)
+    torch.testing.assert_close(x0, predicted.clamp(-1, 1))
+    torch.testing.assert_close(mean, model.q_posterior(x0, x, t)[0])
+    assert torch.equal(variance.flatten(), model.posterior_variance[t]) and variance.shape == (2, 1, 1, 1)
+    assert torch.equal(log_variance.flatten(), model.posterior_log_variance_clipped[t])
+    assert len(model.p_mean_variance(x, cond, t, clip_denoised=False)) == 3
+    noise = {seed: torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0,)}[0]
+    torch.manual_seed(0)
+    stepped, x0 = model.p_sample(x, cond, t, temperature=2.0, return_x0=True)
+    mean = model.q_posterior(predicted, x, t)[0]
+    torch.testing.assert_close(stepped[0], mean[0] + 2 * model.posterior_variance[5].sqrt() * noise[0], **CLOSE)
+    torch.testing.assert_close(stepped[1], mean[1], **CLOSE)  # no noise at the last level
+    torch.testing.assert_close(x0, predicted)
+    alike = model.p_sample(x[:1].expand(2, -1, -1, -1), cond[:1].expand(2, -1, -1), t[:1].expand(2), repeat_noise=True)
+    torch.testing.assert_close(alike[0], alike[1])
+    corrector = type("", (), {"modify_score": lambda self, model, e, x, t, c, by: e + by})()
+    corrected = {"score_corrector": corrector, "corrector_kwargs": {"by": 1.0}, "return_x0": True}
+    _, x0 = model.p_sample(x, cond, t, **corrected)
+    torch.testing.assert_close(x0, predicted - model.sqrt_recipm1_alphas_cumprod[t].view(2, 1, 1, 1), **CLOSE)
+
+    steps = []
+    own = type(model).p_sample
+    model.p_sample = lambda x, c, t, **settings: steps.append((t.tolist(), settings)) or own(model, x, c, t, **settings)
+    model.progressive_denoising(cond, (2, 4, 8, 8), verbose=False, temperature=0.5, noise_dropout=0.1)
+    assert [t for t, _ in steps] == [[i, i] for i in reversed(range(8))] and steps[0][1]["temperature"] == 0.5
 
 
 @torch.no_grad()

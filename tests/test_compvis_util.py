@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ldm.lr_scheduler import LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2
-from ldm.models.diffusion.sampling_util import norm_thresholding
+from ldm.models.diffusion.sampling_util import append_dims, norm_thresholding, spatial_norm_thresholding
 from ldm.modules.attention import Normalize
 from ldm.modules.diffusionmodules import util as layers
 from ldm.modules.distributions.distributions import AbstractDistribution, DiracDistribution
@@ -86,6 +86,10 @@ def test_tensor_helpers():
     assert torch.equal(mean_flat(torch.arange(8.0).view(2, 2, 2)), torch.tensor([1.5, 5.5]))
     loud = torch.full((2, 3, 4), 5.0) * torch.tensor([1, 0.01]).view(2, 1, 1)
     assert torch.allclose(norm_thresholding(loud, 2.0)[:, 0, 0], torch.tensor([2.0, 0.05]))
+    x = torch.tensor([[3.0, 0.3], [4.0, 0.4]]).view(1, 2, 1, 2)  # two channels, two positions
+    wanted = torch.tensor([[0.6, 0.3], [0.8, 0.4]]).view(1, 2, 1, 2) * torch.tensor([2**0.5, 1])
+    assert torch.allclose(spatial_norm_thresholding(x, 1.0), wanted)
+    assert append_dims(torch.ones(2), 4).shape == (2, 1, 1, 1)
 
 
 def test_small_helpers():

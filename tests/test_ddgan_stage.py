@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from script_runs import load_script, names, pixels, recipe
 from test_ddgan import UNET
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ from ldm.training.loop import Interrupted, train
 from ldm.training.order import collate
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "ddgan.yaml"
-GENERATOR = {"unet": UNET, "latent_dim": 6, "mapped": 24, "layers": 2, "patch": 2}
+GENERATOR = {"unet": UNET, "latent_dim": 6, "mapped": 24, "layers": 2}
 DISCRIMINATOR = {"width": 8, "channel_mult": [1, 2], "time_channels": 16, "patch": 2}
 MODEL = {
     "unet_config": {"target": "ldm.models.ddgan.Generator", "params": {**GENERATOR, "classes": 11}},
@@ -137,15 +138,18 @@ def test_a_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
     assert len(list((alone.parent / "previews").iterdir())) == 3
 
 
-def test_the_shipped_configuration_trains(tmp_path):
-    settings = OmegaConf.to_container(OmegaConf.load(CONFIG), resolve=True)
-    settings["data"] = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
-    settings["loop"] |= {"steps": 1, "batch_size": 4, "tensorboard": False}
-    path = train({**settings, "outdir": str(tmp_path)}, device="cpu")
-    model = ldm.load(path, device="cpu")
-    assert model.schedule.T == 4 and model.defaults["steps"] == 4 and model.defaults["sampler"] == "ddpm"
-    (image,) = model.generate([3])
-    assert image.size == (32, 32)
+def test_the_shipped_configuration_trains_and_draws(tmp_path):
+    settings = OmegaConf.load(CONFIG)
+    settings.data = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
+    OmegaConf.save(settings, tmp_path / "ddgan.yaml")
+    changes = ["loop.steps=1", "loop.batch_size=4", "loop.tensorboard=false", f"outdir={tmp_path}", "--device=cpu"]
+    load_script("train").main([str(tmp_path / "ddgan.yaml"), *changes])
+    model, out = tmp_path / "ddgan" / "model.safetensors", tmp_path / "out"
+    load_script("sample").main([f"--ckpt={model}", f"--outdir={out}", "--class", "3", "4", "--device=cpu"])
+    assert names(out / "samples") == ["00000.png", "00001.png"]
+    assert pixels(out / "samples" / "00000.png").shape == (32, 32)
+    drawn = recipe(out / "samples" / "00000.png")
+    assert (drawn.steps, drawn.sampler) == (4, "ddpm")
 
 
 @pytest.mark.parametrize(("settings", "message"), [({"r1_every": 0}, "r1_every 0"), ({"r1_weight": -1.0}, "weight -1")])

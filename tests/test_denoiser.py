@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from ldm.diffusion.denoiser import PREDICTIONS, from_vp, make_denoiser, skip_and_out, target, to_vp
+from ldm.diffusion.denoiser import (
+    PREDICTIONS,
+    Prediction,
+    from_vp,
+    make_denoiser,
+    predicted_x0,
+    self_conditioned,
+    skip_and_out,
+    split_variance,
+    target,
+    to_vp,
+)
+from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import make_schedule, q_sample, sampling_sigmas
 
@@ -116,3 +128,55 @@ def test_unknown_prediction_is_refused():
     ):
         with pytest.raises(ValueError, match="'velocity'; choose from eps, x0, v"):
             call()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_each_picture_at_its_own_level(prediction):
+    """Conversions there and back: x0 -> target -> x0, to 1e-6 where x0 is not drowned in noise; and as the denoiser."""
+    schedule, t = make_schedule("cosine"), torch.tensor([0, 300, 700, 990])
+    x0, noise = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(2))
+    ab = schedule.alphas_cumprod[t]
+    told, x_vp = target(prediction, x0, noise, ab), q_sample(x0, t, noise, schedule)
+    back = predicted_x0(prediction, told, x_vp, schedule.sigmas[t])
+    limit = 1e-6 * (1 + schedule.sigmas[t]).view(-1, 1, 1, 1) if prediction == "eps" else torch.full((4, 1, 1, 1), 1e-6)
+    assert ((back - x0).abs() <= limit * (1 + x0.abs())).all()
+    for i, level in enumerate(t.tolist()):
+        sigma = schedule.sigma_at(level)
+        denoise = make_denoiser(lambda *_, i=i: told[i : i + 1], schedule, prediction)
+        one = denoise(from_vp(x_vp[i : i + 1], sigma), sigma, {}).x0
+        torch.testing.assert_close(back[i : i + 1], one, rtol=1e-5, atol=1e-5 * sigma)
+
+
+def test_the_second_half_of_the_channels_is_the_variances_share():
+    output = torch.tensor([[0.3, -1.0], [0.5, 1.0]])[..., None, None]
+    denoise = make_denoiser(lambda *_: output, make_schedule(), "x0", learned_variance=True)
+    found = denoise(torch.zeros(2, 1, 1, 1), 1.0, {})
+    assert found.x0.flatten().tolist() == pytest.approx([0.3, 0.5])
+    assert found.variance_share.flatten().tolist() == [0, 1]
+    guided = classifier_free(denoise, {}, {}, 3.0)(torch.zeros(1, 1, 1, 1), 1.0)
+    assert (
+        guided.x0.item() == pytest.approx(0.3 + 3 * 0.2) and guided.variance_share.item() == 1
+    )  # the conditioned one's
+    assert make_denoiser(lambda *_: output[:, :1], make_schedule(), "x0")(torch.zeros(2, 1, 1, 1), 1.0, {})[1] is None
+    with pytest.raises(ValueError, match="gives 2 x 1 channels, and this one gives 3: set out_channels to 2"):
+        split_variance(torch.zeros(1, 3, 2, 2), 1)
+
+
+def test_self_conditioning_is_told_of_its_own_last_x0():
+    """Under guidance each half of its own; from one call to the other where guidance begins or ends."""
+    told = []
+
+    def denoise(x, sigma, cond):
+        told.append(cond["c_concat"].flatten().tolist())
+        return Prediction(x + cond["y"].view(-1, 1))
+
+    two = self_conditioned(denoise, 2)
+    cond, uncond = {"y": torch.tensor([0.1, 0.2])}, {"y": torch.tensor([-0.1, -0.2])}
+    x = torch.tensor([[0.5], [5.0]])
+    guided = classifier_free(two, cond, uncond, 2.0, interval=(0.5, 2.0))
+    for sigma in (4.0, 3.0, 2.0, 1.0, 0.4):
+        guided(x, sigma)
+    once, both = pytest.approx([0.6, 1.0]), pytest.approx([0.4, 1.0, 0.6, 1.0])  # clamped to 1
+    assert told == [[0, 0], once, pytest.approx([0.6, 1.0, 0.6, 1.0]), both, once]
+    self_conditioned(denoise, 2)(x, 1.0, cond)
+    assert told[-1] == [0, 0]  # another run knows nothing of it

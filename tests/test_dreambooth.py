@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from torch.nn import functional as F
 
 import ldm
 from ldm.data.dreambooth import DreamBooth
-from ldm.finetune.dreambooth import LAYERS, DreamBoothStage
+from ldm.finetune.dreambooth import LAYERS, DreamBoothStage, nearness
 from ldm.finetune.dreambooth_run import move_in
 from ldm.finetune.lora_files import apply_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training import run_folder
 from ldm.training.ema import EMA
 from ldm.training.loop import train
 from ldm.training.order import collate
@@ -248,6 +251,32 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
         move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
 
 
+@pytest.mark.parametrize("full_at", ["state", "result"])
+def test_a_full_disk_loses_nothing(checkpoints, subject, tmp_path, full_at):
+    """The second state, or the result, does not fit: the state before it is whole, and the run goes on from it."""
+    whole = train(config(checkpoints, subject, tmp_path / "whole"))
+    settings = config(checkpoints, subject, tmp_path / "part")
+    settings["loop"] |= {"save_every": 2}
+    writers = {"state": (torch, "save", 2), "result": (run_folder, "save_file", 1)}
+    module, name, number = writers[full_at]
+    write, calls = getattr(module, name), []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) < number:
+            return write(*args, **kwargs)
+        raise RuntimeError("PytorchStreamWriter failed") if full_at == "state" else OSError(28, "No space left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, full)
+        with pytest.raises(OSError, match="cannot write .*resume.pt" if full_at == "state" else "No space left"):
+            train(settings)
+    kept = torch.load(tmp_path / "part" / "resume.pt", weights_only=True)
+    assert kept["step"] == (2 if full_at == "state" else 4)
+    assert not [p for p in (tmp_path / "part").iterdir() if p.suffix == ".tmp" or p.name == "model.safetensors"]
+    assert train(settings, resume=True).read_bytes() == whole.read_bytes()
+
+
 @pytest.mark.parametrize("train_text", [False, True])
 def test_lora_trains_adapters_alone(checkpoints, subject, tmp_path, train_text):
     """The adapters' file on the model as it was, and the merged model, draw alike."""
@@ -290,6 +319,44 @@ def test_optimizers():
         make_optimizer([{"params": [weight], "lr": 1e-3}], "sgd", (0.9, 0.999), 0.0)
     with pytest.raises(ValueError, match=r"learning rate 0\.0 must be above 0"):
         make_optimizer([{"params": [weight], "lr": 0.0}], "adamw", (0.9, 0.999), 0.0)
+
+
+def test_words_are_kept_apart_from_the_class(checkpoints, subject):
+    """The nearness in closed form; that of a stage by hand; and with nothing else to learn, it is unlearnt."""
+    texts, others = {"a": torch.eye(2)[[0, 1, 0]]}, {"a": torch.tensor([[0.8, 0.6], [0.6, 0.8]])}
+    assert nearness(texts, others, 3).item() == pytest.approx(0.3)
+    assert nearness(texts | {"b": texts["a"]}, others | {"b": 0.1 * others["a"]}, 2).item() == pytest.approx(0.3)
+    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-2, words=["sks"], weight_decay=0.0)
+    encoder = stage.latent_diffusion.cond_stage_model
+    own, other, null = (encoder([text]) for text in ("a sks five", "a five", ""))
+    cosines = [F.cosine_similarity(*((c[k] - null[k]).flatten(1) for c in (own, other))).item() for k in null]
+    _, values = stage(batch)
+    assert values["nearness"].item() == pytest.approx(sum(max(0, c - 0.5) for c in cosines), abs=1e-5)
+    assert values["nearness"] > 0.1
+    (optimizer,) = stage.optimizers()
+    for _ in range(40):
+        optimizer.zero_grad()
+        near = stage(batch)[1]["nearness"]
+        near.backward()
+        optimizer.step()
+    assert near < 0.02
+    assert "nearness" not in make(checkpoints, subject)[0](batch)[1]
+
+
+def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, monkeypatch):
+    """bitsandbytes' class gets the groups and settings, and a run goes by it. (Here torch's AdamW stands in for it.)"""
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, groups, **settings):
+            made.append(([group["lr"] for group in groups], settings))
+            super().__init__(groups, **settings)
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
+    settings = {"optimizer": "adamw8bit", "betas": (0.8, 0.9), "weight_decay": 0.1, "text_learning_rate": 1e-4}
+    assert train(config(checkpoints, subject, tmp_path / "run", 2, **settings)).exists()
+    assert made == [([1e-3, 1e-4], {"betas": (0.8, 0.9), "weight_decay": 0.1})]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import json
 
 import pytest
 from PIL import Image
-from script_runs import imported_by_help, load_script, samples
+from script_runs import imported_by_help, load_script, recipe, samples
 
 import ldm
 from ldm.cli import run
+from ldm.util import read_yaml
 
 dreambooth, txt2img = load_script("dreambooth"), load_script("txt2img")
 SHORT = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_validation_images", "1", "--report_to", "none"]
@@ -82,6 +83,26 @@ def test_several_subjects_and_own_class_pictures(tiny_checkpoint, subject, tmp_p
     assert not (tmp_path / "out" / "class").exists() and len(list(own.iterdir())) == 4
     with pytest.raises(ValueError, match="2 --instance_data_dir need as many --class_data_dir, got 1"):
         dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "no", *more, "--class_data_dir", own))
+
+
+def test_a_single_picture_is_enough_but_said(tiny_checkpoint, subject, tmp_path, capsys):
+    for name in ("b.jpg", "c.png", "d.png"):
+        (subject / name).unlink()
+    dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
+    assert "holds a single picture: three to five" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_class_of_several_prompts_and_what_is_kept_beside_it(tiny_checkpoint, subject, tmp_path):
+    """Two prompts share three pictures, and three more are of what else is to be kept; all are in the loss."""
+    line = options(tiny_checkpoint, subject, tmp_path / "out", "--keep_prompt", "a {seven|eight}")
+    line[line.index("--class_prompt") + 1] = "a {five|six}"
+    dreambooth.main(line)
+    (row,) = read_yaml(tmp_path / "out" / "config.yaml")["data"]["params"]["subjects"]
+    assert list(row["class_pictures"].values()) == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
+    assert {name: prompt for name, prompt in row["class_pictures"].items()} == {
+        path.name: recipe(path).prompt for path in (tmp_path / "out" / "class").iterdir()
+    }
 
 
 def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsys):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.checkpoint.file import save_file
+from ldm.conditioning.classes import ClassLabels
 from ldm.data.captions import Caption
 from ldm.data.digits import Digits
 from ldm.data.measure import MNIST_THRESHOLDS, classify
@@ -261,11 +262,12 @@ class Copier:
 
     defaults = {"steps": 20, "scale": 1.5, "sampler": "ddim", "spacing": None}
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, cond_stage_model="of texts"):
+        self.calls, self.prompts, self.cond_stage_model = [], [], cond_stage_model
 
     def generate(self, prompts, seed, batch_size, **settings):
         self.calls.append((len(prompts), seed, settings))
+        self.prompts += prompts
         return to_pil(Digits("test", first=len(prompts)).images.float() / 127.5 - 1)
 
 
@@ -298,6 +300,28 @@ def test_script_measures_a_model(files, tmp_path, monkeypatch):
     assert result["networks"]["judge"] == fingerprint(files / "judge.safetensors")
     assert result["frechet"]["floor"] > 0 and result["memorisation"]["ratio"] > 0
     assert Image.open(tmp_path / "new" / "report.png").size[1] == 2 * (10 * 30 + 2)
+
+
+def test_a_model_of_classes_is_asked_for_classes(files, tmp_path, monkeypatch, real):
+    model = Copier(ClassLabels(11))
+    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    evaluate.main(["model", *options(files, tmp_path, "--n", 30)])
+    result = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert model.prompts == real.labels[:30].tolist()
+    asked = {digit: group["n"] for digit, group in result["prompt_accuracy"]["per_digit"].items()}
+    assert asked == {str(digit): model.prompts.count(digit) for digit in sorted(set(model.prompts))}
+    assert result["prompt_accuracy"]["per_wording"] == {} and result["style_accuracy"]["stated"]["n"] == 0
+
+
+def test_a_model_that_is_told_nothing_has_no_accuracy(files, tmp_path, monkeypatch, measuring):
+    model = Copier(None)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+    evaluate.main(["model", *options(files, tmp_path, "--n", 30)])
+    result = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert model.prompts == [""] * 30 and result["prompt_accuracy"] is None
+    read = networks.classify(measuring.judge, inner(Digits("test", first=30).images[:, 0])).tolist()
+    assert result["classes"] == {str(digit): read.count(digit) / 30 for digit in range(10)}
+    assert result["frechet"]["ratio"] > 0
 
 
 def test_script_measures_an_autoencoder(files, tmp_path, monkeypatch, capsys):

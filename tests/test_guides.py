@@ -202,7 +202,7 @@ def test_diffusers_draws_the_same_with_perturbed_attention(stable_diffusion, tmp
             *_, step = get_sampler("ddim")(denoise, x * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
             return step.x
 
-        ours, unperturbed = draw(perturbed_attention(model, scale)(plain, cond)), draw(plain)
+        ours, unperturbed = draw(perturbed_attention(model, scale)(plain, cond, PROMPTS)), draw(plain)
     # float32 and other kernels over 4 steps
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert (unperturbed - ours).abs().max() > 0.01
@@ -272,7 +272,7 @@ def test_autoguidance_by_the_model_itself_changes_nothing_and_by_a_weaker_one_is
         x = 2 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         u, c, w = (m.denoiser()(x, 1.5, told).x0 for m, told in ((model, uncond), (model, cond), (weak, cond)))
         guided = guidance.classifier_free(model.denoiser(), cond, uncond, 4.0)
-        got = autoguidance(model, weak, 2.5)(guided, cond)(x, 1.5).x0
+        got = autoguidance(model, weak, 2.5)(guided, cond, ["five", "six"])(x, 1.5).x0
     torch.testing.assert_close(got, c + 3 * (c - u) + 1.5 * (c - w), atol=1e-4, rtol=1e-4)
     assert (c - w).abs().max() > 0.05
 
@@ -287,7 +287,7 @@ def test_a_weaker_model_may_have_another_scale_factor_schedule_and_prediction(mo
 
     weak.denoiser = lambda: gaussian(0.6)
     x = torch.randn(2, 4, 8, 8)
-    found = autoguidance(model, weak, 7.0)(gaussian(0.4), {})(x, 0.9).x0
+    found = autoguidance(model, weak, 7.0)(gaussian(0.4), {}, ["", ""])(x, 0.9).x0
     torch.testing.assert_close(found, gaussian(0.4)(x, 0.9).x0, atol=1e-6, rtol=1e-5)
 
 
@@ -335,9 +335,9 @@ def test_all_at_once_are_the_guides_in_turn(model):
         cond, uncond = model.condition(["five"]), model.condition([""])
         x = 2 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         plain = guidance.classifier_free(model.denoiser(), cond, uncond, 4.0)
-        got = guide(plain, cond)(x, 1.5)
-        denoise = perturbed_attention(model, 2.0, ["input_blocks.3", "middle_block"])(plain, cond)
-        denoise = autoguidance(model, weak, 3.0)(denoise, cond)
+        got = guide(plain, cond, ["five"])(x, 1.5)
+        denoise = perturbed_attention(model, 2.0, ["input_blocks.3", "middle_block"])(plain, cond, ["five"])
+        denoise = autoguidance(model, weak, 3.0)(denoise, cond, ["five"])
         unlimited = denoise(x, 1.5).x0
         expected = guidance.dynamic_threshold(denoise, 0.9, limit=None)(x, 1.5).x0
     torch.testing.assert_close(got.x0, expected, atol=1e-5, rtol=1e-5)

@@ -33,7 +33,7 @@ IMPORTED = {
     "ldm.models.diffusion.plms": "PLMSSampler make_ddim_sampling_parameters make_ddim_timesteps noise_like",
     "ldm.models.diffusion.dpm_solver": "DPMSolverSampler",
     "ldm.models.diffusion.dpm_solver.sampler": "DPMSolverSampler",
-    "ldm.models.diffusion.sampling_util": "norm_thresholding",
+    "ldm.models.diffusion.sampling_util": "append_dims norm_thresholding spatial_norm_thresholding",
     "ldm.data.base": "Txt2ImgIterableBaseDataset",
     "ldm.data.personalized": "PersonalizedBase per_img_token_list",
     "ldm.data.personalized_style": "PersonalizedBase",
@@ -48,6 +48,7 @@ IMPORTED = {
     "isfunction math torch nn F",
     "ldm.modules.ema": "LitEma",
     "ldm.modules.embedding_manager": "EmbeddingManager",
+    "ldm.modules.image_degradation": "degradation_fn_bsr degradation_fn_bsr_light",
     "ldm.modules.x_transformer": "Encoder TransformerWrapper exists default",
     "ldm.modules.encoders.modules": "FrozenCLIPEmbedder FrozenOpenCLIPEmbedder BERTEmbedder TransformerEmbedder "
     "ClassEmbedder SpatialRescaler FrozenCLIPTextEmbedder FrozenClipImageEmbedder AbstractEncoder",

@@ -8,8 +8,12 @@ import torch.nn.functional as F
 import ldm
 from ldm.conditioning.classes import ClassLabels
 from ldm.data.digits import Digits
+from ldm.diffusion.bound import step_bits
+from ldm.diffusion.denoiser import split_variance
 from ldm.diffusion.schedule import q_sample, training_timesteps
+from ldm.diffusion.training_noise import training_noise
 from ldm.diffusion.weighting import loss_weight
+from ldm.inference.draw import changed_recipe, own_recipe
 from ldm.loading import save
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.order import collate
@@ -79,6 +83,19 @@ def test_drawing():
     assert np.abs(alone[0] - drawn[1]).max() <= 1  # the same noise, alone and in a batch
     guided = pixels(model, [5, 5, 3], seed=4, scale=3.0)
     assert (guided != drawn).any()
+
+
+def test_auto_draws_by_as_many_steps_as_there_are():
+    model = build(schedule={"name": "linear", "T": 6})
+    for steps, name in ((6, "ddpm"), (3, "ddim")):
+        drawn = pixels(model, [5], steps=steps, sampler="auto")
+        assert (drawn == pixels(model, [5], steps=steps, sampler=name)).all()
+    assert (
+        pixels(model, [5], steps=3, sampler="auto", eta=1.0) == pixels(model, [5], steps=3, sampler="euler_a")
+    ).all()
+    recipe = own_recipe(model, "tiny", sampler="auto", steps=6)
+    assert (recipe.sampler, recipe.eta) == ("ddpm", 1.0)
+    assert changed_recipe(recipe, model, sampler="auto", steps=3).sampler == "ddim"
 
 
 def test_clipping_is_that_of_x0_after_guidance():
@@ -151,6 +168,13 @@ def test_classes_without_one_that_says_nothing():
     [
         ({"error": "l3"}, "unknown error 'l3'"),
         ({"weight": {"name": "max_snr"}}, "unknown loss weight 'max_snr'"),
+        ({"bound_weight": -1.0}, "bound_weight -1.0 must not be below 0"),
+        ({"noise": {"offset": -1.0}}, "offset -1.0 must not be below 0"),
+        (
+            {"model": {**CONFIG, "params": {**PIXEL, "learned_variance": True}}},
+            "gives 2 x 1 channels, and this one gives 1",
+        ),
+        ({"model": {**CONFIG, "params": {**PIXEL, "self_condition": True}}}, "does not fit latents"),
         ({"class_dropout": 2.0}, "class_dropout 2.0 is not a share"),
         ({"model": {**CONFIG, "params": {**PIXEL, "prediction": "y"}}}, "unknown prediction 'y'"),
         ({"model": {**CONFIG, "params": {**PIXEL, "channels": 3}}}, r"the network does not fit latents \(3, 32, 32\)"),
@@ -175,3 +199,114 @@ def test_a_schedule_that_leaves_something_of_the_picture(capsys):
     assert "at its last level, 299, this schedule leaves 0.219 of the picture" in capsys.readouterr().err
     PixelDiffusionStage(CONFIG, 1e-3)
     assert capsys.readouterr().err == ""
+
+
+WIDER = {"learned_variance": {"out_channels": 2}, "self_condition": {"in_channels": 2}}
+
+
+def widened(*options: str) -> dict:
+    """PIXEL with these options, and the channels that its network needs for them."""
+    unet = PIXEL["unet_config"]["params"]
+    for option in options:
+        unet = unet | WIDER[option]
+    return {"unet_config": {**PIXEL["unet_config"], "params": unet}, **dict.fromkeys(options, True)}
+
+
+@pytest.mark.parametrize("options", [["learned_variance"], ["self_condition"], list(WIDER)])
+def test_wider_models_draw_alike_alone_and_in_a_batch(options, tmp_path):
+    """By guidance in an interval too, with the sampler that takes the variance; and from a file."""
+    model = build(**widened(*options))
+    settings = {"sampler": "ddpm", "steps": 6, "scale": 2.0, "interval": (0.5, 20.0)}
+    drawn = pixels(model, [5, 5, 3], seed=4, **settings)
+    alone = pixels(model, ["5"], seed=5, **settings)
+    assert np.abs(alone[0] - drawn[1]).max() <= 1 and (drawn[0] != drawn[1]).any()
+    save(model, tmp_path / "pixel.safetensors")
+    again = ldm.load(tmp_path / "pixel.safetensors", device="cpu")
+    assert (pixels(again, [5, 5, 3], seed=4, **settings) == drawn).all()
+
+
+def test_what_a_self_conditioned_model_is_told_is_its_last_x0():
+    model, inputs, steps = build(**widened("self_condition")), [], []
+    network = model.model.diffusion_model
+    network.register_forward_pre_hook(lambda module, args: inputs.append(args[0][:, 1:].clone()))
+    model.generate([1, 2], steps=3, callback=steps.append)
+    assert not inputs[0].any()
+    for told, step in zip(inputs[1:], steps, strict=False):
+        assert torch.equal(told, step.x0)
+    del inputs[:]
+    model.generate([1, 2], steps=1)
+    assert not inputs[0].any()  # nothing of the run before
+
+
+def test_the_learned_variance_changes_what_ddpm_draws_and_nothing_else():
+    model = build(**widened("learned_variance"))
+    plain = {name: pixels(model, [1], sampler=name) for name in ("ddpm", "ddim", "euler_a")}
+    out = model.model.diffusion_model.out[-1]
+    out.weight[1].zero_()
+    out.bias[1] = -1.0  # the small variance, which is that of euler_a
+    assert (pixels(model, [1], sampler="ddim") == plain["ddim"]).all()
+    assert (pixels(model, [1], sampler="ddpm") == plain["euler_a"]).all() and (plain["ddpm"] != plain["euler_a"]).any()
+
+
+def learning(*options: str, **settings) -> tuple[PixelDiffusionStage, dict]:
+    """A stage whose network predicts something already, and a batch."""
+    torch.manual_seed(0)
+    params = {**PIXEL, **widened(*options)}
+    stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3, class_dropout=0.0, **settings)
+    with torch.no_grad():
+        for p in stage.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return stage, collate(Digits(first=50).__getitems__([3, 1, 40, 41]))
+
+
+def test_the_hybrid_loss_by_hand():
+    """L_simple + 0.001 L_vlb, whose gradient reaches the variance alone."""
+    stage, batch = learning("learned_variance")
+    out = stage.latent_diffusion.model.diffusion_model.out[-1]
+    torch.manual_seed(7)
+    loss, _ = stage(batch)
+    torch.manual_seed(7)
+    t, noise = training_timesteps("uniform", 4, 1000), torch.randn(4, 1, 32, 32)
+    model, x0 = stage.latent_diffusion, batch["image"]
+    x = q_sample(x0, t, noise, model.schedule)
+    eps, share = split_variance(model.model.diffusion_model(x, t, y=batch["label"]), 1)
+    ab = model.schedule.alphas_cumprod[t].view(-1, 1, 1, 1).float()
+    guessed = (x - (1 - ab).sqrt() * eps) / ab.sqrt()
+    bits = 1000 * step_bits(x0, x, t, guessed, share, model.schedule).mean()
+    torch.testing.assert_close(loss, F.mse_loss(eps, noise) + 0.001 * bits, rtol=1e-4, atol=1e-6)
+    of_hybrid = torch.autograd.grad(loss, out.weight)[0]
+    torch.manual_seed(7)
+    stage.bound_weight = 0.0
+    of_simple = torch.autograd.grad(stage(batch)[0], out.weight)[0]
+    torch.testing.assert_close(of_hybrid[0], of_simple[0])  # the mean's
+    assert of_hybrid[1].abs().max() > 0 and not of_simple[1].any()
+
+
+def test_self_conditioned_training_is_told_of_its_guess_half_the_time():
+    stage, batch = learning("self_condition")
+    model, inputs = stage.latent_diffusion, []
+    network = model.model.diffusion_model
+    network.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().clone()))
+    told = 0
+    for seed in range(40):
+        del inputs[:]
+        torch.manual_seed(seed)
+        loss, _ = stage(batch)
+        assert not inputs[0][:, 1:].any()
+        if len(inputs) == 2:  # the same noised picture again, and a guess within [-1, 1] of it
+            told += 1
+            assert torch.equal(inputs[0][:, :1], inputs[1][:, :1]) and 0 < inputs[1][:, 1:].abs().max() <= 1
+    assert 10 <= told <= 30  # of 40 at one half: 3.2 standard deviations
+    loss.backward()  # the guess has no gradient, the second pass has
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_noise_of_a_stage():
+    stage, batch = learning(noise={"offset": 0.5, "immiscible": True})
+    given = []
+    stage.losses = lambda z, cond, t, noise: given.append(noise) or z.flatten(1).mean(1)
+    torch.manual_seed(3)
+    stage(batch)
+    torch.manual_seed(3)
+    training_timesteps("uniform", 4, 1000)
+    assert torch.equal(given[0], training_noise(batch["image"], offset=0.5, immiscible=True))

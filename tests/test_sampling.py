@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from ldm.diffusion.denoiser import Prediction, from_vp, make_denoiser, to_vp
 from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.sampling import SAMPLERS, get_sampler, sample
+from ldm.diffusion.sampling import SAMPLERS, choose_sampler, get_sampler, sample
 from ldm.diffusion.sampling.first_order import Point, ancestral_split, euler
 from ldm.diffusion.sampling.noise import PictureNoise
-from ldm.diffusion.sampling.stochastic import ddpm_large
+from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large
 from ldm.diffusion.schedule import make_schedule, q_sample, sampling_sigmas, timesteps
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "samplers.safetensors")
@@ -173,10 +173,66 @@ def test_ddpm_is_the_textbooks(steps, spacing):
     assert run_both(steps, spacing, "zero", euler, 1.0, textbook_ddpm) < textbook_error(steps)
 
 
+def test_ddpm_is_the_tutorials_update():
+    """x <- (x - beta eps / sqrt(1 - ab)) / sqrt(1 - beta) + sqrt(posterior variance) z, and no z at the last step.
+
+    z is fresh: a second draw from the same prediction differs by it alone.
+    """
+    schedule, generator = make_schedule("linear", 300), torch.Generator().manual_seed(0)
+    x, eps, z = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64, generator=generator)
+    ab = [*schedule.alphas_cumprod.tolist()]
+    for t in (299, 100, 1, 0):
+        before = ab[t - 1] if t > 0 else 1.0
+        beta, sigma, sigma_next = 1 - ab[t] / before, schedule.sigma_at(t), schedule.sigma_at(t - 1) if t > 0 else 0.0
+        mean = (x - beta / math.sqrt(1 - ab[t]) * eps) / math.sqrt(1 - beta)
+        expected = mean + math.sqrt(beta * (1 - before) / (1 - ab[t])) * z
+        now = Point(sigma, from_vp(x, sigma), from_vp(x, sigma) - sigma * eps)
+        found = to_vp(ddpm(None, [now], sigma_next, 1.0, lambda: z), sigma_next)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+    assert torch.equal(expected, mean)
+
+
 @pytest.mark.parametrize("steps, eta", [(1000, 1.0), (50, 1.0), (50, 0.5)])
 def test_ddpm_large_is_the_textbooks(steps, eta):
     error = run_both(steps, "trailing", "zero", ddpm_large, eta, lambda *run: textbook_ddim(*run, eta, large=True))
     assert error < textbook_error(steps)
+
+
+def test_auto_is_ddpm_for_all_levels_and_ddim_for_fewer():
+    assert [choose_sampler("auto", steps, 300) for steps in (1, 299, 300)] == ["ddim", "ddim", "ddpm"]
+    assert choose_sampler("heun", 10, 300) == "heun"
+
+
+@pytest.mark.parametrize("share, other", [(None, euler), (0.0, euler), (1.0, ddpm_large)])
+@pytest.mark.parametrize("eta", [1.0, 0.5])
+def test_learned_variance_runs_from_the_small_to_the_large_one(share, other, eta):
+    grid, draw = [14.6, 3.0, 0.4, 0.0], torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+
+    def denoise(x, sigma):
+        return Prediction(torch.tanh(x), None if share is None else torch.full_like(x, share))
+
+    ends = []
+    for step in (ddpm, other):
+        noises = iter(draw)
+        ends.append(last(sample(denoise, draw[0] * 14.6, grid, step, eta, lambda n=noises: next(n))).x)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [1000, 50])
+def test_learned_variance_is_the_textbooks(steps):
+    """Nichol & Dhariwal 2021, eq. 15: exp(v log beta + (1 - v) log posterior variance), betas of the levels visited."""
+    sigmas = sampling_sigmas(SD, steps, "trailing")
+    ab, ab_next = (float(1 / (1 + sigmas[i] ** 2)) for i in (steps // 2, steps // 2 + 1))
+    share = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    x, noise = torch.randn(2, 2, 1, 3, 3, generator=torch.Generator().manual_seed(1)).double()
+    now = Point(float(sigmas[steps // 2]), from_vp(x, float(sigmas[steps // 2])), torch.tanh(x), share)
+    sigma_next = float(sigmas[steps // 2 + 1])
+    found = to_vp(ddpm(None, [now], sigma_next, 1.0, lambda: noise), sigma_next)
+    beta = 1 - ab / ab_next
+    small = beta * (1 - ab_next) / (1 - ab)
+    mean = (math.sqrt(ab_next) * beta * now.x0 + math.sqrt(1 - beta) * (1 - ab_next) * x) / (1 - ab)
+    variance = torch.exp(share * math.log(beta) + (1 - share) * math.log(small))
+    torch.testing.assert_close(found, mean + variance.sqrt() * noise, rtol=1e-9, atol=1e-12)
 
 
 # What theory says.
@@ -301,7 +357,7 @@ def test_bad_runs_are_refused_at_the_call(sigmas, eta, words):
 
 def test_the_table():
     assert get_sampler("ddpm").eta == 1.0 and get_sampler("ddim") is SAMPLERS["ddim"]
-    assert SAMPLERS["ddim"] == SAMPLERS["euler"] and SAMPLERS["ddpm"] == SAMPLERS["euler_a"]
+    assert SAMPLERS["ddim"] == SAMPLERS["euler"] and SAMPLERS["ddpm"] != SAMPLERS["euler_a"]  # by the learned variance
     with pytest.raises(ValueError, match="unknown sampler 'dimm'; choose from ddim, ddpm, ddpm_large, euler.*, lcm"):
         get_sampler("dimm")
     with pytest.raises(ValueError, match="adds no noise, so eta must be 0, got 0.5; those that can: ddim, ddpm"):

@@ -47,7 +47,7 @@ def test_betas_are_compvis(golden, arguments):
         (("scaled_linear",), 21, 0.981314362200552),
         (("scaled_linear",), 251, 0.673792625233322),
         (("scaled_linear",), 1000, 0.00466009851307724),
-        (("scaled_linear", 1000, 0.0015, 0.0195), 1000, 1.423e-4),
+        (("scaled_linear", 1000, 0.0015, 0.0195), 1000, 1.423e-4),  # latent diffusion's faces
         (("cosine",), 500, 0.493844),
         (("cosine",), 1000, 2.43e-9),
         (("sigmoid_alphabar",), 500, 0.5),
@@ -67,6 +67,39 @@ def test_first_betas_and_the_bound():
     beta = S.betas("sigmoid_beta")
     expected = [1e-4 + (0.02 - 1e-4) / (1 + math.exp(-u)) for u in (-6, -6 + 12 * 400 / 999, 6)]
     assert beta[[0, 400, 999]].tolist() == pytest.approx(expected, rel=1e-13)
+
+
+def test_scaled_linear_is_squared():
+    """The known mistake: roots that are not squared leave 2.8e-35 of alpha-bar, and there is no picture in any level.
+
+    Squared, as Stable Diffusion has it, sqrt(alpha-bar) ends at 0.068265: not at zero SNR either.
+    """
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    assert float(S.alphas_cumprod(roots)[-1]) == pytest.approx(2.8e-35, rel=0.02)
+    assert torch.equal(S.betas("scaled_linear"), roots**2)
+    assert float(sd().alphas_cumprod[-1].sqrt()) == pytest.approx(0.068265, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", S.SCHEDULES)
+def test_more_and_more_noise_is_added(name):
+    """betas ascend, all the way up to the bound, and each level keeps less of the picture than the one before."""
+    assert (S.betas(name).diff() >= 0).all() and (S.make_schedule(name).alphas_cumprod.diff() < 0).all()
+
+
+def test_the_two_sigmoids_are_two_curves():
+    """One is alpha-bar's (Jabri et al. 2022), one beta's own; iDDPM (2021) has neither, but linear and cosine."""
+    of_curve, of_beta = (S.make_schedule(name).alphas_cumprod for name in ("sigmoid_alphabar", "sigmoid_beta"))
+    assert float((of_curve - of_beta).abs().max()) > 0.1
+    u = torch.arange(1, 1001, dtype=torch.float64) / 1000  # alpha-bar itself: a sigmoid from 1 to 0, clipped at its end
+    low, high = (1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3)))
+    torch.testing.assert_close(of_curve[:999], ((high - torch.sigmoid(6 * u - 3)) / (high - low))[:999])
+
+
+def test_unscaled_linear_of_300_starts_from_less_than_noise():
+    """sqrt(alpha-bar) 0.2192, SNR 0.0505; with betas times 1000 / 300 the last of them is 0.0667."""
+    ab = float(S.make_schedule("linear", 300).alphas_cumprod[-1])
+    assert (math.sqrt(ab), ab / (1 - ab)) == pytest.approx((0.2192, 0.0505), abs=5e-5)
+    assert float(S.betas("linear", 300, 1e-4 * 1000 / 300, 0.02 * 1000 / 300)[-1]) == pytest.approx(0.0667, abs=5e-5)
 
 
 def test_vp_betas_of_ddgan():
@@ -176,6 +209,9 @@ def test_other_spacings_are_diffusers():
 def test_spacings_by_hand():
     assert S.timesteps("linspace", 6, 10) == [9, 7, 5, 4, 2, 0]  # rounded down it would be 9, 7, 5, 3, 1, 0
     assert S.timesteps("linspace", 1, 1000) == S.timesteps("trailing", 1, 1000) == [999]
+    assert S.timesteps("trailing", 5, 1000) == [999, 799, 599, 399, 199]  # linspace(-1, T - 1, S + 1), in other code
+    assert len(S.timesteps("compvis", 300, 1000)) == 300  # CompVis makes 334: range(0, 1000, 1000 // 300)
+    assert S.timesteps("leading", 25, 1000)[::-1] == [t + 1 for t in range(0, 1000, 40)]  # guided diffusion: 0 ... 960
     assert S.timesteps("compvis", 3, 1000) == [667, 334, 1]  # CompVis: index 1000 out of bounds
     assert S.timesteps("trailing", 50, 1000) == list(range(999, 0, -20))
     for spacing in S.TIMESTEP_SPACINGS:

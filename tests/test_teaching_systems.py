@@ -1,8 +1,5 @@
 """The teaching systems' configurations, from training to pictures, at as little of everything as possible."""
 
-import struct
-
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
@@ -17,19 +14,6 @@ NARROW = {
     "mnist14": ["widths=[8,8,8]", "norm_groups=4"],
 }
 NETWORK = "stage.params.model.params.unet_config.params"
-
-
-@pytest.fixture
-def mnist(tmp_path):
-    """Sixteen pictures in MNIST's files."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    images = np.zeros((16, 28, 28), np.uint8)
-    images[:, 4:24, 12:16] = np.random.default_rng(0).integers(200, 256, (16, 20, 4))
-    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 16, 28, 28) + images.tobytes())
-    labels = np.arange(16, dtype=np.uint8) % 10
-    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 16) + labels.tobytes())
-    return tmp_path
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
@@ -54,19 +53,6 @@ def pictures(tmp_path_factory) -> Path:
             lines.append(json.dumps({"file_name": f"{i:02}.png", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
-
-
-@pytest.fixture
-def mnist(tmp_path) -> Path:
-    """Sixteen pictures in MNIST's files."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    images = np.zeros((16, 28, 28), np.uint8)
-    images[:, 4:24, 12:16] = np.random.default_rng(0).integers(200, 256, (16, 20, 4))
-    labels = np.arange(16, dtype=np.uint8) % 10
-    (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 16, 28, 28) + images.tobytes())
-    (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 16) + labels.tobytes())
-    return tmp_path
 
 
 def assert_draws(folder: Path, mode: str, size: int) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from ldm.evaluation import trilemma
 from ldm.evaluation.networks import Measuring
-from ldm.evaluation.pictures import quantise
+from ldm.evaluation.pictures import from_pil, quantise
 from ldm.evaluation.reference import load_reference
 
 
@@ -14,6 +14,13 @@ def test_the_prior_is_decoded_seed_by_seed(tiny_model):
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(4))
     expected = quantise(tiny_model.decode(latents[None]))[0]  # the second one's seed
     assert (pictures[1].int() - expected.int()).abs().max() <= 1
+
+
+def test_models_are_asked_for_the_reference(tiny_model):
+    captions = load_reference().captions(3, "train")
+    drawn = trilemma.draw_asked(tiny_model, captions, batch_size=2, seed=1, scale=1, steps=2)
+    expected = from_pil(tiny_model.generate([captions[2].text], seed=3, scale=1, steps=2))
+    assert drawn.shape == (3, 28, 28) and (drawn[2].int() - expected[0].int()).abs().max() <= 1
 
 
 def test_evaluations(tiny_model):

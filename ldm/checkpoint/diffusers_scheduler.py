@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm.checkpoint.diffusers_config import refuse
-from ldm.diffusion.sampling import SAMPLERS, get_sampler
+from ldm.diffusion.sampling import SAMPLERS, choose_sampler, get_sampler
 from ldm.diffusion.schedule import SCHEDULES
 
 BETAS = {
@@ -80,7 +80,8 @@ def write_scheduler(
         given = (schedule.get("start"), schedule.get("end"))
         start, end = (own if own is not None else usual for own, usual in zip(given, SCHEDULES[name], strict=True))
         ends = {"beta_start": start, "beta_end": end}
-    sampler = defaults.get("sampler", "ddim")
+    T = schedule.get("T", 1000)
+    sampler = choose_sampler(defaults.get("sampler", "ddim"), defaults.get("steps", 50), T)
     spacing = defaults.get("spacing")
     spacing = get_sampler(sampler).spacing if spacing is None else spacing
     their_spacing = SPACINGS.get(spacing) if isinstance(spacing, str) else None  # it may be a list of levels
@@ -92,7 +93,7 @@ def write_scheduler(
         notes.append(f"the folder cannot say the model's own drawing settings: {own}")
     config = {
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": schedule.get("T", 1000),
+        "num_train_timesteps": T,
         "beta_schedule": curves[name],
         **ends,
         "trained_betas": None,

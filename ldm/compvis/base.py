@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
 
 from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import schedule_buffers
 from ldm.checkpoint.compvis_config import schedule_params
 from ldm.checkpoint.tensors import read_tensors
-from ldm.compvis.util import extract_into_tensor
+from ldm.compvis.util import extract_into_tensor, noise_like
 from ldm.training.ema import LitEma
 from ldm.util import instantiate_from_config
 
@@ -66,6 +67,12 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t, **inputs)
 
 
+def wanted(log: dict[str, Tensor], names: Sequence[str] | None) -> dict[str, Tensor]:
+    """What is there of these names, or all of it."""
+    found = [name for name in names or () if name in log]
+    return {name: log[name] for name in found} if found else log
+
+
 def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
     return parts if isinstance(parts, Tensor) else torch.cat(list(parts), dim=1)
 
@@ -108,7 +115,7 @@ class DDPM(nn.Module):
 
     def register_schedule(self, **line: Any) -> None:
         """The twelve buffers of every checkpoint, from CompVis's names, and the weights of the bound's terms."""
-        self.schedule_params, self.num_timesteps = schedule_params(line), int(line["timesteps"])
+        self.schedule_params, self.num_timesteps = schedule_params(line), int(line.get("timesteps", 1000))
         vars(self).pop("schedule", None)  # the core's, which is made of these
         with torch.device("cpu"):  # the model may be built on the meta device
             for name, values in schedule_buffers(self.schedule_params).items():
@@ -180,6 +187,79 @@ class DDPM(nn.Module):
     def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         return self._mix("sqrt_alphas_cumprod", v, "sqrt_one_minus_alphas_cumprod", x_t, t)
 
+    def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x0 by what the UNet gave, whatever it predicts."""
+        if self.parameterization == "x0":
+            return output
+        of = {"eps": self.predict_start_from_noise, "v": self.predict_start_from_z_and_v}
+        return of[self.parameterization](x_t, t, output)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of q(x_t | x0) (Ho et al. 2020, eq. 4): the mean (b, c, h, w), the variance (b, 1, 1, 1) and its log."""
+        at = partial(extract_into_tensor, t=t, x_shape=x_start.shape)
+        spread = at(1 - self.alphas_cumprod)
+        return at(self.sqrt_alphas_cumprod) * x_start, spread, at(self.log_one_minus_alphas_cumprod)
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of q(x_{t-1} | x_t, x0) (eq. 6 and 7)."""
+        at = partial(extract_into_tensor, t=t, x_shape=x_t.shape)
+        mean = self._mix("posterior_mean_coef1", x_start, "posterior_mean_coef2", x_t, t)
+        return mean, at(self.posterior_variance), at(self.posterior_log_variance_clipped)
+
+    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of the model's step from x (eq. 11)."""
+        x0 = self.predict_start(x, t, self.model(x, t))
+        return self.q_posterior(x0.clamp(-1, 1) if clip_denoised else x0, x, t)
+
+    def _noised(self, mean: Tensor, log_variance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Noise of that variance on the mean, but none at t = 0."""
+        return mean + (t > 0).view(-1, *[1] * (mean.ndim - 1)) * (0.5 * log_variance).exp() * noise
+
+    @torch.no_grad()
+    def p_sample(self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False) -> Tensor:
+        """x at t - 1 (Ho et al. 2020, algorithm 2)."""
+        mean, _, log_variance = self.p_mean_variance(x=x, t=t, clip_denoised=clip_denoised)
+        return self._noised(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
+
+    # fmt: off
+    @torch.no_grad()
+    def _walk(
+        self, step: Callable, shape: Sequence[int], x_T: Tensor | None = None, timesteps: int | None = None,
+        start_T: int | None = None, mask: Tensor | None = None, x0: Tensor | None = None, verbose: bool = True,
+        log_every_t: int | None = None, callback: Any = None, img_callback: Any = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Down from level min(timesteps, start_T, all) by step(x, t) -> (x, x0): x (b, ...), and on the way x and x0.
+
+        Where the mask is 1, x0 is kept, noised to the level.
+        """
+        # fmt: on
+        every = self.log_every_t if log_every_t is None else log_every_t
+        T = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
+        img = torch.randn(*shape, device=self.device) if x_T is None else x_T
+        xs, x0s = [img], []
+        for i in tqdm(range(T)[::-1], "Sampling t", disable=not verbose):
+            ts = torch.full((shape[0],), i, device=self.device)
+            img, predicted = step(img, ts)
+            if mask is not None:
+                img = self.q_sample(x0, ts) * mask + (1 - mask) * img
+            if i % every == 0 or i == T - 1:
+                xs.append(img)
+                x0s.append(predicted)
+            if callback is not None:
+                callback(i)
+            if img_callback is not None:
+                img_callback(img, i)
+        return img, xs, x0s
+
+    def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
+        """Pictures of that shape by `p_sample` at all levels."""
+        clip = self.clip_denoised
+        x, xs, _ = self._walk(lambda x, t: (self.p_sample(x, t, clip_denoised=clip), None), shape)
+        return (x, xs) if return_intermediates else x
+
+    def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Any:
+        return self.p_sample_loop((batch_size, self.channels, self.image_size, self.image_size), return_intermediates)
+
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
         """loss_type's, l1 or l2: (b, c, h, w), or their mean."""
         loss = {"l1": F.l1_loss, "l2": F.mse_loss}[self.loss_type]
@@ -227,6 +307,30 @@ class DDPM(nn.Module):
         self.log_dict(self.shared_step(batch)[1])
         with self.ema_scope():
             self.log_dict({f"{name}_ema": value for name, value in self.shared_step(batch)[1].items()})
+
+    @torch.no_grad()
+    def log_images(
+        self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, sample: bool = True, return_keys: Any = None
+    ) -> dict[str, Tensor]:
+        """Pictures (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
+        x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
+        log = {"inputs": x, "diffusion_row": self._diffusion_row(x[:n_row])}
+        if sample:
+            with self.ema_scope("Plotting"):
+                log["samples"], steps = self.sample(len(x), return_intermediates=True)
+            log["denoise_row"] = self._row(steps)
+        return wanted(log, return_keys)
+
+    def _diffusion_row(self, x: Tensor) -> Tensor:
+        levels = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == self.num_timesteps - 1]
+        return self._row([self.q_sample(x, torch.full((len(x),), t, device=x.device)) for t in levels])
+
+    def _row(self, steps: Sequence[Tensor]) -> Tensor:
+        return rearrange(torch.stack([self._shown(x) for x in steps]), "n b c h w -> c (b h) (n w)")
+
+    def _shown(self, x: Tensor) -> Tensor:
+        """The pictures that x is: itself, where there is no first stage."""
+        return x
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if self.use_ema:

@@ -7,23 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import normalise
 from ldm.checkpoint.tensors import read_tensors
-from ldm.compvis.base import DDPM, DiffusionWrapper, Losses  # noqa: F401 - both classes are of this name there
+from ldm.compvis.base import DDPM, DiffusionWrapper, Losses, wanted  # noqa: F401 - both classes are of this name there
 from ldm.compvis.samplers import DDIMSampler
-from ldm.compvis.util import isimage, ismap, log_txt_as_img
-from ldm.diffusion import guidance, sampling
-from ldm.diffusion.denoiser import Prediction, from_vp, to_vp
+from ldm.compvis.util import isimage, ismap, log_txt_as_img, noise_like
 from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.vq_autoencoder import VQModelInterface
 from ldm.util import instantiate_from_config
 
 TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # of batches: no pictures
+PER_STEP = ("quantize_denoised", "temperature", "noise_dropout", "score_corrector", "corrector_kwargs")  # p_sample's
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -144,6 +142,9 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
 
     decode_first_stage = torch.no_grad()(differentiable_decode_first_stage)
 
+    def _shown(self, x: Tensor) -> Tensor:
+        return self.decode_first_stage(x)
+
     # fmt: off
     @torch.no_grad()
     def get_input(
@@ -188,37 +189,44 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return loss, logs
 
     # fmt: off
-    @torch.no_grad()
-    def _ancestral(
-        self, cond: Any, shape: Sequence[int], x_T: Tensor | None = None, timesteps: int | None = None,
-        start_T: int | None = None, mask: Tensor | None = None, x0: Tensor | None = None, verbose: bool = True,
-        quantize_denoised: bool = False, log_every_t: int | None = None, callback: Any = None, img_callback: Any = None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def p_mean_variance(
+        self, x: Tensor, c: Any, t: Tensor, clip_denoised: bool, return_codebook_ids: bool = False,
+        quantize_denoised: bool = False, return_x0: bool = False, score_corrector: Any = None,
+        corrector_kwargs: Mapping | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Of the step from x (b, z, h, w) at t (b,): (mean, variance, its log), and x0 on request; no codebook ids."""
         # fmt: on
-        """DDPM by the core's steps: x (b, z, h, w), and the x and x0 at every `log_every_t`th step."""
-        model, every = self.denoiser(), self.log_every_t if log_every_t is None else log_every_t
-        T = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
-        sigmas = [*self.schedule.sigmas[:T].flip(0).tolist(), 0.0]
-        x = torch.randn(*shape, device=self.device) if x_T is None else x_T
-        cond, xs, x0s = _first(cond, len(x)), [x], []
+        output = self.apply_model(x, t, c)
+        if score_corrector is not None:
+            output = score_corrector.modify_score(self, output, x, t, c, **(corrector_kwargs or {}))
+        x0 = self.predict_start(x, t, output)
+        x0 = x0.clamp(-1, 1) if clip_denoised else x0
+        x0 = self.first_stage_model.quantize(x0)[0] if quantize_denoised else x0
+        return *self.q_posterior(x0, x, t), *([x0] if return_x0 else [])
 
-        def denoise(x: Tensor, sigma: float) -> Prediction:
-            predicted = model(x, sigma, cond).x0
-            predicted = predicted.clamp(-1, 1) if self.clip_denoised else predicted
-            return Prediction(self.first_stage_model.quantize(predicted)[0] if quantize_denoised else predicted)
+    # fmt: off
+    @torch.no_grad()
+    def p_sample(
+        self, x: Tensor, c: Any, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False,
+        return_codebook_ids: bool = False, quantize_denoised: bool = False, return_x0: bool = False,
+        temperature: float = 1.0, noise_dropout: float = 0.0, score_corrector: Any = None,
+        corrector_kwargs: Mapping | None = None,
+    ) -> Any:
+        # fmt: on
+        """x at t - 1, and x0 on request."""
+        settings = {"quantize_denoised": quantize_denoised, "score_corrector": score_corrector, "return_x0": True}
+        settings |= {"clip_denoised": clip_denoised, "corrector_kwargs": corrector_kwargs}
+        mean, _, log_variance, x0 = self.p_mean_variance(x=x, c=c, t=t, **settings)
+        noise = F.dropout(noise_like(x.shape, x.device, repeat_noise) * temperature, noise_dropout)
+        x = self._noised(mean, log_variance, t, noise)
+        return (x, x0) if return_x0 else x
 
-        kept = denoise if mask is None else guidance.keep(denoise, x0, 1 - mask)
-        steps = sampling.sample(kept, from_vp(x, sigmas[0]), sigmas, eta=1.0, noise=lambda: torch.randn_like(x))
-        for step in tqdm(steps, "Sampling t", T, disable=not verbose):
-            i, img = T - 1 - step.index, to_vp(step.x, step.sigma)
-            if i % every == 0 or i == T - 1:
-                xs.append(img)
-                x0s.append(step.x0)
-            if callback is not None:
-                callback(i)
-            if img_callback is not None:
-                img_callback(img, i)
-        return img, xs, x0s
+    def _ancestral(self, cond: Any, shape: Sequence[int], **options: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """`_walk` by `p_sample`; options: of the one, and PER_STEP of the other."""
+        settings = {"clip_denoised": self.clip_denoised, "return_x0": True}
+        settings |= {name: options.pop(name) for name in PER_STEP if name in options}
+        cond = _first(cond, shape[0])
+        return self._walk(lambda x, t: self.p_sample(x, cond, t, **settings), shape, **options)
 
     def p_sample_loop(self, cond: Any, shape: Sequence[int], return_intermediates: bool = False, **options: Any) -> Any:
         """Latents of that shape drawn with all steps; options: see `_ancestral`."""
@@ -263,9 +271,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         draw = partial(self.sample_log, c, len(z), ddim_steps is not None, ddim_steps, **ddim)
         log = {"inputs": x, "reconstruction": xrec} | self._condition_pictures(batch, x, c, xc)
         if plot_diffusion_rows:
-            levels = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == self.num_timesteps - 1]
-            few = z[:n_row]
-            log["diffusion_row"] = self._row([self.q_sample(few, x.new_full((len(few),), t).long()) for t in levels])
+            log["diffusion_row"] = self._diffusion_row(z[:n_row])
         with self.ema_scope("Plotting") if use_ema_scope else nullcontext():
             if sample:
                 samples, steps = draw()
@@ -288,8 +294,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
                 log["samples_outpainting"] = decode(draw(x0=z, mask=1 - mask)[0])
             if plot_progressive_rows:
                 log["progressive_row"] = self._row(self.progressive_denoising(c, z.shape, verbose=False)[1])
-        wanted = [name for name in return_keys or () if name in log]
-        return {name: log[name] for name in wanted} if wanted else log
+        return wanted(log, return_keys)
 
     def _condition_pictures(self, batch: Mapping[str, Any], x: Tensor, c: Any, xc: Any) -> dict[str, Tensor]:
         key, pictures = self.cond_stage_key, {}
@@ -311,10 +316,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
         x = F.conv2d(x, self.colorize)
         return 2 * (x - x.min()) / (x.max() - x.min()) - 1
-
-    def _row(self, latents: Sequence[Tensor]) -> Tensor:
-        pictures = torch.stack([self.decode_first_stage(z) for z in latents])  # (n, b, c, h, w)
-        return rearrange(pictures, "n b c h w -> c (b h) (n w)")
 
 
 class LatentInpaintDiffusion(LatentDiffusion):

@@ -1,43 +1,11 @@
-"""What configurations name of CompVis's program `main`. There is no Lightning here."""
+"""The callback that configurations name of CompVis's program `main`. There is no Lightning here."""
 
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
 
 from ldm.images import image_grid, to_pil
-from ldm.util import instantiate_from_config
-
-
-class DataModuleFromConfig:
-    """Data sets and loaders from configurations: `setup()`, then `train_dataloader()` and the other three."""
-
-    # fmt: off
-    def __init__(
-        self, batch_size: int, train: Any = None, validation: Any = None, test: Any = None, predict: Any = None,
-        wrap: bool = False, num_workers: int | None = None, shuffle_test_loader: bool = False,
-        use_worker_init_fn: bool = False, shuffle_val_dataloader: bool = False,
-    ) -> None:
-        # fmt: on
-        given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.dataset_configs = {name: config for name, config in given.items() if config is not None}
-        self.batch_size, self.num_workers = batch_size, 2 * batch_size if num_workers is None else num_workers
-        self.shuffled = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
-
-    def setup(self, stage: str | None = None) -> None:
-        self.datasets = {name: instantiate_from_config(config) for name, config in self.dataset_configs.items()}
-
-    def _loader(self, name: str) -> DataLoader:
-        data = self.datasets[name]
-        shuffle = self.shuffled.get(name, False) and not isinstance(data, IterableDataset)
-        return DataLoader(data, self.batch_size, shuffle, num_workers=self.num_workers)
-
-    train_dataloader = partialmethod(_loader, "train")
-    val_dataloader = partialmethod(_loader, "validation")
-    test_dataloader = partialmethod(_loader, "test")
-    predict_dataloader = partialmethod(_loader, "predict")
 
 
 class ImageLogger:

@@ -65,10 +65,20 @@ def noise_like(shape: Sequence[int], device: Any, repeat: bool = False) -> Tenso
     return noise.repeat(shape[0], *[1] * (len(shape) - 1)) if repeat else noise
 
 
+def append_dims(x: Tensor, target_dims: int) -> Tensor:
+    """x with as many dimensions, new ones of size 1 behind its own."""
+    return x[(..., *[None] * (target_dims - x.ndim))]
+
+
 def norm_thresholding(x0: Tensor, value: float) -> Tensor:
     """Each picture of x0 (b, ...) with a root mean square of at most `value`."""
     s = x0.square().flatten(1).mean(1).sqrt().clamp(min=value)
-    return x0 * (value / s).view(-1, *[1] * (x0.ndim - 1))
+    return x0 * append_dims(value / s, x0.ndim)
+
+
+def spatial_norm_thresholding(x0: Tensor, value: float) -> Tensor:
+    """The same for the channels of each position of x0 (b, c, h, w)."""
+    return x0 * (value / x0.square().mean(1, keepdim=True).sqrt().clamp(min=value))
 
 
 def exists(x: Any) -> bool:

@@ -1,8 +1,11 @@
-"""A base of data sets of pictures with texts, which every copy of CompVis's training program imports."""
+"""Data in CompVis's terms: a base of data sets, and what its configurations call `main.DataModuleFromConfig`."""
 
+from functools import partialmethod
 from typing import Any
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
+
+from ldm.util import instantiate_from_config
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset):
@@ -13,3 +16,32 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
     def __len__(self) -> int:
         return self.num_records
+
+
+class DataModuleFromConfig:
+    """Data sets and loaders from configurations: `setup()`, then `train_dataloader()` and the other three."""
+
+    # fmt: off
+    def __init__(
+        self, batch_size: int, train: Any = None, validation: Any = None, test: Any = None, predict: Any = None,
+        wrap: bool = False, num_workers: int | None = None, shuffle_test_loader: bool = False,
+        use_worker_init_fn: bool = False, shuffle_val_dataloader: bool = False,
+    ) -> None:
+        # fmt: on
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.dataset_configs = {name: config for name, config in given.items() if config is not None}
+        self.batch_size, self.num_workers = batch_size, 2 * batch_size if num_workers is None else num_workers
+        self.shuffled = {"train": True, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
+
+    def setup(self, stage: str | None = None) -> None:
+        self.datasets = {name: instantiate_from_config(config) for name, config in self.dataset_configs.items()}
+
+    def _loader(self, name: str) -> DataLoader:
+        data = self.datasets[name]
+        shuffle = self.shuffled.get(name, False) and not isinstance(data, IterableDataset)
+        return DataLoader(data, self.batch_size, shuffle, num_workers=self.num_workers)
+
+    train_dataloader = partialmethod(_loader, "train")
+    val_dataloader = partialmethod(_loader, "validation")
+    test_dataloader = partialmethod(_loader, "test")
+    predict_dataloader = partialmethod(_loader, "predict")

@@ -13,7 +13,8 @@ carries it as `unguided`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from ldm.diffusion.schedule import Schedule
 
 EVERYWHERE = (0.0, math.inf)  # the interval that leaves nothing out
 
-Guide = Callable[[BoundDenoise, Cond], BoundDenoise]  # (denoise, cond): more guidance, for that conditioning
+# (denoise, cond, prompts): more guidance, for that conditioning of those prompts (texts, classes ...)
+Guide = Callable[[BoundDenoise, Cond, Sequence[Any]], BoundDenoise]
 LogProb = Callable[[Tensor, float], Tensor]  # (x, sigma) -> log p(y | x) of each picture, (b,), differentiable in x
 
 
@@ -68,7 +70,8 @@ def classifier_free(
         x0 = torch.lerp(x0_uncond, x0_cond, scale)
         if rescale > 0:
             x0 = _rescaled(x, x0, x0_cond, sigma, rescale, prediction)
-        return Prediction(x0, None if found.log_variance is None else found.log_variance.chunk(2)[1], x0_cond)
+        share = None if found.variance_share is None else found.variance_share.chunk(2)[1]
+        return Prediction(x0, share, x0_cond)
 
     return within(interval, guided, plain)
 
@@ -154,14 +157,16 @@ def _slope(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:
 def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, classes: Tensor) -> LogProb:
     """log p(class | x) by network(x_vp, t) -> logits (b, n), trained on this schedule, be it another than the model's.
 
-    classes: int64 (b,), one for each picture, or () for all.
+    classes: int64 (b,), one for each picture, or () for all; n, which is none of them, says nothing: probability 1.
     """
 
     def log_prob(x: Tensor, sigma: float) -> Tensor:
         t = torch.full((len(x),), schedule.t_at(sigma), dtype=x.dtype, device=x.device)
         logits = network(to_vp(x, sigma), t)
         chosen = classes.clone().to(x.device).expand(len(x))  # cloned: it may have been made in inference mode
-        return logits.log_softmax(dim=1).gather(1, chosen[:, None])[:, 0]
+        known = chosen < logits.shape[1]
+        log_probs = logits.log_softmax(dim=1).gather(1, torch.where(known, chosen, 0)[:, None])[:, 0]
+        return torch.where(known, log_probs, 0)
 
     return log_prob
 

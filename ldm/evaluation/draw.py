@@ -7,15 +7,31 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.data.captions import Caption
 from ldm.evaluation.pictures import from_pil
 from ldm.models.classifier import INNER
 
 
-def draw(model: Any, prompts: Sequence[str], seed: int, batch_size: int, size: int = INNER, **settings: Any) -> Tensor:
+def ask(model: Any, captions: Sequence[Caption]) -> tuple[list[Any], list[Caption]]:
+    """(what the model is given for each caption, what of the caption that asserts): all, its digit alone, or nothing.
+
+    Args:
+        model: a LatentDiffusion of texts, of classes (its conditioner has `n_classes`), or of pictures alone.
+    """
+    if model.cond_stage_model is None:
+        return [""] * len(captions), [Caption("")] * len(captions)
+    if hasattr(model.cond_stage_model, "n_classes"):
+        digits = [caption.digit for caption in captions]
+        return digits, [Caption(str(digit), digit) for digit in digits]
+    return [caption.text for caption in captions], list(captions)
+
+
+def draw(model: Any, prompts: Sequence[Any], seed: int, batch_size: int, size: int = INNER, **settings: Any) -> Tensor:
     """uint8 (n, size, size), picture i with the noise of seed + i, under a progress bar with the rate.
 
     Args:
         model: a LatentDiffusion.
+        prompts: texts or classes, as the model takes them.
         size: of the inner part that is measured.
         settings: of its `generate`.
     """

@@ -31,15 +31,21 @@ def report_model(
 ) -> dict:
     """All figures of uint8 pictures (n, h, w), of the networks' size, drawn for the first n captions of the reference.
 
+    `classes` are the shares of what the judge read. Of a model that is told nothing they take the place of accuracy,
+    and say which pictures its diversity is measured among.
+
     Args:
+        captions: what the model was asked for: the digit None if nothing, frame None if not in words (`draw.ask`).
         frames: "train" or "unseen", the list that the captions are from.
         training: uint8 (m, h, w) for the search for copies; None leaves it out.
     """
-    features = features_of(networks.features, pictures)
+    features, answers = features_of(networks.features, pictures), classify(networks.judge, pictures)
+    told = all(caption.digit is not None for caption in captions)
     report = {
-        "prompt_accuracy": report_prompts(classify(networks.judge, pictures).tolist(), captions, frames, reference),
+        "prompt_accuracy": report_prompts(answers.tolist(), captions, frames, reference) if told else None,
+        "classes": {str(i): count / len(answers) for i, count in enumerate(answers.bincount(minlength=10).tolist())},
         "style_accuracy": style_accuracy(pictures, captions, reference.thresholds),
-        **report_distribution(features, reference),
+        **report_distribution(features, reference, None if told else answers),
         "memorisation": None,
     }
     if training is not None:
@@ -52,21 +58,25 @@ def report_prompts(answers: Sequence[int], captions: Sequence[Caption], frames: 
     """Accuracy of what the judge read (n,) against what was asked; the ceiling is its accuracy on real pictures."""
     digits = [caption.digit for caption in captions]
     right = [answer == digit for answer, digit in zip(answers, digits, strict=True)]
-    wordings = [FRAMES[frames][caption.frame] for caption in captions]
+    worded = {i: FRAMES[frames][caption.frame] for i, caption in enumerate(captions) if caption.frame is not None}
     labels, real_right = reference.labels.tolist(), reference.right.tolist()
     return {
         **accuracy(right),
         "ceiling": accuracy(real_right),
         "per_digit": accuracy_by(digits, right),
         "ceiling_per_digit": accuracy_by(labels, real_right),
-        "per_wording": accuracy_by(wordings, right),
+        "per_wording": accuracy_by(list(worded.values()), [right[i] for i in worded]),
     }
 
 
-def report_distribution(features: Tensor, reference: Reference) -> dict:
-    """How features (n, d), drawn for the first n labels of the reference, are distributed beside the real ones."""
+def report_distribution(features: Tensor, reference: Reference, labels: Tensor | None = None) -> dict:
+    """How features (n, d) are distributed beside the real ones.
+
+    labels: (n,), which digit each is; without, they were drawn for the first n labels of the reference.
+    """
     n = len(features)
-    floor, real, labels = reference.floor(n), reference.features[:n], reference.labels[:n]
+    floor, real = reference.floor(n), reference.features[:n]
+    labels = reference.labels[:n] if labels is None else labels
     distance = frechet_distance(*moments(features), reference.mean, reference.cov)
     precision, recall = precision_recall(real, features)
     spread, real_spread = class_diversity(features, labels), class_diversity(reference.features, reference.labels)

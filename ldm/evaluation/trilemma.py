@@ -4,16 +4,17 @@ Quality is the Fréchet distance over that of as many real pictures, coverage th
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.sampling import get_sampler
+from ldm.data.captions import Caption
+from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.diffusion.schedule import sampling_sigmas
-from ldm.evaluation.draw import draw
+from ldm.evaluation.draw import ask, draw
 from ldm.evaluation.networks import Measuring, features_of
 from ldm.evaluation.pictures import quantise
 from ldm.evaluation.reference import Reference
@@ -34,15 +35,15 @@ def draw_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
     return torch.cat(pictures)
 
 
-def draw_asked(model: Any, labels: Tensor, batch_size: int, seed: int = 0, **settings: Any) -> Tensor:
-    """uint8 (n, 28, 28): a picture for each label (n,), or as many of a model that takes none."""
-    return draw(model, labels.tolist(), seed, batch_size, **settings)
+def draw_asked(model: Any, captions: Sequence[Caption], batch_size: int, seed: int = 0, **settings: Any) -> Tensor:
+    """uint8 (n, 28, 28): a picture for what the model takes of each caption."""
+    return draw(model, ask(model, captions)[0], seed, batch_size, **settings)
 
 
 def evaluations(model: Any, **settings: Any) -> int:
     """How often a picture's drawing calls the network."""
     own = {**model.defaults, **settings}
-    row = get_sampler(own["sampler"])
+    row = get_sampler(choose_sampler(own["sampler"], own["steps"], model.schedule.T))
     spacing = row.spacing if own["spacing"] is None else own["spacing"]
     return sum(row.evaluations(sampling_sigmas(model.schedule, own["steps"], spacing, row.final_sigma).tolist()))
 

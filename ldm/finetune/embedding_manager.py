@@ -77,7 +77,8 @@ class EmbeddingManager(nn.Module):
         """The words of such a file, in place of those there are. Nothing in it is executed."""
         table = read_table(Path(ckpt_path))[0]
         self.string_to_token_dict = {word: self._token(word) for word in table}
-        vectors = {word: torch.atleast_2d(value).float() for word, value in table.items()}
+        weight = self.embedder[0].token_embedding.weight
+        vectors = {word: torch.atleast_2d(value).float().to(weight.device) for word, value in table.items()}
         self.string_to_param_dict = nn.ParameterDict({word: nn.Parameter(value) for word, value in vectors.items()})
 
     def get_embedding_norms_squared(self) -> Tensor:

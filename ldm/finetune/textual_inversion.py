@@ -3,7 +3,6 @@
 The model's own loss on a few pictures of the subject, captioned with the word; all that trains is the word's vectors.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ldm.conditioning.tokenizer import CLIP_MERGES, Tokenizer
+from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.diffusion.schedule import training_timesteps
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
 from ldm.finetune.dreambooth import checkpoint_blocks
 from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_encoder
+from ldm.finetune.known import knows_digits_alone
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load
@@ -167,16 +167,13 @@ def check_model(model: LatentDiffusion) -> None:
 def captions(tokenizer: Tokenizer, word: str, vectors: int, frames: Sequence[str] | str | None = None) -> list[str]:
     """What pictures of `word`, of so many vectors, are captioned with: what fits the text encoder of `frames`.
 
-    frames: a name in FRAMES, or captions with {} for the word; None: the "object" ones, save for a vocabulary that was
-    reduced to the digits' captions. It knows few other words, and its text encoder has learnt nothing else.
+    frames: a name in FRAMES, or captions with {} for the word; None: the "object" ones, save for a model that knows
+    digits alone, which has those that it was trained on.
 
     Raises ValueError for a frame without {}, or when none leaves room for the word.
     """
     if frames is None:
-        words = [part for frame in TRAIN_FRAMES for part in re.findall(r"[a-z]+", render(frame, "five"))]
-        reduced = len(tokenizer.merges) < CLIP_MERGES
-        knows = reduced and all(len(tokenizer.encode(part)) == 1 for part in dict.fromkeys(words))
-        frames = [render(frame, "{}") for frame in TRAIN_FRAMES] if knows else "object"
+        frames = [render(frame, "{}") for frame in TRAIN_FRAMES] if knows_digits_alone(tokenizer) else "object"
     frames = FRAMES[frames] if isinstance(frames, str) else frames
     without = [frame for frame in frames if "{}" not in frame]
     if without or not frames:

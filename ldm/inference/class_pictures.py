@@ -38,6 +38,8 @@ def collect(
     size: int,
     scale: float,
     batch_size: int,
+    keep: Sequence[str] | None = None,
+    known: Sequence[str] = (),
 ) -> dict[str, str | None]:
     """`count` pictures of a class in the folder and their captions: those that are not ours first, the rest drawn.
 
@@ -45,6 +47,8 @@ def collect(
     alone; if there are several, they need captions of their own, and have none here.
 
     count: None takes all that are not ours, or draws the usual number where there are none.
+    keep: prompts besides the class's, of which as many pictures are drawn. None takes those `known` of the model where
+    all of the class's are drawn; who brings his own has chosen what is kept.
     """
     own = users_pictures(folder)
     if count is None:
@@ -53,11 +57,14 @@ def collect(
     missing = count - len(own)
     if own and missing > 0:
         print(f"{folder} holds {len(own)} pictures of the class; the model draws {missing} more")
-    for i, prompt in enumerate(prompts):
-        share = len(range(i, missing, len(prompts)))
-        if share:
-            names = draw_class_pictures(model, folder, prompt, share, size, scale, batch_size)
-            found |= dict.fromkeys(names, prompt)
+    if keep is None:
+        keep = () if own else known
+    for asked, number in ((prompts, missing), ([one for one in keep if one not in prompts], count)):
+        for i, prompt in enumerate(asked):
+            share = len(range(i, number, len(asked)))
+            if share:
+                names = draw_class_pictures(model, folder, prompt, share, size, scale, batch_size)
+                found |= dict.fromkeys(names, prompt)
     return found
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion.denoiser import to_vp
-from ldm.diffusion.sampling import Step, get_sampler
+from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.first_order import add_noise
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.images import image_grid, to_pil
@@ -53,10 +53,10 @@ def own_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
         changes="; ".join(model.changes),
         model_name=name,
     )
-    return _complete(recipe.changed(**settings))
+    return _complete(recipe.changed(**settings), model)
 
 
-def changed_recipe(recipe: Recipe, **settings: object) -> Recipe:
+def changed_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) -> Recipe:
     """The recipe with those `settings` that are not None in their place; another sampler brings its own spacing, eta.
 
     A `batch_size` draws the picture at the head of such a batch instead of at its old place.
@@ -67,14 +67,16 @@ def changed_recipe(recipe: Recipe, **settings: object) -> Recipe:
         recipe = replace(recipe, index=0)  # a picture of its own, not of the old run
     if settings.get("batch_size") is not None:
         recipe = replace(recipe, batch_position=0, batch_prompts=1, prompt_position=0)
-    return _complete(recipe.changed(**settings))
+    return _complete(recipe.changed(**settings), model)
 
 
-def _complete(recipe: Recipe) -> Recipe:
+def _complete(recipe: Recipe, model: LatentDiffusion) -> Recipe:
     """Write out what the sampler decides, so that the PNG tells it. ValueError for an unknown sampler."""
-    row = get_sampler(recipe.sampler)
+    name = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T)
+    row = get_sampler(name)
     return replace(
         recipe,
+        sampler=name,
         spacing=row.spacing if recipe.spacing is None else recipe.spacing,
         eta=row.eta if recipe.eta is None else recipe.eta,
     )

@@ -60,7 +60,11 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
     add("--clip-skip", type=whole(1), metavar="N", help="CLIP's layer to read, counted back from the model's own (1)")
     add("--scale", type=real(), metavar="X", help="guidance; 1 is none")
     add("--steps", "--ddim_steps", type=whole(1), metavar="N", help="network steps")
-    add("--sampler", metavar="NAME", help="ddim, ddpm, ...; an unknown name lists the known ones")
+    add(
+        "--sampler",
+        metavar="NAME",
+        help="ddim, ddpm, ... (an unknown name lists them), or auto: ddpm for all levels, else ddim",
+    )
     add("--plms", action="store_const", const="plms", dest="sampler", help="the same as --sampler plms")
     add("--spacing", metavar="NAME", help=SPACING)
     add("--eta", "--ddim_eta", type=real(0), metavar="X", help="share of fresh noise in each step: 0 is DDIM, 1 DDPM")
@@ -71,6 +75,10 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
     add("--pag-layers", nargs="+", default=["middle_block"], metavar="NAME", help="whose attention (middle_block)")
     add("--autoguide", type=Path, metavar="FILE", help="steer away from this weaker model of the same latents")
     add("--autoguide-scale", type=real(), default=2.0, metavar="X", help="(2); 1 is off")
+    parser.set_defaults(classifier=None)
+    if classes:
+        add("--classifier", type=Path, metavar="FILE", help="steer to the classes by this classifier of noisy pictures")
+        add("--classifier-scale", type=real(), default=1.0, metavar="X", help="(1); 0 is off")
 
     add_model_options(parser)
 
@@ -79,7 +87,7 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
     add("--skip_save", action="store_true", help="do not save the single pictures")
     add("--skip_grid", action="store_true", help="do not save the grid")
     add("--n_rows", type=whole(0), default=0, metavar="N", help="pictures in a row of the grid (0: n_samples)")
-    add("--strip", action="store_true", help="save how each picture came about: x_t, and below it the predicted x0")
+    add("--strip", action="store_true", help="save how each came about: noising, x_t, predicted x0")
     return parser
 
 
@@ -107,6 +115,8 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
     if args.from_png is not None and args.n_samples * args.n_iter != 1:
         raise ValueError("--from-png makes one picture: leave out --n_samples and --n_iter")
     prompts = args.prompts if args.from_file is None else read_prompts(args.from_file)
+    if args.classifier is not None and args.from_png is None and not any(prompts):
+        raise ValueError("--classifier steers to classes: say by --class which")
     made = None if args.from_png is None else read_recipe(args.from_png)
     if made is not None:
         check_original(made, original, args.from_png)
@@ -134,7 +144,7 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
         lengths = chunks(model, first, prompts)
         recipes = plan(first, prompts, args.n_samples * args.n_iter, batch_size, lengths)
     else:
-        recipes = [changed_recipe(made, batch_size=args.batch_size, **settings)]
+        recipes = [changed_recipe(made, model, batch_size=args.batch_size, **settings)]
     first = recipes[0]
     if original is not None:
         original = original.at(first.width, first.height)
@@ -169,12 +179,24 @@ def load(args: argparse.Namespace) -> "LatentDiffusion":
 def set_guide(model: "LatentDiffusion", args: argparse.Namespace) -> None:
     """Guidance besides the classifier-free one, as the options ask for it, written down among the model's changes."""
     from ldm.checkpoint.file import file_hash
-    from ldm.inference.guides import load_weak, make_guide
+    from ldm.inference.guides import load_classifier, load_weak, make_guide
 
     weak = None if args.autoguide is None else load_weak(args.autoguide, model)
-    model.guide = make_guide(model, args.threshold, args.pag, args.pag_layers, weak, args.autoguide_scale)
+    teller = None if args.classifier is None else load_classifier(args.classifier, model)
+    model.guide = make_guide(
+        model,
+        threshold=args.threshold,
+        pag=args.pag,
+        pag_layers=args.pag_layers,
+        weak=weak,
+        autoguide_scale=args.autoguide_scale,
+        teller=teller,
+        classifier_scale=1.0 if teller is None else args.classifier_scale,
+    )
     if weak is not None:
         model.changes.append(f"autoguide {file_hash(args.autoguide)} at {args.autoguide_scale:g}")
+    if args.classifier is not None:
+        model.changes.append(f"classifier {file_hash(args.classifier)} at {args.classifier_scale:g}")
     if args.pag != 0:
         model.changes.append(f"pag {args.pag:g} {' '.join(args.pag_layers)}")
     if args.threshold is not None:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import get_ident
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.conditioning.classes import class_numbers
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
@@ -34,11 +35,13 @@ def make_guide(
     pag_layers: Sequence[str] = PAG_LAYERS,
     weak: LatentDiffusion | None = None,
     autoguide_scale: float = 2.0,
+    teller: "NoisyClassifier | None" = None,
+    classifier_scale: float = 1.0,
 ) -> Guide | None:
     """All that the options ask for as one guide, or None where they ask for nothing.
 
     threshold: the percentile, a fraction, of `dynamic_threshold`, which comes last. pag, pag_layers: of
-    `perturbed_attention`. weak, autoguide_scale: of `autoguidance`.
+    `perturbed_attention`. weak, autoguide_scale: of `autoguidance`. teller, classifier_scale: of `classifier`.
     Raises ValueError for layers without self-attention.
     """
     guides: list[Guide] = []
@@ -46,12 +49,14 @@ def make_guide(
         guides.append(autoguidance(model, weak, autoguide_scale))
     if pag != 0:
         guides.append(perturbed_attention(model, pag, pag_layers))
+    if teller is not None:
+        guides.append(classifier(teller, classifier_scale))
     if threshold is not None:
-        guides.append(lambda denoise, cond: guidance.dynamic_threshold(denoise, threshold, limit=None))
+        guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, threshold, limit=model.clip))
 
-    def guide(denoise: BoundDenoise, cond: Cond) -> BoundDenoise:
+    def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         for more in guides:
-            denoise = more(denoise, cond)
+            denoise = more(denoise, cond, prompts)
         return denoise
 
     return guide if guides else None
@@ -64,7 +69,7 @@ def perturbed_attention(model: LatentDiffusion, scale: float, layers: Sequence[s
     """
     modules = self_attention(model.model.diffusion_model, layers)
 
-    def guide(denoise: BoundDenoise, cond: Cond) -> BoundDenoise:
+    def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         network = model.denoiser()
 
         def perturbed(x: Tensor, sigma: float) -> Prediction:
@@ -142,7 +147,7 @@ def autoguidance(model: LatentDiffusion, weak: LatentDiffusion, scale: float) ->
     """
     ratio = weak.scale_factor / model.scale_factor
 
-    def guide(denoise: BoundDenoise, cond: Cond) -> BoundDenoise:
+    def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         network = weak.denoiser()
 
         def weaker(x: Tensor, sigma: float) -> Prediction:  # the same latents, in the units that it was trained in
@@ -188,25 +193,23 @@ def check_weak(weak: LatentDiffusion, model: LatentDiffusion) -> None:
 
 
 class NoisyClassifier(NamedTuple):
-    """network(x_t, t) -> logits (b, classes) of noised pictures (or latents), t being levels of this schedule."""
+    """network(x_t, t) -> logits (b, classes) of noised pictures (or latents); t is a level of this schedule."""
 
     network: nn.Module
     schedule: Schedule
     classes: int
 
 
-def classifier(teller: NoisyClassifier, label: int, scale: float) -> Guide:
-    """Towards pictures of a class (Dhariwal & Nichol 2021); where the model itself is told classes, towards those.
+def classifier(teller: NoisyClassifier, scale: float) -> Guide:
+    """Towards pictures of the classes that the prompts name (Dhariwal & Nichol 2021), told to the model or not.
 
-    label: from 0. Costs the classifier forwards and backwards for each step.
-    Raises ValueError for a class that it does not know.
+    Prompts are numbers of classes from 0, or texts that say such; the empty one names none and is not guided. Costs the
+    classifier forwards and backwards for each step. The guide raises ValueError for other prompts.
     """
-    if not 0 <= label < teller.classes:
-        raise ValueError(f"class {label} does not exist: this classifier's are 0 to {teller.classes - 1}")
 
-    def guide(denoise: BoundDenoise, cond: Cond) -> BoundDenoise:
-        log_prob = guidance.noisy_log_prob(teller.network, teller.schedule, torch.tensor(label))
-        return guidance.classifier(denoise, log_prob, scale)
+    def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
+        numbers = class_numbers(prompts, teller.classes + 1, null=teller.classes)
+        return guidance.classifier(denoise, guidance.noisy_log_prob(teller.network, teller.schedule, numbers), scale)
 
     return guide
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.blocks import TimestepBlock, timestep_embedding
+from ldm.models.blocks import TimestepBlock, timestep_embedding, zero_module
 from ldm.util import instantiate_from_config
 
 UNET = "ldm.models.unet.UNetModel"
@@ -27,11 +27,10 @@ class Generator(nn.Module):
     `use_scale_shift_norm` says.
 
     Args:
-        unet: arguments of `UNetModel`, without num_classes and adm_in_channels; channels are those of the patches.
+        unet: arguments of `UNetModel`, without num_classes and adm_in_channels.
         latent_dim: width of z.
         mapped, layers: width and number of the perceptron's layers.
         classes: number of classes to be told one of; None for none.
-        patch: the UNet sees squares of so many pixels as channels of one position, which makes it so much faster.
     """
 
     def __init__(
@@ -41,16 +40,15 @@ class Generator(nn.Module):
         mapped: int = 256,
         layers: int = 4,
         classes: int | None = None,
-        patch: int = 1,
     ) -> None:
         super().__init__()
         own = sorted({"num_classes", "adm_in_channels"} & set(unet))
-        if own or latent_dim < 1 or layers < 1 or patch < 1:
+        if own or latent_dim < 1 or layers < 1:
             raise ValueError(
-                f"latent_dim {latent_dim}, layers {layers} and patch {patch} must be at least 1, and the generator "
-                f"itself sets {own or 'num_classes and adm_in_channels'} of its UNet"
+                f"latent_dim {latent_dim} and layers {layers} must be at least 1, and the generator itself sets "
+                f"{own or 'num_classes and adm_in_channels'} of its UNet"
             )
-        self.latent_dim, self.classes, self.patch = latent_dim, classes, patch
+        self.latent_dim, self.classes = latent_dim, classes
         widths = [latent_dim] + [mapped] * layers
         pairs = zip(widths, widths[1:], strict=False)
         self.mapping = nn.Sequential(*(part for pair in pairs for part in (nn.Linear(*pair), nn.SiLU())))
@@ -60,7 +58,7 @@ class Generator(nn.Module):
             told += mapped
         params = {**unet, "num_classes": "sequential", "adm_in_channels": told}
         self.unet = instantiate_from_config({"target": UNET, "params": params})
-        self.downsampling = patch * self.unet.downsampling  # sizes must be multiples of it
+        self.downsampling = self.unet.downsampling  # sizes must be multiples of it
 
     def forward(self, x: Tensor, timesteps: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
         """x (b, c, h, w), variance-preserving; timesteps (b,) in 0..T-1; z unit normal (b, latent_dim); y classes (b,).
@@ -70,19 +68,22 @@ class Generator(nn.Module):
         told = self.mapping(pixel_norm(z).to(self.unet.dtype))  # (b, mapped)
         if check_classes(self.classes, y):
             told = torch.cat([told, self.label_emb(y)], dim=1)  # (b, 2 mapped)
-        h = self.unet(F.pixel_unshuffle(x, self.patch), timesteps, y=told)  # (b, c patch^2, h / patch, w / patch)
-        return F.pixel_shuffle(h, self.patch).tanh()
+        return self.unet(x, timesteps, y=told).tanh()
 
 
 class Discriminator(nn.Module):
     """D(x_{t-1}, x_t, t): one logit per pair, above 0 for a step of the true chain. After the paper's small one.
 
+    A class, which the paper has none of, is judged by projection: its embedding times the last features is added to the
+    logit (Miyato & Koyama 2018, eq. 3).
+
     Args:
         in_channels: of a picture.
         width: of the first residual block.
         channel_mult: width of each residual block in units of it; all but the first halve height and width.
-        time_channels: width of the embedded time, to which the class is added.
-        classes, patch: as in `Generator`.
+        time_channels: width of the embedded time.
+        classes: as in `Generator`.
+        patch: the network sees squares of so many pixels as the channels of one position, as in `UNetModel`.
     """
 
     def __init__(
@@ -99,8 +100,6 @@ class Discriminator(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(time_channels, time_channels), nn.LeakyReLU(0.2), nn.Linear(time_channels, time_channels)
         )
-        if classes is not None:
-            self.label_emb = nn.Embedding(classes, time_channels)
         widths = [width * mult for mult in channel_mult]
         self.conv_in = nn.Conv2d(2 * in_channels * patch**2, widths[0], 1)
         befores = [widths[0], *widths]
@@ -110,19 +109,20 @@ class Discriminator(nn.Module):
         )
         self.conv_out = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1)
         self.out = nn.Linear(widths[-1], 1)
+        if classes is not None:
+            self.label_emb = zero_module(nn.Embedding(classes, widths[-1]))
 
     def forward(self, before: Tensor, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """before = x_{t-1} and x = x_t, (b, c, h, w) each; timesteps t (b,) in 0..T-1; y classes (b,) -> (b,)."""
         emb = timestep_embedding(timesteps, self.time_channels).to(self.out.weight.dtype)
         emb = self.time_embed(emb)  # (b, time_channels)
-        if check_classes(self.classes, y):
-            emb = emb + self.label_emb(y)
         h = self.conv_in(F.pixel_unshuffle(torch.cat([before, x], dim=1), self.patch))  # (b, width, h / patch, ...)
         for block in self.blocks:
             h = block(h, emb)
         h = torch.cat([F.leaky_relu(h, 0.2), batch_deviation(h)], dim=1)
-        h = F.leaky_relu(self.conv_out(h), 0.2)  # (b, c', h', w')
-        return self.out(h.sum(dim=(2, 3))).squeeze(1)
+        h = F.leaky_relu(self.conv_out(h), 0.2).sum(dim=(2, 3))  # (b, width of the last block)
+        logits = self.out(h).squeeze(1)  # (b,)
+        return logits + (self.label_emb(y) * h).sum(dim=1) if check_classes(self.classes, y) else logits
 
 
 class PairBlock(TimestepBlock):

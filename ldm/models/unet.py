@@ -20,6 +20,7 @@ from ldm.models.blocks import (
     timestep_embedding,
     zero_module,
 )
+from ldm.models.linear_attention import LinearAttentionBlock
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Parts:
     context_dim: int | Sequence[int] | None = None
     legacy: bool = True
     use_linear_in_transformer: bool = False
+    attention_type: str = "full"
+    attention_memory: int = 0
 
     def res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
@@ -66,7 +69,12 @@ class Parts:
         return Upsample(channels, self.conv_resample)
 
     def attend(
-        self, channels: int, depth: int, disable_self_attention: bool = False, decoder: bool = False
+        self,
+        channels: int,
+        depth: int,
+        disable_self_attention: bool = False,
+        decoder: bool = False,
+        middle: bool = False,
     ) -> nn.Module:
         by_width = self.num_head_channels != -1
         heads = channels // self.num_head_channels if by_width else self.num_heads
@@ -91,6 +99,15 @@ class Parts:
             )
         # unless "legacy", CompVis passes on a head width derived from num_heads, which makes num_heads_upsample inert
         width = self.num_head_channels if by_width or self.legacy else channels // heads
+        if self.attention_type == "linear" and not middle:
+            return LinearAttentionBlock(
+                channels,
+                self.num_heads_upsample if decoder else heads,
+                width,
+                memory=self.attention_memory,
+                use_checkpoint=self.use_checkpoint,
+                norm_groups=self.norm_groups,
+            )
         return AttentionBlock(
             channels,
             num_heads=self.num_heads_upsample if decoder else heads,
@@ -103,7 +120,7 @@ class Parts:
     def middle(self, channels: int, depth: int = 1, disable_self_attention: bool = False) -> TimestepEmbedSequential:
         return TimestepEmbedSequential(
             self.res(channels, channels),
-            self.attend(channels, depth, disable_self_attention),
+            self.attend(channels, depth, disable_self_attention, middle=True),
             self.res(channels, channels),
         )
 
@@ -179,6 +196,8 @@ class UNetModel(nn.Module):
     num_attention_blocks: per level, how many residual blocks are followed by attention; default all.
     use_linear_in_transformer: linear instead of convolutional projections around the transformers.
     norm_groups: groups of every group normalisation; they must divide every width.
+    attention_type: "full", or "linear": `LinearAttentionBlock`, with `attention_memory`, in the levels; the middle,
+        which has the fewest positions, keeps full attention. It does not go with use_spatial_transformer.
     patch: the network sees squares of so many pixels as the channels of one position, which makes it faster by about as
         many squared; attention_resolutions count from there.
 
@@ -219,10 +238,14 @@ class UNetModel(nn.Module):
         adm_in_channels: int | None = None,
         norm_groups: int = 32,
         patch: int = 1,
+        attention_type: str = "full",
+        attention_memory: int = 0,
     ) -> None:
         super().__init__()
         require_two_dims(dims)
         _check_attention(use_spatial_transformer, context_dim, num_heads, num_head_channels)
+        if attention_type not in ("full", "linear") or (attention_type == "linear" and use_spatial_transformer):
+            raise ValueError(f"attention_type {attention_type!r}: use full, or linear without use_spatial_transformer")
         if patch < 1 or (patch > 1 and n_embed is not None):
             raise ValueError(f"patch is {patch}: it must be at least 1, and 1 with n_embed (here {n_embed})")
         count = len(channel_mult)
@@ -263,6 +286,8 @@ class UNetModel(nn.Module):
             legacy=legacy,
             use_linear_in_transformer=use_linear_in_transformer,
             norm_groups=norm_groups,
+            attention_type=attention_type,
+            attention_memory=attention_memory,
         )
         self.time_embed = time_mlp(model_channels, parts.emb_channels)
         if num_classes is not None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.diffusion.denoiser import check_prediction
-from ldm.diffusion.sampling import get_sampler
+from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.schedule import Schedule, training_timesteps
+from ldm.diffusion.training_noise import training_noise
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.stage import Stage, adamw
 
@@ -26,6 +27,7 @@ class DenoisingStage(Stage):
         whole: the model; its network, `whole.model`, is what trains.
         learning_rate, betas, weight_decay: of AdamW.
         timesteps: arguments of `training_timesteps`: how the levels to train on are drawn.
+        noise: arguments of `training_noise`: offset, immiscible.
         preview_prompts: what the previews draw: prompts or classes.
     """
 
@@ -38,12 +40,14 @@ class DenoisingStage(Stage):
         timesteps: Mapping[str, Any] | None = None,
         preview_prompts: Sequence[Any] = ("",),
         preview_columns: int = 10,
+        noise: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = whole.model  # the only network that trains
         object.__setattr__(self, "latent_diffusion", whole)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
         self.timesteps = dict(timesteps or {"name": "uniform"})
+        self.noise = dict(noise or {})
         self.preview_prompts, self.preview_columns = list(preview_prompts), preview_columns
         self._check()
 
@@ -52,7 +56,8 @@ class DenoisingStage(Stage):
         whole = self.latent_diffusion
         check_prediction(whole.prediction)
         training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
-        get_sampler(whole.defaults["sampler"])
+        training_noise(torch.zeros(2, 1, 1, 1), **self.noise)
+        get_sampler(choose_sampler(whole.defaults["sampler"], whole.defaults["steps"], whole.schedule.T))
         size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
         state = self.model.training
         try:
@@ -76,7 +81,8 @@ class DenoisingStage(Stage):
         with torch.no_grad():
             z, cond = self.data(batch)
             t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
-        loss = self.losses(z, cond, t, torch.randn_like(z)).mean()
+            noise = training_noise(z, **self.noise)
+        loss = self.losses(z, cond, t, noise).mean()
         return loss, {"loss": loss}
 
     def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:

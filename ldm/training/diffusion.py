@@ -22,7 +22,7 @@ class DiffusionStage(DenoisingStage):
         schedule, prediction, defaults: of `LatentDiffusion`.
         caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
         cache_latents: encode the data set once; only for data sets that show every picture always alike.
-        betas, weight_decay, timesteps, preview_prompts, preview_columns: of `DenoisingStage`.
+        betas, weight_decay, timesteps, preview_prompts, preview_columns, noise: of `DenoisingStage`.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class DiffusionStage(DenoisingStage):
         cache_latents: bool = True,
         preview_prompts: Sequence[str] = ("",),
         preview_columns: int = 10,
+        noise: Mapping[str, Any] | None = None,
     ) -> None:
         configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
         whole = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
         whole.first_stage_model.load_state_dict(weights[0])
         whole.cond_stage_model.load_state_dict(weights[1])
-        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, preview_prompts, preview_columns)
+        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, preview_prompts, preview_columns, noise)
         self.exclude_from_modules(first_stage=whole.first_stage_model, cond_stage=whole.cond_stage_model)
         self.caption_dropout, self.cache_latents = check_share("caption_dropout", caption_dropout), cache_latents
 

@@ -22,7 +22,8 @@ class PixelDiffusionStage(DenoisingStage):
         class_dropout: share of labels replaced by the class that says nothing, for classifier-free guidance.
         error: l2 or l1, of the prediction.
         weight: arguments of `loss_weight`, `{"name": "min_snr"}` say.
-        betas, weight_decay, timesteps, preview_columns: of `DenoisingStage`.
+        bound_weight: of the variational bound, where the model learns the variance (Nichol & Dhariwal 2021, eq. 16).
+        betas, weight_decay, timesteps, noise, preview_columns: of `DenoisingStage`.
         previews: how many pictures previews draw; of each class in turn, where there are classes.
     """
 
@@ -33,9 +34,11 @@ class PixelDiffusionStage(DenoisingStage):
         class_dropout: float = 0.1,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
+        bound_weight: float = 0.001,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         timesteps: Mapping[str, Any] | None = None,
+        noise: Mapping[str, Any] | None = None,
         previews: int = 20,
         preview_columns: int = 10,
     ) -> None:
@@ -48,9 +51,11 @@ class PixelDiffusionStage(DenoisingStage):
                 "or give the model's cond_stage_config null: true and one class more"
             )
         shown = [classes[i % len(classes)] for i in range(previews)]
-        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, shown, preview_columns)
+        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, shown, preview_columns, noise)
         self.class_dropout = check_share("class_dropout", class_dropout)
-        self.error, self.weight = error, dict(weight or {"name": "none"})
+        if not bound_weight >= 0:
+            raise ValueError(f"bound_weight {bound_weight} must not be below 0 (the paper takes 0.001)")
+        self.error, self.weight, self.bound_weight = error, dict(weight or {"name": "none"}), bound_weight
         mean_error(error, torch.zeros(1, 1), torch.zeros(1, 1))  # raises for an unknown name, as does the other
         loss_weight(prediction=whole.prediction, alphas_cumprod_t=whole.schedule.alphas_cumprod[:1], **self.weight)
 
@@ -78,7 +83,4 @@ class PixelDiffusionStage(DenoisingStage):
         return batch["image"], model.condition(labels)
 
     def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
-        model = self.latent_diffusion
-        losses = model.loss(z, cond, t, noise, self.error)
-        ab = model.schedule.alphas_cumprod[t.cpu()]
-        return losses * loss_weight(prediction=model.prediction, alphas_cumprod_t=ab, **self.weight).to(losses)
+        return self.latent_diffusion.loss(z, cond, t, noise, self.error, self.weight, self.bound_weight)

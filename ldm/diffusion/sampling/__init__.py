@@ -12,10 +12,11 @@ from ldm.diffusion.denoiser import BoundDenoise, Prediction
 from ldm.diffusion.sampling.first_order import Noise, Point, Points, euler
 from ldm.diffusion.sampling.multistep import deis, dpmpp_2m, dpmpp_3m, lms, plms, unipc
 from ldm.diffusion.sampling.second_order import dpm2, heun
-from ldm.diffusion.sampling.stochastic import ddpm_large, dpmpp_sde, lcm
+from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large, dpmpp_sde, lcm
 
 # (denoise, points, sigma_next, eta, noise) -> x at sigma_next
 StepFunction = Callable[[BoundDenoise, Points, float, float, Noise | None], Tensor]
+AUTO = "auto"  # see choose_sampler
 REMEMBERED = 4  # points, for Adams-Bashforth of order 4
 
 
@@ -68,7 +69,8 @@ def _wide(x: Tensor) -> Tensor:
 def _walk(denoise, x, levels, step, eta, noise) -> Iterator[Step]:
     points = []
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        points = [*points[1 - REMEMBERED :], Point(sigma, x, denoise(x, sigma).x0)]
+        found = denoise(x, sigma)
+        points = [*points[1 - REMEMBERED :], Point(sigma, x, found.x0, found.variance_share)]
         if sigma_next < sigma:
             x = step(denoise, points, sigma_next, eta, noise)
         yield Step(index, sigma_next, x, points[-1].x0)
@@ -135,7 +137,7 @@ class Sampler:
 
 SAMPLERS = {
     "ddim": Sampler(euler),
-    "ddpm": Sampler(euler, eta=1.0),
+    "ddpm": Sampler(ddpm, eta=1.0),
     "ddpm_large": Sampler(ddpm_large, eta=1.0),
     "euler": Sampler(euler),  # under its two other names
     "euler_a": Sampler(euler, eta=1.0),
@@ -157,5 +159,13 @@ SAMPLERS = {
 def get_sampler(name: str) -> Sampler:
     """The row of a name. Raises ValueError for an unknown one, listing the names there are."""
     if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; choose from {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown sampler {name!r}; choose from {', '.join((*SAMPLERS, AUTO))}")
     return SAMPLERS[name]
+
+
+def choose_sampler(name: str, steps: int, T: int) -> str:
+    """The name, and for "auto" that of the sampler for so many steps: ddpm for all T levels of a schedule, else ddim.
+
+    The ancestral chain is what the model was trained as, and needs all its steps; DDIM does with fewer.
+    """
+    return name if name != AUTO else "ddim" if steps < T else "ddpm"

@@ -17,11 +17,12 @@ Noise = Callable[[], Tensor]
 
 
 class Point(NamedTuple):
-    """A visited level: x (b, ...) there, and the x0 (b, ...) that was predicted from it."""
+    """A visited level: x (b, ...) there, the x0 (b, ...) predicted from it, and `Prediction.variance_share`."""
 
     sigma: float
     x: Tensor
     x0: Tensor
+    variance_share: Tensor | None = None
 
     @property
     def eps(self) -> Tensor:

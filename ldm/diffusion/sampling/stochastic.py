@@ -1,11 +1,25 @@
-"""Samplers that spend noise in ways of their own: DDPM's large variance, latent consistency, DPM-Solver++ SDE."""
+"""Samplers that spend noise in ways of their own: DDPM's other variances, latent consistency, DPM-Solver++ SDE."""
 
 import math
 
 from torch import Tensor
 
 from ldm.diffusion.denoiser import BoundDenoise
-from ldm.diffusion.sampling.first_order import Noise, Point, Points, add_noise, ancestral_split, euler_to
+from ldm.diffusion.sampling.first_order import Noise, Point, Points, add_noise, ancestral_split, euler, euler_to
+
+
+def ddpm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+    """As `euler`; with the variance that the network gives where it learned one (Nichol & Dhariwal 2021, eq. 15).
+
+    log variance = share log large + (1 - share) log small, both of the step between the two levels visited: the small
+    one is `euler`'s, the large one `ddpm_large`'s, which is (1 + 1 / sigma_next^2) / (1 + 1 / sigma^2) times that.
+    """
+    now = points[-1]
+    if now.variance_share is None or eta == 0 or sigma_next == 0:
+        return euler(denoise, points, sigma_next, eta, noise)
+    down, up = ancestral_split(now.sigma, sigma_next, eta)
+    spread = math.log((1 + sigma_next**-2) / (1 + now.sigma**-2)) / 2  # log of large over small deviation
+    return euler_to(now, down) + up * (spread * now.variance_share).exp() * noise().to(now.x)
 
 
 def ddpm_large(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:

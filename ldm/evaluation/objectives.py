@@ -1,0 +1,128 @@
+"""What a choice of schedule or objective does: the same small network trained under each, and measured."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ldm
+from ldm.evaluation.draw import draw
+from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, classify, features_of
+from ldm.evaluation.report import report_distribution
+from ldm.evaluation.source import find_reference
+from ldm.training.config import read_configs
+from ldm.training.loop import train
+
+STEPS = 50  # of drawing
+WEIGHT, NOISE = "stage.params.weight.name", "stage.params.noise"
+MODEL = "stage.params.model.params"
+UNET = f"{MODEL}.unet_config.params"
+
+
+class Objective(NamedTuple):
+    """What it changes in configs/pixel/objectives.yaml, and by which samplers it is drawn."""
+
+    changes: Sequence[str] = ()
+    samplers: Sequence[str] = ("ddim",)
+
+
+OBJECTIVES = {
+    "eps, cosine": Objective(samplers=("ddim", "ddpm")),
+    "eps, linear": Objective([f"{MODEL}.schedule.name=linear"]),
+    "v, cosine": Objective([f"{MODEL}.prediction=v"]),
+    "x0, cosine": Objective([f"{MODEL}.prediction=x0"]),
+    "learned variance": Objective([f"{MODEL}.learned_variance=true", f"{UNET}.out_channels=2"], ("ddim", "ddpm")),
+    "self-conditioning": Objective([f"{MODEL}.self_condition=true", f"{UNET}.in_channels=2"]),
+    "v, weight min_snr": Objective([f"{MODEL}.prediction=v", f"{WEIGHT}=min_snr"]),
+    "v, weight snr": Objective([f"{MODEL}.prediction=v", f"{WEIGHT}=snr"]),
+    "v, weight truncated_snr": Objective([f"{MODEL}.prediction=v", f"{WEIGHT}=truncated_snr"]),
+    "linear attention": Objective([f"{UNET}.attention_type=linear", f"{UNET}.attention_memory=4"]),
+    "immiscible noise": Objective([f"{NOISE}.immiscible=true"]),
+    "offset noise": Objective([f"{NOISE}.offset=0.1"]),
+    "eps, scaled_linear": Objective([f"{MODEL}.schedule.name=scaled_linear"]),
+    "eps, sigmoid_alphabar": Objective([f"{MODEL}.schedule.name=sigmoid_alphabar"]),
+    "eps, sigmoid_beta": Objective([f"{MODEL}.schedule.name=sigmoid_beta"]),
+}
+
+
+def compare(
+    config: Path,
+    out: Path,
+    names: Sequence[str] | None = None,
+    changes: Sequence[str] = (),
+    n: int = 1000,
+    batch_size: int = 100,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """Train and measure what `out`, JSON lines, does not have yet, adding a line for each; all its rows.
+
+    config: configs/pixel/objectives.yaml; each model goes to a folder of its name under the configuration's outdir, and
+        one that is there is taken as it is. names: of OBJECTIVES; None for all. changes: further ones, for all.
+    n: pictures of each, of the digits of as many of MNIST's test pictures.
+    Raises ValueError for an unknown name, and for rows of other numbers of pictures or training steps.
+    """
+    names = list(OBJECTIVES) if names is None else list(names)
+    unknown = [name for name in names if name not in OBJECTIVES]
+    if unknown:
+        raise ValueError(f"unknown objective {unknown[0]!r}; choose from {'; '.join(OBJECTIVES)}")
+    configs = {name: _configuration(config, name, changes) for name in names}
+    with open(out, "a"):  # tried now, not after minutes of training
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    for name in names:
+        expected = (n, configs[name]["loop"]["steps"])
+        if any((row["n"], row["training_steps"]) != expected for row in rows):
+            raise ValueError(
+                f"{out} has rows of other numbers of pictures or steps than {expected}: name another --out"
+            )
+    networks = Measuring.load(JUDGE, FEATURES)
+    reference, _ = find_reference("mnist", "test", None, networks, n)
+    labels = reference.labels[:n]
+    done = {(row["objective"], row["sampler"]) for row in rows}
+    for name in names:
+        wanted = [sampler for sampler in OBJECTIVES[name].samplers if (name, sampler) not in done]
+        if not wanted:
+            continue
+        fresh = not (Path(configs[name]["outdir"]) / configs[name]["name"]).exists()
+        print(name, file=sys.stderr)
+        started = time.process_time()
+        model = ldm.load(train(configs[name], resume=True, device=device), device=device)
+        trained = time.process_time() - started if fresh else None  # of a run that went on nobody knows
+        for sampler in wanted:
+            started = time.process_time()
+            pictures = draw(model, labels.tolist(), 0, batch_size, sampler=sampler, steps=STEPS)
+            drawn = time.process_time() - started
+            found = report_distribution(features_of(networks.features, pictures), reference)
+            row = {
+                "objective": name,
+                "sampler": sampler,
+                "accuracy": (classify(networks.judge, pictures) == labels).double().mean().item(),
+                "ratio": found["frechet"]["ratio"],
+                "recall": found["precision_recall"]["recall"],
+                "n": n,
+                "training_steps": configs[name]["loop"]["steps"],
+                "training_cpu_seconds": trained,
+                "cpu_seconds_a_picture": drawn / n,
+            }
+            rows.append(row)
+            with open(out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    return rows
+
+
+def _configuration(path: Path, name: str, changes: Sequence[str]) -> dict[str, Any]:
+    slug = name.replace(", ", "-").replace(" ", "-")
+    (config,) = read_configs([str(path)], [*OBJECTIVES[name].changes, f"name={slug}", *changes])
+    return config
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a row for each, as they are listed in OBJECTIVES."""
+    order = list(OBJECTIVES)
+    lines = ["| objective | sampler | accuracy | distance / floor | recall | training, CPU s |", "|---" * 6 + "|"]
+    for row in sorted(rows, key=lambda row: order.index(row["objective"])):
+        trained = "-" if row["training_cpu_seconds"] is None else f"{row['training_cpu_seconds']:.0f}"
+        figures = [f"{row['accuracy']:.1%}", f"{row['ratio']:.1f}", f"{row['recall']:.2f}", trained]
+        lines.append(f"| {' | '.join([row['objective'], row['sampler'], *figures])} |")
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""The guided system's commands, from training to pictures, at as little of everything as possible."""
+
+import numpy as np
+import pytest
+from script_runs import ROOT, load_script, pixels, recipe, samples
+
+train, sample = load_script("train"), load_script("sample")
+SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false", "data.params.first=8"]
+FEW = {
+    "guided": ["stage.params.model.params.defaults.steps=2", "stage.params.previews=1"],
+    "noisy_classifier": ["stage.params.preview_columns=1"],
+}
+
+
+@pytest.fixture
+def draw(mnist, tmp_path):
+    """Train both networks, then `draw("--class", 5)` -> the single pictures' files."""
+    for name, few in FEW.items():
+        changes = [*SHORT, *few, f"data.params.root={mnist}", f"outdir={tmp_path / 'runs'}"]
+        train.main([str(ROOT / "configs" / "pixel" / f"{name}.yaml"), *changes, "--device", "cpu"])
+    model, classifier = (tmp_path / "runs" / name / "model.safetensors" for name in FEW)
+    runs = []
+
+    def run(*options, guided=True):
+        runs.append(tmp_path / f"out{len(runs)}")
+        teller = ["--classifier", classifier] if guided else []
+        argv = ["--ckpt", model, "--outdir", runs[-1], "--device", "cpu", *teller, *options]
+        sample.main([str(option) for option in argv])
+        return samples(runs[-1])
+
+    return run
+
+
+def test_train_and_draw(draw):
+    plain = draw("--n_samples", 4, guided=False)
+    guided = draw("--class", 3, 8, "--n_samples", 2, "--classifier-scale", 500)  # two steps have taught it very little
+    off = draw("--class", 3, 8, "--n_samples", 2, "--classifier-scale", 0)
+    for a, b, c in zip(plain, guided, off, strict=True):
+        assert np.array_equal(pixels(a), pixels(c)) and not np.array_equal(pixels(a), pixels(b))
+    assert recipe(guided[0]).prompt in ("3", "8") and recipe(guided[0]).changes.startswith("classifier ")
+    assert recipe(guided[0]).changes.endswith(" at 500")
+    for sampler in ("ddim", "ddpm"):
+        (again,) = draw("--from-png", draw("--class", 3, "--sampler", sampler)[0])
+        (other,) = draw("--class", 3, "--sampler", sampler, "--classifier-scale", 500)
+        assert recipe(again).sampler == sampler and not np.array_equal(pixels(again), pixels(other))
+
+    with pytest.raises(ValueError, match="say by --class which"):
+        draw()
+    with pytest.raises(ValueError, match="class 'five' does not exist"):
+        draw("--class", "five")
+    with pytest.raises(ValueError, match="give the same options"):
+        draw("--from-png", guided[0])  # made at another scale

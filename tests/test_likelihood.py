@@ -1,0 +1,99 @@
+"""Bits per dimension of whole models: an exact one, by its closed form, and what the script says."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_pixel_diffusion import build, widened
+
+from ldm.data.digits import Digits
+from ldm.diffusion.bound import prior_bits, step_bits
+from ldm.diffusion.schedule import q_sample
+from ldm.evaluation.likelihood import bits_per_dimension, check_variance, measure_bits
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.loading import save
+from scripts import evaluate
+
+SHORT = {"name": "linear", "T": 20, "start": 0.01, "end": 0.4}
+SHORTER = SHORT | {"T": 5}
+
+
+class Exact(torch.nn.Module):
+    """The denoiser of pictures from N(0, 1): E[x0 | x_t] = sqrt(ab) x_t, whatever it is told."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))  # models ask their parameters for device and dtype
+        self.schedule, self.calls = schedule, []
+
+    def forward(self, x, t, y=None):
+        self.calls.append(x)
+        return self.schedule.alphas_cumprod[t.long()].sqrt().view(-1, 1, 1, 1).to(x) * x[:, :1]
+
+
+def test_the_exact_model_of_a_gaussian():
+    """Its large variance is right; the steps cost what the levels lose, log2(1 + SNR_1) / 2 - log2(1 + SNR_T) / 2."""
+    model = build(schedule=SHORT, prediction="x0", clip=False)
+    model.model.diffusion_model = Exact(model.schedule)
+    images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(5))
+    bits = bits_per_dimension(model, images, [0] * 4, variance="large")
+    information = [-math.log2(1 - ab) / 2 for ab in model.schedule.alphas_cumprod.tolist()]
+    assert float(bits.terms[1:].sum(0).mean()) == pytest.approx(information[0] - information[-1], rel=0.02)
+    torch.testing.assert_close(bits.prior, prior_bits(images, model.schedule))
+    assert bits.terms.shape == (20, 4)
+    torch.testing.assert_close(bits.total, bits.terms.sum(0) + bits.prior)
+    small = bits_per_dimension(model, images, [0] * 4)
+    assert (small.terms[1:].sum(0) > bits.terms[1:].sum(0)).all()  # which fits certain pictures, not these
+
+
+def test_the_terms_are_those_of_the_networks_own_guesses():
+    """Clipped, with the learned variance, each at its level."""
+    model = build(**widened("learned_variance"), schedule=SHORTER)
+    images = Digits("test", first=3).images / 127.5 - 1
+    bits = bits_per_dimension(model, images, [1, 2, 3], seed=9)
+    generator, schedule = torch.Generator().manual_seed(9), model.schedule
+    for level in range(4, -1, -1):
+        t, noise = torch.full((3,), level), torch.randn(3, 1, 32, 32, generator=generator)
+        x = q_sample(images, t, noise, schedule)
+        eps, v = model.model.diffusion_model(x, t, y=torch.tensor([1, 2, 3])).chunk(2, dim=1)
+        ab = float(schedule.alphas_cumprod[level])
+        x0 = ((x - math.sqrt(1 - ab) * eps) / math.sqrt(ab)).clamp(-1, 1)
+        expected = step_bits(images, x, t, x0, (v + 1) / 2, schedule)
+        torch.testing.assert_close(bits.terms[level], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_self_conditioned_model_is_told_nothing_but_of_x_t():
+    """Of the same x_t, twice: what another level's noise left of the picture would be knowledge that drawing lacks."""
+    model = build(**widened("self_condition"), schedule=SHORT, prediction="x0")
+    model.model.diffusion_model = Exact(model.schedule)
+    bits_per_dimension(model, torch.zeros(2, 1, 32, 32), [0, 1])
+    calls = model.model.diffusion_model.calls
+    assert len(calls) == 40
+    for first, second in zip(calls[::2], calls[1::2], strict=True):
+        assert torch.equal(first[:, :1], second[:, :1]) and not first[:, 1:].any() and second[:, 1:].any()
+
+
+def test_script(tmp_path, capsys):
+    model = build(**widened("learned_variance"), schedule=SHORTER)
+    path = tmp_path / "pixel.safetensors"
+    save(model, path)
+    given = ["bits", "--ckpt", str(path), "--dataset", "digits", "--n", "5", "--batch-size", "3", "--device", "cpu"]
+    evaluate.main(given)
+    report = json.loads(capsys.readouterr().out)
+    assert (report["n"], report["variance"], report["levels"]) == (5, "learned", 5)
+    parts = report["prior"] + report["steps"] + report["decoder"]
+    assert report["bits_per_dimension"] == pytest.approx(parts, rel=1e-6) and report["standard_error"] > 0
+    evaluate.main([*given, "--variance", "large", "--out", str(tmp_path / "bits.json")])
+    large = json.loads((tmp_path / "bits.json").read_text())
+    assert large["variance"] == "large" and large["steps"] != report["steps"]
+
+
+def test_what_cannot_be_measured(tiny_model):
+    with pytest.raises(ValueError, match="variance 'learned' is not one of this model's: use small, large"):
+        check_variance(build(), "learned")
+    assert isinstance(tiny_model, LatentDiffusion)
+    with pytest.raises(ValueError, match="bits per dimension are of a PixelDiffusion: this is a LatentDiffusion"):
+        bits_per_dimension(tiny_model, torch.zeros(1, 4, 8, 8), [""])
+    with pytest.raises(ValueError, match=r"398 pictures \(1, 32, 32\) are asked for, and there are 397"):
+        measure_bits(build(), Digits("test"), 398, 10)
