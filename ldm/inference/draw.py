@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.conditioning.prompt import count_chunks
+from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.first_order import add_noise
@@ -123,7 +124,10 @@ def draw_again(
             f"the picture was made with {recipe.changes or 'nothing'} in the model, and now there is "
             f"{'; '.join(model.changes) or 'nothing'}: give the same options"
         )
-    prompts = refill(recipe, lambda prompt: chunks(model, recipe, [prompt])[0])
+    shape = recipe
+    if not isinstance(model.cond_stage_model, TextEncoder):  # others take classes, and encode each, equal or not
+        shape = replace(recipe, batch_prompts=1, prompt_position=0)
+    prompts = refill(shape, lambda prompt: chunks(model, recipe, [prompt])[0])
     seeds, place = [recipe.seed] * recipe.batch_size, recipe.batch_position
     if recipe.fixed_code:  # a batch of picture 0 goes before, for its start noise
         prompts, seeds = prompts * 2, [recipe.seed - recipe.index] * recipe.batch_size + seeds

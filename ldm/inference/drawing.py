@@ -75,7 +75,7 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
     add("--pag-layers", nargs="+", default=["middle_block"], metavar="NAME", help="whose attention (middle_block)")
     add("--autoguide", type=Path, metavar="FILE", help="steer away from this weaker model of the same latents")
     add("--autoguide-scale", type=real(), default=2.0, metavar="X", help="(2); 1 is off")
-    parser.set_defaults(classifier=None)
+    parser.set_defaults(classifier=None, classes=classes)
     if classes:
         add("--classifier", type=Path, metavar="FILE", help="steer to the classes by this classifier of noisy pictures")
         add("--classifier-scale", type=real(), default=1.0, metavar="X", help="(1); 0 is off")
@@ -135,6 +135,8 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
         watching,
     )
 
+    if args.classes and any(prompts) and model.cond_stage_model is None and args.classifier is None:
+        raise ValueError(f"--class {prompts[0]} cannot be asked of a model that is told nothing: give a --classifier")
     settings = settings_of(args)
     if original is not None:
         settings |= settings_over(original, args, model, made)
