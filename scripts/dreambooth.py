@@ -77,7 +77,7 @@ def add_training(group: argparse._ArgumentGroup) -> None:
     add("--max_train_steps", type=whole(1), metavar="N", help="optimizer steps")
     add("--train_batch_size", type=whole(1), metavar="N", help="pairs of a subject's and a class picture at a time")
     add("--learning_rate", type=real(0), metavar="RATE", help="of the UNet")
-    add("--lr_scheduler", choices=("constant", "linear", "cosine"), help="how the rates fall, from the first step on")
+    add("--lr_scheduler", choices=("constant", "linear", "cosine"), help="how the rates fall, from the start on")
     add("--lr_warmup_steps", type=whole(0), default=0, metavar="N", help="(0)")
     add(
         "--train_text",

@@ -41,7 +41,7 @@ class Defaults(NamedTuple):
 # Small: measured on the digits model (docs/dreambooth.md). Large: the settings that Stable Diffusion is tuned with.
 DEFAULTS = {
     "small": Defaults(
-        steps=200,
+        steps=250,
         batch_size=8,
         learning_rate=6e-4,
         lora_learning_rate=7e-3,
