@@ -83,7 +83,7 @@ def draw_folder(args: argparse.Namespace) -> None:
     first = own_recipe(model, model.path.stem, **settings_of(args))
     recipes = [
         recipe.changed(**settings_over(original, args, model))
-        for recipe, original in zip(plan(first, [args.prompt], len(pairs), 1), originals(pairs, args), strict=True)
+        for recipe, original in zip(plan(first, args.prompts, len(pairs), 1), originals(pairs, args), strict=True)
     ]
     saved = []
     with watching(recipes) as callback:
