@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomised
+from test_pixel_diffusion import build
 
 import ldm
 from ldm.images import to_uint8
@@ -151,6 +152,12 @@ def test_the_digits_model_at_many_times_its_size():
 def test_a_side_must_hold_a_latent():
     with pytest.raises(ValueError, match="tiles of 3 pixels are too small: a latent of this model has 4"):
         tile_vae(model_with(), 3)
+
+
+def test_pixels_need_no_bands():
+    model, x = build(), random(2, 1, 16, 32)
+    tile_vae(model, 4)
+    assert torch.equal(model.decode(model.encode(x)), x)
 
 
 MEASURE = """

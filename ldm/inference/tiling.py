@@ -43,16 +43,16 @@ def tile_vae(model: LatentDiffusion, side: int = 128, store: str | torch.device 
         coder.forward = partial(_tiled, coder, model.downsampling, side, torch.device(store))
 
 
-def _one_by_one(coder: Encoder | Decoder, x: Tensor) -> Tensor:
+def _one_by_one(coder: Encoder | Decoder | nn.Identity, x: Tensor) -> Tensor:
     """What `coder` gives for x (b, ...), picture by picture."""
     return torch.cat([type(coder).forward(coder, picture) for picture in x.split(1)])
 
 
-def _tiled(coder: Encoder | Decoder, f: int, side: int, store: torch.device, x: Tensor) -> Tensor:
-    """What `coder` gives for x (b, ...), picture by picture, large ones in bands."""
+def _tiled(coder: Encoder | Decoder | nn.Identity, f: int, side: int, store: torch.device, x: Tensor) -> Tensor:
+    """What `coder` gives for x (b, ...), picture by picture, large ones in bands; pixels have no maps to cut."""
     encodes = isinstance(coder, Encoder)
     height, width = (size if encodes else size * f for size in x.shape[-2:])  # pixels
-    if height * width <= side * side or height % f or width % f:
+    if height * width <= side * side or height % f or width % f or isinstance(coder, nn.Identity):
         return _one_by_one(coder, x)
     latents = max(1, side * side // (width * f))  # rows of latents in a band
     if encodes:
