@@ -152,7 +152,15 @@ def test_the_shipped_configuration_trains_and_draws(tmp_path):
     assert (drawn.steps, drawn.sampler) == (4, "ddpm")
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"r1_every": 0}, "r1_every 0"), ({"r1_weight": -1.0}, "weight -1")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r1_every": 0}, "r1_every 0"),
+        ({"r1_weight": -1.0}, "weight -1"),
+        ({"discriminator": {**DISCRIMINATOR, "classes": 11, "patch": 3}}, r"discriminator does not fit \(1, 32, 32\)"),
+        ({"discriminator": {**DISCRIMINATOR, "classes": 10}}, "discriminator does not fit .* classes: index out of"),
+    ],
+)
 def test_mistakes_show_before_training(settings, message):
     with pytest.raises(ValueError, match=message):
         stage(**settings)

@@ -19,6 +19,7 @@ from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.order import collate
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 
+CLASSES = {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11}}
 PIXEL = {
     "unet_config": {
         "target": "ldm.models.unet.UNetModel",
@@ -36,7 +37,7 @@ PIXEL = {
         },
     },
     "channels": 1,
-    "cond_stage_config": {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11}},
+    "cond_stage_config": CLASSES,
     "schedule": {"name": "linear"},
     "defaults": {"height": 32, "width": 32, "steps": 4, "scale": 1.0, "sampler": "ddpm"},
 }
@@ -179,6 +180,12 @@ def test_classes_without_one_that_says_nothing():
         ({"model": {**CONFIG, "params": {**PIXEL, "prediction": "y"}}}, "unknown prediction 'y'"),
         ({"model": {**CONFIG, "params": {**PIXEL, "channels": 3}}}, r"the network does not fit latents \(3, 32, 32\)"),
         ({"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": None}}}, "needs y"),
+        ({"previews": 0}, "previews have nothing to draw"),
+        (
+            {"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": {**CLASSES, "params": {"n_classes": 12}}}}},
+            "does not fit .* num_classes.*: index out of range",
+        ),
+        ({"model": {"target": "torch.nn.Identity"}}, "torch.nn.Identity conditioned by NoneType is not what"),
     ],
 )
 def test_mistakes_in_a_configuration(settings, message):

@@ -52,6 +52,17 @@ class DenoisingGANStage(PixelDiffusionStage):
         self.rates = (learning_rate, discriminator_rate)
         self.r1_weight, self.r1_every = r1_weight, r1_every
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # saved: a resumed run knows R1's turn
+        self._check_discriminator()
+
+    def _check_discriminator(self) -> None:
+        """As `_check`, which is of the generator."""
+        whole = self.latent_diffusion
+        x = torch.zeros(1, *whole.latent_size(whole.defaults["height"], whole.defaults["width"]))
+        try:
+            with torch.no_grad():
+                self.discriminator(x, x, torch.zeros(1), y=self.told_last().get("c_adm"))
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"the discriminator does not fit {tuple(x.shape[1:])} or its classes: {error}") from None
 
     def optimizers(self) -> list[Optimizer]:
         networks = zip((self.model, self.discriminator), self.rates, strict=True)

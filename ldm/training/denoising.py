@@ -58,12 +58,14 @@ class DenoisingStage(Stage):
         training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
         training_noise(torch.zeros(2, 1, 1, 1), **self.noise)
         get_sampler(choose_sampler(whole.defaults["sampler"], whole.defaults["steps"], whole.schedule.T))
+        if not self.preview_prompts:
+            raise ValueError("previews have nothing to draw: name at least one prompt, or at least 1 of `previews`")
         size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
         state = self.model.training
         try:
             with torch.no_grad():  # and without batch statistics, which want more than one picture
                 denoise = self.eval().latent_diffusion.denoiser([0])
-                denoise(torch.zeros(1, *size), 1.0, whole.condition(self.preview_prompts[:1]))
+                denoise(torch.zeros(1, *size), 1.0, self.told_last())
         except (RuntimeError, AssertionError, IndexError) as error:
             raise ValueError(
                 f"the network does not fit latents {size} or the conditioner's widths (a UNet's context_dim, "
@@ -71,6 +73,11 @@ class DenoisingStage(Stage):
             ) from None
         self.train(state)
         warn_of_left_over(whole.schedule)
+
+    def told_last(self) -> Conditioning:
+        """Conditioning to try a network with: nothing said, which of classes has the largest number, or the last's."""
+        whole = self.latent_diffusion
+        return whole.condition(self.preview_prompts[-1:] if whole.null is None else [whole.null])
 
     def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
         """The latents (or pixels) (b, c, h, w) of a batch, and what the network is told of them; without gradients."""

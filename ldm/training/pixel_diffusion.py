@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from ldm.diffusion.weighting import loss_weight, mean_error
 from ldm.latent_diffusion import Conditioning
+from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.denoising import DenoisingStage, check_share
 from ldm.util import instantiate_from_config
 
@@ -43,7 +44,12 @@ class PixelDiffusionStage(DenoisingStage):
         preview_columns: int = 10,
     ) -> None:
         whole = instantiate_from_config(model)
-        cond = whole.cond_stage_model
+        cond = getattr(whole, "cond_stage_model", None)
+        if not isinstance(whole, PixelDiffusion) or (cond is not None and not hasattr(cond, "n_classes")):
+            raise ValueError(
+                f"{model['target']} conditioned by {type(cond).__name__} is not what this stage trains: it takes a "
+                "PixelDiffusion of classes or of nothing"
+            )
         classes = [""] if cond is None else range(cond.n_classes if cond.null is None else cond.null)
         if cond is not None and cond.null is None and class_dropout != 0:
             raise ValueError(
