@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, randomised
+from test_ddgan_stage import stage
+from test_pixel_diffusion import build
 from tiny_stable_diffusion import PROMPTS, SD1, whole
 
 from ldm.checkpoint.diffusers_folder import write_folder
@@ -326,6 +328,23 @@ def test_another_concatenation_is_refused(model):
     other.concat = "latents"
     with pytest.raises(ValueError, match="given latents beside the latents, this one no picture"):
         check_weak(other, model)
+
+
+def test_models_of_classes_guide_those_of_the_same_ones():
+    model, cond = build(), {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 10}}
+    check_weak(build(), model)
+    with pytest.raises(ValueError, match="it knows 10 classes, this one 11"):
+        check_weak(build(cond_stage_config=cond), model)
+    with pytest.raises(ValueError, match="makes other latents"):
+        check_weak(build(channels=3), model)
+
+
+def test_a_denoising_gan_is_not_guided_by_itself():
+    """Its two predictions would have latents of their own, which no seed decides."""
+    gan = stage().latent_diffusion
+    for options in ({"pag": 1.0, "pag_layers": ["unet"]}, {"weak": gan}):
+        with pytest.raises(ValueError, match="a denoising GAN, which draws its x0"):
+            make_guide(gan, **options)
 
 
 def test_all_at_once_are_the_guides_in_turn(model):

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioning.classes import class_numbers
+from ldm.denoising_gan import DenoisingGAN
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
@@ -65,8 +66,10 @@ def make_guide(
 def perturbed_attention(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_LAYERS) -> Guide:
     """Away from the model with the identity for the self-attention of these layers (Ahn et al. 2024).
 
-    layers: names in the UNet, as for `self_attention`. Costs one evaluation more for each step.
+    layers: names in the UNet, as for `self_attention`. Costs one evaluation more for each step. Raises ValueError as
+    that, and for a model that draws latents of its own.
     """
+    _check_no_latent(model)
     modules = self_attention(model.model.diffusion_model, layers)
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
@@ -143,8 +146,9 @@ def autoguidance(model: LatentDiffusion, weak: LatentDiffusion, scale: float) ->
     """Away from a weaker model (Karras et al. 2024): its UNet, told the same by the model's own text encoder.
 
     weak: of the same latents and texts, as `load_weak` gives it; its schedule, prediction and scale factor are its own.
-    Costs one evaluation of it more for each step.
+    Costs one evaluation of it more for each step. Raises ValueError for a model that draws latents of its own.
     """
+    _check_no_latent(model, weak)
     ratio = weak.scale_factor / model.scale_factor
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
@@ -156,6 +160,13 @@ def autoguidance(model: LatentDiffusion, weak: LatentDiffusion, scale: float) ->
         return guidance.autoguidance(denoise, weaker, scale)
 
     return guide
+
+
+def _check_no_latent(*models: LatentDiffusion) -> None:
+    """ValueError for a denoising GAN: two predictions for one picture would differ by their latents alone."""
+    for model in models:
+        if isinstance(model, DenoisingGAN):
+            raise ValueError("a denoising GAN, which draws its x0, has no two predictions of it to steer away from")
 
 
 def load_weak(path: str | Path, model: LatentDiffusion) -> LatentDiffusion:
@@ -180,11 +191,14 @@ def check_weak(weak: LatentDiffusion, model: LatentDiffusion) -> None:
     difference.
     """
     latents = [_part(m.first_stage_model, "encoder.", "quant_conv.") for m in (weak, model)]
-    if not _alike(*latents):
+    if weak.channels != model.channels or not _alike(*latents):
         raise ValueError(f"{weak.path} cannot guide this model: its first stage makes other latents")
     texts = [_part(m.cond_stage_model) for m in (weak, model)]
     if not _alike(*texts):
         raise ValueError(f"{weak.path} cannot guide this model: its text encoder has other weights")
+    classes = [getattr(m.cond_stage_model, "n_classes", 0) for m in (weak, model)]
+    if classes[0] != classes[1]:
+        raise ValueError(f"{weak.path} cannot guide this model: it knows {classes[0]} classes, this one {classes[1]}")
     if weak.concat != model.concat:
         raise ValueError(
             f"{weak.path} cannot guide this model: it is given {weak.concat or 'no picture'} beside the latents, "
