@@ -230,7 +230,7 @@ def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequen
     average.load_state_dict(state["ema"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    if scaler is not None and state["scaler"] is not None:
+    if scaler is not None and state.get("scaler") is not None:
         scaler.load_state_dict(state["scaler"])
     return state["step"]
 
