@@ -86,6 +86,8 @@ def test_the_classifier_has_its_own_schedule(model, tmp_path):
 def test_what_is_no_such_classifier_is_refused(model, file, tmp_path):
     with pytest.raises(ValueError, match="class 'a five' does not exist"):
         model.generate(["a five"], guide=classifier(load_classifier(file, model), 1.0))
+    with pytest.raises(ValueError, match="class 10 does not exist: this model's are 0 to 9"):
+        model.generate(["10"], guide=classifier(load_classifier(file, model), 1.0))
     with pytest.raises(ValueError, match="no schedule"):
         load_classifier(write(tmp_path / "a.safetensors"), model)
     with pytest.raises(ValueError, match=r"does not fit this model, which draws \(4, 8, 8\)"):

@@ -49,11 +49,12 @@ class ClassEmbedder(nn.Module):
 def class_numbers(classes: Sequence[int | str] | Tensor, n_classes: int, null: int | None) -> Tensor:
     """Numbers from 0, or texts that say such, as a script's --prompt gives them -> int64 (b,) on the CPU.
 
-    The empty text is the class that says nothing, if there is one. Raises ValueError for what is no number of a class.
+    The empty text is the class that says nothing, `null`, if there is one: one of them, or -1.
+    Raises ValueError for what is no number of a class.
     """
     numbers = classes.tolist() if isinstance(classes, Tensor) else [_number(one, null) for one in classes]
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < n_classes:
+        if isinstance(number, bool) or not isinstance(number, int) or not (0 <= number < n_classes or number == null):
             raise ValueError(f"class {number!r} does not exist: this model's are 0 to {n_classes - 1}")
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 

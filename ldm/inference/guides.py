@@ -222,7 +222,7 @@ def classifier(teller: NoisyClassifier, scale: float) -> Guide:
     """
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
-        numbers = class_numbers(prompts, teller.classes + 1, null=teller.classes)
+        numbers = class_numbers(prompts, teller.classes, null=-1) % (teller.classes + 1)  # -1: the one behind all
         return guidance.classifier(denoise, guidance.noisy_log_prob(teller.network, teller.schedule, numbers), scale)
 
     return guide
