@@ -12,7 +12,7 @@ from ldm.batching import batches
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, from_vp, to_vp
-from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
+from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
@@ -72,12 +72,8 @@ def generate(
 
     Raises ValueError for a setting that is out of range or a size that the model cannot make.
     """
-    own = model.defaults
-    steps = given(steps, own["steps"])
-    row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
-    spacing = given(given(spacing, own["spacing"]), row.spacing)
-    sigmas = sampling_sigmas(model.schedule, steps, spacing, row.final_sigma).tolist()
-    source = None
+    own, source = model.defaults, None
+    row, sigmas = plan_sampling(model, steps, sampler, spacing)
     if image is not None:
         source = Source(image, mask, len(prompts), model.image_channels, model.multiple)
         strength = given(strength, model.usual_strength(mask is not None))
@@ -120,6 +116,20 @@ def generate(
         cond, uncond = encode(prompts[batch]), None if scale == 1 else encode(negatives[batch])
         images += to_pil(_draw(model, run, prompts[batch], cond, uncond, seeds[batch], part))
     return images
+
+
+def plan_sampling(
+    model: Any, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
+) -> tuple[Sampler, list[float]]:
+    """The sampler and the levels that it visits, in sigma; what is None is the model's own default.
+
+    Raises ValueError for an unknown name, and for steps that the model's schedule does not have.
+    """
+    own = model.defaults
+    steps = given(steps, own["steps"])
+    row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
+    spacing = given(given(spacing, own["spacing"]), row.spacing)
+    return row, sampling_sigmas(model.schedule, steps, spacing, row.final_sigma).tolist()
 
 
 def _draw(

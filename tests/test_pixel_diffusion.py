@@ -180,6 +180,10 @@ def test_classes_without_one_that_says_nothing():
         ({"model": {**CONFIG, "params": {**PIXEL, "prediction": "y"}}}, "unknown prediction 'y'"),
         ({"model": {**CONFIG, "params": {**PIXEL, "channels": 3}}}, r"the network does not fit latents \(3, 32, 32\)"),
         ({"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": None}}}, "needs y"),
+        (
+            {"model": {**CONFIG, "params": {**PIXEL, "defaults": {**PIXEL["defaults"], "steps": 1001}}}},
+            "number of steps must be from 1 to 1000",
+        ),
         ({"previews": 0}, "previews have nothing to draw"),
         (
             {"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": {**CLASSES, "params": {"n_classes": 12}}}}},

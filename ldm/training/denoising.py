@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.diffusion.denoiser import check_prediction
-from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.schedule import Schedule, training_timesteps
 from ldm.diffusion.training_noise import training_noise
+from ldm.generation import plan_sampling
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.stage import Stage, adamw
 
@@ -57,7 +57,7 @@ class DenoisingStage(Stage):
         check_prediction(whole.prediction)
         training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
         training_noise(torch.zeros(2, 1, 1, 1), **self.noise)
-        get_sampler(choose_sampler(whole.defaults["sampler"], whole.defaults["steps"], whole.schedule.T))
+        plan_sampling(whole)
         if not self.preview_prompts:
             raise ValueError("previews have nothing to draw: name at least one prompt, or at least 1 of `previews`")
         size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
