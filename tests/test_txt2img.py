@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,6 +29,8 @@ from script_runs import (
 
 import ldm
 from ldm.inference.png import read_png_text
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.loading import save
 
 txt2img = load_script("txt2img")
 
@@ -396,3 +399,14 @@ def test_other_guidance_is_written_down_and_drawn_again(draw):
     assert np.array_equal(pixels(samples(draw("--from-png", first, *options, out="again"))[0]), pixels(first))
     with pytest.raises(ValueError, match="give the same options"):
         draw("--from-png", first)
+
+
+def test_a_model_that_is_told_nothing(tmp_path, capsys):
+    alone = {**TINY, "unet_config": {**TINY["unet_config"], "params": {**TINY["unet_config"]["params"]}}}
+    for name in ("num_classes", "adm_in_channels", "context_dim", "use_spatial_transformer"):
+        alone["unet_config"]["params"].pop(name)
+    model = LatentDiffusion(**{**alone, "cond_stage_config": None})
+    save(model, tmp_path / "alone.safetensors")
+    out = runner(txt2img, tmp_path / "alone.safetensors", tmp_path)("--prompt", "a five", "--scale", 1)
+    assert recipe(out / "samples" / "00000.png").prompt == ""
+    assert "this model is told nothing: the prompt is left out" in capsys.readouterr().err

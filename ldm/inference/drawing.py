@@ -1,6 +1,7 @@
 """What the drawing scripts have in common: their options, and a run from these to files. Imports torch only to draw."""
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,8 +136,13 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
         watching,
     )
 
-    if args.classes and any(prompts) and model.cond_stage_model is None and args.classifier is None:
-        raise ValueError(f"--class {prompts[0]} cannot be asked of a model that is told nothing: give a --classifier")
+    if model.cond_stage_model is None and args.classifier is None and made is None and any(prompts):
+        if args.classes:
+            raise ValueError(
+                f"--class {prompts[0]} cannot be asked of a model that is told nothing: give a --classifier"
+            )
+        print("this model is told nothing: the prompt is left out", file=sys.stderr)
+        prompts = [""] * len(prompts)
     settings = settings_of(args)
     if original is not None:
         settings |= settings_over(original, args, model, made)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from ldm.diffusion.denoiser import check_prediction
 from ldm.diffusion.schedule import Schedule, training_timesteps
@@ -102,7 +103,10 @@ class DenoisingStage(Stage):
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
         """The preview prompts, drawn with seeds from 0 on and the model's own settings."""
-        return self.latent_diffusion.generate(self.preview_prompts, batch_size=64)
+        with tqdm(desc="drawing a preview", unit="step", delay=2, leave=False) as bar:
+            return self.latent_diffusion.generate(
+                self.preview_prompts, batch_size=64, callback=lambda step: bar.update()
+            )
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         whole = self.latent_diffusion

@@ -141,9 +141,10 @@ def loop_settings(config: dict[str, Any]) -> LoopSettings:
     """The `loop:` part, checked; ValueError for a key that it does not have."""
     known = LoopSettings.__dataclass_fields__
     unknown = sorted(set(config["loop"]) - set(known))
-    if unknown or not {"steps", "batch_size"} <= set(config["loop"]):
+    missing = [name for name in ("steps", "batch_size") if name not in config["loop"]]
+    if unknown or missing:
         raise ValueError(
-            f"loop of {config['name']!r} needs steps and batch_size and has unknown {unknown}: {list(known)}"
+            f"loop of {config['name']!r} lacks {missing} and has unknown settings {unknown}: they are {list(known)}"
         )
     return LoopSettings(**config["loop"])
 
