@@ -267,7 +267,7 @@ def test_a_damaged_state_is_refused(tmp_path):
         ({"lr_schedule": {"name": "steps"}}, "'steps' is unknown: use constant"),
         ({"lr_schedule": {"name": "cosine", "warmpu": 1}}, "warmpu.*it takes name, warmup, decay"),
         ({"ema": 1.5}, "loop.ema 1.5 must be from 0 to below 1"),
-        ({"stepz": 1}, "unknown \\['stepz'\\]"),
+        ({"stepz": 1}, "unknown settings \\['stepz'\\]"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, settings, message):
