@@ -194,11 +194,11 @@ def measure(prepare: str, work: str, path: Path, config: Path) -> dict[str, floa
 def compare_samplers(args: argparse.Namespace) -> list[dict]:
     """Measure what the output file does not have yet, adding a line to it each time; all its rows."""
     from ldm.diffusion.sampling import SAMPLERS, get_sampler
-    from ldm.diffusion.schedule import sampling_sigmas
     from ldm.evaluation.draw import draw
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
     from ldm.evaluation.report import report_model
     from ldm.evaluation.source import find_reference
+    from ldm.evaluation.trilemma import evaluations
 
     with open(args.out, "a"):  # tried now, not after minutes of drawing
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
@@ -213,8 +213,6 @@ def compare_samplers(args: argparse.Namespace) -> list[dict]:
     reference, _ = find_reference("mnist", "heldout", args.data, networks, args.n)
     captions = reference.captions(args.n, "train")
     for steps, name in wanted:
-        row = get_sampler(name)
-        sigmas = sampling_sigmas(model.schedule, steps, row.spacing, row.final_sigma).tolist()
         print(f"{name}, {steps} steps", file=sys.stderr)
         start = time.perf_counter()
         pictures = draw(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
@@ -223,7 +221,7 @@ def compare_samplers(args: argparse.Namespace) -> list[dict]:
         found = {
             "sampler": name,
             "steps": steps,
-            "evaluations": sum(row.evaluations(sigmas)),
+            "evaluations": evaluations(model, sampler=name, steps=steps),
             "accuracy": report["prompt_accuracy"]["accuracy"],
             "ratio": report["frechet"]["ratio"],
             "recall": report["precision_recall"]["recall"],

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ldm.data.captions import Caption
-from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import PictureNoise
-from ldm.diffusion.schedule import sampling_sigmas
 from ldm.evaluation.draw import ask, draw
 from ldm.evaluation.networks import Measuring, features_of
 from ldm.evaluation.pictures import quantise
 from ldm.evaluation.reference import Reference
 from ldm.evaluation.report import report_distribution
+from ldm.generation import plan_sampling
 
 
 @torch.inference_mode()
@@ -41,11 +40,9 @@ def draw_asked(model: Any, captions: Sequence[Caption], batch_size: int, seed: i
 
 
 def evaluations(model: Any, **settings: Any) -> int:
-    """How often a picture's drawing calls the network."""
-    own = {**model.defaults, **settings}
-    row = get_sampler(choose_sampler(own["sampler"], own["steps"], model.schedule.T))
-    spacing = row.spacing if own["spacing"] is None else own["spacing"]
-    return sum(row.evaluations(sampling_sigmas(model.schedule, own["steps"], spacing, row.final_sigma).tolist()))
+    """How often a picture's drawing calls the network. settings: of `plan_sampling`: steps, sampler, spacing."""
+    row, sigmas = plan_sampling(model, **settings)
+    return sum(row.evaluations(sigmas))
 
 
 def measure(
