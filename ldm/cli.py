@@ -1,10 +1,11 @@
-"""What every script shares: the option parser, number types for options, and one way to end. Imports nothing heavy."""
+"""What scripts share: the option parser, types and checks of options, and one way to end. Imports nothing heavy."""
 
 import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -105,6 +106,14 @@ def real(low: float = float("-inf"), infinite: bool = False) -> Callable[[str], 
         return value
 
     return number
+
+
+def check_writable(path: Path | None) -> None:
+    """Make the file's folder; OSError if a file cannot be written there."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path} cannot be written: name a file in a folder of yours")
 
 
 def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:

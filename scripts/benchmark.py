@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from ldm.cli import Parser, run, whole
+from ldm.cli import Parser, check_writable, run, whole
 from ldm.inference.options import add_model_options, load_model
 
 ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
@@ -114,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     args = parser.parse_args(argv)
+    if getattr(args, "plot", None) is not None:  # now, not after minutes of drawing
+        import_pyplot()
+        check_writable(args.plot)
     if args.command == "objectives":
         from ldm.evaluation.objectives import compare, table
 

@@ -17,14 +17,13 @@ copies, and `autoencoder` measures all test pictures instead of the 1,000 that s
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import Parser, real, run, whole
+from ldm.cli import Parser, check_writable, real, run, whole
 from ldm.inference.options import add_model_options, load_model
 
 if TYPE_CHECKING:
@@ -315,14 +314,6 @@ def picture_path(args: argparse.Namespace) -> Path:
     if args.picture is not None:
         return args.picture
     return Path("evaluate.png") if args.out is None else args.out.with_suffix(".png")
-
-
-def check_writable(path: Path | None) -> None:
-    """Make the file's folder; OSError if a file cannot be written there."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{path} cannot be written: name a file in a folder of yours")
 
 
 if __name__ == "__main__":

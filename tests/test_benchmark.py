@@ -1,6 +1,7 @@
 """scripts/benchmark.py, and by it that loading maps files: at a size that shows it, and in full."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_what_cannot_be_compared_is_told_before_any_work(files, tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=message):
             benchmark.main([str(option) for option in options])
+
+
+@pytest.mark.parametrize("command", [["samplers", "--out={}/rows.jsonl"], ["trilemma", "--ddgan={}", "--ddpm={}"]])
+def test_what_cannot_be_plotted_is_told_before_any_work(command, tmp_path, monkeypatch):
+    for name in ("compare_samplers", "compare_generators"):
+        monkeypatch.setattr(benchmark, name, lambda args: pytest.fail("it works before it looks"))
+    command = [option.format(tmp_path) for option in command]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+        with pytest.raises(ValueError, match="--plot needs matplotlib: pip install matplotlib"):
+            benchmark.main([*command, "--plot=plot.png"])
+    pytest.importorskip("matplotlib")
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be written"):
+        benchmark.main([*command, f"--plot={tmp_path}"])
 
 
 def test_sampler_table_and_plot(tmp_path):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ldm.cli import Parser, real, run, sentence, whole
+from ldm.cli import Parser, check_writable, real, run, sentence, whole
 
 
 def parser() -> Parser:
@@ -125,6 +125,17 @@ def test_sentence():
     assert sentence(PermissionError(13, "Permission denied", "out/x")) == "out/x: Permission denied"
     assert sentence(OSError("disk full")) == "disk full"
     assert sentence(ValueError()) == "ValueError"
+
+
+def test_check_writable(tmp_path):
+    check_writable(None)
+    check_writable(tmp_path / "new" / "x.png")
+    assert (tmp_path / "new").is_dir() and not (tmp_path / "new" / "x.png").exists()
+    with pytest.raises(OSError, match="new cannot be written: name a file"):
+        check_writable(tmp_path / "new")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="exists"):
+        check_writable(tmp_path / "file" / "x.png")
 
 
 def test_fast_exit_keeps_output_and_status():
