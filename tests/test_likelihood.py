@@ -89,6 +89,14 @@ def test_script(tmp_path, capsys):
     assert large["variance"] == "large" and large["steps"] != report["steps"]
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "digits"])
+def test_a_size_that_no_pictures_have(tmp_path, dataset):
+    save(build(defaults={"height": 8, "width": 8}, schedule=SHORTER), tmp_path / "pixel.safetensors")
+    with pytest.raises(ValueError, match="there (is no MNIST|are none) of 8 x 8") as told:
+        evaluate.main(["bits", "--ckpt", str(tmp_path / "pixel.safetensors"), "--dataset", dataset, "--device", "cpu"])
+    assert "28 x 28" in str(told.value) and "network" not in str(told.value)
+
+
 def test_what_cannot_be_measured(tiny_model):
     with pytest.raises(ValueError, match="variance 'learned' is not one of this model's: use small, large"):
         check_variance(build(), "learned")

@@ -31,7 +31,9 @@ def open_data(dataset: str, split: str, root: str | None, size: int = INNER) -> 
         from ldm.data.mnist import MNIST, SIDE
 
         if SIDE % size:
-            raise ValueError(f"MNIST's {SIDE} pixels cannot be pooled to the {size} that the networks look at")
+            raise ValueError(
+                f"there is no MNIST of {size} x {size} pixels: its {SIDE} x {SIDE} can be pooled to 14, 7, 4 or 2"
+            )
 
         def make(**which: object) -> CaptionedDigits:
             return MNIST(root, pool=SIDE // size, **which)
@@ -40,7 +42,7 @@ def open_data(dataset: str, split: str, root: str | None, size: int = INNER) -> 
         from ldm.data.digits import Digits as make
 
         if size != INNER:
-            raise ValueError(f"the networks look at {size} x {size} pixels, and scikit-learn's digits are 28 x 28")
+            raise ValueError(f"scikit-learn's digits are 28 x 28 pixels: there are none of {size} x {size}")
 
     if split == "test":
         return make(split="test"), make(split="train")
