@@ -169,10 +169,10 @@ def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "l
     from ldm.finetune.dreambooth import check_model
     from ldm.finetune.dreambooth_run import class_prompts, defaults_for, notes_on, training_size
     from ldm.finetune.known import known_prompts
-    from ldm.inference.class_pictures import collect
+    from ldm.inference.class_pictures import Class, collect
 
     check_model(model)
-    default, size, names = defaults_for(model), training_size(args, model), []
+    default, size = defaults_for(model), training_size(args, model)
     for note in [*model.notes, *(note for subject in found for note in notes_on(subject, model))]:
         print(f"note: {note}", file=sys.stderr)
     scale = default.class_scale if args.class_guidance_scale is None else args.class_guidance_scale
@@ -180,14 +180,11 @@ def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "l
     keep, known = args.keep_prompt, known_prompts(model.cond_stage_model.tokenizer)
     if keep is not None:
         keep = [prompt for one in keep if one for prompt in choices(one)]
-    count, usual = args.num_class_images, default.class_pictures
-    for subject in found:
-        if subject.class_prompt is None or not args.prior_loss_weight:
-            names.append({})
-            continue
-        folder, prompts = subject.class_dir, class_prompts(subject)
-        names.append(collect(model, folder, prompts, count, usual, size, scale, batch_size, keep, known))
-    return names
+    classes = [
+        Class(one.class_dir, class_prompts(one) if args.prior_loss_weight else [], args.num_class_images, keep)
+        for one in found
+    ]
+    return collect(model, classes, default.class_pictures, size, scale, batch_size, known)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import ldm
-from ldm.inference.class_pictures import collect, draw_class_pictures, users_pictures
+from ldm.inference.class_pictures import Class, Share, collect, draw_class_pictures, users_pictures
 from ldm.inference.png import read_png_text
 from ldm.inference.recipe import Recipe
 
@@ -19,10 +19,21 @@ def pixels(path):
     return np.asarray(Image.open(path), dtype=int)
 
 
+def draw(model, folder, count, batch_size, prompt="a five", size=32, scale=1.0):
+    """Names of the pictures of one share."""
+    (names,) = draw_class_pictures(model, [Share(folder, prompt, count)], size, scale, batch_size)
+    return names
+
+
+def take(model, *classes, known=(), usual=3):
+    """The pictures and captions of classes, given as arguments of `Class`."""
+    return collect(model, [Class(*one) for one in classes], usual, 32, 1.0, batch_size=2, known=known)
+
+
 def test_one_seed_per_picture_in_any_batch(model, tmp_path):
     """Pictures of another batch size agree to rounding; those that are there are not drawn again."""
-    first = draw_class_pictures(model, tmp_path / "a", "a five", 3, 32, 1.0, 2)
-    second = draw_class_pictures(model, tmp_path / "b", "a five", 5, 32, 1.0, 4)
+    first = draw(model, tmp_path / "a", 3, 2)
+    second = draw(model, tmp_path / "b", 5, 4)
     assert second[:3] == first and len(set(second)) == 5
     for i, name in enumerate(first):
         assert abs(pixels(tmp_path / "a" / name) - pixels(tmp_path / "b" / name)).max() <= 1
@@ -34,15 +45,15 @@ def test_one_seed_per_picture_in_any_batch(model, tmp_path):
 
 
 def test_what_is_there_is_kept_and_what_is_damaged_is_drawn_anew(model, tmp_path, monkeypatch):
-    names = draw_class_pictures(model, tmp_path, "a five", 4, 32, 1.0, 2)
+    names = draw(model, tmp_path, 4, 2)
     written = {name: (tmp_path / name).read_bytes() for name in names}
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
     (tmp_path / names[3]).write_bytes(written[names[3]][:40])
-    assert draw_class_pictures(model, tmp_path, "a five", 4, 32, 1.0, 2) == names
+    assert draw(model, tmp_path, 4, 2) == names
     assert {name: (tmp_path / name).read_bytes() for name in names} == written
     assert {name for name in names if (tmp_path / name).stat().st_mtime_ns != times[name]} == {names[3]}
     monkeypatch.setattr(type(model), "generate", None)  # nothing is left to draw
-    assert draw_class_pictures(model, tmp_path, "a five", 4, 32, 1.0, 3) == names
+    assert draw(model, tmp_path, 4, 3) == names
 
 
 def test_another_model_prompt_size_or_scale_makes_new_ones(model, tiny_checkpoint, tmp_path):
@@ -50,10 +61,10 @@ def test_another_model_prompt_size_or_scale_makes_new_ones(model, tiny_checkpoin
     other.hash = "0123456789"
     settings = [(model, "a five", 32, 1.0), (other, "a five", 32, 1.0), (model, "a six", 32, 1.0)]
     settings += [(model, "a five", 16, 1.0), (model, "a five", 32, 2.0)]
-    names = [draw_class_pictures(m, tmp_path, prompt, 1, size, scale, 1)[0] for m, prompt, size, scale in settings]
+    names = [draw(m, tmp_path, 1, 1, *setting)[0] for m, *setting in settings]
     assert len(set(names)) == 5 == len(list(tmp_path.iterdir()))
     with pytest.raises(ValueError, match="cannot be made by this model"):
-        draw_class_pictures(model, tmp_path, "a five", 1, 33, 1.0, 1)
+        draw(model, tmp_path, 1, 1, size=33)
 
 
 def test_a_users_pictures_come_first(model, tmp_path, capsys):
@@ -62,21 +73,21 @@ def test_a_users_pictures_come_first(model, tmp_path, capsys):
         Image.new("L", (32, 32), 99).save(tmp_path / name)
     (tmp_path / "readme.txt").write_text("mine")
 
-    def take(count):
-        return collect(model, tmp_path, ["a five"], count, usual=3, size=32, scale=1.0, batch_size=2)
+    def some(count):
+        return take(model, (tmp_path, ["a five"], count))[0]
 
-    assert take(None) == {"a.png": "a five", "b.jpg": "a five"} and list(take(1)) == ["a.png"]
-    four = take(4)
+    assert some(None) == {"a.png": "a five", "b.jpg": "a five"} and list(some(1)) == ["a.png"]
+    four = some(4)
     assert list(four)[:2] == ["a.png", "b.jpg"] and len(four) == 4 and set(four.values()) == {"a five"}
     assert "holds 2 pictures of the class; the model draws 2 more" in capsys.readouterr().out
-    assert take(4) == four and list(take(None)) == ["a.png", "b.jpg"]  # what was drawn is not taken for the user's
-    assert len(collect(model, tmp_path / "new", ["a five"], None, usual=3, size=32, scale=1.0, batch_size=2)) == 3
+    assert some(4) == four and list(some(None)) == ["a.png", "b.jpg"]  # what was drawn is not taken for the user's
+    assert len(take(model, (tmp_path / "new", ["a five"]))[0]) == 3
 
 
 def test_several_prompts_share_what_is_drawn(model, tmp_path):
     """Evenly, each with seeds from 0 on; pictures of one's own have to say which they are."""
     prompts = ["a five", "a six", "a seven"]
-    found = collect(model, tmp_path, prompts, 5, usual=3, size=32, scale=1.0, batch_size=2)
+    (found,) = take(model, (tmp_path, prompts, 5))
     recipes = [Recipe.from_text(read_png_text(tmp_path / name)) for name in found]
     assert [(recipe.prompt, recipe.seed) for recipe in recipes] == [
         ("a five", 0),
@@ -87,27 +98,39 @@ def test_several_prompts_share_what_is_drawn(model, tmp_path):
     ]
     assert list(found.values()) == [recipe.prompt for recipe in recipes]
     Image.new("L", (32, 32), 99).save(tmp_path / "own.png")
-    assert collect(model, tmp_path, prompts, 2, usual=3, size=32, scale=1.0, batch_size=2) == {
-        "own.png": None,
-        next(iter(found)): "a five",
-    }
+    assert take(model, (tmp_path, prompts, 2)) == [{"own.png": None, next(iter(found)): "a five"}]
 
 
 def test_what_else_is_kept(model, tmp_path):
     """As many pictures again, of what is asked for or known, without the class's prompt; a user's own are enough."""
 
-    def take(folder, **more):
-        found = collect(model, folder, ["a five"], None, usual=2, size=32, scale=1.0, batch_size=2, **more)
+    known = ["a five", "a six", "a seven", "an eight"]
+
+    def captions(name, keep=None):
+        (found,) = take(model, (tmp_path / name, ["a five"], None, keep), known=known, usual=2)
         return sorted(found.values())
 
-    known = ["a five", "a six", "a seven", "an eight"]
-    assert take(tmp_path / "a", known=known) == ["a five", "a five", "a seven", "a six"]
-    assert take(tmp_path / "a", known=known, keep=[]) == ["a five", "a five"]
-    assert take(tmp_path / "a", known=known, keep=["a nine"]) == ["a five", "a five", "a nine", "a nine"]
+    assert captions("a") == ["a five", "a five", "a seven", "a six"]
+    assert captions("a", keep=[]) == ["a five", "a five"]
+    assert captions("a", keep=["a nine"]) == ["a five", "a five", "a nine", "a nine"]
     (tmp_path / "b").mkdir()
     Image.new("L", (32, 32), 99).save(tmp_path / "b" / "own.png")
-    assert take(tmp_path / "b", known=known) == ["a five"]
-    assert take(tmp_path / "b", known=known, keep=["a nine"]) == ["a five", "a nine"]
+    assert captions("b") == ["a five"]
+    assert captions("b", keep=["a nine"]) == ["a five", "a nine"]
+
+
+def test_one_bar_over_all_that_is_missing(model, tmp_path, capsys):
+    """Whatever the number of prompts and subjects; what is there, or asked for twice, is counted and drawn once."""
+    first, second = (tmp_path, ["a five"], 2, ["a six", "a seven"]), (tmp_path, ["a six"], 3, ["a five"])
+    take(model, (tmp_path, ["a seven"], 1, []))
+    capsys.readouterr()
+    fives, sixes, nothing = take(model, first, second, (tmp_path, []))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "| 6/6 [" in said  # a bar ends its line; fives 0 to 2, sixes 0 to 2
+    assert list(fives.values()) == ["a five", "a five", "a six", "a seven"] and nothing == {}
+    assert list(sixes.values()) == ["a six"] * 3 + ["a five"] * 3
+    assert len(list(tmp_path.iterdir())) == 7 == len({*fives, *sixes})
+    assert take(model, first, second) == [fives, sixes] and capsys.readouterr().err == ""
 
 
 def test_a_full_disk_leaves_whole_pictures_only(model, tmp_path, monkeypatch):
@@ -122,6 +145,6 @@ def test_a_full_disk_leaves_whole_pictures_only(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        draw_class_pictures(model, tmp_path, "a five", 3, 32, 1.0, 3)
+        draw(model, tmp_path, 3, 3)
     assert len(list(tmp_path.iterdir())) == 1
-    assert len(draw_class_pictures(model, tmp_path, "a five", 3, 32, 1.0, 3)) == 3
+    assert len(draw(model, tmp_path, 3, 3)) == 3

@@ -7,9 +7,10 @@ run finds its own; any other picture there is the user's.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ldm.data.folder import find_pictures
 from ldm.inference.draw import draw, own_recipe
@@ -29,27 +30,57 @@ def users_pictures(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths if not DRAWN.fullmatch(path.name)]
 
 
+class Class(NamedTuple):
+    """A class whose pictures are wanted in a folder.
+
+    count: None takes all that are not ours, or draws the usual number where there are none.
+    keep: prompts besides the class's, of which as many pictures are drawn. None takes those known of the model where
+    all of the class's are drawn; who brings his own has chosen what is kept.
+    """
+
+    folder: Path
+    prompts: Sequence[str]  # none: no pictures either
+    count: int | None = None
+    keep: Sequence[str] | None = None
+
+
+class Share(NamedTuple):
+    """So many pictures of a prompt, with seeds from 0 on."""
+
+    folder: Path
+    prompt: str
+    count: int
+
+
 def collect(
     model: LatentDiffusion,
-    folder: Path,
-    prompts: Sequence[str],
-    count: int | None,
+    classes: Sequence[Class],
     usual: int,
     size: int,
     scale: float,
     batch_size: int,
-    keep: Sequence[str] | None = None,
     known: Sequence[str] = (),
-) -> dict[str, str | None]:
-    """`count` pictures of a class in the folder and their captions: those that are not ours first, the rest drawn.
+) -> list[dict[str, str | None]]:
+    """Of each class, names of its pictures and their captions: those that are not ours first, the rest drawn.
 
     The prompts share what is drawn evenly. Pictures that are not ours are captioned with the prompt if there is one
     alone; if there are several, they need captions of their own, and have none here.
 
-    count: None takes all that are not ours, or draws the usual number where there are none.
-    keep: prompts besides the class's, of which as many pictures are drawn. None takes those `known` of the model where
-    all of the class's are drawn; who brings his own has chosen what is kept.
+    usual: how many of a class where nobody says. known: prompts of what the model can draw.
     """
+    found, shares = zip(*(_wanted(one, usual, known) for one in classes), strict=True)
+    names = iter(draw_class_pictures(model, [share for row in shares for share in row], size, scale, batch_size))
+    for pictures, row in zip(found, shares, strict=True):
+        for share in row:
+            pictures |= dict.fromkeys(next(names), share.prompt)
+    return list(found)
+
+
+def _wanted(one: Class, usual: int, known: Sequence[str]) -> tuple[dict[str, str | None], list[Share]]:
+    """The pictures of a class that are not ours with their captions, and what is to be drawn besides."""
+    if not one.prompts:
+        return {}, []
+    folder, prompts, count, keep = one
     own = users_pictures(folder)
     if count is None:
         count = len(own) if own else usual
@@ -59,40 +90,58 @@ def collect(
         print(f"{folder} holds {len(own)} pictures of the class; the model draws {missing} more")
     if keep is None:
         keep = () if own else known
-    for asked, number in ((prompts, missing), ([one for one in keep if one not in prompts], count)):
-        for i, prompt in enumerate(asked):
-            share = len(range(i, number, len(asked)))
-            if share:
-                names = draw_class_pictures(model, folder, prompt, share, size, scale, batch_size)
-                found |= dict.fromkeys(names, prompt)
-    return found
+    shares = []
+    for asked, number in ((prompts, missing), ([prompt for prompt in keep if prompt not in prompts], count)):
+        counts = [len(range(i, number, len(asked))) for i in range(len(asked))]
+        shares += [Share(folder, prompt, part) for prompt, part in zip(asked, counts, strict=True) if part]
+    return found, shares
 
 
 def draw_class_pictures(
-    model: LatentDiffusion, folder: Path, prompt: str, count: int, size: int, scale: float, batch_size: int
-) -> list[str]:
-    """Names of `count` pictures of the prompt in the folder, size x size pixels; those that are not there are drawn.
+    model: LatentDiffusion, shares: Sequence[Share], size: int, scale: float, batch_size: int
+) -> list[list[str]]:
+    """Names of the pictures of each share, size x size pixels; those that are not in its folder are drawn.
 
-    Picture i has seed i. They are written one by one, whole or not at all, so that an interrupted run goes on.
+    They are written one by one, whole or not at all, so that an interrupted run goes on.
 
     scale: of guidance. Raises ValueError for a size that the model cannot make, OSError when a file cannot be written.
     """
     from tqdm import tqdm
 
     first = own_recipe(model, "" if model.path is None else model.path.stem, scale=scale, height=size, width=size)
-    recipes = plan(first, [prompt], count, batch_size)
-    key = hashlib.sha256(_whatever_the_batch(recipes[0]).to_text().encode()).hexdigest()[:8]
-    names = [f"class-{key}-{recipe.seed:05}.png" for recipe in recipes]
-    missing = [i for i, name in enumerate(names) if not _is_there(folder / name, recipes[i])]
-    if not missing:
-        return names
-    folder.mkdir(parents=True, exist_ok=True)
-    start = missing[0] - recipes[missing[0]].batch_position  # whole batches, so that the recipes say what was done
-    for drawn in tqdm(draw(model, recipes[start:]), total=count - start, desc="class pictures", unit="picture"):
-        path = folder / names[start + drawn.place]
-        if start + drawn.place in missing:
+    runs = [plan(first, [share.prompt], share.count, batch_size) for share in shares]
+    paths = [[share.folder / _name(recipe) for recipe in run] for share, run in zip(shares, runs, strict=True)]
+    rows = list(zip(runs, paths, strict=True))
+    # A set, because shares may overlap: what a subject's class is may be kept beside another subject.
+    missing = {path for row in rows for recipe, path in zip(*row, strict=True) if not _is_there(path, recipe)}
+    if missing:
+        with tqdm(total=len(missing), desc="class pictures", unit="picture") as bar:
+            for row in rows:
+                for path in _draw_missing(model, *row, missing):
+                    missing.remove(path)
+                    bar.update()
+    return [[path.name for path in row] for row in paths]
+
+
+def _draw_missing(
+    model: LatentDiffusion, recipes: Sequence[Recipe], paths: Sequence[Path], missing: Collection[Path]
+) -> Iterator[Path]:
+    """Draw a share's pictures from the first missing one on, and write the missing ones, each yielded when written."""
+    places = [i for i, path in enumerate(paths) if path in missing]
+    if not places:
+        return
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    start = places[0] - recipes[places[0]].batch_position  # whole batches, so that the recipes say what was done
+    for drawn in draw(model, recipes[start:]):
+        path = paths[start + drawn.place]
+        if path in missing:
             save_png(drawn.image, path, drawn.recipe.to_text())
-    return names
+            yield path
+
+
+def _name(recipe: Recipe) -> str:
+    key = hashlib.sha256(_whatever_the_batch(recipe).to_text().encode()).hexdigest()[:8]
+    return f"class-{key}-{recipe.seed:05}.png"
 
 
 def _whatever_the_batch(recipe: Recipe) -> Recipe:
