@@ -18,7 +18,7 @@ from ldm.diffusion.denoiser import Denoise, make_denoiser, target
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
 from ldm.diffusion.weighting import mean_error
 from ldm.generation import generate
-from ldm.util import instantiate_network
+from ldm.util import call_with, instantiate_network
 
 Conditioning = dict[str, Tensor]
 # What a model without settings of its own is drawn with; spacing None is the sampler's, interval None everywhere.
@@ -101,7 +101,7 @@ class LatentDiffusion(nn.Module):
         self.first_stage_model = instantiate_network(first_stage_config)
         self.cond_stage_model = None if cond_stage_config is None else instantiate_network(cond_stage_config)
         self.concat = concat
-        self.schedule_params = dict(schedule or {"name": "scaled_linear"})
+        self.schedule_params = schedule or {"name": "scaled_linear"}
         self.prediction = prediction
         self.scale_factor = scale_factor
         self.path: Path | None = None  # the file or folder it was loaded from
@@ -125,7 +125,8 @@ class LatentDiffusion(nn.Module):
 
     @cached_property
     def schedule(self) -> Schedule:
-        return make_schedule(**self.schedule_params)  # on first use: a model may be built on the meta device
+        # on first use: a model may be built on the meta device
+        return call_with("schedule", make_schedule, self.schedule_params)
 
     @cached_property
     def hash(self) -> str:

@@ -88,17 +88,28 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     if "target" not in config:
         raise KeyError("Expected key `target` to instantiate.")
     cls = get_obj_from_str(config["target"])
-    params = {**(config.get("params") or {}), **extra}
-    signature = inspect.signature(cls)
+    return call_with(config["target"], cls, {**(config.get("params") or {}), **extra})
+
+
+def call_with(part: str, function: Callable[..., Any], params: Mapping[str, Any], **own: Any) -> Any:
+    """`function(**own, **params)`, where `params` are the part of a configuration that is called `part` in messages.
+
+    Raises ValueError for a key that the function does not take, or not from there, and for one that it needs.
+    """
+    signature = inspect.signature(function)
+    signature = signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in own])
+    takes = list(signature.parameters)
+    if not isinstance(params, Mapping):
+        raise ValueError(f"{part}: {params!r} is no mapping; it takes {takes}")
     try:
         signature.bind_partial(**params)  # what is unknown first: it may be what is missing, misspelt
         signature.bind(**params)
     except TypeError as error:
-        raise ValueError(f"{config['target']}: {error}; it takes {list(signature.parameters)}") from None
+        raise ValueError(f"{part}: {error}; it takes {takes}") from None
     try:
-        return cls(**params)
-    except TypeError as error:  # a parameter of a parameter that is unknown or of the wrong kind: ddconfig's, say
-        raise ValueError(f"{config['target']}: {error}") from error
+        return function(**own, **params)
+    except TypeError as error:  # a value of the wrong kind, or a parameter of a parameter: ddconfig's, say
+        raise ValueError(f"{part}: {error}") from error
 
 
 def instantiate_network(config: Mapping[str, Any]) -> nn.Module:

@@ -90,6 +90,8 @@ def test_what_is_no_such_classifier_is_refused(model, file, tmp_path):
         model.generate(["10"], guide=classifier(load_classifier(file, model), 1.0))
     with pytest.raises(ValueError, match="no schedule"):
         load_classifier(write(tmp_path / "a.safetensors"), model)
+    with pytest.raises(ValueError, match=r"^schedule of .*a.safetensors: .*'nam'; it takes"):
+        load_classifier(write(tmp_path / "a.safetensors", {"nam": "cosine"}), model)
     with pytest.raises(ValueError, match=r"does not fit this model, which draws \(4, 8, 8\)"):
         load_classifier(write(tmp_path / "b.safetensors", {"name": "cosine"}, in_channels=1), model)
     with pytest.raises(ValueError, match=r"does not fit this model.*8 x 8, and got 4 x 4"):

@@ -157,6 +157,7 @@ def test_the_shipped_configuration_trains_and_draws(tmp_path):
     [
         ({"r1_every": 0}, "r1_every 0"),
         ({"r1_weight": -1.0}, "weight -1"),
+        ({"discriminator": {**DISCRIMINATOR, "clases": 11}}, "^discriminator: .*'clases'; it takes .*'classes'"),
         ({"discriminator": {**DISCRIMINATOR, "classes": 11, "patch": 3}}, r"discriminator does not fit \(1, 32, 32\)"),
         ({"discriminator": {**DISCRIMINATOR, "classes": 10}}, "discriminator does not fit .* classes: index out of"),
     ],

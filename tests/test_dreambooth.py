@@ -366,6 +366,8 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
         ({"layers": "("}, "use all, attention"),
         ({"prior_weight": -1.0}, r"prior_weight -1\.0"),
         ({"snr_gamma": 0.0}, "gamma of min-SNR"),
+        ({"timesteps": {"nam": "uniform"}}, "^timesteps: .*'nam'; it takes"),
+        ({"lora": {"rnk": 4}}, r"^lora: .*'rnk'; it takes \['rank', 'alpha', 'targets', 'seed'\]$"),
     ],
 )
 def test_mistakes(checkpoints, settings, message):

@@ -265,7 +265,10 @@ def test_a_damaged_state_is_refused(tmp_path):
         ({"steps": "many"}, "loop.steps is 'many'"),
         ({"precision": "half"}, "'half' is unknown: use auto, fp32"),
         ({"lr_schedule": {"name": "steps"}}, "'steps' is unknown: use constant"),
-        ({"lr_schedule": {"name": "cosine", "warmpu": 1}}, "warmpu.*it takes name, warmup, decay"),
+        (
+            {"lr_schedule": {"name": "cosine", "warmpu": 1}},
+            "loop.lr_schedule: .*'warmpu'; it takes .'name', 'warmup', 'decay'",
+        ),
         ({"ema": 1.5}, "loop.ema 1.5 must be from 0 to below 1"),
         ({"stepz": 1}, "unknown settings \\['stepz'\\]"),
     ],

@@ -108,7 +108,9 @@ def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path
     "changes, message",
     [
         ({"timesteps": {"name": "normal"}}, "unknown distribution of timesteps 'normal'"),
+        ({"timesteps": {"nam": "normal"}}, "^timesteps: .*'nam'; it takes"),
         ({"schedule": {"name": "linaer"}}, "unknown noise schedule 'linaer'"),
+        ({"schedule": {"nam": "linear"}}, "^schedule: .*'nam'; it takes"),
         ({"network": {"target": "ldm.models.noisy_classifier.EncoderUNetModel", "params": {"pol": "x"}}}, "'pol'"),
     ],
 )

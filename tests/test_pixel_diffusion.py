@@ -169,6 +169,8 @@ def test_classes_without_one_that_says_nothing():
     [
         ({"error": "l3"}, "unknown error 'l3'"),
         ({"weight": {"name": "max_snr"}}, "unknown loss weight 'max_snr'"),
+        ({"weight": {"nam": "snr"}}, r"^weight: .*'nam'; it takes \['name', 'gamma'\]$"),
+        ({"weight": "min_snr"}, "^weight: 'min_snr' is no mapping"),
         ({"bound_weight": -1.0}, "bound_weight -1.0 must not be below 0"),
         ({"noise": {"offset": -1.0}}, "offset -1.0 must not be below 0"),
         (

@@ -123,6 +123,8 @@ def test_models_and_words_that_are_refused(tiny_checkpoint):
         stage_of(tiny_checkpoint, word="my word")
     with pytest.raises(ValueError, match="height 33 cannot be made"):
         stage_of(tiny_checkpoint, resolution=33)
+    with pytest.raises(ValueError, match="^timesteps: .*'nam'; it takes"):
+        stage_of(tiny_checkpoint, timesteps={"nam": "uniform"})
 
 
 # --- the script

@@ -144,6 +144,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "unknown loop key": ([digits, "loop.stepz=2", out], "stepz"),
         "unknown stage key": ([digits, "stage.params.learning_rat=2", out], "'learning_rat'"),
         "unknown network key": ([digits, "stage.params={ddconfig: {chh: 2}}", out], "'chh'"),
+        "unknown key of a part": ([digits, "stage.params.discriminator={ndff: 2}", out], "discriminator: "),
         "unknown data key": ([digits, "data.params.splitt=train", out], "'splitt'"),
         "forbidden": ([str(tmp_path / "forbidden.yaml")], "target 'os.system' is not"),
         "no steps": ([digits, "loop.steps=0", out], "loop.steps is 0"),

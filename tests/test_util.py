@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldm import util
-from ldm.util import get_obj_from_str, instantiate_from_config, pick_device
+from ldm.util import call_with, get_obj_from_str, instantiate_from_config, pick_device
 
 PACKAGE = """
 from os import system
@@ -174,6 +174,23 @@ def test_parameters_that_a_class_does_not_take_are_named():
         instantiate_from_config({"target": "torch.nn.Linear"})
     with pytest.raises(ValueError, match="torch.nn.Linear: .*str"):  # of the wrong kind
         instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": "two", "out_features": 3}})
+
+
+def test_a_configurations_part_is_given_beside_what_is_the_callers_own():
+    def function(a, b=2, *, c=3):
+        return a, b + 0, c
+
+    assert call_with("part", function, {"b": 5}, a=1) == (1, 5, 3)
+    for params, message in (
+        ({"d": 1}, r"^part: got an unexpected keyword argument 'd'; it takes \['b', 'c'\]$"),
+        ({"a": 1}, r"^part: got an unexpected keyword argument 'a'; it takes \['b', 'c'\]$"),  # not from there
+        ({"b": "x"}, "^part: .*concatenate"),
+        ("b", r"^part: 'b' is no mapping; it takes \['b', 'c'\]$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call_with("part", function, params, a=1)
+    with pytest.raises(ValueError, match=r"^part: missing a required argument: 'a'; it takes \['a', 'b', 'c'\]$"):
+        call_with("part", function, {})
 
 
 def test_a_parameter_of_a_parameter_is_named():

@@ -27,7 +27,8 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.loading import WHOLE, load
 from ldm.training.diffusion import LatentDataset
-from ldm.training.stage import Stage
+from ldm.training.stage import Stage, timestep_settings
+from ldm.util import call_with
 
 # Which of the UNet's weights train, as a regular expression that their names contain.
 LAYERS = {
@@ -106,7 +107,7 @@ class DreamBoothStage(Stage):
             checkpoint_blocks(self.model)
         self.resolution, self.prior_weight, self.snr_gamma = resolution, prior_weight, snr_gamma
         self.learning_rate, self.text_learning_rate = learning_rate, text_learning_rate
-        self.noise_offset, self.timesteps = noise_offset, dict(timesteps or {"name": "uniform"})
+        self.noise_offset, self.timesteps = noise_offset, timestep_settings(timesteps, whole.schedule.T)
         self.optimizer = {"name": optimizer, "betas": tuple(betas), "weight_decay": weight_decay}
         self.cache, self.previews, self.preview_columns = cache, list(previews), preview_columns
         self.sheet = None if sheet is None else Path(sheet)
@@ -132,9 +133,10 @@ class DreamBoothStage(Stage):
         if lora is None:
             choose_layers(self.model, layers)
         elif train_text:
-            self.adapters = attach(whole, **lora)
+            self.adapters = call_with("lora", attach, lora, network=whole)
         else:
-            self.adapters = {f"model.{name}": adapter for name, adapter in attach(self.model, **lora).items()}
+            own = call_with("lora", attach, lora, network=self.model)
+            self.adapters = {f"model.{name}": adapter for name, adapter in own.items()}
         if words is not None and train_text:
             train_words(self.text, words)
         self.trained = nn.ModuleList(self.adapters.values())  # as modules: moved, averaged and saved with the rest

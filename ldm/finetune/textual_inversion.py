@@ -24,7 +24,7 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load
 from ldm.training.diffusion import LatentDataset
-from ldm.training.stage import Stage, adamw
+from ldm.training.stage import Stage, adamw, timestep_settings
 
 # What may be said of a picture whose subject alone is known. A frame says nothing else about the picture.
 FRAMES = {
@@ -85,7 +85,7 @@ class TextualInversionStage(Stage):
         self.word, self.initial, self.start, self.pull = word, initial, start, pull
         self.deviation, self.learning_rate = deviation(encoder), learning_rate
         self.captions = captions(encoder.tokenizer, word, len(start), frames)
-        self.timesteps = dict(timesteps or {"name": "uniform"})
+        self.timesteps = timestep_settings(timesteps, model.schedule.T)
         self.resolution, self.preview_columns = resolution, previews
         self.sheet = None if sheet is None else Path(sheet)
         model.latent_size(resolution, resolution)

@@ -25,6 +25,7 @@ from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
 from ldm.models.blocks import AttentionBlock
+from ldm.util import call_with
 
 PAG_LAYERS = ("middle_block",)
 
@@ -245,7 +246,7 @@ def load_classifier(path: str | Path, model: LatentDiffusion) -> NoisyClassifier
         logits = network(torch.zeros(1, *size, device=model.device), torch.zeros(1, device=model.device))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this model, which draws {tuple(size)}: {error}") from None
-    return NoisyClassifier(network, make_schedule(**schedule), logits.shape[1])
+    return NoisyClassifier(network, call_with(f"schedule of {path}", make_schedule, schedule), logits.shape[1])
 
 
 def _part(network: nn.Module | None, *prefixes: str) -> dict[str, Tensor]:

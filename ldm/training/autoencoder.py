@@ -19,6 +19,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
 from ldm.models.perceptual import perceptual_distance
 from ldm.training.stage import Stage, adamw
+from ldm.util import call_with
 
 
 class AutoencoderStage(Stage):
@@ -55,7 +56,9 @@ class AutoencoderStage(Stage):
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
         self.model = AutoencoderKL(ddconfig=dict(ddconfig), embed_dim=embed_dim)
-        self.discriminator = None if discriminator is None else NLayerDiscriminator(**discriminator)
+        self.discriminator = None
+        if discriminator is not None:
+            self.discriminator = call_with("discriminator", NLayerDiscriminator, discriminator)
         self.learning_rate, self.kl_weight, self.error = learning_rate, kl_weight, reconstruction
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
         self.normalize, self.preview_columns = normalize, preview_columns

@@ -14,6 +14,7 @@ from ldm.models.ddgan import Discriminator, r1_penalty
 from ldm.models.discriminator import vanilla_d_loss
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.stage import adamw
+from ldm.util import call_with
 
 
 class DenoisingGANStage(PixelDiffusionStage):
@@ -48,7 +49,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         super().__init__(
             model, learning_rate, class_dropout, betas=betas, previews=previews, preview_columns=preview_columns
         )
-        self.discriminator = Discriminator(**discriminator)
+        self.discriminator = call_with("discriminator", Discriminator, discriminator)
         self.rates = (learning_rate, discriminator_rate)
         self.r1_weight, self.r1_every = r1_weight, r1_every
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # saved: a resumed run knows R1's turn

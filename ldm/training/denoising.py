@@ -16,7 +16,8 @@ from ldm.diffusion.schedule import Schedule, training_timesteps
 from ldm.diffusion.training_noise import training_noise
 from ldm.generation import plan_sampling
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.stage import Stage, adamw
+from ldm.training.stage import Stage, adamw, timestep_settings
+from ldm.util import call_with
 
 LEFT_OVER = 0.05  # of the picture at the last level, from which on drawing notices that it starts from pure noise
 
@@ -47,8 +48,8 @@ class DenoisingStage(Stage):
         self.model = whole.model  # the only network that trains
         object.__setattr__(self, "latent_diffusion", whole)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
-        self.timesteps = dict(timesteps or {"name": "uniform"})
-        self.noise = dict(noise or {})
+        self.timesteps = timestep_settings(timesteps, whole.schedule.T)
+        self.noise = {} if noise is None else noise
         self.preview_prompts, self.preview_columns = list(preview_prompts), preview_columns
         self._check()
 
@@ -56,8 +57,7 @@ class DenoisingStage(Stage):
         """Show mistakes now that would otherwise show in the first batch or, after many, in the first preview."""
         whole = self.latent_diffusion
         check_prediction(whole.prediction)
-        training_timesteps(batch=1, T=whole.schedule.T, generator=torch.Generator(), **self.timesteps)
-        training_noise(torch.zeros(2, 1, 1, 1), **self.noise)
+        call_with("noise", training_noise, self.noise, x0=torch.zeros(2, 1, 1, 1))
         plan_sampling(whole)
         if not self.preview_prompts:
             raise ValueError("previews have nothing to draw: name at least one prompt, or at least 1 of `previews`")

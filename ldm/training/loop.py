@@ -21,7 +21,7 @@ from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.order import EpochBatches, batches, mix_seed
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage
-from ldm.util import instantiate_from_config, pick_device
+from ldm.util import call_with, instantiate_from_config, pick_device
 
 
 @dataclass
@@ -49,12 +49,7 @@ class LoopSettings:
             raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32, bf16 or fp16")
         if not 0 <= self.ema < 1 or not self.clip > 0:
             raise ValueError(f"loop.ema {self.ema} must be from 0 to below 1, and loop.clip {self.clip} above 0")
-        try:
-            lr_multiplier(0, self.steps, **self.lr_schedule)
-        except TypeError as error:
-            raise ValueError(
-                f"loop.lr_schedule {self.lr_schedule}: {error}; it takes name, warmup, decay, low"
-            ) from None
+        call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)
 
 
 class Interrupted(KeyboardInterrupt):

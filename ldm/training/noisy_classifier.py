@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
-from ldm.training.stage import Stage, adamw
-from ldm.util import instantiate_from_config
+from ldm.training.stage import Stage, adamw, timestep_settings
+from ldm.util import call_with, instantiate_from_config
 
 
 class NoisyClassifierStage(Stage):
@@ -40,11 +40,11 @@ class NoisyClassifierStage(Stage):
         preview_columns: int = 10,
     ) -> None:
         super().__init__()
+        self.schedule = call_with("schedule", make_schedule, schedule)
         self.config = {"target": network["target"], "params": dict(network.get("params") or {})}
         self.config["schedule"] = dict(schedule)
         self.model = instantiate_from_config(self.config)
-        self.schedule, self.timesteps = make_schedule(**schedule), dict(timesteps or {"name": "uniform"})
-        training_timesteps(batch=1, T=self.schedule.T, generator=torch.Generator(), **self.timesteps)  # is it known?
+        self.timesteps = timestep_settings(timesteps, self.schedule.T)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
         self.preview_columns = preview_columns
 

@@ -11,7 +11,7 @@ from ldm.diffusion.weighting import loss_weight, mean_error
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.denoising import DenoisingStage, check_share
-from ldm.util import instantiate_from_config
+from ldm.util import call_with, instantiate_from_config
 
 
 class PixelDiffusionStage(DenoisingStage):
@@ -61,9 +61,10 @@ class PixelDiffusionStage(DenoisingStage):
         self.class_dropout = check_share("class_dropout", class_dropout)
         if not bound_weight >= 0:
             raise ValueError(f"bound_weight {bound_weight} must not be below 0 (the paper takes 0.001)")
-        self.error, self.weight, self.bound_weight = error, dict(weight or {"name": "none"}), bound_weight
+        self.error, self.weight, self.bound_weight = error, weight or {"name": "none"}, bound_weight
         mean_error(error, torch.zeros(1, 1), torch.zeros(1, 1))  # raises for an unknown name, as does the other
-        loss_weight(prediction=whole.prediction, alphas_cumprod_t=whole.schedule.alphas_cumprod[:1], **self.weight)
+        ab = whole.schedule.alphas_cumprod[:1]
+        call_with("weight", loss_weight, self.weight, prediction=whole.prediction, alphas_cumprod_t=ab)
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         """Checks that the data set has what the model is told of, in its size."""
