@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,6 +92,11 @@ def load(
             )
         found = found._replace(state=_swapped(found.state, part, new), notes=[*found.notes, *new.notes])
     if prediction is not None:
+        if "prediction" not in signature(get_obj_from_str(target)).parameters:  # a DenoisingGAN, of x0 alone
+            raise ValueError(
+                f"checkpoint {str(path)!r} holds a {target}, which has no choice of what it predicts: load it without "
+                "prediction (--prediction)"
+            )
         params["prediction"] = prediction
     if vocab is not None:
         _give_vocabulary(params, Path(vocab))

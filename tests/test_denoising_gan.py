@@ -45,6 +45,13 @@ def test_generate_is_the_papers_sampling(model):
     assert drawn.std() > 1
 
 
+def test_it_predicts_x0_and_nothing_else(model, tmp_path):
+    ldm.save(model, tmp_path / "gan.safetensors")
+    assert ldm.load(tmp_path / "gan.safetensors", device="cpu").prediction == "x0"
+    with pytest.raises(ValueError, match="holds a ldm.denoising_gan.DenoisingGAN, which has no choice"):
+        ldm.load(tmp_path / "gan.safetensors", device="cpu", prediction="eps")
+
+
 def test_a_picture_is_the_same_alone_and_in_any_batch(model):
     together = pixels(model.generate([1, 2, 3], seed=5))
     alone = pixels([model.generate([1 + i], seed=5 + i)[0] for i in range(3)])
