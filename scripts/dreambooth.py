@@ -69,6 +69,13 @@ def add_data(group: argparse._ArgumentGroup) -> None:
     add("--resolution", type=whole(1), metavar="PIXELS", help="side of the squares to train on (the model's own)")
     add("--crop", choices=("center", "random"), default="center", help="which part of pictures that are not square")
     add("--center_crop", dest="crop", action="store_const", const="center", help="the same as --crop center")
+    add(
+        "--enable_bucket",
+        "--buckets",
+        dest="buckets",
+        action="store_true",
+        help="cut the subject's pictures to the nearest of several shapes of about as many pixels, not to squares",
+    )
     add("--random_flip", action="store_true", help="mirror half of the pictures")
 
 

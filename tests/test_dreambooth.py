@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 import ldm
+from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth
 from ldm.finetune.dreambooth import LAYERS, DreamBoothStage, nearness
 from ldm.finetune.dreambooth_run import move_in
@@ -53,41 +54,68 @@ def checkpoints(tiny_model, tmp_path_factory) -> dict[str, str]:
     return paths
 
 
-def make(checkpoints, subject, prediction="v", prior=True, **settings):
-    """A stage, its data, and a batch of two samples."""
+@pytest.fixture(scope="module")
+def in_buckets(subject, tmp_path_factory) -> dict:
+    """Arguments of `DreamBooth` for three pictures in buckets: two upright ones and a square."""
+    folder, generator = tmp_path_factory.mktemp("shapes"), torch.Generator().manual_seed(1)
+    for i, (height, width) in enumerate([(40, 24), (32, 32), (80, 50)]):
+        noise = torch.randint(0, 255, (height, width), generator=generator, dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+    row = subject | {"instance_dir": str(folder)}
+    return {
+        "subjects": [row],
+        "size": 32,
+        "channels": 1,
+        "least": 2,
+        "buckets": [list(shape) for shape in bucket_shapes(32, 8)],
+    }
+
+
+def make(checkpoints, subject, prediction="v", prior=True, data=None, **settings):
+    """A stage, its data, and two samples of it: a batch, where they are of one shape."""
     stage = DreamBoothStage(checkpoints[prediction], resolution=32, learning_rate=1e-3, **settings)
     row = subject if prior else {k: v for k, v in subject.items() if not k.startswith("class")}
-    data = stage.prepare(DreamBooth([row], 32, channels=1), CPU)
-    return stage, data, collate([data[1], data[2]])
+    data = stage.prepare(DreamBooth(**(data or {"subjects": [row], "size": 32, "channels": 1})), CPU)
+    samples = [data[1], data[2]]
+    return stage, data, collate(samples) if data.groups is None else samples
 
 
 def loss_by_hand(stage, batch, parts, gamma):
     """Terms of (Ruiz et al. 2022, eq. 2), drawing the random numbers again in the same order; t, ab for weights."""
     model, terms = stage.latent_diffusion, []
     torch.manual_seed(5)
-    z = torch.cat([batch[f"{p}mean"] + batch[f"{p}std"] * torch.randn_like(batch[f"{p}mean"]) for p in parts])
-    z = model.scale_factor * z
-    t = torch.randint(0, 1000, (len(z),))
-    noise = torch.randn_like(z)
-    noise += 0.2 * torch.randn_like(z[:, :, :1, :1])
+    z = [batch[f"{p}mean"] + batch[f"{p}std"] * torch.randn_like(batch[f"{p}mean"]) for p in parts]
+    samples = []
+    for part in [torch.cat(z)] if z[0].shape == z[-1].shape else z:
+        t, noise = torch.randint(0, 1000, (len(part),)), torch.randn_like(part)
+        noise += 0.2 * torch.randn_like(part[:, :, :1, :1])
+        samples += zip(model.scale_factor * part, t, noise, strict=True)
     captions = [caption for p in parts for caption in batch[f"{p}caption"]]
-    for i, caption in enumerate(captions):
+    for caption, (x, t, noise) in zip(captions, samples, strict=True):
         cond = model.cond_stage_model([caption])
-        ab = model.schedule.alphas_cumprod[t[i]].float()
-        x_t = ab.sqrt() * z[i] + (1 - ab).sqrt() * noise[i]
-        out = model.model.diffusion_model(x_t[None], t[i : i + 1], cond["c_crossattn"], cond["c_adm"])[0]
-        v = ab.sqrt() * noise[i] - (1 - ab).sqrt() * z[i]
-        wanted = {"eps": noise[i], "x0": z[i], "v": v}[model.prediction]
+        ab = model.schedule.alphas_cumprod[t].float()
+        x_t = ab.sqrt() * x + (1 - ab).sqrt() * noise
+        out = model.model.diffusion_model(x_t[None], t[None], cond["c_crossattn"], cond["c_adm"])[0]
+        v = ab.sqrt() * noise - (1 - ab).sqrt() * x
+        wanted = {"eps": noise, "x0": x, "v": v}[model.prediction]
         snr = ab / (1 - ab)
         weight = {"eps": min(snr, gamma) / snr, "x0": min(snr, gamma), "v": min(snr, gamma) / (snr + 1)}
         terms.append(F.mse_loss(out, wanted) * weight[model.prediction])
     return [sum(terms[:2]) / 2, sum(terms[2:]) / 2]
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_the_loss_by_hand(checkpoints, subject, prediction):
-    """Both terms are weighted sample by sample, which diffusers' script gets wrong."""
-    stage, _, batch = make(checkpoints, subject, prediction, prior_weight=0.3, snr_gamma=5.0, noise_offset=0.2)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "v in buckets"])
+def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
+    """Both terms are weighted sample by sample, which diffusers' script gets wrong; instances and class pictures may
+    be of different shapes."""
+    prediction, *buckets = prediction.split(" in ")
+    settings = {"prior_weight": 0.3, "snr_gamma": 5.0, "noise_offset": 0.2}
+    if buckets:
+        stage, data, _ = make(checkpoints, in_buckets["subjects"][0], prediction, data=in_buckets, **settings)
+        batch = collate([data[0], data[3]])
+        assert batch["mean"].shape == (2, 4, 10, 6) and batch["class_mean"].shape == (2, 4, 8, 8)
+    else:
+        stage, _, batch = make(checkpoints, subject, prediction, **settings)
     torch.manual_seed(5)
     loss, values = stage(batch)
     instance, prior = loss_by_hand(stage, batch, ["", "class_"], 5.0)
@@ -222,11 +250,16 @@ def test_a_run_gives_one_file_no_larger_than_the_model(checkpoints, subject, tmp
         assert sheet.height == 5 * (16 + 4 + 64) + 4
 
 
-def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subject, tmp_path):
-    """5 pairs in batches of 2 make epochs of 2 steps; step 3 is in the middle of one."""
-    whole = train(config(checkpoints, subject, tmp_path / "whole", text_learning_rate=1e-4))
-    part = config(checkpoints, subject, tmp_path / "part", text_learning_rate=1e-4)
-    part["loop"] |= {"save_every": 3, "steps": 5}
+@pytest.mark.parametrize("buckets", [False, True])
+def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subject, in_buckets, tmp_path, buckets):
+    """5 pairs in batches of 2 make epochs of 2 steps; step 3 is in the middle of one, as it is in buckets."""
+
+    def settings(name):
+        made = config(checkpoints, subject, tmp_path / name, text_learning_rate=1e-4)
+        made["loop"] |= {"save_every": 3, "steps": 5}
+        return made | {"data": made["data"] | {"params": in_buckets}} if buckets else made
+
+    whole, part = train(settings("whole")), settings("part")
     stopped = DreamBoothStage.forward
     calls = []
 
@@ -241,9 +274,7 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
         train(part)
     shutil.move(tmp_path / "part", tmp_path / "elsewhere")
     move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
-    again = config(checkpoints, subject, tmp_path / "third", text_learning_rate=1e-4)
-    again["loop"] |= {"save_every": 3, "steps": 5}
-    resumed = train(again, resume=True)
+    resumed = train(settings("third"), resume=True)
     assert whole.read_bytes() == resumed.read_bytes()
     with pytest.raises(FileNotFoundError, match="holds no run to go on with"):
         move_in(str(tmp_path / "part"), tmp_path / "fourth")

@@ -57,8 +57,11 @@ def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, t
     out, line = tmp_path / "out", options(tiny_checkpoint, subject, tmp_path / "out", "--with_prior_preservation")
     line[0] = "--pretrained_model_name_or_path"
     line += ["--center_crop", "--lr_warmup_steps", "1", "--snr_gamma", "5", "--offset_noise", "--train_text", "none"]
+    line += ["--enable_bucket"]
     dreambooth.main(line)
     written = (out / "model.safetensors").stat().st_mtime_ns
+    buckets = read_yaml(out / "config.yaml")["data"]["params"]["buckets"]
+    assert buckets == [[32, 32], [40, 24], [24, 40], [64, 16], [16, 64]]
     before, after = ldm.load(tiny_checkpoint).state_dict(), ldm.load(out / "model.safetensors").state_dict()
     assert all((before[n] == after[n]).all() for n in before if n.startswith("cond_stage_model."))
     dreambooth.main([*line, "--resume_from_checkpoint", "latest"])
@@ -122,6 +125,7 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         "x.png ": [*only, "--instance_data_dir", str(tmp_path / "bad")],
         "needs --class_prompt": [*only, "--instance_data_dir", str(subject), "--with_prior_preservation"],
         "cannot be made by this model": line("--resolution", "33"),
+        "no bucket but the square": line("--resolution", "8", "--buckets"),
         "match no weight": line("--train_layers", "attn9"),
         "bitsandbytes, which is not installed": line("--use_8bit_adam"),
         "cannot hold the vectors of words": line("--rank", "2", "--train_text", "words"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from ldm.data.buckets import Shape
 from ldm.data.folder import Folder
 from ldm.data.pictures import read_picture
 
@@ -26,6 +27,9 @@ class DreamBooth(Dataset):
         "class_pictures": {file in that folder: caption}}; all of them have class pictures, or none. The prompt and the
         captions are those of pictures that come without one of their own (NAME.txt, NAME.caption, metadata.jsonl).
     size, channels, crop, flip, seed: as in `Folder`.
+    buckets: as in `Folder`, of the subjects' pictures; pictures of the class are squares always, as the model draws
+        them. Then `groups` says which samples may go into one batch, and an epoch holds every picture at least
+        8 x `least` times, so that little is lost with the last, ragged batch of a bucket.
 
     Raises what `Folder` raises, and ValueError for a damaged picture (all are read once), no subject, or class pictures
     of some subjects only.
@@ -40,12 +44,13 @@ class DreamBooth(Dataset):
         flip: bool = False,
         seed: int = 0,
         least: int = 1,
+        buckets: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not subjects:
             raise ValueError("there is no subject: give a folder with pictures of one.")
         settings = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
         self.instances: list[Any] = [
-            Folder(one["instance_dir"], caption=one["instance_prompt"], **settings) for one in subjects
+            Folder(one["instance_dir"], caption=one["instance_prompt"], buckets=buckets, **settings) for one in subjects
         ]
         self.classes: list[Any] = [
             Folder(
@@ -60,13 +65,24 @@ class DreamBooth(Dataset):
         if self.classes and len(self.classes) != len(self.instances):
             raise ValueError(f"only {len(self.classes)} of {len(subjects)} subjects have class pictures: all, or none.")
         self.least, self.augments = least, flip or crop == "random"
+        self.shapes = None if buckets is None else [folder.shapes for folder in self.instances]
         for folder in [*self.instances, *self.classes]:
             for path in folder.paths:
                 read_picture(path, channels)  # damage shows now, not after an hour of training
 
     def __len__(self) -> int:
-        longest = max(len(pictures) for pictures in [*self.instances, *self.classes])
-        return max(longest * len(self.instances), self.least)
+        longest, subjects = max(len(pictures) for pictures in [*self.instances, *self.classes]), len(self.instances)
+        if self.shapes is None:
+            return max(longest * subjects, self.least)
+        return max(longest, 8 * self.least * max(map(len, self.instances))) * subjects
+
+    @property
+    def groups(self) -> list[Shape] | None:
+        """Of each sample the shape of the subject's picture; None where all are alike."""
+        if self.shapes is None:
+            return None
+        places = (divmod(index, len(self.shapes)) for index in range(len(self)))
+        return [self.shapes[subject][turn % len(self.shapes[subject])] for turn, subject in places]
 
     def set_epoch(self, epoch: int) -> None:
         """Crops and mirrorings of the following samples are those of `epoch`."""

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.data.buckets import Shape, nearest
 from ldm.data.captions import Caption
 from ldm.data.pictures import SUFFIXES, check_picture, read_picture
 
@@ -32,6 +33,8 @@ class Folder(Dataset):
     caption: of pictures that have none of their own, one for all or by their paths from root; a picture without any is
     refused.
     paths: only these pictures, which lie below `root`, instead of all.
+    buckets: shapes (width, height) to make instead of the square: each picture gets the one nearest in aspect ratio.
+        Which one is in `shapes`; pictures of different shapes do not go into one batch.
 
     Raises ValueError with the file's name for a picture without caption, a caption without picture, a bad line, a file
     that is no picture, and for settings out of range; FileNotFoundError for a missing or empty folder. A picture
@@ -48,6 +51,7 @@ class Folder(Dataset):
         seed: int = 0,
         caption: str | Mapping[str, str] | None = None,
         paths: list[Path] | None = None,
+        buckets: Sequence[Sequence[int]] | None = None,
     ):
         if root is None:
             raise ValueError("no folder of pictures is given: name it with data.params.root=DIR (or root).")
@@ -68,6 +72,10 @@ class Folder(Dataset):
         self.captions = [_find_caption(path, captions.get(self._name(path))) for path in self.paths]
         for path in self.paths:
             check_picture(path)
+        if buckets is None:
+            self.shapes = [(size, size)] * len(self.paths)
+        else:
+            self.shapes = [nearest(buckets, *read_picture(path, channels).size) for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -93,7 +101,7 @@ class Folder(Dataset):
         index %= len(self)
         picture = read_picture(self.paths[index], self.channels)
         draw = random.Random(f"{self.seed} {self.epoch} {index}").random
-        picture = _square(picture, self.size, (draw(), draw()) if self.crop == "random" else (0.5, 0.5))
+        picture = _cut(picture, self.shapes[index], (draw(), draw()) if self.crop == "random" else (0.5, 0.5))
         if self.flip and draw() < 0.5:
             picture = ImageOps.mirror(picture)
         return {"image": _to_tensor(picture), "caption": self.captions[index]}
@@ -103,16 +111,17 @@ class Folder(Dataset):
         return [self[index] for index in indices]
 
 
-def _square(picture: Image.Image, size: int, place: tuple[float, float]) -> Image.Image:
-    """The square at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), as large as fits, resized to `size`.
+def _cut(picture: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
+    """The part at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), as large as fits, resized to `shape`.
 
     Cut before it is resized, or a strip of 2 x 9,000 pixels would be blown up to gigabytes; at whole pixels, so that a
     picture of the right size is not resampled.
     """
-    shorter = min(picture.size)
-    left, top = (round(at * (side - shorter)) for at, side in zip(place, picture.size, strict=True))
-    box = (left, top, left + shorter, top + shorter)
-    return picture.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    scale = min(side / wanted for side, wanted in zip(picture.size, shape, strict=True))
+    part = [max(1, round(scale * wanted)) for wanted in shape]
+    left, top = (round(at * (side - kept)) for at, side, kept in zip(place, picture.size, part, strict=True))
+    box = (left, top, left + part[0], top + part[1])
+    return picture.resize(shape, Image.Resampling.LANCZOS, box=box)
 
 
 def _to_tensor(picture: Image.Image) -> Tensor:

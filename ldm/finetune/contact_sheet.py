@@ -13,7 +13,7 @@ GAP, LINE = 4, 16  # pixels between pictures, and of a label's line
 
 
 class Row(NamedTuple):
-    """Pictures of one size under a label."""
+    """Pictures under a label."""
 
     label: str
     pictures: Sequence[Image.Image]

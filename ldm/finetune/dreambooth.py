@@ -164,11 +164,11 @@ class DreamBoothStage(Stage):
     def _encoded(self, pictures: Dataset) -> Dataset:
         """A set of pictures as the means and deviations of their latents, on the CPU."""
         means, stds = [], []
-        for batch in self.iterate(pictures, 16, "encoding latents"):
+        for batch in self.iterate(pictures, 16 if len(set(pictures.shapes)) == 1 else 1, "encoding latents"):
             mean, std = self._posterior(batch["image"])
-            means.append(mean.cpu())
-            stds.append(std.cpu())
-        return LatentDataset(pictures, torch.cat(means), torch.cat(stds))
+            means += mean.cpu()
+            stds += std.cpu()
+        return LatentDataset(pictures, means, stds)
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of pictures' unscaled latents; a VQ autoencoder's have no deviation."""
@@ -187,28 +187,38 @@ class DreamBoothStage(Stage):
         return [make_optimizer(groups, **self.optimizer)]
 
     def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its two terms; instances and class pictures go through the UNet as one batch of 2 b."""
-        model, parts = self.latent_diffusion, ["", "class_"] if "class_caption" in batch else [""]
-        captions = [caption for part in parts for caption in batch[f"{part}caption"]]
+        """Loss and its two terms; instances and class pictures go through the UNet as one batch of 2 b, or, where
+        the instances are in a bucket of another shape, as two of b."""
+        parts = ["", "class_"] if "class_caption" in batch else [""]
+        captions = [batch[f"{part}caption"] for part in parts]
         with torch.no_grad():
-            z = torch.cat([self._latents(batch, part) for part in parts])  # (2 b, z, h/f, w/f)
-            t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps)
-            noise = training_noise(z, self.noise_offset)
-        cond = self._condition(captions)
-        losses = model.loss(z, cond, t.to(z.device), noise)  # (2 b,)
-        if self.snr_gamma is not None:
-            ab = model.schedule.alphas_cumprod[t]
-            weights = loss_weight("min_snr", model.prediction, ab, self.snr_gamma)
-            losses = losses * weights.to(losses)
-        instance, *prior = (part.mean() for part in losses.chunk(len(parts)))
+            z = [self._latents(batch, part) for part in parts]  # (b, z, h/f, w/f) each
+        if len({half.shape for half in z}) == 1:
+            z, captions = [torch.cat(z)], [sum(captions, [])]
+        losses, (cond, *_) = zip(*map(self._losses, z, captions), strict=True)
+        instance, *prior = (part.mean() for part in torch.cat(losses).chunk(len(parts)))
         if not prior:
             return instance, {"loss": instance, "instance_loss": instance}
         loss = instance + self.prior_weight * prior[0]
         values = {"loss": loss, "instance_loss": instance, "class_loss": prior[0]}
         if not self.apart_from:
             return loss, values
-        near = nearness(self._directions(cond), self.apart_from, len(losses) // 2)
+        near = nearness(self._directions(cond), self.apart_from, len(batch["caption"]))
         return loss + near, values | {"nearness": near}
+
+    def _losses(self, z: Tensor, captions: list[str]) -> tuple[Tensor, Conditioning]:
+        """Loss of each of the latents z (b, ...) at a random level, and what the UNet was told by the captions."""
+        model = self.latent_diffusion
+        with torch.no_grad():
+            t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps)
+            noise = training_noise(z, self.noise_offset)
+        cond = self._condition(captions)
+        losses = model.loss(z, cond, t.to(z.device), noise)  # (b,)
+        if self.snr_gamma is not None:
+            ab = model.schedule.alphas_cumprod[t]
+            weights = loss_weight("min_snr", model.prediction, ab, self.snr_gamma)
+            losses = losses * weights.to(losses)
+        return losses, cond
 
     def _directions(self, cond: Conditioning) -> Conditioning:
         """Unit vectors (b, -) from what the text encoder says of the empty prompt to each of (b, ...)."""
@@ -247,7 +257,10 @@ class DreamBoothStage(Stage):
             save_lora(self.lora_file, self.adapters, self.latent_diffusion, self.lora_format, dtype)
         if self.sheet is None:
             return
-        after, rows = self.preview(), [Row("the subject's pictures", to_pil(torch.stack(p))) for p in self.pictures]
+        after, rows = (
+            self.preview(),
+            [Row("the subject's pictures", [to_pil(x[None])[0] for x in p]) for p in self.pictures],
+        )
         for i, prompt in enumerate(self.previews):
             chosen = slice(i * self.preview_columns, (i + 1) * self.preview_columns)
             rows += [Row(f"{prompt}: before", self.before[chosen]), Row(f"{prompt}: after", after[chosen])]

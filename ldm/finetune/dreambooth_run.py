@@ -10,6 +10,7 @@ import yaml
 
 from ldm.checkpoint.file import atomic
 from ldm.conditioning.prompt import count_chunks
+from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import choices, identifiers, unread
 from ldm.data.folder import find_pictures
 from ldm.generation import given
@@ -184,6 +185,7 @@ def make_config(
                 "flip": args.random_flip,
                 "seed": args.seed,
                 "least": batch_size,
+                "buckets": [list(shape) for shape in bucket_shapes(size, model.multiple)] if args.buckets else None,
             },
         },
         "loop": loop_settings(args, default, batch_size),

@@ -84,9 +84,9 @@ class DiffusionStage(DenoisingStage):
 
 
 class LatentDataset(Dataset):
-    """A data set with its pictures replaced by the mean and standard deviation of their latents."""
+    """A data set with its pictures replaced by the mean and standard deviation of their latents, (z, h, w) each."""
 
-    def __init__(self, dataset: Dataset, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, dataset: Dataset, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
         self.dataset, self.mean, self.std = dataset, mean, std
 
     def __len__(self) -> int:

@@ -78,7 +78,8 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
     if scaler is not None and len(optimizers) > 1:  # each moves the scale, which the others' gradients have already
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} trains by {len(optimizers)}: use bf16")
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    order = EpochBatches(len(dataset), settings.batch_size, seed, accelerator.process_index, accelerator.num_processes)
+    ranks, groups = (accelerator.process_index, accelerator.num_processes), getattr(dataset, "groups", None)
+    order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, groups)
     step = load_state(folder, stage, average, optimizers, scaler) if resume else 0
     accelerator.wait_for_everyone()  # every process has looked at the folder as it was
     folder.begin(config)

@@ -1,7 +1,8 @@
 """The order in which a data set is seen: a function of (seed, epoch), so that training resumes mid-epoch exactly."""
 
 import signal
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -11,23 +12,44 @@ class EpochBatches(Sampler):
     """Index batches of one epoch, shuffled by (seed, epoch), from number `start`; the ragged last batch is dropped.
 
     With several processes, `batch_size` counts pictures per process, and each takes its own part of every global batch.
+
+    groups: what a picture has in common with all of its batch (its shape, say); None: nothing. Each group's ragged last
+    batch is dropped. Raises ValueError where a whole group would be.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
-        if length < batch_size * processes:
-            raise ValueError(f"the data set has {length} pictures, fewer than one batch of {batch_size * processes}")
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        processes: int = 1,
+        groups: Sequence[Hashable] | None = None,
+    ) -> None:
         self.length, self.batch_size, self.seed, self.rank, self.processes = length, batch_size, seed, rank, processes
+        self.whole, self.groups = batch_size * processes, [None] * length if groups is None else groups
+        self.counts = Counter(self.groups)
+        least = min(self.counts.values(), default=0)
+        if least < self.whole:
+            of = "" if groups is None else " of one shape"
+            raise ValueError(f"the data set has {least} pictures{of}, fewer than one batch of {self.whole}")
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        return self.length // (self.batch_size * self.processes)
+        return sum(count // self.whole for count in self.counts.values())
 
     def __iter__(self) -> Iterator[list[int]]:
+        """A batch comes where the shuffled order fills it: with one group these are consecutive parts of it."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)
-        for batch in range(self.start, len(self)):
-            first = (batch * self.processes + self.rank) * self.batch_size
-            yield order[first : first + self.batch_size].tolist()
+        filling, number = defaultdict(list), 0
+        for index in torch.randperm(self.length, generator=generator).tolist():
+            batch = filling[self.groups[index]]
+            batch.append(index)
+            if len(batch) == self.whole:
+                if number >= self.start:
+                    yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+                number += 1
+                batch.clear()
 
 
 def mix_seed(*numbers: int) -> int:

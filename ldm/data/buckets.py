@@ -1,0 +1,29 @@
+"""Aspect-ratio buckets: shapes of about one area, so that pictures that are not square need not be cut to squares."""
+
+import math
+from collections.abc import Sequence
+
+Shape = tuple[int, int]  # width, height in pixels
+
+
+def bucket_shapes(size: int, multiple: int) -> list[Shape]:
+    """Shapes of at most size x size pixels in all, with sides from size / 2 to 2 size that are multiples of `multiple`.
+
+    `size` is one itself. Raises ValueError where there is nothing but the square.
+    """
+    shapes = [(size, size)]
+    for short in range(size - multiple, (size - 1) // 2, -multiple):
+        long = min(size * size // short, 2 * size) // multiple * multiple
+        shapes += [(long, short), (short, long)]
+    if len(shapes) == 1:
+        raise ValueError(
+            f"there is no bucket but the square: sides are multiples of {multiple} here, so use a resolution of at "
+            f"least {2 * multiple}, not {size}"
+        )
+    return shapes
+
+
+def nearest(shapes: Sequence[Sequence[int]], width: int, height: int) -> Shape:
+    """That with the aspect ratio nearest to width / height, as a factor; the first of several."""
+    wide, high = min(shapes, key=lambda shape: abs(math.log(shape[0] * height / (shape[1] * width))))
+    return wide, high

@@ -1,0 +1,100 @@
+"""Aspect-ratio buckets: their shapes, what a picture is cut to, and batches of one shape each."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ldm.data.buckets import bucket_shapes, nearest
+from ldm.data.dreambooth import DreamBooth
+from ldm.data.folder import Folder
+from ldm.training.order import EpochBatches, batches
+
+
+def test_shapes_at_stable_diffusions_size():
+    """Those of kohya's scripts at 512 by steps of 64, from 256 to 1,024."""
+    shapes = bucket_shapes(512, 64)
+    upright = [(256, 1024), (320, 768), (384, 640), (448, 576)]
+    assert sorted(shapes) == sorted([(512, 512), *upright, *((high, wide) for wide, high in upright)])
+    with pytest.raises(ValueError, match="no bucket but the square.*multiples of 64.*at least 128, not 64"):
+        bucket_shapes(64, 64)
+
+
+@given(st.integers(2, 40), st.sampled_from([1, 8, 64]))
+def test_shapes_fit_the_model_and_the_memory(sides, multiple):
+    size = sides * multiple
+    shapes = bucket_shapes(size, multiple)
+    assert len(set(shapes)) == len(shapes) and {(b, a) for a, b in shapes} == set(shapes)
+    for shape in shapes:
+        assert not any(side % multiple for side in shape) and math.prod(shape) <= size**2
+        assert size / 2 <= min(shape) and max(shape) <= 2 * size
+
+
+def test_nearest_is_by_a_factor():
+    shapes = [(1, 1), (4, 1), (1, 4)]
+    assert nearest(shapes, 199, 100) == (1, 1) and nearest(shapes, 201, 100) == (4, 1)
+    assert nearest(shapes, 100, 199) == (1, 1) and nearest(shapes, 100, 201) == (1, 4)
+
+
+def ramp(width, height):
+    """Red rises to the right, green downwards, each from 0 to 255."""
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([across, down, 0 * down], 2).round().astype(np.uint8))
+
+
+def test_pictures_are_cut_as_little_as_can_be(tmp_path):
+    """All of the side that is too short, the middle of the other; and turned as the camera says."""
+    for name, size in (("a", (96, 32)), ("b", (20, 60)), ("c", (33, 32)), ("d", (64, 16))):
+        ramp(*size).save(tmp_path / f"{name}.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # stored lying on its side
+    ramp(96, 32).save(tmp_path / "e.png", exif=turned)
+    data = Folder(tmp_path, 32, caption="", buckets=bucket_shapes(32, 8))
+    assert data.shapes == [(64, 16), (16, 64), (32, 32), (64, 16), (16, 64)]
+    assert [tuple(sample["image"].shape[1:]) for sample in data] == [(h, w) for w, h in data.shapes]
+    wide = data[0]["image"]  # 96 x 24 of 96 x 32: rows 4 to 27 of 0 to 31
+    assert wide[0, 0, [0, -1]].numpy() == pytest.approx([-1, 1], abs=0.05)
+    assert wide[1, [0, -1], 0].numpy() == pytest.approx([2 * 4 / 31 - 1, 2 * 27 / 31 - 1], abs=0.05)
+    assert np.array_equal(((data[3]["image"] + 1) * 127.5).round().numpy().transpose(1, 2, 0), np.asarray(ramp(64, 16)))
+    drawn = Folder(tmp_path, 32, caption="", crop="random", buckets=bucket_shapes(32, 8))
+    drawn.set_epoch(1)
+    assert drawn[0]["image"].shape == (3, 16, 64) and not drawn[0]["image"].equal(wide)
+
+
+def test_batches_are_of_one_group_and_lose_little():
+    """Every group in turn where the shuffled order fills a batch of it; from any number on; shared by processes."""
+    groups = ["a"] * 11 + ["b"] * 5 + ["c"] * 4
+    order = EpochBatches(20, 2, seed=3, groups=groups)
+    epoch = list(order)
+    assert len(order) == len(epoch) == 5 + 2 + 2
+    assert all(groups[i] == groups[j] for i, j in epoch) and len({i for batch in epoch for i in batch}) == 18
+    assert [groups[i] for i, _ in epoch] != sorted(groups[i] for i, _ in epoch)
+    order.start = 4
+    assert list(order) == epoch[4:]
+    parts = [list(EpochBatches(20, 1, seed=3, rank=rank, processes=2, groups=groups)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == epoch
+    with pytest.raises(ValueError, match="has 4 pictures of one shape, fewer than one batch of 5"):
+        EpochBatches(20, 5, seed=3, groups=groups)
+
+
+@pytest.mark.parametrize("least", [1, 8])
+def test_subjects_in_buckets(tmp_path, least):
+    """All samples of a batch stack; every picture, of a bucket of its own too, is in about as many batches."""
+    for name, sizes in (("dog", [(32, 32), (64, 32), (70, 30), (30, 50), (20, 60)]), ("cat", [(60, 20), (32, 32)])):
+        (tmp_path / name).mkdir()
+        for i, size in enumerate(sizes):
+            Image.new("L", size, 10 * i + len(sizes)).save(tmp_path / name / f"{i}.png")
+    rows = [{"instance_dir": str(tmp_path / name), "instance_prompt": name} for name in ("dog", "cat")]
+    for row in rows:
+        row |= {"class_dir": str(tmp_path / "cat"), "class_pictures": {"1.png": "a cat"}}
+    data = DreamBooth(rows, 32, channels=1, least=least, buckets=bucket_shapes(32, 8))
+    assert set(data.groups) == {(32, 32), (40, 24), (24, 40), (64, 16), (16, 64)} and len(data.groups) == len(data)
+    stream = batches(data, EpochBatches(len(data), least, 0, groups=data.groups), 0, workers=0)
+    epoch = [next(stream)[1] for _ in range(len(data) // least - len(set(data.groups)))]
+    assert all(batch["class_image"].shape == (least, 1, 32, 32) for batch in epoch)
+    shown = [level for batch in epoch for level in ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().tolist()]
+    counts = [shown.count(level) for level in (5, 15, 25, 35, 45)]
+    assert min(counts) > 0.8 * len(data) / 10 and max(counts) <= len(data) / 10
