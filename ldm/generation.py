@@ -85,9 +85,7 @@ def generate(
     elif mask is not None or strength is not None:
         raise ValueError("a mask and a strength are for drawing over a picture, and no image is given")
     seeds = list(range(seed, seed + len(prompts)) if seeds is None else seeds)
-    scale, negative = given(scale, own["scale"]), given(negative, model.null)
-    if scale != 1 and (negative is None or model.cond_stage_model is None):
-        raise ValueError(f"scale {scale} has nothing to steer away from: this model is drawn with scale 1")
+    scale, negative = plan_guidance(model, scale, negative)
     negatives = negative if isinstance(negative, list | tuple | Tensor) else [negative] * len(prompts)
     if batch_size < 1 or not len(prompts) == len(seeds) == len(negatives):
         raise ValueError(
@@ -130,6 +128,14 @@ def plan_sampling(
     row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
     spacing = given(given(spacing, own["spacing"]), row.spacing)
     return row, sampling_sigmas(model.schedule, steps, spacing, row.final_sigma).tolist()
+
+
+def plan_guidance(model: Any, scale: float | None = None, negative: Any = None) -> tuple[float, Any]:
+    """The scale and what to steer away from; what is None is the model's own. ValueError where there is nothing to."""
+    scale, negative = given(scale, model.defaults["scale"]), given(negative, model.null)
+    if scale != 1 and (negative is None or model.cond_stage_model is None):
+        raise ValueError(f"scale {scale} has nothing to steer away from: this model is drawn with scale 1")
+    return scale, negative
 
 
 def _draw(

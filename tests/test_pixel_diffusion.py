@@ -160,6 +160,9 @@ def test_classes_without_one_that_says_nothing():
     assert torch.equal(stage.data({"image": torch.zeros(3, 1, 32, 32), "label": labels})[1]["c_adm"], labels)
     with pytest.raises(ValueError, match="class_dropout 0.1 needs a class that says nothing, and the model has none"):
         PixelDiffusionStage(config, 1e-3)
+    params = {**config["params"], "defaults": {**PIXEL["defaults"], "scale": 2.0}}
+    with pytest.raises(ValueError, match="^the model's defaults: scale 2.0 has nothing to steer away from"):
+        PixelDiffusionStage({**config, "params": params}, 1e-3, class_dropout=0.0)
     with pytest.raises(ValueError, match="scale 2.0 has nothing to steer away from"):
         stage.latent_diffusion.generate([3], scale=2.0)
 

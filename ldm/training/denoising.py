@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ldm.diffusion.denoiser import check_prediction
 from ldm.diffusion.schedule import Schedule, training_timesteps
 from ldm.diffusion.training_noise import training_noise
-from ldm.generation import plan_sampling
+from ldm.generation import plan_guidance, plan_sampling
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.stage import Stage, adamw, timestep_settings
 from ldm.util import call_with
@@ -59,6 +59,10 @@ class DenoisingStage(Stage):
         check_prediction(whole.prediction)
         call_with("noise", training_noise, self.noise, x0=torch.zeros(2, 1, 1, 1))
         plan_sampling(whole)
+        try:
+            plan_guidance(whole)
+        except ValueError as error:
+            raise ValueError(f"the model's defaults: {error}") from None
         if not self.preview_prompts:
             raise ValueError("previews have nothing to draw: name at least one prompt, or at least 1 of `previews`")
         size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
