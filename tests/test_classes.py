@@ -43,6 +43,14 @@ def test_without_a_class_that_says_nothing_there_is_no_empty_text():
         model([""])
 
 
+def test_labels_of_no_class_are_refused():
+    assert ClassLabels(1, null=False)([0])["c_adm"].tolist() == [0] and ClassLabels(2).null == 1
+    with pytest.raises(ValueError, match="n_classes 1 leaves no class beside the one that says nothing: count it, too"):
+        ClassLabels(1)
+    with pytest.raises(ValueError, match="n_classes 0 leaves no class$"):
+        ClassLabels(0, null=False)
+
+
 def test_it_trains():
     model = ClassEmbedder(8, 11)
     model([3])["c_crossattn"].sum().backward()

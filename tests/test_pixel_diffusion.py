@@ -167,6 +167,14 @@ def test_classes_without_one_that_says_nothing():
         stage.latent_diffusion.generate([3], scale=2.0)
 
 
+def test_a_single_class_is_what_previews_draw():
+    unet = {**PIXEL["unet_config"]["params"], "num_classes": None, "attention_resolutions": [2]}
+    unet |= {"use_spatial_transformer": True, "context_dim": 4}
+    embedder = {"target": "ldm.conditioning.classes.ClassEmbedder", "params": {"embed_dim": 4, "n_classes": 1}}
+    params = {**PIXEL, "unet_config": {**PIXEL["unet_config"], "params": unet}, "cond_stage_config": embedder}
+    assert PixelDiffusionStage({**CONFIG, "params": params}, 1e-3, previews=3).preview_prompts == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

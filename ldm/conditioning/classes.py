@@ -11,10 +11,14 @@ class ClassLabels(nn.Module):
 
     The last class is the one that says nothing (Ho & Salimans 2022): what models trained for guidance were shown in
     place of a fraction of the labels. Ten digits and it make 11 `n_classes`. With `null` false there is none such.
+    Raises ValueError where no class is left that says something.
     """
 
     def __init__(self, n_classes: int, null: bool = True) -> None:
         super().__init__()
+        if n_classes < 1 + null:
+            beside = " beside the one that says nothing: count it, too, or set null: false" if null else ""
+            raise ValueError(f"n_classes {n_classes} leaves no class{beside}")
         self.n_classes = n_classes
         self.null = n_classes - 1 if null else None
 

@@ -50,7 +50,8 @@ class PixelDiffusionStage(DenoisingStage):
                 f"{model['target']} conditioned by {type(cond).__name__} is not what this stage trains: it takes a "
                 "PixelDiffusion of classes or of nothing"
             )
-        classes = [""] if cond is None else range(cond.n_classes if cond.null is None else cond.null)
+        # all but the last, if that one says nothing; an embedder of one class has no other to draw
+        classes = [""] if cond is None else range(cond.null or cond.n_classes)
         if cond is not None and cond.null is None and class_dropout != 0:
             raise ValueError(
                 f"class_dropout {class_dropout} needs a class that says nothing, and the model has none: set it to 0, "
