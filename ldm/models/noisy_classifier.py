@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ldm.models.blocks import normalization, require_two_dims, timestep_embedding, zero_module
 from ldm.models.kernels import attention
-from ldm.models.unet import Level, Parts, encoder_blocks, time_mlp
+from ldm.models.levels import plan_levels
+from ldm.models.unet import Parts, encoder_blocks, time_mlp
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HIDDEN = 2048  # width of the spatial heads' hidden layer
@@ -94,10 +95,7 @@ class EncoderUNetModel(nn.Module):
             raise ValueError('pool "attention" needs num_head_channels, the width of its heads')
         self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
         self.model_channels, self.pool = model_channels, pool
-        levels = [
-            Level(model_channels * times, num_res_blocks, num_res_blocks if 2**i in attention_resolutions else 0)
-            for i, times in enumerate(channel_mult)
-        ]
+        levels = plan_levels(model_channels, channel_mult, num_res_blocks, attention_resolutions)
         parts = Parts(
             emb_channels=4 * model_channels,
             dropout=dropout,

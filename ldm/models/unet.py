@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from ldm.models.blocks import (
     timestep_embedding,
     zero_module,
 )
+from ldm.models.levels import Level, plan_levels
 from ldm.models.linear_attention import LinearAttentionBlock
 
 
@@ -123,16 +123,6 @@ class Parts:
             self.attend(channels, depth, disable_self_attention, middle=True),
             self.res(channels, channels),
         )
-
-
-class Level(NamedTuple):
-    """One resolution: what the encoder and the decoder have there."""
-
-    width: int
-    blocks: int  # residual blocks in the encoder; the decoder has one more
-    attended: int  # how many of them, from the first, are followed by attention
-    depth: int = 1
-    disable_self_attention: bool = False
 
 
 def encoder_blocks(parts: Parts, in_channels: int, stem: int, levels: list[Level]) -> tuple[nn.ModuleList, list[int]]:
@@ -248,7 +238,6 @@ class UNetModel(nn.Module):
             raise ValueError(f"attention_type {attention_type!r}: use full, or linear without use_spatial_transformer")
         if patch < 1 or (patch > 1 and n_embed is not None):
             raise ValueError(f"patch is {patch}: it must be at least 1, and 1 with n_embed (here {n_embed})")
-        count = len(channel_mult)
         self.image_size = image_size
         self.in_channels = in_channels
         self.patch = patch
@@ -256,20 +245,16 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
-        self.num_res_blocks = _per_level("num_res_blocks", num_res_blocks, count)
-        depths = _per_level("transformer_depth", transformer_depth, count)
-        disabled = _per_level("disable_self_attentions", disable_self_attentions, count)
-        attended = _per_level("num_attention_blocks", num_attention_blocks, count)
-        levels = [
-            Level(
-                width=model_channels * channel_mult[i],
-                blocks=self.num_res_blocks[i],
-                attended=_attended(self.num_res_blocks[i], attended[i], 2**i in attention_resolutions),
-                depth=depths[i],
-                disable_self_attention=bool(disabled[i]),
-            )
-            for i in range(count)
-        ]
+        levels = plan_levels(
+            model_channels,
+            channel_mult,
+            num_res_blocks,
+            attention_resolutions,
+            transformer_depth,
+            disable_self_attentions,
+            num_attention_blocks,
+        )
+        self.num_res_blocks = [level.blocks for level in levels]
         parts = Parts(
             emb_channels=4 * model_channels,
             dropout=dropout,
@@ -294,7 +279,7 @@ class UNetModel(nn.Module):
             self.label_emb = _label_embedding(num_classes, adm_in_channels, parts.emb_channels)
         self.input_blocks, skips = encoder_blocks(parts, in_channels * patch**2, model_channels, levels)
         width = levels[-1].width
-        self.middle_block = parts.middle(width, depths[-1], disable_middle_self_attn)
+        self.middle_block = parts.middle(width, levels[-1].depth, disable_middle_self_attn)
         self.output_blocks = _decoder(parts, levels, skips)
         width = levels[0].width
         self.out = nn.Sequential(
@@ -365,24 +350,6 @@ def _label_embedding(num_classes: int | str, adm_in_channels: int | None, width:
     if adm_in_channels is None:
         raise ValueError('num_classes "sequential" needs adm_in_channels, the width of y')
     return nn.Sequential(time_mlp(adm_in_channels, width))
-
-
-def _per_level(name: str, value: int | Sequence | None, levels: int) -> list:
-    """One entry per level; a number or None serves all. Raises ValueError when a list has another length."""
-    if value is None or isinstance(value, int):
-        return [value] * levels
-    if len(value) != levels:
-        raise ValueError(f"{name} is {list(value)}: give one number, or one per entry of channel_mult ({levels})")
-    return list(value)
-
-
-def _attended(blocks: int, limit: int | None, has_attention: bool) -> int:
-    """How many blocks of a level are followed by attention, the decoder's additional block counted."""
-    if limit is not None and limit > blocks:
-        raise ValueError(f"num_attention_blocks asks for {limit} attention blocks where num_res_blocks is {blocks}")
-    if not has_attention:
-        return 0
-    return blocks + 1 if limit is None else limit
 
 
 def _check_attention(
