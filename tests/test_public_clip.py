@@ -239,9 +239,9 @@ def test_text_towers_of_another_kind_are_refused():
     ("changes", "said"),
     [
         ({"model_type": "bert"}, "model_type is 'bert'"),
-        ({"intermediate_size": 64}, "intermediate_size is 64, and 128"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06, and 1e-05"),
-        ({"hidden_act": "relu"}, "activation 'relu'"),
+        ({"intermediate_size": 64}, "intermediate_size 64: known is 128"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06: known is 1e-05"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu': known is quick_gelu or gelu"),
         ({"vocab_size": 100}, "100 tokens and context 77, its tokenizer"),
         ({"num_hidden_layers": 4}, r"do not fit.*16 tensors are missing.*layers.3.layer_norm1.bias"),
         ({"max_position_embeddings": 60}, r"1 tensors .*another shape \(.*position_embedding.weight\)"),

@@ -44,28 +44,40 @@ def read_text_encoder(config: Mapping[str, Any], merges: list[str] | None, pad: 
     What has the exact GELU comes from OpenCLIP (Stable Diffusion 2) and gets its layout, with the last block that
     diffusers leaves out (see `openclip_from_transformers`) and is not run; quick GELU is OpenAI's CLIP.
     """
-    own = TEXT_DEFAULTS | {key: value for key, value in config.items() if key in TEXT_DEFAULTS}
-    activation, width, vocab_size = own["hidden_act"], own["hidden_size"], own["vocab_size"]
-    kinds = {settings["activation"]: settings for settings in (CLIP_SETTINGS, OPENCLIP_SETTINGS)}
-    known = {"hidden_act": tuple(kinds), "layer_norm_eps": (1e-5,), "intermediate_size": (4 * width,)}
-    for key, values in known.items():
-        if own[key] not in values:
-            raise ValueError(f"the text encoder has {key} {own[key]!r}: known is {' or '.join(map(str, values))}")
+    own = read_text_sizes(config)
     if config.get("use_attention_mask"):
         raise ValueError("the text encoder has use_attention_mask true: Stable Diffusion's does not mask its padding")
-    openclip = kinds[activation] is OPENCLIP_SETTINGS
+    openclip = own["activation"] == OPENCLIP_SETTINGS["activation"]
     tokenizer = {} if merges is None else {"merges": merges}
-    eos = vocab_size - 1
+    eos = own["vocab_size"] - 1
     if pad != (0 if openclip else eos):
         tokenizer["pad"] = "eos" if pad == eos else pad
     return {
-        **kinds[activation],
-        "width": width,
-        "layers": own["num_hidden_layers"] + openclip,
-        "heads": own["num_attention_heads"],
-        "vocab_size": vocab_size,
-        "context_length": own["max_position_embeddings"],
+        **(OPENCLIP_SETTINGS if openclip else CLIP_SETTINGS),
+        **own,
+        "layers": own["layers"] + openclip,
         **({"tokenizer": tokenizer} if tokenizer else {}),
+    }
+
+
+def read_text_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What CLIPTextModel's configuration says of the tower, in TextEncoder's terms; the rest by its own defaults.
+
+    Raises ValueError for what our text tower has not.
+    """
+    own = TEXT_DEFAULTS | {key: value for key, value in config.items() if key in TEXT_DEFAULTS}
+    activations = (CLIP_SETTINGS["activation"], OPENCLIP_SETTINGS["activation"])
+    known = {"hidden_act": activations, "layer_norm_eps": (1e-5,), "intermediate_size": (4 * own["hidden_size"],)}
+    for key, values in known.items():
+        if own[key] not in values:
+            raise ValueError(f"the text encoder has {key} {own[key]!r}: known is {' or '.join(map(str, values))}")
+    return {
+        "width": own["hidden_size"],
+        "layers": own["num_hidden_layers"],
+        "heads": own["num_attention_heads"],
+        "activation": own["hidden_act"],
+        "vocab_size": own["vocab_size"],
+        "context_length": own["max_position_embeddings"],
     }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.checkpoint.diffusers_files import read_json, read_weights
 from ldm.checkpoint.diffusers_names import clip_from_transformers
-from ldm.checkpoint.diffusers_text import TEXT_DEFAULTS, TOKENIZER_FILES, read_tokenizer
+from ldm.checkpoint.diffusers_text import TOKENIZER_FILES, read_text_sizes, read_tokenizer
 from ldm.checkpoint.tensors import read_tensors
 from ldm.conditioning.text import TextEncoder
 
@@ -91,19 +91,7 @@ def transformers_params(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"its model_type is {kind!r}, and must be 'clip' or 'clip_text_model'")
     if kind == "clip":  # in old files, text_config_dict holds the arguments that text_config was made from, and wins
         config = config.get("text_config_dict") or config.get("text_config") or {}
-    text = TEXT_DEFAULTS | dict(config)
-    for key, need in (("intermediate_size", 4 * text["hidden_size"]), ("layer_norm_eps", 1e-5)):
-        if text[key] != need:
-            raise ValueError(f"its {key} is {text[key]}, and {need} is the only one that our text tower has")
-    return {
-        "layout": "transformers",
-        "width": text["hidden_size"],
-        "layers": text["num_hidden_layers"],
-        "heads": text["num_attention_heads"],
-        "activation": text["hidden_act"],
-        "vocab_size": text["vocab_size"],
-        "context_length": text["max_position_embeddings"],
-    }
+    return {"layout": "transformers", **read_text_sizes(config)}
 
 
 def _download(repository: str) -> Path:
