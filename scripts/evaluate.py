@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ldm.evaluation.reference import Reference
 
 SHEET_COLUMNS = 12
+PICTURE = Path("outputs/evaluate.png")
 MEASURED = ("steps", "scale", "sampler", "spacing", "eta", "interval", "rescale")
 
 
@@ -61,7 +62,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--batch-size", type=whole(1), default=100, help="pictures at a time")
     for command in (model, autoencoder, dreambooth):
         command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there instead")
-        command.add_argument("--picture", type=Path, metavar="FILE", help="where the picture goes (evaluate.png)")
+        command.add_argument(
+            "--picture", type=Path, metavar="FILE", help=f"where the picture goes ({PICTURE}, or beside --out)"
+        )
     for command in (model, autoencoder, statistics, subjects, dreambooth):
         command.add_argument("--data", metavar="ROOT", help="folder that holds MNIST/raw (LDM_DATA, else ./data)")
         command.add_argument("--judge", type=Path, metavar="FILE", help="classifier; without it, the one that ships")
@@ -313,7 +316,7 @@ def write_report(report: dict, out: Path | None) -> None:
 def picture_path(args: argparse.Namespace) -> Path:
     if args.picture is not None:
         return args.picture
-    return Path("evaluate.png") if args.out is None else args.out.with_suffix(".png")
+    return PICTURE if args.out is None else args.out.with_suffix(".png")
 
 
 if __name__ == "__main__":

@@ -332,6 +332,19 @@ def test_script_measures_an_autoencoder(files, tmp_path, monkeypatch, capsys):
     assert result["style_kept"]["weight"] == 1.0
 
 
+def test_the_picture_goes_to_outputs_where_no_place_is_named(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ldm.evaluation.autoencoder.load_autoencoder", lambda path, device: (Doubling(), 1.0))
+    monkeypatch.chdir(tmp_path)
+    networks = [f"--judge={files / 'judge.safetensors'}", f"--features={files / 'features.safetensors'}"]
+    command = ["autoencoder", "--dataset=digits", "--n=60", *networks]
+    for more, place in (([], "outputs/evaluate.png"), (["--picture=mine/a.png"], "mine/a.png")):
+        evaluate.main([*command, *more])
+        told = capsys.readouterr()
+        assert json.loads(told.out)["n"] == 60 and f"picture: {place}\n" in told.err
+        assert Image.open(tmp_path / place).size[1] == 2 * (10 * 30 + 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "outputs"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [(("--n", 500), "500 pictures are more"), (("--split", "heldout", "--n", 300), "300 pictures are more")],
