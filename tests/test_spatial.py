@@ -52,7 +52,7 @@ def test_a_picture_stays_as_it_is():
 
 @pytest.mark.parametrize("model", [Picture(), SpatialRescaler()])
 def test_what_is_no_picture_is_refused(model):
-    with pytest.raises(ValueError, match="was given list"):
+    with pytest.raises(ValueError, match="was given a list: draw with it from Python, by model.generate"):
         model(["a cat"])
     with pytest.raises(ValueError, match=r"given \(3, 4, 4\) of torch.float32"):
         model(pictures(3, 4, 4))

@@ -149,10 +149,13 @@ class BERTEncoder(nn.Module):
             return self.tokenizer(prompts)
         said = next((prompt for prompt in prompts if prompt != self.null), None)
         if said is not None:
-            raise ValueError(
-                f"prompt {said[:40]!r} cannot be read: this model's file has no vocabulary; give BERT's vocab.txt "
-                f"(ldm.load(..., vocab=FILE), --vocab FILE), or token ids"
-            )
+            remedy = "give BERT's vocab.txt (ldm.load(..., vocab=FILE), --vocab FILE), or token ids"
+            if self.vocab_size != BERT_TOKENS:  # of layouts, say: boxes and kinds of things
+                remedy = (
+                    f"its {self.vocab_size} tokens are not BERT's {BERT_TOKENS}: give token ids, from Python, by "
+                    "model.generate(ids), or a vocabulary of that size (vocab=FILE, --vocab FILE)"
+                )
+            raise ValueError(f"prompt {said[:40]!r} cannot be read: this model's file has no vocabulary; {remedy}")
         row = [BERT_CLS, BERT_SEP, *[BERT_PAD] * (self.max_seq_len - 2)]
         return torch.tensor([row]).expand(len(prompts), -1)
 

@@ -61,6 +61,9 @@ class Picture(nn.Module):
 
 def _checked(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-        what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"this model is conditioned on pictures, floats (b, c, h, w), and was given {what}")
+        what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(
+            f"this model is conditioned on pictures, floats (b, c, h, w), and was given {what}: draw with it from "
+            "Python, by model.generate(pictures), as scripts have only words and numbers to give"
+        )
     return x
