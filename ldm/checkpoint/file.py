@@ -118,13 +118,18 @@ def file_hash(path: Path) -> str:
 
 
 class atomic:
-    """`with atomic(path) as temporary:` what is written to `temporary` becomes `path` if the block succeeds."""
+    """`with atomic(path) as temporary:` what is written to `temporary` becomes `path` if the block succeeds.
+
+    IsADirectoryError, before anything is written, where `path` is a folder.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
+        if self.path.is_dir():
+            raise IsADirectoryError(f"{str(self.path)!r} is a folder: a file is to be written there, so name another")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return self.temporary
 
