@@ -356,6 +356,21 @@ def test_flipped_anywhere(tmp_path):
                 everything(tmp_path / "a")
 
 
+def test_a_flip_in_the_pickle_is_told(tmp_path):
+    """Names, sizes and strides have a checksum beside them, unlike the numbers, which stay mapped."""
+    torch.save({"a": torch.ones(4, 4), "b": torch.zeros(4, 4)}, tmp_path / "a")
+    whole = (tmp_path / "a").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a") as archive:
+        size = len(archive.read("a/data.pkl"))
+    start = whole.index(b"\x80\x02")
+    for place in range(start, start + size):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / "b").write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"^a record of {size} bytes is damaged \\(its checksum is another\\)$"):
+            TorchFile(tmp_path / "b")
+
+
 def test_random_damage(tmp_path):
     """Runs of bytes removed, repeated, or replaced by others."""
     draw = random.Random(1)

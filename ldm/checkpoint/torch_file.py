@@ -45,7 +45,8 @@ DTYPES = {
 
 
 class Record(NamedTuple):
-    """Where bytes lie in the file: `length` of them from `start`; inflated, `size` of them with the checksum `crc`."""
+    """Where bytes lie in the file: `length` of them from `start`; inflated, `size` of them with the checksum `crc`,
+    which is 0 where torch was told to leave checksums out."""
 
     start: int
     length: int
@@ -108,12 +109,14 @@ class TorchFile:
         return self.made[storage.key]
 
     def _read(self, record: Record) -> bytes:
-        """A copy of the record, inflated."""
+        """A copy of the record, inflated and held against its checksum, which mapped records, gigabytes, are not."""
         self.left -= record.size
         if self.left < 0:
             raise ValueError(f"its records inflate to absurd sizes for a file of {len(self.bytes)} bytes")
         content = self.bytes[record.start : record.start + record.length]
         if not record.deflated:
+            if record.crc not in (0, zlib.crc32(content)):
+                raise ValueError(f"a record of {record.size} bytes is damaged (its checksum is another)")
             return content
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)  # zip files leave out zlib's header
         try:
