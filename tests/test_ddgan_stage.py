@@ -61,7 +61,8 @@ def unconditional(**settings) -> DenoisingGANStage:
 @pytest.mark.parametrize("conditional", [True, False])
 def test_the_losses_by_hand(batch, conditional):
     """(Xiao et al. 2022, eq. 4 and 5) with the random numbers drawn again in the same order."""
-    made = stage(r1_weight=0.3, class_dropout=0.5) if conditional else unconditional(r1_weight=0.3)
+    held = 2.0 if conditional else 0.0  # to x0 (Phung et al. 2023)
+    made = stage(r1_weight=0.3, class_dropout=0.5, reconstruction=held) if conditional else unconditional(r1_weight=0.3)
     torch.manual_seed(9)
     of_generator, of_discriminator = made(batch, 0)[0], made(batch, 1)[0]
     torch.manual_seed(9)
@@ -79,7 +80,8 @@ def test_the_losses_by_hand(batch, conditional):
     fake = mean + (beta * (1 - before) / (1 - now)).sqrt() * again
     true.requires_grad_()
     real, judged = made.discriminator(true, x, t, y=y), made.discriminator(fake, x, t, y=y)
-    torch.testing.assert_close(of_generator, F.softplus(-judged).mean(), rtol=1e-4, atol=1e-6)
+    expected = F.softplus(-judged).mean() + held * (drawn - x0).square().mean()
+    torch.testing.assert_close(of_generator, expected, rtol=1e-4, atol=1e-6)
     penalty = torch.autograd.grad(real.sum(), true)[0].square().sum((1, 2, 3)).mean()
     expected = F.softplus(-real).mean() + F.softplus(judged).mean() + 0.3 / 2 * penalty
     torch.testing.assert_close(of_discriminator, expected, rtol=1e-4, atol=1e-6)
@@ -158,6 +160,7 @@ def test_the_shipped_configuration_trains_and_draws(tmp_path):
         ({"r1_every": 0}, "r1_every 0"),
         ({"r1_weight": -1.0}, "weight -1"),
         ({"discriminator": {**DISCRIMINATOR, "clases": 11}}, "^discriminator: .*'clases'; it takes .*'classes'"),
+        ({"reconstruction": -0.5}, "reconstruction -0.5 at least 0"),
         ({"discriminator": {**DISCRIMINATOR, "classes": 11, "patch": 3}}, r"discriminator does not fit \(1, 32, 32\)"),
         ({"discriminator": {**DISCRIMINATOR, "classes": 10}}, "discriminator does not fit .* classes: index out of"),
     ],

@@ -28,22 +28,23 @@ class Objective(NamedTuple):
     samplers: Sequence[str] = ("ddim",)
 
 
-OBJECTIVES = {
-    "eps, cosine": Objective(samplers=("ddim", "ddpm")),
-    "eps, linear": Objective([f"{MODEL}.schedule.name=linear"]),
-    "v, cosine": Objective([f"{MODEL}.prediction=v"]),
+OBJECTIVES = {  # each is one change from the first
+    "v, cosine": Objective(samplers=("ddim", "ddpm")),
+    "eps, cosine": Objective([f"{MODEL}.prediction=eps"]),
     "x0, cosine": Objective([f"{MODEL}.prediction=x0"]),
+    "v, linear": Objective([f"{MODEL}.schedule.name=linear"]),
+    "v, scaled_linear": Objective([f"{MODEL}.schedule.name=scaled_linear"]),
+    "v, sigmoid_alphabar": Objective([f"{MODEL}.schedule.name=sigmoid_alphabar"]),
+    "v, sigmoid_beta": Objective([f"{MODEL}.schedule.name=sigmoid_beta"]),
+    "v, weight min_snr": Objective([f"{WEIGHT}=min_snr"]),
+    "v, weight snr": Objective([f"{WEIGHT}=snr"]),
+    "v, weight truncated_snr": Objective([f"{WEIGHT}=truncated_snr"]),
     "learned variance": Objective([f"{MODEL}.learned_variance=true", f"{UNET}.out_channels=2"], ("ddim", "ddpm")),
     "self-conditioning": Objective([f"{MODEL}.self_condition=true", f"{UNET}.in_channels=2"]),
-    "v, weight min_snr": Objective([f"{MODEL}.prediction=v", f"{WEIGHT}=min_snr"]),
-    "v, weight snr": Objective([f"{MODEL}.prediction=v", f"{WEIGHT}=snr"]),
-    "v, weight truncated_snr": Objective([f"{MODEL}.prediction=v", f"{WEIGHT}=truncated_snr"]),
     "linear attention": Objective([f"{UNET}.attention_type=linear", f"{UNET}.attention_memory=4"]),
     "immiscible noise": Objective([f"{NOISE}.immiscible=true"]),
     "offset noise": Objective([f"{NOISE}.offset=0.1"]),
-    "eps, scaled_linear": Objective([f"{MODEL}.schedule.name=scaled_linear"]),
-    "eps, sigmoid_alphabar": Objective([f"{MODEL}.schedule.name=sigmoid_alphabar"]),
-    "eps, sigmoid_beta": Objective([f"{MODEL}.schedule.name=sigmoid_beta"]),
+    "eps, linear": Objective([f"{MODEL}.prediction=eps", f"{MODEL}.schedule.name=linear"]),  # two: Ho et al. 2020's
 }
 
 

@@ -109,6 +109,7 @@ class Discriminator(nn.Module):
         )
         self.conv_out = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1)
         self.out = nn.Linear(widths[-1], 1)
+        self.apply(_keep_variance)
         if classes is not None:
             self.label_emb = zero_module(nn.Embedding(classes, widths[-1]))
 
@@ -145,6 +146,18 @@ class PairBlock(TimestepBlock):
         if self.down:
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         return (self.conv2(h) + self.skip(x)) / 2**0.5
+
+
+def _keep_variance(module: nn.Module) -> None:
+    """Weights of variance 1 / fan (Glorot & Bengio 2010, eq. 16), as in the paper's code, and no biases.
+
+    PyTorch's own weights have a third of it, which a network without normalisation multiplies from layer to layer: the
+    logit then hardly depends on the pictures, and the generator runs away from the judge.
+    """
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def pixel_norm(z: Tensor) -> Tensor:
