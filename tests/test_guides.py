@@ -1,8 +1,10 @@
 """Perturbed attention and weaker models: against attention with the identity as its map, diffusers, and nothing."""
 
 import copy
+import re
 import threading
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from test_ddgan_stage import stage
 from test_pixel_diffusion import build
 from tiny_stable_diffusion import PROMPTS, SD1, whole
 
+import ldm
 from ldm.checkpoint.diffusers_folder import write_folder
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import Prediction
@@ -37,6 +40,7 @@ from ldm.models.blocks import AttentionBlock
 from ldm.models.kernels import attention
 from ldm.models.unet import UNetModel
 
+PAGE = Path(__file__).parents[1] / "docs" / "guidance.md"
 ALL = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -291,6 +295,17 @@ def test_a_weaker_model_may_have_another_scale_factor_schedule_and_prediction(mo
     x = torch.randn(2, 4, 8, 8)
     found = autoguidance(model, weak, 7.0)(gaussian(0.4), {}, ["", ""])(x, 0.9).x0
     torch.testing.assert_close(found, gaussian(0.4)(x, 0.9).x0, atol=1e-6, rtol=1e-5)
+
+
+def test_the_pages_code_runs(model, tmp_path, monkeypatch):
+    """docs/guidance.md's, on the tiny model."""
+    save(weaker(model), tmp_path / "weak.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ldm, "load", lambda: model, raising=False)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    names = {}
+    exec(code, names)
+    assert [image.size for image in names["images"]] == [(32, 32)]
 
 
 def test_load_weak(model, tmp_path):

@@ -1,4 +1,5 @@
-"""The README's commands: every script and config exists and its options parse; .ci/run tests as the README says."""
+"""The README's commands and those of docs/: every script and config exists and its options parse; files and settings
+that are named exist; .ci/run tests as the README says."""
 
 import importlib.util
 import re
@@ -8,20 +9,31 @@ from pathlib import Path
 import pytest
 
 from ldm.cli import Parser
+from ldm.training.config import read_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
-def commands() -> list[list[str]]:
-    """The words of every command in the README's bash blocks; `&&` separates commands, a backslash joins lines."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.M | re.S)
+def commands(page: str) -> list[list[str]]:
+    """The words of each command in a page's bash blocks, or indented; `&&` separates commands, a backslash joins lines.
+
+    Left out are those with an ellipsis or a shell's variables.
+    """
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
+    blocks += re.findall(r"^    python (?:.*\\\n)*.*\n", page, re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
-    parts = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
-    return [words for words in parts if words]
+    parts = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ") if "$" not in line]
+    return [words for words in parts if words and "..." not in words]
 
 
-SCRIPTS = [words for words in commands() if any(word.startswith("scripts/") for word in words)]
+SCRIPTS = {
+    f"{name}: {' '.join(words)}": words
+    for name, page in PAGES.items()
+    for words in commands(page)
+    if any(word.startswith("scripts/") for word in words)
+}
 
 
 class Parsed(Exception):
@@ -35,7 +47,7 @@ def load_script(name: str):
     return module
 
 
-@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+@pytest.mark.parametrize("words", SCRIPTS.values(), ids=SCRIPTS)
 def test_script_exists_and_its_options_parse(words, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
     parse = Parser.parse_args
@@ -50,6 +62,9 @@ def test_script_exists_and_its_options_parse(words, monkeypatch):
         script.main(words[at + 1 :])
     for word in words[at + 1 :]:
         assert not word.startswith("configs/") or (ROOT / word).is_file(), f"{word} does not exist"
+    if words[at] == "scripts/train.py":
+        configs = [str(ROOT / word) for word in words if word.startswith("configs/")]
+        read_configs(configs, [word for word in words if "=" in word])  # raises where there is no such setting
 
 
 def test_the_two_promised_commands():
@@ -65,6 +80,7 @@ def test_ci_installs_and_tests_as_the_readme_says():
     assert '"$python" -m pytest' in script
 
 
-def test_files_that_the_readme_names_exist():
-    for name in set(re.findall(r"`((?:ldm|configs|docs|scripts|tests)/[\w/.-]+\.\w+)`", README)):
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_exist(page):
+    for name in set(re.findall(r"`((?:ldm|configs|docs|scripts|tests)/[\w/.-]+\.\w+)", PAGES[page])):
         assert (ROOT / name).is_file(), name
