@@ -6,6 +6,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from importlib.machinery import PathFinder
@@ -258,6 +259,20 @@ def names_table() -> str:
 def test_the_table_in_the_docs_is_current():
     table = DOCS.read_text().partition(BEGIN)[2].partition(END)[0].strip()
     assert table == names_table(), "run python tests/test_legacy_paths.py"
+
+
+def test_the_docs_say_how_long_the_compatible_part_is():
+    """In all and by what its lines are spent on; off by 5 % at most, so that not every edit is one of the page."""
+    counts = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "ldm" / "compvis").glob("*.py")}
+    said, _, parts = DOCS.read_text().partition(" lines, of which ")
+    total = int(said.split()[-1].replace(",", ""))
+    assert total == pytest.approx(sum(counts.values()), rel=0.05)
+    found = re.findall(r"(\d+) [^(]+\(((?:`\w+\.py`(?:, )?)+)\)", parts.partition("\n\n")[0])
+    assert sum(int(lines) for lines, _ in found) == total - counts.pop("__init__.py")
+    for lines, names in found:
+        own = [counts.pop(name) for name in re.findall(r"\w+\.py", names)]
+        assert int(lines) == pytest.approx(sum(own), rel=0.05), names
+    assert not counts  # all of its files are named
 
 
 if __name__ == "__main__":
