@@ -157,17 +157,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     import ldm
     from ldm.finetune.dreambooth_run import make_config, move_in, subjects
     from ldm.training.loop import loop_settings, train
+    from ldm.training.processes import processes
 
-    found, resume = subjects(args), args.resume_from_checkpoint is not None
-    if resume:
+    found, resume, these = subjects(args), args.resume_from_checkpoint is not None, processes(args.device)
+    if resume and these.is_main_process:
         move_in(args.resume_from_checkpoint, args.output_dir)
+    these.wait_for_everyone()
     loading = loading_arguments(args)
     model = ldm.load(args.ckpt, device=args.device, **loading)
-    config = make_config(args, model, found, class_pictures(args, model, found), loading)
+    with these.main_process_first():  # it draws what the others then find
+        pictures = class_pictures(args, model, found)
+    config = make_config(args, model, found, pictures, loading, these.num_processes)
     loop_settings(config)
     del model  # the run has its own
     result = train(config, resume, args.device)
-    print(f"model: {result} ({result.stat().st_size:,} bytes)\ncontact sheet: {args.output_dir / 'contact_sheet.png'}")
+    if these.is_main_process:
+        print(f"model: {result} ({result.stat().st_size:,} bytes)")
+        print(f"contact sheet: {args.output_dir / 'contact_sheet.png'}")
 
 
 def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "list[Subject]") -> list[dict[str, str]]:

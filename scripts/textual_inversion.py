@@ -101,13 +101,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.finetune.embeddings import text_encoder
     from ldm.finetune.textual_inversion import captions, check_model
     from ldm.training.loop import loop_settings, train
+    from ldm.training.processes import processes
 
     skipped = unread(args.train_data_dir, find_pictures(args.train_data_dir))
     if skipped:
         print(f"note: {args.train_data_dir}: skipped {', '.join(skipped)} (no pictures)", file=sys.stderr)
-    resume = args.resume_from_checkpoint is not None
-    if resume:
+    resume, these = args.resume_from_checkpoint is not None, processes(args.device)
+    if resume and these.is_main_process:
         move_in(args.resume_from_checkpoint, args.output_dir)
+    these.wait_for_everyone()
     loading = loading_arguments(args)
     model = ldm.load(args.ckpt, device="cpu", **loading)
     check_model(model)
@@ -117,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     loop_settings(config)
     (prompt, *_) = captions(text_encoder(model).tokenizer, args.placeholder_token, 1, frames)
     del model  # the run has its own
-    write(train(config, resume, args.device), args, config["loop"]["steps"], prompt)
+    result = train(config, resume, args.device)
+    if these.is_main_process:
+        write(result, args, config["loop"]["steps"], prompt)
 
 
 def make_config(

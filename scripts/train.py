@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     from ldm import util
     from ldm.training.config import read_configs
     from ldm.training.loop import loop_settings, train
+    from ldm.training.processes import processes
 
     util.ALLOWED_PACKAGES.update(args.allow)
     paths = [argument for argument in args.arguments if "=" not in argument]
@@ -31,8 +32,11 @@ def main(argv: list[str] | None = None) -> None:
         loop_settings(config)
         util.get_obj_from_str(config["stage"]["target"])
         util.get_obj_from_str(config["data"]["target"])
+    is_main = processes(args.device).is_main_process
     for config in configs:
-        print(f"{config['name']}: {train(config, args.resume, args.device)}", flush=True)
+        result = train(config, args.resume, args.device)
+        if is_main:
+            print(f"{config['name']}: {result}", flush=True)
 
 
 if __name__ == "__main__":

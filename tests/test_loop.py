@@ -169,20 +169,20 @@ def test_scaled_gradients(scaled, tmp_path, monkeypatch):
 
 @pytest.mark.full
 def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
-    """As above under `accelerate launch`: one state for both, and each goes on with its own half of the data."""
+    """As above under torchrun: one state for both, and each goes on with its own half of the data."""
 
     def launch(folder, resume: bool, steps: int = 30) -> subprocess.Popen:
         settings = config(folder, steps=steps, save_every=1, tensorboard=False)
         script = folder.parent / "run.py"
         folder.mkdir(exist_ok=True)
         script.write_text(
-            "import json, sys\nfrom ldm.training.loop import train\n"
+            "import json, os, sys\nfrom pathlib import Path\nfrom ldm.training.loop import train\n"
+            "Path(sys.argv[3], os.environ['RANK']).write_text(str(os.getpid()))\n"
             "train(json.loads(sys.argv[1]), resume=sys.argv[2] == 'True', device='cpu')"
         )
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2"]
-        launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-        command = [*launcher, str(script), json.dumps(settings), str(resume)]
-        return subprocess.Popen(command, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        command += [json.dumps(settings), str(resume), str(folder)]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     assert launch(tmp_path / "alone", False).wait() == 0
     process = launch(tmp_path / "killed", False)
@@ -190,7 +190,9 @@ def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
     while not state.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.005)
     assert state.exists(), "the run saved nothing within two minutes"
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = [int((tmp_path / "killed" / rank).read_text()) for rank in "01"]
+    for pid in (process.pid, *workers):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     assert launch(tmp_path / "killed", True).wait() == 0
     paths = [tmp_path / name / "autoencoder" / "model.safetensors" for name in ("killed", "alone")]

@@ -152,12 +152,15 @@ def make_config(
     found: Sequence[Subject],
     class_pictures: Sequence[Mapping[str, str | None]],
     loading: Mapping[str, Any],
+    processes: int = 1,
 ) -> dict[str, Any]:
     """The run's configuration.
 
     class_pictures: for each subject, which files of its class's folder to train on, with their captions; none without
     prior preservation.
-    loading: arguments of `ldm.load` besides the path. Raises ValueError for settings that do not fit together.
+    loading: arguments of `ldm.load` besides the path. processes: how many train.
+
+    Raises ValueError for settings that do not fit together.
     """
     default, size, data = defaults_for(model), training_size(args, model), []
     for subject, pictures in zip(found, class_pictures, strict=True):
@@ -184,7 +187,7 @@ def make_config(
                 "crop": args.crop,
                 "flip": args.random_flip,
                 "seed": args.seed,
-                "least": batch_size,
+                "least": batch_size * processes,
                 "buckets": [list(shape) for shape in bucket_shapes(size, model.multiple)] if args.buckets else None,
             },
         },

@@ -1,7 +1,8 @@
 """A small CLIP, trained contrastively on the data's own captions and then frozen (Radford et al. 2021, figure 3).
 
 The network is open_clip's class. The loss differs in one point: captions of the same thing are no negatives of each
-other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batch holds many fives.
+other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batch holds many fives. Of several
+processes each has the negatives of its own part of the batch only.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""THE training loop. Every stage is trained by it: one process on a laptop, or many under `accelerate launch`.
+"""THE training loop. Every stage is trained by it: one process on a laptop, or many under torchrun.
 
 Exact resume: the data order is a function of (seed, epoch), captions and augmentation of (seed, epoch, index), and all
 other randomness of (seed, batch number); state is saved between optimizer steps. So a run that was interrupted and
