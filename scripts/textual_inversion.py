@@ -2,10 +2,11 @@
 
 python scripts/textual_inversion.py --train_data_dir pictures/mine --placeholder_token "<mine>" \\
     --initializer_token five --output_dir outputs/mine
-python scripts/txt2img.py --embedding outputs/mine/learned_embeds.safetensors --prompt "a handwritten <mine>"
+python scripts/txt2img.py --embedding outputs/mine/learned_embeds.safetensors --prompt "a handwritten digit <mine>"
 
 What is not given is chosen by the checkpoint's size. Files: OUTPUT_DIR/learned_embeds.safetensors or what --format
-says, contact_sheet.png, previews/ (above the subject's pictures, below drawn ones), metrics.jsonl.
+says, contact_sheet.png, previews/ (above the subject's pictures, below drawn ones), metrics.jsonl, TensorBoard's file,
+config.yaml, and what the run itself goes by: resume.pt until it is finished, then model.safetensors.
 """
 
 import argparse

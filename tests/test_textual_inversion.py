@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from ldm.finetune.embeddings import apply_embedding, token_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
 from ldm.training.order import collate
 
-CPU = torch.device("cpu")
+CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 script = load_script("textual_inversion")
 
 
@@ -139,7 +140,8 @@ def run(checkpoint, subject, folder, *options: object) -> None:
 
 def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject, tmp_path, capsys):
     before = tiny_checkpoint.read_bytes()
-    run(tiny_checkpoint, subject, tmp_path / "out", "--format", "diffusers", "a1111", "compvis")
+    all_formats = ("diffusers", "a1111", "compvis")
+    run(tiny_checkpoint, subject, tmp_path / "out", "--report_to", "tensorboard", "--format", *all_formats)
     assert tiny_checkpoint.read_bytes() == before
     words = [read_words(tmp_path / "out" / name) for name in ("learned_embeds.safetensors", "sks.pt", "embeddings.pt")]
     assert all(found[0].word == "<sks>" and torch.equal(found[0].vectors, words[0][0].vectors) for found in words)
@@ -149,12 +151,25 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert "sks.pt (2 vectors), where a1111 calls it sks" in printed.out
     assert re.search(r"--ckpt \S*tiny.safetensors --embedding \S*learned_embeds.safetensors --prompt 'a ", printed.out)
     assert pixels(tmp_path / "out" / "previews" / "000006.png").shape[0] == 2 * 32 + 2  # the subject's and the word's
-    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+    written = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (tmp_path / "out").iterdir()}
+    assert written == {"learned_embeds.safetensors", "sks.pt", "embeddings.pt", "contact_sheet.png", "previews"} | {
+        *("metrics.jsonl", "events.out.tfevents", "config.yaml", "model.safetensors"),
+    }
+    page = (ROOT / "docs" / "textual_inversion.md").read_text()
+    assert all(f"`{name}" in page for name in written - {"sks.pt"}) and "`WORD.pt`" in page
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 7))
     model = ldm.load(tiny_checkpoint, device="cpu")
     apply_embedding(model, tmp_path / "out" / "learned_embeds.safetensors")
     assert torch.equal(token_embedding(model.cond_stage_model).vectors[0], words[0][0].vectors)
+
+
+def test_the_page_draws_by_a_caption_that_was_trained_on():
+    """The one that the script prints, for the model that ships."""
+    tokenizer = ldm.load(device="cpu").cond_stage_model.tokenizer
+    (prompt, *_) = captions(tokenizer, "<mine>", script.DEFAULTS["small"].vectors)
+    assert f'--prompt "{prompt}"' in (ROOT / "docs" / "textual_inversion.md").read_text()
+    assert f'--prompt "{prompt}"' in script.__doc__
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_checkpoint, subject, tmp_path, monkeypatch):
