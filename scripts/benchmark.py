@@ -35,7 +35,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ldm.cli import Parser, check_writable, run, whole
-from ldm.inference.options import add_model_options, load_model
+from ldm.inference.options import PRECISIONS, add_model_options, load_model
 
 ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
 OBJECTIVES = Path(__file__).parents[1] / "configs" / "pixel" / "objectives.yaml"
@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="pictures of each (1000)")
     command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
+    command.add_argument("--precision", choices=PRECISIONS, default="full", help="of the networks (full)")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as a picture (matplotlib)")
     command = commands.add_parser("objectives", help="schedules, predictions, weights ...: a small network under each")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
@@ -279,11 +280,14 @@ def compare_generators(args: argparse.Namespace) -> list[dict]:
     from ldm.evaluation import trilemma
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
     from ldm.evaluation.source import find_reference
+    from ldm.inference.precision import set_precision
 
     networks = Measuring.load(JUDGE, FEATURES)
     reference, _ = find_reference("mnist", "test", None, networks, args.n)
     captions, rows = reference.captions(args.n, "train"), []
-    vae, ddgan, ddpm = (ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm))
+    vae, ddgan, ddpm = models = [ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm)]
+    for model in models:
+        set_precision(model, args.precision, model.device)
     asked = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
     asked |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
     ways = [("VAE", 1, partial(trilemma.draw_prior, vae, args.n, args.batch_size))]

@@ -9,6 +9,7 @@ from meta_models import TINY_1
 
 import ldm
 from ldm.checkpoint.compvis import single_file
+from ldm.inference import precision
 from ldm.latent_diffusion import LatentDiffusion
 from scripts import benchmark
 
@@ -102,10 +103,17 @@ def test_sampler_table_and_plot(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
-def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys):
+def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    set_precision, computed = precision.set_precision, []
+
+    def watched(model, *args):
+        set_precision(model, *args)
+        computed.append(precision.precision_of(model))
+
+    monkeypatch.setattr(precision, "set_precision", watched)
     files = [f"--{kind}={tiny_checkpoint}" for kind in ("vae", "ddgan", "ddpm")]
-    options = ["--n=10", "--ddim-steps", "3", f"--plot={tmp_path / 'plot.png'}", "--device=cpu"]
+    options = ["--n=10", "--ddim-steps", "3", f"--plot={tmp_path / 'plot.png'}", "--device=cpu", "--precision=bf16"]
     benchmark.main(["trilemma", *files, *options])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
@@ -115,6 +123,7 @@ def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys):
         ["| DDIM, 3 steps", "3"],
     ]
     assert (tmp_path / "plot.png").stat().st_size > 5000
+    assert computed == ["bf16"] * 3
 
 
 def test_trilemma_table_and_plot(tmp_path):

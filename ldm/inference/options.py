@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # it imports torch
     from ldm.latent_diffusion import LatentDiffusion
 
 LOADING = ("config", "vae", "unet", "ema", "prediction", "vocab", "variant")  # those that are arguments of `ldm.load`
+PRECISIONS = ("full", "bf16", "fp16", "autocast")  # of ldm/inference/precision.py, which imports torch
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("speed and memory (pictures stay the same but for rounding)").add_argument
     add(
         "--precision",
-        choices=("full", "bf16", "fp16", "autocast"),
+        choices=PRECISIONS,
         help="of UNet and text encoder: float32, bfloat16, float16 (GPU only), or mixed (full)",
     )
     add("--attention", choices=("auto", "sdpa", "xformers", "math"), help="its kernel; math: plain, in float32 (auto)")
