@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "subjects":
         write_subjects(args)
         return
+    if args.out is not None and args.out == picture_path(args):
+        raise ValueError(f"--out {args.out} is where the picture would go: name the JSON's file .json, or --picture")
     for path in (args.out, picture_path(args)):
         check_writable(path)  # now, not after minutes of drawing
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring  # the first to import torch: the options are good

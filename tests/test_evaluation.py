@@ -415,3 +415,9 @@ def test_script_runs_on_a_machine_without_mnist(tmp_path, monkeypatch):
     assert result["n"] == 1000 and result["judge_accuracy"]["accuracy"] >= 0.99
     with pytest.raises(ValueError, match="only 1000 of MNIST's test pictures ship"):
         evaluate.main(["autoencoder", "--n", "2000", *files])
+
+
+def test_the_report_and_its_picture_are_two_files(tmp_path):
+    with pytest.raises(ValueError, match=r"both\.png is where the picture would go: name the JSON's file"):
+        evaluate.main(["model", f"--out={tmp_path / 'both.png'}"])
+    assert not any(tmp_path.iterdir())
