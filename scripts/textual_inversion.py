@@ -96,17 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     frames = args.learnable_property if args.templates is None else read_templates(args.templates)
     import ldm
-    from ldm.data.dreambooth import unread
-    from ldm.data.folder import find_pictures
-    from ldm.finetune.dreambooth_run import move_in
+    from ldm.finetune.dreambooth_run import move_in, notes_on_pictures
     from ldm.finetune.embeddings import text_encoder
     from ldm.finetune.textual_inversion import captions, check_model
     from ldm.training.loop import loop_settings, train
     from ldm.training.processes import processes
 
-    skipped = unread(args.train_data_dir, find_pictures(args.train_data_dir))
-    if skipped:
-        print(f"note: {args.train_data_dir}: skipped {', '.join(skipped)} (no pictures)", file=sys.stderr)
+    notes = notes_on_pictures(args.train_data_dir)
     resume, these = args.resume_from_checkpoint is not None, processes(args.device)
     if resume and these.is_main_process:
         move_in(args.resume_from_checkpoint, args.output_dir)
@@ -114,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loading = loading_arguments(args)
     model = ldm.load(args.ckpt, device="cpu", **loading)
     check_model(model)
-    for note in model.notes:
+    for note in [*notes, *model.notes]:
         print(f"note: {note}", file=sys.stderr)
     config = make_config(args, model, frames, loading)
     loop_settings(config)

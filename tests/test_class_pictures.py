@@ -79,7 +79,7 @@ def test_a_users_pictures_come_first(model, tmp_path, capsys):
     assert some(None) == {"a.png": "a five", "b.jpg": "a five"} and list(some(1)) == ["a.png"]
     four = some(4)
     assert list(four)[:2] == ["a.png", "b.jpg"] and len(four) == 4 and set(four.values()) == {"a five"}
-    assert "holds 2 pictures of the class; the model draws 2 more" in capsys.readouterr().out
+    assert f"class pictures in {tmp_path}: 2; the model draws 2 more" in capsys.readouterr().out
     assert some(4) == four and list(some(None)) == ["a.png", "b.jpg"]  # what was drawn is not taken for the user's
     assert len(take(model, (tmp_path / "new", ["a five"]))[0]) == 3
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import ldm
 from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth
+from ldm.finetune import dreambooth
 from ldm.finetune.dreambooth import LAYERS, DreamBoothStage, nearness
 from ldm.finetune.dreambooth_run import move_in
 from ldm.finetune.lora_files import apply_lora
@@ -282,13 +283,14 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
         move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
 
 
-@pytest.mark.parametrize("full_at", ["state", "result"])
+@pytest.mark.parametrize("full_at", ["state", "sheet", "result"])
 def test_a_full_disk_loses_nothing(checkpoints, subject, tmp_path, full_at):
     """The second state, or the result, does not fit: the state before it is whole, and the run goes on from it."""
     whole = train(config(checkpoints, subject, tmp_path / "whole"))
     settings = config(checkpoints, subject, tmp_path / "part")
     settings["loop"] |= {"save_every": 2}
     writers = {"state": (torch, "save", 2), "result": (run_folder, "save_file", 1)}
+    writers |= {"sheet": (dreambooth, "save_contact_sheet", 1)}
     module, name, number = writers[full_at]
     write, calls = getattr(module, name), []
 

@@ -68,11 +68,41 @@ def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, t
     assert (out / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_lora(tiny_checkpoint, subject, tmp_path):
+def test_lora_and_a_model_that_it_is_not_for(tiny_checkpoint, subject, tmp_path, capsys):
     out = tmp_path / "out"
     dreambooth.main(options(tiny_checkpoint, subject, out, "--rank", "2", "--lora_format", "peft"))
     assert 0 < (out / "lora.safetensors").stat().st_size < tiny_checkpoint.stat().st_size / 2
     assert (out / "model.safetensors").stat().st_size <= tiny_checkpoint.stat().st_size
+    line = ["--lora", str(out / "lora.safetensors"), "--prompt", "a five", "--outdir", str(tmp_path / "drawn")]
+    with pytest.raises(SystemExit) as ended:  # the model that ships
+        run(lambda: txt2img.main(line))
+    assert ended.value.code == 2 and "another architecture" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "drawn").rglob("*.png"))
+
+
+def test_damage_and_bad_captions_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):
+    whole = (subject / "b.jpg").read_bytes()
+    (subject / "b.jpg").write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read as a picture: .*(?i:truncated)"):
+        dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
+    (subject / "b.jpg").write_bytes(whole)
+    (subject / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
+    with pytest.raises(ValueError, match=r"there is no picture 'gone\.png'"):
+        dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_class_pictures_than_asked(tiny_checkpoint, subject, tmp_path, capsys):
+    """The model draws the rest; what is the user's stays first, and as it was."""
+    own = tmp_path / "own"
+    own.mkdir()
+    Image.new("L", (32, 32), 99).save(own / "a.png")
+    before = (own / "a.png").read_bytes()
+    dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", "--class_data_dir", own))
+    assert f"class pictures in {own}: 1; the model draws 2 more" in capsys.readouterr().out
+    (row,) = read_yaml(tmp_path / "out" / "config.yaml")["data"]["params"]["subjects"]
+    assert list(row["class_pictures"])[0] == "a.png" and len(row["class_pictures"]) == 3 == len(list(own.iterdir()))
+    assert (own / "a.png").read_bytes() == before
 
 
 def test_several_subjects_and_own_class_pictures(tiny_checkpoint, subject, tmp_path):

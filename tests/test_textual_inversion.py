@@ -196,7 +196,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_checkpoint, su
     assert (tmp_path / "whole" / "sks.pt").is_file()
 
 
-def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_path):
+def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no pictures"):
         run(tiny_checkpoint, tmp_path / "empty", tmp_path / "out")
@@ -207,7 +207,7 @@ def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_pat
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="a.png is no picture"):
         run(tiny_checkpoint, tmp_path / "bad", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and "bad holds a single picture" in capsys.readouterr().err
 
 
 # --- the model that ships

@@ -11,7 +11,7 @@ import yaml
 from ldm.checkpoint.file import atomic
 from ldm.conditioning.prompt import count_chunks
 from ldm.data.buckets import bucket_shapes
-from ldm.data.dreambooth import choices, identifiers, unread
+from ldm.data.dreambooth import DreamBooth, choices, identifiers, unread
 from ldm.data.folder import find_pictures
 from ldm.generation import given
 from ldm.latent_diffusion import LatentDiffusion
@@ -94,7 +94,8 @@ class Subject(NamedTuple):
 def subjects(args: argparse.Namespace) -> list[Subject]:
     """The subjects: option number i of each kind belongs to subject i.
 
-    Raises ValueError for options that do not match in number, FileNotFoundError for a folder without pictures.
+    Raises ValueError for options that do not match in number and for a damaged picture or bad captions, which would
+    otherwise show only when the class pictures are drawn; FileNotFoundError for a folder without pictures.
     """
     folders, prompts = args.instance_data_dir, args.instance_prompt
     if not folders:
@@ -111,7 +112,7 @@ def subjects(args: argparse.Namespace) -> list[Subject]:
     classes = args.class_prompt or [None] * len(folders)
     class_folders = args.class_data_dir or [args.output_dir / "class"] * len(folders)
     for row in zip(folders, prompts, classes, class_folders, strict=True):
-        find_pictures(row[0])
+        DreamBooth([{"instance_dir": row[0], "instance_prompt": row[1]}], size=1)
         found.append(Subject(*row))
     return found
 
@@ -128,14 +129,20 @@ def class_prompts(subject: Subject) -> list[str]:
     return [] if subject.class_prompt is None else choices(subject.class_prompt)
 
 
+def notes_on_pictures(folder: Path) -> list[str]:
+    """What a user should know of a subject's pictures. FileNotFoundError where there are none."""
+    paths, notes = find_pictures(folder), []
+    ignored = unread(folder, paths)
+    if ignored:
+        notes.append(f"{folder}: skipped {', '.join(ignored)} (no pictures)")
+    if len(paths) == 1:
+        notes.append(f"{folder} holds a single picture: three to five, from several sides, teach more")
+    return notes
+
+
 def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
     """What a user should know of a subject before it is learnt."""
-    paths, notes = find_pictures(subject.instance_dir), []
-    ignored = unread(subject.instance_dir, paths)
-    if ignored:
-        notes.append(f"{subject.instance_dir}: skipped {', '.join(ignored)} (no pictures)")
-    if len(paths) == 1:
-        notes.append(f"{subject.instance_dir} holds a single picture: three to five, from several sides, teach more")
+    notes = notes_on_pictures(subject.instance_dir)
     for word in identifiers(subject.instance_prompt, subject.class_prompt):
         tokens = len(model.cond_stage_model.tokenizer.encode(word))
         if tokens > 1:

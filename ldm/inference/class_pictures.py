@@ -87,7 +87,7 @@ def _wanted(one: Class, usual: int, known: Sequence[str]) -> tuple[dict[str, str
     found = dict.fromkeys(own[:count], prompts[0]) if len(prompts) == 1 else dict.fromkeys(own[:count])
     missing = count - len(own)
     if own and missing > 0:
-        print(f"{folder} holds {len(own)} pictures of the class; the model draws {missing} more")
+        print(f"class pictures in {folder}: {len(own)}; the model draws {missing} more")
     if keep is None:
         keep = () if own else known
     shares = []
