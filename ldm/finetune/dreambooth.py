@@ -257,10 +257,8 @@ class DreamBoothStage(Stage):
             save_lora(self.lora_file, self.adapters, self.latent_diffusion, self.lora_format, dtype)
         if self.sheet is None:
             return
-        after, rows = (
-            self.preview(),
-            [Row("the subject's pictures", [to_pil(x[None])[0] for x in p]) for p in self.pictures],
-        )
+        after = self.preview()
+        rows = [Row("the subject's pictures", [to_pil(x[None])[0] for x in p]) for p in self.pictures]
         for i, prompt in enumerate(self.previews):
             chosen = slice(i * self.preview_columns, (i + 1) * self.preview_columns)
             rows += [Row(f"{prompt}: before", self.before[chosen]), Row(f"{prompt}: after", after[chosen])]
