@@ -290,21 +290,23 @@ def compare_generators(args: argparse.Namespace) -> list[dict]:
         set_precision(model, args.precision, model.device)
     asked = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
     asked |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
-    ways = [("VAE", 1, partial(trilemma.draw_prior, vae, args.n, args.batch_size))]
+    ways = [("VAE", 1, partial(trilemma.draw_prior, vae, args.n, args.batch_size), None)]
     for name, (model, settings) in asked.items():
         draw = partial(trilemma.draw_asked, model, captions, args.batch_size, **settings)
-        ways.append((name, trilemma.evaluations(model, **settings), draw))
-    for name, calls, draw in ways:
-        rows.append(trilemma.measure(name, calls, draw, reference, networks))
+        ways.append((name, trilemma.evaluations(model, **settings), draw, reference.labels[: args.n]))
+    for name, calls, draw, labels in ways:
+        rows.append(trilemma.measure(name, calls, draw, reference, networks, labels))
         print(json.dumps(rows[-1]), file=sys.stderr)
     return rows
 
 
 def trilemma_table(rows: Sequence[dict]) -> str:
     """Markdown, a row for each generator."""
-    lines = ["| | evaluations | distance / floor | recall | precision | s a picture | CPU s |", "|---" * 7 + "|"]
+    titles = ("", "evaluations", "class accuracy", "distance / floor", "recall", "precision", "s a picture", "CPU s")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        figures = [f"{row['ratio']:.2f}", f"{row['recall']:.2f}", f"{row['precision']:.2f}"]
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+        figures = [accuracy, f"{row['ratio']:.2f}", f"{row['recall']:.2f}", f"{row['precision']:.2f}"]
         times = [f"{row['seconds']:.2g}", f"{row['cpu_seconds']:.2g}"]
         lines.append(f"| {' | '.join([row['name'], str(row['evaluations']), *figures, *times])} |")
     return "\n".join(lines)

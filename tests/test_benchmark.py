@@ -128,12 +128,13 @@ def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys, monkeypatch)
 
 def test_trilemma_table_and_plot(tmp_path):
     rows = [
-        {"name": name, "evaluations": n, "ratio": 2.5, "recall": 0.75, "precision": 0.8, "seconds": s, "cpu_seconds": s}
-        for name, n, s in (("VAE", 1, 0.001), ("DDGAN", 4, 0.0123))
+        {"name": name, "evaluations": n, "accuracy": a, "ratio": 2.5, "recall": 0.75, "precision": 0.8}
+        | {"seconds": s, "cpu_seconds": s}
+        for name, n, a, s in (("VAE", 1, None, 0.001), ("DDGAN", 4, 0.995, 0.0123))
     ]
     assert benchmark.trilemma_table(rows).splitlines()[2:] == [
-        "| VAE | 1 | 2.50 | 0.75 | 0.80 | 0.001 | 0.001 |",
-        "| DDGAN | 4 | 2.50 | 0.75 | 0.80 | 0.012 | 0.012 |",
+        "| VAE | 1 | - | 2.50 | 0.75 | 0.80 | 0.001 | 0.001 |",
+        "| DDGAN | 4 | 99.5% | 2.50 | 0.75 | 0.80 | 0.012 | 0.012 |",
     ]
     pytest.importorskip("matplotlib")
     benchmark.plot_trilemma(rows, tmp_path / "plot.png")
