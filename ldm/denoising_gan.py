@@ -40,9 +40,9 @@ class DenoisingGAN(PixelDiffusion):
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning, z: Tensor | None = None) -> Tensor:
         """x0' (b, c, h, w) for noised pictures x at timesteps t (b,); z (b, latent_dim), by default drawn anew."""
-        generator = self.model.diffusion_model
-        z = torch.randn(len(x), generator.latent_dim, device=x.device) if z is None else z
-        return generator(x, t, z, y=cond.get("c_adm"))
+        if z is None:
+            z = torch.randn(len(x), self.model.diffusion_model.latent_dim, device=x.device)
+        return self.model(x, t, **cond, z=z)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """As everywhere, with a fresh z at each call: picture i's from seeds[i] alone, or all from torch's own state.

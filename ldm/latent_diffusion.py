@@ -47,6 +47,7 @@ class DiffusionWrapper(nn.Module):
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
         c_adm: Tensor | None = None,
+        z: Tensor | None = None,  # of networks that draw: `ldm.models.ddgan.Generator`
     ) -> Tensor:
         if c_concat is not None and c_concat.shape[-2:] != x.shape[-2:]:
             sizes = [f"{t.shape[-1]} x {t.shape[-2]}" for t in (c_concat, x)]
@@ -55,7 +56,7 @@ class DiffusionWrapper(nn.Module):
             )
         if c_concat is not None:
             x = torch.cat([x, c_concat.to(x.dtype)], dim=1)
-        given = {"context": c_crossattn, "y": c_adm}
+        given = {"context": c_crossattn, "y": c_adm, "z": z}
         return self.diffusion_model(x, t, **{name: value for name, value in given.items() if value is not None})
 
 

@@ -13,6 +13,7 @@ from ldm.denoising_gan import DenoisingGAN, latent_seed
 from ldm.diffusion.posterior import q_posterior
 from ldm.diffusion.sampling.noise import PictureNoise
 from ldm.images import to_pil
+from ldm.inference.precision import set_precision
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,11 @@ def test_saved_and_loaded(model, tmp_path):
     loaded = ldm.load(path, device="cpu")
     assert type(loaded) is DenoisingGAN
     assert np.array_equal(pixels(loaded.generate([1, 2])), pixels(model.generate([1, 2])))
+
+
+@pytest.mark.parametrize("name", ["bf16", "autocast"])
+def test_it_computes_in_the_precision_that_is_set(model, name):
+    full, other = pixels(model.generate([3], seed=1)), copy.deepcopy(model)
+    set_precision(other, name)
+    rounded = np.abs(pixels(other.generate([3], seed=1)) - full)
+    assert 0 < rounded.max() and rounded.mean() < 4
