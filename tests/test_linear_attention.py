@@ -92,6 +92,7 @@ def test_a_unet_has_it_in_its_levels():
         (lambda: UNetModel(**SMALL, attention_type="linear", attention_memory=-1), "attention_memory -1"),
         (lambda: LinearAttentionBlock(8, num_heads=3, norm_groups=4), "8 channels do not split into heads"),
         (lambda: LinearAttentionBlock(8, num_head_channels=16, norm_groups=4), "8 channels do not split into heads"),
+        (lambda: LinearAttentionBlock(8, num_heads=0, norm_groups=4), "8 channels .*: num_heads is 0, num_head_ch"),
     ],
 )
 def test_bad_arguments_are_refused(build, message):

@@ -200,6 +200,20 @@ class ResBlock(TimestepBlock):
         return self.skip_connection(x) + h
 
 
+def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
+    """`num_heads`, or where the width of a head is given, and not -1, how many of that width there are.
+
+    Raises ValueError when the one in force does not divide the channels.
+    """
+    divisor = num_heads if num_head_channels == -1 else num_head_channels
+    if divisor < 1 or channels % divisor:
+        raise ValueError(
+            f"{channels} channels do not split into heads: num_heads is {num_heads}, num_head_channels is "
+            f"{num_head_channels} (-1: not given), and the one in force must divide the channels"
+        )
+    return num_heads if num_head_channels == -1 else channels // num_head_channels
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of a feature map (b, c, h, w), added to it (Dhariwal & Nichol 2021).
 
@@ -218,12 +232,7 @@ class AttentionBlock(nn.Module):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        if channels % (num_heads if num_head_channels == -1 else num_head_channels):
-            raise ValueError(
-                f"{channels} channels do not split into heads: num_heads is {num_heads}, num_head_channels is "
-                f"{num_head_channels} (-1: not given), and the one in force must divide the channels"
-            )
-        self.num_heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        self.num_heads = count_heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order
         self.norm = normalization(channels, norm_groups)

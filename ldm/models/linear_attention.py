@@ -4,7 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.models.blocks import checkpoint, normalization, zero_module
+from ldm.models.blocks import checkpoint, count_heads, normalization, zero_module
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -37,15 +37,9 @@ class LinearAttentionBlock(nn.Module):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        heads = num_heads if num_head_channels == -1 else channels // num_head_channels
-        if heads < 1 or channels % heads or (num_head_channels != -1 and channels % num_head_channels):
-            raise ValueError(
-                f"{channels} channels do not split into heads: num_heads is {num_heads}, num_head_channels is "
-                f"{num_head_channels} (-1: not given), and the one in force must divide the channels"
-            )
+        heads = self.num_heads = count_heads(channels, num_heads, num_head_channels)
         if memory < 0:
             raise ValueError(f"attention_memory {memory} must not be below 0")
-        self.num_heads = heads
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels, norm_groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
