@@ -134,7 +134,7 @@ def warn_of_left_over(schedule: Schedule) -> None:
     if left > LEFT_OVER:
         print(
             f"note: at its last level, {schedule.T - 1}, this schedule leaves {left:.3f} of the picture "
-            "(sqrt(alpha-bar)), and pictures are drawn from noise alone: more steps, larger betas or "
-            "zero_terminal_snr would take it away",
+            "(sqrt(alpha-bar)), and pictures are drawn from noise alone: more steps or larger betas would take it "
+            "away, or zero_terminal_snr with prediction v or x0",
             file=sys.stderr,
         )
