@@ -154,6 +154,14 @@ def test_the_shipped_configuration_trains_and_draws(tmp_path):
     assert (drawn.steps, drawn.sampler) == (4, "ddpm")
 
 
+def test_the_shipped_configuration_has_the_papers_numbers():
+    params = OmegaConf.load(CONFIG).stage.params
+    model = params.model.params
+    assert OmegaConf.to_container(model.schedule) == {"name": "vp", "T": 4}
+    assert (model.defaults.steps, model.unet_config.params.latent_dim) == (4, 100)
+    assert (list(params.betas), params.r1_every) == ([0.5, 0.9], 15)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

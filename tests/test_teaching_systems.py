@@ -1,27 +1,30 @@
-"""The teaching systems' configurations, from training to pictures, at as little of everything as possible."""
+"""DDPM's and the teaching systems' configurations, from training to pictures, at as little of all as possible."""
 
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 from script_runs import ROOT, load_script, names, pixels
 
+from ldm.evaluation.networks import Measuring
 from ldm.training.lr_scheduler import lr_multiplier
 
 train, sample = load_script("train"), load_script("sample")
-SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false", "stage.params.previews=2"]
+SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false"]
 NARROW = {
     "simple_unet": ["widths=[4,4,8,8,8]"],
     "mnist14": ["widths=[8,8,8]", "norm_groups=4"],
+    "ddpm": ["model_channels=16", "num_head_channels=16"],
 }
 NETWORK = "stage.params.model.params.unet_config.params"
 
 
 @pytest.mark.parametrize(
     "name, side, classes",
-    [("simple_unet", 32, []), ("mnist14", 14, ["--class", "5", "9"])],
+    [("simple_unet", 32, []), ("mnist14", 14, ["--class", "5", "9"]), ("ddpm", 32, ["--class", "5", "9"])],
 )
 def test_a_system_trains_and_draws(name, side, classes, mnist, tmp_path, capsys):
     changes = [*SHORT, f"data.params.root={mnist}", "data.params.first=8", f"outdir={tmp_path / 'runs'}"]
+    changes += ["stage.params.previews=2", "stage.params.model.params.defaults.steps=2"]
     changes += [f"{NETWORK}.{change}" for change in NARROW[name]]
     train.main([str(ROOT / "configs" / "pixel" / f"{name}.yaml"), *changes, "--device", "cpu"])
     noted = "this schedule leaves 0.219 of the picture" in capsys.readouterr().err
@@ -48,3 +51,14 @@ def test_the_numbers_that_were_published():
     model = config.stage.params.model.params
     assert OmegaConf.to_container(model.schedule) == {"name": "linear", "T": 300} and config.stage.params.error == "l1"
     assert (model.defaults.sampler, model.defaults.steps) == ("ddpm", 300)
+    model = OmegaConf.load(ROOT / "configs" / "pixel" / "ddpm.yaml").stage.params.model.params
+    assert OmegaConf.to_container(model.schedule) == {"name": "linear"} and model.prediction == "eps"  # of 1000 levels
+    assert (model.defaults.sampler, model.defaults.steps) == ("ddpm", 1000)
+
+
+def test_the_networks_that_measure_pictures_of_fourteen_pixels_train(mnist, tmp_path, monkeypatch):
+    monkeypatch.setenv("LDM_DATA", str(mnist))
+    networks = ("judge14", "features14")
+    configs = [str(ROOT / "configs" / "evaluation" / f"{name}.yaml") for name in networks]
+    train.main([*configs, *SHORT, f"outdir={tmp_path / 'runs'}", "--device", "cpu"])
+    assert Measuring.load(*(tmp_path / "runs" / name / "model.safetensors" for name in networks)).size == 14
