@@ -4,14 +4,15 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ldm
 from ldm.evaluation.draw import draw
-from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, classify, features_of
-from ldm.evaluation.report import report_distribution
+from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
 from ldm.evaluation.source import find_reference
+from ldm.evaluation.trilemma import evaluations, measure
 from ldm.training.config import read_configs
 from ldm.training.loop import train
 
@@ -91,20 +92,16 @@ def compare(
         model = ldm.load(train(configs[name], resume=True, device=device), device=device)
         trained = time.process_time() - started if fresh else None  # of a run that went on nobody knows
         for sampler in wanted:
-            started = time.process_time()
-            pictures = draw(model, labels.tolist(), 0, batch_size, sampler=sampler, steps=STEPS)
-            drawn = time.process_time() - started
-            found = report_distribution(features_of(networks.features, pictures), reference)
+            settings = {"sampler": sampler, "steps": STEPS}
+            drawing = partial(draw, model, labels.tolist(), 0, batch_size, **settings)
+            found = measure(name, evaluations(model, **settings), drawing, reference, networks, labels)
             row = {
                 "objective": name,
                 "sampler": sampler,
-                "accuracy": (classify(networks.judge, pictures) == labels).double().mean().item(),
-                "ratio": found["frechet"]["ratio"],
-                "recall": found["precision_recall"]["recall"],
-                "n": n,
+                **{key: found[key] for key in ("accuracy", "ratio", "recall", "n")},
                 "training_steps": configs[name]["loop"]["steps"],
                 "training_cpu_seconds": trained,
-                "cpu_seconds_a_picture": drawn / n,
+                "cpu_seconds_a_picture": found["cpu_seconds"],
             }
             rows.append(row)
             with open(out, "a") as file:
