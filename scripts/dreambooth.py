@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.mixed_precision == "no":  # accelerate's and diffusers' word
         args.mixed_precision = "fp32"
     import ldm
-    from ldm.finetune.dreambooth_run import make_config, move_in, subjects
+    from ldm.finetune.dreambooth import check_model
+    from ldm.finetune.dreambooth_run import add_class_pictures, make_config, move_in, notes_on, subjects
     from ldm.training.loop import loop_settings, train
     from ldm.training.processes import processes
 
@@ -165,31 +166,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     these.wait_for_everyone()
     loading = loading_arguments(args)
     model = ldm.load(args.ckpt, device=args.device, **loading)
+    check_model(model)
+    for note in [*model.notes, *(note for subject in found for note in notes_on(subject, model))]:
+        print(f"note: {note}", file=sys.stderr)
+    config = make_config(args, model, found, loading, these.num_processes)
+    loop_settings(config)  # raises for bad ones, before the class pictures are drawn
     with these.main_process_first():  # it draws what the others then find
-        pictures = class_pictures(args, model, found)
-    config = make_config(args, model, found, pictures, loading, these.num_processes)
-    loop_settings(config)
+        add_class_pictures(config, found, class_pictures(args, model, found))
     del model  # the run has its own
-    result = train(config, resume, args.device)
+    train(config, resume, args.device)
     if these.is_main_process:
-        print(f"model: {result} ({result.stat().st_size:,} bytes)")
+        names = ["model.safetensors"] if args.rank is None else ["model.safetensors", "lora.safetensors"]
+        for path in (args.output_dir / name for name in names):
+            print(f"{path.stem}: {path} ({path.stat().st_size:,} bytes)")
         print(f"contact sheet: {args.output_dir / 'contact_sheet.png'}")
 
 
 def class_pictures(args: argparse.Namespace, model: "LatentDiffusion", found: "list[Subject]") -> list[dict[str, str]]:
-    """Which files of each subject's class folder to train on, drawn where they are missing; and notes on stderr."""
+    """Which files of each subject's class folder to train on, with their captions, drawn where they are missing."""
     from ldm.data.dreambooth import choices
-    from ldm.finetune.dreambooth import check_model
-    from ldm.finetune.dreambooth_run import class_prompts, defaults_for, notes_on, training_size
+    from ldm.finetune.dreambooth_run import class_prompts, defaults_for, training_size
     from ldm.finetune.known import known_prompts
+    from ldm.generation import given
     from ldm.inference.class_pictures import Class, collect
 
-    check_model(model)
     default, size = defaults_for(model), training_size(args, model)
-    for note in [*model.notes, *(note for subject in found for note in notes_on(subject, model))]:
-        print(f"note: {note}", file=sys.stderr)
-    scale = default.class_scale if args.class_guidance_scale is None else args.class_guidance_scale
-    batch_size = default.sample_batch_size if args.sample_batch_size is None else args.sample_batch_size
+    scale = given(args.class_guidance_scale, default.class_scale)
+    batch_size = given(args.sample_batch_size, default.sample_batch_size)
     keep, known = args.keep_prompt, known_prompts(model.cond_stage_model.tokenizer)
     if keep is not None:
         keep = [prompt for one in keep if one for prompt in choices(one)]

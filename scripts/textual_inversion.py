@@ -96,12 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     frames = args.learnable_property if args.templates is None else read_templates(args.templates)
     import ldm
-    from ldm.finetune.dreambooth_run import move_in, notes_on_pictures
+    from ldm.finetune.dreambooth_run import check_apart, move_in, notes_on_pictures
     from ldm.finetune.embeddings import text_encoder
     from ldm.finetune.textual_inversion import captions, check_model
     from ldm.training.loop import loop_settings, train
     from ldm.training.processes import processes
 
+    check_apart(args.train_data_dir, args.output_dir / "previews")
     notes = notes_on_pictures(args.train_data_dir)
     resume, these = args.resume_from_checkpoint is not None, processes(args.device)
     if resume and these.is_main_process:
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for note in [*notes, *model.notes]:
         print(f"note: {note}", file=sys.stderr)
     config = make_config(args, model, frames, loading)
-    loop_settings(config)
+    loop_settings(config)  # raises for bad ones
     (prompt, *_) = captions(text_encoder(model).tokenizer, args.placeholder_token, 1, frames)
     del model  # the run has its own
     result = train(config, resume, args.device)
@@ -127,6 +128,7 @@ def make_config(
     """The run's configuration for `ldm.training.loop.train`."""
     from ldm.finetune.dreambooth_run import SMALL, training_size
     from ldm.finetune.embeddings import deviation, text_encoder
+    from ldm.generation import given
 
     size = "small" if sum(parameter.numel() for parameter in model.model.parameters()) < SMALL else "large"
     default, output, side = DEFAULTS[size], args.output_dir.resolve(), training_size(args, model)
@@ -172,10 +174,6 @@ def make_config(
         "data": {"target": "ldm.data.folder.Folder", "params": data},
         "loop": loop,
     }
-
-
-def given(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def write(result: Path, args: argparse.Namespace, steps: int, prompt: str) -> None:

@@ -1,6 +1,7 @@
 """The DreamBooth stage: its loss written out by hand, what trains, what is cached, exact resume, and what comes out."""
 
 import copy
+import json
 import shutil
 import sys
 from types import ModuleType, SimpleNamespace
@@ -251,14 +252,16 @@ def test_a_run_gives_one_file_no_larger_than_the_model(checkpoints, subject, tmp
         assert sheet.height == 5 * (16 + 4 + 64) + 4
 
 
-@pytest.mark.parametrize("buckets", [False, True])
-def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subject, in_buckets, tmp_path, buckets):
-    """5 pairs in batches of 2 make epochs of 2 steps; step 3 is in the middle of one, as it is in buckets."""
+@pytest.mark.parametrize("kind", ["plain", "buckets", "lora"])
+def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subject, in_buckets, tmp_path, kind):
+    """5 pairs in batches of 2 make epochs of 2 steps; step 3 is in the middle of one, as it is in buckets. A state of
+    adapters holds nothing of the model."""
 
     def settings(name):
-        made = config(checkpoints, subject, tmp_path / name, text_learning_rate=1e-4)
+        lora = {"rank": 2, "targets": ["attention", "text"]} if kind == "lora" else None
+        made = config(checkpoints, subject, tmp_path / name, text_learning_rate=1e-4, lora=lora)
         made["loop"] |= {"save_every": 3, "steps": 5}
-        return made | {"data": made["data"] | {"params": in_buckets}} if buckets else made
+        return made | {"data": made["data"] | {"params": in_buckets}} if kind == "buckets" else made
 
     whole, part = train(settings("whole")), settings("part")
     stopped = DreamBoothStage.forward
@@ -273,6 +276,9 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DreamBoothStage, "forward", failing)
         train(part)
+    state = torch.load(tmp_path / "part" / "resume.pt", weights_only=True)
+    assert state["step"] == 3
+    assert {name.split(".")[0] for name in state["stage"]} == ({"trained"} if kind == "lora" else {"model", "text"})
     shutil.move(tmp_path / "part", tmp_path / "elsewhere")
     move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
     resumed = train(settings("third"), resume=True)
@@ -406,3 +412,33 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
 def test_mistakes(checkpoints, settings, message):
     with pytest.raises(ValueError, match=message):
         DreamBoothStage(checkpoints["v"], resolution=32, learning_rate=1e-3, **settings)
+
+
+def test_micro_batches_averages_and_bf16(checkpoints, subject, tmp_path, monkeypatch):
+    """Two micro-batches give one batch's gradient; EMA's weights in closed form; bf16 rounds what fp32 computes.
+
+    Noise is that of the picture, so that it does not depend on the batch.
+    """
+    monkeypatch.setattr(dreambooth, "training_timesteps", lambda batch, T, **_: torch.full((batch,), T // 2))
+    monkeypatch.setattr(dreambooth, "training_noise", lambda z, offset: z.flip(-1))
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(DreamBoothStage, "preview", lambda self: [Image.new("L", (8, 8))])
+
+    def run(name, **loop):
+        made = config(checkpoints, subject, tmp_path / name, 1, sheet=None)
+        made["loop"] |= {"batch_size": 4, **loop}
+        return weights(train(made)), json.loads((tmp_path / name / "metrics.jsonl").read_text())
+
+    def weights(path):
+        state = ldm.load(path, device="cpu").model.state_dict()
+        return torch.cat([tensor.flatten().float() for tensor in state.values()])
+
+    (after, whole), (_, micro) = run("whole"), run("micro", batch_size=2, accumulate=2)
+    for key in ("loss", "grad_norm_0"):
+        assert micro[key] == pytest.approx(whole[key], rel=1e-4), key
+    average, _ = run("average", ema=0.9)
+    wanted = (2 * weights(checkpoints["v"]) + 9 * after) / 11  # its decay is (1 + n) / (10 + n) at first
+    torch.testing.assert_close(average, wanted, rtol=1e-3, atol=2e-5)  # half precision
+    assert (average - after).abs().max() > 1e-4
+    _, rounded = run("rounded", precision="bf16")
+    assert 0 < abs(rounded["loss"] / whole["loss"] - 1) < 0.02

@@ -71,6 +71,7 @@ def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, t
 def test_lora_and_a_model_that_it_is_not_for(tiny_checkpoint, subject, tmp_path, capsys):
     out = tmp_path / "out"
     dreambooth.main(options(tiny_checkpoint, subject, out, "--rank", "2", "--lora_format", "peft"))
+    assert f"lora: {out / 'lora.safetensors'} (" in capsys.readouterr().out
     assert 0 < (out / "lora.safetensors").stat().st_size < tiny_checkpoint.stat().st_size / 2
     assert (out / "model.safetensors").stat().st_size <= tiny_checkpoint.stat().st_size
     line = ["--lora", str(out / "lora.safetensors"), "--prompt", "a five", "--outdir", str(tmp_path / "drawn")]
@@ -80,7 +81,7 @@ def test_lora_and_a_model_that_it_is_not_for(tiny_checkpoint, subject, tmp_path,
     assert not list((tmp_path / "drawn").rglob("*.png"))
 
 
-def test_damage_and_bad_captions_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):
+def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):
     whole = (subject / "b.jpg").read_bytes()
     (subject / "b.jpg").write_bytes(whole[: len(whole) * 3 // 4])
     with pytest.raises(ValueError, match=r"b\.jpg cannot be read as a picture: .*(?i:truncated)"):
@@ -89,6 +90,12 @@ def test_damage_and_bad_captions_show_before_the_class_is_drawn(tiny_checkpoint,
     (subject / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
     with pytest.raises(ValueError, match=r"there is no picture 'gone\.png'"):
         dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
+    (subject / "metadata.jsonl").unlink()
+    bad = {"loop.ema 1.5 must be": ["--use_ema", "--ema_decay", "1.5"]}
+    bad |= {"cannot hold the vectors of words": ["--rank", "2", "--train_text", "words"]}
+    for message, more in bad.items():
+        with pytest.raises(ValueError, match=message):
+            dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
 
 
@@ -121,8 +128,11 @@ def test_several_subjects_and_own_class_pictures(tiny_checkpoint, subject, tmp_p
 def test_a_single_picture_is_enough_but_said(tiny_checkpoint, subject, tmp_path, capsys):
     for name in ("b.jpg", "c.png", "d.png"):
         (subject / name).unlink()
-    dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
-    assert "holds a single picture: three to five" in capsys.readouterr().err
+    line = options(tiny_checkpoint, subject, tmp_path / "out")
+    at = line.index("--class_prompt")
+    dreambooth.main(line[:at] + line[at + 2 :])  # without a class, any word may be the identifier
+    said = capsys.readouterr().err
+    assert "holds a single picture: three to five" in said and "'sks' into" in said
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -154,11 +164,12 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         "none is not a folder": [*only, "--instance_data_dir", str(tmp_path / "none")],
         "x.png ": [*only, "--instance_data_dir", str(tmp_path / "bad")],
         "needs --class_prompt": [*only, "--instance_data_dir", str(subject), "--with_prior_preservation"],
+        "keep them apart": line("--output_dir", str(subject / "out")),
+        f"{subject} lies in {tmp_path}": line("--class_data_dir", str(tmp_path)),
         "cannot be made by this model": line("--resolution", "33"),
         "no bucket but the square": line("--resolution", "8", "--buckets"),
         "match no weight": line("--train_layers", "attn9"),
         "bitsandbytes, which is not installed": line("--use_8bit_adam"),
-        "cannot hold the vectors of words": line("--rank", "2", "--train_text", "words"),
         "adafactor's learning rate is relative": line("--optimizer", "adafactor"),
         "did you mean --learning_rate?": line("--learning_rat", "1"),
         "holds no run to go on with": line("--resume_from_checkpoint", str(tmp_path / "none")),

@@ -203,6 +203,8 @@ def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_pat
     (tmp_path / "frames.txt").write_text("a {}\na thing\n")
     with pytest.raises(ValueError, match="'a thing' has no {}"):
         run(tiny_checkpoint, subject, tmp_path / "out", "--templates", tmp_path / "frames.txt")
+    with pytest.raises(ValueError, match="keep them apart"):
+        run(tiny_checkpoint, subject, subject / "out")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="a.png is no picture"):

@@ -120,14 +120,19 @@ class DreamBoothStage(Stage):
     def _choose(
         self, layers: str, train_text: bool, words: Sequence[str] | None, lora: Mapping[str, Any] | None
     ) -> None:
-        """Set what trains: weights of the UNet and the text encoder, or adapters beside them."""
+        """Set what trains: weights of the UNet and the text encoder, or adapters beside them.
+
+        Networks of which nothing trains are no submodules, so that a saved state of adapters is as small as they are.
+        """
         whole = self.latent_diffusion
-        self.model, self.text, self.words = whole.model, None, words
+        self.train_text, self.words = train_text, words
         frozen = {"first_stage": whole.first_stage_model}
-        if train_text:
-            self.text = whole.cond_stage_model.requires_grad_(lora is None)
-        else:
-            frozen["text_encoder"] = whole.cond_stage_model
+        networks = {"model": (whole.model, True), "text": (whole.cond_stage_model, train_text)}
+        for name, (network, trains) in networks.items():
+            if trains and lora is None:
+                self.add_module(name, network.requires_grad_())
+            else:
+                frozen[name] = network
         self.exclude_from_modules(**frozen)
         self.adapters: dict[str, Adapter] = {}
         if lora is None:
@@ -153,7 +158,7 @@ class DreamBoothStage(Stage):
             others = {caption for pictures in dataset.classes for caption in pictures.captions}
             if others:
                 self.apart_from = self._directions(self.latent_diffusion.cond_stage_model(sorted(others)))
-        if self.cache and self.text is None:
+        if self.cache and not self.train_text:
             for caption in dataset.captions():
                 self.texts[caption] = {k: v[0] for k, v in self.latent_diffusion.cond_stage_model([caption]).items()}
         if self.cache and not dataset.augments:
@@ -165,15 +170,10 @@ class DreamBoothStage(Stage):
         """A set of pictures as the means and deviations of their latents, on the CPU."""
         means, stds = [], []
         for batch in self.iterate(pictures, 16 if len(set(pictures.shapes)) == 1 else 1, "encoding latents"):
-            mean, std = self._posterior(batch["image"])
+            mean, std = posterior(self.first_stage, batch["image"].to(self.latent_diffusion.device))
             means += mean.cpu()
             stds += std.cpu()
         return LatentDataset(pictures, means, stds)
-
-    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of pictures' unscaled latents; a VQ autoencoder's have no deviation."""
-        code = self.first_stage.encode(images.to(self.latent_diffusion.device))
-        return (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.std)
 
     def optimizers(self) -> list[Optimizer]:
         weights = {name: p for name, p in self.latent_diffusion.named_parameters() if p.requires_grad}
@@ -231,13 +231,13 @@ class DreamBoothStage(Stage):
         if f"{part}mean" in batch:
             mean, std = batch[f"{part}mean"], batch[f"{part}std"]
         else:
-            mean, std = self._posterior(batch[f"{part}image"])
+            mean, std = posterior(self.first_stage, batch[f"{part}image"])
         return self.latent_diffusion.scale_factor * (mean + std * torch.randn_like(mean))
 
     def _condition(self, captions: list[str]) -> Conditioning:
         """Captions, taken literally, as the UNet is told of them."""
         if not self.texts:
-            with torch.set_grad_enabled(self.text is not None and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
                 return self.latent_diffusion.cond_stage_model(captions)
         conds = [self.texts[caption] for caption in captions]
         return {key: torch.stack([cond[key] for cond in conds]) for key in conds[0]}
@@ -272,6 +272,12 @@ class DreamBoothStage(Stage):
         # Without what says nothing: the file is to be no larger than that of the model.
         config = {name: value for name, value in model.config.items() if value is not None or name not in OPTIONAL}
         return {"target": WHOLE, "params": config}, state
+
+
+def posterior(first_stage: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of pictures' unscaled latents, (b, z, h/f, w/f) each; a VQ autoencoder's have no deviation."""
+    code = first_stage.encode(images)
+    return (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.std)
 
 
 def nearness(texts: Conditioning, others: Conditioning, count: int) -> Tensor:

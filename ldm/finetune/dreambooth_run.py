@@ -94,8 +94,9 @@ class Subject(NamedTuple):
 def subjects(args: argparse.Namespace) -> list[Subject]:
     """The subjects: option number i of each kind belongs to subject i.
 
-    Raises ValueError for options that do not match in number and for a damaged picture or bad captions, which would
-    otherwise show only when the class pictures are drawn; FileNotFoundError for a folder without pictures.
+    Raises ValueError for options that do not match in number, folders within each other, and for a damaged picture or
+    bad captions, which would otherwise show only when the class pictures are drawn; FileNotFoundError for a folder
+    without pictures.
     """
     folders, prompts = args.instance_data_dir, args.instance_prompt
     if not folders:
@@ -112,9 +113,20 @@ def subjects(args: argparse.Namespace) -> list[Subject]:
     classes = args.class_prompt or [None] * len(folders)
     class_folders = args.class_data_dir or [args.output_dir / "class"] * len(folders)
     for row in zip(folders, prompts, classes, class_folders, strict=True):
-        DreamBooth([{"instance_dir": row[0], "instance_prompt": row[1]}], size=1)
-        found.append(Subject(*row))
+        subject = Subject(*row)
+        check_apart(subject.instance_dir, args.output_dir / "previews")
+        check_apart(subject.instance_dir, subject.class_dir)
+        if subject.class_prompt is not None:
+            check_apart(subject.class_dir, subject.instance_dir)
+        DreamBooth([{"instance_dir": subject.instance_dir, "instance_prompt": subject.instance_prompt}], size=1)
+        found.append(subject)
     return found
+
+
+def check_apart(pictures: Path, other: Path) -> None:
+    """ValueError where another folder lies in one of pictures: what is in it, or will be, would be taken for these."""
+    if pictures.resolve() in other.resolve().parents:
+        raise ValueError(f"{other} lies in {pictures}, whose pictures are read with those below it: keep them apart")
 
 
 def training_size(args: argparse.Namespace, model: LatentDiffusion) -> int:
@@ -143,7 +155,7 @@ def notes_on_pictures(folder: Path) -> list[str]:
 def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
     """What a user should know of a subject before it is learnt."""
     notes = notes_on_pictures(subject.instance_dir)
-    for word in identifiers(subject.instance_prompt, subject.class_prompt):
+    for word in identifiers(subject.instance_prompt, given(subject.class_prompt, "")):
         tokens = len(model.cond_stage_model.tokenizer.encode(word))
         if tokens > 1:
             notes.append(f"the tokenizer splits {word!r} into {tokens} tokens: they are learnt together, which is fine")
@@ -157,24 +169,16 @@ def make_config(
     args: argparse.Namespace,
     model: LatentDiffusion,
     found: Sequence[Subject],
-    class_pictures: Sequence[Mapping[str, str | None]],
     loading: Mapping[str, Any],
     processes: int = 1,
 ) -> dict[str, Any]:
-    """The run's configuration.
+    """The run's configuration, but for the class pictures (`add_class_pictures`).
 
-    class_pictures: for each subject, which files of its class's folder to train on, with their captions; none without
-    prior preservation.
     loading: arguments of `ldm.load` besides the path. processes: how many train.
 
     Raises ValueError for settings that do not fit together.
     """
-    default, size, data = defaults_for(model), training_size(args, model), []
-    for subject, pictures in zip(found, class_pictures, strict=True):
-        row = {"instance_dir": str(subject.instance_dir.resolve()), "instance_prompt": subject.instance_prompt}
-        if pictures:
-            row |= {"class_dir": str(subject.class_dir.resolve()), "class_pictures": dict(pictures)}
-        data.append(row)
+    default, size = defaults_for(model), training_size(args, model)
     batch_size = given(args.train_batch_size, default.batch_size)
     output = args.output_dir.resolve()
     return {
@@ -188,7 +192,10 @@ def make_config(
         "data": {
             "target": "ldm.data.dreambooth.DreamBooth",
             "params": {
-                "subjects": data,
+                "subjects": [
+                    {"instance_dir": str(one.instance_dir.resolve()), "instance_prompt": one.instance_prompt}
+                    for one in found
+                ],
                 "size": size,
                 "channels": model.image_channels,
                 "crop": args.crop,
@@ -200,6 +207,16 @@ def make_config(
         },
         "loop": loop_settings(args, default, batch_size),
     }
+
+
+def add_class_pictures(
+    config: Mapping[str, Any], found: Sequence[Subject], pictures: Sequence[Mapping[str, str | None]]
+) -> None:
+    """Put into a run's configuration, for each subject, which files of its class's folder to train on, with their
+    captions; there are none without prior preservation."""
+    for row, subject, own in zip(config["data"]["params"]["subjects"], found, pictures, strict=True):
+        if own:
+            row |= {"class_dir": str(subject.class_dir.resolve()), "class_pictures": dict(own)}
 
 
 def what_of_the_text(args: argparse.Namespace, default: Defaults, has_words: bool) -> tuple[str, float | None]:

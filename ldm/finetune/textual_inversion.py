@@ -17,7 +17,7 @@ from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.diffusion.schedule import training_timesteps
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
-from ldm.finetune.dreambooth import checkpoint_blocks
+from ldm.finetune.dreambooth import checkpoint_blocks, posterior
 from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_encoder
 from ldm.finetune.known import knows_digits_alone
 from ldm.images import to_pil
@@ -97,12 +97,10 @@ class TextualInversionStage(Stage):
         """Encode the pictures, once, and draw what the contact sheet shows of the initial words."""
         self.to(device)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
-        codes = [self.latent_diffusion.first_stage_model.encode(picture[None].to(device)) for picture in self.pixels]
-        # a VQ autoencoder's latents have no posterior
-        mean = torch.cat([code if isinstance(code, Tensor) else code.mean for code in codes])  # (n, z, h/f, w/f)
-        std = torch.cat([torch.zeros_like(code) if isinstance(code, Tensor) else code.std for code in codes])
+        first_stage = self.latent_diffusion.first_stage_model
+        means, stds = zip(*(posterior(first_stage, picture[None].to(device)) for picture in self.pixels), strict=True)
         self.before = [] if self.sheet is None else self._draw(self.captions[0].replace(self.word, self.initial))
-        return Repeated(LatentDataset(dataset, mean.cpu(), std.cpu()))
+        return Repeated(LatentDataset(dataset, torch.cat(means).cpu(), torch.cat(stds).cpu()))
 
     def optimizers(self) -> list[Optimizer]:
         return [adamw([self.vectors], self.learning_rate, weight_decay=0.0)]
