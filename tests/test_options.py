@@ -8,10 +8,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lora_models import learned
 
 import ldm
 from ldm.cli import Parser
 from ldm.diffusion.denoiser import PREDICTIONS
+from ldm.finetune.embedding_files import LearnedWord, write_words
+from ldm.finetune.embeddings import apply_embedding
+from ldm.finetune.lora import detach
+from ldm.finetune.lora_files import merge_lora, save_lora
 from ldm.inference import offload, precision
 from ldm.inference.options import LOADING, add_model_options, load_model
 from ldm.models import kernels
@@ -69,6 +74,27 @@ SETS = {
     "bf16": (["--precision", "bf16"], 30),
     "all": ([*"--precision autocast --attention math --channels-last --vae-tiling 16 --offload cpu".split()], 30),
 }
+
+
+def test_loras_at_their_strengths_and_learned_words(load, tiny_checkpoint, tmp_path):
+    """Several of both: the pictures are those of the library, and the recipe's changes name all."""
+    model, word = ldm.load(tiny_checkpoint, device="cpu"), tmp_path / "word.safetensors"
+    for name, seed in (("a", 0), ("b", 1)):
+        adapters = learned(model, targets=("attention", "text"), seed=seed)
+        detach(adapters)
+        save_lora(tmp_path / f"{name}.safetensors", adapters, model)
+        merge_lora(model, tmp_path / f"{name}.safetensors", {"a": 0.5, "b": 1.0}[name])
+    write_words(word, LearnedWord("<it>", torch.randn(2, 32, generator=torch.Generator().manual_seed(0))), "diffusers")
+    apply_embedding(model, word)
+    loras = ["--lora", f"{tmp_path / 'a.safetensors'}:0.5", "--lora", tmp_path / "b.safetensors"]
+    found = load(*loras, "--embedding", word)
+    assert [change.rsplit(" ", 1)[1] for change in found.changes[:2]] == ["0.5", "1"] and len(found.changes) == 3
+    assert found.changes[0].startswith("lora a ") and found.changes[2].startswith("words <it> ")
+    prompts = ["a <it>", "a one"]
+    pictures = [np.stack(one.generate(prompts, steps=3)).astype(int) for one in (model, found)]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+    plain = np.stack(load().generate(prompts, steps=3)).astype(int)
+    assert (abs(pictures[1] - plain).max(axis=(1, 2)) > 10).all()
 
 
 @pytest.mark.parametrize("name", SETS)
