@@ -133,6 +133,8 @@ def plan_sampling(
 def plan_guidance(model: Any, scale: float | None = None, negative: Any = None) -> tuple[float, Any]:
     """The scale and what to steer away from; what is None is the model's own. ValueError where there is nothing to."""
     scale, negative = given(scale, model.defaults["scale"]), given(negative, model.null)
+    if isinstance(negative, str) and negative == "":  # as scripts give it: nothing, in a model's own words for it
+        negative = model.null
     if scale != 1 and (negative is None or model.cond_stage_model is None):
         raise ValueError(f"scale {scale} has nothing to steer away from: this model is drawn with scale 1")
     return scale, negative

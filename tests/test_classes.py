@@ -39,7 +39,7 @@ def test_labels_are_handed_on_as_numbers():
 def test_without_a_class_that_says_nothing_there_is_no_empty_text():
     model = ClassLabels(10, null=False)
     assert model(["9", 0])["c_adm"].tolist() == [9, 0] and model.null is None
-    with pytest.raises(ValueError, match="class '' does not exist: this model's are 0 to 9"):
+    with pytest.raises(ValueError, match="no class is said, and this model has none for that: say which, 0 to 9"):
         model([""])
 
 

@@ -44,6 +44,18 @@ def test_any_class_and_none(draw, draw_alone):
         assert len(list((out / "samples").iterdir())) == 2 and recipe(out / "samples" / "00000.png").prompt == ""
 
 
+def test_a_model_without_a_class_that_says_nothing(tmp_path):
+    cond = {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11, "null": False}}
+    save(build(cond_stage_config=cond), tmp_path / "model.safetensors")
+    draw = runner(load_script("sample"), tmp_path / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match="no class is said, and this model has none for that: say which, 0 to 10"):
+        draw()
+    with pytest.raises(ValueError, match="scale 2.0 has nothing to steer away from"):
+        draw("--class", 5, "--scale", 2)
+    out = draw("--class", 5, "--scale", 2, "--negative-prompt", 3)
+    assert recipe(out / "samples" / "00000.png").negative == "3"
+
+
 def test_mistakes(draw, draw_alone):
     with pytest.raises(ValueError, match="class 'five' does not exist: this model's are 0 to 10"):
         draw("--class", "five")

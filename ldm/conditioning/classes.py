@@ -58,6 +58,8 @@ def class_numbers(classes: Sequence[int | str] | Tensor, n_classes: int, null: i
     """
     numbers = classes.tolist() if isinstance(classes, Tensor) else [_number(one, null) for one in classes]
     for number in numbers:
+        if number == "":
+            raise ValueError(f"no class is said, and this model has none for that: say which, 0 to {n_classes - 1}")
         if isinstance(number, bool) or not isinstance(number, int) or not (0 <= number < n_classes or number == null):
             raise ValueError(f"class {number!r} does not exist: this model's are 0 to {n_classes - 1}")
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
