@@ -166,6 +166,10 @@ def test_the_shipped_configuration_has_the_papers_numbers():
     ("settings", "message"),
     [
         ({"r1_every": 0}, "r1_every 0"),
+        (
+            {"model": {**PARAMS["model"], "target": "ldm.pixel_diffusion.PixelDiffusion"}},
+            "PixelDiffusion draws no x0 by",
+        ),
         ({"r1_weight": -1.0}, "weight -1"),
         ({"discriminator": {**DISCRIMINATOR, "clases": 11}}, "^discriminator: .*'clases'; it takes .*'classes'"),
         ({"reconstruction": -0.5}, "reconstruction -0.5 at least 0"),

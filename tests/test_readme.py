@@ -84,3 +84,10 @@ def test_ci_installs_and_tests_as_the_readme_says():
 def test_files_that_a_page_names_exist(page):
     for name in set(re.findall(r"`((?:ldm|configs|docs|scripts|tests)/[\w/.-]+\.\w+)", PAGES[page])):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_and_pictures_that_a_page_shows_exist(page):
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert (folder / link).is_file(), link

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.denoising_gan import DenoisingGAN
 from ldm.diffusion.posterior import q_pair, q_posterior
 from ldm.diffusion.schedule import training_timesteps
 from ldm.models.ddgan import Discriminator, r1_penalty
@@ -73,6 +74,11 @@ class DenoisingGANStage(PixelDiffusionStage):
         self.r1_weight, self.r1_every, self.reconstruction = r1_weight, r1_every, reconstruction
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # saved: a resumed run knows R1's turn
         self._check_discriminator()
+
+    def _check(self) -> None:
+        if not isinstance(self.latent_diffusion, DenoisingGAN):
+            raise ValueError(f"{self.latent_diffusion.target} draws no x0 by a latent: use {DenoisingGAN.target}")
+        super()._check()
 
     def _check_discriminator(self) -> None:
         """As `_check`, which is of the generator."""
