@@ -38,6 +38,8 @@ def test_immiscible_noise_is_the_assignment_of_least_distance():
 
     best = min(itertools.permutations(range(5)), key=distance)
     assert nearest(x0, noise).tolist() == list(best) != [0, 1, 2, 3, 4]
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as in training
+        assert nearest(x0, noise).tolist() == list(best)
     torch.manual_seed(1)
     dealt = training_noise(x0, immiscible=True)
     torch.manual_seed(1)

@@ -26,6 +26,7 @@ def nearest(x0: Tensor, noise: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment  # here: half a second that plain noise does not need
 
     # |x0 - noise|^2 = |x0|^2 - 2 <x0, noise> + |noise|^2, whose outer terms add up to the same whatever is assigned
-    products = x0.flatten(1).float() @ noise.flatten(1).float().T  # (b, b)
+    with torch.autocast(x0.device.type, enabled=False):  # half precision would deal by rounded distances
+        products = x0.flatten(1).float() @ noise.flatten(1).float().T  # (b, b)
     _, chosen = linear_sum_assignment(products.cpu().numpy(), maximize=True)
     return torch.from_numpy(chosen).to(x0.device)

@@ -42,7 +42,7 @@ class Defaults(NamedTuple):
 # Small: measured on the digits model (docs/dreambooth.md). Large: the settings that Stable Diffusion is tuned with.
 DEFAULTS = {
     "small": Defaults(
-        steps=250,
+        steps=300,
         batch_size=8,
         learning_rate=6e-4,
         lora_learning_rate=7e-3,
