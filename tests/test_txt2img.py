@@ -59,6 +59,15 @@ def test_the_picture_is_that_of_the_library(draw, tiny_checkpoint):
     assert np.array_equal(pixels(samples(out)[0]), np.asarray(image))
 
 
+def test_sampling_as_latent_diffusions_paper_shows_it(draw):
+    """200 steps of DDIM, eta 1, scale 10 (Rombach et al. 2022, figure 5): with eta 1 it is the ancestral chain."""
+    options = ("--scale", 10, "--sampler")
+    ddim = draw(*options, "ddim", "--eta", 1, steps=200, out="ddim")
+    ancestral, plain = (draw(*options, name, steps=200, out=name) for name in ("ddpm", "euler"))
+    ddim, ancestral, plain = (pixels(samples(out)[0]).astype(int) for out in (ddim, ancestral, plain))
+    assert np.abs(ddim - ancestral).max() <= 1 < np.abs(ddim - plain).max()
+
+
 def test_counts_seeds_and_numbers_go_on_across_samples_iterations_and_runs(draw):
     out = draw("--n_samples", 2, "--n_iter", 2, "--seed", 7, "--batch-size", 3)
     assert [(r.seed, r.index) for r in map(recipe, samples(out))] == [(7, 0), (8, 1), (9, 2), (10, 3)]
