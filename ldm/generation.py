@@ -13,7 +13,7 @@ from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, from_vp, to_vp
 from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler
-from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
 from ldm.source import Pictures, Source, steps_taken
@@ -66,7 +66,7 @@ def generate(
             (`ldm.source.Source`).
         strength: share of the steps that are taken (`steps_taken`), from the `image` noised to the first of their
             levels; 0 gives it back through the first stage, 1 takes all. Its default is `usual_strength`.
-        guide: guidance besides the classifier-free one (`ldm.inference.guides`): guide(denoise, cond, prompts) ->
+        guide: guidance besides the classifier-free one (`ldm.inference.guiders`): guide(denoise, cond, prompts) ->
             denoise; the model's `guide` if not given.
         callback: is given every `Step` (index, sigma, x, x0: latents of the current batch) as it is made.
 
@@ -150,10 +150,10 @@ def _draw(
     source: Source | None,
 ) -> Tensor:
     """One batch of `generate`: its pixels (b, c, h, w) in [-1, 1], or uint8 where there is a source."""
-    noise = PictureNoise(seeds, run.size)
+    noise = SeededNoise(seeds, run.size)
     start = noise()
     if run.start_seed is not None:
-        start = PictureNoise([run.start_seed], run.size)().expand_as(start)
+        start = SeededNoise([run.start_seed], run.size)().expand_as(start)
     start = start.to(model.device)
     if model.concat is not None:
         picture = _concat(model, source, run.size, len(seeds))
@@ -185,7 +185,7 @@ def _concat(model: Any, source: Source | None, size: tuple[int, int, int], count
         images, mask = torch.zeros(1, model.image_channels, height, width), None
     else:
         images, mask = source.pixels, source.mask
-    picture = model.concat_picture(images, torch.ones_like(images[:, :1]) if mask is None else mask)
+    picture = model.concat_image(images, torch.ones_like(images[:, :1]) if mask is None else mask)
     return {key: value.expand(count, -1, -1, -1) for key, value in picture.items()}
 
 

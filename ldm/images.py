@@ -1,4 +1,4 @@
-"""Between tensors of pixels and pictures."""
+"""Between tensors of pixels and images."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,16 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (b, c, h, w) in [-1, 1], or uint8, c = 1 or 3 -> b pictures, greyscale ("L") or "RGB"."""
+    """Pixels (b, c, h, w) in [-1, 1], or uint8, c = 1 or 3 -> b images, greyscale ("L") or "RGB"."""
     levels = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
     arrays = levels.permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, c)
     return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Pictures of one size and mode, row by row on a grid, `gap` pixels of grey between them."""
+    """Images of one size and mode, row by row on a grid, `gap` pixels of grey between them."""
     if not images:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     (width, height), columns = images[0].size, min(columns, len(images))
     rows = -(-len(images) // columns)
     size = (columns * (width + gap) - gap, rows * (height + gap) - gap)

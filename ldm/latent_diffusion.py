@@ -47,12 +47,12 @@ class DiffusionWrapper(nn.Module):
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
         c_adm: Tensor | None = None,
-        z: Tensor | None = None,  # of networks that draw: `ldm.models.ddgan.Generator`
+        z: Tensor | None = None,  # of networks that draw: `ldm.optional.ddgan.Generator`
     ) -> Tensor:
         if c_concat is not None and c_concat.shape[-2:] != x.shape[-2:]:
             sizes = [f"{t.shape[-1]} x {t.shape[-2]}" for t in (c_concat, x)]
             raise ValueError(
-                f"the picture that the model is given is {sizes[0]} latents in size, and it draws {sizes[1]}"
+                f"the image that the model is given is {sizes[0]} latents in size, and it draws {sizes[1]}"
             )
         if c_concat is not None:
             x = torch.cat([x, c_concat.to(x.dtype)], dim=1)
@@ -60,12 +60,12 @@ class DiffusionWrapper(nn.Module):
         return self.diffusion_model(x, t, **{name: value for name, value in given.items() if value is not None})
 
 
-# What a UNet's input holds beside the noised latents: see `LatentDiffusion.concat_picture`.
+# What a UNet's input holds beside the noised latents: see `LatentDiffusion.concat_image`.
 CONCATS = (None, "mask_latents", "latents_mask", "latents")
 
 
 class LatentDiffusion(nn.Module):
-    """A text-to-image model, or one conditioned on classes or pictures, or on nothing.
+    """A text-to-image model, or one conditioned on classes or images, or on nothing.
 
     Args:
         unet_config, first_stage_config, cond_stage_config: `{"target": class, "params": {...}}` of the three networks;
@@ -74,7 +74,7 @@ class LatentDiffusion(nn.Module):
         prediction: what the UNet predicts: "eps", "x0" or "v".
         scale_factor: latents are multiplied by it after encoding, so that they have unit variance.
         defaults: this model's own sampling settings: height, width (pixels), steps, scale, sampler, spacing, interval.
-        concat: what the UNet is given of a picture to change, in its input channels: "mask_latents" (Stable Diffusion's
+        concat: what the UNet is given of an image to change, in its input channels: "mask_latents" (Stable Diffusion's
             inpainting), "latents_mask" (that of Rombach et al. 2022), "latents" (InstructPix2Pix), or nothing.
     """
 
@@ -167,12 +167,12 @@ class LatentDiffusion(nn.Module):
         cond = encode_prompts(self.cond_stage_model, prompts, chunks, clip_skip, plain)
         return {key: value.to(self.device) for key, value in cond.items()}
 
-    def concat_picture(self, images: Tensor, mask: Tensor) -> Conditioning:
-        """A picture to change, as a model with `concat` is given it.
+    def concat_image(self, images: Tensor, mask: Tensor) -> Conditioning:
+        """An image to change, as a model with `concat` is given it.
 
         images: (b, c, h, w) in [-1, 1]. mask: (b, 1, h, w), 1 where something new is to be drawn and 0 where the
-        picture is to stay; InstructPix2Pix has none and ignores it. Returns {"c_concat": (b, channels, h/f, w/f)}: the
-        latents (posterior mode) of the picture without its masked pixels, and the mask at their size, nearest pixel.
+        image is to stay; InstructPix2Pix has none and ignores it. Returns {"c_concat": (b, channels, h/f, w/f)}: the
+        latents (posterior mode) of the image without its masked pixels, and the mask at their size, nearest pixel.
         """
         if self.concat == "latents":
             return {"c_concat": self.encode(images, mode=True) / self.scale_factor}  # as Brooks et al. 2023 trained it
@@ -198,17 +198,17 @@ class LatentDiffusion(nn.Module):
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """`denoise(x, sigma, cond) -> Prediction`, in the frame x = x0 + sigma * noise.
 
-        seeds: of the pictures of the batch, for networks that draw noise of their own, which this one does not.
+        seeds: of the images of the batch, for networks that draw noise of their own, which this one does not.
         """
         return make_denoiser(self.apply_model, self.schedule, self.prediction, next(self.model.parameters()).dtype)
 
     @property
     def multiple(self) -> int:
-        """Height and width of pictures, in pixels, are multiples of this."""
+        """Height and width of images, in pixels, are multiples of this."""
         return self.downsampling * self.model.diffusion_model.downsampling
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """(z, h, w) of the latents of a picture of that size in pixels; ValueError if the model cannot make it."""
+        """(z, h, w) of the latents of an image of that size in pixels; ValueError if the model cannot make it."""
         for name, size in (("height", height), ("width", width)):
             if size < self.multiple or size % self.multiple:
                 raise ValueError(
@@ -217,7 +217,7 @@ class LatentDiffusion(nn.Module):
         return self.channels, height // self.downsampling, width // self.downsampling
 
     def usual_strength(self, masked: bool) -> float:
-        """The strength with which `generate` draws over a picture: 1 where it is told which parts to keep, or how."""
+        """The strength with which `generate` draws over an image: 1 where it is told which parts to keep, or how."""
         return 1.0 if masked or self.concat == "latents" else 0.75
 
-    generate = generate  # from prompts to pictures: its arguments are there
+    generate = generate  # from prompts to images: its arguments are there

@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import Any
 
 HOMES = {
-    "ldm.data.personalized": "ldm.finetune.personalized",
-    "ldm.data.personalized_style": "ldm.finetune.personalized_style",
-    "ldm.lr_scheduler": "ldm.training.lr_scheduler",
+    "ldm.data.personalized": "ldm.compvis.personalized",
+    "ldm.data.personalized_style": "ldm.compvis.personalized_style",
+    "ldm.lr_scheduler": "ldm.compvis.lr_scheduler",
     "ldm.models.diffusion.ddim": "ldm.compvis.samplers",
     "ldm.models.diffusion.ddpm": "ldm.compvis.ddpm",
     "ldm.models.diffusion.dpm_solver": "ldm.compvis.samplers",
@@ -28,22 +28,37 @@ HOMES = {
     "ldm.modules.diffusionmodules.openaimodel": "ldm.models.unet",
     "ldm.modules.diffusionmodules.util": "ldm.models.blocks",  # the networks call `checkpoint` there: forks replace it
     "ldm.modules.distributions.distributions": "ldm.models.distributions",
-    "ldm.modules.ema": "ldm.training.ema",
-    "ldm.modules.embedding_manager": "ldm.finetune.embedding_manager",
+    "ldm.modules.ema": "ldm.compvis.ema",
+    "ldm.modules.embedding_manager": "ldm.compvis.embedding_manager",
     "ldm.modules.encoders.modules": "ldm.compvis.encoders",
-    "ldm.modules.image_degradation": "ldm.data.degradation",
-    "ldm.modules.losses": "ldm.training.losses",
-    "ldm.modules.losses.contperceptual": "ldm.training.losses",
-    "ldm.modules.losses.vqperceptual": "ldm.training.losses",
+    "ldm.modules.image_degradation": "ldm.compvis.degradation",
+    "ldm.modules.losses": "ldm.compvis.losses",
+    "ldm.modules.losses.contperceptual": "ldm.compvis.losses",
+    "ldm.modules.losses.vqperceptual": "ldm.compvis.losses",
     "ldm.modules.x_transformer": "ldm.models.transformer",
+}
+
+# Where this package's own modules stood in version 0.1: checkpoints' headers and configurations name them.
+EARLIER = {
+    "ldm.data.base": "ldm.compvis.data",
+    "ldm.data.degradation": "ldm.compvis.degradation",
+    "ldm.denoising_gan": "ldm.optional.denoising_gan",
+    "ldm.finetune.embedding_manager": "ldm.compvis.embedding_manager",
+    "ldm.models.ddgan": "ldm.optional.ddgan",
+    "ldm.models.noisy_classifier": "ldm.optional.noisy_classifier",
+    "ldm.models.teaching.simple_unet": "ldm.optional.simple_unet",
+    "ldm.models.teaching.unet2d": "ldm.optional.unet2d",
+    "ldm.training.ddgan": "ldm.optional.ddgan_stage",
+    "ldm.training.losses": "ldm.compvis.losses",
+    "ldm.training.noisy_classifier": "ldm.optional.noisy_classifier_stage",
 }
 
 # What configurations name of CompVis's program and of taming-transformers; for `util.get_obj_from_str` alone.
 TARGETS = {
     "main": "ldm.compvis.main",
     "taming.modules.discriminator.model": "ldm.models.discriminator",
-    "taming.modules.losses.lpips": "ldm.training.losses",
-    "taming.modules.losses.vqperceptual": "ldm.training.losses",
+    "taming.modules.losses.lpips": "ldm.compvis.losses",
+    "taming.modules.losses.vqperceptual": "ldm.compvis.losses",
     "taming.modules.vqvae.quantize": "ldm.models.quantize",
 }
 
@@ -54,10 +69,10 @@ _SCHEDULE = "make_beta_schedule make_ddim_timesteps make_ddim_sampling_parameter
 _ND = "conv_nd avg_pool_nd"
 _LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called as CompVis's functions are, they give what those give
 ELSEWHERE = {
-    "ldm.compvis.main": {"ldm.data.base": "DataModuleFromConfig"},
+    "ldm.compvis.main": {"ldm.compvis.data": "DataModuleFromConfig"},
     "ldm.compvis.ddpm": {
         "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} IdentityFirstStage",
-        "ldm.training.ema": "LitEma",
+        "ldm.compvis.ema": "LitEma",
         "ldm.models.autoencoder": "AutoencoderKL",
         "ldm.models.distributions": "normal_kl",
         "ldm.util": "instantiate_from_config",
@@ -83,7 +98,7 @@ ELSEWHERE = {
         "ldm.models.quantize": "VectorQuantizer VectorQuantizer2=VectorQuantizer",
         "ldm.models.autoencoder": "MemoryEfficientAttnBlock=AttnBlock",
         "ldm.compvis.util": "IdentityFirstStage Normalize",
-        "ldm.training.ema": "LitEma",
+        "ldm.compvis.ema": "LitEma",
         "ldm.util": "instantiate_from_config",
         "math": "math=",
         "numpy": "np=",
@@ -104,7 +119,7 @@ ELSEWHERE = {
     "ldm.models.unet": {
         "ldm.compvis.util": f"exists {_ND}",
         "ldm.models.blocks": "TimestepBlock checkpoint",
-        "ldm.models.noisy_classifier": "AttentionPool2d EncoderUNetModel",
+        "ldm.optional.noisy_classifier": "AttentionPool2d EncoderUNetModel",
         "torch": "th=",
         "torch.nn": _LAYERS,
         "torch.nn.functional": "F=",
@@ -119,8 +134,9 @@ ELSEWHERE = {
     },
 }
 
-REAL = ("ldm", "ldm.data", "ldm.models")
-PACKAGES = {name[:i] for name in HOMES for i in range(len(name)) if name[i] == "."} - set(REAL)
+OLD_NAMES = HOMES | EARLIER
+REAL = ("ldm", "ldm.data", "ldm.finetune", "ldm.models", "ldm.training")
+PACKAGES = {name[:i] for name in OLD_NAMES for i in range(len(name)) if name[i] == "."} - set(REAL)
 
 
 def open_home(home: str) -> ModuleType:
@@ -174,8 +190,8 @@ class _Finder:
     """Finder and loader of the names in the table."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name in HOMES or name in PACKAGES:
-            return ModuleSpec(name, self, origin=HOMES.get(name, "CompVis"), is_package=name in PACKAGES)
+        if name in OLD_NAMES or name in PACKAGES:
+            return ModuleSpec(name, self, origin=OLD_NAMES.get(name, "CompVis"), is_package=name in PACKAGES)
         return None
 
     def create_module(self, spec: ModuleSpec) -> None:
@@ -184,9 +200,9 @@ class _Finder:
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if name not in PACKAGES:
-            sys.modules[name] = open_home(HOMES[name])  # the import system takes what it finds there
-        elif name in HOMES:
-            module.__getattr__ = _of_package(name, HOMES[name])
+            sys.modules[name] = open_home(OLD_NAMES[name])  # the import system takes what it finds there
+        elif name in OLD_NAMES:
+            module.__getattr__ = _of_package(name, OLD_NAMES[name])
 
 
 FINDER = _Finder()

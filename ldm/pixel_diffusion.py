@@ -29,7 +29,7 @@ class PixelDiffusion(LatentDiffusion):
     Args:
         unet_config: the network: (x_t (b, c, h, w), t (b,), and y or context where there is conditioning) -> eps, x0 or
             v of x's shape; with a `downsampling` of which sizes must be multiples.
-        channels: of a picture.
+        channels: of an image.
         cond_stage_config, schedule, prediction, defaults: as in LatentDiffusion.
         clip: keep x0 within [-1, 1] while drawing, as pixels are (Ho et al. 2020, in their code).
         learned_variance: the network gives the variance of `ddpm`'s steps too, in as many channels more
@@ -82,7 +82,7 @@ class PixelDiffusion(LatentDiffusion):
         weight: Mapping[str, Any] | None = None,
         bound_weight: float = 0.0,
     ) -> Tensor:
-        """The loss of each picture: z (b, c, h, w), t (b,) -> (b,): its weighted mean error, and a share of the bound.
+        """The loss of each image: z (b, c, h, w), t (b,) -> (b,): its weighted mean error, and a share of the bound.
 
         Where the variance is learned, this is L_hybrid = L_simple + bound_weight L_vlb (Nichol & Dhariwal 2021, eq. 16)
         with T times the bound's term of one level for L_vlb, through which the prediction gets no gradient.
@@ -113,7 +113,7 @@ class PixelDiffusion(LatentDiffusion):
         return guess(predicted_x0(self.prediction, predicted, x, self.schedule.sigmas[t.cpu()]))
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
-        """As everywhere. seeds: of the batch's pictures, so many; for guidance of a self-conditioned network."""
+        """As everywhere. seeds: of the batch's images, so many; for guidance of a self-conditioned network."""
         dtype = next(self.model.parameters()).dtype
         denoise = make_denoiser(self.apply_model, self.schedule, self.prediction, dtype, self.learned_variance)
         return self_conditioned(denoise, len(seeds or ())) if self.self_condition else denoise

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.pictures import over, upright
+from ldm.data.image_files import over, upright
 from ldm.images import to_uint8
 
 Pictures = Image.Image | Sequence[Image.Image]

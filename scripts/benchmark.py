@@ -6,13 +6,13 @@ python scripts/benchmark.py samplers --out samplers.jsonl --plot samplers.png --
 python scripts/benchmark.py objectives --out objectives.jsonl
 python scripts/benchmark.py trilemma --ddgan ddgan.safetensors --ddpm ddpm.safetensors --plot trilemma.png
 
-`samplers` draws the captions of held-out MNIST pictures (--data or LDM_DATA) with every sampler at several numbers of
+`samplers` draws the captions of held-out MNIST images (--data or LDM_DATA) with every sampler at several numbers of
 steps, everything else being the model's own, and measures prompt accuracy, the Fréchet distance over the floor of as
-many real pictures, and recall. It goes on where an interrupted run stopped: what --out has is not drawn again.
+many real images, and recall. It goes on where an interrupted run stopped: what --out has is not drawn again.
 
 `trilemma` draws digits with a VAE (the first stage of the model that ships, sampled from a unit normal prior), a
 denoising diffusion GAN, and a pixel-space diffusion model by its own ancestral sampler and by DDIM, and measures the
-Fréchet distance over the floor, recall, and seconds a picture: three axes, of which each kind leaves one.
+Fréchet distance over the floor, recall, and seconds an image: three axes, of which each kind leaves one.
 
 `objectives` trains a small network (configs/pixel/objectives.yaml, MNIST) under each schedule, prediction, loss weight
 ... for the same number of steps, and measures the digits that each draws. It goes on in the same way.
@@ -91,28 +91,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("samplers", help="quality of every sampler at several numbers of steps")
     add_model_options(command)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as a picture (matplotlib)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as an image (matplotlib)")
     command.add_argument("--samplers", nargs="*", metavar="NAME", help="(all, aliases left out)")
     command.add_argument("--steps", nargs="*", type=whole(1), default=[5, 10, 20, 50], metavar="N", help="(5 10 20 50)")
-    command.add_argument("--n", type=whole(1), default=2000, metavar="N", help="pictures of each (2000)")
-    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
+    command.add_argument("--n", type=whole(1), default=2000, metavar="N", help="images of each (2000)")
+    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="images at a time (100)")
     command.add_argument("--data", metavar="DIR", help="folder of MNIST (LDM_DATA, or ./data)")
     command = commands.add_parser("trilemma", help="quality, coverage and speed of a VAE, DDGAN, DDPM and DDIM")
     command.add_argument("--ddgan", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddgan.yaml")
     command.add_argument("--ddpm", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddpm.yaml, say")
     command.add_argument("--vae", type=Path, metavar="FILE", help="whose first stage is taken (the model that ships)")
     command.add_argument("--ddim-steps", nargs="*", type=whole(1), default=[4, 20, 50], metavar="N", help="(4 20 50)")
-    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="pictures of each (1000)")
-    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
+    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="images of each (1000)")
+    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="images at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     command.add_argument("--precision", choices=PRECISIONS, default="full", help="of the networks (full)")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as a picture (matplotlib)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as an image (matplotlib)")
     command = commands.add_parser("objectives", help="schedules, predictions, weights ...: a small network under each")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
     command.add_argument("--names", nargs="*", metavar="NAME", help="(all; an unknown one lists them)")
     command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configuration")
-    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="pictures of each (1000)")
-    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="pictures at a time (100)")
+    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="images of each (1000)")
+    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="images at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     args = parser.parse_args(argv)
     if getattr(args, "plot", None) is not None:  # now, not after minutes of drawing
@@ -198,16 +198,16 @@ def measure(prepare: str, work: str, path: Path, config: Path) -> dict[str, floa
 def compare_samplers(args: argparse.Namespace) -> list[dict]:
     """Measure what the output file does not have yet, adding a line to it each time; all its rows."""
     from ldm.diffusion.sampling import SAMPLERS, get_sampler
+    from ldm.evaluation.datasets import find_reference
     from ldm.evaluation.draw import draw
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
     from ldm.evaluation.report import report_model
-    from ldm.evaluation.source import find_reference
     from ldm.evaluation.trilemma import evaluations
 
     with open(args.out, "a"):  # tried now, not after minutes of drawing
         rows = [json.loads(line) for line in args.out.read_text().splitlines()]
     if any(row["n"] != args.n for row in rows):
-        raise ValueError(f"{args.out} has rows of {rows[0]['n']} pictures each: name another --out, or the same --n")
+        raise ValueError(f"{args.out} has rows of {rows[0]['n']} images each: name another --out, or the same --n")
     done = {(row["sampler"], row["steps"]) for row in rows}
     names = [name for name in SAMPLERS if name not in ALIASES] if args.samplers is None else args.samplers
     wanted = [(steps, name) for steps in args.steps for name in names if (name, steps) not in done]
@@ -219,9 +219,9 @@ def compare_samplers(args: argparse.Namespace) -> list[dict]:
     for steps, name in wanted:
         print(f"{name}, {steps} steps", file=sys.stderr)
         start = time.perf_counter()
-        pictures = draw(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
+        images = draw(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
         seconds = time.perf_counter() - start
-        report = report_model(pictures, captions, "train", reference, networks, None)
+        report = report_model(images, captions, "train", reference, networks, None)
         found = {
             "sampler": name,
             "steps": steps,
@@ -278,8 +278,8 @@ def compare_generators(args: argparse.Namespace) -> list[dict]:
     """A row for each generator; a line on standard error as each is done."""
     import ldm
     from ldm.evaluation import trilemma
+    from ldm.evaluation.datasets import find_reference
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
-    from ldm.evaluation.source import find_reference
     from ldm.inference.precision import set_precision
 
     networks = Measuring.load(JUDGE, FEATURES)
@@ -302,7 +302,7 @@ def compare_generators(args: argparse.Namespace) -> list[dict]:
 
 def trilemma_table(rows: Sequence[dict]) -> str:
     """Markdown, a row for each generator."""
-    titles = ("", "evaluations", "class accuracy", "distance / floor", "recall", "precision", "s a picture", "CPU s")
+    titles = ("", "evaluations", "class accuracy", "distance / floor", "recall", "precision", "s an image", "CPU s")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
@@ -313,13 +313,13 @@ def trilemma_table(rows: Sequence[dict]) -> str:
 
 
 def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
-    """Distance against CPU seconds a picture, both logarithmic; larger discs recall more."""
+    """Distance against CPU seconds an image, both logarithmic; larger discs recall more."""
     figure, axes = import_pyplot().subplots(figsize=(8, 5), layout="constrained")
     for row in rows:
         axes.scatter(row["cpu_seconds"], row["ratio"], s=40 + 900 * row["recall"], alpha=0.5)
         label = f"{row['name']}\nrecall {row['recall']:.2f}"
         axes.annotate(label, (row["cpu_seconds"], row["ratio"]), ha="center", va="center", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="CPU seconds a picture", ylabel="Fréchet distance / floor")
+    axes.set(xscale="log", yscale="log", xlabel="CPU seconds an image", ylabel="Fréchet distance / floor")
     axes.margins(0.15)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)

@@ -1,13 +1,13 @@
 """Seconds a step and peak memory of scripts/dreambooth.py, beside a loop over diffusers' classes.
 
-python scripts/benchmark_dreambooth.py --pictures photographs --out cost.jsonl    # Stable Diffusion 1 at full size
-python scripts/benchmark_dreambooth.py --pictures photographs --rows lora --ckpt model.safetensors
+python scripts/benchmark_dreambooth.py --images photographs --out cost.jsonl    # Stable Diffusion 1 at full size
+python scripts/benchmark_dreambooth.py --images photographs --rows lora --ckpt model.safetensors
 
-Every row is a fresh process: --steps optimizer steps on pairs of a picture and a class picture (the same pictures,
+Every row is a fresh process: --steps optimizer steps on pairs of an image and a class image (the same images,
 which cost as much), after one that is not counted. Seconds are the median between two ends of a step, of wall clock and
 of the process's CPU time; memory is the process's peak from its start to the last step. Without --ckpt the model is
 Stable Diffusion 1 with random weights (13 GB of disk). The peer does what diffusers' train_dreambooth.py does by its
-defaults: pictures and captions encoded at every step, AdamW, gradients kept as zeros, no autocast; LoRA by peft. Rows
+defaults: images and captions encoded at every step, AdamW, gradients kept as zeros, no autocast; LoRA by peft. Rows
 that --out has are not measured again. `full` needs 18 GiB of memory at full size.
 """
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--pictures", type=Path, required=True, metavar="DIR", help="three to five photographs")
+    add("--images", type=Path, required=True, metavar="DIR", help="three to five photographs")
     add("--ckpt", type=Path, metavar="FILE", help="a model that diffusers can express (random weights, full size)")
     add("--rows", nargs="*", choices=tuple(OURS), default=tuple(OURS), metavar="NAME", help=f"({', '.join(OURS)})")
     add("--resolution", type=whole(8), default=256, metavar="PIXELS", help="(256)")
@@ -91,7 +91,7 @@ def prepare(path: Path | None, folder: Path) -> Path:
 
 def fresh(who: str, name: str, checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
     """What `measure` prints, of a fresh process."""
-    argv = ["--pictures", args.pictures, "--resolution", args.resolution, "--steps", args.steps]
+    argv = ["--images", args.images, "--resolution", args.resolution, "--steps", args.steps]
     argv += ["--device", args.device, "--measure", who, name, checkpoint]
     done = subprocess.run([sys.executable, __file__, *map(str, argv)], capture_output=True, text=True)
     if done.returncode != 0:
@@ -143,8 +143,8 @@ def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as out:
         argv = ["--ckpt", checkpoint / "model.safetensors", "--output_dir", Path(out, "run"), "--device", args.device]
-        argv += ["--instance_data_dir", args.pictures, "--instance_prompt", SUBJECT, "--resolution", args.resolution]
-        argv += ["--class_data_dir", args.pictures, "--class_prompt", CLASS, "--train_batch_size", 1]
+        argv += ["--instance_data_dir", args.images, "--instance_prompt", SUBJECT, "--resolution", args.resolution]
+        argv += ["--class_data_dir", args.images, "--class_prompt", CLASS, "--train_batch_size", 1]
         argv += ["--train_text", "none", "--report_to", "none", "--num_validation_images", 1]
         argv += ["--mixed_precision", "fp32", "--max_train_steps", args.steps + 9, *OURS[name]]
         dreambooth.main([str(option) for option in argv])
@@ -175,11 +175,11 @@ def peer(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
         unet.enable_gradient_checkpointing()
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-6, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    pictures = Folder(args.pictures, args.resolution, crop="random", caption="")
+    images = Folder(args.images, args.resolution, crop="random", caption="")
     prompts = tokenizer([SUBJECT, CLASS], padding="max_length", truncation=True, return_tensors="pt")
     while True:
-        for i in range(len(pictures)):
-            pixels = torch.stack([pictures[i]["image"]] * 2).to(torch_device)  # instance and class
+        for i in range(len(images)):
+            pixels = torch.stack([images[i]["image"]] * 2).to(torch_device)  # instance and class
             latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
             noise = torch.randn_like(latents)
             t = torch.randint(0, scheduler.config.num_train_timesteps, (2,), device=torch_device)

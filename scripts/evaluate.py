@@ -100,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "subjects":
         write_subjects(args)
         return
-    if args.out is not None and args.out == picture_path(args):
+    if args.out is not None and args.out == image_path(args):
         raise ValueError(f"--out {args.out} is where the picture would go: name the JSON's file .json, or --picture")
-    for path in (args.out, picture_path(args)):
+    for path in (args.out, image_path(args)):
         check_writable(path)  # now, not after minutes of drawing
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring  # the first to import torch: the options are good
     from ldm.evaluation.report import without_nan
@@ -112,18 +112,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     networks = Measuring.load(judge, features)
     evaluate = {"model": evaluate_model, "autoencoder": evaluate_autoencoder, "dreambooth": evaluate_dreambooth}
     report, sheet = evaluate[args.command](args, networks)
-    sheet.save(picture_path(args), format="PNG")
+    sheet.save(image_path(args), format="PNG")
     write_report(without_nan(report), args.out)
-    print(f"picture: {picture_path(args)}", file=sys.stderr)
+    print(f"picture: {image_path(args)}", file=sys.stderr)
 
 
 def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
     """Draw and measure: the report, and a sheet of drawn pictures beside real ones."""
+    from ldm.evaluation.datasets import find_reference
     from ldm.evaluation.draw import ask, draw
     from ldm.evaluation.networks import classify
-    from ldm.evaluation.pictures import by_class, side_by_side
     from ldm.evaluation.report import report_model
-    from ldm.evaluation.source import find_reference
+    from ldm.evaluation.samples import by_class, side_by_side
 
     model = load_model(args)
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
@@ -136,11 +136,11 @@ def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[di
     drawn = time.perf_counter()
     report = report_model(pictures, captions, frames, reference, networks, training)
     rate = n / (drawn - started)
-    times = {"drawing": drawn - started, "measuring": time.perf_counter() - drawn, "pictures_per_second": rate}
+    times = {"drawing": drawn - started, "measuring": time.perf_counter() - drawn, "images_per_second": rate}
     settings = {"wording": args.wording, "seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given}
     labels = reference.labels[:n] if report["prompt_accuracy"] else classify(networks.judge, pictures)
     shown = by_class(pictures, labels, SHEET_COLUMNS)
-    real_shown = by_class(reference.pictures, reference.picture_labels, SHEET_COLUMNS)
+    real_shown = by_class(reference.pictures, reference.image_labels, SHEET_COLUMNS)
     report = {**head(args, reference, n), "settings": settings, "seconds": times, **report}
     return report, side_by_side([shown, real_shown])
 
@@ -148,13 +148,13 @@ def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[di
 def evaluate_autoencoder(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
     """Reconstruct and measure: the report, and a sheet of reconstructions beside their originals."""
     from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
-    from ldm.evaluation.pictures import by_class, side_by_side
+    from ldm.evaluation.datasets import find_reference
     from ldm.evaluation.report import report_autoencoder
-    from ldm.evaluation.source import find_reference
+    from ldm.evaluation.samples import by_class, side_by_side
 
     autoencoder, scale_factor = load_autoencoder(args.ckpt, args.device)
     reference, _ = find_reference(args.dataset, args.split, args.data, networks, args.n)
-    pictures, labels = reference.pictures[: args.n], reference.picture_labels[: args.n]
+    pictures, labels = reference.pictures[: args.n], reference.image_labels[: args.n]
     n = len(pictures)
     if args.n is not None and args.n > n:
         raise ValueError(f"only {n} of MNIST's test pictures ship: use --n {n}, or give --data ROOT")
@@ -181,9 +181,9 @@ def evaluate_bits(args: argparse.Namespace) -> None:
     """Print the variational bound of the first test pictures, or write it to --out."""
     check_writable(args.out)
     import ldm
+    from ldm.evaluation.datasets import open_data
     from ldm.evaluation.likelihood import check_variance, measure_bits
     from ldm.evaluation.networks import fingerprint
-    from ldm.evaluation.source import open_data
     from ldm.models.classifier import INNER
 
     model = ldm.load(args.ckpt, device=args.device)
@@ -225,8 +225,8 @@ def evaluate_dreambooth(args: argparse.Namespace, networks: "Measuring") -> "tup
     import ldm
     from ldm.evaluation.dreambooth import Asked, Detector, compare, measure, read_folder
     from ldm.evaluation.networks import features_of, fingerprint
-    from ldm.evaluation.pictures import side_by_side
     from ldm.evaluation.reference import load_reference
+    from ldm.evaluation.samples import side_by_side
 
     real = read_folder(args.subject / "heldout")
     others = args.subject / "others"
@@ -254,9 +254,9 @@ def evaluate_dreambooth(args: argparse.Namespace, networks: "Measuring") -> "tup
 
 def write_subjects(args: argparse.Namespace) -> None:
     """Pictures of the subjects that DreamBooth is shown on: to learn from, held out, and of other things."""
+    from ldm.evaluation.datasets import open_data
     from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
-    from ldm.evaluation.source import open_data
-    from ldm.evaluation.subjects import DIGITS, printed_ones, stars, write_pictures
+    from ldm.evaluation.subjects import DIGITS, printed_ones, stars, write_images
     from ldm.models.classifier import inner
 
     networks = Measuring.load(
@@ -264,7 +264,7 @@ def write_subjects(args: argparse.Namespace) -> None:
     )
     digits = inner(open_data("mnist", "test", args.data)[0].images[:DIGITS, 0])
     for name, parts in (("one", printed_ones(args.data, networks)), ("star", stars(digits))):
-        write_pictures(parts, args.outdir / name)
+        write_images(parts, args.outdir / name)
         counts = ", ".join(f"{len(pictures)} {part}" for part, pictures in parts.items())
         print(f"{args.outdir / name}: {counts}", file=sys.stderr)
 
@@ -274,9 +274,9 @@ def write_statistics(args: argparse.Namespace) -> None:
     import torch
 
     from ldm.checkpoint.file import load_file, save_file
+    from ldm.evaluation.datasets import open_data
     from ldm.evaluation.networks import FEATURES, JUDGE, PRETRAINED, Measuring
     from ldm.evaluation.reference import SIZES, measure_reference, save_reference
-    from ldm.evaluation.source import open_data
 
     folder = PRETRAINED if args.outdir is None else args.outdir
     paths = {"judge": JUDGE, "features": FEATURES}
@@ -315,7 +315,7 @@ def write_report(report: dict, out: Path | None) -> None:
         out.write_text(text + "\n", encoding="utf-8")
 
 
-def picture_path(args: argparse.Namespace) -> Path:
+def image_path(args: argparse.Namespace) -> Path:
     if args.picture is not None:
         return args.picture
     return PICTURE if args.out is None else args.out.with_suffix(".png")

@@ -1,18 +1,18 @@
-"""Draw pictures over a picture, guided by text.
+"""Draw images over an image, guided by text.
 
 python scripts/img2img.py --init-img five.png --prompt "a bold handwritten digit five"
 python scripts/img2img.py --init-img photo.jpg --resize --prompt "an oil painting" --strength 0.5 --n_samples 4
 python scripts/img2img.py --from-png outputs/img2img-samples/samples/00003.png --init-img photo.jpg
 
---strength is the share of the steps that are taken, from the picture noised to the first of their levels: 0 gives it
+--strength is the share of the steps that are taken, from the image noised to the first of their levels: 0 gives it
 back as the first stage sees it, 1 leaves next to nothing of it. Steps are whole: 0.75 of 50 are 37, 0.01 of them is 1.
 
-The result has the picture's own size. Where the model needs another (Stable Diffusion: multiples of 64), the picture is
-padded at the right and the bottom and the result cut back; a picture far larger or smaller than what the model draws is
+The result has the image's own size. Where the model needs another (Stable Diffusion: multiples of 64), the image is
+padded at the right and the bottom and the result cut back; an image far larger or smaller than what the model draws is
 refused. --resize brings it to the model's size; --W and --H to one of your own: it is scaled to fill that, and what is
 then too much is cut off evenly; one of them alone keeps the proportions. Transparent parts count as white.
 
-Each prompt gets n_samples x n_iter pictures, seeded and numbered as in txt2img.py. Files: OUTDIR/samples/00000.png,
+Each prompt gets n_samples x n_iter images, seeded and numbered as in txt2img.py. Files: OUTDIR/samples/00000.png,
 OUTDIR/grid-0000.png.
 """
 
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.init_img is None:
-        raise ValueError("--init-img FILE names the picture to draw over: give one")
+        raise ValueError("--init-img FILE names the image to draw over: give one")
     draw_run(args, Original.read(args.init_img))
 
 

@@ -1,18 +1,18 @@
-"""Draw parts of a picture anew.
+"""Draw parts of an image anew.
 
 python scripts/inpaint.py --init-img photo.png --mask mask.png --prompt "a red kite"
 python scripts/inpaint.py --init-img five.png --mask mask.png --n_samples 4
-python scripts/inpaint.py --indir pictures --outdir outputs/restored
+python scripts/inpaint.py --indir images --outdir outputs/restored
 
-The mask has the picture's size: what is white there is drawn anew, what is black (or transparent) stays as it is, to
-the byte. What is at least half white is drawn, and greys then blend it with the picture. Any model will do: one that
-was trained to inpaint is told of the mask, any other has the rest of the picture put back at every step.
+The mask has the image's size: what is white there is drawn anew, what is black (or transparent) stays as it is, to
+the byte. What is at least half white is drawn, and greys then blend it with the image. Any model will do: one that
+was trained to inpaint is told of the mask, any other has the rest of the image put back at every step.
 
-The result is a PNG of 8 bits, grey, RGB or RGBA: grey where both picture and model are, with the picture's transparency
-if it has any (the model sees that as white, and what it draws is opaque), in RGB if the picture is a palette's or CMYK.
+The result is a PNG of 8 bits, grey, RGB or RGBA: grey where both image and model are, with the image's transparency
+if it has any (the model sees that as white, and what it draws is opaque), in RGB if the image is a palette's or CMYK.
 
 Sizes, --strength (1: what is white in the mask is forgotten) and files are as in img2img.py. --indir takes each pair
-DIR/X.png, DIR/X_mask.png, draws one picture of it and writes OUTDIR/X.png, in the place of one that is there; the
+DIR/X.png, DIR/X_mask.png, draws one image of it and writes OUTDIR/X.png, in the place of one that is there; the
 pairs, by name, have the seeds `--seed`, `--seed` + 1, ...
 """
 
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = drawing_parser(__doc__, "", "outputs/inpaint-samples")
     add_original_options(parser, "1")
     add = parser.add_argument_group("what to draw anew").add_argument
-    add("--mask", type=Path, metavar="FILE", help="white where the picture is to be drawn anew")
+    add("--mask", type=Path, metavar="FILE", help="white where the image is to be drawn anew")
     add("--invert-mask", action="store_true", help="black where it is to be drawn anew")
     add(
         "--indir",
@@ -52,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.init_img is None or args.mask is None:
         raise ValueError(
-            "--init-img FILE and --mask FILE name a picture and what of it to draw anew, or --indir DIR many"
+            "--init-img FILE and --mask FILE name an image and what of it to draw anew, or --indir DIR many"
         )
     draw_run(args, Original.read(args.init_img, args.mask, args.invert_mask))
 
 
 def draw_folder(args: argparse.Namespace) -> None:
-    """One picture of each pair in --indir, saved under its name in --outdir.
+    """One image of each pair in --indir, saved under its name in --outdir.
 
     All pairs are looked at before the first is drawn, but only one is in memory at a time.
     """
@@ -67,11 +67,9 @@ def draw_folder(args: argparse.Namespace) -> None:
     given += ["n_samples", "n_iter"] if args.n_samples * args.n_iter != 1 else []
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"--indir draws one picture of each pair that is there: leave out {options}")
+        raise ValueError(f"--indir draws one image of each pair that is there: leave out {options}")
     if args.outdir.resolve() == args.indir.resolve():
-        raise ValueError(
-            f"--outdir {args.outdir} is --indir, where the pictures would be replaced: name another folder"
-        )
+        raise ValueError(f"--outdir {args.outdir} is --indir, where the images would be replaced: name another folder")
     pairs = find_pairs(args.indir)
     for _ in originals(pairs, args):
         pass
@@ -96,14 +94,14 @@ def draw_folder(args: argparse.Namespace) -> None:
 
 
 def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """(X.png, X_mask.png) in the folder, sorted. ValueError or OSError if there is none, or a mask without picture."""
+    """(X.png, X_mask.png) in the folder, sorted. ValueError or OSError if there is none, or a mask without image."""
     masks = sorted(path for path in folder.iterdir() if path.name.endswith(MASK))
     pairs = [(mask.with_name(mask.name.removesuffix(MASK) + ".png"), mask) for mask in masks]
     if not pairs:
-        raise ValueError(f"{folder} holds no X{MASK} beside an X.png: a pair is a picture and what of it to draw anew")
+        raise ValueError(f"{folder} holds no X{MASK} beside an X.png: a pair is an image and what of it to draw anew")
     for path, mask in pairs:
         if not path.is_file():
-            raise ValueError(f"{mask} has no picture: {path.name} is not there")
+            raise ValueError(f"{mask} has no image: {path.name} is not there")
     return pairs
 
 

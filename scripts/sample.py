@@ -5,7 +5,7 @@ python scripts/sample.py --ckpt runs/pixel/ddpm/model.safetensors --class 0 1 2 
 python scripts/sample.py --ckpt runs/pixel/simple_unet/model.safetensors --n_samples 16 --strip
 python scripts/sample.py --ckpt runs/pixel/ddpm/model.safetensors --class 5 --sampler ddim --steps 50
 
-Without --class, a model of classes draws of any. Pictures are seeded and numbered as in txt2img.py. Files:
+Without --class, a model of classes draws of any. Images are seeded and numbered as in txt2img.py. Files:
 OUTDIR/samples/00000.png, OUTDIR/grid-0000.png.
 """
 

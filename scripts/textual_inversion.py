@@ -1,11 +1,11 @@
-"""Learn a word for a subject from three to five pictures; the model itself stays as it is.
+"""Learn a word for a subject from three to five images; the model itself stays as it is.
 
-python scripts/textual_inversion.py --train_data_dir pictures/mine --placeholder_token "<mine>" \\
+python scripts/textual_inversion.py --train_data_dir images/mine --placeholder_token "<mine>" \\
     --initializer_token five --output_dir outputs/mine
 python scripts/txt2img.py --embedding outputs/mine/learned_embeds.safetensors --prompt "a handwritten digit <mine>"
 
 What is not given is chosen by the checkpoint's size. Files: OUTPUT_DIR/learned_embeds.safetensors or what --format
-says, contact_sheet.png, previews/ (above the subject's pictures, below drawn ones), metrics.jsonl, TensorBoard's file,
+says, contact_sheet.png, previews/ (above the subject's images, below drawn ones), metrics.jsonl, TensorBoard's file,
 config.yaml, and what the run itself goes by: resume.pt until it is finished, then model.safetensors.
 """
 
@@ -33,7 +33,7 @@ class Defaults(NamedTuple):
     rate: float  # learning rate, in deviations of the model's own token vectors
     lr_scheduler: str
     timesteps: Mapping[str, Any]
-    shown: int  # pictures in a preview
+    shown: int  # images in a preview
 
 
 # Small: measured on the digits model, whose first layer's vectors are small beside what its blocks add to them, so
@@ -49,16 +49,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add_checkpoint_options(parser.add_argument_group("model"), "--pretrained_model_name_or_path")
     add = parser.add_argument_group("subject").add_argument
-    add("--train_data_dir", type=Path, required=True, metavar="DIR", help="the subject's pictures")
+    add("--train_data_dir", type=Path, required=True, metavar="DIR", help="the subject's images")
     add("--placeholder_token", required=True, metavar="WORD", help="what to call it: '<mine>'")
     add("--initializer_token", required=True, metavar="TEXT", help="what it is like, in words that the model knows")
     add("--num_vectors", type=whole(1), metavar="N", help="tokens that the word is")
-    add("--learnable_property", choices=("object", "style"), help="what the pictures share (object)")
+    add("--learnable_property", choices=("object", "style"), help="what the images share (object)")
     add("--templates", type=Path, metavar="FILE", help="captions of one's own, one a line, with {} for the word")
     add("--resolution", type=whole(1), metavar="PIXELS", help="side of the squares to train on (the model's own)")
     add = parser.add_argument_group("training").add_argument
     add("--max_train_steps", type=whole(1), metavar="N", help="optimizer steps")
-    add("--train_batch_size", type=whole(1), metavar="N", help="pictures at a time")
+    add("--train_batch_size", type=whole(1), metavar="N", help="images at a time")
     add("--learning_rate", type=real(0), metavar="RATE", help="how far a step moves a vector's numbers")
     add("--lr_scheduler", choices=("constant", "linear", "cosine"), help="how the rate falls")
     add("--lr_warmup_steps", type=whole(0), default=0, metavar="N", help="(0)")
@@ -96,14 +96,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     frames = args.learnable_property if args.templates is None else read_templates(args.templates)
     import ldm
-    from ldm.finetune.dreambooth_run import check_apart, move_in, notes_on_pictures
+    from ldm.finetune.dreambooth_run import check_apart, move_in, notes_on_images
     from ldm.finetune.embeddings import text_encoder
     from ldm.finetune.textual_inversion import captions, check_model
     from ldm.training.loop import loop_settings, train
     from ldm.training.processes import processes
 
     check_apart(args.train_data_dir, args.output_dir / "previews")
-    notes = notes_on_pictures(args.train_data_dir)
+    notes = notes_on_images(args.train_data_dir)
     resume, these = args.resume_from_checkpoint is not None, processes(args.device)
     if resume and these.is_main_process:
         move_in(args.resume_from_checkpoint, args.output_dir)

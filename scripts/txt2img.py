@@ -1,11 +1,11 @@
-"""Draw pictures from text.
+"""Draw images from text.
 
 python scripts/txt2img.py --prompt "a handwritten digit five"
 python scripts/txt2img.py --prompt "a bold seven leaning right" --n_samples 8 --steps 20 --scale 2 --seed 1
 python scripts/txt2img.py --from-file prompts.txt --n_samples 4 --n_iter 2 --outdir outputs/mine
 python scripts/txt2img.py --from-png outputs/mine/samples/00003.png
 
-Each prompt gets n_samples x n_iter pictures. Picture k of the whole run, counted over all pictures of the first prompt,
+Each prompt gets n_samples x n_iter images. Image k of the whole run, counted over all images of the first prompt,
 then of the next, has seed `--seed` + k. Files: OUTDIR/samples/00000.png, OUTDIR/grid-0000.png, numbered on from those
 that are there.
 """

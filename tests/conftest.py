@@ -95,7 +95,7 @@ def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def mnist(tmp_path) -> Path:
-    """Sixteen pictures in MNIST's files."""
+    """Sixteen images in MNIST's files."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     images = np.zeros((16, 28, 28), np.uint8)

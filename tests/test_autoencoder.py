@@ -29,7 +29,7 @@ def small(**changes) -> AutoencoderKL:
     return fill(AutoencoderKL(SMALL | changes, embed_dim=3), 3)
 
 
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -69,7 +69,7 @@ def test_epsilons():
 
 def test_small_widths_train():
     model = AutoencoderKL(SMALL, embed_dim=4)
-    decoded, posterior = model(pictures())
+    decoded, posterior = model(images())
     assert decoded.shape == (2, 1, 32, 32) and posterior.mean.shape == (2, 4, 8, 8)
     (decoded.square().mean() + posterior.kl().mean()).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
@@ -77,7 +77,7 @@ def test_small_widths_train():
 
 
 def test_forward_samples_or_takes_the_mode():
-    model, x = small(), pictures()
+    model, x = small(), images()
     with torch.no_grad():
         posterior = model.encode(x)
         assert torch.equal(model(x, sample_posterior=False)[0], model.decode(posterior.mode()))
@@ -88,7 +88,7 @@ def test_forward_samples_or_takes_the_mode():
 
 
 def test_every_option_of_ddconfig():
-    x, keys = pictures(), set(shapes(small()))
+    x, keys = images(), set(shapes(small()))
     assert isinstance(small(attn_resolutions=[8]).encoder.down[2].attn[0], AttnBlock)
     assert len(small(attn_resolutions=[8]).decoder.up[2].attn) == 2
     assert small(attn_resolutions=[32]).decoder.up[0].attn[0].q.in_channels == 16
@@ -117,7 +117,7 @@ def test_wrong_options_are_refused():
 
 
 def test_fold_latent_statistics():
-    model, x = small().double(), pictures().double()
+    model, x = small().double(), images().double()
     with torch.no_grad():
         before = model.encode(x)
         decoded = model.decode(before.mode())
@@ -131,7 +131,7 @@ def test_fold_latent_statistics():
 
 
 def test_fold_latent_statistics_in_float32():
-    model, x = small(), pictures()
+    model, x = small(), images()
     with torch.no_grad():
         decoded = model.decode(model.encode(x).mode())
         model.fold_latent_statistics(torch.tensor([0.5, -3.0, 0.0]), torch.tensor([0.2, 4.0, 1.0]))
@@ -148,7 +148,7 @@ def test_fold_latent_statistics_refuses_nonsense():
 
 
 def test_half_width_weights():
-    model, x = small(), pictures()
+    model, x = small(), images()
     with torch.no_grad():
         expected = model.decode(model.encode(x).mode())
         model.bfloat16()

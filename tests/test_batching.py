@@ -13,7 +13,7 @@ def test_by_hand():
 
 
 @given(st.lists(st.integers(1, 3), max_size=20), st.integers(1, 6))
-def test_every_picture_once_in_order_and_in_the_fewest_batches(lengths, size):
+def test_every_image_once_in_order_and_in_the_fewest_batches(lengths, size):
     found = batches(lengths, size)
     assert [i for batch in found for i in range(batch.start, batch.stop)] == list(range(len(lengths)))
     for batch in found:

@@ -65,7 +65,7 @@ def test_what_cannot_be_compared_is_told_before_any_work(files, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"sampler": "ddim", "steps": 5, "n": 100}) + "\n")
     for options, message in (
         (["load", "--ckpt", folder], f"{folder} is a folder"),
-        (["samplers", "--out", tmp_path / "rows.jsonl"], "rows.jsonl has rows of 100 pictures each"),
+        (["samplers", "--out", tmp_path / "rows.jsonl"], "rows.jsonl has rows of 100 images each"),
         (["samplers", "--out", tmp_path / "none" / "rows.jsonl"], "No such file"),
     ):
         with pytest.raises((ValueError, OSError), match=message):

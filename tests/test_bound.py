@@ -9,7 +9,7 @@ from ldm.diffusion.bound import log_bin, log_variances, normal_kl, prior_bits, s
 from ldm.diffusion.schedule import make_schedule, q_sample
 
 LINEAR = make_schedule("linear")
-N = 20_000  # numbers of one picture, over which the Monte Carlo estimates average
+N = 20_000  # numbers of one image, over which the Monte Carlo estimates average
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,8 +33,8 @@ def test_prior_is_1e_5_bits():
         expected = (ab * value**2 - ab - math.log1p(-ab)) / 2 / math.log(2)
         found = float(prior_bits(torch.full((1, 3, 4, 4), value).double(), LINEAR))
         assert found == pytest.approx(expected, rel=1e-6) and found < 3e-5
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    assert float(prior_bits(picture, LINEAR)) == pytest.approx(1e-5, rel=0.1)  # ab |x0|^2 / 2, |x0|^2 a third
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    assert float(prior_bits(image, LINEAR)) == pytest.approx(1e-5, rel=0.1)  # ab |x0|^2 / 2, |x0|^2 a third
 
 
 def test_variances_of_a_step():
@@ -49,7 +49,7 @@ def test_variances_of_a_step():
 
 
 def terms(data: float, share, predict, schedule, levels) -> list[float]:
-    """The terms of one picture of N numbers from N(0, data), predicted by predict(x_t, ab)."""
+    """The terms of one image of N numbers from N(0, data), predicted by predict(x_t, ab)."""
     x0, found = numbers(1, N) * math.sqrt(data), []
     for t in levels:
         t = torch.tensor([t])

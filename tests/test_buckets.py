@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: their shapes, what a picture is cut to, and batches of one shape each."""
+"""Aspect-ratio buckets: their shapes, what an image is cut to, and batches of one shape each."""
 
 import math
 
@@ -45,7 +45,7 @@ def ramp(width, height):
     return Image.fromarray(np.stack([across, down, 0 * down], 2).round().astype(np.uint8))
 
 
-def test_pictures_are_cut_as_little_as_can_be(tmp_path):
+def test_images_are_cut_as_little_as_can_be(tmp_path):
     """All of the side that is too short, the middle of the other; and turned as the camera says."""
     for name, size in (("a", (96, 32)), ("b", (20, 60)), ("c", (33, 32)), ("d", (64, 16))):
         ramp(*size).save(tmp_path / f"{name}.png")
@@ -76,20 +76,20 @@ def test_batches_are_of_one_group_and_lose_little():
     assert list(order) == epoch[4:]
     parts = [list(EpochBatches(20, 1, seed=3, rank=rank, processes=2, groups=groups)) for rank in (0, 1)]
     assert [a + b for a, b in zip(*parts, strict=True)] == epoch
-    with pytest.raises(ValueError, match="has 4 pictures of one shape, fewer than one batch of 5"):
+    with pytest.raises(ValueError, match="has 4 images of one shape, fewer than one batch of 5"):
         EpochBatches(20, 5, seed=3, groups=groups)
 
 
 @pytest.mark.parametrize("least", [1, 8])
 def test_subjects_in_buckets(tmp_path, least):
-    """All samples of a batch stack; every picture, of a bucket of its own too, is in about as many batches."""
+    """All samples of a batch stack; every image, of a bucket of its own too, is in about as many batches."""
     for name, sizes in (("dog", [(32, 32), (64, 32), (70, 30), (30, 50), (20, 60)]), ("cat", [(60, 20), (32, 32)])):
         (tmp_path / name).mkdir()
         for i, size in enumerate(sizes):
             Image.new("L", size, 10 * i + len(sizes)).save(tmp_path / name / f"{i}.png")
     rows = [{"instance_dir": str(tmp_path / name), "instance_prompt": name} for name in ("dog", "cat")]
     for row in rows:
-        row |= {"class_dir": str(tmp_path / "cat"), "class_pictures": {"1.png": "a cat"}}
+        row |= {"class_dir": str(tmp_path / "cat"), "class_images": {"1.png": "a cat"}}
     data = DreamBooth(rows, 32, channels=1, least=least, buckets=bucket_shapes(32, 8))
     assert set(data.groups) == {(32, 32), (40, 24), (24, 40), (64, 16), (16, 64)} and len(data.groups) == len(data)
     stream = batches(data, EpochBatches(len(data), least, 0, groups=data.groups), 0, workers=0)

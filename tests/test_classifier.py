@@ -107,7 +107,7 @@ def test_stage_learns_and_finishes_with_measured_statistics():
     stage.eval()
     stage.finish(data)
     features = stage.model.features(batch["image"])
-    # The 50 pictures are the data set's, so its running statistics are theirs.
+    # The 50 images are the data set's, so its running statistics are theirs.
     torch.testing.assert_close(features.mean(dim=0), torch.zeros(16), rtol=0, atol=1e-3)
     torch.testing.assert_close(features.var(dim=0, unbiased=False), torch.ones(16), rtol=0.02, atol=0)
     config, state = stage.export()
@@ -118,7 +118,7 @@ def test_stage_learns_and_finishes_with_measured_statistics():
     assert len(stage.preview()) == 100 and stage.preview()[0].size == (32, 32)
 
 
-def test_stage_refuses_pictures_without_labels():
+def test_stage_refuses_images_without_labels():
     class Unlabelled(Bars):
         def __getitem__(self, i):
             return {"image": torch.zeros(1, 32, 32), "caption": ""}

@@ -163,7 +163,7 @@ def test_classifier_guidance_adds_to_classifier_free():
         assert torch.allclose(found.unguided, c, rtol=1e-12, atol=1e-12)
 
 
-def test_a_networks_log_probability_of_each_pictures_class():
+def test_a_networks_log_probability_of_each_images_class():
     weight = torch.randn(5, 4 * 8 * 8, generator=torch.Generator().manual_seed(8)).double().requires_grad_()
     levels = []
 

@@ -9,8 +9,8 @@ from conftest import randomised
 
 from ldm.checkpoint.file import save_file
 from ldm.diffusion.schedule import make_schedule
-from ldm.inference.guides import classifier, load_classifier
-from ldm.models.noisy_classifier import EncoderUNetModel
+from ldm.inference.guiders import classifier, load_classifier
+from ldm.optional.noisy_classifier import EncoderUNetModel
 
 PARAMS = {
     "image_size": 8,
@@ -24,7 +24,7 @@ PARAMS = {
     "norm_groups": 8,
     "pool": "attention",
 }
-TARGET = "ldm.models.noisy_classifier.EncoderUNetModel"
+TARGET = "ldm.optional.noisy_classifier.EncoderUNetModel"
 
 
 def write(path, schedule=None, **changes):
@@ -51,7 +51,7 @@ def pixels(images):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
-def test_it_moves_pictures_under_every_sampler_and_by_its_class(model, file, sampler):
+def test_it_moves_images_under_every_sampler_and_by_its_class(model, file, sampler):
     """Common mistakes: guidance that DDIM accepts and ignores (row 26 of the reference)."""
     told = load_classifier(file, model)
 
@@ -63,7 +63,7 @@ def test_it_moves_pictures_under_every_sampler_and_by_its_class(model, file, sam
     assert [np.array_equal(*pair) for pair in zip(guided, plain, strict=True)] == [False, False, False, True]
 
 
-def test_a_picture_is_guided_alone_as_in_a_batch(model, file):
+def test_a_image_is_guided_alone_as_in_a_batch(model, file):
     guide = classifier(load_classifier(file, model), 10.0)
     both = pixels(model.generate(["3", "5"], guide=guide))
     alone = pixels(model.generate(["5"], guide=guide, seed=1))

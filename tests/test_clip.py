@@ -67,7 +67,7 @@ def hugging(sizes: dict, activation: str, projection_dim: int):
 
 
 def open_clip_model(sizes: dict, embed_dim: int, quick_gelu: bool = False):
-    """open_clip's CLIP with a picture tower as small as it gets, and its text tower's weights."""
+    """open_clip's CLIP with an image tower as small as it gets, and its text tower's weights."""
     from open_clip import CLIP
 
     text = {key: sizes[key] for key in ("vocab_size", "width", "layers", "heads", "context_length")}

@@ -45,7 +45,7 @@ def test_what_a_prediction_means(model):
     noised = model.q_sample(z, t, noise)
     v = model.get_v(z, noise, t)
     torch.testing.assert_close(v, target("v", z, noise, model.schedule.alphas_cumprod[t]), rtol=1e-6, atol=1e-6)
-    # at t = 990 the picture is multiplied by 0.07, and its error so divided
+    # at t = 990 the image is multiplied by 0.07, and its error so divided
     for found in (model.predict_start_from_noise(noised, t, noise), model.predict_start_from_z_and_v(noised, t, v)):
         torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.predict_eps_from_z_and_v(noised, t, v), noise, **CLOSE)

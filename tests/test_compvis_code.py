@@ -89,7 +89,7 @@ def test_replacing_the_text_encoder_s_forward_reaches_the_model(model, twin, mon
 
 
 class CustomDiffusion(LatentDiffusion):
-    """Trains the keys and values of cross-attention, on masked pictures."""
+    """Trains the keys and values of cross-attention, on masked images."""
 
     def __init__(self, freeze_model="crossattn_kv", *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -183,12 +183,12 @@ def test_instruct_pix2pix(clip):
     model = built(config(clip, unet, conditioning_key="hybrid"))
     own = config(clip, unet)["params"]["unet_config"]
     twin = ours(model, unet_config=own | {"target": "ldm.models.unet.UNetModel"}, concat="latents")
-    z, picture = randn(2, 4, 8, 8), randn(2, 3, 16, 16).clamp(-1, 1)
+    z, image = randn(2, 4, 8, 8), randn(2, 3, 16, 16).clamp(-1, 1)
     cond = {
         "c_crossattn": [model.get_learned_conditioning(PROMPTS)],
-        "c_concat": [model.encode_first_stage(picture).mode()],
+        "c_concat": [model.encode_first_stage(image).mode()],
     }
-    expected = twin.apply_model(z, T, twin.condition(PROMPTS) | twin.concat_picture(picture, torch.ones(2, 1, 16, 16)))
+    expected = twin.apply_model(z, T, twin.condition(PROMPTS) | twin.concat_image(image, torch.ones(2, 1, 16, 16)))
     torch.testing.assert_close(model.apply_model(z, T, cond=cond), expected, **CLOSE)
 
 
@@ -232,8 +232,8 @@ def test_text_to_image(files, twin, scale):
         latents = drawn(twin, twin.condition(PROMPTS)["c_crossattn"], null, start_code, 5, scale)
         same(samples_ddim, latents)
         same(x_samples_ddim, twin.decode(latents))
-    picture = torch.clamp((x_samples_ddim + 1.0) / 2.0, min=0.0, max=1.0)
-    assert picture.shape == (2, 3, 16, 16) and picture.std() > 0.05
+    image = torch.clamp((x_samples_ddim + 1.0) / 2.0, min=0.0, max=1.0)
+    assert image.shape == (2, 3, 16, 16) and image.std() > 0.05
 
 
 def test_text_to_image_in_half_precision(files):

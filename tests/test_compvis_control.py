@@ -110,7 +110,7 @@ def test_controlnet_trains_its_control_alone(controlled):
     assert any(p is out for group in controlled.configure_optimizers().param_groups for p in group["params"])
 
 
-def test_controlnet_logs_pictures(controlled, twin):
+def test_controlnet_logs_images(controlled, twin):
     torch.manual_seed(0)
     log = controlled.log_images(hinted(), N=2, ddim_steps=4, unconditional_guidance_scale=3.0)
     assert set(log) == {"reconstruction", "control", "conditioning", "samples_cfg_scale_3.00"}

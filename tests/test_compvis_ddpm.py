@@ -87,10 +87,10 @@ def test_losses_and_levels_are_ours(clip, model, parameterization):
     output = model.apply_model(noised, t, cond)
     assert torch.equal(output, twin.apply_model(noised, t, {"c_crossattn": cond}))
     loss, logs = model.p_losses(z, cond, t, noise=noise)
-    per_picture = twin.loss(z, {"c_crossattn": cond}, t, noise)
-    torch.testing.assert_close(loss, per_picture.mean(), **CLOSE)
+    per_image = twin.loss(z, {"c_crossattn": cond}, t, noise)
+    torch.testing.assert_close(loss, per_image.mean(), **CLOSE)
     assert torch.equal(logs["val/loss"], loss) and set(logs) == {"val/loss_simple", "val/loss_vlb", "val/loss"}
-    torch.testing.assert_close(logs["val/loss_vlb"], (model.lvlb_weights[t] * per_picture).mean(), **CLOSE)
+    torch.testing.assert_close(logs["val/loss_vlb"], (model.lvlb_weights[t] * per_image).mean(), **CLOSE)
 
 
 # conditioning
@@ -175,7 +175,7 @@ def test_batches(model):
     assert torch.equal(rec, model.decode_first_stage(z)) and len(c) == len(z) == 2
 
 
-def test_batches_of_pictures_classes_and_what_is_trained(clip, model):
+def test_batches_of_images_classes_and_what_is_trained(clip, model):
     rescaler = {"target": f"{ENCODERS}.SpatialRescaler", "params": {"n_stages": 1, "in_channels": 3, "out_channels": 4}}
     wide, default = PLAIN | {"in_channels": 8}, {"conditioning_key": None}
     mapped = built(config(clip, wide, cond_stage_config=rescaler, cond_stage_key="LR", **default))
@@ -297,7 +297,7 @@ def test_ddim_as_ours(model):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_pictures_of_the_training(clip):
+def test_images_of_the_training(clip):
     model = built(config(clip, timesteps=10, log_every_t=4, use_ema=True))
     asked = []
     model.ema_scope = lambda context=None: asked.append(context) or ddpm.nullcontext()

@@ -41,9 +41,9 @@ def numbers(model) -> dict[str, torch.Tensor]:
     found["loss"] = model.p_losses(start.to(device), cond, t, noise=noise)[0]
     with model.ema_scope():
         found["ema"] = model.apply_model(noised, t, cond)
-    found["pictures"] = model.decode_first_stage(found["DDIMSampler"])
+    found["images"] = model.decode_first_stage(found["DDIMSampler"])
     log = model.log_images(a_batch(), N=2, ddim_steps=2, inpaint=False)  # draws noise of its own
-    assert all(torch.isfinite(picture).all() for picture in log.values())
+    assert all(torch.isfinite(image).all() for image in log.values())
     model.training_step(a_batch())
     model.on_train_batch_end()
     return {name: value.cpu() for name, value in found.items()}

@@ -213,11 +213,11 @@ def test_open_clip_without_weights():
     assert shapes(encoder) == published_shapes("sd-v2", "cond_stage_model.")
 
 
-# OpenAI's CLIP, whole texts and pictures
+# OpenAI's CLIP, whole texts and images
 
 
 @torch.no_grad()
-def test_clip_s_embeddings_of_texts_and_pictures(tmp_path, monkeypatch):
+def test_clip_s_embeddings_of_texts_and_images(tmp_path, monkeypatch):
     import open_clip
 
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
@@ -236,18 +236,18 @@ def test_clip_s_embeddings_of_texts_and_pictures(tmp_path, monkeypatch):
     unit = FrozenCLIPTextEmbedder(f"tiny-clip/{file}")
     torch.testing.assert_close(unit(PROMPTS[0]), torch.nn.functional.normalize(expected[:1]), **CLOSE)
 
-    pictures = FrozenClipImageEmbedder(f"tiny-clip/{file}")
+    images = FrozenClipImageEmbedder(f"tiny-clip/{file}")
     corners = torch.zeros(1, 3, 24, 24)
     corners[0, :, 0, 0], corners[0, :, -1, -1] = 1.0, -1.0
     mean, std = (torch.tensor(v) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     for x in (corners, torch.nn.functional.interpolate(corners, (47, 70), mode="bilinear", align_corners=True)):
-        y = pictures.preprocess(x)  # of 24 x 24 nothing is resampled; corners stay corners
+        y = images.preprocess(x)  # of 24 x 24 nothing is resampled; corners stay corners
         assert y.shape == (1, 3, 24, 24)
         torch.testing.assert_close(y[0, :, 0, 0], (1 - mean) / std)
         torch.testing.assert_close(y[0, :, -1, -1], -mean / std)
     normed = (corners + 1) / 2 - mean.view(3, 1, 1)
-    torch.testing.assert_close(pictures(corners), theirs.encode_image(normed / std.view(3, 1, 1)), **CLOSE)
-    assert not any(name in ("mean", "std") for name in pictures.state_dict())
+    torch.testing.assert_close(images(corners), theirs.encode_image(normed / std.view(3, 1, 1)), **CLOSE)
+    assert not any(name in ("mean", "std") for name in images.state_dict())
 
 
 def test_clip_s_names_of_its_models(monkeypatch):
@@ -285,7 +285,7 @@ def test_bert_s_vocabulary_is_looked_for_in_the_cache(tmp_path, monkeypatch):
 
 def test_classes():
     encoder = fill(ClassEmbedder(8, n_classes=5, key="label"), 0)
-    batch = {"label": torch.tensor([3, 0]), "other": torch.tensor([1, 1]), "picture": None}
+    batch = {"label": torch.tensor([3, 0]), "other": torch.tensor([1, 1]), "image": None}
     table = encoder.embedding.weight
     assert torch.equal(encoder(batch), table[[3, 0], None]) and torch.equal(encoder.encode(batch), encoder(batch))
     assert torch.equal(encoder(batch, key="other"), table[[1, 1], None]) and encoder(batch).shape == (2, 1, 8)

@@ -74,7 +74,7 @@ def test_progressive_words_grow(encoder, monkeypatch):
     assert int((manager.eval()(tokens, zero) != 0).any(2).sum()) == 3 and manager.progressive_counter == 7
 
 
-def test_words_of_pictures_and_bad_words(encoder):
+def test_words_of_images_and_bad_words(encoder):
     manager = EmbeddingManager(encoder, ["*"], per_image_tokens=False)
     assert list(manager.string_to_param_dict) == ["*"] and list(manager.initial_embeddings) == []
     assert len(per_img_token_list) == 22 and len(set(per_img_token_list)) == 22
@@ -157,53 +157,53 @@ def test_training_and_drawing(clip, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three pictures, 6 wide and 4 high, left half one level and right half another; and a note."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Three images, 6 wide and 4 high, left half one level and right half another; and a note."""
+    folder = tmp_path_factory.mktemp("images")
     for i in range(3):
         levels = np.full((4, 6, 3), 10 * i, dtype=np.uint8)
         levels[:, 3:] = 200
         Image.fromarray(levels).save(folder / f"{i}.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
-def test_personalized_pictures(pictures):
+def test_personalized_images(images):
     data = instantiate_from_config(
-        {"target": "ldm.data.personalized.PersonalizedBase", "params": {"data_root": str(pictures), "flip_p": 0.0}}
+        {"target": "ldm.data.personalized.PersonalizedBase", "params": {"data_root": str(images), "flip_p": 0.0}}
     )
     assert len(data) == 300 and data[4]["image"].shape == (4, 6, 3) and data[4]["image"].dtype == np.float32
     assert data[4]["image"][0, 0].tolist() == pytest.approx([10 / 127.5 - 1] * 3)
     assert data[4]["image"][0, 5].tolist() == pytest.approx([200 / 127.5 - 1] * 3)
     assert {data[i]["caption"] for i in range(300)} == {frame.format("*") for frame in FRAMES["object"]}
-    mirrored = PersonalizedBase(pictures, flip_p=1.0, set="val")
+    mirrored = PersonalizedBase(images, flip_p=1.0, set="val")
     assert len(mirrored) == 3 and mirrored[0]["image"][0, 0, 0] == pytest.approx(200 / 127.5 - 1)
-    squeezed = PersonalizedBase(pictures, size=8, flip_p=0.0)[0]["image"]
-    cut = PersonalizedBase(pictures, size=8, flip_p=0.0, center_crop=True)[0]["image"]
+    squeezed = PersonalizedBase(images, size=8, flip_p=0.0)[0]["image"]
+    cut = PersonalizedBase(images, size=8, flip_p=0.0, center_crop=True)[0]["image"]
     assert squeezed.shape == cut.shape == (8, 8, 3)
     assert squeezed[0, 0, 0] == cut[0, 0, 0] == -1 and cut[0, 2, 0] == -1
     with pytest.raises(IndexError):
         mirrored[3]
 
 
-def test_personalized_captions(pictures):
+def test_personalized_captions(images):
     from ldm.data.personalized_style import PersonalizedBase as Style
 
     random.seed(0)
-    data = PersonalizedBase(pictures, per_image_tokens=True, mixing_prob=0.5, coarse_class_text="cat")
+    data = PersonalizedBase(images, per_image_tokens=True, mixing_prob=0.5, coarse_class_text="cat")
     captions = [data[1]["caption"] for _ in range(400)]
     named = [caption for caption in captions if per_img_token_list[1] in caption]
     assert all("cat *" in caption for caption in captions) and 160 < len(named) < 240
-    assert "style" in Style(pictures)[0]["caption"] and issubclass(Style, PersonalizedBase)
+    assert "style" in Style(images)[0]["caption"] and issubclass(Style, PersonalizedBase)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data_root": "no/such/folder"}, "data_root 'no/such/folder' is no folder with pictures"),
+        ({"data_root": "no/such/folder"}, "data_root 'no/such/folder' is no folder with images"),
         ({"interpolation": "linaer"}, "interpolation 'linaer' is none of Pillow's"),
     ],
 )
-def test_personalized_refusals(pictures, settings, message):
+def test_personalized_refusals(images, settings, message):
     with pytest.raises(ValueError, match=message):
-        PersonalizedBase(**{"data_root": str(pictures)} | settings)
+        PersonalizedBase(**{"data_root": str(images)} | settings)

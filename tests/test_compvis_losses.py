@@ -40,7 +40,7 @@ def test_kl_loss_is_its_formula():
     for step in (9, 10):
         y = net(X)
         loss, log = stage(X, y, posterior, 0, step, last_layer=net.last.weight, split="val")
-        nll = ((X - y).abs() / math.exp(0.3) + 0.3).sum() / 2  # a sum per picture
+        nll = ((X - y).abs() / math.exp(0.3) + 0.3).sum() / 2  # a sum per image
         g = -stage.discriminator(y).mean()
         weight = 0.5 * grad_norm(nll, net.last.weight) / (grad_norm(g, net.last.weight) + 1e-4)
         wanted = nll + 0.01 * posterior.kl().sum() / 2 + (weight * g if step == 10 else 0)
@@ -117,7 +117,7 @@ def test_loss_helpers():
 
 
 def test_perceptual_term(monkeypatch):
-    """LPIPS is the package's: here one that gives 2 for the first picture and 0 for the second."""
+    """LPIPS is the package's: here one that gives 2 for the first image and 0 for the second."""
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match="pip install lpips"):
         LPIPSWithDiscriminator(0)

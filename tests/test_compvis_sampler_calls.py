@@ -98,7 +98,7 @@ def test_masks_keep_x0_noised_to_every_level():
 
 
 def test_random_numbers_are_drawn_as_often_as_in_compvis():
-    """So that the second picture of a script that seeds once is the same: S draws (PLMS: S + 1), and one for x_T."""
+    """So that the second image of a script that seeds once is the same: S draws (PLMS: S + 1), and one for x_T."""
     for name, draws in (("ddim", 11), ("plms", 12), ("dpm_solver", 1)):
         torch.manual_seed(5)
         start, _ = CLASSES[name](Toy()).sample(10, 2, SHAPE, C, x_T=None)
@@ -110,15 +110,15 @@ def test_random_numbers_are_drawn_as_often_as_in_compvis():
 
 
 def test_callbacks_and_intermediates():
-    seen, pictures = [], []
+    seen, images = [], []
     samples, kept = draw(
-        DDIMSampler(Toy()), 10, callback=seen.append, img_callback=lambda x0, i: pictures.append((i, x0)), log_every_t=4
+        DDIMSampler(Toy()), 10, callback=seen.append, img_callback=lambda x0, i: images.append((i, x0)), log_every_t=4
     )
-    assert seen == list(range(10)) and [i for i, _ in pictures] == seen
+    assert seen == list(range(10)) and [i for i, _ in images] == seen
     # the start; then indices 9 (the first step), 8, 4, 0
     assert len(kept["x_inter"]) == len(kept["pred_x0"]) == 5
     assert torch.equal(kept["x_inter"][0], X_T) and torch.equal(kept["x_inter"][-1], samples)
-    assert torch.equal(kept["pred_x0"][-1], pictures[-1][1]) and torch.equal(kept["pred_x0"][1], pictures[0][1])
+    assert torch.equal(kept["pred_x0"][-1], images[-1][1]) and torch.equal(kept["pred_x0"][1], images[0][1])
     assert DPMSolverSampler(Toy()).sample(5, 2, SHAPE, C, x_T=X_T, eta=1.0, callback=seen.append)[1] is None
 
 

@@ -15,18 +15,18 @@ DOCS = Path(__file__).parents[1] / "docs" / "compvis.md"
 @pytest.mark.parametrize(
     ("target", "home"),
     [
-        ("main.DataModuleFromConfig", "ldm.data.base"),
+        ("main.DataModuleFromConfig", "ldm.compvis.data"),
         ("main.ImageLogger", "ldm.compvis.main"),
-        ("taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "ldm.training.losses"),
+        ("taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "ldm.compvis.losses"),
         ("taming.modules.vqvae.quantize.VectorQuantizer2", "ldm.models.quantize"),
         ("taming.modules.discriminator.model.NLayerDiscriminator", "ldm.models.discriminator"),
-        ("ldm.modules.losses.LPIPSWithDiscriminator", "ldm.training.losses"),
-        ("ldm.modules.losses.contperceptual.DummyLoss", "ldm.training.losses"),
+        ("ldm.modules.losses.LPIPSWithDiscriminator", "ldm.compvis.losses"),
+        ("ldm.modules.losses.contperceptual.DummyLoss", "ldm.compvis.losses"),
         ("ldm.models.autoencoder.VQModel", "ldm.models.vq_autoencoder"),
         ("ldm.models.autoencoder.VQModelInterface", "ldm.models.vq_autoencoder"),
         ("ldm.modules.diffusionmodules.openaimodel.UNetModel", "ldm.models.unet"),
-        ("ldm.lr_scheduler.LambdaLinearScheduler", "ldm.training.lr_scheduler"),
-        ("ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "ldm.training.lr_scheduler"),
+        ("ldm.lr_scheduler.LambdaLinearScheduler", "ldm.compvis.lr_scheduler"),
+        ("ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "ldm.compvis.lr_scheduler"),
     ],
 )
 def test_targets_resolve(target, home):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.data.base import Txt2ImgIterableBaseDataset
+from ldm.compvis.data import Txt2ImgIterableBaseDataset
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.util import (  # fmt: skip
     autocast,
@@ -113,12 +113,12 @@ def test_autocast_is_for_cuda_alone():
     assert enabled == torch.cuda.is_available() and product.dtype == torch.float32
 
 
-def test_text_as_pictures():
-    pictures = log_txt_as_img((64, 32), ["a cat", "", "a much longer line that has to be broken"])
-    assert pictures.shape == (3, 3, 32, 64) and pictures.min() >= -1 and pictures.max() == 1
-    ink = (pictures < 0).any(1).sum((1, 2))
+def test_text_as_images():
+    images = log_txt_as_img((64, 32), ["a cat", "", "a much longer line that has to be broken"])
+    assert images.shape == (3, 3, 32, 64) and images.min() >= -1 and images.max() == 1
+    ink = (images < 0).any(1).sum((1, 2))
     assert ink[1] == 0 and 0 < ink[0] < ink[2]
-    rows = (pictures[2] < 0).any(0).any(1).nonzero()
+    rows = (images[2] < 0).any(0).any(1).nonzero()
     assert rows.max() - rows.min() > 12  # more than one line of 10 pixels
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import randomised
 
-from ldm.models.ddgan import Discriminator, Generator, batch_deviation, pixel_norm, r1_penalty
+from ldm.optional.ddgan import Discriminator, Generator, batch_deviation, pixel_norm, r1_penalty
 
 UNET = {
     "image_size": 8,
@@ -39,7 +39,7 @@ def pair(b: int = 3, c: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return before, x, torch.tensor([0, 2, 3])[:b]
 
 
-def test_generator_draws_pictures_of_any_fitting_size():
+def test_generator_draws_images_of_any_fitting_size():
     network = generator()
     assert network.downsampling == 4
     for size in ((16, 16), (8, 12)):
@@ -49,7 +49,7 @@ def test_generator_draws_pictures_of_any_fitting_size():
     assert Generator(unet, mapped=8)(torch.randn(2, 3, 8, 8), torch.zeros(2), torch.randn(2, 100)).shape == (2, 3, 8, 8)
 
 
-def test_the_latent_decides_which_picture():
+def test_the_latent_decides_which_image():
     """The point of the paper (systems.md's E19): the same x_t and t lead to many x0."""
     network = generator()
     _, x, t = pair()
@@ -140,7 +140,7 @@ def test_mistakes_are_named(settings, message):
         Generator(**{"unet": UNET, **settings})
 
 
-def test_the_discriminator_begins_with_logits_of_the_pictures():
+def test_the_discriminator_begins_with_logits_of_the_images():
     """Weights of variance 2 / (fan in + fan out) and no biases: by PyTorch's own, noise moves the logit by 0.0009."""
     torch.manual_seed(0)
     network = Discriminator(width=32)

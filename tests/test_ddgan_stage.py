@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import ldm
 from ldm.data.digits import Digits
+from ldm.optional.ddgan_stage import DenoisingGANStage
 from ldm.training import loop
-from ldm.training.ddgan import DenoisingGANStage
 from ldm.training.loop import Interrupted, train
 from ldm.training.order import collate
 
@@ -24,13 +24,13 @@ CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "ddgan.yaml"
 GENERATOR = {"unet": UNET, "latent_dim": 6, "mapped": 24, "layers": 2}
 DISCRIMINATOR = {"width": 8, "channel_mult": [1, 2], "time_channels": 16, "patch": 2}
 MODEL = {
-    "unet_config": {"target": "ldm.models.ddgan.Generator", "params": {**GENERATOR, "classes": 11}},
+    "unet_config": {"target": "ldm.optional.ddgan.Generator", "params": {**GENERATOR, "classes": 11}},
     "channels": 1,
     "cond_stage_config": {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11}},
     "defaults": {"height": 32, "width": 32, "steps": 4, "scale": 1.0, "sampler": "ddpm"},
 }
 PARAMS = {
-    "model": {"target": "ldm.denoising_gan.DenoisingGAN", "params": MODEL},
+    "model": {"target": "ldm.optional.denoising_gan.DenoisingGAN", "params": MODEL},
     "discriminator": {**DISCRIMINATOR, "classes": 11},
     "learning_rate": 1e-3,
     "discriminator_rate": 1e-3,
@@ -117,7 +117,10 @@ def config(outdir: Path, **params) -> dict:
         "name": "ddgan",
         "outdir": str(outdir),
         "seed": 3,
-        "stage": {"target": "ldm.training.ddgan.DenoisingGANStage", "params": {**PARAMS, "r1_every": 2, **params}},
+        "stage": {
+            "target": "ldm.optional.ddgan_stage.DenoisingGANStage",
+            "params": {**PARAMS, "r1_every": 2, **params},
+        },
         "data": {"target": "ldm.data.digits.Digits", "params": {"first": 20}},
         "loop": {"steps": 5, "batch_size": 4, "log_every": 1, "preview_every": 2, "precision": "fp32"},
     }

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from ldm.modules.image_degradation import degradation_fn_bsr, degradation_fn_bsr_light
 
-from ldm.data import degradation
-from ldm.data.degradation import FULL, KERNEL, LIGHT, gaussian_kernel
+from ldm.compvis import degradation
+from ldm.compvis.degradation import FULL, KERNEL, LIGHT, gaussian_kernel
 
 
 def picture(height: int = 64, width: int = 96) -> np.ndarray:
@@ -72,7 +72,7 @@ def test_what_comes_out(degrade, sf):
     assert (degrade(image, sf=sf)["image"] != small).any()
 
 
-def test_it_stays_the_picture_and_light_is_lighter():
+def test_it_stays_the_image_and_light_is_lighter():
     random.seed(0)
     image = picture()
     clean = shrunk(image, 4)

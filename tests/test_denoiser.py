@@ -131,7 +131,7 @@ def test_unknown_prediction_is_refused():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_each_picture_at_its_own_level(prediction):
+def test_each_image_at_its_own_level(prediction):
     """Conversions there and back: x0 -> target -> x0, to 1e-6 where x0 is not drowned in noise; and as the denoiser."""
     schedule, t = make_schedule("cosine"), torch.tensor([0, 300, 700, 990])
     x0, noise = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(2))

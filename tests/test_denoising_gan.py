@@ -1,4 +1,4 @@
-"""The whole model: its latents are a function of each picture's seed, and sampling is the posterior, step by step."""
+"""The whole model: its latents are a function of each image's seed, and sampling is the posterior, step by step."""
 
 import copy
 
@@ -9,11 +9,11 @@ from conftest import randomised
 from test_ddgan_stage import MODEL
 
 import ldm
-from ldm.denoising_gan import DenoisingGAN, latent_seed
 from ldm.diffusion.posterior import q_posterior
-from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.images import to_pil
 from ldm.inference.precision import set_precision
+from ldm.optional.denoising_gan import DenoisingGAN, latent_seed
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_generate_is_the_papers_sampling(model):
     """Algorithm: from unit noise, four times x0' = G(x, t, z) and a draw from the posterior; the last is x0' itself."""
     seeds, y = [7, 8], torch.tensor([3, 4])
     drawn = pixels(model.generate(y.tolist(), seeds=seeds))
-    noise, latents = PictureNoise(seeds, (1, 32, 32)), PictureNoise([latent_seed(seed) for seed in seeds], (6,))
+    noise, latents = SeededNoise(seeds, (1, 32, 32)), SeededNoise([latent_seed(seed) for seed in seeds], (6,))
     x = noise()
     for t in (3, 2, 1, 0):
         t = torch.full((2,), t)
@@ -49,11 +49,11 @@ def test_generate_is_the_papers_sampling(model):
 def test_it_predicts_x0_and_nothing_else(model, tmp_path):
     ldm.save(model, tmp_path / "gan.safetensors")
     assert ldm.load(tmp_path / "gan.safetensors", device="cpu").prediction == "x0"
-    with pytest.raises(ValueError, match="holds a ldm.denoising_gan.DenoisingGAN, which has no choice"):
+    with pytest.raises(ValueError, match="holds a ldm.optional.denoising_gan.DenoisingGAN, which has no choice"):
         ldm.load(tmp_path / "gan.safetensors", device="cpu", prediction="eps")
 
 
-def test_a_picture_is_the_same_alone_and_in_any_batch(model):
+def test_a_image_is_the_same_alone_and_in_any_batch(model):
     together = pixels(model.generate([1, 2, 3], seed=5))
     alone = pixels([model.generate([1 + i], seed=5 + i)[0] for i in range(3)])
     split = pixels(model.generate([1, 2, 3], seed=5, batch_size=2))
@@ -68,7 +68,7 @@ def test_latents_are_fresh_at_each_call_and_follow_the_seeds(model):
     a, b = first(x, 1.0, cond).x0, first(x, 1.0, cond).x0
     assert not torch.allclose(a, b, atol=1e-3)
     torch.testing.assert_close(second(x.flip(0), 1.0, cond).x0, a.flip(0), rtol=0, atol=1e-5)
-    # the same pictures under two conditionings at once (guidance) get the same latents in both
+    # the same images under two conditionings at once (guidance) get the same latents in both
     both = model.denoiser([4, 5])(x.repeat(2, 1, 1, 1), 1.0, model.condition([1, 1, 1, 1])).x0
     torch.testing.assert_close(both, a.repeat(2, 1, 1, 1), rtol=0, atol=1e-5)
     torch.manual_seed(0)
@@ -76,8 +76,8 @@ def test_latents_are_fresh_at_each_call_and_follow_the_seeds(model):
     assert not torch.allclose(free(x, 1.0, cond).x0, free(x, 1.0, cond).x0, atol=1e-3)
 
 
-def test_latents_are_no_pictures_noise():
-    """One stream for both would tie z to the start: 100 numbers of it would be the picture's first 100."""
+def test_latents_are_no_images_noise():
+    """One stream for both would tie z to the start: 100 numbers of it would be the image's first 100."""
     seeds = [latent_seed(seed) for seed in range(1000)]
     assert len({seed % 2**32 for seed in seeds}) == 1000  # torch's CPU generator heeds 32 bits
     assert all(0 <= seed < 2**64 for seed in seeds) and not set(seeds) & set(range(10**6))

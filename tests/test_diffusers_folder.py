@@ -287,7 +287,7 @@ def test_what_is_assumed_is_said(folder):
         ("latents", 8, "StableDiffusionInstructPix2PixPipeline"),
     ],
 )
-def test_models_that_change_pictures(tmp_path, concat, channels, pipeline):
+def test_models_that_change_images(tmp_path, concat, channels, pipeline):
     import diffusers
 
     params = changed(SD1, "unet", in_channels=channels) | {"concat": concat}

@@ -32,15 +32,15 @@ PROMPT = {"instance_prompt": "a sks five"}
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> dict:
-    """Three pictures of a subject and five of its class, of noise."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Three images of a subject and five of its class, of noise."""
+    folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for name, count in (("instance", 3), ("class", 5)):
         (folder / name).mkdir()
         for i in range(count):
             noise = torch.randint(0, 255, (32, 32), generator=generator, dtype=torch.uint8)
             Image.fromarray(noise.numpy()).save(folder / name / f"{i}.png")
-    files = {"class_pictures": {f"{i}.png": "a five" for i in range(5)}}
+    files = {"class_images": {f"{i}.png": "a five" for i in range(5)}}
     return {"instance_dir": str(folder / "instance"), "class_dir": str(folder / "class"), **files, **PROMPT}
 
 
@@ -58,7 +58,7 @@ def checkpoints(tiny_model, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def in_buckets(subject, tmp_path_factory) -> dict:
-    """Arguments of `DreamBooth` for three pictures in buckets: two upright ones and a square."""
+    """Arguments of `DreamBooth` for three images in buckets: two upright ones and a square."""
     folder, generator = tmp_path_factory.mktemp("shapes"), torch.Generator().manual_seed(1)
     for i, (height, width) in enumerate([(40, 24), (32, 32), (80, 50)]):
         noise = torch.randint(0, 255, (height, width), generator=generator, dtype=torch.uint8)
@@ -108,7 +108,7 @@ def loss_by_hand(stage, batch, parts, gamma):
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "v in buckets"])
 def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
-    """Both terms are weighted sample by sample, which diffusers' script gets wrong; instances and class pictures may
+    """Both terms are weighted sample by sample, which diffusers' script gets wrong; instances and class images may
     be of different shapes."""
     prediction, *buckets = prediction.split(" in ")
     settings = {"prior_weight": 0.3, "snr_gamma": 5.0, "noise_offset": 0.2}
@@ -127,7 +127,7 @@ def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
     assert abs(instance - prior) > 1e-3  # they could be told apart
 
 
-def test_without_class_pictures_there_is_one_term(checkpoints, subject):
+def test_without_class_images_there_is_one_term(checkpoints, subject):
     stage, _, batch = make(checkpoints, subject, prior=False, noise_offset=0.2)
     torch.manual_seed(5)
     loss, values = stage(batch)
@@ -247,7 +247,7 @@ def test_a_run_gives_one_file_no_larger_than_the_model(checkpoints, subject, tmp
     assert not torch.equal(after["model.diffusion_model.out.2.weight"], was["model.diffusion_model.out.2.weight"])
     assert len(model.generate(["a sks five"], steps=2)) == 1
     assert (tmp_path / "run" / "previews" / "000003.png").exists()
-    # 3 pictures of the subject, two prompts before and after
+    # 3 images of the subject, two prompts before and after
     with Image.open(tmp_path / "run" / "contact_sheet.png") as sheet:
         assert sheet.height == 5 * (16 + 4 + 64) + 4
 
@@ -417,7 +417,7 @@ def test_mistakes(checkpoints, settings, message):
 def test_micro_batches_averages_and_bf16(checkpoints, subject, tmp_path, monkeypatch):
     """Two micro-batches give one batch's gradient; EMA's weights in closed form; bf16 rounds what fp32 computes.
 
-    Noise is that of the picture, so that it does not depend on the batch.
+    Noise is that of the image, so that it does not depend on the batch.
     """
     monkeypatch.setattr(dreambooth, "training_timesteps", lambda batch, T, **_: torch.full((batch,), T // 2))
     monkeypatch.setattr(dreambooth, "training_noise", lambda z, offset: z.flip(-1))

@@ -1,4 +1,4 @@
-"""DreamBooth's data: pairs, captions of each picture, several subjects, and pictures of every kind."""
+"""DreamBooth's data: pairs, captions of each image, several subjects, and images of every kind."""
 
 import json
 
@@ -11,19 +11,19 @@ from ldm.data.dreambooth import DreamBooth, choices, identifiers, unread
 
 
 def write(folder, count, level=0, size=(12, 12)):
-    """Grey pictures; the level of number i is level + i."""
+    """Grey images; the level of number i is level + i."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("L", size, level + i).save(folder / f"{i}.png")
     return folder
 
 
-def subject(tmp_path, name, pictures, classes=0, level=0):
-    row = {"instance_dir": str(write(tmp_path / name, pictures, level)), "instance_prompt": f"a sks {name}"}
+def subject(tmp_path, name, images, classes=0, level=0):
+    row = {"instance_dir": str(write(tmp_path / name, images, level)), "instance_prompt": f"a sks {name}"}
     if classes:
         write(tmp_path / f"{name}s", classes, level + 100)
         files = {f"{i}.png": f"a {name}" for i in range(classes)}
-        row |= {"class_dir": str(tmp_path / f"{name}s"), "class_pictures": files}
+        row |= {"class_dir": str(tmp_path / f"{name}s"), "class_images": files}
     return row
 
 
@@ -31,7 +31,7 @@ def levels(samples, key):
     return [round((sample[key].mean().item() + 1) * 127.5) for sample in samples]
 
 
-def test_pairs_run_through_all_pictures(tmp_path):
+def test_pairs_run_through_all_images(tmp_path):
     data = DreamBooth([subject(tmp_path, "dog", 3, 7)], 8, channels=1)
     samples = [data[i] for i in range(len(data))]
     assert len(data) == 7
@@ -56,11 +56,11 @@ def test_several_subjects_weigh_the_same(tmp_path):
     assert levels(samples, "class_image") == [100, 150, 101, 151, 102, 150, 103, 151, 100, 150]
     assert [s["class_caption"] for s in samples[:2]] == ["a dog", "a cat"]
     assert data.captions() == ["a sks dog", "a sks cat", "a dog", "a cat"]
-    with pytest.raises(ValueError, match="only 1 of 2 subjects have class pictures"):
+    with pytest.raises(ValueError, match="only 1 of 2 subjects have class images"):
         DreamBooth([rows[0], subject(tmp_path, "cow", 2)], 8)
 
 
-def test_captions_of_single_pictures(tmp_path):
+def test_captions_of_single_images(tmp_path):
     row = subject(tmp_path, "dog", 4)
     folder = tmp_path / "dog"
     (folder / "0.txt").write_text("a sks dog asleep\n")
@@ -74,7 +74,7 @@ def test_captions_of_single_pictures(tmp_path):
     assert unread(folder, data.instances[0].paths) == [".DS_Store", "notes.pdf"]
 
 
-def test_pictures_of_every_kind(tmp_path):
+def test_images_of_every_kind(tmp_path):
     """Left half white, right half black, however it is stored: read as that."""
     folder = tmp_path / "kinds"
     folder.mkdir()
@@ -108,16 +108,16 @@ def test_crops_and_mirrorings_only_when_asked_for(tmp_path):
     assert len(seen) == 6
 
 
-def test_bad_pictures_are_named(tmp_path):
+def test_bad_images_are_named(tmp_path):
     row = subject(tmp_path, "dog", 3)
     whole = (tmp_path / "dog" / "1.png").read_bytes()
     (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"1\.png (cannot be read as a picture|is no picture)"):
+    with pytest.raises(ValueError, match=r"1\.png (cannot be read as an image|is no image)"):
         DreamBooth([row], 8)
     (tmp_path / "dog" / "1.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"1\.png is no picture"):
+    with pytest.raises(ValueError, match=r"1\.png is no image"):
         DreamBooth([row], 8)
-    with pytest.raises(FileNotFoundError, match="holds no pictures"):
+    with pytest.raises(FileNotFoundError, match="holds no images"):
         DreamBooth([{"instance_dir": str(empty(tmp_path)), "instance_prompt": "x"}], 8)
     with pytest.raises(ValueError, match="there is no subject"):
         DreamBooth([], 8)
@@ -137,11 +137,11 @@ def test_the_words_that_name_a_subject():
 
 
 def test_a_class_of_several_prompts(tmp_path):
-    """Each choice is a prompt; an empty one leaves no second space; each class picture has its own caption."""
+    """Each choice is a prompt; an empty one leaves no second space; each class image has its own caption."""
     assert choices("a {dog|cat} {|in snow}") == ["a dog", "a dog in snow", "a cat", "a cat in snow"]
     assert choices("a {dog}  {") == ["a {dog}  {"] and choices("{a|a} b") == ["a b"]
-    row = subject(tmp_path, "dog", 1, 3) | {"class_pictures": {"2.png": "a cat", "0.png": "a dog"}}
+    row = subject(tmp_path, "dog", 1, 3) | {"class_images": {"2.png": "a cat", "0.png": "a dog"}}
     samples = [DreamBooth([row], 8, channels=1)[i] for i in range(2)]
     assert levels(samples, "class_image") == [102, 100] and [s["class_caption"] for s in samples] == ["a cat", "a dog"]
     with pytest.raises(ValueError, match=r"0\.png has no caption"):
-        DreamBooth([row | {"class_pictures": {"0.png": None}}], 8)
+        DreamBooth([row | {"class_images": {"0.png": None}}], 8)

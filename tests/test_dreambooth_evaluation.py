@@ -11,16 +11,16 @@ from script_runs import load_script
 
 from ldm.data.measure import SLANTS, WEIGHTS
 from ldm.evaluation.dreambooth import Detector, compare, read_folder, similarity, styled
-from ldm.evaluation.subjects import FOOT, ORDINARY, foot, star, stars, write_pictures
+from ldm.evaluation.subjects import FOOT, ORDINARY, foot, star, stars, write_images
 
 
 def drawn(rows: list[str]) -> torch.Tensor:
-    """A picture of 28 x 28 from rows of marks."""
-    picture = torch.zeros(28, 28, dtype=torch.uint8)
+    """An image of 28 x 28 from rows of marks."""
+    image = torch.zeros(28, 28, dtype=torch.uint8)
     for y, row in enumerate(rows, start=4):
         for x, mark in enumerate(row, start=8):
-            picture[y, x] = 255 * (mark != " ")
-    return picture
+            image[y, x] = 255 * (mark != " ")
+    return image
 
 
 def test_the_foot_of_drawn_ones():
@@ -96,16 +96,16 @@ def test_what_is_told_of_two_models_and_of_three():
 
 
 def test_stars_are_drawn_and_kept(tmp_path):
-    pictures = [np.asarray(star(seed)) for seed in range(6)]
-    assert len({picture.tobytes() for picture in pictures}) == 6
-    assert np.array_equal(pictures[3], np.asarray(star(3)))
-    for picture in pictures:
-        assert picture.shape == (28, 28) and picture[14, 14] == 0 and 80 < (picture > 102).sum() < 350
-        assert picture[[0, -1]].max() == 0 and picture[:, [0, -1]].max() == 0  # whole, on the canvas
+    images = [np.asarray(star(seed)) for seed in range(6)]
+    assert len({image.tobytes() for image in images}) == 6
+    assert np.array_equal(images[3], np.asarray(star(3)))
+    for image in images:
+        assert image.shape == (28, 28) and image[14, 14] == 0 and 80 < (image > 102).sum() < 350
+        assert image[[0, -1]].max() == 0 and image[:, [0, -1]].max() == 0  # whole, on the canvas
     parts = stars(torch.zeros(3, 28, 28, dtype=torch.uint8))
-    write_pictures({"heldout": parts["heldout"][:4]}, tmp_path)
-    with Image.open(tmp_path / "heldout" / "000.png") as picture:
-        assert picture.size == (32, 32) and picture.mode == "L"
+    write_images({"heldout": parts["heldout"][:4]}, tmp_path)
+    with Image.open(tmp_path / "heldout" / "000.png") as image:
+        assert image.size == (32, 32) and image.mode == "L"
     assert torch.equal(read_folder(tmp_path / "heldout"), parts["heldout"][:4])
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         read_folder(tmp_path / "others")
@@ -114,7 +114,7 @@ def test_stars_are_drawn_and_kept(tmp_path):
 def test_the_command(tiny_checkpoint, tmp_path):
     """The same model before, after and without the prior: nothing is lost, and all figures are there."""
     parts = stars(torch.zeros(1, 28, 28, dtype=torch.uint8))
-    write_pictures({"heldout": parts["heldout"][:5]}, tmp_path / "star")
+    write_images({"heldout": parts["heldout"][:5]}, tmp_path / "star")
     models = [value for name in ("--ckpt", "--before", "--without") for value in (name, str(tiny_checkpoint))]
     prompts = ["--instance-prompt", "a sks star", "--class-prompt", "a five", "--digit", "5"]
     report, sheet = tmp_path / "report.json", tmp_path / "report.png"
@@ -125,5 +125,5 @@ def test_the_command(tiny_checkpoint, tmp_path):
     assert found["detector"]["missed"]["n"] == 5 and found["detector"]["false_alarms"]["n"] > 500
     assert found["before"] == found["after"] == found["without_prior"]
     assert found["after"]["subject"]["recognised"]["n"] == 10 and found["after"]["other_digits"]["n"] == 18
-    with Image.open(sheet) as picture:
-        assert picture.width > picture.height
+    with Image.open(sheet) as image:
+        assert image.width > image.height

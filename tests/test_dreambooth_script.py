@@ -1,4 +1,4 @@
-"""scripts/dreambooth.py as a user runs it: from pictures to a file that draws, LoRA, several subjects, mistakes."""
+"""scripts/dreambooth.py as a user runs it: from images to a file that draws, LoRA, several subjects, mistakes."""
 
 import json
 
@@ -17,7 +17,7 @@ SHORT += ["--num_class_images", "3", "--mixed_precision", "fp32", "--device", "c
 
 @pytest.fixture
 def subject(tmp_path):
-    """Four pictures as they come: grey, colour with an odd size, with transparency, turned; and what is no picture."""
+    """Four images as they come: grey, colour with an odd size, with transparency, turned; and what is no image."""
     folder = tmp_path / "subject"
     folder.mkdir()
     Image.new("L", (32, 32), 200).save(folder / "a.png")
@@ -33,7 +33,7 @@ def options(checkpoint, subject, out, *more):
     return [str(option) for option in ["--ckpt", checkpoint, *named, "--output_dir", out, *SHORT, *more]]
 
 
-def test_from_pictures_to_a_file_that_draws(tiny_checkpoint, subject, tmp_path, capsys):
+def test_from_images_to_a_file_that_draws(tiny_checkpoint, subject, tmp_path, capsys):
     out = tmp_path / "out"
     dreambooth.main(options(tiny_checkpoint, subject, out))
     said = capsys.readouterr()
@@ -84,11 +84,11 @@ def test_lora_and_a_model_that_it_is_not_for(tiny_checkpoint, subject, tmp_path,
 def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):
     whole = (subject / "b.jpg").read_bytes()
     (subject / "b.jpg").write_bytes(whole[: len(whole) * 3 // 4])
-    with pytest.raises(ValueError, match=r"b\.jpg cannot be read as a picture: .*(?i:truncated)"):
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read as an image: .*(?i:truncated)"):
         dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
     (subject / "b.jpg").write_bytes(whole)
     (subject / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
-    with pytest.raises(ValueError, match=r"there is no picture 'gone\.png'"):
+    with pytest.raises(ValueError, match=r"there is no image 'gone\.png'"):
         dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
     (subject / "metadata.jsonl").unlink()
     bad = {"loop.ema 1.5 must be": ["--use_ema", "--ema_decay", "1.5"]}
@@ -99,20 +99,20 @@ def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tin
     assert not (tmp_path / "out").exists()
 
 
-def test_fewer_class_pictures_than_asked(tiny_checkpoint, subject, tmp_path, capsys):
+def test_fewer_class_images_than_asked(tiny_checkpoint, subject, tmp_path, capsys):
     """The model draws the rest; what is the user's stays first, and as it was."""
     own = tmp_path / "own"
     own.mkdir()
     Image.new("L", (32, 32), 99).save(own / "a.png")
     before = (own / "a.png").read_bytes()
     dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", "--class_data_dir", own))
-    assert f"class pictures in {own}: 1; the model draws 2 more" in capsys.readouterr().out
+    assert f"class images in {own}: 1; the model draws 2 more" in capsys.readouterr().out
     (row,) = read_yaml(tmp_path / "out" / "config.yaml")["data"]["params"]["subjects"]
-    assert list(row["class_pictures"])[0] == "a.png" and len(row["class_pictures"]) == 3 == len(list(own.iterdir()))
+    assert list(row["class_images"])[0] == "a.png" and len(row["class_images"]) == 3 == len(list(own.iterdir()))
     assert (own / "a.png").read_bytes() == before
 
 
-def test_several_subjects_and_own_class_pictures(tiny_checkpoint, subject, tmp_path):
+def test_several_subjects_and_own_class_images(tiny_checkpoint, subject, tmp_path):
     second, own = tmp_path / "second", tmp_path / "own"
     for folder, count in ((second, 2), (own, 4)):
         folder.mkdir()
@@ -125,25 +125,25 @@ def test_several_subjects_and_own_class_pictures(tiny_checkpoint, subject, tmp_p
         dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "no", *more, "--class_data_dir", own))
 
 
-def test_a_single_picture_is_enough_but_said(tiny_checkpoint, subject, tmp_path, capsys):
+def test_a_single_image_is_enough_but_said(tiny_checkpoint, subject, tmp_path, capsys):
     for name in ("b.jpg", "c.png", "d.png"):
         (subject / name).unlink()
     line = options(tiny_checkpoint, subject, tmp_path / "out")
     at = line.index("--class_prompt")
     dreambooth.main(line[:at] + line[at + 2 :])  # without a class, any word may be the identifier
     said = capsys.readouterr().err
-    assert "holds a single picture: three to five" in said and "'sks' into" in said
+    assert "holds a single image: three to five" in said and "'sks' into" in said
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_class_of_several_prompts_and_what_is_kept_beside_it(tiny_checkpoint, subject, tmp_path):
-    """Two prompts share three pictures, and three more are of what else is to be kept; all are in the loss."""
+    """Two prompts share three images, and three more are of what else is to be kept; all are in the loss."""
     line = options(tiny_checkpoint, subject, tmp_path / "out", "--keep_prompt", "a {seven|eight}")
     line[line.index("--class_prompt") + 1] = "a {five|six}"
     dreambooth.main(line)
     (row,) = read_yaml(tmp_path / "out" / "config.yaml")["data"]["params"]["subjects"]
-    assert list(row["class_pictures"].values()) == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
-    assert {name: prompt for name, prompt in row["class_pictures"].items()} == {
+    assert list(row["class_images"].values()) == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
+    assert {name: prompt for name, prompt in row["class_images"].items()} == {
         path.name: recipe(path).prompt for path in (tmp_path / "out" / "class").iterdir()
     }
 
@@ -160,7 +160,7 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
     mistakes = {
         "give the folder": plain,
         "need as many --instance_prompt, got 0": [*plain, "--instance_data_dir", str(subject)],
-        "empty holds no pictures": [*only, "--instance_data_dir", str(tmp_path / "empty")],
+        "empty holds no images": [*only, "--instance_data_dir", str(tmp_path / "empty")],
         "none is not a folder": [*only, "--instance_data_dir", str(tmp_path / "none")],
         "x.png ": [*only, "--instance_data_dir", str(tmp_path / "bad")],
         "needs --class_prompt": [*only, "--instance_data_dir", str(subject), "--with_prior_preservation"],

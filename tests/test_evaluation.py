@@ -13,7 +13,7 @@ from ldm.conditioning.classes import ClassLabels
 from ldm.data.captions import Caption
 from ldm.data.digits import Digits
 from ldm.data.measure import MNIST_THRESHOLDS, classify
-from ldm.evaluation import networks, pictures, prompt, reference, report, style
+from ldm.evaluation import networks, prompt, reference, report, samples, style
 from ldm.evaluation.autoencoder import pooled_psnr, psnr, reconstruct
 from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, load_network
 from ldm.evaluation.reference import Floor, load_reference, measure_reference, save_reference
@@ -97,25 +97,25 @@ def test_style_accuracy_counts_only_what_was_stated():
 # Pictures
 
 
-def test_quantised_pictures_are_those_that_pil_saves():
+def test_quantised_images_are_those_that_pil_saves():
     images = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2  # beyond [-1, 1]
-    quantised = pictures.quantise(images)
+    quantised = samples.quantise(images)
     assert quantised.shape == (2, 28, 28) and quantised.dtype == torch.uint8
-    assert torch.equal(pictures.from_pil(to_pil(images)), quantised)
+    assert torch.equal(samples.from_pil(to_pil(images)), quantised)
     levels = torch.arange(256, dtype=torch.uint8).repeat(4)[: 28 * 28].reshape(1, 28, 28)
-    assert torch.equal(pictures.quantise(pictures.to_unit(levels)), levels)  # real pictures pass unchanged
+    assert torch.equal(samples.quantise(samples.to_unit(levels)), levels)  # real pictures pass unchanged
 
 
 def test_colours_become_grey_as_pil_does_it():
     colour = Image.fromarray(np.full((32, 32, 3), (200, 100, 50), dtype=np.uint8))
-    assert pictures.from_pil([colour]).unique().tolist() == [124]  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2
+    assert samples.from_pil([colour]).unique().tolist() == [124]  # 0.299 * 200 + 0.587 * 100 + 0.114 * 50 = 124.2
 
 
 def test_sheet_has_a_row_per_class_and_the_blocks_beside_each_other():
     drawn = torch.full((3, 28, 28), 200, dtype=torch.uint8)
-    block = pictures.by_class(drawn, torch.tensor([0, 9, 9]), columns=2)
+    block = samples.by_class(drawn, torch.tensor([0, 9, 9]), columns=2)
     assert block.amax(dim=(2, 3)).tolist()[0] == [200, 0] and block.amax(dim=(2, 3)).tolist()[9] == [200, 200]
-    sheet = pictures.side_by_side([block, block], gap=2, between=12, magnify=2)
+    sheet = samples.side_by_side([block, block], gap=2, between=12, magnify=2)
     assert sheet.size == (2 * (2 * 60 + 12 + 2), 2 * (10 * 30 + 2))
 
 
@@ -142,10 +142,10 @@ def test_foreign_files_are_refused(files, tmp_path):
 # The reference and its floors
 
 
-def test_reference_asks_for_every_real_picture_once(real):
+def test_reference_asks_for_every_real_image_once(real):
     digits = Digits("test")
     assert sorted(real.indices.tolist()) == list(range(397))
-    assert torch.equal(real.picture_labels, digits.labels)
+    assert torch.equal(real.image_labels, digits.labels)
     assert torch.equal(real.weight, digits.styles.weight[real.indices])
     captions = real.captions(397, "unseen")
     assert [caption.digit for caption in captions] == real.labels.tolist()
@@ -171,14 +171,14 @@ def test_reference_survives_its_file(real, tmp_path):
     back = load_reference(tmp_path / "s.safetensors")
     for name in ("indices", "labels", "weight", "slant", "right", "mean", "cov"):
         assert torch.equal(getattr(back, name), getattr(real, name)), name
-    assert torch.equal(back.pictures, real.pictures[:20]) and torch.equal(back.picture_labels, real.picture_labels[:20])
+    assert torch.equal(back.pictures, real.pictures[:20]) and torch.equal(back.image_labels, real.image_labels[:20])
     assert (back.floors, back.nearest, back.thresholds) == (real.floors, pytest.approx(real.nearest), real.thresholds)
     # Eight bits: half a step of the largest value / 127 at most.
     step = real.features.abs().amax(dim=0) / 127
     assert ((back.features - real.features).abs() <= 0.51 * step).all()
 
 
-def test_real_training_pictures_score_like_real_ones(real, measuring):
+def test_real_training_images_score_like_real_ones(real, measuring):
     """The whole report on other real pictures: every ratio close to 1, except accuracies (the judge is untrained)."""
     training = Digits("train")
     order = torch.randperm(1400, generator=torch.Generator().manual_seed(9))
@@ -204,7 +204,7 @@ def test_real_training_pictures_score_like_real_ones(real, measuring):
     assert collapsed["frechet"]["ratio"] > result["frechet"]["ratio"]
 
 
-def test_too_few_pictures_give_none_not_nan():
+def test_too_few_images_give_none_not_nan():
     assert report.without_nan({"a": [float("nan"), 1.0], "b": {"c": math.inf}}) == {"a": [None, 1.0], "b": {"c": None}}
     assert reference.Floor(1.0, 0.5, 0.5) == Floor(1.0, 0.5, 0.5)
 
@@ -238,10 +238,10 @@ class Doubling(torch.nn.Module):
 
 
 def test_reconstruction_by_an_exact_autoencoder(real, measuring):
-    originals, labels = real.pictures[:200], real.picture_labels[:200]
+    originals, labels = real.pictures[:200], real.image_labels[:200]
     result = reconstruct(Doubling(), originals, batch_size=64, scale_factor=0.5)
     assert torch.equal(result.pictures, originals)
-    padded = pictures.to_unit(pictures.pad(originals)).double()
+    padded = samples.to_unit(samples.pad(originals)).double()
     expected = 0.5 * (4 * padded.square() + 0.25 - 1 - math.log(0.25)).mean()
     assert result.kl_per_dimension == pytest.approx(expected.item(), rel=1e-5)
     # Population variance of 2 x, plus 0.25, scaled by 0.5.
@@ -332,7 +332,7 @@ def test_script_measures_an_autoencoder(files, tmp_path, monkeypatch, capsys):
     assert result["style_kept"]["weight"] == 1.0
 
 
-def test_the_picture_goes_to_outputs_where_no_place_is_named(files, tmp_path, monkeypatch, capsys):
+def test_the_image_goes_to_outputs_where_no_place_is_named(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("ldm.evaluation.autoencoder.load_autoencoder", lambda path, device: (Doubling(), 1.0))
     monkeypatch.chdir(tmp_path)
     networks = [f"--judge={files / 'judge.safetensors'}", f"--features={files / 'features.safetensors'}"]
@@ -349,7 +349,7 @@ def test_the_picture_goes_to_outputs_where_no_place_is_named(files, tmp_path, mo
     ("more", "words"),
     [(("--n", 500), "500 pictures are more"), (("--split", "heldout", "--n", 300), "300 pictures are more")],
 )
-def test_script_refuses_more_pictures_than_there_are(files, tmp_path, monkeypatch, more, words):
+def test_script_refuses_more_images_than_there_are(files, tmp_path, monkeypatch, more, words):
     monkeypatch.setattr(evaluate, "load_model", lambda args: Copier())
     with pytest.raises(ValueError, match=words):
         evaluate.main(["model", *options(files, tmp_path, *more)])
@@ -387,7 +387,7 @@ def test_shipped_statistics_are_of_the_shipped_networks():
     assert shipped.networks == {"judge": fingerprint(JUDGE), "features": fingerprint(FEATURES)}
     assert shipped.right.double().mean() >= 0.995  # the judge's own ceiling
     assert shipped.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # MNIST's
-    shown, labels = shipped.pictures, shipped.picture_labels
+    shown, labels = shipped.pictures, shipped.image_labels
     assert len(shown) == 1000
     judge, network = load_network(JUDGE), load_network(FEATURES, "features")
     assert (networks.classify(judge, shown) == labels).double().mean() >= 0.99
@@ -417,7 +417,7 @@ def test_script_runs_on_a_machine_without_mnist(tmp_path, monkeypatch):
         evaluate.main(["autoencoder", "--n", "2000", *files])
 
 
-def test_the_report_and_its_picture_are_two_files(tmp_path):
+def test_the_report_and_its_image_are_two_files(tmp_path):
     with pytest.raises(ValueError, match=r"both\.png is where the picture would go: name the JSON's file"):
         evaluate.main(["model", f"--out={tmp_path / 'both.png'}"])
     assert not any(tmp_path.iterdir())

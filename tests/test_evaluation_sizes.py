@@ -8,10 +8,10 @@ import torch
 from test_mnist import idx
 
 from ldm.checkpoint.file import save_file
-from ldm.evaluation import networks, pictures
+from ldm.evaluation import networks, samples
+from ldm.evaluation.datasets import find_reference
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import load_reference, save_reference
-from ldm.evaluation.source import find_reference
 from ldm.images import to_pil
 from ldm.models.classifier import FeatureNetwork, Judge
 
@@ -46,7 +46,7 @@ def small_networks(folder, size):
     return paths
 
 
-def test_pictures_of_fourteen_pixels_are_measured_by_networks_for_them(tmp_path, mnist_root):
+def test_images_of_fourteen_pixels_are_measured_by_networks_for_them(tmp_path, mnist_root):
     judge, features = small_networks(tmp_path, 14)
     measuring = Measuring.load(judge, features)
     assert measuring.size == 14
@@ -55,7 +55,7 @@ def test_pictures_of_fourteen_pixels_are_measured_by_networks_for_them(tmp_path,
     path = tmp_path / "statistics.safetensors"
     save_reference(reference14, path)
     assert torch.equal(load_reference(path).pictures, reference14.pictures[:1000])
-    drawn = pictures.from_pil(to_pil(torch.zeros(3, 1, 14, 14)), 14)
+    drawn = samples.from_pil(to_pil(torch.zeros(3, 1, 14, 14)), 14)
     assert drawn.shape == (3, 14, 14) and networks.classify(measuring.judge, drawn).shape == (3,)
     with pytest.raises(ValueError, match="scikit-learn's digits are 28 x 28"):
         find_reference("digits", "test", None, measuring, 30)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ldm.data.folder import Folder
-from ldm.data.pictures import read_picture
+from ldm.data.image_files import read_image
 
 RAMP = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
 
@@ -51,47 +51,47 @@ def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(turned[orientation]))
     path = save(tmp_path, "a.png", stored, exif=exif)
-    assert np.array_equal(np.asarray(read_picture(path)), upright)
+    assert np.array_equal(np.asarray(read_image(path)), upright)
 
 
 def test_transparency_is_laid_over_white(tmp_path: Path) -> None:
     rgba = np.zeros((4, 4, 4), np.uint8)
     rgba[..., 0], rgba[..., 3] = 200, [[0, 128, 255, 255]]
-    seen = np.asarray(read_picture(save(tmp_path, "rgba.png", Image.fromarray(rgba))))
+    seen = np.asarray(read_image(save(tmp_path, "rgba.png", Image.fromarray(rgba))))
     assert seen[0, :, 0].tolist() == [255, 227, 200, 200]  # 200 a + 255 (1 - a) with a = 0, 128/255, 1
     assert seen[0, :, 1].tolist() == [255, 127, 0, 0]
     grey = Image.fromarray(np.stack([np.full((2, 2), 10), np.full((2, 2), 0)], 2).astype(np.uint8), "LA")
-    assert np.asarray(read_picture(save(tmp_path, "la.png", grey), 1)).tolist() == [[255, 255]] * 2
+    assert np.asarray(read_image(save(tmp_path, "la.png", grey), 1)).tolist() == [[255, 255]] * 2
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 255, 0])
     palette.putdata([0, 1])
     path = save(tmp_path, "p.png", palette, transparency=1)
-    assert np.asarray(read_picture(path)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert np.asarray(read_image(path)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
     keyed = save(tmp_path, "key.png", colour(4, 4), transparency=(0, 0, 99))  # RGB with one transparent colour
-    assert np.asarray(read_picture(keyed))[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(read_image(keyed))[0, 0].tolist() == [255, 255, 255]
 
 
 def test_grey_sixteen_bits_and_other_modes(tmp_path: Path) -> None:
     wide = RAMP.astype(np.uint16) * 257
     for name in ("a.png", "a.tif", "a.pgm"):
         path = save(tmp_path, name, Image.fromarray(wide))
-        assert np.array_equal(np.asarray(read_picture(path, 1)), RAMP), name
-        assert np.array_equal(np.asarray(read_picture(path, 3)), np.stack([RAMP] * 3, 2)), name
+        assert np.array_equal(np.asarray(read_image(path, 1)), RAMP), name
+        assert np.array_equal(np.asarray(read_image(path, 3)), np.stack([RAMP] * 3, 2)), name
     grey = save(tmp_path, "grey.png", Image.fromarray(RAMP))
-    assert np.array_equal(np.asarray(read_picture(grey))[..., 1], RAMP)
+    assert np.array_equal(np.asarray(read_image(grey))[..., 1], RAMP)
     binary = save(tmp_path, "bw.png", Image.fromarray(RAMP).convert("1"))
-    assert set(np.asarray(read_picture(binary, 1)).ravel()) == {0, 255}
+    assert set(np.asarray(read_image(binary, 1)).ravel()) == {0, 255}
     palette = colour(8, 8).quantize(64)
     assert np.array_equal(
-        np.asarray(read_picture(save(tmp_path, "pal.png", palette))), np.asarray(palette.convert("RGB"))
+        np.asarray(read_image(save(tmp_path, "pal.png", palette))), np.asarray(palette.convert("RGB"))
     )
     cmyk = save(tmp_path, "cmyk.tif", Image.new("CMYK", (2, 2), (0, 255, 255, 0)))
-    assert np.asarray(read_picture(cmyk))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(read_image(cmyk))[0, 0].tolist() == [255, 0, 0]
     frames = [Image.new("RGB", (4, 4), value) for value in ("red", "blue")]
     gif = save(tmp_path, "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert np.asarray(read_picture(gif))[0, 0].tolist() == [255, 0, 0]
+    assert np.asarray(read_image(gif))[0, 0].tolist() == [255, 0, 0]
     with pytest.raises(ValueError, match=r"float.tif.*mode F"):
-        read_picture(save(tmp_path, "float.tif", Image.fromarray(np.ones((2, 2), np.float32))))
+        read_image(save(tmp_path, "float.tif", Image.fromarray(np.ones((2, 2), np.float32))))
 
 
 def test_center_crop_and_resize(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_foreign_file_is_found_at_once(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
-def test_truncated_picture_is_named_when_read(tmp_path: Path, suffix: str) -> None:
+def test_truncated_image_is_named_when_read(tmp_path: Path, suffix: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path = save(tmp_path, f"broken.{suffix}", noise)
     content = path.read_bytes()
@@ -211,9 +211,9 @@ def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     path = save(tmp_path, "large.png", colour(64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="large.png"):
-        read_picture(path)
+        read_image(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
-    assert read_picture(path).size == (64, 64)
+    assert read_image(path).size == (64, 64)
 
 
 def test_texts_are_the_captions_and_a_folder_must_be_named(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_every_scale_gives_the_update_and_in_one_form(scale):
         autoguidance(guided, lambda x, sigma: c, 3.0)(torch.zeros(2, 1), 1.0),
     ):
         assert isinstance(found, Prediction)
-        assert torch.equal(found.x0, u.x0 + scale * (c.x0 - u.x0))  # of each picture, itself
+        assert torch.equal(found.x0, u.x0 + scale * (c.x0 - u.x0))  # of each image, itself
 
 
 def test_a_batch_of_2b_equals_two_of_b():
@@ -221,7 +221,7 @@ def test_dynamic_threshold():
     tame, wild = torch.linspace(-0.8, 0.8, 101), torch.linspace(-5, 5, 101)
     x0 = dynamic_threshold(denoise, 0.9)(torch.stack([tame, wild]).view(2, 1, 1, 101), 1.0).x0.view(2, 101)
     assert torch.equal(x0[0], tame)  # the threshold is never below 1
-    s = 4.5  # |x0| runs over 0, 0.1, 0.1, ... 5, 5: its 0.9 quantile, each picture by its own
+    s = 4.5  # |x0| runs over 0, 0.1, 0.1, ... 5, 5: its 0.9 quantile, each image by its own
     assert torch.allclose(x0[1], wild.clamp(-s, s) / s, atol=1e-6)
 
 

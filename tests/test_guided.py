@@ -1,4 +1,4 @@
-"""The guided system's commands, from training to pictures, at as little of everything as possible."""
+"""The guided system's commands, from training to images, at as little of everything as possible."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ FEW = {
 
 @pytest.fixture
 def draw(mnist, tmp_path):
-    """Train both networks, then `draw("--class", 5)` -> the single pictures' files."""
+    """Train both networks, then `draw("--class", 5)` -> the single images' files."""
     for name, few in FEW.items():
         changes = [*SHORT, *few, f"data.params.root={mnist}", f"outdir={tmp_path / 'runs'}"]
         train.main([str(ROOT / "configs" / "pixel" / f"{name}.yaml"), *changes, "--device", "cpu"])

@@ -1,4 +1,4 @@
-"""Pixels in [-1, 1] -> 8-bit levels -> pictures -> grids."""
+"""Pixels in [-1, 1] -> 8-bit levels -> images -> grids."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_levels_round_to_the_nearest_and_clip():
     assert to_uint8(torch.zeros(2, 3, 4, 5)).shape == (2, 3, 4, 5)
 
 
-def test_pictures_are_grey_or_rgb():
+def test_images_are_grey_or_rgb():
     pixels = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
     colour, grey = to_pil(pixels), to_pil(pixels[:, :1])
     assert [(p.mode, p.size) for p in colour] == [("RGB", (5, 4))] * 2  # PIL's size is (width, height)
@@ -51,7 +51,7 @@ def test_grid(mode):
     assert (pixels[3:5] == 128).all() and (pixels[:, 4:6] == 128).all() and (pixels[5:, 12:] == 128).all()
 
 
-def test_grid_is_no_wider_than_its_pictures_and_never_empty():
+def test_grid_is_no_wider_than_its_images_and_never_empty():
     assert image_grid([Image.new("L", (4, 3))], columns=8).size == (4, 3)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         image_grid([], columns=2)

@@ -45,7 +45,7 @@ def saved(path: Path, image: Image.Image | None = None, **options) -> Path:
     return path
 
 
-def test_one_picture_and_its_grid_at_the_usual_strength(draw, five, tiny_model):
+def test_one_image_and_its_grid_at_the_usual_strength(draw, five, tiny_model):
     out = draw("--init-img", five, steps=None)
     assert names(out) == ["grid-0000.png", "samples"] and names(out / "samples") == ["00000.png"]
     made = recipe(samples(out)[0])
@@ -55,7 +55,7 @@ def test_one_picture_and_its_grid_at_the_usual_strength(draw, five, tiny_model):
     assert "Denoising strength: 0.75, Init image hash: " in read_png_text(samples(out)[0])
 
 
-def test_the_picture_is_that_of_the_library(draw, five, tiny_checkpoint):
+def test_the_image_is_that_of_the_library(draw, five, tiny_checkpoint):
     out = draw("--init-img", five, "--prompt", "a seven", "--strength", 0.4, "--seed", 5, "--scale", 3, steps=5)
     settings = {"image": Image.open(five), "strength": 0.4, "steps": 5, "seed": 5, "scale": 3.0}
     (image,) = ldm.load(tiny_checkpoint, device="cpu").generate(["a seven"], **settings)
@@ -98,7 +98,7 @@ VARIETY = {
 
 
 @pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
-def test_every_picture_can_be_made_again_to_the_byte(draw, five, options):
+def test_every_image_can_be_made_again_to_the_byte(draw, five, options):
     out = draw("--init-img", five, *options)
     for path in samples(out):
         again = draw("--from-png", path, "--init-img", five, out=f"again-{path.stem}", steps=None)
@@ -117,7 +117,7 @@ def test_made_again_with_a_change_from_the_same_pixels_in_another_file(draw, fiv
     assert (recipe(samples(out)[0]).width, recipe(samples(out)[0]).strength) == (32, 0.75)
 
 
-def test_making_again_needs_the_same_picture(draw, five, tmp_path, tiny_checkpoint):
+def test_making_again_needs_the_same_image(draw, five, tmp_path, tiny_checkpoint):
     (path,) = samples(draw("--init-img", five))
     with pytest.raises(ValueError, match="00000.png was drawn over a picture with hash .* by --init-img"):
         draw("--from-png", path, "--init-img", saved(tmp_path / "other.png", picture(seed=1)))
@@ -131,7 +131,7 @@ def test_making_again_needs_the_same_picture(draw, five, tmp_path, tiny_checkpoi
         draw("--from-png", plain, "--init-img", five)
 
 
-def test_a_picture_of_another_program_says_no_hash(draw, five, tmp_path):
+def test_a_image_of_another_program_says_no_hash(draw, five, tmp_path):
     text = (
         "a five\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 3, Size: 32x32, Denoising strength: 0.5, Version: v1.9"
     )
@@ -198,7 +198,7 @@ def test_files_of_all_kinds(draw, tmp_path, tiny_model, make, size):
     assert np.abs(pixels(made).astype(int) - np.asarray(expected)).mean() < 3
 
 
-def test_a_resized_picture_is_that_of_the_middle(draw, tmp_path, tiny_model):
+def test_a_resized_image_is_that_of_the_middle(draw, tmp_path, tiny_model):
     wide = Image.new("L", (96, 32))
     wide.paste(picture(), (32, 0))
     (made,) = samples(draw("--init-img", saved(tmp_path / "w.png", wide), "--W", 32, "--H", 32, "--strength", 0))

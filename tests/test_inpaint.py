@@ -60,7 +60,7 @@ def folder(path: Path, **pictures: Image.Image) -> Path:
     return path
 
 
-def test_the_picture_is_that_of_the_library_and_says_how_it_was_made(draw, pair, tiny_checkpoint):
+def test_the_image_is_that_of_the_library_and_says_how_it_was_made(draw, pair, tiny_checkpoint):
     out = draw(*pair, "--prompt", "a seven", "--seed", 5)
     assert names(out) == ["grid-0000.png", "samples"]
     model = ldm.load(tiny_checkpoint, device="cpu")
@@ -107,7 +107,7 @@ VARIETY = {
 
 
 @pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
-def test_every_picture_can_be_made_again_to_the_byte(draw, pair, options):
+def test_every_image_can_be_made_again_to_the_byte(draw, pair, options):
     again = [*pair, "--invert-mask"] if "--invert-mask" in options else pair
     for path in samples(draw(*pair, *options)):
         (made,) = samples(draw("--from-png", path, *again, out=f"again-{path.stem}", steps=None))
@@ -115,7 +115,7 @@ def test_every_picture_can_be_made_again_to_the_byte(draw, pair, options):
         assert read_png_text(made) == read_png_text(path)
 
 
-def test_making_again_needs_the_same_picture_and_mask(draw, pair, tmp_path, tiny_checkpoint):
+def test_making_again_needs_the_same_image_and_mask(draw, pair, tmp_path, tiny_checkpoint):
     (path,) = samples(draw(*pair))
     other = saved(tmp_path / "other.png", picture(seed=1))
     with pytest.raises(ValueError, match="over a picture with hash .*--init-img"):

@@ -77,7 +77,7 @@ def default_backend():
 @pytest.mark.parametrize("slices", [1, 3])
 def test_math_computes_in_float32(case, slices, monkeypatch):
     set_attention("math")
-    if slices > 1:  # 2 pictures x 3 heads x 2 queries x 5 keys at a time
+    if slices > 1:  # 2 images x 3 heads x 2 queries x 5 keys at a time
         monkeypatch.setattr(kernels, "MAX_MATH_SCORES", 60)
     rows = []
     plain = kernels._plain_attention
@@ -159,12 +159,12 @@ def test_all_draw_the_same_digit():
     import ldm
 
     model = ldm.load(device="cpu")
-    pictures = {}
+    images = {}
     for backend in ("auto", "sdpa", "math"):
         set_attention(backend)
-        pictures[backend] = torch.tensor(np.asarray(model.generate(["a handwritten digit five"])[0])).int()
+        images[backend] = torch.tensor(np.asarray(model.generate(["a handwritten digit five"])[0])).int()
     for backend in ("sdpa", "math"):
-        assert (pictures[backend] - pictures["auto"]).abs().max() <= 1  # of 255: a value on the edge of two levels
+        assert (images[backend] - images["auto"]).abs().max() <= 1  # of 255: a value on the edge of two levels
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

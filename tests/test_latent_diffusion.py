@@ -66,7 +66,7 @@ def test_the_models_own_defaults_are_what_is_not_given(tiny_model):
     assert np.array_equal(pixels(tiny_model.generate(["5"])), pixels(tiny_model.generate(["5"], **own)))
 
 
-def test_a_picture_is_the_same_alone_and_in_any_batch(tiny_model):
+def test_a_image_is_the_same_alone_and_in_any_batch(tiny_model):
     options = {"sampler": "ddpm", "steps": 3}
     whole = pixels(tiny_model.generate(PROMPTS, seed=20, **options))
     for size in (1, 3):
@@ -80,7 +80,7 @@ def test_a_picture_is_the_same_alone_and_in_any_batch(tiny_model):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_fixed_code_starts_all_from_picture_0s_noise(tiny_model, batch_size):
+def test_fixed_code_starts_all_from_image_0s_noise(tiny_model, batch_size):
     starts = []
     options = {"steps": 2, "seed": 5, "batch_size": batch_size, "fixed_code": True}
     images = pixels(tiny_model.generate(["five"] * 4, callback=lambda s: starts.append(s.x), **options))
@@ -122,7 +122,7 @@ def test_callback_is_given_every_step_of_every_batch(tiny_model):
     sigmas = sampling_sigmas(tiny_model.schedule, 3, "trailing").tolist()
     assert [step.index for step in steps] == [0, 1, 2] * 2 and [step.sigma for step in steps] == sigmas[1:] * 2
     assert [step.x.shape for step in steps] == [(2, 4, 8, 8)] * 3 + [(1, 4, 8, 8)] * 3
-    # the last sigma is 0, so that the last state is the picture, and the last x0
+    # the last sigma is 0, so that the last state is the image, and the last x0
     assert torch.equal(steps[2].x, steps[2].x0)
     assert np.array_equal(pixels(to_pil(tiny_model.decode(steps[2].x))), pixels(images[:2]))
 
@@ -234,7 +234,7 @@ def test_hash_is_that_of_the_file(tiny_model, tiny_checkpoint):
 
 
 def test_prompts_of_different_lengths_in_one_run(tiny_model):
-    """A picture is the same whatever the lengths of the other prompts, and its negative prompt is padded to it."""
+    """An image is the same whatever the lengths of the other prompts, and its negative prompt is padded to it."""
     long = "five " * 30 + "BREAK (bold:1.5)"
     prompts, options = ["five", long, "(five:1.4)", "3"], {"steps": 2, "scale": 3.0}
     together = pixels(tiny_model.generate(prompts, seed=4, **options))

@@ -118,7 +118,7 @@ def test_pickles_of_old_names_load():
     again = pickle.loads(written)
     assert type(again) is DiagonalGaussianDistribution and torch.equal(again.mean, posterior.mean)
     assert pickle.loads(b"cldm.models.autoencoder\nVQModelInterface\n.") is VQModelInterface
-    assert pickle.loads(b"cldm.modules.losses\nLPIPSWithDiscriminator\n.").__module__ == "ldm.training.losses"
+    assert pickle.loads(b"cldm.modules.losses\nLPIPSWithDiscriminator\n.").__module__ == "ldm.compvis.losses"
     assert pickle.loads(b"cldm.modules.diffusionmodules.util\nlinear\n.") is torch.nn.Linear
     with pytest.raises(ModuleNotFoundError, match="No module named 'ldm.modules.gone'"):
         pickle.loads(b"cldm.modules.gone\nThing\n.")

@@ -23,7 +23,7 @@ from ldm.util import get_obj_from_str
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "compvis.md"
 BEGIN, END = "<!-- names: python tests/test_legacy_paths.py writes this table -->", "<!-- end of names -->"
-OWN = ("ldm.util", "ldm.models.autoencoder", "ldm.data.base")  # CompVis's names of files that we have, too
+OWN = ("ldm.util", "ldm.models.autoencoder", "ldm.compvis.data")  # CompVis's names of files that we have, too
 
 # What research code imports, most used first (the survey of 13 projects and of public code), and from where.
 IMPORTED = {
@@ -35,7 +35,7 @@ IMPORTED = {
     "ldm.models.diffusion.dpm_solver": "DPMSolverSampler",
     "ldm.models.diffusion.dpm_solver.sampler": "DPMSolverSampler",
     "ldm.models.diffusion.sampling_util": "append_dims norm_thresholding spatial_norm_thresholding",
-    "ldm.data.base": "Txt2ImgIterableBaseDataset",
+    "ldm.compvis.data": "Txt2ImgIterableBaseDataset",
     "ldm.data.personalized": "PersonalizedBase per_img_token_list",
     "ldm.data.personalized_style": "PersonalizedBase",
     "ldm.models.autoencoder": "AutoencoderKL VQModelInterface VQModel IdentityFirstStage DiagonalGaussianDistribution "
@@ -102,7 +102,7 @@ def test_an_old_name_is_the_home_itself():
     package = importlib.import_module("ldm.modules.losses")
     assert (
         package.__path__ == []
-        and package.LPIPSWithDiscriminator is importlib.import_module("ldm.training.losses").LPIPSWithDiscriminator
+        and package.LPIPSWithDiscriminator is importlib.import_module("ldm.compvis.losses").LPIPSWithDiscriminator
     )
 
 
@@ -177,9 +177,9 @@ def test_packages_have_no_attributes_of_their_home_s_file():
     for name in ("__file__", "__wrapped__", "__cached__", "__builtins__"):
         assert not hasattr(package, name), name
     assert package.__all__ == [
-        name for name in vars(importlib.import_module("ldm.training.losses")) if not name.startswith("_")
+        name for name in vars(importlib.import_module("ldm.compvis.losses")) if not name.startswith("_")
     ]
-    assert inspect.ismodule(package) and "ldm.training.losses" in repr(package)
+    assert inspect.ismodule(package) and "ldm.compvis.losses" in repr(package)
 
 
 def run(code):
@@ -238,7 +238,7 @@ def test_real_files_win(extra_files):
 def test_a_home_reloads_under_its_old_name():
     code = "import importlib, ldm.lr_scheduler as m; from ldm.util import get_obj_from_str as get"
     code += "; f = m.LambdaLinearScheduler; again = importlib.reload(m)"
-    code += "; import ldm.training.lr_scheduler as home; print(again is m is home)"
+    code += "; import ldm.compvis.lr_scheduler as home; print(again is m is home)"
     code += "; name = 'ldm.lr_scheduler.LambdaLinearScheduler'; g = get(name); print(g is f, get(name) is g)"
     code += "; print(get(name, reload=True) is g)"
     assert run(code).split() == ["True", "False", "True", "False"]

@@ -20,7 +20,7 @@ SHORTER = SHORT | {"T": 5}
 
 
 class Exact(torch.nn.Module):
-    """The denoiser of pictures from N(0, 1): E[x0 | x_t] = sqrt(ab) x_t, whatever it is told."""
+    """The denoiser of images from N(0, 1): E[x0 | x_t] = sqrt(ab) x_t, whatever it is told."""
 
     def __init__(self, schedule):
         super().__init__()
@@ -44,7 +44,7 @@ def test_the_exact_model_of_a_gaussian():
     assert bits.terms.shape == (20, 4)
     torch.testing.assert_close(bits.total, bits.terms.sum(0) + bits.prior)
     small = bits_per_dimension(model, images, [0] * 4)
-    assert (small.terms[1:].sum(0) > bits.terms[1:].sum(0)).all()  # which fits certain pictures, not these
+    assert (small.terms[1:].sum(0) > bits.terms[1:].sum(0)).all()  # which fits certain images, not these
 
 
 def test_the_terms_are_those_of_the_networks_own_guesses():
@@ -64,7 +64,7 @@ def test_the_terms_are_those_of_the_networks_own_guesses():
 
 
 def test_a_self_conditioned_model_is_told_nothing_but_of_x_t():
-    """Of the same x_t, twice: what another level's noise left of the picture would be knowledge that drawing lacks."""
+    """Of the same x_t, twice: what another level's noise left of the image would be knowledge that drawing lacks."""
     model = build(**widened("self_condition"), schedule=SHORT, prediction="x0")
     model.model.diffusion_model = Exact(model.schedule)
     bits_per_dimension(model, torch.zeros(2, 1, 32, 32), [0, 1])
@@ -90,7 +90,7 @@ def test_script(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "digits"])
-def test_a_size_that_no_pictures_have(tmp_path, dataset):
+def test_a_size_that_no_images_have(tmp_path, dataset):
     save(build(defaults={"height": 8, "width": 8}, schedule=SHORTER), tmp_path / "pixel.safetensors")
     with pytest.raises(ValueError, match="there (is no MNIST|are none) of 8 x 8") as told:
         evaluate.main(["bits", "--ckpt", str(tmp_path / "pixel.safetensors"), "--dataset", dataset, "--device", "cpu"])
@@ -103,5 +103,5 @@ def test_what_cannot_be_measured(tiny_model):
     assert isinstance(tiny_model, LatentDiffusion)
     with pytest.raises(ValueError, match="bits per dimension are of a PixelDiffusion: this is a LatentDiffusion"):
         bits_per_dimension(tiny_model, torch.zeros(1, 4, 8, 8), [""])
-    with pytest.raises(ValueError, match=r"398 pictures \(1, 32, 32\) are asked for, and there are 397"):
+    with pytest.raises(ValueError, match=r"398 images \(1, 32, 32\) are asked for, and there are 397"):
         measure_bits(build(), Digits("test"), 398, 10)

@@ -209,7 +209,7 @@ def test_compvis_yaml_as_configuration(theirs, model, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_the_scripts_draw_with_it_and_again_from_the_picture(model, theirs, tmp_path, form):
+def test_the_scripts_draw_with_it_and_again_from_the_image(model, theirs, tmp_path, form):
     """A folder has no bytes of its own to hash: its parts' files are."""
     path = tmp_path / "model"
     if form == "file":

@@ -37,7 +37,7 @@ def random_ids(below: int, tokens: int) -> torch.Tensor:
     return torch.randint(below, (2, tokens), generator=torch.Generator().manual_seed(1))
 
 
-def random_pictures(*shape: int) -> torch.Tensor:
+def random_images(*shape: int) -> torch.Tensor:
     return torch.rand(2, *shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -55,9 +55,9 @@ FAMILIES = {
     "LDM inpainting": (unet(7, 3, num_heads=8), VQ_F2, None, "latents_mask", ["", ""]),
     "LDM semantic synthesis": (unet(6, 3, num_heads=8), VQ_F2,
                                {"target": RESCALER, "params": {"in_channels": 182, "out_channels": 3}}, None,
-                               random_pictures(182, 32, 32)),
+                               random_images(182, 32, 32)),
     "LDM super-resolution (x4)": (unet(6, 3, num_head_channels=32), VQ_F2, {"target": PICTURE, "params": {}}, None,
-                                  random_pictures(3, 16, 16)),
+                                  random_images(3, 16, 16)),
 }  # fmt: skip
 PICTURES = "conditioned on pictures.*draw with it from Python"
 REFUSED = {  # by scripts, which give words and numbers

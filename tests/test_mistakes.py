@@ -22,7 +22,7 @@ def test_the_tests_named_exist():
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (file, name)
 
 
-def test_no_configuration_trains_on_test_pictures():
+def test_no_configuration_trains_on_test_images():
     """E6; where a data set has splits, the name is spelled out or left at its default, train."""
     configs = [OmegaConf.load(path) for path in (ROOT / "configs").rglob("*.yaml")]
     stages = [config for config in configs if "stage" in config]

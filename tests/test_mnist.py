@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_pooled_pictures_are_means_of_squares(root: Path):
+def test_pooled_images_are_means_of_squares(root: Path):
     whole, pooled = MNIST(str(root)), MNIST(str(root), pool=2)
     assert pooled[3]["image"].shape == (1, 14, 14) and pooled.images.dtype == torch.uint8
     inner = whole.images[:, :, 2:30, 2:30].numpy().astype(float)

@@ -5,7 +5,7 @@ import torch
 from golden_fill import fill, load_golden
 from torch.nn import functional as F
 
-from ldm.models.noisy_classifier import POOLS, AttentionPool2d, EncoderUNetModel
+from ldm.optional.noisy_classifier import POOLS, AttentionPool2d, EncoderUNetModel
 from ldm.util import get_obj_from_str
 
 SMALL = {
@@ -85,7 +85,7 @@ def test_size_of_adms_classifier_of_64_pixels():
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_every_parameter_trains_and_pictures_and_levels_count(pool):
+def test_every_parameter_trains_and_images_and_levels_count(pool):
     model = fill(EncoderUNetModel(**SMALL, pool=pool, dropout=0.1, use_checkpoint=True), 1)
     x, t = randn(2, 1, 8, 8).requires_grad_(), torch.tensor([3.0, 700.5])
     logits = model(x, t)
@@ -104,7 +104,7 @@ def test_only_attention_pooling_is_bound_to_the_size():
     t = torch.tensor([1, 2])
     for pool in ("adaptive", "spatial", "spatial_v2"):
         assert EncoderUNetModel(**SMALL, pool=pool)(randn(2, 1, 16, 16), t).shape == (2, 10)
-    with pytest.raises(ValueError, match="4 x 4, and got 8 x 8: give pictures of image_size"):
+    with pytest.raises(ValueError, match="4 x 4, and got 8 x 8: give images of image_size"):
         EncoderUNetModel(**SMALL, pool="attention")(randn(2, 1, 16, 16), t)
 
 

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from ldm.checkpoint.file import load_file, save_file
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.loading import load_network
-from ldm.training.noisy_classifier import NoisyClassifierStage
+from ldm.optional.noisy_classifier_stage import NoisyClassifierStage
 
 NETWORK = {
-    "target": "ldm.models.noisy_classifier.EncoderUNetModel",
+    "target": "ldm.optional.noisy_classifier.EncoderUNetModel",
     "params": {
         "image_size": 16,
         "in_channels": 1,
@@ -53,7 +53,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"image": torch.stack([s["image"] for s in samples]), "label": torch.tensor([s["label"] for s in samples])}
 
 
-def test_the_loss_is_the_cross_entropy_of_noised_pictures_at_their_levels():
+def test_the_loss_is_the_cross_entropy_of_noised_images_at_their_levels():
     training, data = stage(timesteps={"name": "logit_normal", "mean": 0.5}), batch()
     fill(training.model, 3)
     torch.manual_seed(4)
@@ -111,7 +111,7 @@ def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path
         ({"timesteps": {"nam": "normal"}}, "^timesteps: .*'nam'; it takes"),
         ({"schedule": {"name": "linaer"}}, "unknown noise schedule 'linaer'"),
         ({"schedule": {"nam": "linear"}}, "^schedule: .*'nam'; it takes"),
-        ({"network": {"target": "ldm.models.noisy_classifier.EncoderUNetModel", "params": {"pol": "x"}}}, "'pol'"),
+        ({"network": {"target": "ldm.optional.noisy_classifier.EncoderUNetModel", "params": {"pol": "x"}}}, "'pol'"),
     ],
 )
 def test_wrong_settings_are_refused(changes, message):
@@ -119,7 +119,7 @@ def test_wrong_settings_are_refused(changes, message):
         stage(**changes)
 
 
-def test_pictures_that_do_not_fit_are_refused():
+def test_images_that_do_not_fit_are_refused():
     class Unlabelled(Bars):
         def __getitem__(self, i):
             return {"image": torch.zeros(1, 16, 16)}

@@ -72,7 +72,7 @@ def test_rows_go_on_where_they_stopped(tiny, tmp_path, monkeypatch, capsys):
         ["| learned variance", "ddpm"],
         ["| self-conditioning", "ddim"],
     ]
-    with pytest.raises(ValueError, match=r"rows of other numbers of pictures or steps than \(50, 2\)"):
+    with pytest.raises(ValueError, match=r"rows of other numbers of images or steps than \(50, 2\)"):
         benchmark.main(["objectives", "--out", str(out), "--n", "50", "--names", "self-conditioning"])
 
 

@@ -1,4 +1,4 @@
-"""The options that scripts share: what they load, and that together they change no picture beyond rounding."""
+"""The options that scripts share: what they load, and that together they change no image beyond rounding."""
 
 import argparse
 import copy
@@ -77,7 +77,7 @@ SETS = {
 
 
 def test_loras_at_their_strengths_and_learned_words(load, tiny_checkpoint, tmp_path):
-    """Several of both: the pictures are those of the library, and the recipe's changes name all."""
+    """Several of both: the images are those of the library, and the recipe's changes name all."""
     model, word = ldm.load(tiny_checkpoint, device="cpu"), tmp_path / "word.safetensors"
     for name, seed in (("a", 0), ("b", 1)):
         adapters = learned(model, targets=("attention", "text"), seed=seed)
@@ -91,14 +91,14 @@ def test_loras_at_their_strengths_and_learned_words(load, tiny_checkpoint, tmp_p
     assert [change.rsplit(" ", 1)[1] for change in found.changes[:2]] == ["0.5", "1"] and len(found.changes) == 3
     assert found.changes[0].startswith("lora a ") and found.changes[2].startswith("words <it> ")
     prompts = ["a <it>", "a one"]
-    pictures = [np.stack(one.generate(prompts, steps=3)).astype(int) for one in (model, found)]
-    assert abs(pictures[0] - pictures[1]).max() <= 1
+    images = [np.stack(one.generate(prompts, steps=3)).astype(int) for one in (model, found)]
+    assert abs(images[0] - images[1]).max() <= 1
     plain = np.stack(load().generate(prompts, steps=3)).astype(int)
-    assert (abs(pictures[1] - plain).max(axis=(1, 2)) > 10).all()
+    assert (abs(images[1] - plain).max(axis=(1, 2)) > 10).all()
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_pictures_stay_what_they_are(load, expected, name):
+def test_images_stay_what_they_are(load, expected, name):
     options, levels = SETS[name]
     model = load(*options)
     difference = np.abs(drawn(model) - expected)

@@ -36,10 +36,10 @@ def test_two_runs_at_once_do_not_overwrite_each_other(tmp_path):
 def test_grids_and_strips_count_for_themselves(tmp_path):
     output = OutputFolder(tmp_path)
     output.save_sample(PICTURE, "a")
-    grid = output.save_grid([PICTURE] * 5, 2, "text of picture 0")
+    grid = output.save_grid([PICTURE] * 5, 2, "text of image 0")
     strip = output.save_strip(PICTURE, "text")
     assert names(tmp_path) == ["grid-0000.png", "samples", "strip-0000.png"]
-    assert read_png_text(grid) == "text of picture 0, Grid: 2x3"
+    assert read_png_text(grid) == "text of image 0, Grid: 2x3"
     width, height = Image.open(grid).size
     assert width < height  # two columns, three rows
     assert output.save_grid([PICTURE], 4, "t").name == "grid-0001.png"

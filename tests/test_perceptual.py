@@ -26,7 +26,7 @@ def test_distance_by_hand():
     assert opposite.tolist() == pytest.approx([4.0], abs=1e-3)
 
 
-def test_zero_for_equal_pictures_and_growing_with_noise():
+def test_zero_for_equal_images_and_growing_with_noise():
     generator = torch.Generator().manual_seed(1)
     x, noise = torch.rand(3, 1, 12, 12, generator=generator), torch.randn(3, 1, 12, 12, generator=generator)
     network = Features()

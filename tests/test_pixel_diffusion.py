@@ -210,17 +210,17 @@ def test_mistakes_in_a_configuration(settings, message):
         PixelDiffusionStage(**{"model": CONFIG, "learning_rate": 1e-3, **settings})
 
 
-def test_pictures_of_another_size():
+def test_images_of_another_size():
     params = {**PIXEL, "defaults": {**PIXEL["defaults"], "height": 16, "width": 16}}
     stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3)
-    with pytest.raises(ValueError, match=r"the pictures of Digits are \(1, 32, 32\) and the model's, .* \(1, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"the images of Digits are \(1, 32, 32\) and the model's, .* \(1, 16, 16\)"):
         stage.prepare(Digits(first=5), torch.device("cpu"))
 
 
-def test_a_schedule_that_leaves_something_of_the_picture(capsys):
+def test_a_schedule_that_leaves_something_of_the_image(capsys):
     """300 unscaled linear steps leave sqrt(alpha-bar) = 0.2192; 1000 leave 0.006."""
     PixelDiffusionStage({**CONFIG, "params": {**PIXEL, "schedule": {"name": "linear", "T": 300}}}, 1e-3)
-    assert "at its last level, 299, this schedule leaves 0.219 of the picture" in capsys.readouterr().err
+    assert "at its last level, 299, this schedule leaves 0.219 of the image" in capsys.readouterr().err
     PixelDiffusionStage(CONFIG, 1e-3)
     assert capsys.readouterr().err == ""
 
@@ -317,7 +317,7 @@ def test_self_conditioned_training_is_told_of_its_guess_half_the_time():
         torch.manual_seed(seed)
         loss, _ = stage(batch)
         assert not inputs[0][:, 1:].any()
-        if len(inputs) == 2:  # the same noised picture again, and a guess within [-1, 1] of it
+        if len(inputs) == 2:  # the same noised image again, and a guess within [-1, 1] of it
             told += 1
             assert torch.equal(inputs[0][:, :1], inputs[1][:, :1]) and 0 < inputs[1][:, 1:].abs().max() <= 1
     assert 10 <= told <= 30  # of 40 at one half: 3.2 standard deviations

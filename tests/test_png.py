@@ -45,9 +45,9 @@ def test_files_without_a_text_are_refused(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:50])
     for name, message in [
         ("plain.png", "carries no text chunk 'parameters'"),
-        ("a.jpg", "not a PNG picture"),
-        ("empty.png", "not a PNG picture"),
-        ("cut.png", "not a PNG picture"),
+        ("a.jpg", "not a PNG image"),
+        ("empty.png", "not a PNG image"),
+        ("cut.png", "not a PNG image"),
     ]:
         with pytest.raises(ValueError, match=message):
             read_png_text(tmp_path / name)

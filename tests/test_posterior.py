@@ -18,7 +18,7 @@ def rows(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(4, *shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def test_levels_begin_at_the_clean_picture():
+def test_levels_begin_at_the_clean_image():
     now, before = levels(T, VP)
     assert torch.equal(now, VP.alphas_cumprod) and before[0] == 1 and torch.equal(before[1:], now[:-1])
 

@@ -1,4 +1,4 @@
-"""Each precision: which part is in which dtype, how far its pictures are from float32's, and what is refused."""
+"""Each precision: which part is in which dtype, how far its images are from float32's, and what is refused."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_a_model_without_text(model):
 # Difference of a pixel from float32, in levels of 255. Measured over 40 digits of 20 steps: bf16 0.08 in the mean and
 # 24 at most (on the edge of a stroke that moved), autocast 0.06 and 12; 94 and 95 % of the pixels are the same.
 @pytest.mark.parametrize("name", ["bf16", "autocast"])
-def test_pictures_in_half_precision(name):
+def test_images_in_half_precision(name):
     prompts = [f"a handwritten digit {word}" for word in WORDS]
     model = ldm.load(device="cpu")
     exact = np.stack(model.generate(prompts)).astype(int)
@@ -100,7 +100,7 @@ def test_a_recipe_says_the_precision_and_brings_it_back(model, name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name, mean, most", [("bf16", 0.3, 48), ("fp16", 0.05, 12), ("autocast", 0.05, 12)])
-def test_pictures_on_a_gpu(name, mean, most):
+def test_images_on_a_gpu(name, mean, most):
     prompts = [f"a handwritten digit {word}" for word in WORDS]
     exact = np.stack(ldm.load(device="cuda").generate(prompts)).astype(int)
     model = ldm.load(device="cpu")

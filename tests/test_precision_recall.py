@@ -83,7 +83,7 @@ def test_nearest_finds_copies_exactly(blocks):
     assert distance[2].item() == pytest.approx(2.8, rel=1e-4)  # 0.1 sqrt(784)
 
 
-def test_memorisation_of_copies_and_of_fresh_pictures():
+def test_memorisation_of_copies_and_of_fresh_images():
     generator = torch.Generator().manual_seed(0)
     training, test, fresh = (
         torch.randint(0, 256, (300, 28, 28), dtype=torch.uint8, generator=generator) for _ in range(3)

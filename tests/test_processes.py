@@ -16,7 +16,7 @@ from ldm.util import read_yaml
 
 ROOT = Path(__file__).parent.parent
 
-# Nothing drawn at random, of which each process has its own: a picture decides its noise.
+# Nothing drawn at random, of which each process has its own: an image decides its noise.
 STEADY = """
 import json, sys
 import torch
@@ -30,8 +30,8 @@ train(json.loads(sys.argv[1]), device="cpu")
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three pictures of a subject and five of its class, of noise."""
+def images(tmp_path):
+    """Three images of a subject and five of its class, of noise."""
     generator = torch.Generator().manual_seed(0)
     for name, count in (("instance", 3), ("class", 5)):
         (tmp_path / name).mkdir()
@@ -56,18 +56,18 @@ def test_one_process_is_the_main_one():
 
 
 @pytest.mark.full
-def test_two_processes_are_one_with_their_batches_together(tiny_checkpoint, pictures):
+def test_two_processes_are_one_with_their_batches_together(tiny_checkpoint, images):
     """DreamBooth's weights after four steps, up to rounding; half of the batch is something else."""
-    (pictures / "run.py").write_text(STEADY)
-    row = {"instance_dir": str(pictures / "instance"), "instance_prompt": "a sks five"}
-    row |= {"class_dir": str(pictures / "class"), "class_pictures": {f"{i}.png": "a five" for i in range(5)}}
+    (images / "run.py").write_text(STEADY)
+    row = {"instance_dir": str(images / "instance"), "instance_prompt": "a sks five"}
+    row |= {"class_dir": str(images / "class"), "class_images": {f"{i}.png": "a five" for i in range(5)}}
     stage = {"ckpt": str(tiny_checkpoint), "resolution": 32, "learning_rate": 1e-3, "previews": ["a five"]}
     changes, before = [], load_file(tiny_checkpoint)
     for name, count, batch_size in (("two", 2, 2), ("one", 1, 4), ("half", 1, 2)):
         loop = {"steps": 4, "batch_size": batch_size, "ema": 0.9, "tensorboard": False, "precision": "fp32"}
         config = {
             "name": name,
-            "outdir": str(pictures),
+            "outdir": str(images),
             "seed": 1,
             "stage": {"target": "ldm.finetune.dreambooth.DreamBoothStage", "params": stage},
             "data": {
@@ -76,25 +76,25 @@ def test_two_processes_are_one_with_their_batches_together(tiny_checkpoint, pict
             },
             "loop": loop,
         }
-        launch(count, pictures / "run.py", json.dumps(config))
-        after = load_file(pictures / name / "model.safetensors")
+        launch(count, images / "run.py", json.dumps(config))
+        after = load_file(images / name / "model.safetensors")
         changes.append(torch.cat([(after[key] - before[key]).flatten() for key in before if key.startswith("model.")]))
     two, one, half = changes
     assert (two - one).norm() < 1e-3 * one.norm() < 0.01 * (half - one).norm()
 
 
 @pytest.mark.full
-def test_dreambooth_in_two_processes(tiny_checkpoint, pictures):
-    """The class pictures are drawn once, a batch for each process is there, and results are told once."""
-    given = {"ckpt": tiny_checkpoint, "instance_data_dir": pictures / "instance", "output_dir": pictures / "out"}
+def test_dreambooth_in_two_processes(tiny_checkpoint, images):
+    """The class images are drawn once, a batch for each process is there, and results are told once."""
+    given = {"ckpt": tiny_checkpoint, "instance_data_dir": images / "instance", "output_dir": images / "out"}
     given |= {"instance_prompt": "a sks five", "class_prompt": "a five", "num_class_images": 5, "train_batch_size": 4}
     given |= {"max_train_steps": 2, "num_validation_images": 1, "device": "cpu", "report_to": "none"}
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
     done = launch(2, ROOT / "scripts" / "dreambooth.py", *options)
-    assert done.stdout.count("model: ") == 1 and done.stderr.count("class pictures:   0%") == 1
-    assert len(list((pictures / "out" / "class").iterdir())) == 5
-    assert read_yaml(pictures / "out" / "config.yaml")["data"]["params"]["least"] == 8
-    moved = [*options, "--output_dir", pictures / "third", "--resume_from_checkpoint", pictures / "out"]
+    assert done.stdout.count("model: ") == 1 and done.stderr.count("class images:   0%") == 1
+    assert len(list((images / "out" / "class").iterdir())) == 5
+    assert read_yaml(images / "out" / "config.yaml")["data"]["params"]["least"] == 8
+    moved = [*options, "--output_dir", images / "third", "--resume_from_checkpoint", images / "out"]
     done = launch(2, ROOT / "scripts" / "dreambooth.py", *moved)
-    copied = [(pictures / name / "model.safetensors").read_bytes() for name in ("out", "third")]
+    copied = [(images / name / "model.safetensors").read_bytes() for name in ("out", "third")]
     assert copied[0] == copied[1]

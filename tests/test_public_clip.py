@@ -288,7 +288,7 @@ def test_a_model_in_the_cache_of_the_hub(cache):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, suffix):
-    """The pictures' and other frameworks' files stay on the hub, and so does the second format of the weights."""
+    """The images' and other frameworks' files stay on the hub, and so does the second format of the weights."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 

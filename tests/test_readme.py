@@ -87,7 +87,7 @@ def test_files_that_a_page_names_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_and_pictures_that_a_page_shows_exist(page):
+def test_pages_and_images_that_a_page_shows_exist(page):
     folder = ROOT if page == "README.md" else ROOT / "docs"
     for link in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[^)]*)?\)", PAGES[page]):
         assert (folder / link).is_file(), link

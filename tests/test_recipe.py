@@ -62,7 +62,7 @@ def test_text_of_another_program_reads():
         (FIVE.to_text().replace("Steps: 20", "Steps: few"), "do not read"),
         (FIVE.to_text().replace("32x32", "32"), "do not read"),
         (FIVE.to_text() + ", Guidance interval: 1", "do not read"),
-        (FIVE.to_text() + ", Grid: 2x3", "a grid of 2x3 pictures"),
+        (FIVE.to_text() + ", Grid: 2x3", "a grid of 2x3 images"),
     ],
 )
 def test_text_that_is_no_recipe(text, message):

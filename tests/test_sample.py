@@ -22,7 +22,7 @@ def draw_alone(tmp_path):
     return runner(load_script("sample"), tmp_path / "alone.safetensors", tmp_path)
 
 
-def test_each_class_gets_its_pictures(draw):
+def test_each_class_gets_its_images(draw):
     out = draw("--class", 5, 3, "--n_samples", 2)
     recipes = [recipe(out / "samples" / f"{i:05}.png") for i in range(4)]
     assert [(r.prompt, r.seed) for r in recipes] == [("5", 0), ("5", 1), ("3", 2), ("3", 3)]
@@ -30,7 +30,7 @@ def test_each_class_gets_its_pictures(draw):
 
 
 @pytest.mark.parametrize("scale", [1, 2.5])
-def test_a_picture_among_other_classes_is_made_again(draw, scale):
+def test_a_image_among_other_classes_is_made_again(draw, scale):
     out = draw("--class", 5, 3, 1, "--scale", scale)
     for i in range(3):
         again = draw("--from-png", out / "samples" / f"0000{i}.png", out=f"again{i}", steps=None)

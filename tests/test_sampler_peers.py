@@ -178,7 +178,7 @@ def test_the_error_shrinks_towards_the_exact_answer(name):
 
 
 def test_theirs_plms_mixes_raw_v():
-    """The same denoiser as eps and as v is one denoiser; PNDMScheduler makes two pictures of it."""
+    """The same denoiser as eps and as v is one denoiser; PNDMScheduler makes two images of it."""
     ends = {}
     for prediction in ("epsilon", "v_prediction"):
         theirs = scheduler(

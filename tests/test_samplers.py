@@ -250,7 +250,7 @@ def network_of(denoise, schedule, prediction):
 
 @pytest.mark.parametrize("spacing", ["trailing", "karras"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_eps_x0_and_v_networks_give_the_same_picture(name, spacing):
+def test_eps_x0_and_v_networks_give_the_same_image(name, spacing):
     start = torch.linspace(-2, 2, 9, dtype=torch.float64)
     ends = {}
     for key, predictions in (("sd", ("eps", "x0", "v")), ("zero_terminal_snr", ("x0", "v"))):
@@ -382,20 +382,20 @@ def test_eta_scales_the_fresh_noise():
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 def test_ddim_inversion_and_back(final):
-    """Measured: off by 7 % of the picture at 50 steps, 2 % at 200; with one correction 0.2 % and 0.02 %."""
+    """Measured: off by 7 % of the image at 50 steps, 2 % at 200; with one correction 0.2 % and 0.02 %."""
     schedule = SCHEDULES["sd"]
     denoise = make_denoiser(lambda x_vp, t, cond: 0.8 * torch.sin(x_vp + t.view(-1, 1) / 1000), schedule, "v")
-    picture = torch.randn(2, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(2, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def bound(x, sigma):
         return denoise(x, sigma, {})
 
     def round_trip(steps, corrections):
         sigmas = sampling_sigmas(schedule, steps, "trailing", final)
-        *_, top = invert(bound, picture, sigmas, corrections)
+        *_, top = invert(bound, image, sigmas, corrections)
         assert (top.index, top.sigma) == (steps - 1, float(sigmas[0]))
         *_, back = SAMPLERS["ddim"](bound, top.x, sigmas)
-        return float((back.x - picture).norm() / picture.norm())
+        return float((back.x - image).norm() / image.norm())
 
     coarse, fine = round_trip(50, 0), round_trip(200, 0)
     assert coarse < 0.1 and fine < coarse / 3  # of first order

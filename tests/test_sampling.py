@@ -11,7 +11,7 @@ from ldm.diffusion.denoiser import Prediction, from_vp, make_denoiser, to_vp
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import SAMPLERS, choose_sampler, get_sampler, sample
 from ldm.diffusion.sampling.first_order import Point, ancestral_split, euler
-from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large
 from ldm.diffusion.schedule import make_schedule, q_sample, sampling_sigmas, timesteps
 
@@ -77,7 +77,7 @@ def test_img2img_golden():
     sigmas = sampling_sigmas(SD, 50, "compvis", "sigma_min")
     noised = q_sample(GOLDEN["toy/img2img/z0"], torch.tensor([741, 741]), GOLDEN["toy/img2img/noise"], SD)
     assert relative_error(noised, GOLDEN["toy/img2img/encoded_t37"]) < 1e-6
-    # in sigma coordinates the same picture is z0 + sigma noise
+    # in sigma coordinates the same image is z0 + sigma noise
     sigma = SD.sigma_at(741)
     same = to_vp(GOLDEN["toy/img2img/z0"] + sigma * GOLDEN["toy/img2img/noise"], sigma)
     assert relative_error(same, noised) < 1e-6
@@ -393,14 +393,14 @@ def test_how_often_the_network_is_evaluated_is_known_before(name, expected):
     assert SAMPLERS["heun"].evaluations(sampling_sigmas(make_schedule("cosine"), 4)) == [1, 2, 2, 1]
 
 
-def test_a_picture_has_the_same_noise_alone_and_in_a_batch():
-    batch = PictureNoise([5, 6, 7], (4, 8, 8))
-    alone = PictureNoise([6], (4, 8, 8))
+def test_a_image_has_the_same_noise_alone_and_in_a_batch():
+    batch = SeededNoise([5, 6, 7], (4, 8, 8))
+    alone = SeededNoise([6], (4, 8, 8))
     for _ in range(3):
         together = batch()
         assert together.shape == (3, 4, 8, 8) and together.dtype == torch.float32
         assert torch.equal(together[1:2], alone())
-    many = PictureNoise(range(2000), (8,))()
+    many = SeededNoise(range(2000), (8,))()
     assert float(many.std()) == pytest.approx(1, abs=4 / math.sqrt(2 * many.numel()))  # four standard errors
 
 
@@ -409,7 +409,7 @@ def test_a_stochastic_run_does_not_depend_on_the_batch(name):
     sigmas = sampling_sigmas(SD, 6)
 
     def run(seeds):
-        noise = PictureNoise(seeds, (4, 2, 2))
+        noise = SeededNoise(seeds, (4, 2, 2))
         start = from_vp(noise(), float(sigmas[0]))
         return last(SAMPLERS[name](lambda x, sigma: Prediction(torch.tanh(x)), start, sigmas, noise=noise)).x
 
@@ -419,4 +419,4 @@ def test_a_stochastic_run_does_not_depend_on_the_batch(name):
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seeds_out_of_range_are_refused(seed):
     with pytest.raises(ValueError, match=f"from 0 to 18446744073709551615, got {seed}"):
-        PictureNoise([0, seed], (1,))
+        SeededNoise([0, seed], (1,))

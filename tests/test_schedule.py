@@ -70,7 +70,7 @@ def test_first_betas_and_the_bound():
 
 
 def test_scaled_linear_is_squared():
-    """The known mistake: roots that are not squared leave 2.8e-35 of alpha-bar, and there is no picture in any level.
+    """The known mistake: roots that are not squared leave 2.8e-35 of alpha-bar, and there is no image in any level.
 
     Squared, as Stable Diffusion has it, sqrt(alpha-bar) ends at 0.068265: not at zero SNR either.
     """
@@ -82,7 +82,7 @@ def test_scaled_linear_is_squared():
 
 @pytest.mark.parametrize("name", S.SCHEDULES)
 def test_more_and_more_noise_is_added(name):
-    """betas ascend, all the way up to the bound, and each level keeps less of the picture than the one before."""
+    """betas ascend, all the way up to the bound, and each level keeps less of the image than the one before."""
     assert (S.betas(name).diff() >= 0).all() and (S.make_schedule(name).alphas_cumprod.diff() < 0).all()
 
 

@@ -4,7 +4,7 @@ from golden_fill import fill
 from torch import nn
 
 from ldm.models.blocks import timestep_embedding
-from ldm.models.teaching.simple_unet import Block, SimpleUNet
+from ldm.optional.simple_unet import Block, SimpleUNet
 
 SMALL = {"channels": 1, "widths": [8, 16, 24], "time_channels": 8}
 

@@ -1,4 +1,4 @@
-"""Source: what the model sees of a picture, what stays of it to the byte, sizes that do not divide, modes, mistakes."""
+"""Source: what the model sees of an image, what stays of it to the byte, sizes that do not divide, modes, mistakes."""
 
 from fractions import Fraction
 
@@ -20,8 +20,8 @@ def colour(width=32, height=32, mode="RGB") -> Image.Image:
     return Image.fromarray(RANDOM.integers(0, 256, (height, width, len(mode)), dtype=np.uint8))
 
 
-def array(picture) -> np.ndarray:
-    return np.asarray(picture).astype(int)
+def array(image) -> np.ndarray:
+    return np.asarray(image).astype(int)
 
 
 def drawn(count=1, channels=1, size=(32, 32)) -> torch.Tensor:
@@ -52,41 +52,41 @@ def test_strengths_that_are_none(strength):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pixels_are_the_pictures_and_come_back_exactly(channels):
-    picture = grey() if channels == 1 else colour()
-    source = Source(picture, None, 1, channels, 8)
+def test_pixels_are_the_images_and_come_back_exactly(channels):
+    image = grey() if channels == 1 else colour()
+    source = Source(image, None, 1, channels, 8)
     assert source.pixels.shape == (1, channels, 32, 32) and source.mask is None
     assert (
-        np.abs(source.pixels.numpy() - (array(picture).reshape(32, 32, -1).transpose(2, 0, 1) / 127.5 - 1)).max() < 1e-6
+        np.abs(source.pixels.numpy() - (array(image).reshape(32, 32, -1).transpose(2, 0, 1) / 127.5 - 1)).max() < 1e-6
     )
-    assert np.array_equal(source.finish(source.pixels).permute(0, 2, 3, 1).squeeze().numpy(), np.asarray(picture))
+    assert np.array_equal(source.finish(source.pixels).permute(0, 2, 3, 1).squeeze().numpy(), np.asarray(image))
 
 
 @pytest.mark.parametrize(("size", "padded"), [((28, 30), (32, 32)), ((33, 8), (40, 8)), ((40, 64), (40, 64))])
 def test_sizes_that_do_not_divide_are_padded_by_their_edge_and_cut_back(size, padded):
-    picture, mask = grey(*size), grey(*size)
-    source = Source(picture, mask, 1, 1, 8)
-    for tensor, original in ((source.pixels * 127.5 + 127.5, array(picture)), (source.mask, array(mask) >= 128)):
+    image, mask = grey(*size), grey(*size)
+    source = Source(image, mask, 1, 1, 8)
+    for tensor, original in ((source.pixels * 127.5 + 127.5, array(image)), (source.mask, array(mask) >= 128)):
         expected = np.pad(original, ((0, padded[1] - size[1]), (0, padded[0] - size[0])), mode="edge")
         assert np.allclose(tensor[0, 0].numpy(), expected, atol=1e-4)
     assert source.finish(drawn(size=padded[::-1])).shape == (1, 1, size[1], size[0])
 
 
 def test_what_is_black_in_the_mask_stays_and_greys_blend():
-    picture, mask = grey(), Image.fromarray(np.arange(1024, dtype=np.uint32).reshape(32, 32).astype(np.uint8))
+    image, mask = grey(), Image.fromarray(np.arange(1024, dtype=np.uint32).reshape(32, 32).astype(np.uint8))
     new = drawn()
-    result = Source(picture, mask, 1, 1, 8).finish(new)[0, 0].numpy()
+    result = Source(image, mask, 1, 1, 8).finish(new)[0, 0].numpy()
     share = array(mask) / 255
-    expected = array(picture) * (1 - share) + levels(new)[0, :, :, 0] * share
+    expected = array(image) * (1 - share) + levels(new)[0, :, :, 0] * share
     assert np.abs(result - expected).max() <= 0.5 + 1e-4  # rounded to the nearest level
-    assert np.array_equal(result[array(mask) == 0], np.asarray(picture)[array(mask) == 0])
+    assert np.array_equal(result[array(mask) == 0], np.asarray(image)[array(mask) == 0])
     assert np.array_equal(result[array(mask) == 255], levels(new)[0, :, :, 0][array(mask) == 255])
 
 
-def alpha_picture() -> Image.Image:
-    picture = array(colour(mode="RGBA"))
-    picture[:8, :, 3], picture[8:16, :, 3] = 0, 255
-    return Image.fromarray(picture.astype(np.uint8))
+def alpha_image() -> Image.Image:
+    image = array(colour(mode="RGBA"))
+    image[:8, :, 3], image[8:16, :, 3] = 0, 255
+    return Image.fromarray(image.astype(np.uint8))
 
 
 def keyed_palette() -> Image.Image:
@@ -102,8 +102,8 @@ def sixteen_bits() -> Image.Image:
 MODES = {
     "grey": (grey, "L"),
     "rgb": (colour, "RGB"),
-    "rgba": (alpha_picture, "RGBA"),
-    "grey with alpha": (lambda: alpha_picture().convert("LA"), "RGBA"),
+    "rgba": (alpha_image, "RGBA"),
+    "grey with alpha": (lambda: alpha_image().convert("LA"), "RGBA"),
     "palette": (lambda: colour().quantize(16), "RGB"),
     "palette with a transparent colour": (keyed_palette, "RGBA"),
     "black and white": (lambda: grey().convert("1"), "L"),
@@ -115,17 +115,17 @@ MODES = {
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("make", "mode"), MODES.values(), ids=MODES)
 def test_unmasked_pixels_keep_colours_and_transparency_to_the_byte(make, mode, channels):
-    picture, mask = make(), Image.new("L", (32, 32))
+    image, mask = make(), Image.new("L", (32, 32))
     mask.paste(255, (0, 4, 32, 12))
-    source = Source(picture, mask, 1, channels, 8)
+    source = Source(image, mask, 1, channels, 8)
     new = drawn(channels=channels)
     result = source.finish(new)[0].permute(1, 2, 0).numpy()
     result_mode = "RGB" if mode == "L" and channels == 3 else mode
     assert result.shape[2] == {"L": 1, "RGB": 3, "RGBA": 4}[result_mode]
-    if picture.mode.startswith("I"):
-        expected = (np.asarray(picture)[..., None] // 257).repeat(result.shape[2], 2)
+    if image.mode.startswith("I"):
+        expected = (np.asarray(image)[..., None] // 257).repeat(result.shape[2], 2)
     else:
-        expected = np.asarray(picture.convert(result_mode)).reshape(32, 32, -1)
+        expected = np.asarray(image.convert(result_mode)).reshape(32, 32, -1)
     assert np.array_equal(result[:4], expected[:4]) and np.array_equal(result[12:], expected[12:])
     inside = levels(new)[0, 4:12]
     colours = result[4:12, :, : min(result.shape[2], 3)]
@@ -134,11 +134,11 @@ def test_unmasked_pixels_keep_colours_and_transparency_to_the_byte(make, mode, c
 
 
 def test_the_model_sees_transparency_as_white():
-    picture = alpha_picture()
-    seen = Source(picture, None, 1, 3, 8).pixels[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
-    share = array(picture)[..., 3:] / 255
+    image = alpha_image()
+    seen = Source(image, None, 1, 3, 8).pixels[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
+    share = array(image)[..., 3:] / 255
     # Pillow's blend rounds to a level
-    assert np.abs(seen - (array(picture)[..., :3] * share + 255 * (1 - share))).max() <= 1
+    assert np.abs(seen - (array(image)[..., :3] * share + 255 * (1 - share))).max() <= 1
     assert np.allclose(seen[:8], 255)
 
 
@@ -160,7 +160,7 @@ def test_masks_of_any_mode_are_white_where_they_are_bright_and_opaque():
         assert torch.equal(Source(grey(8, 8), one, 1, 1, 8).mask, expected)
 
 
-def test_pictures_and_masks_are_turned_as_the_camera_says():
+def test_images_and_masks_are_turned_as_the_camera_says():
     upright = colour(16, 8)
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     exif = turned.getexif()
@@ -172,17 +172,17 @@ def test_pictures_and_masks_are_turned_as_the_camera_says():
 
 
 def test_one_for_all_or_one_each():
-    pictures, masks = [grey() for _ in range(3)], [grey() for _ in range(3)]
+    images, masks = [grey() for _ in range(3)], [grey() for _ in range(3)]
     new = drawn(3)
-    each = Source(pictures, masks, 3, 1, 8)
+    each = Source(images, masks, 3, 1, 8)
     assert each.pixels.shape[0] == each.mask.shape[0] == 3
     part = each[1:3]
     assert torch.equal(part.pixels, each.pixels[1:3]) and torch.equal(part.mask, each.mask[1:3])
     assert torch.equal(part.finish(new[1:3]), each.finish(new)[1:3])
-    one = Source(pictures[0], masks, 3, 1, 8)
+    one = Source(images[0], masks, 3, 1, 8)
     assert len(one.pixels) == 1  # encoded once
     for i in range(3):
-        alone = Source(pictures[0], masks[i], 1, 1, 8)
+        alone = Source(images[0], masks[i], 1, 1, 8)
         assert torch.equal(one[i : i + 1].finish(new[i : i + 1]), alone.finish(new[i : i + 1]))
         assert torch.equal(one.finish(new)[i : i + 1], alone.finish(new[i : i + 1]))
 
@@ -190,14 +190,14 @@ def test_one_for_all_or_one_each():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((grey(5, 5), None, 1), "the picture is 5 x 5 pixels, too small for this model: it draws at least 8 x 8"),
+        ((grey(5, 5), None, 1), "the image is 5 x 5 pixels, too small for this model: it draws at least 8 x 8"),
         ((grey(32, 7), None, 1), "32 x 7 pixels, too small"),
-        ((grey(), grey(16, 32), 1), "the mask is 16 x 32 pixels and the picture 32 x 32: they must have one size"),
-        (([grey(), grey(8, 8)], None, 2), "2 results need one or 2 pictures of one size, got 2 of sizes"),
-        (([grey(), grey()], None, 3), "3 results need one or 3 pictures of one size, got 2"),
+        ((grey(), grey(16, 32), 1), "the mask is 16 x 32 pixels and the image 32 x 32: they must have one size"),
+        (([grey(), grey(8, 8)], None, 2), "2 results need one or 2 images of one size, got 2 of sizes"),
+        (([grey(), grey()], None, 3), "3 results need one or 3 images of one size, got 2"),
         ((grey(), [grey()] * 2, 3), "3 results need one or 3 masks of one size, got 2"),
-        (([], None, 2), "2 results need one or 2 pictures of one size, got 0"),
-        (("five.png", None, 1), "pictures are PIL images, as PIL.Image.open reads them, got str"),
+        (([], None, 2), "2 results need one or 2 images of one size, got 0"),
+        (("five.png", None, 1), "images are PIL images, as PIL.Image.open reads them, got str"),
         ((grey(), np.zeros((32, 32)), 1), "masks are PIL images, as PIL.Image.open reads them, got ndarray"),
         ((Image.new("F", (32, 32)), None, 1), "mode F. are of unknown range"),
     ],

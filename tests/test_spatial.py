@@ -1,13 +1,13 @@
-"""Conditioning on pictures: the original's numbers, the published layout, closed forms."""
+"""Conditioning on images: the original's numbers, the published layout, closed forms."""
 
 import pytest
 import torch
 from golden_fill import fill, load_golden, published_shapes, shapes
 
-from ldm.conditioning.spatial import Picture, SpatialRescaler
+from ldm.conditioning.spatial import Image, SpatialRescaler
 
 
-def pictures(*shape: int) -> torch.Tensor:
+def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -27,7 +27,7 @@ def test_names_and_shapes_of_the_published_model():
 
 def test_halving():
     """By 2, "bilinear" (no corner alignment) and "area" both are the mean of 2x2; without a mapper channels stay."""
-    x = pictures(2, 5, 8, 12)
+    x = images(2, 5, 8, 12)
     want = x.view(2, 5, 4, 2, 6, 2).mean(dim=(3, 5))
     for method in ("bilinear", "area"):
         model = SpatialRescaler(method=method, in_channels=5)
@@ -40,22 +40,22 @@ def test_halving():
 
 def test_the_mapper_is_a_matrix_over_channels():
     model = fill(SpatialRescaler(n_stages=0, in_channels=5, out_channels=3, bias=True), 1)
-    x, weight, bias = pictures(2, 5, 4, 4), model.channel_mapper.weight[:, :, 0, 0], model.channel_mapper.bias
+    x, weight, bias = images(2, 5, 4, 4), model.channel_mapper.weight[:, :, 0, 0], model.channel_mapper.bias
     torch.testing.assert_close(model.encode(x), torch.einsum("oc,bchw->bohw", weight, x) + bias[:, None, None])
     assert model.half().encode(x).dtype == torch.float16
 
 
-def test_a_picture_stays_as_it_is():
-    x = pictures(2, 3, 4, 4)
-    assert Picture()(x)["c_concat"] is x and Picture().null is None and not shapes(Picture())
+def test_a_image_stays_as_it_is():
+    x = images(2, 3, 4, 4)
+    assert Image()(x)["c_concat"] is x and Image().null is None and not shapes(Image())
 
 
-@pytest.mark.parametrize("model", [Picture(), SpatialRescaler()])
-def test_what_is_no_picture_is_refused(model):
+@pytest.mark.parametrize("model", [Image(), SpatialRescaler()])
+def test_what_is_no_image_is_refused(model):
     with pytest.raises(ValueError, match="was given a list: draw with it from Python, by model.generate"):
         model(["a cat"])
     with pytest.raises(ValueError, match=r"given \(3, 4, 4\) of torch.float32"):
-        model(pictures(3, 4, 4))
+        model(images(3, 4, 4))
     with pytest.raises(ValueError, match="of torch.uint8"):
         model(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
 

@@ -123,7 +123,7 @@ def test_finish_gives_standard_normal_latents_per_channel(digits):
     variance = (posterior.mean**2 + posterior.var).mean((0, 2, 3)) - mean**2
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-4)
     torch.testing.assert_close(variance, torch.ones(4), rtol=1e-3, atol=0)
-    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # pictures stay
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # images stay
     config, state = stage.export()
     assert config == {"target": "ldm.models.autoencoder.AutoencoderKL", "params": FIRST_STAGE}
     assert state.keys() == stage.model.state_dict().keys()
@@ -160,7 +160,7 @@ def clip(digits) -> CLIPStage:
 
 
 def test_positives_by_hand(clip):
-    """Captions j say, of the pictures i: -1 is silence; a caption of another digit is no positive, whatever it says."""
+    """Captions j say, of the images i: -1 is silence; a caption of another digit is no positive, whatever it says."""
     batch = {
         "label": torch.tensor([5, 5, 5, 3]),
         "style": torch.tensor([(0, 1), (2, 1), (0, 2), (0, 1)]),
@@ -209,7 +209,7 @@ def test_clip_learns_and_exports_its_text_half(clip, batch):
     assert config["target"] == "ldm.conditioning.text.TextEncoder"
     encoder = TextEncoder(**config["params"])
     encoder.load_state_dict(state)
-    prompts = [*batch["caption"], "", "a picture of anything else, and longer than the context of sixteen tokens is"]
+    prompts = [*batch["caption"], "", "an image of anything else, and longer than the context of sixteen tokens is"]
     tokens = encoder.tokenizer(prompts)
     clip.clip.eval()
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_the_vocabulary_spells_everything(clip):
         assert "".join(words) == text.replace(" ", "")
 
 
-def test_clip_of_fewer_pictures_than_a_preview_shows():
+def test_clip_of_fewer_images_than_a_preview_shows():
     vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
     stage = CLIPStage(vision, 1e-3, width=16, layers=1, heads=2, projection_dim=8, merges_first=0)
     stage.prepare(Digits(first=3), CPU)
@@ -333,7 +333,7 @@ def test_the_scale_factor_gives_unit_variance(parts, digits):
     assert stage.export()[0]["params"]["scale_factor"] == factor
 
 
-def test_pictures_that_change_cannot_be_cached(parts, digits):
+def test_images_that_change_cannot_be_cached(parts, digits):
     class Bent(torch.utils.data.Dataset):
         augments = True
 

@@ -11,7 +11,7 @@ from ldm.diffusion.sampling import Step
 from ldm.inference.draw import StripRecorder
 
 
-def test_a_strip_noises_the_picture_to_the_levels_it_came_down():
+def test_a_strip_noises_the_image_to_the_levels_it_came_down():
     model = SimpleNamespace(decode=lambda latents: latents.clamp(-1, 1))
     recorder, sigmas = StripRecorder(model, steps=4), [1.5, 0.8, 0.3, 0.0]
     drawn = torch.zeros(2, 1, 40, 40)

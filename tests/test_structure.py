@@ -11,10 +11,9 @@ ROOT = Path(__file__).parents[1]
 # From the top; each part uses only parts on floors below its own.
 FLOORS = (
     ("compvis", "inference", "evaluation"),
-    ("finetune",),
+    ("finetune", "optional"),
     ("training",),
     ("loading",),
-    ("denoising_gan",),
     ("pixel_diffusion",),
     ("latent_diffusion",),
     ("generation",),

@@ -1,4 +1,4 @@
-"""DDPM's and the teaching systems' configurations, from training to pictures, at as little of all as possible."""
+"""DDPM's and the teaching systems' configurations, from training to images, at as little of all as possible."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -27,7 +27,7 @@ def test_a_system_trains_and_draws(name, side, classes, mnist, tmp_path, capsys)
     changes += ["stage.params.previews=2", "stage.params.model.params.defaults.steps=2"]
     changes += [f"{NETWORK}.{change}" for change in NARROW[name]]
     train.main([str(ROOT / "configs" / "pixel" / f"{name}.yaml"), *changes, "--device", "cpu"])
-    noted = "this schedule leaves 0.219 of the picture" in capsys.readouterr().err
+    noted = "this schedule leaves 0.219 of the image" in capsys.readouterr().err
     assert noted == (name == "simple_unet")
     checkpoint, out = tmp_path / "runs" / name / "model.safetensors", tmp_path / "out"
     options = ["--ckpt", checkpoint, "--outdir", out, "--steps", 3, "--n_samples", 2, "--strip", "--device", "cpu"]
@@ -56,7 +56,7 @@ def test_the_numbers_that_were_published():
     assert (model.defaults.sampler, model.defaults.steps) == ("ddpm", 1000)
 
 
-def test_the_networks_that_measure_pictures_of_fourteen_pixels_train(mnist, tmp_path, monkeypatch):
+def test_the_networks_that_measure_images_of_fourteen_pixels_train(mnist, tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_DATA", str(mnist))
     networks = ("judge14", "features14")
     configs = [str(ROOT / "configs" / "evaluation" / f"{name}.yaml") for name in networks]

@@ -18,8 +18,8 @@ from ldm.data.captions import TRAIN_FRAMES
 from ldm.data.folder import Folder
 from ldm.diffusion.schedule import q_sample
 from ldm.evaluation.networks import Measuring, features_of
-from ldm.evaluation.pictures import from_pil
 from ldm.evaluation.reference import load_reference
+from ldm.evaluation.samples import from_pil
 from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding, token_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
@@ -222,7 +222,7 @@ def unusual_sevens(networks: Measuring) -> tuple[Tensor, Tensor]:
     mean cosines to these and among themselves. They are crossed, as about a quarter of all sevens.
     """
     reference = load_reference()
-    sevens = reference.pictures[reference.picture_labels == 7]
+    sevens = reference.pictures[reference.image_labels == 7]
     unit = F.normalize(features_of(networks.features, sevens))
     cosines = unit @ unit.T
     groups = cosines.topk(15, dim=1).indices

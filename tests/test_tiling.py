@@ -1,4 +1,4 @@
-"""Bands give what the whole picture gives; what they cost in memory is bounded by the band."""
+"""Bands give what the whole image gives; what they cost in memory is bounded by the band."""
 
 import copy
 import subprocess
@@ -32,8 +32,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def picture_like(b: int, height: int, width: int) -> torch.Tensor:
-    """Pixels (b, 3, height, width) that differ between top and bottom, as pictures do and noise does not."""
+def image_like(b: int, height: int, width: int) -> torch.Tensor:
+    """Pixels (b, 3, height, width) that differ between top and bottom, as images do and noise does not."""
     ramp = torch.linspace(-1, 1, height).view(1, 1, -1, 1)
     return (ramp + 0.3 * ramp * random(b, 3, height, width)).clamp(-1, 1)
 
@@ -65,7 +65,7 @@ def rows_seen(module: torch.nn.Module) -> list[int]:
 def test_bands_equal_the_whole(kind, height, width, side):
     model = model_with(**KINDS[kind])
     vae = model.first_stage_model.double()  # in which a wrong row, or a wrong statistic, cannot pass for rounding
-    images = picture_like(2, height, width)
+    images = image_like(2, height, width)
     posterior = vae.encode(images)
     pixels = vae.decode(posterior.mean)
     tile_vae(model, side)
@@ -81,20 +81,20 @@ def test_bands_equal_the_whole(kind, height, width, side):
 
 @torch.inference_mode()
 def test_tiles_decoded_apart_differ():
-    """What the bands are for: without common statistics the halves of a picture do not fit."""
+    """What the bands are for: without common statistics the halves of an image do not fit."""
     model = model_with()
     vae = model.first_stage_model
-    z = vae.encode(picture_like(1, 64, 32)).mean
+    z = vae.encode(image_like(1, 64, 32)).mean
     pixels = vae.decode(z)
     upper = vae.decode(z[:, :, :12])[:, :, :32]  # with a third of overlap
     assert (upper - pixels[:, :, :32]).abs()[:, :, :8].max() > 0.1 * pixels.std()  # and far from the cut, too
 
 
 @torch.inference_mode()
-def test_small_pictures_and_odd_sizes_are_computed_whole_one_at_a_time():
+def test_small_images_and_odd_sizes_are_computed_whole_one_at_a_time():
     model = model_with()
     vae = model.first_stage_model
-    small, odd = picture_like(3, 32, 32), picture_like(2, 37, 50)
+    small, odd = image_like(3, 32, 32), image_like(2, 37, 50)
     expected = [vae.encode(x).mean for x in (small, odd)]
     for prepare in (slice_vae, lambda model: tile_vae(model, 32)):
         prepare(model)
@@ -137,7 +137,7 @@ def test_a_copy_of_the_model_uses_its_own_weights():
 @torch.inference_mode()
 def test_the_digits_model_at_many_times_its_size():
     model = ldm.load(device="cpu")
-    # a page of its own digits: real statistics, in which one part of the picture is unlike another
+    # a page of its own digits: real statistics, in which one part of the image is unlike another
     latents = model.encode(2 * torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)) - 1)
     page = F.interpolate(latents, scale_factor=8, mode="bilinear") * torch.linspace(0, 2, 64).view(1, 1, -1, 1)
     whole = model.decode(page)
@@ -218,6 +218,6 @@ def test_memory_on_a_gpu_is_that_of_a_band():
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             pixels.append(vae.decode(z))
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    # what has the latents' size, 256 x 256, is whole: a sixteenth of the picture's 1024 x 1024, as is the band
+    # what has the latents' size, 256 x 256, is whole: a sixteenth of the image's 1024 x 1024, as is the band
     assert peaks[1] < peaks[0] / 3
     torch.testing.assert_close(pixels[1], pixels[0], atol=1e-4, rtol=0)

@@ -76,7 +76,7 @@ def folder_run(pictures, tmp_path_factory) -> Path:
     return outdir
 
 
-def test_a_folder_of_pictures(folder_run):
+def test_a_folder_of_images(folder_run):
     assert_draws(folder_run, "RGB", 64)
 
 

@@ -1,4 +1,4 @@
-"""Noise of training: its distribution, and which picture gets which."""
+"""Noise of training: its distribution, and which image gets which."""
 
 import itertools
 

@@ -4,16 +4,16 @@ import torch
 
 from ldm.evaluation import trilemma
 from ldm.evaluation.networks import Measuring
-from ldm.evaluation.pictures import from_pil, quantise
 from ldm.evaluation.reference import load_reference
+from ldm.evaluation.samples import from_pil, quantise
 
 
 def test_the_prior_is_decoded_seed_by_seed(tiny_model):
-    pictures = trilemma.draw_prior(tiny_model, 5, batch_size=2, seed=3)
-    assert pictures.shape == (5, 28, 28) and pictures.dtype == torch.uint8
+    images = trilemma.draw_prior(tiny_model, 5, batch_size=2, seed=3)
+    assert images.shape == (5, 28, 28) and images.dtype == torch.uint8
     latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(4))
     expected = quantise(tiny_model.decode(latents[None]))[0]  # the second one's seed
-    assert (pictures[1].int() - expected.int()).abs().max() <= 1
+    assert (images[1].int() - expected.int()).abs().max() <= 1
 
 
 def test_models_are_asked_for_the_reference(tiny_model):
@@ -35,10 +35,10 @@ def test_evaluations(tiny_model):
     hook.remove()
 
 
-def test_a_row_of_real_pictures_is_near_the_floor():
+def test_a_row_of_real_images_is_near_the_floor():
     reference, networks = load_reference(), Measuring.load()
-    labels = reference.picture_labels[:300]
-    row = trilemma.measure("real", 0, lambda: reference.pictures[:300], reference, networks, labels)
+    labels = reference.image_labels[:300]
+    row = trilemma.measure("real", 0, lambda: reference.images[:300], reference, networks, labels)
     assert (row["name"], row["evaluations"], row["n"]) == ("real", 0, 300)
     assert 0.5 < row["ratio"] < 2 and row["recall"] > 0.7  # the first ones are no fair sample: cleaner than the rest
     assert 0 <= row["cpu_seconds"] < 1 and row["accuracy"] > 0.98

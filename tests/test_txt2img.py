@@ -40,7 +40,7 @@ def draw(tiny_checkpoint, tmp_path):
     return runner(txt2img, tiny_checkpoint, tmp_path)
 
 
-def test_one_picture_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_model):
+def test_one_image_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_model):
     out = draw(steps=None)
     assert names(out) == ["grid-0000.png", "samples"] and names(out / "samples") == ["00000.png"]
     own, made = tiny_model.defaults, recipe(out / "samples" / "00000.png")
@@ -51,7 +51,7 @@ def test_one_picture_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_m
     assert len(made.model_hash) == 10 and int(made.model_hash, 16) >= 0
 
 
-def test_the_picture_is_that_of_the_library(draw, tiny_checkpoint):
+def test_the_image_is_that_of_the_library(draw, tiny_checkpoint):
     out = draw("--prompt", "a seven", "--negative-prompt", "bold", "--scale", 2, "--seed", 5)
     (image,) = ldm.load(tiny_checkpoint, device="cpu").generate(
         ["a seven"], negative="bold", steps=3, scale=2.0, seed=5
@@ -88,7 +88,7 @@ def test_batch_size_only_bounds_the_memory(draw, tiny_model, monkeypatch):
         assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1
 
 
-def test_a_picture_of_a_run_can_be_drawn_alone(draw):
+def test_a_image_of_a_run_can_be_drawn_alone(draw):
     run, alone = draw("--n_samples", 3, "--seed", 4, out="run"), draw("--seed", 6, out="alone")
     assert np.abs(pixels(samples(run)[2]).astype(int) - pixels(samples(alone)[0])).max() <= 1
 
@@ -115,12 +115,12 @@ def test_skipping(draw):
 
 
 @pytest.mark.parametrize("eta", [0, 1])
-def test_fixed_code_starts_all_pictures_from_the_first_ones_noise(draw, tmp_path, eta):
+def test_fixed_code_starts_all_images_from_the_first_ones_noise(draw, tmp_path, eta):
     (tmp_path / "prompts.txt").write_text("a one\na two\na one\n")
     out = draw("--from-file", tmp_path / "prompts.txt", "--fixed-code", "--eta", eta, "--batch-size", 2, "--seed", 3)
     first, second, third = map(pixels, samples(out))
     assert not np.array_equal(first, second)
-    # without fresh noise, the same prompt from the same start is the same picture, in another batch too
+    # without fresh noise, the same prompt from the same start is the same image, in another batch too
     assert (np.abs(first.astype(int) - third).max() <= 1) == (eta == 0)
 
 
@@ -136,7 +136,7 @@ VARIETY = {
 
 
 @pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
-def test_every_picture_can_be_made_again_to_the_byte(draw, options):
+def test_every_image_can_be_made_again_to_the_byte(draw, options):
     out = draw(*options)
     for path in samples(out):
         again = draw("--from-png", path, "--skip_grid", out=f"again-{path.stem}", steps=None)
@@ -181,7 +181,7 @@ def test_prompts_taken_literally(draw, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--fixed_code"]], ids=["plain", "fixed"])
-def test_every_picture_of_many_prompts_can_be_made_again_to_the_byte(draw, tmp_path, options):
+def test_every_image_of_many_prompts_can_be_made_again_to_the_byte(draw, tmp_path, options):
     (tmp_path / "prompts.txt").write_text("a one\na two\na three\na one\n")
     out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 5, *options)
     for path in samples(out):
@@ -189,7 +189,7 @@ def test_every_picture_of_many_prompts_can_be_made_again_to_the_byte(draw, tmp_p
         assert np.array_equal(pixels(made), pixels(path))
 
 
-def test_a_picture_made_again_with_a_change(draw):
+def test_a_image_made_again_with_a_change(draw):
     out = draw("--n_samples", 2, "--sampler", "ddpm", "--prompt", "a one")
     again = draw("--from-png", samples(out)[1], "--scale", 4, "--sampler", "ddim", out="changed", steps=None)
     made = recipe(samples(again)[0])
@@ -216,7 +216,7 @@ def test_strip(draw, tiny_model):
         final = pixels(sample).astype(int)
         rows = [(strip.shape[0] - side) * row // 2 for row in range(3)]
         shown = [[strip[y : y + side, x : x + side] for x in (0, strip.shape[1] - side)] for y in rows]
-        # noising begins with the picture; drawing ends in it: x_t at sigma 0, and below the x0 predicted last
+        # noising begins with the image; drawing ends in it: x_t at sigma 0, and below the x0 predicted last
         for same in (shown[0][0], shown[1][1], shown[2][1]):
             assert np.abs(same - final).max() <= 1
         for noised in (shown[0][1], shown[1][0]):
@@ -282,7 +282,7 @@ OPTION_MISTAKES = {
     "unknown": (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
     "steps of 0": (["--steps", "0"], "0 is out of range"),
     "negative seed": (["--seed", "-1"], "-1 is out of range"),
-    "no pictures": (["--n_samples", "0"], "0 is out of range"),
+    "no images": (["--n_samples", "0"], "0 is out of range"),
     "no batch": (["--batch-size", "0"], "0 is out of range"),
     "nan": (["--scale", "nan"], "not a finite number"),
     "precision": (["--precision", "double"], "choose from"),
@@ -331,7 +331,7 @@ def test_a_truncated_checkpoint(draw, tmp_path, tiny_checkpoint):
         draw("--ckpt", path)
 
 
-def test_pictures_that_cannot_be_made_again(draw, tmp_path):
+def test_images_that_cannot_be_made_again(draw, tmp_path):
     out = draw()
     Image.new("L", (32, 32)).save(tmp_path / "plain.png")
     with pytest.raises(ValueError, match="plain.png carries no text"):
@@ -342,7 +342,7 @@ def test_pictures_that_cannot_be_made_again(draw, tmp_path):
         draw("--from-png", tmp_path / "missing.png")
 
 
-def test_a_picture_of_another_model(draw, tmp_path, tiny_model):
+def test_a_image_of_another_model(draw, tmp_path, tiny_model):
     (path,) = samples(draw())
     other = copy.deepcopy(tiny_model)
     next(other.parameters()).data += 0.1
@@ -385,7 +385,7 @@ def test_drawing_imports_nothing_heavy(tiny_checkpoint, tmp_path):
 
 @pytest.mark.full
 def test_start_up_time(tmp_path):
-    """One picture of the shipped model, as a whole process, against `import torch` alone, in CPU seconds."""
+    """One image of the shipped model, as a whole process, against `import torch` alone, in CPU seconds."""
 
     def cpu_seconds(*argv: object) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -131,7 +131,7 @@ def test_blocks_start_as_their_skip_connection():
     assert torch.equal(AttentionBlock(32, num_heads=4)(x), x)
 
 
-def test_patches_are_channels_of_a_smaller_picture():
+def test_patches_are_channels_of_a_smaller_image():
     x, t, _ = inputs()
     model, inner = small(in_channels=1, out_channels=2, patch=2), small(in_channels=4, out_channels=8)
     assert model.downsampling == 2 * inner.downsampling and shapes(model) == shapes(inner)

@@ -9,7 +9,7 @@ from golden_fill import fill
 from torch import nn
 
 from ldm.models.blocks import normalization, timestep_embedding
-from ldm.models.teaching.unet2d import ResidualBlock, SelfAttention, UNet2D, Upsample
+from ldm.optional.unet2d import ResidualBlock, SelfAttention, UNet2D, Upsample
 
 TAUGHT = {"num_classes": 10, "order": "post", "attention": "bare"}
 SMALL = {"widths": (8, 16, 8), "norm_groups": 4, "head_channels": 4, "num_classes": 10}
@@ -237,7 +237,7 @@ def test_every_parameter_learns(order, attention, upsample):
 
 
 def test_repeated_classes_add_up():
-    """In the original the last of several pictures of a class overwrote the others' gradients (E9)."""
+    """In the original the last of several images of a class overwrote the others' gradients (E9)."""
     model = fill(UNet2D(**SMALL), 1).double()
     x, t = randn(3, 1, 6, 6).double(), torch.tensor([1, 500, 999])
 
@@ -285,7 +285,7 @@ def test_group_normalisations_gain_learns_from_the_normalised_values():
 
 
 def im2col(x: torch.Tensor, size: int, stride: int = 1) -> torch.Tensor:
-    """The windows of a picture (h, w) as rows, by slicing: (n, size * size)."""
+    """The windows of an image (h, w) as rows, by slicing: (n, size * size)."""
     corners = [range(0, side - size + 1, stride) for side in x.shape]
     return torch.stack([x[i : i + size, j : j + size].flatten() for i, j in product(*corners)])
 
@@ -298,7 +298,7 @@ def test_convolution_by_im2col():
     assert torch.equal(columns.T, im2col(x, 2))
     torch.testing.assert_close(im2col(x, 2) @ kernel.flatten(), expected)
     torch.testing.assert_close(F.conv2d(x[None, None], kernel[None, None]).flatten(), expected)
-    # The text multiplies from the other side (E4). Of a 3 x 3 picture and a 2 x 2 kernel the windows are a symmetric
+    # The text multiplies from the other side (E4). Of a 3 x 3 image and a 2 x 2 kernel the windows are a symmetric
     # matrix, x[i + k, j + l] with all four from 0 to 1, and it is right; with stride 2 they are not.
     torch.testing.assert_close(kernel.flatten() @ im2col(x, 2), expected)
     x = torch.arange(1.0, 17).reshape(4, 4)

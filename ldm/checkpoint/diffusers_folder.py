@@ -77,7 +77,7 @@ def read_folder(path: str | Path, variant: str | None = None) -> tuple[dict[str,
         text = read_text_encoder(config["text_encoder"], *read_tokenizer(path / "tokenizer"))
         drawing, notes = read_scheduler(read_json(path / "scheduler" / "scheduler_config.json"))
         concat = _concat(unet["in_channels"], vae["embed_dim"], pipeline)
-        size, assumed = _picture_size(config["unet"], len(vae["ddconfig"]["ch_mult"]))
+        size, assumed = _image_size(config["unet"], len(vae["ddconfig"]["ch_mult"]))
     params = {
         "unet_config": {"target": UNET, "params": unet},
         "first_stage_config": {"target": KL, "params": vae},
@@ -172,7 +172,7 @@ def _concat(channels: int, latent: int, pipeline: str) -> str | None:
     return beside[channels]
 
 
-def _picture_size(unet: Mapping[str, Any], levels: int) -> tuple[dict[str, int], list[str]]:
+def _image_size(unet: Mapping[str, Any], levels: int) -> tuple[dict[str, int], list[str]]:
     """Height and width in pixels that the model draws unless told otherwise, and notes."""
     size, notes = unet.get("sample_size"), []
     version = re.match(r"(\d+)\.(\d+)", str(unet.get("_diffusers_version", "")))

@@ -22,8 +22,8 @@ from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import schedule_buffers
 from ldm.checkpoint.compvis_config import schedule_params
 from ldm.checkpoint.tensors import read_tensors
+from ldm.compvis.ema import LitEma
 from ldm.compvis.util import extract_into_tensor, noise_like
-from ldm.training.ema import LitEma
 from ldm.util import instantiate_from_config
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, and what is logged
@@ -252,7 +252,7 @@ class DDPM(nn.Module):
         return img, xs, x0s
 
     def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
-        """Pictures of that shape by `p_sample` at all levels."""
+        """Images of that shape by `p_sample` at all levels."""
         clip = self.clip_denoised
         x, xs, _ = self._walk(lambda x, t: (self.p_sample(x, t, clip_denoised=clip), None), shape)
         return (x, xs) if return_intermediates else x
@@ -278,7 +278,7 @@ class DDPM(nn.Module):
         return loss, {f"{'train' if self.training else 'val'}/{name}": value for name, value in logs.items()}
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
-        """A picture of a batch, (b, h, w, c) or (b, h, w) in [-1, 1] -> (b, c, h, w)."""
+        """An image of a batch, (b, h, w, c) or (b, h, w) in [-1, 1] -> (b, c, h, w)."""
         x = batch[k] if batch[k].ndim == 4 else batch[k][..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float()
 
@@ -312,7 +312,7 @@ class DDPM(nn.Module):
     def log_images(
         self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, sample: bool = True, return_keys: Any = None
     ) -> dict[str, Tensor]:
-        """Pictures (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
+        """Images (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         log = {"inputs": x, "diffusion_row": self._diffusion_row(x[:n_row])}
         if sample:
@@ -329,7 +329,7 @@ class DDPM(nn.Module):
         return rearrange(torch.stack([self._shown(x) for x in steps]), "n b c h w -> c (b h) (n w)")
 
     def _shown(self, x: Tensor) -> Tensor:
-        """The pictures that x is: itself, where there is no first stage."""
+        """The images that x is: itself, where there is no first stage."""
         return x
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:

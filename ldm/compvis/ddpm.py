@@ -20,7 +20,7 @@ from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.vq_autoencoder import VQModelInterface
 from ldm.util import instantiate_from_config
 
-TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # of batches: no pictures
+TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # of batches: no images
 PER_STEP = ("quantize_denoised", "temperature", "noise_dropout", "score_corrector", "corrector_kwargs")  # p_sample's
 
 
@@ -30,7 +30,7 @@ def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _first(cond: Any, n: int) -> Any:
-    """The first n pictures' share of a conditioning of any form."""
+    """The first n images' share of a conditioning of any form."""
     if isinstance(cond, Mapping):
         return {key: _first(value, n) for key, value in cond.items()}
     if isinstance(cond, list | tuple) and isinstance(cond[0], Tensor):
@@ -90,7 +90,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             self.scale_factor = 1 / (self.get_first_stage_encoding(z) / self.scale_factor).std()
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """What the encoder makes of texts, classes in a batch, or pictures."""
+        """What the encoder makes of texts, classes in a batch, or images."""
         encoder = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(encoder, self.cond_stage_forward)(c)
@@ -264,12 +264,12 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         unconditional_guidance_label: Any = None, use_ema_scope: bool = True, **kwargs: Any,
     ) -> dict[str, Tensor]:
         # fmt: on
-        """Pictures (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
+        """Images (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
         options = {"return_first_stage_outputs": True, "force_c_encode": True, "return_original_cond": True}
         z, c, x, xrec, xc = self.get_input(batch, self.first_stage_key, bs=N, **options)
         ddim, decode = {} if ddim_steps is None else {"eta": ddim_eta}, self.decode_first_stage
         draw = partial(self.sample_log, c, len(z), ddim_steps is not None, ddim_steps, **ddim)
-        log = {"inputs": x, "reconstruction": xrec} | self._condition_pictures(batch, x, c, xc)
+        log = {"inputs": x, "reconstruction": xrec} | self._condition_images(batch, x, c, xc)
         if plot_diffusion_rows:
             log["diffusion_row"] = self._diffusion_row(z[:n_row])
         with self.ema_scope("Plotting") if use_ema_scope else nullcontext():
@@ -296,19 +296,19 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
                 log["progressive_row"] = self._row(self.progressive_denoising(c, z.shape, verbose=False)[1])
         return wanted(log, return_keys)
 
-    def _condition_pictures(self, batch: Mapping[str, Any], x: Tensor, c: Any, xc: Any) -> dict[str, Tensor]:
-        key, pictures = self.cond_stage_key, {}
+    def _condition_images(self, batch: Mapping[str, Any], x: Tensor, c: Any, xc: Any) -> dict[str, Tensor]:
+        key, images = self.cond_stage_key, {}
         words = {**dict.fromkeys(TEXT_KEYS, key), **dict.fromkeys(CLASS_KEYS, "human_label")}.get(key)
         if hasattr(self.cond_stage_model, "decode"):
-            pictures["conditioning"] = self.cond_stage_model.decode(c)
+            images["conditioning"] = self.cond_stage_model.decode(c)
         elif words in batch:
             (h, w), size = x.shape[-2:], max(10, x.shape[-1] // 25)
-            pictures["conditioning"] = log_txt_as_img((w, h), batch[words][: len(x)], size)
+            images["conditioning"] = log_txt_as_img((w, h), batch[words][: len(x)], size)
         elif isimage(xc):
-            pictures["conditioning"] = xc
+            images["conditioning"] = xc
         if ismap(xc):
-            pictures["original_conditioning"] = self.to_rgb(xc)
-        return pictures
+            images["original_conditioning"] = self.to_rgb(xc)
+        return images
 
     def to_rgb(self, x: Tensor) -> Tensor:
         """A map (b, c, h, w) in random colours, the same for all: (b, 3, h, w) in [-1, 1]."""
@@ -319,7 +319,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
 
 
 class LatentInpaintDiffusion(LatentDiffusion):
-    """Its UNet also gets the mask, at the latents' size, and the latents of the masked picture: `concat_keys`."""
+    """Its UNet also gets the mask, at the latents' size, and the latents of the masked image: `concat_keys`."""
 
     # fmt: off
     def __init__(
@@ -341,8 +341,8 @@ class LatentInpaintDiffusion(LatentDiffusion):
         parts = []
         for key in self.concat_keys:
             part = DDPM.get_input(self, batch, key)[: len(z)].to(z)
-            is_picture = key == self.masked_image_key
-            encoded = self.get_first_stage_encoding(self.encode_first_stage(part)) if is_picture else part
+            is_image = key == self.masked_image_key
+            encoded = self.get_first_stage_encoding(self.encode_first_stage(part)) if is_image else part
             parts.append(F.interpolate(encoded, size=z.shape[-2:]))  # (b, 1 or z, h, w)
         cond = {"c_concat": [torch.cat(parts, dim=1)], "c_crossattn": [c]}
         return [z, cond, *(rest if return_first_stage_outputs else [])]

@@ -179,7 +179,7 @@ class FrozenCLIPTextEmbedder(AbstractEncoder, TextEncoder):
 
 
 class FrozenClipImageEmbedder(nn.Module):
-    """CLIP's embeddings of pictures (b, 3, h, w) in [-1, 1]: (b, p). model: as FrozenCLIPTextEmbedder's version."""
+    """CLIP's embeddings of images (b, 3, h, w) in [-1, 1]: (b, p). model: as FrozenCLIPTextEmbedder's version."""
 
     def __init__(self, model: str = "ViT-L/14", jit: bool = False, device: Any = "cuda", antialias: bool = False):
         import open_clip
@@ -233,7 +233,7 @@ class TransformerEmbedder(BERTEmbedder):
 class ClassEmbedder(AbstractEncoder, classes.ClassEmbedder):
     """Classes in a batch, `batch[key]` (b,), -> (b, 1, d). ucg_rate: share of them dropped in training, and only then.
 
-    CompVis's later default, 0.1, also drops when pictures are drawn.
+    CompVis's later default, 0.1, also drops when images are drawn.
     """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
@@ -252,7 +252,7 @@ class ClassEmbedder(AbstractEncoder, classes.ClassEmbedder):
 
 
 class SpatialRescaler(AbstractEncoder, spatial.SpatialRescaler):
-    """A picture (b, c, h, w), made smaller."""
+    """An image (b, c, h, w), made smaller."""
 
     def forward(self, x: Tensor) -> Tensor:
         return spatial.SpatialRescaler.encode(self, x)

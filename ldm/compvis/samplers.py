@@ -1,7 +1,7 @@
 """CompVis's samplers: its signatures, of both generations, over the steps of `ldm.diffusion.sampling`.
 
 Here x is variance-preserving, as the network sees it; the steps know x0 + sigma noise. CompVis's levels end at the
-schedule's first alpha-bar, not at 1. Noise is drawn as often as there, for eta 0 too: a seed gives the same pictures.
+schedule's first alpha-bar, not at 1. Noise is drawn as often as there, for eta 0 too: a seed gives the same images.
 """
 
 import math

@@ -60,7 +60,7 @@ def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
 
 
 def noise_like(shape: Sequence[int], device: Any, repeat: bool = False) -> Tensor:
-    """Unit normal noise; with `repeat` the same for every picture."""
+    """Unit normal noise; with `repeat` the same for every image."""
     noise = torch.randn((1, *shape[1:]) if repeat else tuple(shape), device=device)
     return noise.repeat(shape[0], *[1] * (len(shape) - 1)) if repeat else noise
 
@@ -71,7 +71,7 @@ def append_dims(x: Tensor, target_dims: int) -> Tensor:
 
 
 def norm_thresholding(x0: Tensor, value: float) -> Tensor:
-    """Each picture of x0 (b, ...) with a root mean square of at most `value`."""
+    """Each image of x0 (b, ...) with a root mean square of at most `value`."""
     s = x0.square().flatten(1).mean(1).sqrt().clamp(min=value)
     return x0 * append_dims(value / s, x0.ndim)
 
@@ -99,7 +99,7 @@ def isimage(x: Any) -> bool:
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
-    """The mean of each picture: (b, ...) -> (b,)."""
+    """The mean of each image: (b, ...) -> (b,)."""
     return tensor.flatten(1).mean(1)
 
 
@@ -122,13 +122,13 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
     """The texts, black on white: (b, 3, h, w) in [-1, 1], for wh = (w, h)."""
     from PIL import Image, ImageDraw, ImageFont
 
-    pictures, columns = [], max(1, int(40 * wh[0] / 256))
+    images, columns = [], max(1, int(40 * wh[0] / 256))
     for text in xc:
-        picture = Image.new("RGB", tuple(wh), "white")
+        image = Image.new("RGB", tuple(wh), "white")
         lines = "\n".join(text[i : i + columns] for i in range(0, len(text), columns))
-        ImageDraw.Draw(picture).text((0, 0), lines, fill="black", font=ImageFont.load_default(size))
-        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1)  # (3, h, w)
-    return torch.stack(pictures)
+        ImageDraw.Draw(image).text((0, 0), lines, fill="black", font=ImageFont.load_default(size))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)  # (3, h, w)
+    return torch.stack(images)
 
 
 # fmt: off

@@ -19,7 +19,7 @@ from ldm.checkpoint.tensors import read_tensors
 from ldm.conditioning.text import TextEncoder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What public files hold beside the text tower: the picture tower, the heads that compare the two, and old buffers.
+# What public files hold beside the text tower: the image tower, the heads that compare the two, and old buffers.
 NOT_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 NOT_TEXT_OPENCLIP = ("visual.", "logit_bias", "attn_mask", "input_resolution", "context_length", "vocab_size")
 

@@ -1,4 +1,4 @@
-"""Pictures -> the conditioning dict: what the UNet gets beside its noised latents, at their size."""
+"""Images -> the conditioning dict: what the UNet gets beside its noised latents, at their size."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,13 +7,13 @@ METHODS = ("nearest", "bilinear", "bicubic", "area")
 
 
 class SpatialRescaler(nn.Module):
-    """Shrinks a picture or a map of one-hot labels, as in latent diffusion's semantic synthesis.
+    """Shrinks an image or a map of one-hot labels, as in latent diffusion's semantic synthesis.
 
     `n_stages` times a factor `multiplier` by the interpolation `method`; then, with `out_channels`, a 1x1 convolution,
     `channel_mapper`, with or without `bias`. Raises ValueError for an unknown method or no stages.
     """
 
-    null = None  # there is no picture that says nothing
+    null = None  # there is no image that says nothing
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class SpatialRescaler(nn.Module):
         return x if self.channel_mapper is None else self.channel_mapper(x)
 
 
-class Picture(nn.Module):
-    """The picture itself, as in latent diffusion's super-resolution: what is small guides what is drawn large."""
+class Image(nn.Module):
+    """The image itself, as in latent diffusion's super-resolution: what is small guides what is drawn large."""
 
-    null = None  # there is no picture that says nothing
+    null = None  # there is no image that says nothing
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x (b, c, h, w) in [-1, 1], of the latents' height and width -> {"c_concat": x}."""
@@ -63,7 +63,7 @@ def _checked(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
         what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(
-            f"this model is conditioned on pictures, floats (b, c, h, w), and was given {what}: draw with it from "
-            "Python, by model.generate(pictures), as scripts have only words and numbers to give"
+            f"this model is conditioned on images, floats (b, c, h, w), and was given {what}: draw with it from "
+            "Python, by model.generate(images), as scripts have only words and numbers to give"
         )
     return x

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: shapes of about one area, so that pictures that are not square need not be cut to squares."""
+"""Aspect-ratio buckets: shapes of about one area, so that images that are not square need not be cut to squares."""
 
 import math
 from collections.abc import Sequence

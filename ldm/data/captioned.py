@@ -1,4 +1,4 @@
-"""What MNIST and scikit-learn's digits share: grey pictures of digits whose captions state label and measured style."""
+"""What MNIST and scikit-learn's digits share: grey images of digits whose captions state label and measured style."""
 
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ class CaptionedDigits(Dataset):
     image    float32 (1, h, w) in [-1, 1]
     caption  str, a function of (seed, epoch, index)
     label    int, the digit
-    style    (weight, slant), the measured classes of the picture, as indices into measure.WEIGHTS and SLANTS
+    style    (weight, slant), the measured classes of the image, as indices into measure.WEIGHTS and SLANTS
     said     (weight, slant), what the caption states of them, -1 where it is silent
 
     Attributes: images uint8 (n, 1, h, w), labels int64 (n,), styles (measure.Styles), thresholds, augments (False:
@@ -42,7 +42,7 @@ class CaptionedDigits(Dataset):
         self.epoch = epoch
 
     def caption(self, index: int) -> Caption:
-        """The caption of a picture in this epoch, and what it asserts."""
+        """The caption of an image in this epoch, and what it asserts."""
         return self.captioner.caption(self.epoch, index, *self._facts[index])
 
     def texts(self) -> list[str]:
@@ -51,11 +51,11 @@ class CaptionedDigits(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """A batch of samples at once: torch's loader prefers it, and one conversion serves all pictures."""
+        """A batch of samples at once: torch's loader prefers it, and one conversion serves all images."""
         images = self.images[torch.as_tensor(indices)].float().div_(127.5).sub_(1)  # b 1 h w
         return [self._sample(image, index) for image, index in zip(images.unbind(0), indices, strict=True)]
 
@@ -67,7 +67,7 @@ class CaptionedDigits(Dataset):
 
 
 def part(count: int, first: int | None, last: int | None) -> slice:
-    """The slice of `count` pictures that are the first or the last so many; all of them when both are None.
+    """The slice of `count` images that are the first or the last so many; all of them when both are None.
 
     Raises ValueError when both are given, or more than there are.
     """
@@ -75,7 +75,7 @@ def part(count: int, first: int | None, last: int | None) -> slice:
         raise ValueError(f"give first or last, not both (first={first}, last={last}).")
     for name, wanted in (("first", first), ("last", last)):
         if wanted is not None and not 1 <= wanted <= count:
-            raise ValueError(f"{name} must be from 1 to the {count} pictures that there are, not {wanted}.")
+            raise ValueError(f"{name} must be from 1 to the {count} images that there are, not {wanted}.")
     if last is not None:
         return slice(count - last, count)
     return slice(0, count if first is None else first)

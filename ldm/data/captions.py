@@ -51,7 +51,7 @@ UNSEEN_FRAMES = (
     "{n}![ {weight}!][ {slant}!]",
     "somebody wrote a[ {weight}] {n} in pen[, {slant}]",
     "please draw the[ {weight}] numeral {n}[ {slant}]",
-    "a picture of {n}[, {weight}][, {slant}]",
+    "an image of {n}[, {weight}][, {slant}]",
     "[{weight} ]{n} scribbled by hand[, {slant}]",
     "can you write[ a {weight}] {n} for me[, {slant}]",
     "show me the numeral {n}[ {slant}][, {weight}]",
@@ -84,7 +84,7 @@ FILLER_WORDS = tuple(
     get come made may part new take only little work know place year live me give most very after thing our just name
     good sentence man think say great where help through much before any same tell boy follow came want show also
     around form small set put end does another well must big even such because turn here why ask went men read need
-    land different home us move try kind picture again change off play spell air away animal house point page letter
+    land different home us move try kind image again change off play spell air away animal house point page letter
     mother answer found study still learn should world please really maybe always never often today yesterday
     """.split()
 )
@@ -133,7 +133,7 @@ class Captioner:
         self.seed, self.frames, self.styled, self.filler = seed, lists[frames], styled, filler
 
     def caption(self, epoch: int, index: int, digit: int, weight: int, slant: int) -> Caption:
-        """The caption of picture `index` in `epoch`, showing `digit` with measured classes; -1 is never stated."""
+        """The caption of image `index` in `epoch`, showing `digit` with measured classes; -1 is never stated."""
         # Only random() is promised to be the same in every version of Python; a string seeds it by SHA-512.
         draw = random.Random(f"{self.seed} {epoch} {index}").random
         number = _pick(draw, (NUMBER_WORDS[digit], str(digit)))

@@ -1,6 +1,6 @@
 """scikit-learn's 1,797 handwritten digits, which come with the library: a data set that needs no download.
 
-They are 8 x 8 pictures with values 0..16. Each is enlarged to 28 x 28 by bicubic interpolation (pixel centres aligned
+They are 8 x 8 images with values 0..16. Each is enlarged to 28 x 28 by bicubic interpolation (pixel centres aligned
 as in a resized photograph, clipped to the range) and padded with two pixels of background, so that a model for them
 has MNIST's 32 x 32 and the same measures apply. The strokes stay soft and, of 28 pixels, wide; the digits were
 normalised upright. So their thresholds of style are their own, and the slant that is left is mostly the digit's shape:
@@ -24,7 +24,7 @@ class Digits(CaptionedDigits):
     those of mnist.MNIST. Raises ValueError for an unknown split or a bad count.
     """
 
-    # Training pictures, quantiles 30 / 70 %: weight 4.60 / 5.35 pixels, slant -5.9 / 1.4 degrees.
+    # Training images, quantiles 30 / 70 %: weight 4.60 / 5.35 pixels, slant -5.9 / 1.4 degrees.
     thresholds = Thresholds(weight=(4.6, 5.4), slant=(-6.0, 1.0))
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: NAME.txt (or NAME.caption) beside NAME.png, or Hugging Face's metadata.jsonl."""
+"""A folder of images with captions: NAME.txt (or NAME.caption) beside NAME.png, or Hugging Face's metadata.jsonl."""
 
 import json
 import random
@@ -15,29 +15,29 @@ from torch.utils.data import Dataset
 
 from ldm.data.buckets import Shape, nearest
 from ldm.data.captions import Caption
-from ldm.data.pictures import SUFFIXES, check_picture, read_picture
+from ldm.data.image_files import SUFFIXES, check_image, read_image
 
 
 class Folder(Dataset):
-    """Pictures below `root`, sub-folders included, in the order of their names.
+    """Images below `root`, sub-folders included, in the order of their names.
 
     A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str}. A caption is the text of NAME.txt
-    or NAME.caption beside the picture, or else the "text" of its line in root/metadata.jsonl, where "file_name" is the
-    path of the picture from root: {"file_name": "sub/a.png", "text": "a red kite"}.
+    or NAME.caption beside the image, or else the "text" of its line in root/metadata.jsonl, where "file_name" is the
+    path of the image from root: {"file_name": "sub/a.png", "text": "a red kite"}.
 
     root: the folder; None stands in configs until a user names one, and is refused.
     size: pixels of the square that is made: the shorter side is resized to it (Lanczos), the longer is cropped, at the
     middle with crop="center"; with crop="random" at a place that is a function of (seed, epoch, index), as is the
-    mirroring of half of the pictures with flip=True.
+    mirroring of half of the images with flip=True.
     channels: 3, or 1 for grey.
-    caption: of pictures that have none of their own, one for all or by their paths from root; a picture without any is
+    caption: of images that have none of their own, one for all or by their paths from root; an image without any is
     refused.
-    paths: only these pictures, which lie below `root`, instead of all.
-    buckets: shapes (width, height) to make instead of the square: each picture gets the one nearest in aspect ratio.
-        Which one is in `shapes`; pictures of different shapes do not go into one batch.
+    paths: only these images, which lie below `root`, instead of all.
+    buckets: shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio.
+        Which one is in `shapes`; images of different shapes do not go into one batch.
 
-    Raises ValueError with the file's name for a picture without caption, a caption without picture, a bad line, a file
-    that is no picture, and for settings out of range; FileNotFoundError for a missing or empty folder. A picture
+    Raises ValueError with the file's name for an image without caption, a caption without image, a bad line, a file
+    that is no image, and for settings out of range; FileNotFoundError for a missing or empty folder. An image
     damaged behind its header is found when it is read.
     """
 
@@ -54,7 +54,7 @@ class Folder(Dataset):
         buckets: Sequence[Sequence[int]] | None = None,
     ):
         if root is None:
-            raise ValueError("no folder of pictures is given: name it with data.params.root=DIR (or root).")
+            raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root).")
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"size is a number of pixels of at least 1, not {size!r}.")
         if channels not in (1, 3):
@@ -64,18 +64,18 @@ class Folder(Dataset):
         self.root, self.size, self.channels = Path(root), size, channels
         self.crop, self.flip, self.seed, self.epoch = crop, flip, seed, 0
         self.augments = flip or crop == "random"
-        everything = find_pictures(self.root)
+        everything = find_images(self.root)
         self.paths = everything if paths is None else paths
         listed = _read_metadata(self.root / "metadata.jsonl", {self._name(path) for path in everything})
         others = caption if isinstance(caption, Mapping) else {self._name(path): caption for path in self.paths}
         captions = {**others, **listed}
         self.captions = [_find_caption(path, captions.get(self._name(path))) for path in self.paths]
         for path in self.paths:
-            check_picture(path)
+            check_image(path)
         if buckets is None:
             self.shapes = [(size, size)] * len(self.paths)
         else:
-            self.shapes = [nearest(buckets, *read_picture(path, channels).size) for path in self.paths]
+            self.shapes = [nearest(buckets, *read_image(path, channels).size) for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -88,7 +88,7 @@ class Folder(Dataset):
         self.epoch = epoch
 
     def caption(self, index: int) -> Caption:
-        """The caption of a picture; nothing is known of what it asserts."""
+        """The caption of an image; nothing is known of what it asserts."""
         return Caption(self.captions[index])
 
     def texts(self) -> list[str]:
@@ -97,49 +97,49 @@ class Folder(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")
+            raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
-        picture = read_picture(self.paths[index], self.channels)
+        image = read_image(self.paths[index], self.channels)
         draw = random.Random(f"{self.seed} {self.epoch} {index}").random
-        picture = _cut(picture, self.shapes[index], (draw(), draw()) if self.crop == "random" else (0.5, 0.5))
+        image = _cut(image, self.shapes[index], (draw(), draw()) if self.crop == "random" else (0.5, 0.5))
         if self.flip and draw() < 0.5:
-            picture = ImageOps.mirror(picture)
-        return {"image": _to_tensor(picture), "caption": self.captions[index]}
+            image = ImageOps.mirror(image)
+        return {"image": _to_tensor(image), "caption": self.captions[index]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """A batch of samples at once, as the digit sets give them."""
         return [self[index] for index in indices]
 
 
-def _cut(picture: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
+def _cut(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
     """The part at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), as large as fits, resized to `shape`.
 
     Cut before it is resized, or a strip of 2 x 9,000 pixels would be blown up to gigabytes; at whole pixels, so that a
-    picture of the right size is not resampled.
+    image of the right size is not resampled.
     """
-    scale = min(side / wanted for side, wanted in zip(picture.size, shape, strict=True))
+    scale = min(side / wanted for side, wanted in zip(image.size, shape, strict=True))
     part = [max(1, round(scale * wanted)) for wanted in shape]
-    left, top = (round(at * (side - kept)) for at, side, kept in zip(place, picture.size, part, strict=True))
+    left, top = (round(at * (side - kept)) for at, side, kept in zip(place, image.size, part, strict=True))
     box = (left, top, left + part[0], top + part[1])
-    return picture.resize(shape, Image.Resampling.LANCZOS, box=box)
+    return image.resize(shape, Image.Resampling.LANCZOS, box=box)
 
 
-def _to_tensor(picture: Image.Image) -> Tensor:
-    """8-bit picture -> float32 (c, h, w) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(picture))
+def _to_tensor(image: Image.Image) -> Tensor:
+    """8-bit image -> float32 (c, h, w) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image))
     planes = rearrange(pixels, "h w -> 1 h w" if pixels.ndim == 2 else "h w c -> c h w")
     return planes.float().div_(127.5).sub_(1).contiguous()
 
 
-def find_pictures(root: Path) -> list[Path]:
-    """The pictures below a folder in the order of their names. FileNotFoundError if it is none, or holds none."""
+def find_images(root: Path) -> list[Path]:
+    """The images below a folder in the order of their names. FileNotFoundError if it is none, or holds none."""
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: give one that holds pictures.")
+        raise FileNotFoundError(f"{root} is not a folder: give one that holds images.")
     files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     # Hidden folders hold what editors and notebooks leave behind.
     paths = sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts))
     if not paths:
-        raise FileNotFoundError(f"{root} holds no pictures ({' '.join(sorted(SUFFIXES))}).")
+        raise FileNotFoundError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}).")
     return paths
 
 
@@ -167,7 +167,7 @@ def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:
             expected = '{"file_name": "a.png", "text": "a caption"}'
             raise ValueError(f"{path}, line {number}, is not of the form {expected}: {line[:80]!r}.") from error
         if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{path}, line {number}: there is no picture {name!r} below {path.parent}.")
+            raise ValueError(f"{path}, line {number}: there is no image {name!r} below {path.parent}.")
         if not isinstance(text, str):
             raise ValueError(f"{path}, line {number}: the caption is {text!r}, which is no text.")
         captions[name] = text.strip()

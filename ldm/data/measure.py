@@ -1,4 +1,4 @@
-"""Stroke weight and slant of handwritten digits, measured on the picture: what captions say and evaluation checks.
+"""Stroke weight and slant of handwritten digits, measured on the image: what captions say and evaluation checks.
 
 Both measures read grey values, not a hard threshold, so that an autoencoder's slight blur or noise rarely changes a
 class. Light strokes on a dark ground. Let v in [0, 1] be the brightness, and *ink* v stretched between two grey levels,
@@ -11,11 +11,11 @@ level lines). A stroke of length L and width w has area L * w and perimeter abou
 along the stroke. It is global: a filled-in loop counts as a very bold stroke.
 
 *Slant*, in degrees, positive = leaning to the right: the shear angle atan(-mu11 / mu02) of the ink (low 0.1, high 0.9),
-with mu the central second moments, y downwards; shearing the picture back by it removes the correlation of x and y (the
+with mu the central second moments, y downwards; shearing the image back by it removes the correlation of x and y (the
 deskewing of LeCun et al. 1998, "Gradient-based learning applied to document recognition"). It is global too: the
 bar of a 7 or the tail of a 9 counts, so an upright 7 measures 2 degrees and an upright 0 measures 12 (medians).
 
-Why these: agreement of the class with that of the untouched picture, per cent of 12,000 MNIST training pictures cut at
+Why these: agreement of the class with that of the untouched image, per cent of 12,000 MNIST training images cut at
 their 30 and 70 % quantiles, after noise (33.5 dB), after blur (31.2 dB), and after projection on 250 principal
 components (29.4 dB); a thin digit never becomes bold, or the reverse:
 
@@ -39,7 +39,7 @@ SLANTS = ("left", "upright", "right")
 
 _WEIGHT_LEVELS = (0.25, 0.75)
 _SLANT_LEVELS = (0.1, 0.9)
-_CHUNK = 512  # pictures at a time: the intermediate planes stay in the cache
+_CHUNK = 512  # images at a time: the intermediate planes stay in the cache
 
 
 class Thresholds(NamedTuple):
@@ -53,13 +53,13 @@ class Thresholds(NamedTuple):
 
 
 class Styles(NamedTuple):
-    """Classes of N pictures, int64 (N,): indices into WEIGHTS and SLANTS, -1 for a picture without ink."""
+    """Classes of N images, int64 (N,): indices into WEIGHTS and SLANTS, -1 for an image without ink."""
 
     weight: Tensor
     slant: Tensor
 
 
-# MNIST's 60,000 training pictures, quantiles 5 / 30 / 50 / 70 / 95 %: weight 1.63 / 2.12 / 2.41 / 2.75 / 3.69 pixels,
+# MNIST's 60,000 training images, quantiles 5 / 30 / 50 / 70 / 95 %: weight 1.63 / 2.12 / 2.41 / 2.75 / 3.69 pixels,
 # slant -18.6 / -2.0 / 5.9 / 14.1 / 29.8 degrees. Weight is cut at its 30 and 70 % quantiles. Slant is cut 10 degrees
 # either side of the usual hand's 5: at the 30 % quantile a stroke is still upright to the eye.
 MNIST_THRESHOLDS = Thresholds(weight=(2.1, 2.75), slant=(-5.0, 15.0))
@@ -82,7 +82,7 @@ def slant(images: Tensor) -> Tensor:
 
 
 def classify(images: Tensor, thresholds: Thresholds = MNIST_THRESHOLDS) -> Styles:
-    """Weight and slant classes of pictures (n, [1,] h, w), uint8 or float in [-1, 1]."""
+    """Weight and slant classes of images (n, [1,] h, w), uint8 or float in [-1, 1]."""
     return Styles(_classes(stroke_weight(images), thresholds.weight), _classes(slant(images), thresholds.slant))
 
 
@@ -95,9 +95,7 @@ def _planes(images: Tensor) -> tuple[Tensor, ...]:
     if images.ndim == 4 and images.shape[1] == 1:
         images = rearrange(images, "n 1 h w -> n h w")
     if images.ndim != 3:
-        raise ValueError(
-            f"style is measured on pictures of shape (n, h, w) or (n, 1, h, w), not {tuple(images.shape)}."
-        )
+        raise ValueError(f"style is measured on images of shape (n, h, w) or (n, 1, h, w), not {tuple(images.shape)}.")
     return images.split(_CHUNK)
 
 
@@ -126,5 +124,5 @@ def _slant(ink: Tensor) -> Tensor:
     dx = x - (columns @ x / area)[:, None]
     mu11 = torch.einsum("nyx,ny,nx->n", ink, dy, dx)
     mu02 = (rows * dy.square()).sum(1)
-    # A picture one row high has no slant, and 0 / 0 would say so; without ink dy is NaN already.
+    # An image one row high has no slant, and 0 / 0 would say so; without ink dy is NaN already.
     return torch.rad2deg(torch.atan(-mu11 / mu02))

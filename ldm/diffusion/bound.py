@@ -1,4 +1,4 @@
-"""The variational bound on the bits that a picture costs (Ho et al. 2020, eq. 5), for 8-bit pixels in [-1, 1].
+"""The variational bound on the bits that an image costs (Ho et al. 2020, eq. 5), for 8-bit pixels in [-1, 1].
 
     L = KL(q(x_T | x0) | N(0, I)) + sum_t KL(q(x_{t-1} | x_t, x0) | p(x_{t-1} | x_t)) - log p(x0 | x_first level)
         `prior_bits`                `step_bits`, for t from 1 on                        `step_bits`, for t = 0
@@ -34,9 +34,9 @@ def log_variances(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor | float, schedule: Schedule) -> Tensor:
-    """The bound's term of level t of each picture: (b,) bits per dimension.
+    """The bound's term of level t of each image: (b,) bits per dimension.
 
-    x0: (b, ...), the picture; x: at level t, (b,), in the variance-preserving frame; predicted: x0 as the network has
+    x0: (b, ...), the image; x: at level t, (b,), in the variance-preserving frame; predicted: x0 as the network has
     it; share: of the variance, 0 the small, 1 the large (Ho et al.'s two), or (b, ...) as learned.
     """
     shape = [-1, *[1] * (x.ndim - 1)]
@@ -51,7 +51,7 @@ def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor
 
 
 def prior_bits(x0: Tensor, schedule: Schedule) -> Tensor:
-    """KL(q(x_T | x0) | N(0, I)) of each picture: (b, ...) -> (b,) bits per dimension."""
+    """KL(q(x_T | x0) | N(0, I)) of each image: (b, ...) -> (b,) bits per dimension."""
     ab = float(schedule.alphas_cumprod[-1])
     mean, log_variance = math.sqrt(ab) * x0, torch.full_like(x0, math.log1p(-ab))
     zero = torch.zeros_like(x0)

@@ -69,7 +69,7 @@ def skip_and_out(prediction: str, sigma: float | Tensor) -> tuple[float | Tensor
 
 
 def predicted_x0(prediction: str, output: Tensor, x_vp: Tensor, sigmas: Tensor) -> Tensor:
-    """x0 of a network's output for x_vp, each picture at its own level: (b, ...), where `target` goes back from.
+    """x0 of a network's output for x_vp, each image at its own level: (b, ...), where `target` goes back from.
 
     sigmas: float64 (b,), of the levels; finite at zero terminal SNR too, as `Schedule.sigmas` are.
     """
@@ -98,7 +98,7 @@ def target(prediction: str, x0: Tensor, noise: Tensor, alphas_cumprod_t: Tensor)
     """What the network is trained to give for x_t = sqrt(ab) x0 + sqrt(1 - ab) noise: (b, ...).
 
     eps: noise (Ho et al. 2020).   x0: x0.   v: sqrt(ab) noise - sqrt(1 - ab) x0 (Salimans & Ho 2022, section 4).
-    x0, noise: (b, ...); alphas_cumprod_t: (b,), the level of each picture.
+    x0, noise: (b, ...); alphas_cumprod_t: (b,), the level of each image.
     """
     check_prediction(prediction)
     if prediction == "eps":
@@ -138,23 +138,23 @@ def make_denoiser(
     return denoise
 
 
-def self_conditioned(denoise: Denoise, pictures: int = 0) -> Denoise:
-    """Tell a network what it last thought of the same pictures, as `c_concat` (Chen et al. 2022, arXiv 2208.04202).
+def self_conditioned(denoise: Denoise, images: int = 0) -> Denoise:
+    """Tell a network what it last thought of the same images, as `c_concat` (Chen et al. 2022, arXiv 2208.04202).
 
     At first that is nothing: zeros. Clamped as it was in training (`guess`). For one run: each batch needs a new one.
 
-    pictures: in the batch, b; 0 where all calls are on as many. Guidance may ask for b under the
-    conditioning alone or for 2b, without it first: each picture is then told of its own x0 under the same conditioning,
+    images: in the batch, b; 0 where all calls are on as many. Guidance may ask for b under the
+    conditioning alone or for 2b, without it first: each image is then told of its own x0 under the same conditioning,
     or of the conditioned one where there is no other.
     """
     last: list[Tensor] = []  # (b or 2b, ...)
 
     def denoise_again(x: Tensor, sigma: float, cond: Cond) -> Prediction:
         told = last.pop() if last else torch.zeros_like(x)
-        if (len(told), len(x)) == (pictures, 2 * pictures):
+        if (len(told), len(x)) == (images, 2 * images):
             told = torch.cat([told, told])
-        elif (len(told), len(x)) == (2 * pictures, pictures):
-            told = told[pictures:]
+        elif (len(told), len(x)) == (2 * images, images):
+            told = told[images:]
         found = denoise(x, sigma, {**cond, "c_concat": told})
         last.append(guess(found.x0))
         return found

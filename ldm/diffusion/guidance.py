@@ -26,7 +26,7 @@ EVERYWHERE = (0.0, math.inf)  # the interval that leaves nothing out
 
 # (denoise, cond, prompts): more guidance, for that conditioning of those prompts (texts, classes ...)
 Guide = Callable[[BoundDenoise, Cond, Sequence[Any]], BoundDenoise]
-LogProb = Callable[[Tensor, float], Tensor]  # (x, sigma) -> log p(y | x) of each picture, (b,), differentiable in x
+LogProb = Callable[[Tensor, float], Tensor]  # (x, sigma) -> log p(y | x) of each image, (b,), differentiable in x
 
 
 def classifier_free(
@@ -125,7 +125,7 @@ def perturbed_attention(denoise: BoundDenoise, perturbed: BoundDenoise, scale: f
 
 
 def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundDenoise:
-    """Towards what a classifier of noisy pictures takes for y: x0 + scale sigma^2 grad_x log p(y | x).
+    """Towards what a classifier of noisy images takes for y: x0 + scale sigma^2 grad_x log p(y | x).
 
     Classifier guidance adds scale times the classifier's score to the model's own, (x0 - x) / sigma^2. In the
     variance-preserving frame that is eps - scale sqrt(1 - ab) grad log p(y | x_vp) (Dhariwal & Nichol 2021, algorithm
@@ -133,7 +133,7 @@ def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundD
     p(y | x_vp), with alpha_t = 1 - beta_t between the two levels visited: their algorithm 1 with the large variance
     beta_t for Sigma, but for 1 / sqrt(alpha_t), by which the next level's frame is the larger one.
 
-    log_prob: (x, sigma) -> log p(y | x) of each picture, (b,), for x = x0 + sigma noise; `noisy_log_prob` makes one.
+    log_prob: (x, sigma) -> log p(y | x) of each image, (b,), for x = x0 + sigma noise; `noisy_log_prob` makes one.
     Gradients are computed even where they are off. At scale 0 the classifier is not called.
     """
     if scale == 0:
@@ -148,7 +148,7 @@ def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundD
 
 
 def _slope(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:
-    """The gradient of log_prob in x, each picture's by its own: (b, ...)."""
+    """The gradient of log_prob in x, each image's by its own: (b, ...)."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()  # cloned: a tensor made in inference mode never has a gradient
         return torch.autograd.grad(log_prob(x, sigma).sum(), x)[0]
@@ -157,7 +157,7 @@ def _slope(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:
 def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, classes: Tensor) -> LogProb:
     """log p(class | x) by network(x_vp, t) -> logits (b, n), trained on this schedule, be it another than the model's.
 
-    classes: int64 (b,), one for each picture, or () for all; n, which is none of them, says nothing: probability 1.
+    classes: int64 (b,), one for each image, or () for all; n, which is none of them, says nothing: probability 1.
     """
 
     def log_prob(x: Tensor, sigma: float) -> Tensor:
@@ -221,9 +221,9 @@ def clip_x0(denoise: BoundDenoise, limit: float = 1.0) -> BoundDenoise:
 def dynamic_threshold(denoise: BoundDenoise, percentile: float = 0.995, limit: float | None = 1.0) -> BoundDenoise:
     """Clamp x0 to [-s, s] and scale that to [-limit, limit] (Saharia et al. 2022, section 2.3).
 
-    s: that percentile (a fraction in (0, 1]) of |x0| within each picture, and at least the limit.
+    s: that percentile (a fraction in (0, 1]) of |x0| within each image, and at least the limit.
     limit: how far x0 reaches by nature: 1 for pixels in [-1, 1]. Latents have no such bound: with None the limit is the
-    same percentile of each picture's unguided x0, and what no guidance has moved stays as it is.
+    same percentile of each image's unguided x0, and what no guidance has moved stays as it is.
     """
     if not 0 < percentile <= 1:
         raise ValueError(f"the percentile must be above 0 and at most 1, got {percentile}")

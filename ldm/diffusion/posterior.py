@@ -1,7 +1,7 @@
 """One step of the forward chain, and its posterior: where the chain was before, given where it is and where it began.
 
-In the variance-preserving frame, with ab_{-1} = 1: x_{-1} is the clean picture x0. Everything per picture, so that the
-pictures of a batch may be at different levels; samplers, whose batches are at one, do the same by `first_order.euler`.
+In the variance-preserving frame, with ab_{-1} = 1: x_{-1} is the clean image x0. Everything per image, so that the
+images of a batch may be at different levels; samplers, whose batches are at one, do the same by `first_order.euler`.
 """
 
 import torch

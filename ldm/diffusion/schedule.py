@@ -1,6 +1,6 @@
 """Noise schedules: betas -> alpha-bar -> sigmas, the levels a sampler visits, and q_sample. Everything in float64.
 
-Two frames describe the same noisy picture. Networks see the variance-preserving one of DDPM (Ho et al. 2020, eq. 4),
+Two frames describe the same noisy image. Networks see the variance-preserving one of DDPM (Ho et al. 2020, eq. 4),
 
     x_vp = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise,      ab_t = prod_{s <= t} (1 - beta_s),   t in 0..T-1,
 
@@ -191,7 +191,7 @@ def make_schedule(
 def signal_and_noise(ab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """sqrt(ab) and sqrt(1 - ab), computed in float64, as (b, 1, ...) beside x (b, ...), in its dtype and on its device.
 
-    ab: (b,), one level per picture.
+    ab: (b,), one level per image.
     """
     ab = ab.double().reshape(-1, *[1] * (x.ndim - 1))  # (b, 1, ...)
     return ab.sqrt().to(x), (1 - ab).sqrt().to(x)
@@ -200,7 +200,7 @@ def signal_and_noise(ab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
     """x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise (Ho et al. 2020, eq. 4), in the variance-preserving frame.
 
-    x0, noise: (b, ...); t: int64 (b,) in 0..T-1, one per picture. Returns (b, ...).
+    x0, noise: (b, ...); t: int64 (b,) in 0..T-1, one per image. Returns (b, ...).
     """
     signal, spread = signal_and_noise(schedule.alphas_cumprod[t.cpu()], x0)
     return signal * x0 + spread * noise

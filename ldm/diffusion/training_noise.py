@@ -1,15 +1,15 @@
-"""The noise that pictures are noised with in training: plain, with an offset, or dealt out to the nearest pictures."""
+"""The noise that images are noised with in training: plain, with an offset, or dealt out to the nearest images."""
 
 import torch
 from torch import Tensor
 
 
 def training_noise(x0: Tensor, offset: float = 0.0, immiscible: bool = False) -> Tensor:
-    """Unit normal noise for pictures or latents (b, c, h, w), from torch's own random state: (b, c, h, w).
+    """Unit normal noise for images or latents (b, c, h, w), from torch's own random state: (b, c, h, w).
 
     offset: deviation of further noise that is the same all over a channel, so that overall brightness is lost in the
         noise as details are, and learnt anew (Guttenberg 2023, "Diffusion with offset noise"; 0.1 there).
-    immiscible: which picture of the batch gets which noise is chosen so that their squared distances add up to the
+    immiscible: which image of the batch gets which noise is chosen so that their squared distances add up to the
         least (Li et al. 2024, arXiv 2406.12303, algorithm 1): all of it is as normal as before, and paths cross less.
     Raises ValueError for an offset below 0.
     """
@@ -22,7 +22,7 @@ def training_noise(x0: Tensor, offset: float = 0.0, immiscible: bool = False) ->
 
 
 def nearest(x0: Tensor, noise: Tensor) -> Tensor:
-    """Which noise each picture gets, int64 (b,) on their device: the assignment of least total squared distance."""
+    """Which noise each image gets, int64 (b,) on their device: the assignment of least total squared distance."""
     from scipy.optimize import linear_sum_assignment  # here: half a second that plain noise does not need
 
     # |x0 - noise|^2 = |x0|^2 - 2 <x0, noise> + |noise|^2, whose outer terms add up to the same whatever is assigned

@@ -28,7 +28,7 @@ def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: flo
     With SNR = ab / (1 - ab), the errors are related by |x0|^2 = |eps|^2 / SNR = |v|^2 / (SNR + 1), so a weight w of
     x0's error is w / SNR of eps's and w / (SNR + 1) of v's.
 
-    alphas_cumprod_t: (b,), the level of each picture. Returns float32 (b,); finite at zero terminal SNR (ab = 0) too,
+    alphas_cumprod_t: (b,), the level of each image. Returns float32 (b,); finite at zero terminal SNR (ab = 0) too,
     but for eps with truncated_snr, whose limit is infinite.
     Raises ValueError for unknown names, and for a gamma that is not above 0.
     """

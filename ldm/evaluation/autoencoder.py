@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.evaluation.pictures import pad, quantise, to_unit
+from ldm.evaluation.samples import pad, quantise, to_unit
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import SHIPPED, load_network
 

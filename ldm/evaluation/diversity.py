@@ -1,4 +1,4 @@
-"""Diversity within a class: how far apart two pictures of the same digit are."""
+"""Diversity within a class: how far apart two images of the same digit are."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The pictures of many prompts, as they are measured."""
+"""The images of many prompts, as they are measured."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.captions import Caption
-from ldm.evaluation.pictures import from_pil
+from ldm.evaluation.samples import from_pil
 from ldm.models.classifier import INNER
 
 
@@ -16,7 +16,7 @@ def ask(model: Any, captions: Sequence[Caption]) -> tuple[list[Any], list[Captio
     """(what the model is given for each caption, what of the caption that asserts): all, its digit alone, or nothing.
 
     Args:
-        model: a LatentDiffusion of texts, of classes (its conditioner has `n_classes`), or of pictures alone.
+        model: a LatentDiffusion of texts, of classes (its conditioner has `n_classes`), or of images alone.
     """
     if model.cond_stage_model is None:
         return [""] * len(captions), [Caption("")] * len(captions)
@@ -27,7 +27,7 @@ def ask(model: Any, captions: Sequence[Caption]) -> tuple[list[Any], list[Captio
 
 
 def draw(model: Any, prompts: Sequence[Any], seed: int, batch_size: int, size: int = INNER, **settings: Any) -> Tensor:
-    """uint8 (n, size, size), picture i with the noise of seed + i, under a progress bar with the rate.
+    """uint8 (n, size, size), image i with the noise of seed + i, under a progress bar with the rate.
 
     Args:
         model: a LatentDiffusion.
@@ -35,10 +35,10 @@ def draw(model: Any, prompts: Sequence[Any], seed: int, batch_size: int, size: i
         size: of the inner part that is measured.
         settings: of its `generate`.
     """
-    pictures = []
-    with tqdm(total=len(prompts), desc="drawing", unit="picture", mininterval=1) as bar:
+    images = []
+    with tqdm(total=len(prompts), desc="drawing", unit="image", mininterval=1) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            pictures.append(from_pil(model.generate(batch, seed=seed + first, batch_size=batch_size, **settings), size))
+            images.append(from_pil(model.generate(batch, seed=seed + first, batch_size=batch_size, **settings), size))
             bar.update(len(batch))
-    return torch.cat(pictures)
+    return torch.cat(images)

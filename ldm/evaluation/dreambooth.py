@@ -14,27 +14,27 @@ from torch import Tensor
 
 from ldm.data.captions import NUMBER_WORDS, SLANT_WORDS, WEIGHT_WORDS, Caption
 from ldm.data.dreambooth import choices
-from ldm.data.folder import find_pictures
+from ldm.data.folder import find_images
+from ldm.data.image_files import read_image
 from ldm.data.measure import MNIST_THRESHOLDS
-from ldm.data.pictures import read_picture
 from ldm.evaluation.diversity import mean_pairwise_distance
 from ldm.evaluation.draw import draw
 from ldm.evaluation.networks import Measuring, classify, features_of
-from ldm.evaluation.pictures import from_pil
 from ldm.evaluation.prompt import accuracy
+from ldm.evaluation.samples import from_pil
 from ldm.evaluation.style import style_accuracy
 
-COLUMNS = 9  # pictures of a row on the sheet
+COLUMNS = 9  # images of a row on the sheet
 
 
 def read_folder(folder: Path) -> Tensor:
-    """uint8 (n, 28, 28): the pictures of a folder, grey. FileNotFoundError for none, ValueError for another size."""
-    return from_pil([read_picture(path, channels=1) for path in find_pictures(folder)])
+    """uint8 (n, 28, 28): the images of a folder, grey. FileNotFoundError for none, ValueError for another size."""
+    return from_pil([read_image(path, channels=1) for path in find_images(folder)])
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Tells a subject by its nearest neighbour, in features, among held-out pictures of it and other pictures.
+    """Tells a subject by its nearest neighbour, in features, among held-out images of it and other images.
 
     subject: (n, d) features, others: (m, d).
     """
@@ -43,11 +43,11 @@ class Detector:
     others: Tensor
 
     def recognised(self, features: Tensor) -> list[bool]:
-        """Whether each of (k, d) is nearer to some picture of the subject than to any other."""
+        """Whether each of (k, d) is nearer to some image of the subject than to any other."""
         return (nearest_distance(features, self.subject) < nearest_distance(features, self.others)).tolist()
 
     def errors(self) -> dict[str, Any]:
-        """Its error rates on the real pictures themselves, each left out in turn."""
+        """Its error rates on the real images themselves, each left out in turn."""
         found = nearest_distance(self.subject, self.subject, True) < nearest_distance(self.subject, self.others)
         false = nearest_distance(self.others, self.subject) < nearest_distance(self.others, self.others, True)
         return {"missed": accuracy((~found).tolist()), "false_alarms": accuracy(false.tolist())}
@@ -87,22 +87,22 @@ def styled(prompt: str) -> list[Caption]:
 def measure(
     model: Any, asked: Asked, subject: Tensor, detector: Detector, networks: Measuring, n: int, batch_size: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """All figures of one model, with n pictures of each kind, drawn with its own settings; and some of the pictures.
+    """All figures of one model, with n images of each kind, drawn with its own settings; and some of the images.
 
-    subject: (m, d) features of real pictures of the subject that were not trained on.
-    Pictures, uint8 (3, columns, 28, 28): of the subject's prompt, of the class's, and of other digits.
+    subject: (m, d) features of real images of the subject that were not trained on.
+    Images, uint8 (3, columns, 28, 28): of the subject's prompt, of the class's, and of other digits.
     """
 
-    def pictures(prompts: Sequence[str], seed: int) -> Tensor:
+    def images(prompts: Sequence[str], seed: int) -> Tensor:
         return draw(model, list(prompts), seed, batch_size)
 
     classes = choices(asked.class_prompt)
-    results, own = pictures([asked.instance_prompt] * n, 0), pictures([classes[i % len(classes)] for i in range(n)], 0)
+    results, own = images([asked.instance_prompt] * n, 0), images([classes[i % len(classes)] for i in range(n)], 0)
     features, class_features = features_of(networks.features, results), features_of(networks.features, own)
     captions = [caption for caption in styled(asked.instance_prompt) for _ in range(max(1, n // 6))]
-    style = style_accuracy(pictures([c.text for c in captions], 2 * n), captions, MNIST_THRESHOLDS)
+    style = style_accuracy(images([c.text for c in captions], 2 * n), captions, MNIST_THRESHOLDS)
     digits = [i for i in range(10) if i != asked.digit for _ in range(n // 9 + 1)]
-    others = pictures([f"a handwritten digit {NUMBER_WORDS[digit]}" for digit in digits], 3 * n)
+    others = images([f"a handwritten digit {NUMBER_WORDS[digit]}" for digit in digits], 3 * n)
     right = (classify(networks.judge, others) == torch.tensor(digits)).tolist()
     ceiling = similarity(subject)
     fidelity = similarity(features, subject)
@@ -127,9 +127,9 @@ def measure(
     return figures, shown
 
 
-def _is_digit(pictures: Tensor, digit: int | None, networks: Measuring) -> dict[str, Any] | None:
-    """Share of pictures that the judge reads as that digit; None where there is none."""
-    return None if digit is None else accuracy((classify(networks.judge, pictures) == digit).tolist())
+def _is_digit(images: Tensor, digit: int | None, networks: Measuring) -> dict[str, Any] | None:
+    """Share of images that the judge reads as that digit; None where there is none."""
+    return None if digit is None else accuracy((classify(networks.judge, images) == digit).tolist())
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], without: dict[str, Any] | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: fewer than two rows, which have no covariance.
     """
     if len(features) < 2:
-        raise ValueError(f"{len(features)} pictures have no covariance: give at least 2")
+        raise ValueError(f"{len(features)} images have no covariance: give at least 2")
     features = features.double()
     return features.mean(dim=0), torch.cov(features.T)
 
@@ -20,7 +20,7 @@ def sqrt_psd(matrix: Tensor) -> Tensor:
     """Symmetric square root of a symmetric positive semi-definite matrix (d, d).
 
     By its eigenvalues, with those that rounding made negative set to zero: unlike a general matrix square root it
-        stays real and accurate when the covariance is singular (fewer pictures than features, or dead units).
+        stays real and accurate when the covariance is singular (fewer images than features, or dead units).
     """
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

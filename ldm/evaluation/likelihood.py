@@ -1,4 +1,4 @@
-"""How many bits a picture costs under a pixel-space diffusion model: the variational bound, term by term."""
+"""How many bits an image costs under a pixel-space diffusion model: the variational bound, term by term."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,14 +20,14 @@ LEARNED = "learned"
 
 
 class Bits(NamedTuple):
-    """The bound's terms, each of all pictures: terms (T, n), level t's in row t; prior (n,); bits per dimension."""
+    """The bound's terms, each of all images: terms (T, n), level t's in row t; prior (n,); bits per dimension."""
 
     terms: Tensor
     prior: Tensor
 
     @property
     def total(self) -> Tensor:
-        """The bound of each picture: (n,)."""
+        """The bound of each image: (n,)."""
         return self.terms.sum(0) + self.prior
 
 
@@ -45,13 +45,13 @@ def check_variance(model: Any, variance: str | None) -> str:
 def bits_per_dimension(
     model: Any, images: Tensor, told: Sequence[Any], seed: int = 0, variance: str | None = None
 ) -> Bits:
-    """The bound for one batch of pictures, by one evaluation of the network at each of the schedule's T levels.
+    """The bound for one batch of images, by one evaluation of the network at each of the schedule's T levels.
 
     Two of a self-conditioned network's: what it is told must follow from x_t alone, as a step of the chain does. At
     each level x_t is noised anew, so that the sum is an unbiased estimate of the bound.
 
     model: a `PixelDiffusion`. images: (n, c, h, w) in [-1, 1], as 8-bit pixels are. told: prompts or classes of the
-    pictures, as the model takes them. seed: of the noise. variance: learned, where the model learned one, small or
+    images, as the model takes them. seed: of the noise. variance: learned, where the model learned one, small or
     large; by default the first of these that there is.
 
     Raises ValueError for another kind of model, and for a variance that the model does not have.
@@ -76,15 +76,13 @@ def bits_per_dimension(
 def measure_bits(
     model: Any, data: CaptionedDigits, n: int, batch_size: int, seed: int = 0, variance: str | None = None
 ) -> dict[str, Any]:
-    """The bound of the first n pictures: its mean, that one's standard error, and its parts, in bits per dimension.
+    """The bound of the first n images: its mean, that one's standard error, and its parts, in bits per dimension.
 
-    Raises ValueError as `bits_per_dimension`, and for pictures of another size than the model's.
+    Raises ValueError as `bits_per_dimension`, and for images of another size than the model's.
     """
     size = model.latent_size(model.defaults["height"], model.defaults["width"])
     if n > len(data) or tuple(data[0]["image"].shape) != size:
-        raise ValueError(
-            f"{n} pictures {size} are asked for, and there are {len(data)} {tuple(data[0]['image'].shape)}"
-        )
+        raise ValueError(f"{n} images {size} are asked for, and there are {len(data)} {tuple(data[0]['image'].shape)}")
     found = []
     for first in range(0, n, batch_size):
         places = list(range(first, min(first + batch_size, n)))

@@ -1,4 +1,4 @@
-"""Memorisation: are generated pictures nearer to training pictures than unseen real ones are?"""
+"""Memorisation: are generated images nearer to training images than unseen real ones are?"""
 
 from typing import NamedTuple
 
@@ -11,19 +11,19 @@ from ldm.evaluation.distances import nearest
 class Memorisation(NamedTuple):
     """Distances are Euclidean over the inner pixels, in [0, 1]."""
 
-    median: float  # of generated pictures' distances to the nearest training picture
-    real_median: float  # the same for test pictures
+    median: float  # of generated images' distances to the nearest training image
+    real_median: float  # the same for test images
     ratio: float  # median / real_median; well below 1 means copying
-    share_below_first_percentile: float  # generated pictures nearer than 99 % of test pictures are; 0.01 if alike
+    share_below_first_percentile: float  # generated images nearer than 99 % of test images are; 0.01 if alike
 
 
-def nearest_training_distance(pictures: Tensor, training: Tensor) -> Tensor:
-    """Distance (n,) of uint8 pictures (n, h, w) to the nearest of uint8 training (m, h, w), pixels in [0, 1]."""
-    return nearest(pictures.flatten(1).float() / 255, training.flatten(1).float() / 255)[0]
+def nearest_training_distance(images: Tensor, training: Tensor) -> Tensor:
+    """Distance (n,) of uint8 images (n, h, w) to the nearest of uint8 training (m, h, w), pixels in [0, 1]."""
+    return nearest(images.flatten(1).float() / 255, training.flatten(1).float() / 255)[0]
 
 
 def memorisation(distances: Tensor, real_median: float, real_first_percentile: float) -> Memorisation:
-    """Compare generated pictures' distances (n,) with two quantiles of the test pictures' distances."""
+    """Compare generated images' distances (n,) with two quantiles of the test images' distances."""
     median = distances.quantile(0.5).item()
     share = (distances < real_first_percentile).double().mean().item()
     return Memorisation(median, real_median, median / real_median, share)

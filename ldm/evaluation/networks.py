@@ -1,4 +1,4 @@
-"""The judge and the feature network, loaded from their files and applied to many pictures."""
+"""The judge and the feature network, loaded from their files and applied to many images."""
 
 import hashlib
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.evaluation.pictures import to_unit
+from ldm.evaluation.samples import to_unit
 from ldm.loading import load_network as load_any
 from ldm.models.classifier import INNER
 
@@ -42,7 +42,7 @@ def fingerprint(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Measuring:
-    """The two networks, the fingerprints of their files, and the side of the pictures that both look at."""
+    """The two networks, the fingerprints of their files, and the side of the images that both look at."""
 
     judge: nn.Module
     features: nn.Module
@@ -63,16 +63,16 @@ class Measuring:
 
 
 @torch.inference_mode()
-def apply(function: Callable[[Tensor], Tensor], pictures: Tensor, batch_size: int = 500) -> Tensor:
-    """`function` of pictures in [-1, 1] over uint8 (n, h, w), in batches, on the CPU."""
-    return torch.cat([function(to_unit(batch)) for batch in pictures.split(batch_size)])
+def apply(function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int = 500) -> Tensor:
+    """`function` of images in [-1, 1] over uint8 (n, h, w), in batches, on the CPU."""
+    return torch.cat([function(to_unit(batch)) for batch in images.split(batch_size)])
 
 
-def classify(judge: nn.Module, pictures: Tensor) -> Tensor:
+def classify(judge: nn.Module, images: Tensor) -> Tensor:
     """The class (n,) that the judge gives to each of uint8 (n, h, w)."""
-    return apply(lambda x: judge(x).argmax(dim=1), pictures)
+    return apply(lambda x: judge(x).argmax(dim=1), images)
 
 
-def features_of(network: nn.Module, pictures: Tensor) -> Tensor:
+def features_of(network: nn.Module, images: Tensor) -> Tensor:
     """Features (n, d), float32, of uint8 (n, h, w)."""
-    return apply(network.features, pictures)
+    return apply(network.features, images)

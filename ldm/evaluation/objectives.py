@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ldm
+from ldm.evaluation.datasets import find_reference
 from ldm.evaluation.draw import draw
 from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
-from ldm.evaluation.source import find_reference
 from ldm.evaluation.trilemma import evaluations, measure
 from ldm.training.config import read_configs
 from ldm.training.loop import train
@@ -62,8 +62,8 @@ def compare(
 
     config: configs/pixel/objectives.yaml; each model goes to a folder of its name under the configuration's outdir, and
         one that is there is taken as it is. names: of OBJECTIVES; None for all. changes: further ones, for all.
-    n: pictures of each, of the digits of as many of MNIST's test pictures.
-    Raises ValueError for an unknown name, and for rows of other numbers of pictures or training steps.
+    n: images of each, of the digits of as many of MNIST's test images.
+    Raises ValueError for an unknown name, and for rows of other numbers of images or training steps.
     """
     names = list(OBJECTIVES) if names is None else list(names)
     unknown = [name for name in names if name not in OBJECTIVES]
@@ -75,9 +75,7 @@ def compare(
     for name in names:
         expected = (n, configs[name]["loop"]["steps"])
         if any((row["n"], row["training_steps"]) != expected for row in rows):
-            raise ValueError(
-                f"{out} has rows of other numbers of pictures or steps than {expected}: name another --out"
-            )
+            raise ValueError(f"{out} has rows of other numbers of images or steps than {expected}: name another --out")
     networks = Measuring.load(JUDGE, FEATURES)
     reference, _ = find_reference("mnist", "test", None, networks, n)
     labels = reference.labels[:n]
@@ -101,7 +99,7 @@ def compare(
                 **{key: found[key] for key in ("accuracy", "ratio", "recall", "n")},
                 "training_steps": configs[name]["loop"]["steps"],
                 "training_cpu_seconds": trained,
-                "cpu_seconds_a_picture": found["cpu_seconds"],
+                "cpu_seconds_a_image": found["cpu_seconds"],
             }
             rows.append(row)
             with open(out, "a") as file:

@@ -9,10 +9,10 @@ from ldm.evaluation.distances import kth_nearest, squared_distance_blocks
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares in 0..1; real pictures against other real ones reach about 0.85 to 0.9, not 1."""
+    """Shares in 0..1; real images against other real ones reach about 0.85 to 0.9, not 1."""
 
-    precision: float  # generated pictures that lie where real ones do
-    recall: float  # real pictures that lie where generated ones do
+    precision: float  # generated images that lie where real ones do
+    recall: float  # real images that lie where generated ones do
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> PrecisionRecall:

@@ -87,7 +87,7 @@ class Reference:
         return [captioner.caption(0, *fact) for fact in facts]
 
     @property
-    def picture_labels(self) -> Tensor:
+    def image_labels(self) -> Tensor:
         """Labels (m,) of `pictures`."""
         return torch.empty_like(self.labels).scatter_(0, self.indices, self.labels)[: len(self.pictures)]
 

@@ -1,4 +1,4 @@
-"""The figures of `scripts/evaluate.py`, put together from pictures and a reference: dictionaries of plain numbers."""
+"""The figures of `scripts/evaluate.py`, put together from images and a reference: dictionaries of plain numbers."""
 
 import math
 from collections.abc import Sequence
@@ -12,50 +12,50 @@ from ldm.evaluation.diversity import class_diversity
 from ldm.evaluation.frechet import frechet_distance, moments
 from ldm.evaluation.memorisation import memorisation, nearest_training_distance
 from ldm.evaluation.networks import Measuring, classify, features_of
-from ldm.evaluation.pictures import to_unit
 from ldm.evaluation.precision_recall import precision_recall
 from ldm.evaluation.prompt import accuracy, accuracy_by
 from ldm.evaluation.reference import Reference
+from ldm.evaluation.samples import to_unit
 from ldm.evaluation.style import style_accuracy
 
 FRAMES = {"train": TRAIN_FRAMES, "unseen": UNSEEN_FRAMES}
 
 
 def report_model(
-    pictures: Tensor,
+    images: Tensor,
     captions: Sequence[Caption],
     frames: str,
     reference: Reference,
     networks: Measuring,
     training: Tensor | None,
 ) -> dict:
-    """All figures of uint8 pictures (n, h, w), of the networks' size, drawn for the first n captions of the reference.
+    """All figures of uint8 images (n, h, w), of the networks' size, drawn for the first n captions of the reference.
 
     `classes` are the shares of what the judge read. Of a model that is told nothing they take the place of accuracy,
-    and say which pictures its diversity is measured among.
+    and say which images its diversity is measured among.
 
     Args:
         captions: what the model was asked for: the digit None if nothing, frame None if not in words (`draw.ask`).
         frames: "train" or "unseen", the list that the captions are from.
         training: uint8 (m, h, w) for the search for copies; None leaves it out.
     """
-    features, answers = features_of(networks.features, pictures), classify(networks.judge, pictures)
+    features, answers = features_of(networks.features, images), classify(networks.judge, images)
     told = all(caption.digit is not None for caption in captions)
     report = {
         "prompt_accuracy": report_prompts(answers.tolist(), captions, frames, reference) if told else None,
         "classes": {str(i): count / len(answers) for i, count in enumerate(answers.bincount(minlength=10).tolist())},
-        "style_accuracy": style_accuracy(pictures, captions, reference.thresholds),
+        "style_accuracy": style_accuracy(images, captions, reference.thresholds),
         **report_distribution(features, reference, None if told else answers),
         "memorisation": None,
     }
     if training is not None:
-        figures = memorisation(nearest_training_distance(pictures, training), *reference.nearest)
+        figures = memorisation(nearest_training_distance(images, training), *reference.nearest)
         report["memorisation"] = figures._asdict()
     return without_nan(report)
 
 
 def report_prompts(answers: Sequence[int], captions: Sequence[Caption], frames: str, reference: Reference) -> dict:
-    """Accuracy of what the judge read (n,) against what was asked; the ceiling is its accuracy on real pictures."""
+    """Accuracy of what the judge read (n,) against what was asked; the ceiling is its accuracy on real images."""
     digits = [caption.digit for caption in captions]
     right = [answer == digit for answer, digit in zip(answers, digits, strict=True)]
     worded = {i: FRAMES[frames][caption.frame] for i, caption in enumerate(captions) if caption.frame is not None}
@@ -101,22 +101,22 @@ def report_distribution(features: Tensor, reference: Reference, labels: Tensor |
 
 
 def report_autoencoder(
-    result: Reconstruction, pictures: Tensor, labels: Tensor, reference: Reference, networks: Measuring
+    result: Reconstruction, images: Tensor, labels: Tensor, reference: Reference, networks: Measuring
 ) -> dict:
-    """All figures of the reconstructions of real uint8 pictures (n, 28, 28) with their labels (n,).
+    """All figures of the reconstructions of real uint8 images (n, 28, 28) with their labels (n,).
 
-    The Fréchet distance is to these very pictures, so it may lie below its floor, which is of other real pictures.
+    The Fréchet distance is to these very images, so it may lie below its floor, which is of other real images.
     """
-    made, original = to_unit(result.pictures), to_unit(pictures)
+    made, original = to_unit(result.pictures), to_unit(images)
     ratios = psnr(made, original)
     style, real_style = (
         measure_styles(result.pictures, reference.thresholds),
-        measure_styles(pictures, reference.thresholds),
+        measure_styles(images, reference.thresholds),
     )
     distance = frechet_distance(
-        *moments(features_of(networks.features, result.pictures)), *moments(features_of(networks.features, pictures))
+        *moments(features_of(networks.features, result.pictures)), *moments(features_of(networks.features, images))
     )
-    floor = reference.floor(len(pictures)).frechet
+    floor = reference.floor(len(images)).frechet
     report = {
         "psnr": {
             "of_mean_error": pooled_psnr(made, original),
@@ -126,7 +126,7 @@ def report_autoencoder(
         "frechet": {"distance": distance, "floor": floor, "ratio": distance / floor},
         "judge_accuracy": {
             **accuracy((classify(networks.judge, result.pictures) == labels).tolist()),
-            "ceiling": accuracy((classify(networks.judge, pictures) == labels).tolist()),
+            "ceiling": accuracy((classify(networks.judge, images) == labels).tolist()),
         },
         "style_kept": {
             "weight": (style.weight == real_style.weight).double().mean().item(),
@@ -139,7 +139,7 @@ def report_autoencoder(
 
 
 def without_nan(report: object) -> object:
-    """The same with None for figures that there are too few pictures for: JSON knows neither nan nor infinity."""
+    """The same with None for figures that there are too few images for: JSON knows neither nan nor infinity."""
     if isinstance(report, dict):
         return {key: without_nan(value) for key, value in report.items()}
     if isinstance(report, list | tuple):

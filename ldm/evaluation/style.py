@@ -1,4 +1,4 @@
-"""Style accuracy: is the stroke weight and slant that a caption asked for measured on the picture?"""
+"""Style accuracy: is the stroke weight and slant that a caption asked for measured on the image?"""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from ldm.data.measure import SLANTS, WEIGHTS, Thresholds, classify
 from ldm.evaluation.prompt import accuracy, accuracy_by
 
 
-def style_accuracy(pictures: Tensor, captions: Sequence[Caption], thresholds: Thresholds) -> dict:
-    """Share of stated classes found on uint8 pictures (n, 28, 28), measured exactly as the training captions' were.
+def style_accuracy(images: Tensor, captions: Sequence[Caption], thresholds: Thresholds) -> dict:
+    """Share of stated classes found on uint8 images (n, 28, 28), measured exactly as the training captions' were.
 
     `stated` counts each statement, `captions` each caption that states any (and wants all of them found); `weight`
     and `slant` are the statements of each kind, with their classes. Captions that state nothing do not count.
     """
-    found = classify(pictures, thresholds)
+    found = classify(images, thresholds)
     kinds = {"weight": (found.weight.tolist(), WEIGHTS), "slant": (found.slant.tolist(), SLANTS)}
     report: dict = {}
     statements: list[bool] = []

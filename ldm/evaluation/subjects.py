@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ldm.evaluation.datasets import HELD_OUT
 from ldm.evaluation.networks import Measuring, features_of
-from ldm.evaluation.source import HELD_OUT
 from ldm.models.classifier import inner
 
 FOOT, ORDINARY = 6, 2
@@ -96,7 +96,7 @@ def stars(digits: Tensor) -> dict[str, Tensor]:
     return {"train": drawn[:SHOTS], "heldout": drawn[SHOTS:], "others": digits}
 
 
-def write_pictures(parts: dict[str, Tensor], folder: Path, border: int = 2) -> None:
+def write_images(parts: dict[str, Tensor], folder: Path, border: int = 2) -> None:
     """Each part as PNG files in a sub-folder, padded to 32 x 32 as the digit sets give them to a model."""
     for name, pictures in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)

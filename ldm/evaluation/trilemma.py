@@ -1,6 +1,6 @@
 """The generative learning trilemma (Xiao et al. 2022, figure 1): quality, coverage and speed of several generators.
 
-Quality is the Fréchet distance over that of as many real pictures, coverage the recall, speed the seconds a picture.
+Quality is the Fréchet distance over that of as many real images, coverage the recall, speed the seconds an image.
 """
 
 import time
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ldm.data.captions import Caption
-from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.evaluation.draw import ask, draw
 from ldm.evaluation.networks import Measuring, classify, features_of
-from ldm.evaluation.pictures import quantise
 from ldm.evaluation.reference import Reference
 from ldm.evaluation.report import report_distribution
+from ldm.evaluation.samples import quantise
 from ldm.generation import plan_sampling
 
 
@@ -27,20 +27,20 @@ def draw_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
     Its scaled latents have unit variance, so that the unit normal is the prior that suits them best.
     """
     size = model.latent_size(model.defaults["height"], model.defaults["width"])
-    pictures = []
+    images = []
     for first in range(0, n, batch_size):
         seeds = range(seed + first, seed + min(first + batch_size, n))
-        pictures.append(quantise(model.decode(PictureNoise(seeds, size)().to(model.device)).cpu()))
-    return torch.cat(pictures)
+        images.append(quantise(model.decode(SeededNoise(seeds, size)().to(model.device)).cpu()))
+    return torch.cat(images)
 
 
 def draw_asked(model: Any, captions: Sequence[Caption], batch_size: int, seed: int = 0, **settings: Any) -> Tensor:
-    """uint8 (n, 28, 28): a picture for what the model takes of each caption."""
+    """uint8 (n, 28, 28): an image for what the model takes of each caption."""
     return draw(model, ask(model, captions)[0], seed, batch_size, **settings)
 
 
 def evaluations(model: Any, **settings: Any) -> int:
-    """How often a picture's drawing calls the network. settings: of `plan_sampling`: steps, sampler, spacing."""
+    """How often an image's drawing calls the network. settings: of `plan_sampling`: steps, sampler, spacing."""
     row, sigmas = plan_sampling(model, **settings)
     return sum(row.evaluations(sigmas))
 
@@ -48,7 +48,7 @@ def evaluations(model: Any, **settings: Any) -> int:
 def measure(
     name: str,
     calls: int,
-    draw_pictures: Callable[[], Tensor],
+    draw_images: Callable[[], Tensor],
     reference: Reference,
     networks: Measuring,
     labels: Tensor | None = None,
@@ -58,17 +58,17 @@ def measure(
     labels: (n,), the digits asked for; None where none can be, and then the accuracy is None.
     """
     wall, cpu = time.perf_counter(), time.process_time()
-    pictures = draw_pictures()
+    images = draw_images()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    found = report_distribution(features_of(networks.features, pictures), reference)
+    found = report_distribution(features_of(networks.features, images), reference)
     return {
         "name": name,
         "evaluations": calls,
         "ratio": found["frechet"]["ratio"],
         "recall": found["precision_recall"]["recall"],
         "precision": found["precision_recall"]["precision"],
-        "accuracy": None if labels is None else (classify(networks.judge, pictures) == labels).double().mean().item(),
-        "seconds": wall / len(pictures),
-        "cpu_seconds": cpu / len(pictures),
-        "n": len(pictures),
+        "accuracy": None if labels is None else (classify(networks.judge, images) == labels).double().mean().item(),
+        "seconds": wall / len(images),
+        "cpu_seconds": cpu / len(images),
+        "n": len(images),
     }

@@ -1,4 +1,4 @@
-"""A contact sheet: labelled rows of pictures, one picture to look at after a run."""
+"""A contact sheet: labelled rows of images, one image to look at after a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,31 +8,31 @@ from PIL import Image, ImageDraw
 
 from ldm.checkpoint.file import atomic
 
-LEAST = 64  # pixels: smaller pictures are magnified by whole numbers
-GAP, LINE = 4, 16  # pixels between pictures, and of a label's line
+LEAST = 64  # pixels: smaller images are magnified by whole numbers
+GAP, LINE = 4, 16  # pixels between images, and of a label's line
 
 
 class Row(NamedTuple):
-    """Pictures under a label."""
+    """Images under a label."""
 
     label: str
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
     """All rows below each other, each under its label, on white."""
-    shown = [Row(row.label, [_magnified(picture) for picture in row.pictures]) for row in rows]
-    width = max(sum(picture.width + GAP for picture in row.pictures) for row in shown) + GAP
-    height = sum(LINE + GAP + max(picture.height for picture in row.pictures) for row in shown) + GAP
+    shown = [Row(row.label, [_magnified(image) for image in row.images]) for row in rows]
+    width = max(sum(image.width + GAP for image in row.images) for row in shown) + GAP
+    height = sum(LINE + GAP + max(image.height for image in row.images) for row in shown) + GAP
     sheet = Image.new("RGB", (max(width, 320), height), "white")
     top, pen = 0, ImageDraw.Draw(sheet)
     for row in shown:
         pen.text((GAP, top + 2), row.label, fill="black")
         left, top = GAP, top + LINE
-        for picture in row.pictures:
-            sheet.paste(picture, (left, top))
-            left += picture.width + GAP
-        top += max(picture.height for picture in row.pictures) + GAP
+        for image in row.images:
+            sheet.paste(image, (left, top))
+            left += image.width + GAP
+        top += max(image.height for image in row.images) + GAP
     return sheet
 
 
@@ -42,6 +42,6 @@ def save_contact_sheet(rows: Sequence[Row], path: Path) -> None:
         contact_sheet(rows).save(temporary, format="PNG")
 
 
-def _magnified(picture: Image.Image) -> Image.Image:
-    factor = max(1, -(-LEAST // picture.height))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def _magnified(image: Image.Image) -> Image.Image:
+    factor = max(1, -(-LEAST // image.height))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -12,7 +12,7 @@ from ldm.checkpoint.file import atomic
 from ldm.conditioning.prompt import count_chunks
 from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth, choices, identifiers, unread
-from ldm.data.folder import find_pictures
+from ldm.data.folder import find_images
 from ldm.generation import given
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import read_yaml
@@ -32,11 +32,11 @@ class Defaults(NamedTuple):
     train_text: str  # "none", "words" or "all"
     words_learning_rate: float
     text_learning_rate: float
-    class_pictures: int  # of each subject
+    class_images: int  # of each subject
     class_scale: float  # guidance that they are drawn with
     sample_batch_size: int
     timesteps: Mapping[str, Any]
-    shown: int  # pictures of each prompt in a preview
+    shown: int  # images of each prompt in a preview
 
 
 # Small: measured on the digits model (docs/dreambooth.md). Large: the settings that Stable Diffusion is tuned with.
@@ -51,7 +51,7 @@ DEFAULTS = {
         train_text="words",
         words_learning_rate=1.5e-2,
         text_learning_rate=1e-4,
-        class_pictures=60,
+        class_images=60,
         class_scale=1.0,  # guided ones are less diverse, and the class would become so
         sample_batch_size=25,
         timesteps={"name": "logit_normal", "mean": 1.0},  # a shape is decided at high noise
@@ -67,7 +67,7 @@ DEFAULTS = {
         train_text="none",
         words_learning_rate=1e-3,
         text_learning_rate=2e-6,
-        class_pictures=200,
+        class_images=200,
         class_scale=7.5,
         sample_batch_size=4,
         timesteps={"name": "uniform"},
@@ -88,19 +88,19 @@ class Subject(NamedTuple):
     instance_dir: Path
     instance_prompt: str
     class_prompt: str | None
-    class_dir: Path  # of the class's pictures
+    class_dir: Path  # of the class's images
 
 
 def subjects(args: argparse.Namespace) -> list[Subject]:
     """The subjects: option number i of each kind belongs to subject i.
 
-    Raises ValueError for options that do not match in number, folders within each other, and for a damaged picture or
-    bad captions, which would otherwise show only when the class pictures are drawn; FileNotFoundError for a folder
-    without pictures.
+    Raises ValueError for options that do not match in number, folders within each other, and for a damaged image or
+    bad captions, which would otherwise show only when the class images are drawn; FileNotFoundError for a folder
+    without images.
     """
     folders, prompts = args.instance_data_dir, args.instance_prompt
     if not folders:
-        raise ValueError("give the folder that holds the subject's pictures with --instance_data_dir DIR")
+        raise ValueError("give the folder that holds the subject's images with --instance_data_dir DIR")
     found = []
     for name in ("instance_prompt", "class_prompt", "class_data_dir"):
         values = getattr(args, name)
@@ -123,10 +123,10 @@ def subjects(args: argparse.Namespace) -> list[Subject]:
     return found
 
 
-def check_apart(pictures: Path, other: Path) -> None:
-    """ValueError where another folder lies in one of pictures: what is in it, or will be, would be taken for these."""
-    if pictures.resolve() in other.resolve().parents:
-        raise ValueError(f"{other} lies in {pictures}, whose pictures are read with those below it: keep them apart")
+def check_apart(images: Path, other: Path) -> None:
+    """ValueError where another folder lies in one of images: what is in it, or will be, would be taken for these."""
+    if images.resolve() in other.resolve().parents:
+        raise ValueError(f"{other} lies in {images}, whose images are read with those below it: keep them apart")
 
 
 def training_size(args: argparse.Namespace, model: LatentDiffusion) -> int:
@@ -141,20 +141,20 @@ def class_prompts(subject: Subject) -> list[str]:
     return [] if subject.class_prompt is None else choices(subject.class_prompt)
 
 
-def notes_on_pictures(folder: Path) -> list[str]:
-    """What a user should know of a subject's pictures. FileNotFoundError where there are none."""
-    paths, notes = find_pictures(folder), []
+def notes_on_images(folder: Path) -> list[str]:
+    """What a user should know of a subject's images. FileNotFoundError where there are none."""
+    paths, notes = find_images(folder), []
     ignored = unread(folder, paths)
     if ignored:
-        notes.append(f"{folder}: skipped {', '.join(ignored)} (no pictures)")
+        notes.append(f"{folder}: skipped {', '.join(ignored)} (no images)")
     if len(paths) == 1:
-        notes.append(f"{folder} holds a single picture: three to five, from several sides, teach more")
+        notes.append(f"{folder} holds a single image: three to five, from several sides, teach more")
     return notes
 
 
 def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
     """What a user should know of a subject before it is learnt."""
-    notes = notes_on_pictures(subject.instance_dir)
+    notes = notes_on_images(subject.instance_dir)
     for word in identifiers(subject.instance_prompt, given(subject.class_prompt, "")):
         tokens = len(model.cond_stage_model.tokenizer.encode(word))
         if tokens > 1:
@@ -172,7 +172,7 @@ def make_config(
     loading: Mapping[str, Any],
     processes: int = 1,
 ) -> dict[str, Any]:
-    """The run's configuration, but for the class pictures (`add_class_pictures`).
+    """The run's configuration, but for the class images (`add_class_images`).
 
     loading: arguments of `ldm.load` besides the path. processes: how many train.
 
@@ -209,14 +209,14 @@ def make_config(
     }
 
 
-def add_class_pictures(
-    config: Mapping[str, Any], found: Sequence[Subject], pictures: Sequence[Mapping[str, str | None]]
+def add_class_images(
+    config: Mapping[str, Any], found: Sequence[Subject], images: Sequence[Mapping[str, str | None]]
 ) -> None:
     """Put into a run's configuration, for each subject, which files of its class's folder to train on, with their
     captions; there are none without prior preservation."""
-    for row, subject, own in zip(config["data"]["params"]["subjects"], found, pictures, strict=True):
+    for row, subject, own in zip(config["data"]["params"]["subjects"], found, images, strict=True):
         if own:
-            row |= {"class_dir": str(subject.class_dir.resolve()), "class_pictures": dict(own)}
+            row |= {"class_dir": str(subject.class_dir.resolve()), "class_images": dict(own)}
 
 
 def what_of_the_text(args: argparse.Namespace, default: Defaults, has_words: bool) -> tuple[str, float | None]:

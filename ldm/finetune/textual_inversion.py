@@ -1,6 +1,6 @@
 """Textual inversion: a new word for a subject (Gal et al. 2022, https://arxiv.org/abs/2208.01618, eq. 2).
 
-The model's own loss on a few pictures of the subject, captioned with the word; all that trains is the word's vectors.
+The model's own loss on a few images of the subject, captioned with the word; all that trains is the word's vectors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,27 +26,27 @@ from ldm.loading import load
 from ldm.training.diffusion import LatentDataset
 from ldm.training.stage import Stage, adamw, timestep_settings
 
-# What may be said of a picture whose subject alone is known. A frame says nothing else about the picture.
+# What may be said of an image whose subject alone is known. A frame says nothing else about the image.
 FRAMES = {
     "object": (
-        *("a photo of a {}", "a photo of the {}", "a photo of one {}", "a picture of a {}", "an image of the {}"),
+        *("a photo of a {}", "a photo of the {}", "a photo of one {}", "an image of a {}", "an image of the {}"),
         *("a close-up of a {}", "a cropped photo of the {}", "a photo of my {}", "this is a {}", "here is the {}"),
         *("a good photo of a {}", "a snapshot of the {}", "a {} in a photo", "the {}, photographed", "a {}"),
     ),
     "style": (
-        *("a painting in the style of {}", "a picture in the style of {}", "a drawing in the style of {}"),
+        *("a painting in the style of {}", "an image in the style of {}", "a drawing in the style of {}"),
         *("an artwork in the style of {}", "a scene in the style of {}", "an image in {} style", "art by {}"),
     ),
 }
 
 
 class TextualInversionStage(Stage):
-    """Learns the vectors of one word; the model itself is frozen, bit for bit. Its data is a `Folder` of pictures.
+    """Learns the vectors of one word; the model itself is frozen, bit for bit. Its data is a `Folder` of images.
 
     Args:
         word: what the subject will be called in prompts.
         initial: words to start from, such as "five"; they may be several tokens.
-        resolution: pixels of a side of the pictures.
+        resolution: pixels of a side of the images.
         ckpt: the model, any that `ldm.load` reads; None is the one that ships.
         loading: further arguments of `ldm.load`.
         vectors: how many tokens the word is; None: as many as the initial words are.
@@ -55,7 +55,7 @@ class TextualInversionStage(Stage):
         pull: weight of the mean squared distance to the initial vectors, in units of `deviation`.
         timesteps: arguments of `training_timesteps`.
         gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
-        previews: how many pictures previews draw. sheet: where the contact sheet goes.
+        previews: how many images previews draw. sheet: where the contact sheet goes.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class TextualInversionStage(Stage):
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Encode the pictures, once, and draw what the contact sheet shows of the initial words."""
+        """Encode the images, once, and draw what the contact sheet shows of the initial words."""
         self.to(device)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
         first_stage = self.latent_diffusion.first_stage_model
-        means, stds = zip(*(posterior(first_stage, picture[None].to(device)) for picture in self.pixels), strict=True)
+        means, stds = zip(*(posterior(first_stage, image[None].to(device)) for image in self.pixels), strict=True)
         self.before = [] if self.sheet is None else self._draw(self.captions[0].replace(self.word, self.initial))
         return Repeated(LatentDataset(dataset, torch.cat(means).cpu(), torch.cat(stds).cpu()))
 
@@ -117,7 +117,7 @@ class TextualInversionStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """A row of the subject's pictures, and one of what the model draws for the first caption."""
+        """A row of the subject's images, and one of what the model draws for the first caption."""
         shown = self.pixels[torch.arange(self.preview_columns) % len(self.pixels)]
         return to_pil(shown) + self._draw(self.captions[0])
 
@@ -131,7 +131,7 @@ class TextualInversionStage(Stage):
             prompt = self.captions[0]
             before, after = prompt.replace(self.word, self.initial), self._draw(prompt)
             rows = [
-                Row("the subject's pictures", to_pil(self.pixels[:8])),
+                Row("the subject's images", to_pil(self.pixels[:8])),
                 Row(before, self.before),
                 Row(prompt, after),
             ]
@@ -159,11 +159,11 @@ def check_model(model: LatentDiffusion) -> None:
     """ValueError for a model that a word cannot be learnt with."""
     text_encoder(model)
     if model.concat is not None:
-        raise ValueError("textual inversion needs a model that draws from text alone: this one is given a picture too")
+        raise ValueError("textual inversion needs a model that draws from text alone: this one is given an image too")
 
 
 def captions(tokenizer: Tokenizer, word: str, vectors: int, frames: Sequence[str] | str | None = None) -> list[str]:
-    """What pictures of `word`, of so many vectors, are captioned with: what fits the text encoder of `frames`.
+    """What images of `word`, of so many vectors, are captioned with: what fits the text encoder of `frames`.
 
     frames: a name in FRAMES, or captions with {} for the word; None: the "object" ones, save for a model that knows
     digits alone, which has those that it was trained on.

@@ -1,1 +1,1 @@
-"""Making pictures with a loaded model: recipes, drawing, and the files that come out."""
+"""Making images with a loaded model: recipes, drawing, and the files that come out."""

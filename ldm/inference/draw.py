@@ -15,7 +15,7 @@ from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.first_order import add_noise
-from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.images import image_grid, to_pil
 from ldm.inference.original import Original
 from ldm.inference.precision import precision_of, set_precision
@@ -234,7 +234,7 @@ class StripRecorder:
 
     def _noise(self, x: Tensor) -> None:
         """Walk the forward process (Ho et al. 2020, eq. 2) from the drawn x (b, ...) up the levels it came down."""
-        noise = PictureNoise(range(len(self.pictures) - len(x), len(self.pictures)), tuple(x.shape[1:]))
+        noise = SeededNoise(range(len(self.pictures) - len(x), len(self.pictures)), tuple(x.shape[1:]))
         below = self.levels[-1]
         for sigma in reversed(self.levels):
             x, below = add_noise(x, math.sqrt(sigma**2 - below**2), noise), sigma

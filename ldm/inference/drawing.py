@@ -17,12 +17,12 @@ if TYPE_CHECKING:  # they import torch
     from ldm.inference.draw import Drawn, StripRecorder
     from ldm.latent_diffusion import LatentDiffusion
 
-# The options that are settings of a picture, under a Recipe's names for them.
+# The options that are settings of an image, under a Recipe's names for them.
 SETTINGS = (
     *("negative", "scale", "steps", "sampler", "spacing", "eta", "interval", "rescale"),
     *("seed", "fixed_code", "width", "height", "clip_skip", "plain", "precision"),
 )
-BATCH = 16  # pictures at a time
+BATCH = 16  # images at a time
 SPACING = (
     "of the timesteps: trailing, leading, linspace, quad, compvis, karras, exponential, or levels of your own: "
     '"999,749,499,249" or "sigmas 14,3.6,1.2"'
@@ -30,7 +30,7 @@ SPACING = (
 
 
 def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = False) -> Parser:
-    """CompVis's flags and today's. A setting left None is the checkpoint's own, or the --from-png picture's.
+    """CompVis's flags and today's. A setting left None is the checkpoint's own, or the --from-png image's.
 
     prompt, outdir: what these options are if not given. classes: what to draw is asked for by numbers, not by texts.
     """
@@ -42,14 +42,14 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
         told = f"what to draw ({prompt or 'nothing is said'})"
         add("--prompt", nargs=1, dest="prompts", default=[prompt], metavar="TEXT", help=told)
     add("--from-file", type=Path, metavar="FILE", help="a text file of prompts or classes, one a line")
-    add("--from-png", type=Path, metavar="FILE", help="make this picture again, changed by the settings that are given")
+    add("--from-png", type=Path, metavar="FILE", help="make this image again, changed by the settings that are given")
 
-    add = parser.add_argument_group("pictures").add_argument
-    add("--n_samples", type=whole(1), default=1, metavar="N", help="pictures per prompt in an iteration (1)")
+    add = parser.add_argument_group("images").add_argument
+    add("--n_samples", type=whole(1), default=1, metavar="N", help="images per prompt in an iteration (1)")
     add("--n_iter", type=whole(1), default=1, metavar="N", help="iterations, each n_samples more per prompt (1)")
-    add("--batch-size", type=whole(1), metavar="N", help=f"pictures at a time ({BATCH}): only bounds the memory")
-    add("--seed", type=whole(0), metavar="N", help="seed of the first picture (0)")
-    add("--fixed_code", action="store_true", default=None, help="start every picture from picture 0's noise")
+    add("--batch-size", type=whole(1), metavar="N", help=f"images at a time ({BATCH}): only bounds the memory")
+    add("--seed", type=whole(0), metavar="N", help="seed of the first image (0)")
+    add("--fixed_code", action="store_true", default=None, help="start every image from image 0's noise")
     add("--H", type=whole(1), dest="height", metavar="PIXELS", help="height")
     add("--W", type=whole(1), dest="width", metavar="PIXELS", help="width")
     add("--C", type=whole(1), metavar="N", help="latent channels; only checked, the model knows them")
@@ -78,23 +78,23 @@ def drawing_parser(description: str, prompt: str, outdir: str, classes: bool = F
     add("--autoguide-scale", type=real(), default=2.0, metavar="X", help="(2); 1 is off")
     parser.set_defaults(classifier=None, classes=classes)
     if classes:
-        add("--classifier", type=Path, metavar="FILE", help="steer to the classes by this classifier of noisy pictures")
+        add("--classifier", type=Path, metavar="FILE", help="steer to the classes by this classifier of noisy images")
         add("--classifier-scale", type=real(), default=1.0, metavar="X", help="(1); 0 is off")
 
     add_model_options(parser)
 
     add = parser.add_argument_group("files").add_argument
     add("--outdir", type=Path, default=Path(outdir), metavar="DIR", help=f"({outdir})")
-    add("--skip_save", action="store_true", help="do not save the single pictures")
+    add("--skip_save", action="store_true", help="do not save the single images")
     add("--skip_grid", action="store_true", help="do not save the grid")
-    add("--n_rows", type=whole(0), default=0, metavar="N", help="pictures in a row of the grid (0: n_samples)")
+    add("--n_rows", type=whole(0), default=0, metavar="N", help="images in a row of the grid (0: n_samples)")
     add("--strip", action="store_true", help="save how each came about: noising, x_t, predicted x0")
     return parser
 
 
 def add_original_options(parser: Parser, strength: str) -> None:
-    """Those of the scripts that draw over a picture. strength: what it is if not given, in words."""
-    add = parser.add_argument_group("the picture to draw over").add_argument
+    """Those of the scripts that draw over an image. strength: what it is if not given, in words."""
+    add = parser.add_argument_group("the image to draw over").add_argument
     add("--init-img", type=Path, metavar="FILE", help="PNG, JPEG, WebP, ..., upright as its EXIF data says")
     add("--strength", type=share, metavar="X", help=f"how much of it changes, 0 to 1 ({strength})")
     add("--resize", action="store_true", help="scale it so that its shorter side is that of the model's own size")
@@ -114,7 +114,7 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
     Whatever is wrong with options, input files or the output folder is found before torch is imported.
     """
     if args.from_png is not None and args.n_samples * args.n_iter != 1:
-        raise ValueError("--from-png makes one picture: leave out --n_samples and --n_iter")
+        raise ValueError("--from-png makes one image: leave out --n_samples and --n_iter")
     prompts = args.prompts if args.from_file is None else read_prompts(args.from_file)
     if args.classifier is not None and args.from_png is None and not any(prompts):
         raise ValueError("--classifier steers to classes: say by --class which")
@@ -187,7 +187,7 @@ def load(args: argparse.Namespace) -> "LatentDiffusion":
 def set_guide(model: "LatentDiffusion", args: argparse.Namespace) -> None:
     """Guidance besides the classifier-free one, as the options ask for it, written down among the model's changes."""
     from ldm.checkpoint.file import file_hash
-    from ldm.inference.guides import load_classifier, load_weak, make_guide
+    from ldm.inference.guiders import load_classifier, load_weak, make_guide
 
     weak = None if args.autoguide is None else load_weak(args.autoguide, model)
     teller = None if args.classifier is None else load_classifier(args.classifier, model)
@@ -212,7 +212,7 @@ def set_guide(model: "LatentDiffusion", args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """What the options say of a picture, by a Recipe's names; None where they say nothing."""
+    """What the options say of an image, by a Recipe's names; None where they say nothing."""
     settings = {name: getattr(args, name) for name in SETTINGS}
     return settings | {"interval": None if args.interval is None else tuple(args.interval)}
 
@@ -220,7 +220,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 def settings_over(
     original: Original, args: argparse.Namespace, model: "LatentDiffusion", made: Recipe | None = None
 ) -> dict[str, object]:
-    """What is to be said besides of a picture drawn over the original; size and strength are `made`'s if not given."""
+    """What is to be said besides of an image drawn over the original; size and strength are `made`'s if not given."""
     strength, size = args.strength, (args.width, args.height)
     if made is None and strength is None:
         strength = model.usual_strength(original.mask is not None)
@@ -238,7 +238,7 @@ def settings_over(
 def save(
     drawn: Iterable["Drawn"], output: OutputFolder, args: argparse.Namespace, recorder: "StripRecorder | None"
 ) -> None:
-    """Save each picture as soon as it is there, then the grid, and say where they are."""
+    """Save each image as soon as it is there, then the grid, and say where they are."""
     for_grid, text_of_first, saved = [], "", []
     for recipe, image, place in drawn:
         text = recipe.to_text()

@@ -29,7 +29,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--embedding", type=Path, action="append", default=[], metavar="FILE", help="learned words; repeatable"
     )
 
-    add = parser.add_argument_group("speed and memory (pictures stay the same but for rounding)").add_argument
+    add = parser.add_argument_group("speed and memory (images stay the same but for rounding)").add_argument
     add(
         "--precision",
         choices=PRECISIONS,
@@ -38,14 +38,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--attention", choices=("auto", "sdpa", "xformers", "math"), help="its kernel; math: plain, in float32 (auto)")
     add("--channels-last", action="store_true", help="another memory layout, which convolutions may prefer")
     add("--compile", action="store_true", help="torch.compile the UNet: a minute or more once, then faster steps")
-    add("--vae-slicing", action="store_true", help="encode and decode one picture at a time")
+    add("--vae-slicing", action="store_true", help="encode and decode one image at a time")
     add(
         "--vae-tiling",
         type=whole(1),
         nargs="?",
         const=128,
         metavar="SIDE",
-        help="encode and decode pictures of more than SIDE x SIDE (128) pixels in bands, in less memory, seamlessly",
+        help="encode and decode images of more than SIDE x SIDE (128) pixels in bands, in less memory, seamlessly",
     )
     add(
         "--offload",
@@ -85,11 +85,11 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     Raises FileNotFoundError and ValueError in words for the user.
     """
     import ldm
+    from ldm.inference.compile import channels_last, compile_unet
+    from ldm.inference.nan_check import watch
     from ldm.inference.offload import offload
     from ldm.inference.precision import set_precision
-    from ldm.inference.speed import channels_last, compile_unet
     from ldm.inference.tiling import slice_vae, tile_vae
-    from ldm.inference.watch import watch
     from ldm.models.kernels import set_attention
     from ldm.util import pick_device
 

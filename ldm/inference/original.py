@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ldm.data.pictures import open_picture, over
+from ldm.data.image_files import open_image, over
 from ldm.inference.recipe import Recipe
 
 
@@ -23,10 +23,10 @@ class Original:
         Raises FileNotFoundError, and ValueError naming the file for what is no picture or damaged, or a mask of another
         size.
         """
-        image = open_picture(path)
+        image = open_image(path)
         if mask_path is None:
             return cls(image)
-        mask = over(open_picture(mask_path), "white" if invert else "black").convert("L")
+        mask = over(open_image(mask_path), "white" if invert else "black").convert("L")
         if mask.size != image.size:
             raise ValueError(
                 f"the mask {mask_path} is {mask.width} x {mask.height} pixels and the picture {path} "

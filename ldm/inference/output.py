@@ -11,7 +11,7 @@ from ldm.inference.png import save_png
 
 
 class OutputFolder:
-    """A folder that pictures are saved in; made, and tried for writing, before any work is done.
+    """A folder that images are saved in; made, and tried for writing, before any work is done.
 
     Raises OSError with the folder and the reason if nothing can be written there.
     """
@@ -27,7 +27,7 @@ class OutputFolder:
         return self._save(image, text, self.path / "samples", "", 5)
 
     def save_grid(self, images: Sequence[Image.Image], columns: int, text: str) -> Path:
-        """grid-0000.png and on, carrying the text of its first picture and its own size; returns the path."""
+        """grid-0000.png and on, carrying the text of its first image and its own size; returns the path."""
         from ldm.images import image_grid  # here, because it imports torch
 
         columns = min(columns, len(images))
@@ -35,7 +35,7 @@ class OutputFolder:
         return self._save(image_grid(images, columns), f"{text}, Grid: {columns}x{rows}", self.path, "grid-", 4)
 
     def save_strip(self, image: Image.Image, text: str) -> Path:
-        """strip-0000.png and on, carrying the text of the picture it ends in; returns the path."""
+        """strip-0000.png and on, carrying the text of the image it ends in; returns the path."""
         return self._save(image, text, self.path, "strip-", 4)
 
     def _save(self, image: Image.Image, text: str, folder: Path, prefix: str, digits: int) -> Path:

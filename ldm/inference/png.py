@@ -9,9 +9,9 @@ CHUNK = "parameters"  # the text chunk that AUTOMATIC1111's web UI writes and th
 
 
 def save_png(image: Image.Image, path: Path, text: str) -> None:
-    """Write the picture with the text in its chunk `parameters`.
+    """Write the image with the text in its chunk `parameters`.
 
-    It is written under a temporary name and renamed, so that an interruption or a full disk leaves no half picture.
+    It is written under a temporary name and renamed, so that an interruption or a full disk leaves no half image.
     """
     info = PngImagePlugin.PngInfo()
     info.add_text(CHUNK, text)
@@ -31,7 +31,7 @@ def read_png_text(path: Path) -> str:
         try:
             text = Image.open(file, formats=["PNG"]).info.get(CHUNK)
         except (OSError, SyntaxError, ValueError, EOFError):  # what Pillow raises for files that are no whole PNG
-            raise ValueError(f"{path} is not a PNG picture, or is damaged") from None
+            raise ValueError(f"{path} is not a PNG image, or is damaged") from None
     if not isinstance(text, str):
         raise ValueError(f"{path} carries no text chunk {CHUNK!r}, so nothing says how it was made")
     return str(text)

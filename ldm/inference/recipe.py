@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a picture, and its form as text inside the PNG.
+"""A recipe: everything that decides an image, and its form as text inside the PNG.
 
 The text is that of AUTOMATIC1111's web UI in the PNG chunk `parameters`, so that its users' tools read it:
 
@@ -23,13 +23,13 @@ SETTING = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes one picture. Raises ValueError for a text that the PNG could not give back.
+    """What makes one image. Raises ValueError for a text that the PNG could not give back.
 
-    `index` is the picture's place in its run, whose first seed was `seed - index`. The last of a picture's bits depend
+    `index` is the image's place in its run, whose first seed was `seed - index`. The last of an image's bits depend
     on the shapes that it was computed in, so these are part of it: the size of its batch, its place there, how many
     different prompts the batch had, and which of those was its own.
 
-    `strength`, `init_hash` and `mask_hash` are of a picture drawn over another one (`original.Original`), and otherwise
+    `strength`, `init_hash` and `mask_hash` are of an image drawn over another one (`original.Original`), and otherwise
     None and "".
     """
 
@@ -107,7 +107,7 @@ class Recipe:
         prompt, _, negative = f"\n{body}".partition(f"\n{NEGATIVE}")
         settings = {key.strip(): _unquote(value) for key, value in SETTING.findall(line)}
         if "Grid" in settings:
-            raise ValueError(f"it is a grid of {settings['Grid']} pictures: give one of the pictures in samples/")
+            raise ValueError(f"it is a grid of {settings['Grid']} images: give one of the images in samples/")
         try:
             width, height = settings["Size"].split("x")
             low, high = settings.get("Guidance interval", "0 to inf").split(" to ")
@@ -141,7 +141,7 @@ class Recipe:
                 model_name=settings.get("Model", ""),
             )
         except KeyError as missing:
-            raise ValueError(f"it names no {missing.args[0]!r}, so the picture cannot be made again") from None
+            raise ValueError(f"it names no {missing.args[0]!r}, so the image cannot be made again") from None
         except ValueError as error:
             raise ValueError(f"its settings do not read ({error})") from None
 
@@ -167,7 +167,7 @@ def _unquote(value: str) -> str:
 def plan(
     first: Recipe, prompts: Sequence[str], per_prompt: int, batch_size: int, lengths: Sequence[int] | None = None
 ) -> list[Recipe]:
-    """The recipes of a run: all pictures of the first prompt, then of the next; picture k has seed `first.seed + k`.
+    """The recipes of a run: all images of the first prompt, then of the next; image k has seed `first.seed + k`.
 
     lengths: how many chunks each prompt makes, since a batch has prompts of one length (`ldm.batching`).
     """

@@ -1,14 +1,14 @@
-"""Decoding and encoding large pictures in little memory, with the result of doing it whole.
+"""Decoding and encoding large images in little memory, with the result of doing it whole.
 
 Tiles that are decoded apart show seams however far they overlap, because each group normalisation takes its mean and
 variance from the tile, and no blending hides that two tiles were normalised differently. Here the network is walked
 layer by layer instead, and each layer band by band (full-width strips of rows): a convolution sees the neighbours' rows
 that its kernel reaches into, a group normalisation the statistics of all bands together. Every value is then what it is
-in the whole picture but for the order of sums, and there is nothing to blend. What has the latents' size, the attention
+in the whole image but for the order of sums, and there is nothing to blend. What has the latents' size, the attention
 over all positions among it, is computed whole.
 
-The band bounds the activations on the device that computes, whatever the picture's size. The feature maps that wait
-between two layers, at most two of the picture's size, are kept on the CPU. Where the CPU computes, too, the peak falls
+The band bounds the activations on the device that computes, whatever the image's size. The feature maps that wait
+between two layers, at most two of the image's size, are kept on the CPU. Where the CPU computes, too, the peak falls
 by about half (Stable Diffusion's decoder at 512 x 512: from 0.9 to 0.44 GiB above the weights, in the same time).
 """
 
@@ -25,16 +25,16 @@ from ldm.models.autoencoder import Decoder, Encoder, ResnetBlock
 
 
 def slice_vae(model: LatentDiffusion) -> None:
-    """From now on the first stage takes one picture at a time, so that a batch needs no more memory than a picture."""
+    """From now on the first stage takes one image at a time, so that a batch needs no more memory than an image."""
     for coder in (model.first_stage_model.encoder, model.first_stage_model.decoder):
         coder.forward = partial(_one_by_one, coder)
 
 
 def tile_vae(model: LatentDiffusion, side: int = 128, store: str | torch.device = "cpu") -> None:
-    """From now on the first stage takes one picture at a time, and large ones in bands of at most about side^2 pixels.
+    """From now on the first stage takes one image at a time, and large ones in bands of at most about side^2 pixels.
 
     store: the device on which feature maps wait. Stable Diffusion's decoder needs 1 KiB there for each pixel of the
-    picture (two maps of 128 channels, or one of 256, in float32): 0.25 GiB at 512 x 512.
+    image (two maps of 128 channels, or one of 256, in float32): 0.25 GiB at 512 x 512.
     Raises ValueError for a side that is smaller than one latent.
     """
     if side < model.downsampling:
@@ -44,19 +44,19 @@ def tile_vae(model: LatentDiffusion, side: int = 128, store: str | torch.device 
 
 
 def _one_by_one(coder: Encoder | Decoder | nn.Identity, x: Tensor) -> Tensor:
-    """What `coder` gives for x (b, ...), picture by picture."""
-    return torch.cat([type(coder).forward(coder, picture) for picture in x.split(1)])
+    """What `coder` gives for x (b, ...), image by image."""
+    return torch.cat([type(coder).forward(coder, image) for image in x.split(1)])
 
 
 def _tiled(coder: Encoder | Decoder | nn.Identity, f: int, side: int, store: torch.device, x: Tensor) -> Tensor:
-    """What `coder` gives for x (b, ...), picture by picture, large ones in bands; pixels have no maps to cut."""
+    """What `coder` gives for x (b, ...), image by image, large ones in bands; pixels have no maps to cut."""
     encodes = isinstance(coder, Encoder)
     height, width = (size if encodes else size * f for size in x.shape[-2:])  # pixels
     if height * width <= side * side or height % f or width % f or isinstance(coder, nn.Identity):
         return _one_by_one(coder, x)
     latents = max(1, side * side // (width * f))  # rows of latents in a band
     if encodes:
-        return torch.cat([_encode(coder, picture, latents * f, store) for picture in x.split(1)])
+        return torch.cat([_encode(coder, image, latents * f, store) for image in x.split(1)])
     return torch.cat([_decode(coder, z, latents, store) for z in x.split(1)])
 
 
@@ -146,7 +146,7 @@ class _Bands:
         return torch.cat(self.bands, dim=2).to(self.device)
 
     def windows(self, halo: int) -> Iterator[tuple[int, _Window]]:
-        """Each band with `halo` rows of its neighbours; at the edges of the picture, where layers pad, with none.
+        """Each band with `halo` rows of its neighbours; at the edges of the image, where layers pad, with none.
 
         A band that was given may be replaced at once: what the next one needs of it has been kept.
         """

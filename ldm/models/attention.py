@@ -60,7 +60,7 @@ class CrossAttention(nn.Module):
         """x (b, n, query_dim), context (b, m, context_dim); mask (b, m), boolean, True where a token may be seen."""
         context = x if context is None else context
         b, n, _ = x.shape
-        # views, not einops: this is called thousands of times per picture, and they take a third of the time
+        # views, not einops: this is called thousands of times per image, and they take a third of the time
         q = self.to_q(x).view(b, n, self.heads, -1).transpose(1, 2)  # (b, h, n, d)
         k = self.to_k(context).view(b, context.shape[1], self.heads, -1).transpose(1, 2)  # (b, h, m, d)
         v = self.to_v(context).view(b, context.shape[1], self.heads, -1).transpose(1, 2)  # (b, h, m, d)

@@ -130,7 +130,7 @@ class Encoder(nn.Module):
     """Pixels (b, in_channels, h, w) -> (b, 2 z_channels, h / f, w / f) with f = 2^(len(ch_mult) - 1).
 
     The arguments are a CompVis `ddconfig`, which Encoder and Decoder share, so each takes some that only the other
-    uses. `ch_mult` gives each level's width in units of `ch`; `resolution`, the pictures' height, only says where
+    uses. `ch_mult` gives each level's width in units of `ch`; `resolution`, the images' height, only says where
     `attn_resolutions` (heights of feature maps) lie; `double_z` doubles the output for means and log variances;
     `norm_groups` must divide every width.
     """

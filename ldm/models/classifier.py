@@ -1,7 +1,7 @@
-"""The two small networks that measure pictures of digits; neither is shared with a generator.
+"""The two small networks that measure images of digits; neither is shared with a generator.
 
 `Judge` names the digit. `FeatureNetwork` is of another design and trained apart from it, so that the Fréchet distance
-and the precision and recall measured in its features do not repeat the judge's mistakes. Both take pictures in [-1,
+and the precision and recall measured in its features do not repeat the judge's mistakes. Both take images in [-1,
 1] and look at the inner 28 x 28 only, or are made for another `size`. In half precision each stays under 1 MB.
 """
 
@@ -13,10 +13,10 @@ PADDING = 2
 
 
 def inner(images: Tensor, size: int = INNER) -> Tensor:
-    """Central `size` x `size` part of pictures (..., h, w); a picture of that size passes as it is.
+    """Central `size` x `size` part of images (..., h, w); an image of that size passes as it is.
 
     Raises:
-        ValueError: the pictures are smaller than `size`, lie off centre by half a pixel, or have more than the padding
+        ValueError: the images are smaller than `size`, lie off centre by half a pixel, or have more than the padding
             around that part: theirs are larger digits.
     """
     height, width = images.shape[-2:]
@@ -24,7 +24,7 @@ def inner(images: Tensor, size: int = INNER) -> Tensor:
     if any(extra not in range(0, 2 * PADDING + 1, 2) for extra in (height - size, width - size)):
         padded = size + 2 * PADDING
         raise ValueError(
-            f"pictures of {height} x {width} have no central {size} x {size} part: "
+            f"images of {height} x {width} have no central {size} x {size} part: "
             f"give {size} x {size} or {padded} x {padded}"
         )
     return images[..., top : top + size, left : left + size]
@@ -54,7 +54,7 @@ class Judge(nn.Module):
     Args:
         widths: channels at 28, 14 and 7 pixels.
         classes: number of classes.
-        in_channels: channels of the pictures.
+        in_channels: channels of the images.
         size: of the part that it looks at, in place of 28; halving rounds down.
     """
 
@@ -76,14 +76,14 @@ class Judge(nn.Module):
         self.head = nn.Linear(third, classes)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> features at 28, 14 and 7 pixels: a perceptual distance's."""
+        """Images (b, c, 28 or 32, same) in [-1, 1] -> features at 28, 14 and 7 pixels: a perceptual distance's."""
         fine = F.relu(self.stem(inner(images, self.size)))  # (b, widths[0], 28, 28)
         middle = self.block1(F.relu(self.down1(F.max_pool2d(fine, 2))))  # (b, widths[1], 14, 14)
         coarse = self.block2(F.relu(self.down2(F.max_pool2d(middle, 2))))  # (b, widths[2], 7, 7)
         return [fine, middle, coarse]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
+        """Images (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
         return self.head(self.maps(images)[-1].amax(dim=(2, 3)))  # (b, widths[2]) -> (b, classes)
 
 
@@ -91,14 +91,14 @@ class FeatureNetwork(nn.Module):
     """LeNet-like network whose penultimate layer is the space that distances are measured in.
 
     The features are the output of a batch normalisation without gain, before the activation: each has unit variance on
-    the training pictures and none can be dead (of 128 features behind a ReLU, 37 were). Max pooling leaves the distance
+    the training images and none can be dead (of 128 features behind a ReLU, 37 were). Max pooling leaves the distance
     a third as sensitive to faint background noise as average pooling does.
 
     Args:
         widths: channels of the two 5 x 5 convolutions, at 28 and at 14 pixels.
         features: number of features.
         classes: number of classes.
-        in_channels: channels of the pictures.
+        in_channels: channels of the images.
         size: of the part that it looks at, in place of 28.
     """
 
@@ -120,11 +120,11 @@ class FeatureNetwork(nn.Module):
         self.head = nn.Linear(features, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> features (b, d)."""
+        """Images (b, c, 28 or 32, same) in [-1, 1] -> features (b, d)."""
         x = F.max_pool2d(F.gelu(self.conv1(inner(images, self.size))), 2)  # (b, widths[0], 14, 14)
         x = F.max_pool2d(F.gelu(self.conv2(x)), 2)  # (b, widths[1], 7, 7)
         return self.norm(self.project(x.flatten(1)))  # (b, widths[1] * 49) -> (b, d)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pictures (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
+        """Images (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
         return self.head(F.gelu(self.features(images)))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class NLayerDiscriminator(nn.Module):
-    """Judges overlapping patches of pictures: (b, input_nc, h, w) -> logits (b, 1, about h / 2^n_layers, ...).
+    """Judges overlapping patches of images: (b, input_nc, h, w) -> logits (b, 1, about h / 2^n_layers, ...).
 
     `ndf` is the first layer's width; it doubles with every layer, up to 8 ndf. All convolutions are 4x4, padded by
     1; the last two have stride 1, the others 2. Weights start as N(0, 0.02), as in DCGAN (Radford et al. 2016).

@@ -57,7 +57,7 @@ class DiagonalGaussianDistribution(AbstractDistribution):
         return self.mean
 
     def kl(self, other: "DiagonalGaussianDistribution | None" = None) -> Tensor:
-        """KL(self || other), or from the standard normal, in nats, summed per picture: (b,)."""
+        """KL(self || other), or from the standard normal, in nats, summed per image: (b,)."""
         if self.deterministic:
             return self.mean.new_zeros(len(self.mean))
         if other is None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 class IdentityFirstStage(nn.Module):
     """Pixels are the latents, so that everything written for latents serves pixels, too. It has no parameters.
 
-    channels: of a picture.
+    channels: of an image.
     """
 
     def __init__(self, channels: int) -> None:

@@ -22,7 +22,7 @@ class LinearAttentionBlock(nn.Module):
     """Linear self-attention over the positions of a feature map (b, c, h, w), added to it; otherwise `AttentionBlock`.
 
     num_head_channels: the width of one head, or -1 for `num_heads` of them. memory: learned keys and values that every
-    picture has besides its own positions. What the heads found, which is small, is brought to unit mean square at each
+    image has besides its own positions. What the heads found, which is small, is brought to unit mean square at each
     position before the projection out, which starts at zero.
     Raises ValueError when the heads do not divide the channels, or for a memory below 0.
     """

@@ -1,4 +1,4 @@
-"""A distance between pictures as a small frozen network sees them (Zhang et al. 2018, eq. 1, without weights)."""
+"""A distance between images as a small frozen network sees them (Zhang et al. 2018, eq. 1, without weights)."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""The judge and the feature network of the evaluation: classifiers of labelled pictures, bent a little every time."""
+"""The judge and the feature network of the evaluation: classifiers of labelled images, bent a little every time."""
 
 import math
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ CALIBRATION_PICTURES = 10_000  # enough for means and variances to a percent
 
 
 class ClassifierStage(Stage):
-    """Cross-entropy on affinely bent pictures.
+    """Cross-entropy on affinely bent images.
 
     Args:
-        network: `{"target", "params"}` of a classifier, pictures (b, c, h, w) in [-1, 1] -> logits (b, classes).
+        network: `{"target", "params"}` of a classifier, images (b, c, h, w) in [-1, 1] -> logits (b, classes).
         learning_rate: of AdamW.
         weight_decay: of AdamW.
         label_smoothing: probability spread over all classes (Szegedy et al. 2016, section 7).
@@ -70,14 +70,14 @@ class ClassifierStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """Training pictures in the order of the class they are given, the surest of each class first."""
+        """Training images in the order of the class they are given, the surest of each class first."""
         images = self.shown.to(next(self.model.parameters()).device)
         sureness, given = self.model(images).float().softmax(dim=1).max(dim=1)
         return to_pil(images[torch.argsort(given - sureness / 2)])
 
     @torch.no_grad()
     def finish(self, dataset: Dataset) -> None:
-        """Measure all batch statistics anew: on straight pictures, and for the averaged weights."""
+        """Measure all batch statistics anew: on straight images, and for the averaged weights."""
         norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         kept = [norm.momentum for norm in norms]
         for norm in norms:
@@ -97,11 +97,11 @@ class ClassifierStage(Stage):
 
 
 def random_affine(images: Tensor, rotation: float, shear: float, scale: float, shift: float) -> Tensor:
-    """Each of pictures (b, c, h, w) in [-1, 1] rotated, sheared, scaled and shifted at random on a background of -1.
+    """Each of images (b, c, h, w) in [-1, 1] rotated, sheared, scaled and shifted at random on a background of -1.
 
     Bilinear. Each amount is uniform between its bounds either way: rotation in degrees, shear and scale (each axis)
     as ratios, shift in pixels (each axis). Draws 6 b numbers from torch's random state on the CPU, whatever the
-    pictures' device.
+    images' device.
     """
     size = images.new_tensor([images.shape[3], images.shape[2]])  # (w, h), as grid_sample orders its axes
     bounds = torch.tensor([math.radians(rotation), shear, scale, scale, shift, shift])

@@ -27,7 +27,7 @@ class CLIPStage(Stage):
         width, layers, heads, context_length, projection_dim: of the text tower.
         vision: open_clip's vision_cfg, with the data's image_size.
         merges_first: how many of CLIP's byte-pair merges to keep besides those that the captions need.
-        agreement: weight of captions that are wholly true of a picture (label and stated style), beside weight 1 of
+        agreement: weight of captions that are wholly true of an image (label and stated style), beside weight 1 of
             those that only name its label.
     """
 
@@ -74,7 +74,7 @@ class CLIPStage(Stage):
 
     def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         images, texts, scale = self._embed(batch)
-        logits = scale.clamp(max=100.0) * images @ texts.T  # (pictures, captions)
+        logits = scale.clamp(max=100.0) * images @ texts.T  # (images, captions)
         true = self.positives(batch).to(logits.device)
         rows = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
         columns = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
@@ -89,7 +89,7 @@ class CLIPStage(Stage):
         return images.float(), texts.float(), scale.float()
 
     def positives(self, batch: Mapping[str, Any]) -> Tensor:
-        """How true caption j is of picture i, (b, b): 0, 1 (its label) or `agreement` (everything it says)."""
+        """How true caption j is of image i, (b, b): 0, 1 (its label) or `agreement` (everything it says)."""
         if "label" not in batch:
             captions = batch["caption"]
             return torch.tensor([[float(a == b) for b in captions] for a in captions])
@@ -100,7 +100,7 @@ class CLIPStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """For each of a few captions (rows), the pictures closest to it."""
+        """For each of a few captions (rows), the images closest to it."""
         batch = {
             "image": torch.stack([sample["image"] for sample in self.shown]).to(self.clip.logit_scale.device),
             "caption": [sample["caption"] for sample in self.shown],

@@ -19,7 +19,7 @@ from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.stage import Stage, adamw, timestep_settings
 from ldm.util import call_with
 
-LEFT_OVER = 0.05  # of the picture at the last level, from which on drawing notices that it starts from pure noise
+LEFT_OVER = 0.05  # of the image at the last level, from which on drawing notices that it starts from pure noise
 
 
 class DenoisingStage(Stage):
@@ -68,7 +68,7 @@ class DenoisingStage(Stage):
         size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
         state = self.model.training
         try:
-            with torch.no_grad():  # and without batch statistics, which want more than one picture
+            with torch.no_grad():  # and without batch statistics, which want more than one image
                 denoise = self.eval().latent_diffusion.denoiser([0])
                 denoise(torch.zeros(1, *size), 1.0, self.told_last())
         except (RuntimeError, AssertionError, IndexError) as error:
@@ -125,16 +125,16 @@ def check_share(name: str, value: float) -> float:
 
 
 def warn_of_left_over(schedule: Schedule) -> None:
-    """Say on stderr when the schedule's last level is far from pure noise, from which every picture is drawn.
+    """Say on stderr when the schedule's last level is far from pure noise, from which every image is drawn.
 
     Training then never shows a network what it starts from (Lin et al. 2024, section 3.1): betas from 1e-4 to 0.02 over
-    300 steps, say, leave sqrt(alpha-bar) = 0.22 of the picture.
+    300 steps, say, leave sqrt(alpha-bar) = 0.22 of the image.
     """
     left = math.sqrt(schedule.alphas_cumprod[-1])
     if left > LEFT_OVER:
         print(
-            f"note: at its last level, {schedule.T - 1}, this schedule leaves {left:.3f} of the picture "
-            "(sqrt(alpha-bar)), and pictures are drawn from noise alone: more steps or larger betas would take it "
+            f"note: at its last level, {schedule.T - 1}, this schedule leaves {left:.3f} of the image "
+            "(sqrt(alpha-bar)), and images are drawn from noise alone: more steps or larger betas would take it "
             "away, or zero_terminal_snr with prediction v or x0",
             file=sys.stderr,
         )

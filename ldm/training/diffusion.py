@@ -21,7 +21,7 @@ class DiffusionStage(DenoisingStage):
         learning_rate: of AdamW.
         schedule, prediction, defaults: of `LatentDiffusion`.
         caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
-        cache_latents: encode the data set once; only for data sets that show every picture always alike.
+        cache_latents: encode the data set once; only for data sets that show every image always alike.
         betas, weight_decay, timesteps, preview_prompts, preview_columns, noise: of `DenoisingStage`.
     """
 
@@ -56,7 +56,7 @@ class DiffusionStage(DenoisingStage):
         """Measure the scale factor (1 / deviation of the latents) and cache the latents' mean and deviation."""
         if self.cache_latents and getattr(dataset, "augments", False):
             raise ValueError(
-                f"{type(dataset).__name__} crops or mirrors its pictures anew in every epoch, so that their latents "
+                f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so that their latents "
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
         self.to(device)
@@ -84,7 +84,7 @@ class DiffusionStage(DenoisingStage):
 
 
 class LatentDataset(Dataset):
-    """A data set with its pictures replaced by the mean and standard deviation of their latents, (z, h, w) each."""
+    """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each."""
 
     def __init__(self, dataset: Dataset, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
         self.dataset, self.mean, self.std = dataset, mean, std
@@ -100,7 +100,7 @@ class LatentDataset(Dataset):
         return [{"caption": self._caption(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
 
     def _caption(self, index: int) -> str:
-        """A data set of ours tells a caption without reading the picture; any other has it in its samples."""
+        """A data set of ours tells a caption without reading the image; any other has it in its samples."""
         if hasattr(self.dataset, "caption"):
             return self.dataset.caption(index).text
         return self.dataset[index]["caption"]

@@ -1,6 +1,6 @@
 """Exponential moving average of weights, with warm-up."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -59,46 +59,3 @@ class EMA:
         self.updates = state["updates"]
         for name, average in self.shadow.items():
             average.copy_(state["shadow"][name])
-
-
-class LitEma(nn.Module):
-    """The averages as CompVis's checkpoints hold them: buffers whose names lack the dots, in the weights' own dtype."""
-
-    def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
-        super().__init__()
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be from 0 to 1, got {decay}")
-        live = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.m_name2s_name = {name: name.replace(".", "") for name in live}
-        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
-        self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int))
-        for name, p in live.items():
-            self.register_buffer(self.m_name2s_name[name], p.detach().clone())
-
-    def reset_num_updates(self) -> None:
-        self.num_updates.zero_()
-
-    @torch.no_grad()
-    def forward(self, model: nn.Module) -> None:
-        """shadow <- shadow - (1 - d) (shadow - live), d = `ema_decay` of the number of updates."""
-        decay = self.decay
-        if self.num_updates >= 0:
-            self.num_updates += 1
-            decay = ema_decay(self.num_updates, self.decay)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                shadow = getattr(self, self.m_name2s_name[name])
-                shadow.sub_((1 - decay) * (shadow - p))
-
-    def copy_to(self, model: nn.Module) -> None:
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.data.copy_(getattr(self, self.m_name2s_name[name]))
-
-    def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep a copy, for `restore`."""
-        self.collected_params = [p.detach().clone() for p in parameters]
-
-    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
-        for kept, p in zip(self.collected_params, parameters, strict=True):
-            p.data.copy_(kept)

@@ -234,7 +234,7 @@ def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequen
 
 @torch.no_grad()
 def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
-    """Write the averaged weights' pictures, in eval mode."""
+    """Write the averaged weights' images, in eval mode."""
     with average.applied():
         stage.eval()
         folder.preview(step, stage.preview(), stage.preview_columns)

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 class EpochBatches(Sampler):
     """Index batches of one epoch, shuffled by (seed, epoch), from number `start`; the ragged last batch is dropped.
 
-    With several processes, `batch_size` counts pictures per process, and each takes its own part of every global batch.
+    With several processes, `batch_size` counts images per process, and each takes its own part of every global batch.
 
-    groups: what a picture has in common with all of its batch (its shape, say); None: nothing. Each group's ragged last
+    groups: what an image has in common with all of its batch (its shape, say); None: nothing. Each group's ragged last
     batch is dropped. Raises ValueError where a whole group would be.
     """
 
@@ -32,7 +32,7 @@ class EpochBatches(Sampler):
         least = min(self.counts.values(), default=0)
         if least < self.whole:
             of = "" if groups is None else " of one shape"
-            raise ValueError(f"the data set has {least} pictures{of}, fewer than one batch of {self.whole}")
+            raise ValueError(f"the data set has {least} images{of}, fewer than one batch of {self.whole}")
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Training of diffusion in pixels: of classes, or of pictures alone."""
+"""Training of diffusion in pixels: of classes, or of images alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ class PixelDiffusionStage(DenoisingStage):
         weight: arguments of `loss_weight`, `{"name": "min_snr"}` say.
         bound_weight: of the variational bound, where the model learns the variance (Nichol & Dhariwal 2021, eq. 16).
         betas, weight_decay, timesteps, noise, preview_columns: of `DenoisingStage`.
-        previews: how many pictures previews draw; of each class in turn, where there are classes.
+        previews: how many images previews draw; of each class in turn, where there are classes.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PixelDiffusionStage(DenoisingStage):
         size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
         if tuple(sample["image"].shape) != size:
             raise ValueError(
-                f"the pictures of {type(dataset).__name__} are {tuple(sample['image'].shape)} and the model's, by its "
+                f"the images of {type(dataset).__name__} are {tuple(sample['image'].shape)} and the model's, by its "
                 f"channels and its defaults' height and width, {size}: make them equal"
             )
         if whole.cond_stage_model is not None and "label" not in sample:

@@ -16,5 +16,5 @@ def processes(device: str) -> "PartialState":
     """
     from accelerate import PartialState
 
-    # Drawing a large model's class pictures, for which the others wait, takes longer than torch's usual patience.
+    # Drawing a large model's class images, for which the others wait, takes longer than torch's usual patience.
     return PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(hours=12))

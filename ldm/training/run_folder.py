@@ -114,7 +114,7 @@ class RunFolder:
                 self._writer(step).add_scalar(name, value, step)
 
     def preview(self, step: int, images: list[Image.Image], columns: int) -> None:
-        """The pictures on a grid, as a PNG and in TensorBoard."""
+        """The images on a grid, as a PNG and in TensorBoard."""
         if not self.writes:
             return
         path = self.path / "previews" / f"{step:06d}.png"

@@ -29,7 +29,7 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     def preview(self) -> list[Image.Image]:
-        """Pictures that show what has been learnt, `preview_columns` to a row."""
+        """Images that show what has been learnt, `preview_columns` to a row."""
         raise NotImplementedError
 
     def finish(self, dataset: Dataset) -> None:

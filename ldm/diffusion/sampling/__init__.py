@@ -83,7 +83,7 @@ def invert(denoise: BoundDenoise, x: Tensor, sigmas: Tensor | Sequence[float], c
     step's lower end, that of sigma 0 at its upper end; each correction predicts it anew at the upper end as found so
     far, which is a fixed-point iteration to the exact inverse of the step. Evaluates 1 + corrections times a step.
 
-    sigmas: as for `sample`, descending. x: (b, ...) at level sigmas[-1]; a picture's latents where that is about 0.
+    sigmas: as for `sample`, descending. x: (b, ...) at level sigmas[-1]; an image's latents where that is about 0.
     """
     x = _wide(x)
     for index, (sigma, sigma_next) in enumerate(pairwise(reversed(_levels(sigmas)))):

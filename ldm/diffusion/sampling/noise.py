@@ -1,4 +1,4 @@
-"""Reproducible noise: one generator per picture."""
+"""Reproducible noise: one generator per image."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-class PictureNoise:
-    """Calling it draws unit normal noise, float32 (b, *shape) on the CPU, picture i's from a CPU generator of its own.
+class SeededNoise:
+    """Calling it draws unit normal noise, float32 (b, *shape) on the CPU, image i's from a CPU generator of its own.
 
-    So a picture's noise depends on its seed and on how often noise was drawn, and on neither the batch nor the device.
+    So an image's noise depends on its seed and on how often noise was drawn, and on neither the batch nor the device.
     Draw the start first, then let the sampler draw each step's.
 
-    seeds: b seeds, from 0 to 2^64 - 1. shape: of one picture, (c, h, w). Raises ValueError for a seed out of range.
+    seeds: b seeds, from 0 to 2^64 - 1. shape: of one image, (c, h, w). Raises ValueError for a seed out of range.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]):

@@ -22,7 +22,7 @@ NORM_EPS = 1e-8
 class Generator(nn.Module):
     """x0' = G(x_t, t, z): a UNet whose embedded time has the mapped z, and the class if there is one, added to it.
 
-    As in the paper (appendix C) z is normalised and mapped by a small perceptron, and the picture goes through a tanh.
+    As in the paper (appendix C) z is normalised and mapped by a small perceptron, and the image goes through a tanh.
     There z alone scales and shifts the features and the time is added to them; here both do what the UNet's
     `use_scale_shift_norm` says.
 
@@ -78,7 +78,7 @@ class Discriminator(nn.Module):
     logit (Miyato & Koyama 2018, eq. 3).
 
     Args:
-        in_channels: of a picture.
+        in_channels: of an image.
         width: of the first residual block.
         channel_mult: width of each residual block in units of it; all but the first halve height and width.
         time_channels: width of the embedded time.
@@ -152,7 +152,7 @@ def _keep_variance(module: nn.Module) -> None:
     """Weights of variance 1 / fan (Glorot & Bengio 2010, eq. 16), as in the paper's code, and no biases.
 
     PyTorch's own weights have a third of it, which a network without normalisation multiplies from layer to layer: the
-    logit then hardly depends on the pictures, and the generator runs away from the judge.
+    logit then hardly depends on the images, and the generator runs away from the judge.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -166,9 +166,9 @@ def pixel_norm(z: Tensor) -> Tensor:
 
 
 def batch_deviation(h: Tensor) -> Tensor:
-    """How much the pictures of a batch differ: the mean deviation of all features as one more, (b, 1, h, w).
+    """How much the images of a batch differ: the mean deviation of all features as one more, (b, 1, h, w).
 
-    A generator whose pictures are all alike gives itself away by it (Karras et al. 2018, section 3).
+    A generator whose images are all alike gives itself away by it (Karras et al. 2018, section 3).
     """
     deviation = (h.float().var(dim=0, unbiased=False) + NORM_EPS).sqrt().mean()
     return deviation.to(h.dtype).expand(len(h), 1, *h.shape[2:])
@@ -186,6 +186,6 @@ def r1_penalty(logits: Tensor, before: Tensor) -> Tensor:
 def check_classes(classes: int | None, y: Tensor | None) -> bool:
     """Whether there are classes. ValueError when y is missing or not expected."""
     if (classes is None) != (y is None):
-        state = "needs y, the class of each picture" if y is None else "takes no y"
+        state = "needs y, the class of each image" if y is None else "takes no y"
         raise ValueError(f"a network with classes {classes} {state}")
     return classes is not None

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Denoise, make_denoiser
-from ldm.diffusion.sampling.noise import PictureNoise
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
 
 
 class DenoisingGAN(PixelDiffusion):
-    """A `PixelDiffusion` that predicts x0 by a network that takes a latent, `ldm.models.ddgan.Generator`.
+    """A `PixelDiffusion` that predicts x0 by a network that takes a latent, `ldm.optional.ddgan.Generator`.
 
     Args: as there; the schedule is the paper's, four steps of the VP SDE, unless another is given.
     """
 
-    target = "ldm.denoising_gan.DenoisingGAN"
+    target = "ldm.optional.denoising_gan.DenoisingGAN"
 
     def __init__(
         self,
@@ -39,19 +39,19 @@ class DenoisingGAN(PixelDiffusion):
             del self.config[fixed]
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning, z: Tensor | None = None) -> Tensor:
-        """x0' (b, c, h, w) for noised pictures x at timesteps t (b,); z (b, latent_dim), by default drawn anew."""
+        """x0' (b, c, h, w) for noised images x at timesteps t (b,); z (b, latent_dim), by default drawn anew."""
         if z is None:
             z = torch.randn(len(x), self.model.diffusion_model.latent_dim, device=x.device)
         return self.model(x, t, **cond, z=z)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
-        """As everywhere, with a fresh z at each call: picture i's from seeds[i] alone, or all from torch's own state.
+        """As everywhere, with a fresh z at each call: image i's from seeds[i] alone, or all from torch's own state.
 
-        Where guidance asks for the same pictures under several conditionings at once, each gets its z in all of them.
+        Where guidance asks for the same images under several conditionings at once, each gets its z in all of them.
         """
         noise = None
         if seeds is not None:
-            noise = PictureNoise([latent_seed(seed) for seed in seeds], (self.model.diffusion_model.latent_dim,))
+            noise = SeededNoise([latent_seed(seed) for seed in seeds], (self.model.diffusion_model.latent_dim,))
 
         def network(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             if noise is None:
@@ -63,5 +63,5 @@ class DenoisingGAN(PixelDiffusion):
 
 
 def latent_seed(seed: int) -> int:
-    """The seed of a picture's latents: another stream than that of its noise, which has its seed itself."""
+    """The seed of an image's latents: another stream than that of its noise, which has its seed itself."""
     return int.from_bytes(hashlib.sha256(f"latent {seed}".encode()).digest()[:8], "big")

@@ -8,22 +8,22 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from ldm.data.pictures import SUFFIXES, read_picture
+from ldm.data.image_files import SUFFIXES, read_image
 from ldm.finetune.textual_inversion import FRAMES
 
-per_img_token_list = list("אבגדהוזחטיכלמנסעפצקרשת")  # a word for what is peculiar to each picture
-PAIRS = ("a photo of a {} with {}", "a picture of the {} with {}", "an image of the {} with {}", "a {} with {}")
+per_img_token_list = list("אבגדהוזחטיכלמנסעפצקרשת")  # a word for what is peculiar to each image
+PAIRS = ("a photo of a {} with {}", "an image of the {} with {}", "an image of the {} with {}", "a {} with {}")
 
 
 class PersonalizedBase(Dataset):
-    """Pictures of one subject, which captions call `placeholder_token`: {"image": (h, w, 3) in [-1, 1], "caption"}.
+    """Images of one subject, which captions call `placeholder_token`: {"image": (h, w, 3) in [-1, 1], "caption"}.
 
-    data_root: a folder of pictures. size: of the square that they are resized to, distorted where they are none, or cut
+    data_root: a folder of images. size: of the square that they are resized to, distorted where they are none, or cut
     out of the middle with center_crop. repeats: how often an epoch of `set` "train" has each. flip_p: share that is
     mirrored. coarse_class_text: what the subject is, said before its name.
-    per_image_tokens: a share `mixing_prob` of the captions also names what is peculiar to the picture.
+    per_image_tokens: a share `mixing_prob` of the captions also names what is peculiar to the image.
 
-    Raises ValueError for a folder without pictures, more of them than there are words for, or unknown interpolation.
+    Raises ValueError for a folder without images, more of them than there are words for, or unknown interpolation.
     """
 
     frames = FRAMES["object"]
@@ -39,9 +39,9 @@ class PersonalizedBase(Dataset):
         self.image_paths = [path for path in found if path.suffix.lower() in SUFFIXES]
         self.num_images = len(self.image_paths)
         if self.num_images == 0:
-            raise ValueError(f"data_root {data_root!r} is no folder with pictures in it")
+            raise ValueError(f"data_root {data_root!r} is no folder with images in it")
         if per_image_tokens and self.num_images > len(per_img_token_list):
-            raise ValueError(f"per_image_tokens has {len(per_img_token_list)} words, for {self.num_images} pictures")
+            raise ValueError(f"per_image_tokens has {len(per_img_token_list)} words, for {self.num_images} images")
         if interpolation.upper() not in Image.Resampling.__members__:
             raise ValueError(f"interpolation {interpolation!r} is none of Pillow's: use bicubic, bilinear or lanczos")
         self.interpolation = Image.Resampling[interpolation.upper()]
@@ -55,16 +55,16 @@ class PersonalizedBase(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < len(self):
-            raise IndexError(f"picture {i} of {len(self)}")
+            raise IndexError(f"image {i} of {len(self)}")
         i %= self.num_images
-        picture = read_picture(self.image_paths[i])
+        image = read_image(self.image_paths[i])
         if self.center_crop:
-            picture = ImageOps.fit(picture, (min(picture.size),) * 2, self.interpolation)
+            image = ImageOps.fit(image, (min(image.size),) * 2, self.interpolation)
         if self.size is not None:
-            picture = picture.resize((self.size, self.size), self.interpolation)
+            image = image.resize((self.size, self.size), self.interpolation)
         if random.random() < self.flip_p:
-            picture = ImageOps.mirror(picture)
-        return {"image": (np.asarray(picture) / 127.5 - 1).astype(np.float32), "caption": self._caption(i)}
+            image = ImageOps.mirror(image)
+        return {"image": (np.asarray(image) / 127.5 - 1).astype(np.float32), "caption": self._caption(i)}
 
     def _caption(self, i: int) -> str:
         if self.per_image_tokens and random.random() < self.mixing_prob:

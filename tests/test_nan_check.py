@@ -1,4 +1,4 @@
-"""A picture that is not finite: the module it came from is named, and a healthy model pays nothing."""
+"""An image that is not finite: the module it came from is named, and a healthy model pays nothing."""
 
 import copy
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ldm.inference.speed import compile_unet
+from ldm.inference.compile import compile_unet
+from ldm.inference.nan_check import watch
 from ldm.inference.tiling import tile_vae
-from ldm.inference.watch import watch
 
 UNET = "model.diffusion_model"
 
@@ -28,10 +28,8 @@ def complaint(model, **settings) -> str:
         model.generate(["a one", "a two"], **{"steps": 3, **settings})
     assert hooks(model) == 0
     sentence = str(error.value)
-    assert "\n" not in sentence and sentence.startswith(
-        "the picture is not finite (NaN or infinity), and that began in"
-    )
-    return sentence.removeprefix("the picture is not finite (NaN or infinity), and that began in ")
+    assert "\n" not in sentence and sentence.startswith("the image is not finite (NaN or infinity), and that began in")
+    return sentence.removeprefix("the image is not finite (NaN or infinity), and that began in ")
 
 
 def test_a_healthy_model_draws_the_same_and_is_looked_at_once(model, tiny_model, monkeypatch):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.file import atomic
+from ldm.compvis.personalized import per_img_token_list
 from ldm.finetune.embedding_files import TABLE, read_table
-from ldm.finetune.personalized import per_img_token_list
 
 PROGRESSIVE_SCALE = 2000  # calls in training after which progressive words are one vector longer
 

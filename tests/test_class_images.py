@@ -1,11 +1,11 @@
-"""Class pictures: the same from the same model, prompt and size, whatever the batch; and only those are taken again."""
+"""Class images: the same from the same model, prompt and size, whatever the batch; and only those are taken again."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import ldm
-from ldm.inference.class_pictures import Class, Share, collect, draw_class_pictures, users_pictures
+from ldm.inference.class_images import Class, Share, collect, draw_class_images, users_images
 from ldm.inference.png import read_png_text
 from ldm.inference.recipe import Recipe
 
@@ -20,18 +20,18 @@ def pixels(path):
 
 
 def draw(model, folder, count, batch_size, prompt="a five", size=32, scale=1.0):
-    """Names of the pictures of one share."""
-    (names,) = draw_class_pictures(model, [Share(folder, prompt, count)], size, scale, batch_size)
+    """Names of the images of one share."""
+    (names,) = draw_class_images(model, [Share(folder, prompt, count)], size, scale, batch_size)
     return names
 
 
 def take(model, *classes, known=(), usual=3):
-    """The pictures and captions of classes, given as arguments of `Class`."""
+    """The images and captions of classes, given as arguments of `Class`."""
     return collect(model, [Class(*one) for one in classes], usual, 32, 1.0, batch_size=2, known=known)
 
 
-def test_one_seed_per_picture_in_any_batch(model, tmp_path):
-    """Pictures of another batch size agree to rounding; those that are there are not drawn again."""
+def test_one_seed_per_image_in_any_batch(model, tmp_path):
+    """Images of another batch size agree to rounding; those that are there are not drawn again."""
     first = draw(model, tmp_path / "a", 3, 2)
     second = draw(model, tmp_path / "b", 5, 4)
     assert second[:3] == first and len(set(second)) == 5
@@ -67,8 +67,8 @@ def test_another_model_prompt_size_or_scale_makes_new_ones(model, tiny_checkpoin
         draw(model, tmp_path, 1, 1, size=33)
 
 
-def test_a_users_pictures_come_first(model, tmp_path, capsys):
-    assert users_pictures(tmp_path / "none") == []
+def test_a_users_images_come_first(model, tmp_path, capsys):
+    assert users_images(tmp_path / "none") == []
     for name in ("b.jpg", "a.png"):
         Image.new("L", (32, 32), 99).save(tmp_path / name)
     (tmp_path / "readme.txt").write_text("mine")
@@ -79,13 +79,13 @@ def test_a_users_pictures_come_first(model, tmp_path, capsys):
     assert some(None) == {"a.png": "a five", "b.jpg": "a five"} and list(some(1)) == ["a.png"]
     four = some(4)
     assert list(four)[:2] == ["a.png", "b.jpg"] and len(four) == 4 and set(four.values()) == {"a five"}
-    assert f"class pictures in {tmp_path}: 2; the model draws 2 more" in capsys.readouterr().out
+    assert f"class images in {tmp_path}: 2; the model draws 2 more" in capsys.readouterr().out
     assert some(4) == four and list(some(None)) == ["a.png", "b.jpg"]  # what was drawn is not taken for the user's
     assert len(take(model, (tmp_path / "new", ["a five"]))[0]) == 3
 
 
 def test_several_prompts_share_what_is_drawn(model, tmp_path):
-    """Evenly, each with seeds from 0 on; pictures of one's own have to say which they are."""
+    """Evenly, each with seeds from 0 on; images of one's own have to say which they are."""
     prompts = ["a five", "a six", "a seven"]
     (found,) = take(model, (tmp_path, prompts, 5))
     recipes = [Recipe.from_text(read_png_text(tmp_path / name)) for name in found]
@@ -102,7 +102,7 @@ def test_several_prompts_share_what_is_drawn(model, tmp_path):
 
 
 def test_what_else_is_kept(model, tmp_path):
-    """As many pictures again, of what is asked for or known, without the class's prompt; a user's own are enough."""
+    """As many images again, of what is asked for or known, without the class's prompt; a user's own are enough."""
 
     known = ["a five", "a six", "a seven", "an eight"]
 
@@ -133,13 +133,13 @@ def test_one_bar_over_all_that_is_missing(model, tmp_path, capsys):
     assert take(model, first, second) == [fives, sixes] and capsys.readouterr().err == ""
 
 
-def test_a_full_disk_leaves_whole_pictures_only(model, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_whole_images_only(model, tmp_path, monkeypatch):
     calls, save = [], Image.Image.save
 
     def full(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            args[0].write(b"half a picture")
+            args[0].write(b"half an image")
             raise OSError(28, "No space left on device")
         return save(self, *args, **kwargs)
 

@@ -1,6 +1,6 @@
-"""The same data set for pictures of one style."""
+"""The same data set for images of one style."""
 
-from ldm.finetune import personalized
+from ldm.compvis import personalized
 from ldm.finetune.textual_inversion import FRAMES
 
 

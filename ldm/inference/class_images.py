@@ -1,8 +1,8 @@
-"""Class pictures: what the model itself draws for the class's prompt before it is tuned (Ruiz et al. 2022, sec. 3.3).
+"""Class images: what the model itself draws for the class's prompt before it is tuned (Ruiz et al. 2022, sec. 3.3).
 
 They are PNG files named class-KEY-SEED.png, where the key stands for everything that decides them (model, prompt, size,
 sampling) but the seed, and each carries its recipe. So a folder can hold those of many models and prompts, and a second
-run finds its own; any other picture there is the user's.
+run finds its own; any other image there is the user's.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm.data.folder import find_pictures
+from ldm.data.folder import find_images
 from ldm.inference.draw import draw, own_recipe
 from ldm.inference.png import read_png_text, save_png
 from ldm.inference.recipe import Recipe, plan
@@ -21,31 +21,31 @@ from ldm.latent_diffusion import LatentDiffusion
 DRAWN = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
 
 
-def users_pictures(folder: Path) -> list[str]:
-    """Names of the pictures below the folder that were not drawn for a class; none if there is no such folder."""
+def users_images(folder: Path) -> list[str]:
+    """Names of the images below the folder that were not drawn for a class; none if there is no such folder."""
     try:
-        paths = find_pictures(folder)
+        paths = find_images(folder)
     except FileNotFoundError:
         return []
     return [path.relative_to(folder).as_posix() for path in paths if not DRAWN.fullmatch(path.name)]
 
 
 class Class(NamedTuple):
-    """A class whose pictures are wanted in a folder.
+    """A class whose images are wanted in a folder.
 
     count: None takes all that are not ours, or draws the usual number where there are none.
-    keep: prompts besides the class's, of which as many pictures are drawn. None takes those known of the model where
+    keep: prompts besides the class's, of which as many images are drawn. None takes those known of the model where
     all of the class's are drawn; who brings his own has chosen what is kept.
     """
 
     folder: Path
-    prompts: Sequence[str]  # none: no pictures either
+    prompts: Sequence[str]  # none: no images either
     count: int | None = None
     keep: Sequence[str] | None = None
 
 
 class Share(NamedTuple):
-    """So many pictures of a prompt, with seeds from 0 on."""
+    """So many images of a prompt, with seeds from 0 on."""
 
     folder: Path
     prompt: str
@@ -61,33 +61,33 @@ def collect(
     batch_size: int,
     known: Sequence[str] = (),
 ) -> list[dict[str, str | None]]:
-    """Of each class, names of its pictures and their captions: those that are not ours first, the rest drawn.
+    """Of each class, names of its images and their captions: those that are not ours first, the rest drawn.
 
-    The prompts share what is drawn evenly. Pictures that are not ours are captioned with the prompt if there is one
+    The prompts share what is drawn evenly. Images that are not ours are captioned with the prompt if there is one
     alone; if there are several, they need captions of their own, and have none here.
 
     usual: how many of a class where nobody says. known: prompts of what the model can draw.
     """
     found, shares = zip(*(_wanted(one, usual, known) for one in classes), strict=True)
-    names = iter(draw_class_pictures(model, [share for row in shares for share in row], size, scale, batch_size))
-    for pictures, row in zip(found, shares, strict=True):
+    names = iter(draw_class_images(model, [share for row in shares for share in row], size, scale, batch_size))
+    for images, row in zip(found, shares, strict=True):
         for share in row:
-            pictures |= dict.fromkeys(next(names), share.prompt)
+            images |= dict.fromkeys(next(names), share.prompt)
     return list(found)
 
 
 def _wanted(one: Class, usual: int, known: Sequence[str]) -> tuple[dict[str, str | None], list[Share]]:
-    """The pictures of a class that are not ours with their captions, and what is to be drawn besides."""
+    """The images of a class that are not ours with their captions, and what is to be drawn besides."""
     if not one.prompts:
         return {}, []
     folder, prompts, count, keep = one
-    own = users_pictures(folder)
+    own = users_images(folder)
     if count is None:
         count = len(own) if own else usual
     found = dict.fromkeys(own[:count], prompts[0]) if len(prompts) == 1 else dict.fromkeys(own[:count])
     missing = count - len(own)
     if own and missing > 0:
-        print(f"class pictures in {folder}: {len(own)}; the model draws {missing} more")
+        print(f"class images in {folder}: {len(own)}; the model draws {missing} more")
     if keep is None:
         keep = () if own else known
     shares = []
@@ -97,10 +97,10 @@ def _wanted(one: Class, usual: int, known: Sequence[str]) -> tuple[dict[str, str
     return found, shares
 
 
-def draw_class_pictures(
+def draw_class_images(
     model: LatentDiffusion, shares: Sequence[Share], size: int, scale: float, batch_size: int
 ) -> list[list[str]]:
-    """Names of the pictures of each share, size x size pixels; those that are not in its folder are drawn.
+    """Names of the images of each share, size x size pixels; those that are not in its folder are drawn.
 
     They are written one by one, whole or not at all, so that an interrupted run goes on.
 
@@ -115,7 +115,7 @@ def draw_class_pictures(
     # A set, because shares may overlap: what a subject's class is may be kept beside another subject.
     missing = {path for row in rows for recipe, path in zip(*row, strict=True) if not _is_there(path, recipe)}
     if missing:
-        with tqdm(total=len(missing), desc="class pictures", unit="picture") as bar:
+        with tqdm(total=len(missing), desc="class images", unit="image") as bar:
             for row in rows:
                 for path in _draw_missing(model, *row, missing):
                     missing.remove(path)
@@ -126,7 +126,7 @@ def draw_class_pictures(
 def _draw_missing(
     model: LatentDiffusion, recipes: Sequence[Recipe], paths: Sequence[Path], missing: Collection[Path]
 ) -> Iterator[Path]:
-    """Draw a share's pictures from the first missing one on, and write the missing ones, each yielded when written."""
+    """Draw a share's images from the first missing one on, and write the missing ones, each yielded when written."""
     places = [i for i, path in enumerate(paths) if path in missing]
     if not places:
         return
@@ -145,7 +145,7 @@ def _name(recipe: Recipe) -> str:
 
 
 def _whatever_the_batch(recipe: Recipe) -> Recipe:
-    """The recipe without its place in a batch, which moves the last bits of a picture only, and without its seed."""
+    """The recipe without its place in a batch, which moves the last bits of an image only, and without its seed."""
     return replace(recipe, seed=0, index=0, batch_size=1, batch_position=0, batch_prompts=1, prompt_position=0)
 
 

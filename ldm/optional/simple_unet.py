@@ -10,10 +10,10 @@ from ldm.models.blocks import timestep_embedding
 
 
 class SimpleUNet(nn.Module):
-    """Predicts eps (or x0, v) from a noisy picture x and its level t. Sides must be multiples of `downsampling`.
+    """Predicts eps (or x0, v) from a noisy image x and its level t. Sides must be multiples of `downsampling`.
 
     Args:
-        channels: of the pictures, in and out.
+        channels: of the images, in and out.
         widths: at full size and after each halving. As published, 62,438,883 parameters for 3 channels.
         time_channels: width of the embedded time, even.
         shared_norm: one batch normalisation for both places in a block, statistics included: the text that goes with

@@ -40,7 +40,7 @@ class AttentionPool2d(nn.Module):
             side = int((self.positional_embedding.shape[-1] - 1) ** 0.5)
             raise ValueError(
                 f"attention pooling is for feature maps of {side} x {side}, and got {x.shape[-2]} x {x.shape[-1]}: "
-                "give pictures of image_size"
+                "give images of image_size"
             )
         tokens = tokens + self.positional_embedding
         layout = "b (three h d) n -> three b h n d"
@@ -50,10 +50,10 @@ class AttentionPool2d(nn.Module):
 
 
 class EncoderUNetModel(nn.Module):
-    """p(y | x_t): logits of classes for a noisy picture x_t and its level t; the first half of `unet.UNetModel`.
+    """p(y | x_t): logits of classes for a noisy image x_t and its level t; the first half of `unet.UNetModel`.
 
     The arguments that are not UNetModel's, or mean something else:
-    image_size: the pictures' size; only `pool` "attention" is bound to it.
+    image_size: the images' size; only `pool` "attention" is bound to it.
     out_channels: number of classes.
     num_heads_upsample: accepted for CompVis's configurations, without effect.
     pool: the head. "adaptive": the mean of the lowest features, then a linear layer that starts at zero.

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.denoising_gan import DenoisingGAN
 from ldm.diffusion.posterior import q_pair, q_posterior
 from ldm.diffusion.schedule import training_timesteps
-from ldm.models.ddgan import Discriminator, r1_penalty
 from ldm.models.discriminator import vanilla_d_loss
+from ldm.optional.ddgan import Discriminator, r1_penalty
+from ldm.optional.denoising_gan import DenoisingGAN
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.stage import adamw
 from ldm.util import call_with

@@ -53,7 +53,7 @@ def spied(model, x0=None):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("strength", [0.25, 0.8, 1])
-def test_an_oracle_finds_its_picture_from_any_strength(tiny_model, sampler, strength):
+def test_an_oracle_finds_its_image_from_any_strength(tiny_model, sampler, strength):
     """A network that gives the exact eps for a known x0 leads from any picture at any level to that x0."""
     model, z = copy.copy(tiny_model), seen_latents(tiny_model, picture(1))
     model.prediction = "eps"
@@ -81,7 +81,7 @@ def test_noised_exactly_to_the_first_level_that_is_denoised(tiny_model, strength
     torch.testing.assert_close(notes[0][0], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_strength_0_gives_the_picture_back_through_the_first_stage(tiny_model):
+def test_strength_0_gives_the_image_back_through_the_first_stage(tiny_model):
     model, notes = spied(tiny_model)
     (image,) = model.generate(["five"], image=picture(), strength=0)
     expected = to_pil(tiny_model.decode(seen_latents(tiny_model, picture())))
@@ -92,7 +92,7 @@ def test_strength_0_gives_the_picture_back_through_the_first_stage(tiny_model):
     assert np.array_equal(np.asarray(image)[16:], np.asarray(picture())[16:])
 
 
-def test_more_strength_leaves_less_of_the_picture(tiny_model):
+def test_more_strength_leaves_less_of_the_image(tiny_model):
     """It starts at a higher level, with more noise on it."""
     model, notes = spied(tiny_model)
     for strength in (0.25, 0.5, 0.75, 1):
@@ -113,7 +113,7 @@ def test_its_default_strength_is_three_quarters_and_all_under_a_mask(tiny_model)
 
 
 @pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
-def test_over_a_picture_seeds_and_batches_are_as_from_text(tiny_model, mask):
+def test_over_a_image_seeds_and_batches_are_as_from_text(tiny_model, mask):
     options = {"sampler": "ddpm", "steps": 4, "image": picture(), "mask": mask, "strength": 0.8}
     whole = pixels(tiny_model.generate(PROMPTS, seed=20, **options))
     for size in (1, 3):
@@ -126,7 +126,7 @@ def test_over_a_picture_seeds_and_batches_are_as_from_text(tiny_model, mask):
     assert np.array_equal(fixed[0], fixed[1])
 
 
-def test_a_picture_and_a_mask_for_each_prompt(tiny_model):
+def test_a_image_and_a_mask_for_each_prompt(tiny_model):
     pictures, masks = [picture(1), picture(2), picture(3)], [top_half(), top_half().rotate(180), top_half().rotate(90)]
     options = {"steps": 3, "seeds": [4, 4, 4]}
     together = pixels(tiny_model.generate(["5"] * 3, image=pictures, mask=masks, batch_size=2, **options))
@@ -175,7 +175,7 @@ def test_a_latent_is_new_if_half_white_pixels_reach_into_it(tiny_model):
     assert torch.equal(steps[0].x0, expected)
 
 
-def test_greys_of_the_mask_blend_what_was_drawn_with_the_picture(tiny_model):
+def test_greys_of_the_mask_blend_what_was_drawn_with_the_image(tiny_model):
     white = Image.new("L", (32, 32), 255)
     soft = Image.fromarray(np.linspace(128, 255, 1024).astype(np.uint8).reshape(32, 32))
     options = {"steps": 2, "image": picture(), "seed": 1}
@@ -193,7 +193,7 @@ def test_a_mask_that_is_all_white_or_all_black(tiny_model):
     assert np.array_equal(np.asarray(black), np.asarray(picture()))
 
 
-def test_a_picture_whose_size_does_not_divide(tiny_model):
+def test_a_image_whose_size_does_not_divide(tiny_model):
     original, mask = picture(width=29, height=35), top_half(29, 35)
     model, notes = spied(tiny_model)
     (image,) = model.generate(["five"], image=original, steps=1)
@@ -228,7 +228,7 @@ def test_colours_for_a_grey_model_and_grey_for_one_of_colours(tiny_model, colour
 
 
 @pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
-def test_over_a_picture_with_half_precision_weights(tiny_model, mask):
+def test_over_a_image_with_half_precision_weights(tiny_model, mask):
     model, steps = copy.deepcopy(tiny_model).to(torch.bfloat16), []
     options = {"image": picture(), "mask": mask, "steps": 4}
     half = pixels(model.generate(["five"], callback=steps.append, **options))
@@ -250,7 +250,7 @@ def test_over_a_picture_with_half_precision_weights(tiny_model, mask):
         ({"image": [picture()] * 3}, "2 results need one or 2 pictures"),
     ],
 )
-def test_mistakes_about_the_picture_are_named(tiny_model, settings, message):
+def test_mistakes_about_the_image_are_named(tiny_model, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_model.generate(["4", "5"], **settings)
 
@@ -291,7 +291,7 @@ def blanked(mask: Image.Image, level: int) -> Image.Image:
     ("concat", "channels", "blank"), [("mask_latents", 9, 0), ("latents_mask", 9, -1), ("latents", 8, None)]
 )
 @pytest.mark.parametrize("count", [1, 2])
-def test_models_with_concat_are_given_picture_and_mask_in_their_order(concat, channels, blank, count):
+def test_models_with_concat_are_given_image_and_mask_in_their_order(concat, channels, blank, count):
     model, mask = concat_model(concat, channels), odd_mask()
     inputs, steps = Inputs(model), []
     options = {"steps": 2, "scale": 3.0, "callback": steps.append}

@@ -1,4 +1,4 @@
-"""Where a picture stopped being finite: the first module whose output holds NaN or infinity, by its name."""
+"""Where an image stopped being finite: the first module whose output holds NaN or infinity, by its name."""
 
 import sys
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from ldm.latent_diffusion import LatentDiffusion
 
 
 class NotFinite(ArithmeticError):
-    """A picture holds NaN or infinity."""
+    """An image holds NaN or infinity."""
 
 
 def watch(model: LatentDiffusion) -> None:
-    """From now on `model.generate` raises ValueError for a picture with NaN or infinite pixels, in place of drawing it,
+    """From now on `model.generate` raises ValueError for an image with NaN or infinite pixels, in place of drawing it,
     in one sentence that names the first module whose output was not finite.
 
     While all is well, that costs one look at the pixels of each batch; then the drawing is repeated, each module's
@@ -39,7 +39,7 @@ def _watched(model: LatentDiffusion, *args: Any, **kwargs: Any) -> list[Image.Im
     with _searching(model):
         generate(model, *args, **kwargs)
     raise ValueError(
-        "a picture was not finite (NaN or infinite pixels), but when drawn again it was: the device may be at fault"
+        "an image was not finite (NaN or infinite pixels), but when drawn again it was: the device may be at fault"
     )
 
 
@@ -95,4 +95,4 @@ def _error(where: str, module: nn.Module) -> ValueError:
         why = "float16 ends at 65504: use --precision bf16 or full"
     else:
         why = "try --attention math, --precision full or a lower --scale"
-    return ValueError(f"the picture is not finite (NaN or infinity), and that began in {where}; {why}")
+    return ValueError(f"the image is not finite (NaN or infinity), and that began in {where}; {why}")

@@ -1,4 +1,4 @@
-"""A small class-conditional UNet for pictures of any size, odd ones too, as one taught from NumPy alone."""
+"""A small class-conditional UNet for images of any size, odd ones too, as one taught from NumPy alone."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from ldm.models.kernels import attention
 
 
 class UNet2D(nn.Module):
-    """Predicts eps (or x0, v) from a noisy picture x, its level t and its class y.
+    """Predicts eps (or x0, v) from a noisy image x, its level t and its class y.
 
     Each width is a level of `blocks` residual blocks in the encoder, one more in the decoder, at half the size of the
     one before. As taught (10 classes, order "post", attention "bare"): 991,201 parameters in 231 tensors.
 
     Args:
-        channels: of the pictures, in and out.
+        channels: of the images, in and out.
         widths: of the levels, in multiples of norm_groups.
         blocks: residual blocks to a level.
         num_classes: how many numbers y may be; None for a network without classes.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import ldm
-from ldm.inference.speed import channels_last, compile_unet
+from ldm.inference.compile import channels_last, compile_unet
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.sampling import get_sampler
 from ldm.diffusion.schedule import sampling_sigmas
-from ldm.inference.guides import (
+from ldm.inference.compile import compile_unet
+from ldm.inference.guiders import (
     autoguidance,
     check_weak,
     identity_attention,
@@ -30,7 +31,6 @@ from ldm.inference.guides import (
     self_attention,
 )
 from ldm.inference.precision import precision_of, set_precision
-from ldm.inference.speed import compile_unet
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import save
 from ldm.models import attention as attention_module
@@ -223,7 +223,7 @@ def test_scale_0_is_off_and_costs_nothing(model, monkeypatch):
 
 
 def test_a_guide_acts_inside_the_interval_alone(model):
-    """3 pictures at sigma 2^12, 2.41, 1 and 0.41: unconditional and conditional in one call, then perturbed."""
+    """3 images at sigma 2^12, 2.41, 1 and 0.41: unconditional and conditional in one call, then perturbed."""
     batches = []
     model.model.diffusion_model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     guide = perturbed_attention(model, 2.0)
@@ -341,7 +341,7 @@ def test_what_cannot_guide_is_refused(model, part, words):
 def test_another_concatenation_is_refused(model):
     other = copy.deepcopy(model)
     other.concat = "latents"
-    with pytest.raises(ValueError, match="given latents beside the latents, this one no picture"):
+    with pytest.raises(ValueError, match="given latents beside the latents, this one no image"):
         check_weak(other, model)
 
 

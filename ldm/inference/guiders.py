@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioning.classes import class_numbers
-from ldm.denoising_gan import DenoisingGAN
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
@@ -25,6 +24,7 @@ from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
 from ldm.models.blocks import AttentionBlock
+from ldm.optional.denoising_gan import DenoisingGAN
 from ldm.util import call_with
 
 PAG_LAYERS = ("middle_block",)
@@ -164,7 +164,7 @@ def autoguidance(model: LatentDiffusion, weak: LatentDiffusion, scale: float) ->
 
 
 def _check_no_latent(*models: LatentDiffusion) -> None:
-    """ValueError for a denoising GAN: two predictions for one picture would differ by their latents alone."""
+    """ValueError for a denoising GAN: two predictions for one image would differ by their latents alone."""
     for model in models:
         if isinstance(model, DenoisingGAN):
             raise ValueError("a denoising GAN, which draws its x0, has no two predictions of it to steer away from")
@@ -202,13 +202,13 @@ def check_weak(weak: LatentDiffusion, model: LatentDiffusion) -> None:
         raise ValueError(f"{weak.path} cannot guide this model: it knows {classes[0]} classes, this one {classes[1]}")
     if weak.concat != model.concat:
         raise ValueError(
-            f"{weak.path} cannot guide this model: it is given {weak.concat or 'no picture'} beside the latents, "
-            f"this one {model.concat or 'no picture'}"
+            f"{weak.path} cannot guide this model: it is given {weak.concat or 'no image'} beside the latents, "
+            f"this one {model.concat or 'no image'}"
         )
 
 
 class NoisyClassifier(NamedTuple):
-    """network(x_t, t) -> logits (b, classes) of noised pictures (or latents); t is a level of this schedule."""
+    """network(x_t, t) -> logits (b, classes) of noised images (or latents); t is a level of this schedule."""
 
     network: nn.Module
     schedule: Schedule
@@ -216,7 +216,7 @@ class NoisyClassifier(NamedTuple):
 
 
 def classifier(teller: NoisyClassifier, scale: float) -> Guide:
-    """Towards pictures of the classes that the prompts name (Dhariwal & Nichol 2021), told to the model or not.
+    """Towards images of the classes that the prompts name (Dhariwal & Nichol 2021), told to the model or not.
 
     Prompts are numbers of classes from 0, or texts that say such; the empty one names none and is not guided. Costs the
     classifier forwards and backwards for each step. The guide raises ValueError for other prompts.
@@ -230,16 +230,16 @@ def classifier(teller: NoisyClassifier, scale: float) -> Guide:
 
 
 def load_classifier(path: str | Path, model: LatentDiffusion) -> NoisyClassifier:
-    """The classifier of a checkpoint (`ldm.training.noisy_classifier`) for `classifier`, on the model's device.
+    """The classifier of a checkpoint (`ldm.optional.noisy_classifier_stage`) for `classifier`, on the model's device.
 
-    Raises ValueError where it was not trained on noised pictures or does not fit what the model draws.
+    Raises ValueError where it was not trained on noised images or does not fit what the model draws.
     """
     from ldm.checkpoint.file import load_file
     from ldm.loading import load_network
 
     schedule = load_file(path)[0].get("schedule")
     if not isinstance(schedule, dict):
-        raise ValueError(f"{path} is no classifier of noisy pictures: its configuration has no schedule")
+        raise ValueError(f"{path} is no classifier of noisy images: its configuration has no schedule")
     network, own = load_network(path, str(model.device)), model.defaults
     size = model.latent_size(own["height"], own["width"])
     try:

@@ -1,4 +1,4 @@
-"""The classifier that guides a diffusion model: it learns to name what is in noised pictures, at every level."""
+"""The classifier that guides a diffusion model: it learns to name what is in noised images, at every level."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +49,7 @@ class NoisyClassifierStage(Stage):
         self.preview_columns = preview_columns
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Keep one picture for each row of the preview. ValueError for pictures that do not fit the network."""
+        """Keep one image for each row of the preview. ValueError for images that do not fit the network."""
         if "label" not in dataset[0]:
             raise ValueError(f"{type(dataset).__name__} has no labels to learn: use one of the digit sets")
         shown = [dataset[i] for i in range(min(10, len(dataset)))]
@@ -59,10 +59,10 @@ class NoisyClassifierStage(Stage):
             with torch.no_grad():
                 logits = self.model.cpu()(self.shown[:1], torch.zeros(1))
         except RuntimeError as error:
-            raise ValueError(f"the network does not fit pictures of {tuple(self.shown.shape[1:])}: {error}") from None
+            raise ValueError(f"the network does not fit images of {tuple(self.shown.shape[1:])}: {error}") from None
         if self.answers.max() >= logits.shape[1]:
             raise ValueError(
-                f"a picture has label {self.answers.max()}, and the network's classes end at {logits.shape[1] - 1}"
+                f"an image has label {self.answers.max()}, and the network's classes end at {logits.shape[1] - 1}"
             )
         return dataset
 
@@ -78,7 +78,7 @@ class NoisyClassifierStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """A picture to each row, ever noisier to the right; black where it is misread."""
+        """An image to each row, ever noisier to the right; black where it is misread."""
         device, T = next(self.model.parameters()).device, self.schedule.T
         levels = torch.linspace(0, T - 1, self.preview_columns).round().long()
         images = self.shown.repeat_interleave(len(levels), dim=0)  # (rows columns, c, h, w)

@@ -1,5 +1,5 @@
 """The losses that the published first stages were trained with (Esser et al. 2021, eq. 6 and 7; Rombach et al. 2022,
-appendix G), under their names there and in their units: sums per picture, where `autoencoder` has means."""
+appendix G), under their names there and in their units: sums per image, where `autoencoder` has means."""
 
 from importlib import import_module
 from typing import Any
@@ -41,13 +41,13 @@ def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor,
 
 
 def hinge_d_loss_with_exemplar_weights(logits_real: Tensor, logits_fake: Tensor, weights: Tensor) -> Tensor:
-    """`hinge_d_loss` with a weight for each picture (b,)."""
+    """`hinge_d_loss` with a weight for each image (b,)."""
     terms = relu(1 - logits_real).flatten(1).mean(1) + relu(1 + logits_fake).flatten(1).mean(1)
     return 0.5 * (weights * terms).sum() / weights.sum()
 
 
 def LPIPS(use_dropout: bool = True) -> nn.Module:
-    """Zhang et al. 2018 (VGG-16, version 0.1), frozen: pictures (b, 3, h, w), twice -> (b, 1, 1, 1)."""
+    """Zhang et al. 2018 (VGG-16, version 0.1), frozen: images (b, 3, h, w), twice -> (b, 1, 1, 1)."""
     try:
         lpips = import_module("lpips")  # nothing else needs it, so it is no dependency
     except ImportError:
@@ -122,7 +122,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
 
 
 class LPIPSWithDiscriminator(VQLPIPSWithDiscriminator):
-    """Sum, per picture, of (|x - y| + LPIPS) / exp(logvar) + logvar; KL; a discriminator's loss as above."""
+    """Sum, per image, of (|x - y| + LPIPS) / exp(logvar) + logvar; KL; a discriminator's loss as above."""
 
     # fmt: off
     def __init__(

@@ -1,0 +1,55 @@
+"""CompVis's learning-rate multipliers, for torch's LambdaLR."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+
+
+class LambdaWarmUpCosineScheduler2:
+    """CompVis's multiplier, for torch's LambdaLR; the lists have an entry per cycle.
+
+    In each cycle it is linear from f_start to f_max, then half a cosine to f_min.
+    """
+
+    # fmt: off
+    def __init__(
+        self, warm_up_steps: Sequence[int], f_min: Sequence[float], f_max: Sequence[float], f_start: Sequence[float],
+        cycle_lengths: Sequence[int], verbosity_interval: int = 0,
+    ) -> None:
+        # fmt: on
+        self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
+        self.ends = list(accumulate(cycle_lengths))
+
+    def schedule(self, n: int, **kwargs: int) -> float:
+        """The multiplier at step n from 0; the last cycle goes on."""
+        cycle = min(bisect_left(self.ends, n), len(self.ends) - 1)
+        warm_up, f_min, f_max, f_start, length = self.cycles[cycle]
+        n -= self.ends[cycle] - length
+        if n < warm_up:
+            return f_start + (f_max - f_start) / warm_up * n
+        return f_min + (f_max - f_min) * self.decay(n, warm_up, length)
+
+    __call__ = schedule
+
+    def decay(self, n: int, warm_up: int, length: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min((n - warm_up) / max(length - warm_up, 1), 1)))
+
+
+class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
+    """The same with a line, from where it has come by the end of the warm-up."""
+
+    def decay(self, n: int, warm_up: int, length: int) -> float:
+        return max((length - n) / length, 0)
+
+
+class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
+    """One cycle."""
+
+    # fmt: off
+    def __init__(
+        self, warm_up_steps: int, lr_min: float, lr_max: float, lr_start: float, max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ) -> None:
+        # fmt: on
+        super().__init__([warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps])

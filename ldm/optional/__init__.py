@@ -1,0 +1,1 @@
+"""Systems beside the main path: teaching networks, denoising diffusion GANs, noisy classifiers, and their stages."""
