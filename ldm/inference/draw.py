@@ -1,22 +1,16 @@
-"""Drawing recipes with a model: a run of them, or one again; and showing how a picture came about."""
+"""Drawing recipes with a model: a run of them, or one again."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from ldm.conditioning.prompt import count_chunks
 from ldm.conditioning.text import TextEncoder
-from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
-from ldm.diffusion.sampling.first_order import add_noise
-from ldm.diffusion.sampling.noise import SeededNoise
-from ldm.images import image_grid, to_pil
 from ldm.inference.original import Original
 from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import EVERYWHERE, Recipe, refill
@@ -198,49 +192,3 @@ def _generate(
         for image in images:
             original.give_profile(image)
     return images
-
-
-class StripRecorder:
-    """A callback that decodes up to `columns` of each picture's `steps` (1 or more), evenly, the last among them."""
-
-    def __init__(self, model: LatentDiffusion, steps: int, columns: int = 10) -> None:
-        self.model, self.last = model, steps - 1
-        columns = min(columns, steps)
-        self.kept = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
-        self.levels: list[float] = []  # sigma after the kept steps of the current batch
-        # of each picture: it noised step by step; x_t, and the x0 predicted, on the way to it
-        self.pictures: list[tuple[list[Image.Image], list[Image.Image], list[Image.Image]]] = []
-
-    def __call__(self, step: Step) -> None:
-        if step.index == 0:  # a new batch
-            self.levels = []
-            self.pictures += [([], [], []) for _ in step.x]
-        if step.index not in self.kept:
-            return
-        self.levels.append(step.sigma)
-        self._append(1, to_vp(step.x, step.sigma))  # unit variance, as the decoder knows latents
-        self._append(2, step.x0)
-        if step.index == self.last:
-            self._noise(step.x)
-
-    def strip(self, place: int) -> Image.Image:
-        """The strip of the picture drawn at that place.
-
-        From above: what training does to such a picture, noised to the kept levels, each from the one before; how it
-        was drawn, x_t after the kept steps; and the x0 that was predicted in each.
-        """
-        noised, drawn, predicted = self.pictures[place]
-        return image_grid(noised + drawn + predicted, len(drawn))
-
-    def _noise(self, x: Tensor) -> None:
-        """Walk the forward process (Ho et al. 2020, eq. 2) from the drawn x (b, ...) up the levels it came down."""
-        noise = SeededNoise(range(len(self.pictures) - len(x), len(self.pictures)), tuple(x.shape[1:]))
-        below = self.levels[-1]
-        for sigma in reversed(self.levels):
-            x, below = add_noise(x, math.sqrt(sigma**2 - below**2), noise), sigma
-            self._append(0, to_vp(x, sigma))
-
-    def _append(self, row: int, latents: Tensor) -> None:
-        images = to_pil(self.model.decode(latents))
-        for rows, image in zip(self.pictures[-len(images) :], images, strict=True):
-            rows[row].append(image)

@@ -14,7 +14,8 @@ from ldm.inference.png import read_png_text
 from ldm.inference.recipe import Recipe, plan, read_prompts
 
 if TYPE_CHECKING:  # they import torch
-    from ldm.inference.draw import Drawn, StripRecorder
+    from ldm.inference.draw import Drawn
+    from ldm.inference.strip import StripRecorder
     from ldm.latent_diffusion import LatentDiffusion
 
 # The options that are settings of an image, under a Recipe's names for them.
@@ -126,7 +127,6 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
 
     model = load(args)
     from ldm.inference.draw import (
-        StripRecorder,
         changed_recipe,
         chunks,
         draw,
@@ -135,6 +135,7 @@ def draw_run(args: argparse.Namespace, original: Original | None = None) -> None
         steps_of,
         watching,
     )
+    from ldm.inference.strip import StripRecorder
 
     if model.cond_stage_model is None and args.classifier is None and made is None and any(prompts):
         if args.classes:
