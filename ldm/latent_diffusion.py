@@ -4,6 +4,7 @@ pixels [-1, 1] --encode--> latents (unit variance) --noise, denoise under text--
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,11 @@ class LatentDiffusion(nn.Module):
         self.model = DiffusionWrapper(instantiate_network(unet_config))
         self.first_stage_model = instantiate_network(first_stage_config)
         self.cond_stage_model = None if cond_stage_config is None else instantiate_network(cond_stage_config)
+        self.unet_config, self.first_stage_config = unet_config, first_stage_config
+        self.cond_stage_config = cond_stage_config
         self.concat = concat
         self.schedule_params = schedule or {"name": "scaled_linear"}
+        self._schedule: tuple[Mapping[str, Any], Schedule] | None = None  # the parameters that it was made of, and it
         self.prediction = prediction
         self.scale_factor = scale_factor
         self.path: Path | None = None  # the file or folder it was loaded from
@@ -113,21 +117,36 @@ class LatentDiffusion(nn.Module):
         self.channels = self.first_stage_model.embed_dim
         self.image_channels = self.first_stage_model.image_channels
         self.downsampling = self.first_stage_model.downsampling  # pixels per latent
-        self.config = {  # what a checkpoint stores to rebuild this object
-            "unet_config": unet_config,
-            "first_stage_config": first_stage_config,
-            "cond_stage_config": cond_stage_config,
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as the attributes stand now: what a checkpoint stores to rebuild the model."""
+        return {
+            "unet_config": self.unet_config,
+            "first_stage_config": self.first_stage_config,
+            "cond_stage_config": None if self.cond_stage_model is None else self.cond_stage_config,
             "schedule": self.schedule_params,
-            "prediction": prediction,
-            "scale_factor": scale_factor,
+            "prediction": self.prediction,
+            "scale_factor": float(self.scale_factor),
             "defaults": self.defaults,
-            "concat": concat,
+            "concat": self.concat,
         }
 
-    @cached_property
+    def _config_without(self, **fixed: Any) -> dict[str, Any]:
+        """`config` for a subclass that fixes these arguments. ValueError where one was changed on the object."""
+        config = LatentDiffusion.config.fget(self)
+        for name, value in fixed.items():
+            if config.pop(name) != value:
+                raise ValueError(f"a {type(self).__name__} always has {name} {value}: set it back to save the model")
+        return config
+
+    @property
     def schedule(self) -> Schedule:
-        # on first use: a model may be built on the meta device
-        return call_with("schedule", make_schedule, self.schedule_params)
+        """The noise schedule of `schedule_params`."""
+        if self._schedule is None or self._schedule[0] != self.schedule_params:  # on first use: a model may be
+            made = call_with("schedule", make_schedule, self.schedule_params)  # built on the meta device
+            self._schedule = deepcopy(self.schedule_params), made
+        return self._schedule[1]
 
     @cached_property
     def hash(self) -> str:

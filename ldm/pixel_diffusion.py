@@ -55,16 +55,15 @@ class PixelDiffusion(LatentDiffusion):
         super().__init__(unet_config, first_stage, cond_stage_config, schedule, prediction, defaults=defaults)
         self.clip = 1.0 if clip else None
         self.learned_variance, self.self_condition = learned_variance, self_condition
-        self.config = {
-            "unet_config": unet_config,
-            "channels": channels,
-            "cond_stage_config": cond_stage_config,
-            "schedule": self.schedule_params,
-            "prediction": prediction,
-            "defaults": self.defaults,
-            "clip": clip,
-            "learned_variance": learned_variance,
-            "self_condition": self_condition,
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config = self._config_without(first_stage_config=self.first_stage_config, scale_factor=1.0, concat=None)
+        return config | {
+            "channels": self.channels,
+            "clip": self.clip is not None,
+            "learned_variance": self.learned_variance,
+            "self_condition": self.self_condition,
         }
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:

@@ -83,7 +83,6 @@ def prepare(path: Path | None, folder: Path) -> Path:
         path, _ = make_stable_diffusion(folder)
     model = ldm.load(path, device="cpu")
     model.defaults.update(steps=1, scale=1.0)  # previews are not what is measured
-    model.config["defaults"] = model.defaults
     ldm.save(model, folder / "ours" / "model.safetensors")
     ldm.save(model, folder / "ours" / "diffusers", format="diffusers")
     return folder / "ours"

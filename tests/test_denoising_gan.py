@@ -97,3 +97,14 @@ def test_it_computes_in_the_precision_that_is_set(model, name):
     set_precision(other, name)
     rounded = np.abs(pixels(other.generate([3], seed=1)) - full)
     assert 0 < rounded.max() and rounded.mean() < 4
+
+
+def test_what_is_set_on_it_is_saved(model):
+    changed = copy.deepcopy(model)
+    changed.schedule_params = {"name": "vp", "T": 2}
+    changed.defaults["steps"] = 2
+    again = DenoisingGAN(**changed.config)
+    assert (again.schedule.T, again.defaults["steps"]) == (2, 2)
+    changed.prediction = "eps"
+    with pytest.raises(ValueError, match="a DenoisingGAN always has prediction x0"):
+        changed.config  # noqa: B018

@@ -7,12 +7,14 @@ import pytest
 import torch
 from conftest import TINY
 
+import ldm
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import from_vp, to_vp
 from ldm.diffusion.sampling import SAMPLERS
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.pixel_diffusion import PixelDiffusion
 
 PROMPTS = ["five", "a thin 3", "", "an eight leaning left"]
 
@@ -245,3 +247,36 @@ def test_prompts_of_different_lengths_in_one_run(tiny_model):
     assert abs(literal - together[2]).max() > 1
     with pytest.raises(ValueError, match="clip_skip 9"):
         tiny_model.generate(["5"], clip_skip=9, **options)
+
+
+def test_what_is_set_on_a_model_is_saved(tiny_model, tmp_path):
+    """The configuration follows the attributes, and the schedule its parameters."""
+    model, path = copy.deepcopy(tiny_model), tmp_path / "changed.safetensors"
+    assert model.schedule.T == 1000
+    settings = {"scale_factor": 0.5, "prediction": "eps", "schedule_params": {"name": "linear", "T": 50}}
+    for name, value in settings.items():
+        setattr(model, name, value)
+    model.defaults["steps"] = 7
+    assert model.schedule.T == 50
+    model.schedule_params["T"] = 40  # in place
+    ldm.save(model, path)
+    loaded = ldm.load(path, device="cpu")
+    assert {name: getattr(loaded, name) for name in settings} == settings
+    assert loaded.defaults["steps"] == 7 and loaded.schedule.T == model.schedule.T == 40
+    assert np.array_equal(pixels(model.generate(["5"])), pixels(loaded.generate(["5"])))
+    assert copy.deepcopy(tiny_model).config == tiny_model.config  # the original was not touched
+
+
+@pytest.mark.parametrize("fixed", [{"scale_factor": 0.5}, {"concat": "latents"}])
+def test_what_a_pixel_model_cannot_save_is_refused(fixed, tmp_path):
+    unet = {"target": "ldm.models.unet.UNetModel", "params": {**TINY["unet_config"]["params"]}}
+    for name in ("num_classes", "adm_in_channels", "context_dim", "use_spatial_transformer"):
+        del unet["params"][name]
+    model = PixelDiffusion(unet, channels=4)
+    for name, value in (fixed | {"clip": None, "learned_variance": True}).items():
+        setattr(model, name, value)
+    (name,) = fixed
+    with pytest.raises(ValueError, match=f"a PixelDiffusion always has {name}"):
+        ldm.save(model, tmp_path / "pixel.safetensors")
+    setattr(model, name, PixelDiffusion(unet, channels=4).__dict__[name])
+    assert model.config["clip"] is False and model.config["learned_variance"] is True

@@ -116,7 +116,6 @@ class DDPM(nn.Module):
     def register_schedule(self, **line: Any) -> None:
         """The twelve buffers of every checkpoint, from CompVis's names, and the weights of the bound's terms."""
         self.schedule_params, self.num_timesteps = schedule_params(line), int(line.get("timesteps", 1000))
-        vars(self).pop("schedule", None)  # the core's, which is made of these
         with torch.device("cpu"):  # the model may be built on the meta device
             for name, values in schedule_buffers(self.schedule_params).items():
                 self.register_buffer(name, values)

@@ -63,7 +63,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
         self.cond_stage_forward, self.force_null_conditioning = cond_stage_forward, force_null_conditioning
         self.concat_mode, self.clip_denoised, self.scale_by_std = concat_mode, False, scale_by_std
-        self.config |= {"schedule": self.schedule_params, "prediction": self.parameterization}
         self.defaults |= dict.fromkeys(("height", "width"), self.image_size * self.downsampling)
         if cond_stage_config == "__is_first_stage__":
             self.cond_stage_model = self.first_stage_model

@@ -35,8 +35,13 @@ class DenoisingGAN(PixelDiffusion):
     ) -> None:
         schedule = {"name": "vp", "T": 4} if schedule is None else schedule
         super().__init__(unet_config, channels, cond_stage_config, schedule, "x0", defaults, clip=False)
-        for fixed in ("prediction", "clip", "learned_variance", "self_condition"):  # the generator's tanh clips
-            del self.config[fixed]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config = self._config_without(
+            first_stage_config=self.first_stage_config, scale_factor=1.0, concat=None, prediction="x0"
+        )
+        return config | {"channels": self.channels}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning, z: Tensor | None = None) -> Tensor:
         """x0' (b, c, h, w) for noised images x at timesteps t (b,); z (b, latent_dim), by default drawn anew."""

@@ -69,7 +69,7 @@ class DiffusionStage(DenoisingStage):
                 break  # one batch is enough to measure
         mean, std = torch.cat(means), torch.cat(stds)
         variance = mean.double().var() + (std.double() ** 2).mean()
-        self.latent_diffusion.scale_factor = self.latent_diffusion.config["scale_factor"] = float(variance**-0.5)
+        self.latent_diffusion.scale_factor = float(variance**-0.5)
         return LatentDataset(dataset, mean, std) if self.cache_latents else dataset
 
     def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
