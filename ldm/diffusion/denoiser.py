@@ -36,7 +36,7 @@ Denoise = Callable[[Tensor, float, Cond], Prediction]  # (x, sigma, cond): what 
 BoundDenoise = Callable[[Tensor, float], Prediction]  # (x, sigma): what guidance gives and samplers take
 
 
-def check_prediction(prediction: str) -> None:
+def check_prediction(prediction: str | None) -> None:
     """Raise ValueError unless prediction is eps, x0 or v."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}")
@@ -52,7 +52,7 @@ def from_vp(x_vp: Tensor, sigma: float) -> Tensor:
     return x_vp * math.sqrt(1 + sigma * sigma)
 
 
-def skip_and_out(prediction: str, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+def skip_and_out(prediction: str | None, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
     """(c_skip, c_out) such that x0 = c_skip x + c_out output, with x = x0 + sigma noise (Karras et al. 2022, eq. 7).
 
     sigma: one level, or a tensor of them.

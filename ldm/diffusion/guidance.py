@@ -84,7 +84,7 @@ def _concatenate(uncond: Cond, cond: Cond) -> Cond:
     return {key: torch.cat([uncond[key], cond[key]]) for key in cond}
 
 
-def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, prediction: str) -> Tensor:
+def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, prediction: str | None) -> Tensor:
     """x0 of the network output phi (std_cond / std_guided) output + (1 - phi) output (Lin et al. 2024, eq. 15 and 16).
 
     The outputs are recovered from x0 = c_skip x + c_out output; std is over all axes but the batch. All (b, ...).
@@ -235,10 +235,13 @@ def dynamic_threshold(denoise: BoundDenoise, percentile: float = 0.995, limit: f
 
     def thresholded(x: Tensor, sigma: float) -> Prediction:
         found = denoise(x, sigma)
-        if limit is None and found.unguided is None:
-            return found
         own = reach(found.x0)
-        bound = reach(found.unguided) if limit is None else torch.full_like(own, limit)
+        if limit is not None:
+            bound = torch.full_like(own, limit)
+        elif found.unguided is not None:
+            bound = reach(found.unguided)
+        else:
+            return found
         s = torch.maximum(own, bound).clamp(min=1e-8)  # all zeros stay zeros
         return found._replace(x0=found.x0.clamp(-s, s) * (bound / s))
 

@@ -59,12 +59,13 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
         raise ValueError(f"unknown noise schedule {name!r}; choose from {', '.join(SCHEDULES)}")
     if T < 1:
         raise ValueError(f"a noise schedule needs at least 1 step, got T={T}")
-    if SCHEDULES[name] is None:
+    defaults = SCHEDULES[name]
+    if defaults is None:
         if start is not None or end is not None:
             raise ValueError(f"schedule {name!r} takes neither start nor end, got start={start}, end={end}")
         return betas_of_curve(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, T)
-    start = SCHEDULES[name][0] if start is None else start
-    end = SCHEDULES[name][1] if end is None else end
+    start = defaults[0] if start is None else start
+    end = defaults[1] if end is None else end
     if name == "sigmoid_alphabar":
         if not start < end:
             raise ValueError(f"schedule {name!r} needs start < end, got start={start}, end={end}")
@@ -316,10 +317,10 @@ def sampling_sigmas(
     """
     if final_sigma not in FINAL_SIGMAS:
         raise ValueError(f"unknown final sigma {final_sigma!r}; choose from {', '.join(FINAL_SIGMAS)}")
-    if spacing in SIGMA_SPACINGS:
+    if isinstance(spacing, str) and spacing in SIGMA_SPACINGS:
         _check_steps(steps, schedule.T)
         levels = _sigma_ramp(spacing, steps, float(schedule.sigmas[0]), float(schedule.sigmas[-1]))
-    elif spacing in TIMESTEP_SPACINGS:
+    elif isinstance(spacing, str) and spacing in TIMESTEP_SPACINGS:
         levels = schedule.sigmas[timesteps(spacing, steps, schedule.T)]
     else:
         levels = _own_sigmas(spacing, schedule)

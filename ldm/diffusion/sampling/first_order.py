@@ -53,7 +53,10 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
 
 def add_noise(x: Tensor, up: float, noise: Noise | None) -> Tensor:
     """x + up times fresh noise: (b, ...). Draws once, and not at all for up = 0."""
-    return x if up == 0 else x + up * noise().to(x)
+    if up == 0:
+        return x
+    assert noise is not None  # `sample` checks it
+    return x + up * noise().to(x)
 
 
 def euler(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:

@@ -17,6 +17,7 @@ def ddpm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, n
     now = points[-1]
     if now.variance_share is None or eta == 0 or sigma_next == 0:
         return euler(denoise, points, sigma_next, eta, noise)
+    assert noise is not None  # `sample` checks it
     down, up = ancestral_split(now.sigma, sigma_next, eta)
     spread = math.log((1 + sigma_next**-2) / (1 + now.sigma**-2)) / 2  # log of large over small deviation
     return euler_to(now, down) + up * (spread * now.variance_share).exp() * noise().to(now.x)
