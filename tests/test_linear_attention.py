@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.models.blocks import AttentionBlock
+from ldm.models.kernels import set_attention
 from ldm.models.linear_attention import LinearAttentionBlock, linear_attention
 from ldm.models.unet import UNetModel
 
@@ -33,15 +34,30 @@ def test_against_the_definition():
     torch.testing.assert_close(weights.sum(-1), torch.full((2, 3, 7), 0.5, dtype=torch.float64))
 
 
+@pytest.fixture
+def products():
+    """Attention as matrix products, which torch counts; whether it counts its fused kernels depends on its version."""
+    set_attention("math")
+    yield
+    set_attention("auto")
+
+
 def flops(block: torch.nn.Module, side: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         block(torch.zeros(1, 32, side, side))
     return counter.get_total_flops()
 
 
+@pytest.mark.usefixtures("products")
 def test_four_times_the_positions_cost_four_times_as_much():
-    """Where full attention's cost tends to 16 times."""
+    """Where full attention's cost tends to 16 times. Both by their formulas, for 32 channels in 2 heads of d = 16."""
     linear, full = LinearAttentionBlock(32, 2), AttentionBlock(32, 2)
+    for n in (16**2, 32**2):
+        projections = 2 * n * 4 * 32**2  # to q, k and v, and out; a product and a sum are 2
+        assert flops(linear, round(n**0.5)) == projections + 2 * (n + n) * 2 * 16**2  # n + n positions, 2 heads of d^2
+        assert (
+            flops(full, round(n**0.5)) == projections + 2 * 2 * n * n * 32
+        )  # n^2 scores, 2 heads of d, and their mean of v
     assert flops(linear, 32) == 4 * flops(linear, 16)
     assert flops(full, 64) / flops(full, 32) > 14
     assert flops(linear, 64) < flops(full, 64) / 50
