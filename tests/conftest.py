@@ -1,6 +1,9 @@
 """Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint; a tiny MNIST."""
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,22 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         if not p.detach().any():
             p.data = 0.1 * torch.randn(p.shape, generator=generator)
     return model
+
+
+@contextmanager
+def peers(*names: str) -> Iterator[None]:
+    """Skip the test when one of these packages refuses the installed version of another; `pytest -rs` lists the reason.
+
+    Only calls of the packages themselves belong inside. Any other error, a missing package included, fails the test.
+    """
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        refused = isinstance(error, ImportError) or "version" in str(error)
+        missing = isinstance(error, ModuleNotFoundError) and error.name in names
+        if missing or not refused or not any(name in str(error).lower() for name in names):
+            raise
+        pytest.skip(f"{' and '.join(f'{name} {version(name)}' for name in names)} do not work together: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,6 @@ def test_what_cannot_be_plotted_is_told_before_any_work(command, tmp_path, monke
         patch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
         with pytest.raises(ValueError, match="--plot needs matplotlib: pip install matplotlib"):
             benchmark.main([*command, "--plot=plot.png"])
-    pytest.importorskip("matplotlib")
     with pytest.raises(OSError, match=f"{tmp_path} cannot be written"):
         benchmark.main([*command, f"--plot={tmp_path}"])
 
@@ -98,13 +97,11 @@ def test_sampler_table_and_plot(tmp_path):
         and table[2] == "| `ddim` | 99.5%, 2.00, 0.80 | 99.5%, 1.50, 0.80 |"
     )
     assert table[3] == "| `unipc` | 99.5%, 2.00, 0.80 | - |"
-    pytest.importorskip("matplotlib")
     benchmark.plot_samplers(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
     set_precision, computed = precision.set_precision, []
 
     def watched(model, *args):
@@ -136,6 +133,5 @@ def test_trilemma_table_and_plot(tmp_path):
         "| VAE | 1 | - | 2.50 | 0.75 | 0.80 | 0.001 | 0.001 |",
         "| DDGAN | 4 | 99.5% | 2.50 | 0.75 | 0.80 | 0.012 | 0.012 |",
     ]
-    pytest.importorskip("matplotlib")
     benchmark.plot_trilemma(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -80,6 +80,7 @@ def test_run_folder(alone):
     assert [p.name for p in sorted((folder / "previews").iterdir())] == ["000003.png", "000006.png"]
 
 
+@pytest.mark.smoke
 def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path, monkeypatch):
     def interrupt(*arguments):
         os.kill(os.getpid(), signal.SIGINT)

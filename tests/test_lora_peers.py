@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from conftest import peers
 from lora_models import EVERYWHERE, distance, file_of, inputs, learned, outputs, tiny
 from safetensors.torch import save_file
 
@@ -60,8 +61,9 @@ def teach(pipeline, rank=3, alpha=2.0, text_alpha=5.0):
     """Adapters of PEFT's in both networks, as training might leave them."""
     from peft import LoraConfig
 
-    pipeline.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=UNET_LAYERS))
-    pipeline.text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=text_alpha, target_modules=TEXT_LAYERS))
+    with peers("diffusers", "transformers", "peft"):
+        pipeline.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=UNET_LAYERS))
+        pipeline.text_encoder.add_adapter(LoraConfig(r=rank, lora_alpha=text_alpha, target_modules=TEXT_LAYERS))
     generator = torch.Generator().manual_seed(3)
     for network in (pipeline.unet, pipeline.text_encoder):
         for name, parameter in network.named_parameters():

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import peers
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement  # pytest depends on it
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,10 +44,55 @@ def imported(path: Path) -> set[str]:
     return found - set(sys.stdlib_module_names)
 
 
-def test_conda_environment_equals_pyproject():
-    *_, pip = OmegaConf.to_container(OmegaConf.load(ROOT / "environment.yml"))["dependencies"]
+def pins(name: str, python: str) -> dict[str, Version]:
+    """What a constraints file asks for on a version of Python, by normalised name."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+    found = [r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate(environment)]
+    assert all(str(r.specifier).startswith("==") for r in found)
+    assert len({canonicalize_name(r.name) for r in found}) == len(found)  # one version each
+    return {canonicalize_name(r.name): Version(str(r.specifier)[2:]) for r in found}
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_constraints_are_what_the_project_asks_for(python):
+    """One tested version of every dependency, and the lower bounds themselves in the oldest environment."""
     project = PROJECT["project"]
-    assert pip == {"pip": project["dependencies"] + project["optional-dependencies"]["test"]}
+    newest, oldest = pins("constraints.txt", python), pins("constraints-oldest.txt", python)
+    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"]):
+        name, bounds = canonicalize_name(requirement.name), requirement.specifier
+        (lower,) = (Version(bound.version) for bound in bounds if bound.operator == ">=")
+        assert newest[name] in bounds and oldest[name] == lower, requirement
+    platforms = ("nvidia", "cuda", "triton")  # torch pins what its build for a platform needs
+    assert not [name for name in newest.keys() | oldest.keys() if name.startswith(platforms)]
+
+
+def test_every_installation_uses_the_constraints():
+    *_, pip = OmegaConf.to_container(OmegaConf.load(ROOT / "environment.yml"))["dependencies"]
+    assert pip == {"pip": ["-c constraints.txt", "-e .[test]"]}
+    commands = re.findall(r"pip install .*?(?= && )", (ROOT / "README.md").read_text())
+    assert commands == ["pip install -c constraints.txt -e .", 'pip install -c constraints.txt -e ".[test]"']
+    script = (ROOT / ".ci" / "run").read_text()
+    assert re.findall(r"pip install .*", script) == [
+        'pip install --quiet --disable-pip-version-check -c "$3" -e ".[test]" </dev/null'
+    ]
+    assert re.findall(r"^install (\w+) .* (\S+)$", script, re.M) == [
+        ("newest", "constraints.txt"),
+        ("oldest", "constraints-oldest.txt"),
+    ]
+
+
+def test_peers_that_refuse_each_other_are_skipped_with_the_reason():
+    with pytest.raises(pytest.skip.Exception, match=r"numpy \S+ and torch \S+ do not work together: torch 1 is"):
+        with peers("numpy", "torch"):
+            raise ImportError("torch 1 is too old")
+    for error in (
+        ValueError("torch: wrong shape"),
+        ImportError("no name x"),
+        ModuleNotFoundError("torch", name="torch"),
+    ):
+        with pytest.raises(type(error)), peers("numpy", "torch"):
+            raise error
 
 
 def test_distribution_and_version():
@@ -61,9 +110,11 @@ def test_every_import_is_a_dependency():
     by_package = {p for path in code if path not in compared for p in imported(path)} - {"ldm"}
     by_comparison = {p for path in compared for p in imported(path)} - {"ldm"}
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    by_tests = {p for path in PYTHON_FILES if "tests" in path.parts for p in imported(path)} - {"ldm", "tomli"}
+    by_tests = {p for path in PYTHON_FILES if "tests" in path.parts for p in imported(path)}
+    by_tests -= {"ldm", "tomli", "packaging"}
     helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "conftest", "scripts"}
     assert by_package - run - optional == set()
+    assert run - by_package == {"tensorboard"}  # by torch.utils.tensorboard; what tests alone import is in their extra
     assert by_comparison - run - test - scripts == set()
     assert by_tests - run - test - helpers == set()
 

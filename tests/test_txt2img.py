@@ -40,6 +40,7 @@ def draw(tiny_checkpoint, tmp_path):
     return runner(txt2img, tiny_checkpoint, tmp_path)
 
 
+@pytest.mark.smoke
 def test_one_image_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_model):
     out = draw(steps=None)
     assert names(out) == ["grid-0000.png", "samples"] and names(out / "samples") == ["00000.png"]
