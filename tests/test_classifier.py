@@ -91,6 +91,7 @@ class Bars(torch.utils.data.Dataset):
         return {"image": image, "label": i % 10, "caption": ""}
 
 
+@pytest.mark.smoke
 def test_stage_learns_and_finishes_with_measured_statistics():
     torch.manual_seed(0)
     network = {"target": "ldm.models.classifier.FeatureNetwork", "params": {"widths": [4, 4], "features": 16}}

@@ -126,6 +126,7 @@ def config(outdir: Path, **params) -> dict:
     }
 
 
+@pytest.mark.smoke
 def test_a_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
     alone = train(config(tmp_path / "alone"), device="cpu")
     with monkeypatch.context() as patch:

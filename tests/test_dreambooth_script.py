@@ -52,6 +52,7 @@ def test_from_images_to_a_file_that_draws(tiny_checkpoint, subject, tmp_path, ca
         dreambooth.main(options(tiny_checkpoint, subject, out))
 
 
+@pytest.mark.smoke
 def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, tmp_path):
     """Accepted as they are; and a finished run asked to go on is left alone."""
     out, line = tmp_path / "out", options(tiny_checkpoint, subject, tmp_path / "out", "--with_prior_preservation")
@@ -68,6 +69,7 @@ def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, t
     assert (out / "model.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.smoke
 def test_lora_and_a_model_that_it_is_not_for(tiny_checkpoint, subject, tmp_path, capsys):
     out = tmp_path / "out"
     dreambooth.main(options(tiny_checkpoint, subject, out, "--rank", "2", "--lora_format", "peft"))

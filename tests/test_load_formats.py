@@ -67,6 +67,7 @@ def write(form: str, path: Path, state: dict) -> Path:
     return path
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("form", ["safetensors", "zip", "legacy", "nested"])
 def test_a_compvis_single_file(model, theirs, tmp_path, form):
     loaded = ldm.load(write(form, tmp_path / "model.ckpt", theirs), device="cpu")
@@ -80,6 +81,7 @@ def test_a_compvis_single_file(model, theirs, tmp_path, form):
         assert np.array_equal(pixels(loaded), pixels(model))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("format", ["ldm", "compvis", "diffusers"])
 def test_round_trips_are_bit_exact(model, tmp_path, format):
     path = tmp_path / "out"

@@ -92,6 +92,7 @@ def pixels(model, given) -> np.ndarray:
     return np.stack(model.generate(given, steps=2, scale=1, height=32, width=32))
 
 
+@pytest.mark.smoke
 def test_each_family_is_recognised_and_draws_the_same(family):
     title, model, path, given = family
     loaded = ldm.load(path, device="cpu")

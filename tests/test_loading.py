@@ -21,6 +21,7 @@ def pixels(model) -> np.ndarray:
     return np.stack([np.asarray(image) for image in model.generate(["five", ""], steps=2)])
 
 
+@pytest.mark.smoke
 def test_round_trip_is_bit_exact(tiny_model, tiny_checkpoint):
     model = ldm.load(str(tiny_checkpoint), device="cpu")
     assert model.path == tiny_checkpoint and not model.training

@@ -95,6 +95,7 @@ def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path,
     assert not (tmp_path / "autoencoder" / "resume.pt").exists()
 
 
+@pytest.mark.smoke
 def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
     """kill -9 at an arbitrary moment after the first save."""
     settings = config(tmp_path, accumulate=2, save_every=1)

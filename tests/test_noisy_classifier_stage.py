@@ -70,6 +70,7 @@ def test_the_loss_is_the_cross_entropy_of_noised_images_at_their_levels():
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in training.parameters()}
 
 
+@pytest.mark.smoke
 def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path):
     training, data = stage(), batch()
     assert training.prepare(Bars(), CPU) is not None

@@ -111,7 +111,7 @@ def test_every_import_is_a_dependency():
     by_comparison = {p for path in compared for p in imported(path)} - {"ldm"}
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     by_tests = {p for path in PYTHON_FILES if "tests" in path.parts for p in imported(path)}
-    by_tests -= {"ldm", "tomli", "packaging"}
+    by_tests -= {"ldm", "tomli", "tomllib", "packaging"}
     helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "conftest", "scripts"}
     assert by_package - run - optional == set()
     assert run - by_package == {"tensorboard"}  # by torch.utils.tensorboard; what tests alone import is in their extra
@@ -126,6 +126,7 @@ def test_shipped_files_are_package_data():
     assert others - kept == set()
 
 
+@pytest.mark.smoke
 def test_importing_the_package_is_light():
     code = "import sys, ldm; print('torch' in sys.modules, ldm.__version__ != '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -74,6 +74,7 @@ def test_every_term_of_the_autoencoders_loss(judge, batch):
     assert torch.isfinite(loss) and metrics.keys() == {"error", "kl", "perceptual", "adversarial"}
 
 
+@pytest.mark.smoke
 def test_each_loss_reaches_its_own_network_only(judge, batch):
     stage = autoencoder(judge)
     stage(batch, 0)[0].backward()
@@ -195,6 +196,7 @@ def test_contrastive_loss_by_hand(clip, batch, monkeypatch):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.smoke
 def test_clip_learns_and_exports_its_text_half(clip, batch):
     (optimizer,) = clip.optimizers()
     losses = []
@@ -349,6 +351,7 @@ def test_images_that_change_cannot_be_cached(parts, digits):
     assert diffusion(parts, cache_latents=False).prepare(bent, CPU) is bent
 
 
+@pytest.mark.smoke
 def test_only_the_unet_trains_and_the_whole_is_exported(parts, digits, tiny_model, tmp_path):
     stage = diffusion(parts, preview_prompts=["4", "", "bold 7"])
     data = stage.prepare(digits, CPU)

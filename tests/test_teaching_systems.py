@@ -18,6 +18,7 @@ NARROW = {
 NETWORK = "stage.params.model.params.unet_config.params"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "name, side, classes",
     [("simple_unet", 32, []), ("mnist14", 14, ["--class", "5", "9"]), ("ddpm", 32, ["--class", "5", "9"])],

@@ -172,6 +172,7 @@ def test_the_page_draws_by_a_caption_that_was_trained_on():
     assert f'--prompt "{prompt}"' in script.__doc__
 
 
+@pytest.mark.smoke
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_checkpoint, subject, tmp_path, monkeypatch):
     run(tiny_checkpoint, subject, tmp_path / "whole")
     forward, calls = TextualInversionStage.forward, []

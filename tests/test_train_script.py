@@ -98,6 +98,7 @@ def test_scikit_learns_digits(tmp_path):
     assert_draws(tmp_path, "L", 32)
 
 
+@pytest.mark.smoke
 def test_the_model_that_ships(mnist, tmp_path):
     changes = [f"data.params.root={mnist}", "data.params.first=null", f"outdir={tmp_path / 'runs'}"]
     train.main([*configs("digits"), *SHORT, *changes, "--device", "cpu"])

@@ -367,6 +367,7 @@ def test_what_was_drawn_before_an_interruption_is_there(draw, tmp_path, monkeypa
     assert names(tmp_path / "out" / "samples") == [f"{i:05}.png" for i in range(4)]
 
 
+@pytest.mark.smoke
 def test_as_a_program(tiny_checkpoint, tmp_path):
     done = run_program("txt2img", "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path)
     assert done.returncode == 0 and done.stderr == ""
