@@ -38,7 +38,7 @@ def test_evaluations(tiny_model):
 def test_a_row_of_real_images_is_near_the_floor():
     reference, networks = load_reference(), Measuring.load()
     labels = reference.image_labels[:300]
-    row = trilemma.measure("real", 0, lambda: reference.images[:300], reference, networks, labels)
+    row = trilemma.measure("real", 0, lambda: reference.pictures[:300], reference, networks, labels)
     assert (row["name"], row["evaluations"], row["n"]) == ("real", 0, 300)
     assert 0.5 < row["ratio"] < 2 and row["recall"] > 0.7  # the first ones are no fair sample: cleaner than the rest
     assert 0 <= row["cpu_seconds"] < 1 and row["accuracy"] > 0.98

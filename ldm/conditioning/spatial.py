@@ -49,14 +49,17 @@ class SpatialRescaler(nn.Module):
         return x if self.channel_mapper is None else self.channel_mapper(x)
 
 
-class Image(nn.Module):
-    """The image itself, as in latent diffusion's super-resolution: what is small guides what is drawn large."""
+class ConcatImage(nn.Module):
+    """Condition on an image itself, as latent diffusion's super-resolution is on the small one."""
 
-    null = None  # there is no image that says nothing
+    null = None  # there is no null condition
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x (b, c, h, w) in [-1, 1], of the latents' height and width -> {"c_concat": x}."""
         return {"c_concat": _checked(x)}
+
+
+Picture = ConcatImage  # its name in checkpoints of version 0.1
 
 
 def _checked(x: Tensor) -> Tensor:
