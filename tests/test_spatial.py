@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_fill import fill, load_golden, published_shapes, shapes
 
-from ldm.conditioning.spatial import Image, SpatialRescaler
+from ldm.conditioning.spatial import ConcatImage, SpatialRescaler
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -47,10 +47,10 @@ def test_the_mapper_is_a_matrix_over_channels():
 
 def test_a_image_stays_as_it_is():
     x = images(2, 3, 4, 4)
-    assert Image()(x)["c_concat"] is x and Image().null is None and not shapes(Image())
+    assert ConcatImage()(x)["c_concat"] is x and ConcatImage().null is None and not shapes(ConcatImage())
 
 
-@pytest.mark.parametrize("model", [Image(), SpatialRescaler()])
+@pytest.mark.parametrize("model", [ConcatImage(), SpatialRescaler()])
 def test_what_is_no_image_is_refused(model):
     with pytest.raises(ValueError, match="was given a list: draw with it from Python, by model.generate"):
         model(["a cat"])
