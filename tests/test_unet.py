@@ -417,7 +417,7 @@ def test_group_norm_keeps_float32_statistics(dtype, bits):
     "options, message",
     [
         ({"dims": 3}, "dims is 3"),
-        ({"num_heads": -1}, "set num_heads or num_head_channels"),
+        ({"num_heads": -1}, "both -1: set one of them"),
         ({"num_heads": 5}, "32 channels do not split into heads"),
         ({"num_heads": -1, "num_head_channels": 24}, "do not split into heads"),
         (TEXT | {"num_heads": -1, "num_head_channels": 48}, "no attention head at a width of 32"),

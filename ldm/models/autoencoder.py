@@ -1,6 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), CompVis's names."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,23 +90,13 @@ class Upsample(nn.Module):
         return self.conv(x) if self.with_conv else x
 
 
-def _attention(attn_type: str, channels: int, norm_groups: int) -> nn.Module:
-    if attn_type == "none":
-        return nn.Identity()
-    if attn_type not in ("vanilla", "vanilla-xformers"):  # the second named a kernel; kernels.py chooses that now
-        raise ValueError(f'attn_type is {attn_type!r}: it must be "vanilla", "vanilla-xformers" or "none"')
-    return AttnBlock(channels, norm_groups)
-
-
 class _Level(nn.Module):
     """The residual blocks of one resolution, each followed by its attention, if the level has any, then resampling."""
 
-    def __init__(self, blocks: list[ResnetBlock], attention_type: str | None, norm_groups: int) -> None:
+    def __init__(self, blocks: list[ResnetBlock], attention: list[nn.Module]) -> None:
         super().__init__()
         self.block = nn.ModuleList(blocks)
-        self.attn = nn.ModuleList()
-        if attention_type is not None:
-            self.attn.extend(_attention(attention_type, block.out_channels, norm_groups) for block in blocks)
+        self.attn = nn.ModuleList(attention)
 
     def forward(self, h: Tensor) -> Tensor:
         for j, block in enumerate(self.block):
@@ -116,60 +107,77 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float, attention_type: str, norm_groups: int) -> None:
+    def __init__(self, first: ResnetBlock, attention: nn.Module, second: ResnetBlock) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, dropout=dropout, norm_groups=norm_groups)
-        self.attn_1 = _attention(attention_type, channels, norm_groups)
-        self.block_2 = ResnetBlock(channels, dropout=dropout, norm_groups=norm_groups)
+        self.block_1, self.attn_1, self.block_2 = first, attention, second
 
     def forward(self, h: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(h)))
 
 
-class Encoder(nn.Module):
-    """Pixels (b, in_channels, h, w) -> (b, 2 z_channels, h / f, w / f) with f = 2^(len(ch_mult) - 1).
+@dataclass(kw_only=True, eq=False, repr=False)
+class _Half(nn.Module):
+    """What `Encoder` and `Decoder` share: the constructor's arguments, which are a CompVis `ddconfig`, and the parts.
 
-    The arguments are a CompVis `ddconfig`, which Encoder and Decoder share, so each takes some that only the other
-    uses. `ch_mult` gives each level's width in units of `ch`; `resolution`, the images' height, only says where
-    `attn_resolutions` (heights of feature maps) lie; `double_z` doubles the output for means and log variances;
-    `norm_groups` must divide every width.
+    One ddconfig serves both, so each takes some arguments that only the other uses.
     """
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        out_ch: int,
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        dropout: float = 0.0,
-        resamp_with_conv: bool = True,
-        double_z: bool = True,
-        attn_type: str = "vanilla",
-        tanh_out: bool = False,
-        norm_groups: int = 32,
-    ) -> None:
+    ch: int
+    out_ch: int
+    num_res_blocks: int  # per level; the decoder has one more
+    attn_resolutions: Sequence[int]  # heights of the feature maps with attention, for images of height `resolution`
+    in_channels: int
+    resolution: int
+    z_channels: int
+    ch_mult: Sequence[int] = (1, 2, 4, 8)  # width of each level in units of ch
+    dropout: float = 0.0
+    resamp_with_conv: bool = True
+    double_z: bool = True  # the encoder gives means and log variances
+    attn_type: str = "vanilla"
+    tanh_out: bool = False  # bound the decoder's output to [-1, 1]
+    norm_groups: int = 32  # must divide every width
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+
+    def residual(self, channels: int, out_channels: int) -> ResnetBlock:
+        return ResnetBlock(channels, out_channels, self.dropout, self.norm_groups)
+
+    def attend(self, channels: int) -> nn.Module:
+        if self.attn_type == "none":
+            return nn.Identity()
+        if self.attn_type not in ("vanilla", "vanilla-xformers"):  # the second named a kernel, as kernels.py does now
+            raise ValueError(f'attn_type is {self.attn_type!r}: it must be "vanilla", "vanilla-xformers" or "none"')
+        return AttnBlock(channels, self.norm_groups)
+
+    def level(self, i: int, channels: int, count: int) -> _Level:
+        """Return level i with `count` residual blocks, the first of which takes `channels`."""
+        width = self.ch * self.ch_mult[i]
+        blocks = [self.residual(channels if j == 0 else width, width) for j in range(count)]
+        has_attention = self.resolution // 2**i in self.attn_resolutions
+        return _Level(blocks, [self.attend(width) for _ in blocks] if has_attention else [])
+
+    def middle(self, width: int) -> _Middle:
+        return _Middle(self.residual(width, width), self.attend(width), self.residual(width, width))
+
+
+class Encoder(_Half):
+    """Pixels (b, in_channels, h, w) -> (b, 2 z_channels, h / f, w / f) with f = 2^(len(ch_mult) - 1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.conv_in = nn.Conv2d(self.in_channels, self.ch, 3, padding=1)
         self.down = nn.ModuleList()
-        width = ch
-        for i, mult in enumerate(ch_mult):
-            blocks = []
-            for _ in range(num_res_blocks):
-                blocks.append(ResnetBlock(width, ch * mult, dropout, norm_groups))
-                width = ch * mult
-            attends = resolution // 2**i in attn_resolutions
-            level = _Level(blocks, attn_type if attends else None, norm_groups)
-            if i < len(ch_mult) - 1:
-                level.downsample = Downsample(width, resamp_with_conv)
+        width = self.ch
+        for i, mult in enumerate(self.ch_mult):
+            level = self.level(i, width, self.num_res_blocks)
+            width = self.ch * mult
+            if i < len(self.ch_mult) - 1:
+                level.downsample = Downsample(width, self.resamp_with_conv)
             self.down.append(level)
-        self.mid = _Middle(width, dropout, attn_type, norm_groups)
-        self.norm_out = normalization(width, norm_groups, EPS)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        self.mid = self.middle(width)
+        self.norm_out = normalization(width, self.norm_groups, EPS)
+        self.conv_out = nn.Conv2d(width, 2 * self.z_channels if self.double_z else self.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -181,49 +189,24 @@ class Encoder(nn.Module):
         return self.conv_out(nonlinearity(self.norm_out(h)))  # (b, 2 z_channels, h / f, w / f)
 
 
-class Decoder(nn.Module):
-    """(b, z_channels, h / f, w / f) -> pixels (b, out_ch, h, w); the arguments are Encoder's.
+class Decoder(_Half):
+    """(b, z_channels, h / f, w / f) -> pixels (b, out_ch, h, w); `up[0]`, the highest resolution, runs last."""
 
-    `tanh_out` bounds the result to [-1, 1]. `up[0]` is the level of the highest resolution, the last to run.
-    """
-
-    def __init__(
-        self,
-        *,
-        ch: int,
-        out_ch: int,
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        in_channels: int,
-        resolution: int,
-        z_channels: int,
-        ch_mult: Sequence[int] = (1, 2, 4, 8),
-        dropout: float = 0.0,
-        resamp_with_conv: bool = True,
-        double_z: bool = True,
-        attn_type: str = "vanilla",
-        tanh_out: bool = False,
-        norm_groups: int = 32,
-    ) -> None:
-        super().__init__()
-        self.tanh_out = tanh_out
-        width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = _Middle(width, dropout, attn_type, norm_groups)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        width = self.ch * self.ch_mult[-1]
+        self.conv_in = nn.Conv2d(self.z_channels, width, 3, padding=1)
+        self.mid = self.middle(width)
         levels = []
-        for i, mult in reversed(list(enumerate(ch_mult))):
-            blocks = []
-            for _ in range(num_res_blocks + 1):
-                blocks.append(ResnetBlock(width, ch * mult, dropout, norm_groups))
-                width = ch * mult
-            attends = resolution // 2**i in attn_resolutions
-            level = _Level(blocks, attn_type if attends else None, norm_groups)
+        for i, mult in reversed(list(enumerate(self.ch_mult))):
+            level = self.level(i, width, self.num_res_blocks + 1)
+            width = self.ch * mult
             if i > 0:
-                level.upsample = Upsample(width, resamp_with_conv)
+                level.upsample = Upsample(width, self.resamp_with_conv)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = normalization(width, norm_groups, EPS)
-        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self.norm_out = normalization(width, self.norm_groups, EPS)
+        self.conv_out = nn.Conv2d(width, self.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))

@@ -23,11 +23,14 @@ from ldm.models.levels import Level, plan_levels
 from ldm.models.linear_attention import LinearAttentionBlock
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Makes the layers of one UNet, or of its encoder half; the fields are UNetModel's arguments."""
+class UNetEncoder(nn.Module):
+    """The first half of a UNet, as `UNetModel` and the noisy classifier have it.
 
-    emb_channels: int
+    Both are dataclasses: their fields are the constructor's arguments, which the methods here read, and
+    `__post_init__` builds the layers from x to the output.
+    """
+
+    model_channels: int
     dropout: float
     conv_resample: bool
     use_checkpoint: bool
@@ -37,18 +40,16 @@ class Parts:
     resblock_updown: bool
     use_new_attention_order: bool
     norm_groups: int
-    num_heads_upsample: int = -1
-    use_spatial_transformer: bool = False
-    context_dim: int | Sequence[int] | None = None
-    legacy: bool = True
-    use_linear_in_transformer: bool = False
-    attention_type: str = "full"
-    attention_memory: int = 0
 
-    def res(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype, in which the network computes."""
+        return self.time_embed[0].weight.dtype
+
+    def residual(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
             channels,
-            self.emb_channels,
+            4 * self.model_channels,
             self.dropout,
             out_channels=out_channels,
             use_scale_shift_norm=self.use_scale_shift_norm,
@@ -58,243 +59,200 @@ class Parts:
             norm_groups=self.norm_groups,
         )
 
-    def down(self, channels: int) -> nn.Module:
-        if self.resblock_updown:
-            return self.res(channels, channels, down=True)
-        return Downsample(channels, self.conv_resample)
+    def downsample(self, width: int) -> nn.Module:
+        return self.residual(width, width, down=True) if self.resblock_updown else Downsample(width, self.conv_resample)
 
-    def up(self, channels: int) -> nn.Module:
-        if self.resblock_updown:
-            return self.res(channels, channels, up=True)
-        return Upsample(channels, self.conv_resample)
+    def attend(self, level: Level, part: str = "encoder") -> nn.Module:
+        """Return the attention of a level; part: "encoder" or "middle" (or "decoder", in UNetModel)."""
+        return AttentionBlock(
+            level.width,
+            self.num_heads,
+            self.num_head_channels,
+            self.use_checkpoint,
+            self.use_new_attention_order,
+            self.norm_groups,
+        )
 
-    def attend(
-        self,
-        channels: int,
-        depth: int,
-        disable_self_attention: bool = False,
-        decoder: bool = False,
-        middle: bool = False,
-    ) -> nn.Module:
+    def encoder(self, in_channels: int, levels: Sequence[Level]) -> tuple[nn.ModuleList, list[int]]:
+        """Return the layers from x down to the lowest resolution, and the width of each one's output."""
+        blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, self.model_channels, 3, padding=1))]
+        widths = [self.model_channels]
+        for i, level in enumerate(levels):
+            for j in range(level.blocks):
+                layers = [self.residual(widths[-1], level.width)]
+                if j < level.attended:
+                    layers.append(self.attend(level))
+                blocks.append(TimestepEmbedSequential(*layers))
+                widths.append(level.width)
+            if i < len(levels) - 1:
+                blocks.append(TimestepEmbedSequential(self.downsample(level.width)))
+                widths.append(level.width)
+        return nn.ModuleList(blocks), widths
+
+    def middle(self, level: Level) -> TimestepEmbedSequential:
+        width = level.width
+        return TimestepEmbedSequential(
+            self.residual(width, width), self.attend(level, "middle"), self.residual(width, width)
+        )
+
+
+@dataclass(eq=False, repr=False)
+class UNetModel(UNetEncoder):
+    """Predicts eps, x0 or v from a noisy image or latent x. It has all that CompVis's v1 and v2 UNets have for images.
+
+    The fields are the constructor's arguments, in CompVis's order.
+
+    Raises:
+        ValueError: arguments exclude each other or do not fit.
+    """
+
+    image_size: int  # for callers that read it; the network takes any size that halves len(channel_mult) - 1 times
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int | Sequence[int]  # per level, or one number for all; one list entry per level once built
+    attention_resolutions: Sequence[int]  # the *downsampling factors* (1, 2, 4, ...) of the levels with attention
+    dropout: float = 0.0
+    channel_mult: Sequence[int] = (1, 2, 4, 8)  # width of each level in units of model_channels
+    conv_resample: bool = True  # resample with convolutions
+    dims: int = 2  # must be 2
+    # A number of classes (y: integer (b,)), "continuous" (y: (b, 1)) or "sequential" (y: (b, adm_in_channels), such as
+    # pooled text). The embedded y is added to the embedded time.
+    num_classes: int | str | None = None
+    use_checkpoint: bool = False  # recompute activations in the backward pass
+    use_fp16: bool = False  # no effect, as use_bf16: the network computes in its parameters' dtype
+    use_bf16: bool = False
+    num_heads: int = -1  # set this or num_head_channels, the width of a head
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1  # num_heads of the decoder's attention blocks in legacy models; -1: num_heads
+    use_scale_shift_norm: bool = False  # the time scales and shifts features (AdaGN) instead of being added
+    resblock_updown: bool = False  # resample with residual blocks
+    use_new_attention_order: bool = False  # the other channel layout of AttentionBlock
+    use_spatial_transformer: bool = False  # transformers with cross-attention in place of attention blocks
+    transformer_depth: int | Sequence[int] = 1  # blocks of each, per level (the middle has the last level's) or for all
+    context_dim: int | Sequence[int] | None = None  # width of the context, or one per transformer block
+    n_embed: int | None = None  # predict logits over so many codebook entries instead
+    legacy: bool = True  # how num_head_channels is read, see `attend`; False for Stable Diffusion
+    disable_self_attentions: Sequence[bool] | None = None  # per level: each first attention is to the context too
+    num_attention_blocks: Sequence[int] | None = None  # per level: residual blocks with attention; default all
+    disable_middle_self_attn: bool = False
+    use_linear_in_transformer: bool = False  # linear, not convolutional, projections around the transformers
+    adm_in_channels: int | None = None
+    norm_groups: int = 32  # of every group normalisation; they must divide every width
+    patch: int = 1  # squares of so many pixels become the channels of one position; attention_resolutions count from it
+    attention_type: str = "full"  # or "linear": `LinearAttentionBlock` in the levels, full attention in the middle
+    attention_memory: int = 0  # of LinearAttentionBlock
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._check_arguments()
+        self.downsampling = self.patch * 2 ** (len(self.channel_mult) - 1)  # sizes must be multiples of it
+        levels = plan_levels(
+            self.model_channels,
+            self.channel_mult,
+            self.num_res_blocks,
+            self.attention_resolutions,
+            self.transformer_depth,
+            self.disable_self_attentions,
+            self.num_attention_blocks,
+        )
+        self.num_res_blocks = [level.blocks for level in levels]
+        self.time_embed = time_mlp(self.model_channels, 4 * self.model_channels)
+        if self.num_classes is not None:
+            self.label_emb = self._label_embedding()
+        self.input_blocks, skips = self.encoder(self.in_channels * self.patch**2, levels)
+        self.middle_block = self.middle(levels[-1]._replace(disable_self_attention=self.disable_middle_self_attn))
+        self.output_blocks = self._decoder(levels, skips)
+        width = levels[0].width
+        self.out = nn.Sequential(
+            normalization(width, self.norm_groups),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(width, self.out_channels * self.patch**2, 3, padding=1)),
+        )
+        self.predict_codebook_ids = self.n_embed is not None
+        if self.predict_codebook_ids:
+            self.id_predictor = nn.Sequential(normalization(width, self.norm_groups), nn.Conv2d(width, self.n_embed, 1))
+
+    def attend(self, level: Level, part: str = "encoder") -> nn.Module:
+        """Return the attention of a level: a transformer, linear attention or an attention block."""
         by_width = self.num_head_channels != -1
-        heads = channels // self.num_head_channels if by_width else self.num_heads
+        heads = level.width // self.num_head_channels if by_width else self.num_heads
         if heads < 1:
             raise ValueError(
                 f"num_heads {self.num_heads} and num_head_channels {self.num_head_channels} leave no attention head "
-                f"at a width of {channels} channels: give at least 1 head, or heads no wider than the layer"
+                f"at a width of {level.width} channels: give at least 1 head, or heads no wider than the layer"
             )
+        common = {"use_checkpoint": self.use_checkpoint, "norm_groups": self.norm_groups}
         if self.use_spatial_transformer:
             # CompVis's first models ("legacy") fill all channels even where the head width does not divide them
-            width = self.num_head_channels if by_width and not self.legacy else channels // heads
             return SpatialTransformer(
-                channels,
+                level.width,
                 heads,
-                width,
-                depth=depth,
+                self.num_head_channels if by_width and not self.legacy else level.width // heads,
+                depth=level.depth,
                 context_dim=self.context_dim,
-                disable_self_attn=disable_self_attention,
+                disable_self_attn=level.disable_self_attention,
                 use_linear=self.use_linear_in_transformer,
-                use_checkpoint=self.use_checkpoint,
-                norm_groups=self.norm_groups,
+                **common,
             )
+        if part == "decoder" and self.num_heads_upsample != -1:
+            heads = self.num_heads_upsample
         # unless "legacy", CompVis passes on a head width derived from num_heads, which makes num_heads_upsample inert
-        width = self.num_head_channels if by_width or self.legacy else channels // heads
-        if self.attention_type == "linear" and not middle:
-            return LinearAttentionBlock(
-                channels,
-                self.num_heads_upsample if decoder else heads,
-                width,
-                memory=self.attention_memory,
-                use_checkpoint=self.use_checkpoint,
-                norm_groups=self.norm_groups,
-            )
-        return AttentionBlock(
-            channels,
-            num_heads=self.num_heads_upsample if decoder else heads,
-            num_head_channels=width,
-            use_checkpoint=self.use_checkpoint,
-            use_new_attention_order=self.use_new_attention_order,
-            norm_groups=self.norm_groups,
-        )
+        head_width = self.num_head_channels if by_width or self.legacy else level.width // self.num_heads
+        if self.attention_type == "linear" and part != "middle":
+            return LinearAttentionBlock(level.width, heads, head_width, memory=self.attention_memory, **common)
+        order = self.use_new_attention_order
+        return AttentionBlock(level.width, heads, head_width, use_new_attention_order=order, **common)
 
-    def middle(self, channels: int, depth: int = 1, disable_self_attention: bool = False) -> TimestepEmbedSequential:
-        return TimestepEmbedSequential(
-            self.res(channels, channels),
-            self.attend(channels, depth, disable_self_attention, middle=True),
-            self.res(channels, channels),
-        )
+    def upsample(self, width: int) -> nn.Module:
+        return self.residual(width, width, up=True) if self.resblock_updown else Upsample(width, self.conv_resample)
 
-
-def encoder_blocks(parts: Parts, in_channels: int, stem: int, levels: list[Level]) -> tuple[nn.ModuleList, list[int]]:
-    """The layers from x down to the lowest resolution, and the width that each of them hands to the decoder."""
-    blocks = [TimestepEmbedSequential(nn.Conv2d(in_channels, stem, 3, padding=1))]
-    widths = [stem]
-    for i, level in enumerate(levels):
-        for j in range(level.blocks):
-            layers = [parts.res(widths[-1], level.width)]
-            if j < level.attended:
-                layers.append(parts.attend(level.width, level.depth, level.disable_self_attention))
-            blocks.append(TimestepEmbedSequential(*layers))
-            widths.append(level.width)
-        if i < len(levels) - 1:
-            blocks.append(TimestepEmbedSequential(parts.down(level.width)))
-            widths.append(level.width)
-    return nn.ModuleList(blocks), widths
-
-
-def _decoder(parts: Parts, levels: list[Level], skips: list[int]) -> nn.ModuleList:
-    """The layers back up; each first takes in one of the encoder's outputs (of widths `skips`), the last one first."""
-    blocks = []
-    width = levels[-1].width
-    skips = list(skips)
-    for i, level in reversed(list(enumerate(levels))):
-        for j in range(level.blocks + 1):
-            layers = [parts.res(width + skips.pop(), level.width)]
-            width = level.width
-            if j < level.attended:
-                layers.append(parts.attend(width, level.depth, level.disable_self_attention, decoder=True))
-            if i > 0 and j == level.blocks:
-                layers.append(parts.up(width))
-            blocks.append(TimestepEmbedSequential(*layers))
-    return nn.ModuleList(blocks)
-
-
-class UNetModel(nn.Module):
-    """Predicts eps, x0 or v from a noisy image or latent x, with everything CompVis's v1 and v2 UNets take for images.
-
-    The arguments that do not explain themselves:
-    image_size: kept for outside readers; the network takes any size that halves len(channel_mult) - 1 times.
-    num_res_blocks: per level, or one number for all.
-    attention_resolutions: the *downsampling factors* (1, 2, 4, ...) at which there is attention.
-    channel_mult: width of each level in units of model_channels.
-    conv_resample: convolutions in the resampling layers; resblock_updown makes them residual blocks instead.
-    dims: must be 2.
-    num_classes: None; a number of classes (y: integer (b,)); "continuous" (y: (b, 1)); or "sequential" (y:
-        (b, adm_in_channels), such as pooled text). The embedded y is added to the embedded time.
-    use_fp16, use_bf16: accepted for CompVis's configs, without effect: the network computes in its parameters' dtype.
-    num_heads / num_head_channels: one of the two, the other -1. num_heads_upsample: for the decoder, -1 = num_heads;
-        it acts, as in CompVis's code, on attention blocks of legacy models only.
-    use_scale_shift_norm: the time scales and shifts features (AdaGN) instead of being added.
-    use_new_attention_order: the other channel layout of AttentionBlock.
-    use_spatial_transformer: transformers with cross-attention to a context of width context_dim (or one width per
-        transformer block) in place of attention blocks; transformer_depth blocks each, per level (the middle takes
-        the last level's) or one number for all.
-    n_embed: predicts logits over so many codebook entries instead.
-    legacy: how num_head_channels is read, see Parts.attend; False for Stable Diffusion.
-    disable_self_attentions: per level; True makes the first attention of each transformer look at the context too;
-        disable_middle_self_attn the same for the middle.
-    num_attention_blocks: per level, how many residual blocks are followed by attention; default all.
-    use_linear_in_transformer: linear instead of convolutional projections around the transformers.
-    norm_groups: groups of every group normalisation; they must divide every width.
-    attention_type: "full", or "linear": `LinearAttentionBlock`, with `attention_memory`, in the levels; the middle,
-        which has the fewest positions, keeps full attention. It does not go with use_spatial_transformer.
-    patch: the network sees squares of so many pixels as the channels of one position, which makes it faster by about as
-        many squared; attention_resolutions count from there.
-
-    Raises ValueError for arguments that exclude each other or do not fit.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int | Sequence[int],
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | str | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        use_bf16: bool = False,
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        use_spatial_transformer: bool = False,
-        transformer_depth: int | Sequence[int] = 1,
-        context_dim: int | Sequence[int] | None = None,
-        n_embed: int | None = None,
-        legacy: bool = True,
-        disable_self_attentions: Sequence[bool] | None = None,
-        num_attention_blocks: Sequence[int] | None = None,
-        disable_middle_self_attn: bool = False,
-        use_linear_in_transformer: bool = False,
-        adm_in_channels: int | None = None,
-        norm_groups: int = 32,
-        patch: int = 1,
-        attention_type: str = "full",
-        attention_memory: int = 0,
-    ) -> None:
-        super().__init__()
-        require_two_dims(dims)
-        _check_attention(use_spatial_transformer, context_dim, num_heads, num_head_channels)
-        if attention_type not in ("full", "linear") or (attention_type == "linear" and use_spatial_transformer):
-            raise ValueError(f"attention_type {attention_type!r}: use full, or linear without use_spatial_transformer")
-        if patch < 1 or (patch > 1 and n_embed is not None):
-            raise ValueError(f"patch is {patch}: it must be at least 1, and 1 with n_embed (here {n_embed})")
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.patch = patch
-        self.downsampling = patch * 2 ** (len(channel_mult) - 1)  # sizes must be multiples of it
-        self.model_channels = model_channels
-        self.out_channels = out_channels
-        self.num_classes = num_classes
-        levels = plan_levels(
-            model_channels,
-            channel_mult,
-            num_res_blocks,
-            attention_resolutions,
-            transformer_depth,
-            disable_self_attentions,
-            num_attention_blocks,
-        )
-        self.num_res_blocks = [level.blocks for level in levels]
-        parts = Parts(
-            emb_channels=4 * model_channels,
-            dropout=dropout,
-            conv_resample=conv_resample,
-            use_checkpoint=use_checkpoint,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            num_heads_upsample=num_heads if num_heads_upsample == -1 else num_heads_upsample,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-            use_spatial_transformer=use_spatial_transformer,
-            context_dim=context_dim,
-            legacy=legacy,
-            use_linear_in_transformer=use_linear_in_transformer,
-            norm_groups=norm_groups,
-            attention_type=attention_type,
-            attention_memory=attention_memory,
-        )
-        self.time_embed = time_mlp(model_channels, parts.emb_channels)
-        if num_classes is not None:
-            self.label_emb = _label_embedding(num_classes, adm_in_channels, parts.emb_channels)
-        self.input_blocks, skips = encoder_blocks(parts, in_channels * patch**2, model_channels, levels)
+    def _decoder(self, levels: Sequence[Level], skips: Sequence[int]) -> nn.ModuleList:
+        """Return the layers back up; each takes in an encoder output (of widths `skips`), the last one first."""
+        blocks, skips = [], list(skips)
         width = levels[-1].width
-        self.middle_block = parts.middle(width, levels[-1].depth, disable_middle_self_attn)
-        self.output_blocks = _decoder(parts, levels, skips)
-        width = levels[0].width
-        self.out = nn.Sequential(
-            normalization(width, norm_groups),
-            nn.SiLU(),
-            zero_module(nn.Conv2d(width, out_channels * patch**2, 3, padding=1)),
-        )
-        self.predict_codebook_ids = n_embed is not None
-        if n_embed is not None:
-            self.id_predictor = nn.Sequential(normalization(width, norm_groups), nn.Conv2d(width, n_embed, 1))
+        for i, level in reversed(list(enumerate(levels))):
+            for j in range(level.blocks + 1):
+                layers = [self.residual(width + skips.pop(), level.width)]
+                width = level.width
+                if j < level.attended:
+                    layers.append(self.attend(level, "decoder"))
+                if i > 0 and j == level.blocks:
+                    layers.append(self.upsample(width))
+                blocks.append(TimestepEmbedSequential(*layers))
+        return nn.ModuleList(blocks)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' dtype, in which the network computes."""
-        return self.time_embed[0].weight.dtype
+    def _label_embedding(self) -> nn.Module:
+        """Return the module that embeds y."""
+        width = 4 * self.model_channels
+        if isinstance(self.num_classes, int):
+            return nn.Embedding(self.num_classes, width)
+        if self.num_classes == "continuous":
+            return nn.Linear(1, width)
+        if self.num_classes != "sequential":
+            raise ValueError(
+                f'num_classes is {self.num_classes!r}: give a number of classes, "continuous", "sequential" or None'
+            )
+        if self.adm_in_channels is None:
+            raise ValueError('num_classes "sequential" needs adm_in_channels, the width of y')
+        return nn.Sequential(time_mlp(self.adm_in_channels, width))
+
+    def _check_arguments(self) -> None:
+        require_two_dims(self.dims)
+        if self.use_spatial_transformer != (self.context_dim is not None):
+            raise ValueError(
+                f"use_spatial_transformer is {self.use_spatial_transformer} and context_dim is {self.context_dim}: "
+                "a spatial transformer needs a context_dim, and nothing else takes one"
+            )
+        if self.num_heads == -1 and self.num_head_channels == -1:
+            raise ValueError("num_heads and num_head_channels are both -1: set one of them")
+        linear = self.attention_type == "linear"
+        if self.attention_type not in ("full", "linear") or (linear and self.use_spatial_transformer):
+            raise ValueError(
+                f"attention_type {self.attention_type!r}: use full, or linear without use_spatial_transformer"
+            )
+        if self.patch < 1 or (self.patch > 1 and self.n_embed is not None):
+            raise ValueError(f"patch is {self.patch}: it must be at least 1, and 1 with n_embed (here {self.n_embed})")
 
     def forward(
         self,
@@ -303,12 +261,19 @@ class UNetModel(nn.Module):
         context: Tensor | Sequence[Tensor] | None = None,
         y: Tensor | None = None,
     ) -> Tensor:
-        """x (b, in_channels, h, w), variance-preserving; timesteps (b,) in 0..T-1, fractional ones included; context
-        (b, n, context_dim), or a list with one per transformer block; y as num_classes says. h and w must halve
-        len(channel_mult) - 1 times.
+        """Predict from a noisy image or latent.
 
-        Returns (b, out_channels, h, w) in x's dtype ((b, n_embed, h, w) with n_embed, which goes with patch 1).
-        Raises ValueError when y is missing or not expected.
+        Args:
+            x: (b, in_channels, h, w), variance-preserving; h and w must be multiples of `downsampling`.
+            timesteps: (b,) in 0..T-1, fractional ones included.
+            context: (b, n, context_dim), or a list with one per transformer block.
+            y: as num_classes says.
+
+        Returns:
+            (b, out_channels, h, w) in x's dtype; with n_embed, (b, n_embed, h, w).
+
+        Raises:
+            ValueError: y is missing or not expected.
         """
         if (y is None) != (self.num_classes is None):
             state = "needs y" if y is None else "takes no y"
@@ -335,30 +300,3 @@ class UNetModel(nn.Module):
 
 def time_mlp(features: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
-
-
-def _label_embedding(num_classes: int | str, adm_in_channels: int | None, width: int) -> nn.Module:
-    """The module that embeds y; see num_classes in UNetModel."""
-    if isinstance(num_classes, int):
-        return nn.Embedding(num_classes, width)
-    if num_classes == "continuous":
-        return nn.Linear(1, width)
-    if num_classes != "sequential":
-        raise ValueError(
-            f'num_classes is {num_classes!r}: give a number of classes, "continuous", "sequential" or None'
-        )
-    if adm_in_channels is None:
-        raise ValueError('num_classes "sequential" needs adm_in_channels, the width of y')
-    return nn.Sequential(time_mlp(adm_in_channels, width))
-
-
-def _check_attention(
-    use_spatial_transformer: bool, context_dim: int | Sequence[int] | None, num_heads: int, num_head_channels: int
-) -> None:
-    if use_spatial_transformer != (context_dim is not None):
-        raise ValueError(
-            f"use_spatial_transformer is {use_spatial_transformer} and context_dim is {context_dim}: "
-            "a spatial transformer needs a context_dim, and nothing else takes one"
-        )
-    if num_heads == -1 and num_head_channels == -1:
-        raise ValueError("set num_heads or num_head_channels: both are -1, so the number of attention heads is open")

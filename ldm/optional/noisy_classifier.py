@@ -1,6 +1,7 @@
 """The noisy classifier of classifier guidance: the UNet's encoder with a head (Dhariwal & Nichol 2021, section 4)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ldm.models.blocks import normalization, require_two_dims, timestep_embedding, zero_module
 from ldm.models.kernels import attention
 from ldm.models.levels import plan_levels
-from ldm.models.unet import Parts, encoder_blocks, time_mlp
+from ldm.models.unet import UNetEncoder, time_mlp
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 HIDDEN = 2048  # width of the spatial heads' hidden layer
@@ -49,85 +50,61 @@ class AttentionPool2d(nn.Module):
         return self.c_proj(rearrange(pooled, "b h n d -> b (h d) n"))[:, :, 0]
 
 
-class EncoderUNetModel(nn.Module):
-    """p(y | x_t): logits of classes for a noisy image x_t and its level t; the first half of `unet.UNetModel`.
+@dataclass(eq=False, repr=False)
+class EncoderUNetModel(UNetEncoder):
+    """p(y | x_t): logits of classes for a noisy image x_t at timestep t; the first half of `unet.UNetModel`.
 
-    The arguments that are not UNetModel's, or mean something else:
-    image_size: the images' size; only `pool` "attention" is bound to it.
-    out_channels: number of classes.
-    num_heads_upsample: accepted for CompVis's configurations, without effect.
-    pool: the head. "adaptive": the mean of the lowest features, then a linear layer that starts at zero.
-        "attention": AttentionPool2d, which ADM's published classifiers have; needs num_head_channels.
-        "spatial", "spatial_v2": the means of every layer's features, then a hidden layer with ReLU, or with
-        normalisation and SiLU.
+    The fields are the constructor's arguments, in CompVis's order; those without a comment are as in UNetModel.
 
-    Raises ValueError for arguments that exclude each other or do not fit.
+    Raises:
+        ValueError: arguments exclude each other or do not fit.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0.0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        pool: str = "adaptive",
-        norm_groups: int = 32,
-    ) -> None:
-        super().__init__()
-        require_two_dims(dims)
-        if pool not in POOLS:
-            raise ValueError(f"pool {pool!r} is unknown: it is one of {', '.join(POOLS)}")
-        if pool == "attention" and num_head_channels == -1:
-            raise ValueError('pool "attention" needs num_head_channels, the width of its heads')
-        self.image_size, self.in_channels, self.out_channels = image_size, in_channels, out_channels
-        self.model_channels, self.pool = model_channels, pool
-        levels = plan_levels(model_channels, channel_mult, num_res_blocks, attention_resolutions)
-        parts = Parts(
-            emb_channels=4 * model_channels,
-            dropout=dropout,
-            conv_resample=conv_resample,
-            use_checkpoint=use_checkpoint,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-            norm_groups=norm_groups,
-        )
-        self.time_embed = time_mlp(model_channels, parts.emb_channels)
-        self.input_blocks, widths = encoder_blocks(parts, in_channels, model_channels, levels)
-        width = levels[-1].width
-        self.middle_block = parts.middle(width)
-        if pool.startswith("spatial"):
-            self.out = _spatial_head(sum(widths) + width, out_channels, pool)
-        elif pool == "adaptive":
-            last = zero_module(nn.Conv2d(width, out_channels, 1))
-            self.out = nn.Sequential(
-                normalization(width, norm_groups), nn.SiLU(), nn.AdaptiveAvgPool2d(1), last, nn.Flatten()
-            )
-        else:
-            side = image_size // 2 ** (len(levels) - 1)
-            pooling = AttentionPool2d(side, width, num_head_channels, out_channels)
-            self.out = nn.Sequential(normalization(width, norm_groups), nn.SiLU(), pooling)
+    image_size: int  # only `pool` "attention" is bound to it
+    in_channels: int
+    model_channels: int
+    out_channels: int  # number of classes
+    num_res_blocks: int
+    attention_resolutions: Sequence[int]
+    dropout: float = 0.0
+    channel_mult: Sequence[int] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: int = 2
+    use_checkpoint: bool = False
+    use_fp16: bool = False
+    num_heads: int = 1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1  # no effect: there is no decoder
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+    # The head. "adaptive": the mean of the lowest features, then a linear layer that starts at zero. "attention":
+    # AttentionPool2d, as in ADM's published classifiers; needs num_head_channels. "spatial", "spatial_v2": the means of
+    # every layer's features, then a hidden layer with ReLU, or with normalisation and SiLU.
+    pool: str = "adaptive"
+    norm_groups: int = 32
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' dtype, in which the network computes."""
-        return self.time_embed[0].weight.dtype
+    def __post_init__(self) -> None:
+        super().__init__()
+        require_two_dims(self.dims)
+        if self.pool not in POOLS:
+            raise ValueError(f"pool {self.pool!r} is unknown: it is one of {', '.join(POOLS)}")
+        if self.pool == "attention" and self.num_head_channels == -1:
+            raise ValueError('pool "attention" needs num_head_channels, the width of its heads')
+        levels = plan_levels(self.model_channels, self.channel_mult, self.num_res_blocks, self.attention_resolutions)
+        self.time_embed = time_mlp(self.model_channels, 4 * self.model_channels)
+        self.input_blocks, widths = self.encoder(self.in_channels, levels)
+        width = levels[-1].width
+        self.middle_block = self.middle(levels[-1])
+        if self.pool.startswith("spatial"):
+            self.out = _spatial_head(sum(widths) + width, self.out_channels, self.pool)
+            return
+        if self.pool == "adaptive":
+            pooling = [nn.AdaptiveAvgPool2d(1), zero_module(nn.Conv2d(width, self.out_channels, 1)), nn.Flatten()]
+        else:
+            side = self.image_size // 2 ** (len(levels) - 1)
+            pooling = [AttentionPool2d(side, width, self.num_head_channels, self.out_channels)]
+        self.out = nn.Sequential(normalization(width, self.norm_groups), nn.SiLU(), *pooling)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """x (b, in_channels, h, w), variance-preserving; timesteps (b,) in 0..T-1 -> logits (b, out_channels)."""
