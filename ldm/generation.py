@@ -98,7 +98,7 @@ def generate(
         strength=strength,
         size=model.latent_size(given(height, own["height"]), given(width, own["width"])),
         scale=scale,
-        interval=tuple(given(given(interval, own["interval"]), guidance.EVERYWHERE)),
+        interval=tuple(given(given(interval, own["interval"]), guidance.ALL_SIGMAS)),
         rescale=rescale,
         start_seed=seeds[0] if fixed_code and seeds else None,
         guide=given(guide, model.guide),
@@ -162,7 +162,7 @@ def _draw(
         model.denoiser(seeds), cond, uncond, run.scale, run.interval, run.rescale, model.prediction
     )
     if run.guide is not None:
-        denoise = guidance.within(run.interval, run.guide(denoise, cond, prompts), denoise)
+        denoise = guidance.in_interval(run.interval, run.guide(denoise, cond, prompts), denoise)
     if model.clip is not None:
         denoise = guidance.clip_x0(denoise, model.clip)
     x = from_vp(start, run.sigmas[0])
@@ -202,7 +202,7 @@ def _over(
     if mask is not None:
         mask = nn.functional.adaptive_max_pool2d(mask, run.size[1:]).to(x)  # a latent is new if any pixel of it is
         if model.concat in (None, "latents"):  # the others are told of the mask
-            denoise = guidance.keep(denoise, known, mask)
+            denoise = guidance.inpaint(denoise, known, mask)
     if run.strength < 1:
         return noised, denoise
     if mask is None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from ldm.diffusion.bound import step_bits
 from ldm.diffusion.denoiser import (
     Denoise,
-    guess,
     make_denoiser,
     predicted_x0,
+    self_cond_input,
     self_conditioned,
     split_variance,
     target,
@@ -109,7 +109,7 @@ class PixelDiffusion(LatentDiffusion):
         if torch.rand(()) >= TOLD:
             return nothing
         predicted, _ = self.predict(x, t, {**cond, "c_concat": nothing})
-        return guess(predicted_x0(self.prediction, predicted, x, self.schedule.sigmas[t.cpu()]))
+        return self_cond_input(predicted_x0(self.prediction, predicted, x, self.schedule.sigmas[t.cpu()]))
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """As everywhere. seeds: of the batch's images, so many; for guidance of a self-conditioned network."""

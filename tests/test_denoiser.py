@@ -9,8 +9,8 @@ from ldm.diffusion.denoiser import (
     from_vp,
     make_denoiser,
     predicted_x0,
+    scalings,
     self_conditioned,
-    skip_and_out,
     split_variance,
     target,
     to_vp,
@@ -124,7 +124,7 @@ def test_unknown_prediction_is_refused():
     for call in (
         lambda: make_denoiser(lambda x, t, cond: x, make_schedule(), "velocity"),
         lambda: target("velocity", torch.zeros(1), torch.zeros(1), torch.ones(1)),
-        lambda: skip_and_out("velocity", 1.0),
+        lambda: scalings("velocity", 1.0),
     ):
         with pytest.raises(ValueError, match="'velocity'; choose from eps, x0, v"):
             call()
@@ -158,7 +158,7 @@ def test_the_second_half_of_the_channels_is_the_variances_share():
         guided.x0.item() == pytest.approx(0.3 + 3 * 0.2) and guided.variance_share.item() == 1
     )  # the conditioned one's
     assert make_denoiser(lambda *_: output[:, :1], make_schedule(), "x0")(torch.zeros(2, 1, 1, 1), 1.0, {})[1] is None
-    with pytest.raises(ValueError, match="gives 2 x 1 channels, and this one gives 3: set out_channels to 2"):
+    with pytest.raises(ValueError, match="returns 2 x 1 channels, but this one returns 3: set out_channels to 2"):
         split_variance(torch.zeros(1, 3, 2, 2), 1)
 
 

@@ -11,9 +11,9 @@ from ldm.diffusion.guidance import (
     classifier_free,
     clip_x0,
     dynamic_threshold,
-    keep,
+    in_interval,
+    inpaint,
     perturbed_attention,
-    within,
 )
 from ldm.diffusion.sampling import SAMPLERS
 from ldm.diffusion.schedule import make_schedule
@@ -188,20 +188,24 @@ def test_autoguidance_between_gaussians_has_the_variance_that_can_be_computed(sc
     assert abs(expected / (d / (d + top**2)) ** 0.5 - 1) > 0.1  # guidance moves it much more
 
 
-def test_within_calls_one_or_the_other():
+def test_in_interval_calls_one_or_the_other():
     inside, outside = [], []
-    chosen = within((0.5, 2.0), bound(1.0, inside), bound(2.0, outside))
+    chosen = in_interval((0.5, 2.0), bound(1.0, inside), bound(2.0, outside))
     for sigma in (0.5, 0.51, 2.0, 2.01):  # low itself is outside, high inside
         chosen(X, sigma)
     assert inside == [0.51, 2.0] and outside == [0.5, 2.01]
     assert torch.equal(chosen(X, 1.0).x0, torch.tanh(X)) and torch.equal(chosen(X, 3.0).x0, torch.tanh(2 * X))
     with pytest.raises(ValueError, match="3.0 to 1.0"):
-        within((3.0, 1.0), bound(1.0), bound(2.0))
+        in_interval((3.0, 1.0), bound(1.0), bound(2.0))
 
 
 def test_limits_keep_what_guidance_noted():
     guided = autoguidance(bound(1.0), bound(0.3), 2.0)
-    for limited in (clip_x0(guided), dynamic_threshold(guided), keep(guided, torch.zeros_like(X), torch.ones_like(X))):
+    for limited in (
+        clip_x0(guided),
+        dynamic_threshold(guided),
+        inpaint(guided, torch.zeros_like(X), torch.ones_like(X)),
+    ):
         assert torch.equal(limited(X, 1.0).unguided, torch.tanh(X))
 
 
@@ -245,7 +249,7 @@ def test_dynamic_threshold_of_latents_reaches_as_far_as_the_unguided_ones():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ({"scale": 2.0}, "scale 2.0 needs"),
+        ({"scale": 2.0}, "guidance scale 2 needs a null or negative condition; use scale 1"),
         ({"scale": 2.0, "uncond": {"c_adm": COND["c_adm"]}}, "same keys and shapes"),
         ({"scale": 2.0, "uncond": conditioning(2, batch=1)}, r"same keys and shapes.*\(2, 3, 5\).*\(1, 3, 5\)"),
         ({"scale": 2.0, "uncond": UNCOND, "interval": (2.0, 1.0)}, "2.0 to 1.0"),

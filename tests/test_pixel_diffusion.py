@@ -186,7 +186,7 @@ def test_a_single_class_is_what_previews_draw():
         ({"noise": {"offset": -1.0}}, "offset -1.0 must not be below 0"),
         (
             {"model": {**CONFIG, "params": {**PIXEL, "learned_variance": True}}},
-            "gives 2 x 1 channels, and this one gives 1",
+            "returns 2 x 1 channels, but this one returns 1",
         ),
         ({"model": {**CONFIG, "params": {**PIXEL, "self_condition": True}}}, "does not fit latents"),
         ({"class_dropout": 2.0}, "class_dropout 2.0 is not a share"),

@@ -342,7 +342,7 @@ def test_steps_are_yielded_as_they_are_made():
     "sigmas, eta, words",
     [
         ([1.0], 0.0, "two or more sigmas"),
-        ([1.0, 0.0, 0.0], 0.0, "above 0 save for the last"),
+        ([1.0, 0.0, 0.0], 0.0, "above 0 except for the last"),
         ([1.0, 1.0, 0.0], 0.0, "must descend"),
         ([1.0, 0.5, 0.7], 0.0, "must descend"),
         ([1.0, math.nan, 0.0], 0.0, "must descend"),
@@ -360,7 +360,7 @@ def test_the_table():
     assert SAMPLERS["ddim"] == SAMPLERS["euler"] and SAMPLERS["ddpm"] != SAMPLERS["euler_a"]  # by the learned variance
     with pytest.raises(ValueError, match="unknown sampler 'dimm'; choose from ddim, ddpm, ddpm_large, euler.*, lcm"):
         get_sampler("dimm")
-    with pytest.raises(ValueError, match="adds no noise, so eta must be 0, got 0.5; those that can: ddim, ddpm"):
+    with pytest.raises(ValueError, match="adds no noise: eta must be 0, got 0.5; samplers with eta: ddim, ddpm"):
         SAMPLERS["plms"](lambda x, sigma: Prediction(x), torch.ones(1, 1), [1.0, 0.0], eta=0.5, noise=lambda: None)
     assert SAMPLERS["plms"].eta is None  # and eta 0 is no eta
     assert last(SAMPLERS["plms"](lambda x, sigma: Prediction(x), torch.ones(1, 1), [1.0, 0.0], eta=0.0)).x == 1

@@ -278,18 +278,18 @@ def test_levels_of_ones_own():
 @pytest.mark.parametrize(
     "spacing, words",
     [
-        ("999,749", "lists 2 levels: the number of steps must be that, got 4"),
+        ("999,749", "lists 2 noise levels, but the number of steps is 4"),
         ("999,1000,3,1", "timestep 1000.0 is outside 0..999"),
         ([1, 2, 3, 4], "must descend, got \\[1, 2, 3, 4\\]"),
         ([4, 3, 3, 2], "must descend"),
         ([4, 3, 2, -1], "timestep -1.0 is outside 0..999"),
         ("nan 3 2 1", "timestep nan is outside"),
-        ("sigmas 15 3 2 1", "sigma 15.0 is outside 0.02916716..14.61464, the levels that the model knows"),
+        ("sigmas 15 3 2 1", "sigma 15.0 is outside 0.02916716..14.61464, the model's noise levels"),
         ("sigmas 4 3 2 0", "sigma 0.0 is outside"),
         ("sigmas 4 3 2 nan", "sigma nan is outside"),
-        ("sigma 4 3 2 1", "unknown spacing 'sigma 4 3 2 1'; choose from compvis.*or list levels of your own"),
+        ("sigma 4 3 2 1", "unknown spacing 'sigma 4 3 2 1'; choose from compvis.*or list timesteps"),
         (4, "unknown spacing 4; choose from compvis"),
-        ("", "lists 0 levels"),
+        ("", "lists 0 noise levels"),
     ],
 )
 def test_levels_that_do_not_fit_are_named(spacing, words):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.checkpoint.diffusers_names import completed_openclip, vae_from_diffusers
 from ldm.checkpoint.family_table import SCALE_FACTORS
 from ldm.checkpoint.structure import TEXT, count
-from ldm.diffusion.schedule import SMALLEST_ALPHA_BAR, make_schedule
+from ldm.diffusion.schedule import MIN_ALPHA_BAR, make_schedule
 
 State = dict[str, Tensor]
 
@@ -205,7 +205,7 @@ def schedule_buffers(schedule: Mapping[str, Any]) -> State:
     ab = make_schedule(**schedule).alphas_cumprod
     prev = torch.cat([ab.new_ones(1), ab[:-1]])
     beta = 1 - ab / prev
-    recip = 1 / ab.clamp(min=SMALLEST_ALPHA_BAR)
+    recip = 1 / ab.clamp(min=MIN_ALPHA_BAR)
     variance = beta * (1 - prev) / (1 - ab)
     values = (
         beta,

@@ -15,11 +15,11 @@ from torch.nn.functional import dropout
 from tqdm import tqdm
 
 from ldm.compvis.util import make_ddim_sampling_parameters, make_ddim_timesteps, noise_like, norm_thresholding
-from ldm.diffusion.denoiser import from_vp, make_denoiser, skip_and_out, to_vp
+from ldm.diffusion.denoiser import from_vp, make_denoiser, scalings, to_vp
 from ldm.diffusion.sampling import sample
 from ldm.diffusion.sampling.first_order import Point, add_noise, euler, euler_to
 from ldm.diffusion.sampling.multistep import correction, dpmpp_2m, uniform_moments
-from ldm.diffusion.schedule import SMALLEST_ALPHA_BAR, Schedule, signal_and_noise
+from ldm.diffusion.schedule import MIN_ALPHA_BAR, Schedule, signal_and_noise_levels
 
 
 class Sampler:
@@ -157,7 +157,7 @@ class Sampler:
         if original:
             tables = (self.alphas_cumprod, self.alphas_cumprod_prev, self.ddim_sigmas_for_original_num_steps)
         ab, before, up = (float(table[index]) for table in tables)
-        return math.sqrt(1 / max(ab, SMALLEST_ALPHA_BAR) - 1), math.sqrt(1 / before - 1), up / math.sqrt(before)
+        return math.sqrt(1 / max(ab, MIN_ALPHA_BAR) - 1), math.sqrt(1 / before - 1), up / math.sqrt(before)
 
     def _guided(self, x: Tensor, t: Tensor, c: Any, scale: float = 1.0, uncond: Any = None) -> Tensor:
         """What the network predicts, guided (Ho & Salimans 2022, eq. 6) in one call on both conditionings."""
@@ -174,7 +174,7 @@ class Sampler:
         if corrector is not None:
             output = corrector.modify_score(self.model, output, x, t, c, **(extra or {}))
         x = from_vp(x.to(torch.promote_types(x.dtype, torch.float32)), sigma)
-        c_skip, c_out = skip_and_out(self.model.parameterization, sigma)
+        c_skip, c_out = scalings(self.model.parameterization, sigma)
         x0 = c_skip * x + c_out * output
         return output if self.model.parameterization == "eps" else (x - x0) / sigma, x0
 
@@ -214,7 +214,7 @@ class DDIMSampler(Sampler):
     ) -> Tensor:
         """x0 noised to level t (b,) of the tables, or the last. `decode(..., t)` begins one below it, as CompVis's."""
         ab = (self.alphas_cumprod if use_original_steps else self.ddim_alphas).cpu()
-        signal, spread = signal_and_noise(ab[t.cpu().clamp(max=len(ab) - 1)], x0)
+        signal, spread = signal_and_noise_levels(ab[t.cpu().clamp(max=len(ab) - 1)], x0)
         return signal * x0 + spread * (torch.randn_like(x0) if noise is None else noise)
 
     # fmt: off

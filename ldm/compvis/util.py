@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.compvis_config import SCHEDULES
-from ldm.diffusion.schedule import betas, betas_of_curve, compvis_quad, timesteps
+from ldm.diffusion.schedule import betas, betas_from_alpha_bar, compvis_quad, timesteps
 from ldm.util import instantiate_from_config
 
 
@@ -30,7 +30,7 @@ def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
     """The betas of a curve alpha_bar over [0, 1], each at most max_beta: float64."""
-    return betas_of_curve(lambda u: u.apply_(alpha_bar), num_diffusion_timesteps, max_beta).numpy()
+    return betas_from_alpha_bar(lambda u: u.apply_(alpha_bar), num_diffusion_timesteps, max_beta).numpy()
 
 
 def make_ddim_timesteps(

@@ -1,7 +1,8 @@
-"""What a network predicts (eps, x0 or v), what it is trained towards, and how that becomes denoise(x, sigma, cond).
+"""From a network that predicts eps, x0 or v to denoise(x, sigma, cond), which predicts x0; and the training targets.
 
-Samplers and guidance know x = x0 + sigma noise and a function denoise that estimates x0 from it. The network knows the
-variance-preserving x_vp = x / sqrt(1 + sigma^2) and the level t. This module is the only place where the two meet.
+Samplers and guidance work on x = x0 + sigma noise and call a function `denoise` that predicts x0 from it (Karras et al.
+2022). A network takes the variance-preserving x_vp = x / sqrt(1 + sigma^2) and a timestep t, and predicts eps, x0 or v.
+This module is the only place where the two meet.
 """
 
 import math
@@ -11,20 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule, signal_and_noise
+from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 
 PREDICTIONS = ("eps", "x0", "v")
 
-Cond = dict[str, Tensor]
+Cond = dict[str, Tensor]  # a conditioning: "c_crossattn", "c_concat", "c_adm"; {} for none
 
 
 class Prediction(NamedTuple):
-    """A network's estimate: x0 (b, ...), and the variance of the step from here where the network learned one.
+    """The denoised prediction, and what samplers and guidance need besides.
 
-    variance_share: where the log variance lies between those of the small (0) and the large (1) variance of the step,
-        (b, ...); see `split_variance`. A share and not the log variance itself, which depends on where the step leads:
-        only the sampler knows that, and it may take fewer steps than the network was trained on.
-    unguided: where guidance has moved x0, what it was before, under the conditioning alone: (b, ...).
+    Attributes:
+        x0: The predicted clean image or latent, (b, ...).
+        variance_share: Of a network that learned the variance: 0 for the small variance of the step that follows, 1 for
+            the large one, interpolated in log variance; (b, ...), see `split_variance`. It is a share because the
+            variances depend on where the step ends, which only the sampler knows.
+        unguided: Where guidance has changed x0, the conditional prediction before that, (b, ...).
     """
 
     x0: Tensor
@@ -32,8 +35,8 @@ class Prediction(NamedTuple):
     unguided: Tensor | None = None
 
 
-Denoise = Callable[[Tensor, float, Cond], Prediction]  # (x, sigma, cond): what a model gives
-BoundDenoise = Callable[[Tensor, float], Prediction]  # (x, sigma): what guidance gives and samplers take
+Denoise = Callable[[Tensor, float, Cond], Prediction]  # (x, sigma, cond): `model.denoiser()`
+BoundDenoise = Callable[[Tensor, float], Prediction]  # (x, sigma): with the conditioning bound by guidance
 
 
 def check_prediction(prediction: str | None) -> None:
@@ -43,22 +46,25 @@ def check_prediction(prediction: str | None) -> None:
 
 
 def to_vp(x: Tensor, sigma: float) -> Tensor:
-    """x0 + sigma noise -> the network's frame, unit variance for unit data: x / sqrt(1 + sigma^2)."""
+    """Scale x = x0 + sigma noise to the network's x_vp, of unit variance for unit-variance data: x / sqrt(1 + sigma^2).
+
+    The factor is sqrt(ab): EDM's c_in (Karras et al. 2022, table 1) for sigma_data = 1.
+    """
     return x * (1 / math.sqrt(1 + sigma * sigma))
 
 
 def from_vp(x_vp: Tensor, sigma: float) -> Tensor:
-    """The network's frame -> x0 + sigma noise. A sampler starts from from_vp(unit normal noise, sigmas[0])."""
+    """Scale the network's x_vp to x = x0 + sigma noise. Sampling starts at from_vp(unit normal noise, sigmas[0])."""
     return x_vp * math.sqrt(1 + sigma * sigma)
 
 
-def skip_and_out(prediction: str | None, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """(c_skip, c_out) such that x0 = c_skip x + c_out output, with x = x0 + sigma noise (Karras et al. 2022, eq. 7).
+def scalings(prediction: str | None, sigma: float | Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Return (c_skip, c_out) of x0 = c_skip x + c_out output, for x = x0 + sigma noise (Karras et al. 2022, eq. 7).
 
-    sigma: one level, or a tensor of them.
-
-    eps: x0 = x - sigma eps.   x0: itself.
-    v:   x0 = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) v   (Salimans & Ho 2022, section 4: x0 = a x_vp - s v).
+    eps:  x0 = x - sigma eps.
+    x0:   x0 = output.
+    v:    x0 = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) v, which is sqrt(ab) x_vp - sqrt(1 - ab) v (Salimans & Ho
+          2022, section 4).
     """
     check_prediction(prediction)
     if prediction == "eps":
@@ -68,45 +74,39 @@ def skip_and_out(prediction: str | None, sigma: float | Tensor) -> tuple[float |
     return 1 / (1 + sigma * sigma), -sigma / (1 + sigma * sigma) ** 0.5
 
 
-def predicted_x0(prediction: str, output: Tensor, x_vp: Tensor, sigmas: Tensor) -> Tensor:
-    """x0 of a network's output for x_vp, each image at its own level: (b, ...), where `target` goes back from.
-
-    sigmas: float64 (b,), of the levels; finite at zero terminal SNR too, as `Schedule.sigmas` are.
-    """
-    sigma = sigmas.reshape(-1, *[1] * (x_vp.ndim - 1))  # (b, 1, ...)
-    c_skip, c_out = skip_and_out(prediction, sigma)
-    return (c_skip * (1 + sigma * sigma).sqrt()).to(x_vp) * x_vp + torch.as_tensor(c_out).to(x_vp) * output
-
-
-def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """The output (b, 2c, ...) of a network that learned the variance -> its prediction and the variance's share.
-
-    The second half v is in [-1, 1] or so, and the share (v + 1) / 2: log variance = share log beta_t +
-    (1 - share) log posterior variance (Nichol & Dhariwal 2021, eq. 15; v as in their code). Both (b, c, ...).
-    Raises ValueError unless there are 2 `channels` channels.
-    """
-    if output.shape[1] != 2 * channels:
-        raise ValueError(
-            f"a network that learns the variance gives 2 x {channels} channels, and this one gives {output.shape[1]}: "
-            f"set out_channels to {2 * channels}, or learned_variance to false"
-        )
-    predicted, v = output.chunk(2, dim=1)
-    return predicted, (v + 1) / 2
-
-
 def target(prediction: str, x0: Tensor, noise: Tensor, alphas_cumprod_t: Tensor) -> Tensor:
-    """What the network is trained to give for x_t = sqrt(ab) x0 + sqrt(1 - ab) noise: (b, ...).
+    """Return what the network learns to predict from x_vp = sqrt(ab) x0 + sqrt(1 - ab) noise: (b, ...).
 
-    eps: noise (Ho et al. 2020).   x0: x0.   v: sqrt(ab) noise - sqrt(1 - ab) x0 (Salimans & Ho 2022, section 4).
-    x0, noise: (b, ...); alphas_cumprod_t: (b,), the level of each image.
+    eps:  noise (Ho et al. 2020).
+    x0:   x0.
+    v:    sqrt(ab) noise - sqrt(1 - ab) x0 (Salimans & Ho 2022, section 4).
+
+    Args:
+        prediction: eps, x0 or v.
+        x0, noise: (b, ...).
+        alphas_cumprod_t: ab at the timestep of each image, (b,).
     """
     check_prediction(prediction)
     if prediction == "eps":
         return noise
     if prediction == "x0":
         return x0
-    signal, spread = signal_and_noise(alphas_cumprod_t, x0)
-    return signal * noise - spread * x0
+    signal_level, noise_level = signal_and_noise_levels(alphas_cumprod_t, x0)
+    return signal_level * noise - noise_level * x0
+
+
+def predicted_x0(prediction: str, output: Tensor, x_vp: Tensor, sigmas: Tensor) -> Tensor:
+    """Return the x0 (b, ...) that a network's output means, the inverse of `target`; each image at its own sigma.
+
+    Args:
+        prediction: What the output is: eps, x0 or v.
+        output: (b, ...), the network's for x_vp.
+        x_vp: (b, ...).
+        sigmas: float64 (b,); finite at zero terminal SNR too, as `Schedule.sigmas` are.
+    """
+    sigma = sigmas.reshape(-1, *[1] * (x_vp.ndim - 1))  # (b, 1, ...)
+    c_skip, c_out = scalings(prediction, sigma)
+    return (c_skip * (1 + sigma * sigma).sqrt()).to(x_vp) * x_vp + torch.as_tensor(c_out).to(x_vp) * output
 
 
 def make_denoiser(
@@ -116,20 +116,21 @@ def make_denoiser(
     dtype: torch.dtype | None = None,
     learned_variance: bool = False,
 ) -> Denoise:
-    """Wrap network(x_vp, t, cond), which gives eps, x0 or v, as denoise(x, sigma, cond) -> Prediction.
+    """Wrap network(x_vp, t, cond) as denoise(x, sigma, cond) -> Prediction.
 
-    x is (b, ...) with x = x0 + sigma noise, float32 or wider; x0 comes back in its dtype, whatever the network's.
-    t reaches the network as (b,) in x's dtype, in 0..T-1, fractional between the trained levels.
-    dtype: of the network's input x_vp; None leaves it as x is.
-    learned_variance: the network gives twice x's channels, see `split_variance`.
-
-    Raises ValueError for an unknown prediction, and for channels that do not fit.
+    Args:
+        network: Takes x_vp (b, ...) and t (b,) in 0..T-1, fractional between the timesteps it was trained on, in the
+            dtype of x; returns eps, x0 or v.
+        schedule: What the network was trained on; it relates sigma to t.
+        prediction: What the network returns: eps, x0 or v.
+        dtype: Of x_vp, if the network's differs from that of x. x0 always has the dtype of x, float32 or wider.
+        learned_variance: The network returns twice x's channels, see `split_variance`.
     """
     check_prediction(prediction)
 
     def denoise(x: Tensor, sigma: float, cond: Cond) -> Prediction:
         sigma = float(sigma)
-        c_skip, c_out = skip_and_out(prediction, sigma)
+        c_skip, c_out = scalings(prediction, sigma)
         t = torch.full((len(x),), schedule.t_at(sigma), dtype=x.dtype, device=x.device)
         output = network(to_vp(x, sigma).to(x.dtype if dtype is None else dtype), t, cond).to(x.dtype)
         output, share = split_variance(output, x.shape[1]) if learned_variance else (output, None)
@@ -138,33 +139,50 @@ def make_denoiser(
     return denoise
 
 
-def self_conditioned(denoise: Denoise, images: int = 0) -> Denoise:
-    """Tell a network what it last thought of the same images, as `c_concat` (Chen et al. 2022, arXiv 2208.04202).
+def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Split the output (b, 2c, ...) of a network that learned the variance into its prediction and `variance_share`.
 
-    At first that is nothing: zeros. Clamped as it was in training (`guess`). For one run: each batch needs a new one.
-
-    images: in the batch, b; 0 where all calls are on as many. Guidance may ask for b under the
-    conditioning alone or for 2b, without it first: each image is then told of its own x0 under the same conditioning,
-    or of the conditioned one where there is no other.
+    The second half v is in about [-1, 1], and the share is (v + 1) / 2: log variance = share log beta_t + (1 - share)
+    log posterior variance (Nichol & Dhariwal 2021, eq. 15, with v as in their code). Both are (b, c, ...).
     """
-    last: list[Tensor] = []  # (b or 2b, ...)
+    if output.shape[1] != 2 * channels:
+        raise ValueError(
+            f"a network that learns the variance returns 2 x {channels} channels, but this one returns "
+            f"{output.shape[1]}: set out_channels to {2 * channels}, or learned_variance to false"
+        )
+    predicted, v = output.chunk(2, dim=1)
+    return predicted, (v + 1) / 2
+
+
+def self_conditioned(denoise: Denoise, images: int = 0) -> Denoise:
+    """Give a network its previous x0 of the same images as `c_concat` (Chen et al. 2022, arXiv 2208.04202).
+
+    The first call gets zeros; x0 is clamped as in training (`self_cond_input`). Wrap anew for every batch of images.
+
+    Args:
+        denoise: Of a self-conditioned network.
+        images: The batch size b, or 0 where all calls have the same. Classifier-free guidance calls with 2b,
+            unconditional first, or with b, conditional only: each half gets its own previous x0 where there was one,
+            else the conditional one.
+    """
+    last: list[Tensor] = []  # the previous x0, (b or 2b, ...)
 
     def denoise_again(x: Tensor, sigma: float, cond: Cond) -> Prediction:
-        told = last.pop() if last else torch.zeros_like(x)
-        if (len(told), len(x)) == (images, 2 * images):
-            told = torch.cat([told, told])
-        elif (len(told), len(x)) == (2 * images, images):
-            told = told[images:]
-        found = denoise(x, sigma, {**cond, "c_concat": told})
-        last.append(guess(found.x0))
+        previous = last.pop() if last else torch.zeros_like(x)
+        if (len(previous), len(x)) == (images, 2 * images):
+            previous = torch.cat([previous, previous])
+        elif (len(previous), len(x)) == (2 * images, images):
+            previous = previous[images:]
+        found = denoise(x, sigma, {**cond, "c_concat": previous})
+        last.append(self_cond_input(found.x0))
         return found
 
     return denoise_again
 
 
-def guess(x0: Tensor) -> Tensor:
-    """What a self-conditioned network is told of a prediction: x0 without gradient, within [-1, 1] as pixels are.
+def self_cond_input(x0: Tensor) -> Tensor:
+    """Return a predicted x0 as a self-conditioned network's input: without gradient, clamped to [-1, 1].
 
-    Unclamped, an untrained eps network's would be x / sqrt(ab), thousands where the noise is strongest.
+    Without the clamp it would be x / sqrt(ab) for an untrained eps network: thousands at the highest noise levels.
     """
     return x0.detach().clamp(-1, 1)

@@ -1,15 +1,20 @@
-"""Guidance: each function turns a denoise into another denoise(x, sigma), so that no sampler hears of prompts.
+"""Guidance: functions that turn a denoise into another denoise(x, sigma), so that samplers know nothing of prompts.
 
-    denoise = classifier_free(model.denoiser(), cond, uncond, scale)     binds the conditioning; first
-    denoise = autoguidance(denoise, weak, scale)                         these add up, in any order
+    denoise = classifier_free(model.denoiser(), cond, uncond, scale)     first: binds the conditioning
+    denoise = autoguidance(denoise, weak, scale)                         then these, in any order: they add up
     denoise = perturbed_attention(denoise, perturbed, scale)
     denoise = classifier(denoise, log_prob, scale)
-    denoise = dynamic_threshold(denoise)                                 these limit what came of it; last
-    denoise = keep(denoise, known, mask)
+    denoise = dynamic_threshold(denoise)                                 last: these limit or replace the result
+    denoise = inpaint(denoise, known, mask)
 
-With all of them x0 = c + (scale - 1) (c - uncond) + (scale - 1) (c - weak) + scale (c - perturbed) + scale sigma^2 grad
-log p(y | x), each scale its own and c what the network says under the conditioning, which is evaluated once: Prediction
-carries it as `unguided`.
+With D(cond) for the denoised prediction under a conditioning, and for each guidance a scale of its own, together
+
+    x0 = D(cond) + (scale - 1) (D(cond) - D(uncond))                     classifier_free
+                 + (scale - 1) (D(cond) - D_weak(cond))                  autoguidance
+                 + scale (D(cond) - D_perturbed(cond))                   perturbed_attention
+                 + scale sigma^2 grad log p(y | x)                       classifier
+
+D(cond) is evaluated once: `Prediction.unguided` hands it on.
 """
 
 import math
@@ -19,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, skip_and_out, to_vp
+from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, scalings, to_vp
 from ldm.diffusion.schedule import Schedule
 
-EVERYWHERE = (0.0, math.inf)  # the interval that leaves nothing out
+ALL_SIGMAS = (0.0, math.inf)  # the guidance interval that excludes no noise level
 
-# (denoise, cond, prompts): more guidance, for that conditioning of those prompts (texts, classes ...)
+# (denoise, cond, prompts) -> denoise: guidance to add, given the conditioning of these prompts (texts or classes)
 Guide = Callable[[BoundDenoise, Cond, Sequence[Any]], BoundDenoise]
 LogProb = Callable[[Tensor, float], Tensor]  # (x, sigma) -> log p(y | x) of each image, (b,), differentiable in x
 
@@ -34,20 +39,24 @@ def classifier_free(
     cond: Cond,
     uncond: Cond | None = None,
     scale: float = 1.0,
-    interval: tuple[float, float] = EVERYWHERE,
+    interval: tuple[float, float] = ALL_SIGMAS,
     rescale: float = 0.0,
     prediction: str | None = None,
 ) -> BoundDenoise:
-    """Bind the conditioning: x0 = x0_uncond + scale (x0_cond - x0_uncond) (Ho & Salimans 2022, eq. 6; scale = 1 + w).
+    """Bind the conditioning: x0 = D(uncond) + scale (D(cond) - D(uncond)) (Ho & Salimans 2022, eq. 6; scale = 1 + w).
 
-    Guiding x0 is guiding eps or v: at one (x, sigma) each is the same affine function of the other. Both halves go
-    through the network in ONE call, uncond first; at scale 1 and outside the interval it is called on cond alone.
+    Guiding x0 is guiding eps or v, because at one (x, sigma) each is the same affine function of the other. Both
+    predictions come from one network call on a batch of 2b, unconditional first. At scale 1 and outside the interval
+    the network is called on cond only.
 
-    cond, uncond: {"c_crossattn": (b, n, d), ...}, the same keys and shapes. A negative prompt is an uncond.
-    interval: as for `within`.
-    rescale: phi in [0, 1] of Lin et al. 2024, section 3.4, on the network's own output, so `prediction` must say which.
-
-    Raises ValueError for a missing or mismatched uncond, an interval or rescale out of range, an unknown prediction.
+    Args:
+        denoise: The model's.
+        cond: The conditioning of b images, {"c_crossattn": (b, n, d), ...}.
+        uncond: The null condition, or that of a negative prompt: the same keys and shapes.
+        scale: The guidance scale: 0 is unconditional, 1 conditional.
+        interval: (low, high) in sigma; guidance is on where low < sigma <= high, see `in_interval`.
+        rescale: phi in [0, 1] of Lin et al. 2024, section 3.4. It acts on the network's own output.
+        prediction: What that output is: eps, x0 or v; needed for rescale only.
     """
     _check_interval(interval)
     if not 0 <= rescale <= 1:
@@ -55,13 +64,13 @@ def classifier_free(
     if rescale > 0:
         check_prediction(prediction)
 
-    def plain(x: Tensor, sigma: float) -> Prediction:
+    def conditional(x: Tensor, sigma: float) -> Prediction:
         return denoise(x, sigma, cond)
 
     if scale == 1:
-        return plain
+        return conditional
     if uncond is None:
-        raise ValueError(f"guidance scale {scale} needs an unconditional or negative conditioning, got none")
+        raise ValueError(f"guidance scale {scale:g} needs a null or negative condition; use scale 1")
     both = _concatenate(uncond, cond)
 
     def guided(x: Tensor, sigma: float) -> Prediction:
@@ -73,23 +82,23 @@ def classifier_free(
         share = None if found.variance_share is None else found.variance_share.chunk(2)[1]
         return Prediction(x0, share, x0_cond)
 
-    return within(interval, guided, plain)
+    return in_interval(interval, guided, conditional)
 
 
 def _concatenate(uncond: Cond, cond: Cond) -> Cond:
-    """Both conditionings on the batch axis, uncond first: (b, ...) and (b, ...) -> (2b, ...)."""
+    """Join two conditionings on the batch axis, uncond first: (b, ...) and (b, ...) -> (2b, ...)."""
     shapes = [{key: tuple(value.shape) for key, value in c.items()} for c in (cond, uncond)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"the two conditionings must have the same keys and shapes, got {shapes[0]} and {shapes[1]}")
+        raise ValueError(f"cond and uncond must have the same keys and shapes, got {shapes[0]} and {shapes[1]}")
     return {key: torch.cat([uncond[key], cond[key]]) for key in cond}
 
 
 def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, prediction: str | None) -> Tensor:
-    """x0 of the network output phi (std_cond / std_guided) output + (1 - phi) output (Lin et al. 2024, eq. 15 and 16).
+    """Return the x0 of phi (std_cond / std_guided) output + (1 - phi) output (Lin et al. 2024, eq. 15 and 16).
 
-    The outputs are recovered from x0 = c_skip x + c_out output; std is over all axes but the batch. All (b, ...).
+    The network's outputs are recovered from x0 = c_skip x + c_out output; std is over all axes but the batch's.
     """
-    c_skip, c_out = skip_and_out(prediction, sigma)
+    c_skip, c_out = scalings(prediction, sigma)
     skipped = c_skip * x
     output, output_cond = (x0 - skipped) / c_out, (x0_cond - skipped) / c_out
     axes = tuple(range(1, x.ndim))
@@ -98,10 +107,13 @@ def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, 
 
 
 def autoguidance(denoise: BoundDenoise, weak: BoundDenoise, scale: float) -> BoundDenoise:
-    """Away from a weaker model: x0 + (scale - 1) (x0_cond - x0_weak) (Karras et al. 2024, arXiv 2406.02507: their w).
+    """Guide away from a weaker model: x0 + (scale - 1) (D(cond) - D_weak(cond)) (Karras et al. 2024, arXiv 2406.02507).
 
-    weak: a model of the same x0 under the same conditioning, with the same faults in a higher degree: smaller, trained
-    more shortly. It is called once, on x; at scale 1 not at all.
+    Args:
+        denoise: The model's, its conditioning bound.
+        weak: Of a model with the same faults to a higher degree (smaller, or trained for fewer steps), under the same
+            conditioning. It is called once a step, and not at all at scale 1.
+        scale: The paper's w: 1 is no guidance.
     """
     if scale == 1:
         return denoise
@@ -116,25 +128,28 @@ def autoguidance(denoise: BoundDenoise, weak: BoundDenoise, scale: float) -> Bou
 
 
 def perturbed_attention(denoise: BoundDenoise, perturbed: BoundDenoise, scale: float) -> BoundDenoise:
-    """Away from the network without self-attention: x0 + scale (x0_cond - x0_perturbed) (Ahn et al. 2024).
+    """Guide away from the network without self-attention: x0 + scale (D(cond) - D_perturbed(cond)).
 
-    perturbed: the same network under the same conditioning, with the identity as the attention map of some layers
-    (`inference.guides`). arXiv 2403.17377, whose eps + s (eps - eps_perturbed) this is; autoguidance from scale 1 on.
+    The paper's eps + s (eps - eps_perturbed) (Ahn et al. 2024, arXiv 2403.17377). `perturbed` is the same network under
+    the same conditioning, with the identity as the attention map of some layers (`inference.guiders`). Scale 0 is off.
     """
     return autoguidance(denoise, perturbed, 1 + scale)
 
 
 def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundDenoise:
-    """Towards what a classifier of noisy images takes for y: x0 + scale sigma^2 grad_x log p(y | x).
+    """Guide towards what a classifier of noisy images recognises as y: x0 + scale sigma^2 grad_x log p(y | x).
 
-    Classifier guidance adds scale times the classifier's score to the model's own, (x0 - x) / sigma^2. In the
-    variance-preserving frame that is eps - scale sqrt(1 - ab) grad log p(y | x_vp) (Dhariwal & Nichol 2021, algorithm
-    2), so that every sampler is guided by it. An ancestral step's mean moves by scale beta_t / sqrt(alpha_t) grad log
-    p(y | x_vp), with alpha_t = 1 - beta_t between the two levels visited: their algorithm 1 with the large variance
-    beta_t for Sigma, but for 1 / sqrt(alpha_t), by which the next level's frame is the larger one.
+    This adds scale times the classifier's score to the model's own, (x0 - x) / sigma^2. On eps it is Dhariwal & Nichol
+    2021, algorithm 2: eps - scale sqrt(1 - ab) grad log p(y | x_vp), so it works with every sampler. An ancestral
+    step's mean moves by scale beta_t / sqrt(alpha_t) grad log p(y | x_vp), where alpha_t = 1 - beta_t is that of
+    the two noise levels visited: their algorithm 1 with the large variance beta_t, except for the factor
+    1 / sqrt(alpha_t), which rescales to the next noise level.
 
-    log_prob: (x, sigma) -> log p(y | x) of each image, (b,), for x = x0 + sigma noise; `noisy_log_prob` makes one.
-    Gradients are computed even where they are off. At scale 0 the classifier is not called.
+    Args:
+        denoise: The model's, its conditioning bound.
+        log_prob: (x, sigma) -> log p(y | x), (b,); `noisy_log_prob` makes one. Its gradient is computed even under
+            no_grad and inference_mode.
+        scale: 0 does not call the classifier.
     """
     if scale == 0:
         return denoise
@@ -142,22 +157,25 @@ def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundD
     def guided(x: Tensor, sigma: float) -> Prediction:
         found = denoise(x, sigma)
         unguided = found.x0 if found.unguided is None else found.unguided
-        return found._replace(x0=found.x0 + (scale * sigma**2) * _slope(log_prob, x, sigma), unguided=unguided)
+        return found._replace(x0=found.x0 + (scale * sigma**2) * _gradient(log_prob, x, sigma), unguided=unguided)
 
     return guided
 
 
-def _slope(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:
-    """The gradient of log_prob in x, each image's by its own: (b, ...)."""
+def _gradient(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:
+    """Return grad_x log_prob(x, sigma), for each image its own: (b, ...)."""
     with torch.inference_mode(False), torch.enable_grad():
-        x = x.detach().clone().requires_grad_()  # cloned: a tensor made in inference mode never has a gradient
+        x = x.detach().clone().requires_grad_()  # cloned, because tensors made in inference mode have no gradient
         return torch.autograd.grad(log_prob(x, sigma).sum(), x)[0]
 
 
 def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, classes: Tensor) -> LogProb:
-    """log p(class | x) by network(x_vp, t) -> logits (b, n), trained on this schedule, be it another than the model's.
+    """Make log p(class | x) from a classifier of noisy images.
 
-    classes: int64 (b,), one for each image, or () for all; n, which is none of them, says nothing: probability 1.
+    Args:
+        network: (x_vp (b, ...), t (b,)) -> logits (b, n).
+        schedule: The classifier's own; the model's may be another.
+        classes: int64 (b,), or () for all images; n stands for no class, whose log probability is 0.
     """
 
     def log_prob(x: Tensor, sigma: float) -> Tensor:
@@ -171,11 +189,8 @@ def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedu
     return log_prob
 
 
-def within(interval: tuple[float, float], inside: BoundDenoise, outside: BoundDenoise) -> BoundDenoise:
-    """`inside` where low < sigma <= high, `outside` elsewhere: guidance in an interval (Kynkäänniemi et al. 2024).
-
-    Raises ValueError for an interval (low, high) that is none.
-    """
+def in_interval(interval: tuple[float, float], inside: BoundDenoise, outside: BoundDenoise) -> BoundDenoise:
+    """Call `inside` where low < sigma <= high, `outside` elsewhere: guidance interval (Kynkäänniemi et al. 2024)."""
     _check_interval(interval)
     low, high = interval
 
@@ -191,23 +206,28 @@ def _check_interval(interval: tuple[float, float]) -> None:
         raise ValueError(f"the guidance interval must be 0 <= low <= high in sigma, got {low} to {high}")
 
 
-def keep(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
-    """Inpainting with any model: x0 is `known` where the mask is 0, and what the network draws where it is 1.
+def inpaint(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
+    """Inpaint with any model: x0 is `known` where the mask is 0, and the model's prediction where it is 1.
 
-    A sampler then carries the known part along known + sigma noise, with one and the same noise for eta = 0, so that it
-    has the right noise at every level (in the end none) without being noised anew, as in CompVis's mask blending.
-    known: (b, c, h, w). mask: broadcast to it, in [0, 1].
+    A sampler then moves the known part along known + sigma noise, for eta = 0 with one fixed noise, so that it
+    always has the right noise level and ends without noise. CompVis's mask blending adds new noise to it in every
+    step instead.
+
+    Args:
+        denoise: The model's, guided.
+        known: (b, c, h, w).
+        mask: In [0, 1], broadcastable to `known`.
     """
 
-    def kept(x: Tensor, sigma: float) -> Prediction:
+    def inpainted(x: Tensor, sigma: float) -> Prediction:
         found = denoise(x, sigma)
         return found._replace(x0=torch.lerp(known, found.x0, mask))
 
-    return kept
+    return inpainted
 
 
 def clip_x0(denoise: BoundDenoise, limit: float = 1.0) -> BoundDenoise:
-    """Clamp x0 to [-limit, limit]: for models of pixels in [-1, 1] (the clipping of Ho et al. 2020's code)."""
+    """Clamp x0 to [-limit, limit], for models of pixels in [-1, 1] (as in Ho et al. 2020's code)."""
     if not limit > 0:
         raise ValueError(f"the limit of x0 must be above 0, got {limit}")
 
@@ -219,30 +239,32 @@ def clip_x0(denoise: BoundDenoise, limit: float = 1.0) -> BoundDenoise:
 
 
 def dynamic_threshold(denoise: BoundDenoise, percentile: float = 0.995, limit: float | None = 1.0) -> BoundDenoise:
-    """Clamp x0 to [-s, s] and scale that to [-limit, limit] (Saharia et al. 2022, section 2.3).
+    """Clamp x0 to [-s, s] and scale the result to [-limit, limit] (Saharia et al. 2022, section 2.3).
 
-    s: that percentile (a fraction in (0, 1]) of |x0| within each image, and at least the limit.
-    limit: how far x0 reaches by nature: 1 for pixels in [-1, 1]. Latents have no such bound: with None the limit is the
-    same percentile of each image's unguided x0, and what no guidance has moved stays as it is.
+    Args:
+        denoise: The model's, guided.
+        percentile: s is this percentile (a fraction in (0, 1]) of each image's |x0|, and at least the limit.
+        limit: The range of clean data: 1 for pixels in [-1, 1]. Latents have no fixed range: with None the limit is the
+            same percentile of each image's unguided |x0|, and an x0 that no guidance has changed stays.
     """
     if not 0 < percentile <= 1:
         raise ValueError(f"the percentile must be above 0 and at most 1, got {percentile}")
     if limit is not None and not limit > 0:
         raise ValueError(f"the limit of x0 must be above 0, got {limit}")
 
-    def reach(x0: Tensor) -> Tensor:
+    def range_of(x0: Tensor) -> Tensor:
         return x0.abs().flatten(1).quantile(percentile, dim=1).view(-1, *[1] * (x0.ndim - 1))  # (b, 1, ...)
 
     def thresholded(x: Tensor, sigma: float) -> Prediction:
         found = denoise(x, sigma)
-        own = reach(found.x0)
+        own = range_of(found.x0)
         if limit is not None:
             bound = torch.full_like(own, limit)
         elif found.unguided is not None:
-            bound = reach(found.unguided)
+            bound = range_of(found.unguided)
         else:
             return found
-        s = torch.maximum(own, bound).clamp(min=1e-8)  # all zeros stay zeros
+        s = torch.maximum(own, bound).clamp(min=1e-8)  # an x0 of zeros stays zero
         return found._replace(x0=found.x0.clamp(-s, s) * (bound / s))
 
     return thresholded

@@ -1,40 +1,41 @@
-"""One step of the forward chain, and its posterior: where the chain was before, given where it is and where it began.
+"""One step of the forward process q(x_t | x_{t-1}), and its posterior q(x_{t-1} | x_t, x0).
 
-In the variance-preserving frame, with ab_{-1} = 1: x_{-1} is the clean image x0. Everything per image, so that the
-images of a batch may be at different levels; samplers, whose batches are at one, do the same by `first_order.euler`.
+In DDPM's variance-preserving scaling, with ab_{-1} = 1: x_{-1} is the clean image x0. Each image of a batch has its own
+timestep; samplers, whose batches share one, do the same by `first_order.euler`.
 """
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule, signal_and_noise
+from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 
 
 def levels(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """(ab_t, ab_{t-1}), float64 (b,) each on the CPU, of timesteps t (b,) in 0..T-1; ab_{-1} = 1."""
+    """Return (ab_t, ab_{t-1}) of timesteps t (b,) in 0..T-1, float64 (b,) each on the CPU; ab_{-1} = 1."""
     ab = torch.cat([schedule.alphas_cumprod.new_ones(1), schedule.alphas_cumprod])
     return ab[t.cpu() + 1], ab[t.cpu()]
 
 
 def q_pair(x0: Tensor, t: Tensor, noise: Tensor, fresh: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """(x_{t-1}, x_t) of one walk: x_{t-1} = sqrt(ab) x0 + sqrt(1 - ab) noise at t-1, x_t one step from it.
+    """Sample (x_{t-1}, x_t) of one forward process: q(x_{t-1} | x0), then q(x_t | x_{t-1}).
 
-    x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) fresh (Ho et al. 2020, eq. 2). x0, noise, fresh: (b, ...); t: (b,).
+    x_{t-1} = sqrt(ab_{t-1}) x0 + sqrt(1 - ab_{t-1}) noise and x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) fresh (Ho
+    et al. 2020, eq. 4 and 2). x0, noise and fresh are (b, ...), t is (b,).
     """
     now, before = levels(t, schedule)
-    signal, spread = signal_and_noise(before, x0)
-    x_before = signal * x0 + spread * noise
-    signal, spread = signal_and_noise(now / before, x0)  # 1 - beta_t
-    return x_before, signal * x_before + spread * fresh
+    signal_level, noise_level = signal_and_noise_levels(before, x0)
+    x_before = signal_level * x0 + noise_level * noise
+    signal_level, noise_level = signal_and_noise_levels(now / before, x0)  # of 1 - beta_t
+    return x_before, signal_level * x_before + noise_level * fresh
 
 
 def q_posterior(x0: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Mean (b, ...) and variance (b, 1, ...) of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 6 and 7).
+    """Return mean (b, ...) and variance (b, 1, ...) of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 6 and 7).
 
     mean = sqrt(ab_{t-1}) beta_t / (1 - ab_t) x0 + sqrt(1 - beta_t) (1 - ab_{t-1}) / (1 - ab_t) x_t,
-    variance = beta_t (1 - ab_{t-1}) / (1 - ab_t). At t = 0 that is x0, without variance.
+    variance = beta_t (1 - ab_{t-1}) / (1 - ab_t). At t = 0 the mean is x0 and the variance 0.
     """
     now, before = (ab.reshape(-1, *[1] * (x.ndim - 1)) for ab in levels(t, schedule))  # (b, 1, ...)
     beta = 1 - now / before
-    of_x0, of_x = before.sqrt() * beta / (1 - now), (1 - beta).sqrt() * (1 - before) / (1 - now)
-    return of_x0.to(x) * x0 + of_x.to(x) * x, (beta * (1 - before) / (1 - now)).to(x)
+    x0_coef, x_coef = before.sqrt() * beta / (1 - now), (1 - beta).sqrt() * (1 - before) / (1 - now)
+    return x0_coef.to(x) * x0 + x_coef.to(x) * x, (beta * (1 - before) / (1 - now)).to(x)

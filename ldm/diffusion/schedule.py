@@ -1,12 +1,17 @@
-"""Noise schedules: betas -> alpha-bar -> sigmas, the levels a sampler visits, and q_sample. Everything in float64.
+"""Noise schedules: betas -> alpha-bar -> sigmas, the timesteps a sampler visits, and q_sample. All in float64.
 
-Two frames describe the same noisy image. Networks see the variance-preserving one of DDPM (Ho et al. 2020, eq. 4),
+A noisy image is a mix of signal and noise. Two scalings of the same mix are in use. Networks are trained on DDPM's
+variance-preserving one (VP; Ho et al. 2020, eq. 4), whose signal level and noise level add up to variance 1:
 
-    x_vp = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise,      ab_t = prod_{s <= t} (1 - beta_s),   t in 0..T-1,
+    x_vp = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise,      ab_t = prod_{s <= t} (1 - beta_s),   t in 0..T-1.
 
-samplers the variance-exploding one of Karras et al. 2022, which is x_vp / sqrt(ab_t):
+Samplers work on the variance-exploding one of Karras et al. 2022, which is x_vp / sqrt(ab_t): the signal level is 1 and
+the noise level is sigma.
 
     x = x0 + sigma noise,                             sigma = sqrt((1 - ab) / ab).
+
+`betas` and `Schedule` say which noise levels a network is trained on, `timesteps` and `sampling_sigmas` which of them
+a sampler visits. In code ab is `alphas_cumprod`, the name in every checkpoint.
 """
 
 import math
@@ -20,11 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What ab = 0 (zero terminal SNR) becomes, so that its sigma is finite: 4096.
-SMALLEST_ALPHA_BAR = 2.0**-24
+MIN_ALPHA_BAR = 2.0**-24  # replaces ab = 0 (zero terminal SNR), so that sigma is finite: 4096
 
-# name -> default (start, end): betas, save for sigmoid_alphabar, where they are arguments of the sigmoid, and vp, where
-# they are rates.
+# name -> default (start, end). These are betas, except for sigmoid_alphabar (the sigmoid's arguments) and vp (rates).
 SCHEDULES = {
     "linear": (1e-4, 0.02),
     "scaled_linear": (0.00085, 0.012),
@@ -34,26 +37,30 @@ SCHEDULES = {
     "sqrt": (1e-4, 0.02),
     "vp": (0.1, 20.0),
 }
-VP_FIRST = 1e-3  # the time at which the vp schedule begins
+VP_START_TIME = 1e-3
 TIMESTEP_SPACINGS = ("compvis", "leading", "linspace", "trailing", "quad")
 SIGMA_SPACINGS = ("karras", "exponential")
 FINAL_SIGMAS = ("zero", "sigma_min")
 
 
 def betas(name: str, T: int = 1000, start: float | None = None, end: float | None = None) -> Tensor:
-    """Forward-process variances beta_0..beta_{T-1}: float64 (T,), each in (0, 1).
+    """Return the variances beta_0..beta_{T-1} of the forward process.
 
-    name (defaults of start and end, which are never rescaled with T):
-      linear            beta linear from 1e-4 to 0.02 (Ho et al. 2020). CompVis calls this "sqrt_linear".
-      scaled_linear     sqrt(beta) linear, beta from 0.00085 to 0.012 (Stable Diffusion). CompVis calls this "linear".
-      cosine            ab = cos^2 of Nichol & Dhariwal 2021, eq. 17, s = 0.008; takes neither start nor end.
-      sigmoid_alphabar  ab a sigmoid between its values at -3 and 3 (Jabri et al. 2022, fig. 8, tau = 1).
-      sigmoid_beta      beta = start + (end - start) sigmoid(u), u linear from -6 to 6; from 1e-4 to 0.02.
-      sqrt              beta = sqrt(u), u linear from 1e-4 to 0.02 (CompVis).
-      vp                T stretches of the variance-preserving SDE from time 0.001 to 1, whose rate grows from 0.1 to 20
-                        (Song et al. 2021, "Score-based ...", appendix C; in a few large steps: Xiao et al. 2022).
+    Args:
+        name: One of
+            linear            beta linear from 1e-4 to 0.02 (Ho et al. 2020). CompVis calls this "sqrt_linear".
+            scaled_linear     sqrt(beta) linear, beta from 0.00085 to 0.012 (Stable Diffusion). CompVis: "linear".
+            cosine            ab = cos^2 (Nichol & Dhariwal 2021, eq. 17, s = 0.008); takes neither start nor end.
+            sigmoid_alphabar  ab a sigmoid on [-3, 3] (Jabri et al. 2022, fig. 8, tau = 1).
+            sigmoid_beta      beta = start + (end - start) sigmoid(u), u linear from -6 to 6, from 1e-4 to 0.02.
+            sqrt              beta = sqrt(u), u linear from 1e-4 to 0.02 (CompVis).
+            vp                T intervals of the variance-preserving SDE from time 0.001 to 1, whose rate grows from 0.1
+                              to 20 (Song et al. 2021, "Score-based ...", appendix C; few steps: Xiao et al. 2022).
+        T: The number of noise levels.
+        start, end: Replace the two numbers of the name. They are never rescaled with T.
 
-    Raises ValueError for an unknown name, T < 1, start or end given to cosine, and betas outside (0, 1).
+    Returns:
+        float64 (T,), each in (0, 1).
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {name!r}; choose from {', '.join(SCHEDULES)}")
@@ -63,20 +70,21 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
     if defaults is None:
         if start is not None or end is not None:
             raise ValueError(f"schedule {name!r} takes neither start nor end, got start={start}, end={end}")
-        return betas_of_curve(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, T)
+        return betas_from_alpha_bar(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, T)
     start = defaults[0] if start is None else start
     end = defaults[1] if end is None else end
+    needs, fits = {
+        "sigmoid_alphabar": ("start < end", start < end),
+        "vp": ("0 < start <= end", 0 < start <= end),
+    }.get(name, ("start and end between 0 and 1", 0 < start < 1 and 0 < end < 1))
+    if not fits:
+        raise ValueError(f"schedule {name!r} needs {needs}, got start={start}, end={end}")
     if name == "sigmoid_alphabar":
-        if not start < end:
-            raise ValueError(f"schedule {name!r} needs start < end, got start={start}, end={end}")
         top = 1 / (1 + math.exp(-end))
-        return betas_of_curve(lambda u: top - torch.sigmoid(u * (end - start) + start), T)
-    if name == "vp":
-        if not 0 < start <= end:
-            raise ValueError(f"schedule {name!r} needs 0 < start <= end, got start={start}, end={end}")
-        return _vp(T, start, end)
-    if not (0 < start < 1 and 0 < end < 1):
-        raise ValueError(f"schedule {name!r} needs start and end between 0 and 1, got start={start}, end={end}")
+        return betas_from_alpha_bar(lambda u: top - torch.sigmoid(u * (end - start) + start), T)
+    if name == "vp":  # 1 - ab(time_{t+1}) / ab(time_t), ab = exp(-start time - (end - start) time^2 / 2)
+        time = torch.linspace(VP_START_TIME, 1, T + 1, dtype=torch.float64)
+        return -torch.expm1((-start * time - (end - start) / 2 * time**2).diff())
     if name == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
     if name == "sigmoid_beta":
@@ -85,30 +93,24 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
     return line.sqrt() if name == "sqrt" else line
 
 
-def betas_of_curve(alpha_bar: Callable[[Tensor], Tensor], T: int, max_beta: float = 0.999) -> Tensor:
-    """beta_t = 1 - ab(t + 1) / ab(t), at most max_beta, for a curve ab over [0, 1]: float64 (T,).
+def betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], T: int, max_beta: float = 0.999) -> Tensor:
+    """Return beta_t = 1 - ab((t + 1) / T) / ab(t / T), at most max_beta, for a curve ab on [0, 1]: float64 (T,).
 
-    The bound 0.999 is Nichol & Dhariwal's 2021 (section 3.2): the curve ends at 0, where the last beta would be 1.
+    Without the bound the last beta of a curve that ends at 0 would be 1 (Nichol & Dhariwal 2021, section 3.2).
     """
     curve = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
     return (1 - curve[1:] / curve[:-1]).clamp(max=max_beta)
 
 
-def _vp(T: int, start: float, end: float) -> Tensor:
-    """beta = 1 - ab(time_{t+1}) / ab(time_t), ab = exp(-start time - (end - start) time^2 / 2): float64 (T,)."""
-    time = torch.linspace(VP_FIRST, 1, T + 1, dtype=torch.float64)
-    return -torch.expm1((-start * time - (end - start) / 2 * time**2).diff())
-
-
 def alphas_cumprod(beta: Tensor) -> Tensor:
-    """ab_t = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4): (T,) -> float64 (T,)."""
+    """Return ab_t = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4): (T,) -> float64 (T,)."""
     return torch.cumprod(1 - beta.double(), dim=0)
 
 
 def rescale_zero_terminal_snr(ab: Tensor) -> Tensor:
-    """Shift and scale sqrt(ab) so that the last is 0 and the first stays (Lin et al. 2024, algorithm 1): float64 (T,).
+    """Shift and scale sqrt(ab) so that the last one is 0 and the first one stays (Lin et al. 2024, algorithm 1).
 
-    An eps network tells nothing about x0 at ab = 0: use v or x0 with it.
+    Use it with v or x0 prediction: at ab = 0 the noisy image is the noise, so predicting eps says nothing about x0.
     """
     if len(ab) < 2:
         raise ValueError(f"zero terminal SNR needs a schedule of at least 2 steps, got T={len(ab)}")
@@ -118,9 +120,10 @@ def rescale_zero_terminal_snr(ab: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The noise levels a network was trained on.
+    """The noise levels that a network was trained on.
 
-    alphas_cumprod: float64 (T,) on the CPU, strictly decreasing within [0, 1); exactly 0 is allowed at the end.
+    Attributes:
+        alphas_cumprod: ab, float64 (T,) on the CPU, strictly decreasing within [0, 1); only the last may be 0.
     """
 
     alphas_cumprod: Tensor
@@ -130,31 +133,31 @@ class Schedule:
         if ab.dtype != torch.float64 or ab.ndim != 1 or ab.device.type != "cpu" or len(ab) == 0:
             raise ValueError(f"alphas_cumprod must be float64 (T,) on the CPU, got {ab.dtype} {tuple(ab.shape)}")
         if not (ab[0] < 1 and ab[-1] >= 0 and bool((ab.diff() < 0).all())):
-            raise ValueError("alphas_cumprod must decrease strictly from below 1 to 0 or more")
+            raise ValueError("alphas_cumprod must decrease strictly, starting below 1 and ending at 0 or more")
 
     @property
     def T(self) -> int:
-        """Number of noise levels."""
+        """The number of noise levels."""
         return len(self.alphas_cumprod)
 
     @cached_property
     def sigmas(self) -> Tensor:
-        """sqrt((1 - ab) / ab), strictly ascending: float64 (T,).
+        """sqrt((1 - ab) / ab), strictly ascending and finite: float64 (T,).
 
-        ab = 0 enters as 2^-24, sigma 4096; should the level before it lie there already, as half of that one's ab.
+        ab = 0 is replaced by 2^-24, or by half of the ab before it where that is smaller.
         """
         ab = self.alphas_cumprod.clone()
         if ab[-1] == 0:
-            ab[-1] = SMALLEST_ALPHA_BAR if self.T == 1 else min(SMALLEST_ALPHA_BAR, float(ab[-2]) / 2)
+            ab[-1] = MIN_ALPHA_BAR if self.T == 1 else min(MIN_ALPHA_BAR, float(ab[-2]) / 2)
         return ((1 - ab) / ab).sqrt()
 
     @cached_property
     def _knots(self) -> list[float]:
-        """-log ab at t = 0..T-1; between them it is taken as linear in t, as in DPM-Solver (Lu et al. 2022)."""
+        """-log ab at t = 0..T-1; it is interpolated linearly in t, as in DPM-Solver (Lu et al. 2022)."""
         return torch.log1p(self.sigmas**2).tolist()
 
     def sigma_at(self, t: float) -> float:
-        """sigma of a level t in 0..T-1, fractional or not. Raises ValueError outside."""
+        """Return sigma at timestep t, which may be fractional. Raises ValueError outside 0..T-1."""
         if not 0 <= t <= self.T - 1:
             raise ValueError(f"timestep {t} is outside 0..{self.T - 1}")
         i = int(t)
@@ -164,7 +167,7 @@ class Schedule:
         return math.sqrt(math.expm1(low + (t - i) * (high - low)))
 
     def t_at(self, sigma: float) -> float:
-        """Fractional level t of a sigma: exactly i for sigmas[i]; beyond the schedule's ends, the end."""
+        """Return the fractional timestep of sigma: exactly i for sigmas[i], clamped to 0..T-1."""
         value = math.log1p(sigma * sigma)
         i = bisect_right(self._knots, value) - 1
         if i < 0:
@@ -173,7 +176,7 @@ class Schedule:
             return float(self.T - 1)
         low, high = self._knots[i], self._knots[i + 1]
         t = i + (value - low) / (high - low)
-        # log1p rounds: a level of the schedule must come back as the whole number that the network was trained on.
+        # log1p rounds, but sigmas[i] must give back the integer timestep that the network was trained on.
         return float(round(t)) if abs(t - round(t)) < 1e-6 else t
 
 
@@ -184,36 +187,41 @@ def make_schedule(
     end: float | None = None,
     zero_terminal_snr: bool = False,
 ) -> Schedule:
-    """Schedule of a name (see `betas` for names, defaults and errors), with zero terminal SNR on request."""
+    """Build the schedule of that name (see `betas`), optionally with zero terminal SNR."""
     ab = alphas_cumprod(betas(name, T, start, end))
     return Schedule(rescale_zero_terminal_snr(ab) if zero_terminal_snr else ab)
 
 
-def signal_and_noise(ab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(ab) and sqrt(1 - ab), computed in float64, as (b, 1, ...) beside x (b, ...), in its dtype and on its device.
+def signal_and_noise_levels(ab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(ab) and sqrt(1 - ab) of each image, shaped (b, 1, ...) to multiply x.
 
-    ab: (b,), one level per image.
+    Args:
+        ab: (b,), one per image. The roots are computed in float64.
+        x: (b, ...), whose number of axes, dtype and device the result has.
     """
     ab = ab.double().reshape(-1, *[1] * (x.ndim - 1))  # (b, 1, ...)
     return ab.sqrt().to(x), (1 - ab).sqrt().to(x)
 
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
-    """x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise (Ho et al. 2020, eq. 4), in the variance-preserving frame.
+    """Sample q(x_t | x0): x_vp = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise (Ho et al. 2020, eq. 4).
 
-    x0, noise: (b, ...); t: int64 (b,) in 0..T-1, one per image. Returns (b, ...).
+    Args:
+        x0, noise: (b, ...).
+        t: Timesteps, int64 (b,) in 0..T-1, one per image.
     """
-    signal, spread = signal_and_noise(schedule.alphas_cumprod[t.cpu()], x0)
-    return signal * x0 + spread * noise
+    signal_level, noise_level = signal_and_noise_levels(schedule.alphas_cumprod[t.cpu()], x0)
+    return signal_level * x0 + noise_level * noise
 
 
 def training_timesteps(
     name: str, batch: int, T: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Levels to train on: int64 (batch,) in 0..T-1, on the CPU.
+    """Sample the timesteps to train on: int64 (batch,) in 0..T-1, on the CPU.
 
-    name: uniform, or logit_normal: floor(T sigmoid(n)), n ~ N(mean, std) (Esser et al. 2024, section 3.1);
-    a mean above 0 means more noise. mean and std are for logit_normal alone.
+    Args:
+        name: uniform, or logit_normal: floor(T sigmoid(n)) with n ~ N(mean, std) (Esser et al. 2024, section 3.1).
+        mean, std: Of logit_normal only; a mean above 0 trains more on high noise levels.
     """
     if name == "uniform":
         return torch.randint(0, T, (batch,), generator=generator)
@@ -224,32 +232,36 @@ def training_timesteps(
 
 
 def compvis_quad(steps: int, T: int) -> list[int]:
-    """CompVis's "quad" grid as it is, ascending. Many steps repeat low levels (50 of 1000 begin 1, 1, 2, 3)."""
+    """Return CompVis's "quad" timesteps, ascending; many steps repeat low ones (50 of 1000 begin 1, 1, 2, 3)."""
     return [int(root**2) + 1 for root in np.linspace(0, math.sqrt(0.8 * T), steps)]
 
 
 def _distinct(grid: list[int], T: int) -> list[int]:
-    """The nearest strictly ascending levels within 0..T-1; a grid that is so already comes back as it is."""
-    levels = []
+    """Move timesteps as little as needed to be strictly ascending within 0..T-1."""
+    result = []
     for i, t in enumerate(grid):
-        above = levels[-1] + 1 if levels else 0
-        levels.append(min(max(t, above), T - len(grid) + i))
-    return levels
+        lowest = result[-1] + 1 if result else 0
+        result.append(min(max(t, lowest), T - len(grid) + i))
+    return result
 
 
 def timesteps(spacing: str, steps: int, T: int) -> list[int]:
-    """Exactly `steps` levels in 0..T-1, strictly descending, for any number of steps from 1 to T.
+    """Choose the timesteps of a sampling run.
 
-    spacing, with i = 0..steps-1 (all but compvis and quad as named by Lin et al. 2024, table 2):
-      compvis   floor(i T / steps) + 1. Where steps divides T this is CompVis's grid bit for bit; elsewhere CompVis
-                makes more steps than asked or fails, and this spreads the steps asked for over the same range.
-      leading   i floor(T / steps) + 1: diffusers with Stable Diffusion's steps_offset = 1.
-      linspace  round(linspace(0, T - 1, steps)); one step is T - 1.
-      trailing  round(T - i T / steps) - 1: begins at T - 1, where training ended.
-      quad      CompVis's quadratic grid, up to 0.8 T; levels that it would repeat move up to the next free one.
-    Levels above T - 1 (leading and compvis when steps = T) move down likewise.
+    Args:
+        spacing: One of these, with i = 0..steps-1 (leading, linspace, trailing: Lin et al. 2024, table 2):
+            compvis   floor(i T / steps) + 1: CompVis's timesteps where `steps` divides T. Elsewhere CompVis makes more
+                      steps than requested or fails; this spreads the requested number over the same range.
+            leading   i floor(T / steps) + 1: diffusers with Stable Diffusion's steps_offset = 1.
+            linspace  round(linspace(0, T - 1, steps)); one step is T - 1.
+            trailing  round(T - i T / steps) - 1: starts at T - 1, where training ends.
+            quad      CompVis's quadratic spacing up to 0.8 T.
+            A timestep that repeats, or lies above T - 1, moves to the nearest free one.
+        steps: 1 to T.
+        T: The schedule's number of noise levels.
 
-    Raises ValueError for an unknown spacing and for steps outside 1..T.
+    Returns:
+        Exactly `steps` timesteps in 0..T-1, strictly descending.
     """
     if spacing not in TIMESTEP_SPACINGS:
         raise ValueError(f"unknown timestep spacing {spacing!r}; choose from {', '.join(TIMESTEP_SPACINGS)}")
@@ -273,58 +285,62 @@ def _check_steps(steps: int, T: int) -> None:
 
 
 def _sigma_ramp(spacing: str, steps: int, low: float, high: float, rho: float = 7.0) -> Tensor:
-    """Sigmas from high down to low, even in sigma^(1/rho) (Karras et al. 2022, eq. 5) or in log sigma: (steps,)."""
+    """Return sigmas from high to low, evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5) or log sigma."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     if spacing == "exponential":
-        levels = torch.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
+        sigmas = torch.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
     else:
-        levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return levels.clamp(low, high)  # the ends round
+        sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return sigmas.clamp(low, high)  # both ends are rounded
 
 
-def _own_sigmas(levels: str | Sequence[float], schedule: Schedule) -> Tensor:
-    """The sigmas of the timesteps listed, or those listed behind the word "sigmas": float64 (n,), descending."""
+def _listed_sigmas(listed: str | Sequence[float], schedule: Schedule) -> Tensor:
+    """Return the sigmas of listed timesteps, or those listed after the word "sigmas": float64 (n,), descending."""
     try:
-        words = levels.replace(",", " ").split() if isinstance(levels, str) else list(levels)
+        words = listed.replace(",", " ").split() if isinstance(listed, str) else list(listed)
         are_sigmas = words[:1] == ["sigmas"]
         numbers = [float(word) for word in words[are_sigmas:]]
     except (ValueError, TypeError):
         raise ValueError(
-            f"unknown spacing {levels!r}; choose from {', '.join(TIMESTEP_SPACINGS + SIGMA_SPACINGS)}, or list levels "
-            "of your own: timesteps (999,749,499,249) or sigmas (sigmas 14,3.6,1.2)"
+            f"unknown spacing {listed!r}; choose from {', '.join(TIMESTEP_SPACINGS + SIGMA_SPACINGS)}, or list "
+            "timesteps (999,749,499,249) or sigmas (sigmas 14,3.6,1.2)"
         ) from None
     sigmas = numbers if are_sigmas else [schedule.sigma_at(t) for t in numbers]
     low, high = schedule.sigmas[[0, -1]].tolist()
     for sigma in sigmas:
         if not low <= sigma <= high:
-            raise ValueError(f"sigma {sigma} is outside {low:.7g}..{high:.7g}, the levels that the model knows")
+            raise ValueError(f"sigma {sigma} is outside {low:.7g}..{high:.7g}, the model's noise levels")
     if any(above <= below for above, below in pairwise(sigmas)):
-        raise ValueError(f"the levels of a spacing must descend, got {levels}")
+        raise ValueError(f"the listed noise levels must descend, got {listed}")
     return torch.tensor(sigmas, dtype=torch.float64)
 
 
 def sampling_sigmas(
     schedule: Schedule, steps: int, spacing: str | Sequence[float] = "trailing", final_sigma: str = "zero"
 ) -> Tensor:
-    """The levels of a run: `steps` network levels, strictly descending, then the final one: float64 (steps + 1,).
+    """Choose the noise levels of a sampling run.
 
-    spacing: one of `timesteps`; or karras or exponential, which run from the schedule's largest sigma to its smallest;
-      or levels of one's own, `steps` of them, descending: timesteps in 0..T-1, fractions too, as a sequence or as text
-      ("999, 749.5, 499"), or sigmas within the schedule's as text after that word ("sigmas 14, 5.5, 1.2").
-    final_sigma: zero, or sigma_min = sigma(ab_0), where CompVis stops.
+    Args:
+        schedule: What the network was trained on.
+        steps: The number of denoising steps, 1 to T.
+        spacing: One of `timesteps`; or karras or exponential, from the schedule's largest sigma to its smallest; or
+            `steps` descending timesteps in 0..T-1, which may be fractional, as a sequence or as text ("999, 749.5,
+            499"); or sigmas within the schedule's as text after that word ("sigmas 14, 5.5, 1.2").
+        final_sigma: zero, or sigma_min = sigma(ab_0), where CompVis stops.
 
-    Raises ValueError for unknown names, for steps outside 1..T, and for levels that do not fit.
+    Returns:
+        float64 (steps + 1,): the sigmas at which the network is evaluated, strictly descending, then the final one.
     """
     if final_sigma not in FINAL_SIGMAS:
         raise ValueError(f"unknown final sigma {final_sigma!r}; choose from {', '.join(FINAL_SIGMAS)}")
     if isinstance(spacing, str) and spacing in SIGMA_SPACINGS:
         _check_steps(steps, schedule.T)
-        levels = _sigma_ramp(spacing, steps, float(schedule.sigmas[0]), float(schedule.sigmas[-1]))
+        sigmas = _sigma_ramp(spacing, steps, float(schedule.sigmas[0]), float(schedule.sigmas[-1]))
     elif isinstance(spacing, str) and spacing in TIMESTEP_SPACINGS:
-        levels = schedule.sigmas[timesteps(spacing, steps, schedule.T)]
+        sigmas = schedule.sigmas[timesteps(spacing, steps, schedule.T)]
     else:
-        levels = _own_sigmas(spacing, schedule)
-        if len(levels) != steps:
-            raise ValueError(f"the spacing lists {len(levels)} levels: the number of steps must be that, got {steps}")
+        sigmas = _listed_sigmas(spacing, schedule)
+        if len(sigmas) != steps:
+            raise ValueError(f"the spacing lists {len(sigmas)} noise levels, but the number of steps is {steps}")
     final = schedule.sigmas[:1] if final_sigma == "sigma_min" else schedule.sigmas.new_zeros(1)
-    return torch.cat([levels, final])
+    return torch.cat([sigmas, final])

@@ -1,4 +1,9 @@
-"""Samplers: step functions over denoise(x, sigma), one driver, and the table of names."""
+"""Samplers: a function that makes one denoising step, the loop over noise levels, and the table of names.
+
+Sampling starts with noise x at sigmas[0] and moves x along decreasing noise levels to an image. Every step evaluates
+denoise(x, sigma), the model's prediction of the clean image, and moves x a little towards it. `first_order` explains
+the step that all other samplers refine.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +22,11 @@ from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large, dpmpp_sde, lcm
 # (denoise, points, sigma_next, eta, noise) -> x at sigma_next
 StepFunction = Callable[[BoundDenoise, Points, float, float, Noise | None], Tensor]
 AUTO = "auto"  # see choose_sampler
-REMEMBERED = 4  # points, for Adams-Bashforth of order 4
+HISTORY = 4  # points that a step function gets; Adams-Bashforth of order 4 uses all
 
 
 class Step(NamedTuple):
-    """Where a run stands after step `index`: x (b, ...) at level `sigma`, and the x0 (b, ...) predicted on the way."""
+    """The state after denoising step `index`: x (b, ...) at noise level `sigma`, and the x0 (b, ...) it predicted."""
 
     index: int
     sigma: float
@@ -37,28 +42,33 @@ def sample(
     eta: float = 0.0,
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """Walk x from sigmas[0] to sigmas[-1], yielding a Step after each of the len(sigmas) - 1 steps.
+    """Move x from noise level sigmas[0] to sigmas[-1], yielding a Step after each of the len(sigmas) - 1 steps.
 
-    x: (b, ...) = x0 + sigmas[0] noise; see denoiser.from_vp to start from unit noise and to_vp to end above sigma 0.
-    It is kept in float32 or wider. sigmas: descending; the last may be 0, or the one before it again.
-    eta: 0 to 1, the share of fresh noise. noise: () -> (b, ...), drawn a fixed number of times a step.
+    It is a generator, so that progress bars, previews and early stopping are the caller's. Bad arguments raise
+    ValueError at the call, not at the first step.
 
-    Raises ValueError (at the call, not at the first step) for eta out of range, eta without noise, and bad sigmas.
+    Args:
+        denoise: (x, sigma) -> Prediction, guided or not.
+        x: x0 + sigmas[0] noise, (b, ...): `denoiser.from_vp` of unit normal noise. The state is float32 or wider.
+        sigmas: Descending (`schedule.sampling_sigmas`). The last may be 0, or equal to the one before it.
+        step: Makes one denoising step.
+        eta: The share of fresh noise in each step, 0 (deterministic) to 1 (ancestral).
+        noise: () -> unit normal noise (b, ...); called a fixed number of times in each step.
     """
-    levels = _levels(sigmas)
+    levels = _checked(sigmas)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, got {eta}")
     if eta > 0 and noise is None:
-        raise ValueError(f"eta {eta} needs a source of noise, got none")
+        raise ValueError(f"eta {eta} needs a source of noise, got None")
     return _walk(denoise, _wide(x), levels, step, eta, noise)
 
 
-def _levels(sigmas: Tensor | Sequence[float]) -> list[float]:
+def _checked(sigmas: Tensor | Sequence[float]) -> list[float]:
     levels = [float(sigma) for sigma in sigmas]
     if len(levels) < 2 or min(levels[:-1]) <= 0 or levels[-1] < 0:
-        raise ValueError(f"a run needs two or more sigmas, above 0 save for the last, got {levels}")
+        raise ValueError(f"sampling needs two or more sigmas, above 0 except for the last, got {levels}")
     if not (all(above > below for above, below in pairwise(levels[:-1])) and levels[-1] <= levels[-2]):
-        raise ValueError(f"the sigmas of a run must descend, got {levels}")
+        raise ValueError(f"the sigmas must descend, got {levels}")
     return levels
 
 
@@ -70,23 +80,27 @@ def _walk(denoise, x, levels, step, eta, noise) -> Iterator[Step]:
     points = []
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         found = denoise(x, sigma)
-        points = [*points[1 - REMEMBERED :], Point(sigma, x, found.x0, found.variance_share)]
+        points = [*points[1 - HISTORY :], Point(sigma, x, found.x0, found.variance_share)]
         if sigma_next < sigma:
             x = step(denoise, points, sigma_next, eta, noise)
         yield Step(index, sigma_next, x, points[-1].x0)
 
 
 def invert(denoise: BoundDenoise, x: Tensor, sigmas: Tensor | Sequence[float], corrections: int = 0) -> Iterator[Step]:
-    """DDIM inversion: walk x up from sigmas[-1] to sigmas[0], to where `ddim` on these sigmas would lead back to it.
+    """Invert DDIM: move x up from sigmas[-1] to the noise at sigmas[0] from which `ddim` on these sigmas returns to x.
 
-    Euler's method upwards (Dhariwal & Nichol 2021, appendix F; Song et al. 2021, section 4.3). eps is predicted at the
-    step's lower end, that of sigma 0 at its upper end; each correction predicts it anew at the upper end as found so
-    far, which is a fixed-point iteration to the exact inverse of the step. Evaluates 1 + corrections times a step.
+    Euler's method in the other direction (Dhariwal & Nichol 2021, appendix F; Song et al. 2021, section 4.3). eps is
+    predicted at the lower end of a step, or at its upper end if the lower sigma is 0. Each correction predicts it again
+    at the upper end reached so far: a fixed-point iteration to the exact inverse of the step.
 
-    sigmas: as for `sample`, descending. x: (b, ...) at level sigmas[-1]; an image's latents where that is about 0.
+    Args:
+        denoise: (x, sigma) -> Prediction, called 1 + corrections times a step.
+        x: (b, ...) at noise level sigmas[-1]: an image's latents where that is about 0.
+        sigmas: As for `sample`, descending.
+        corrections: The number of fixed-point iterations a step.
     """
     x = _wide(x)
-    for index, (sigma, sigma_next) in enumerate(pairwise(reversed(_levels(sigmas)))):
+    for index, (sigma, sigma_next) in enumerate(pairwise(reversed(_checked(sigmas)))):
         x_next, level = x, sigma if sigma > 0 else sigma_next
         for _ in range(1 + corrections):
             x0 = denoise(x_next, level).x0
@@ -97,9 +111,12 @@ def invert(denoise: BoundDenoise, x: Tensor, sigmas: Tensor | Sequence[float], c
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of the table: the step function and its defaults. Calling it is `sample` with them.
+    """A row of the table: a step function and its defaults. Calling it is `sample` with them.
 
-    spacing, final_sigma: for schedule.sampling_sigmas. eta: for the step; None where it adds no noise whatever eta is.
+    Attributes:
+        step: Makes one denoising step.
+        eta: The default share of fresh noise; None for a step that never adds noise.
+        spacing, final_sigma: Arguments of `schedule.sampling_sigmas`.
     """
 
     step: StepFunction
@@ -116,13 +133,13 @@ class Sampler:
         noise: Noise | None = None,
     ) -> Iterator[Step]:
         if self.eta is None and eta is not None and eta != 0:
-            able = ", ".join(name for name, row in SAMPLERS.items() if row.eta is not None)
-            raise ValueError(f"this sampler adds no noise, so eta must be 0, got {eta}; those that can: {able}")
+            others = ", ".join(name for name, row in SAMPLERS.items() if row.eta is not None)
+            raise ValueError(f"this sampler adds no noise: eta must be 0, got {eta}; samplers with eta: {others}")
         eta = self.eta if eta is None else eta
         return sample(denoise, x, sigmas, self.step, 0.0 if eta is None else eta, noise)
 
     def evaluations(self, sigmas: Tensor | Sequence[float]) -> list[int]:
-        """How often each step of a run on these sigmas calls denoise: counted in a run on a single number."""
+        """Return how often each denoising step on these sigmas calls denoise, counted by sampling a single number."""
         calls = [0]
 
         def denoise(x: Tensor, sigma: float) -> Prediction:
@@ -139,7 +156,7 @@ SAMPLERS = {
     "ddim": Sampler(euler),
     "ddpm": Sampler(ddpm, eta=1.0),
     "ddpm_large": Sampler(ddpm_large, eta=1.0),
-    "euler": Sampler(euler),  # under its two other names
+    "euler": Sampler(euler),  # the same as ddim, and euler_a as ddpm, under the names of k-diffusion
     "euler_a": Sampler(euler, eta=1.0),
     "heun": Sampler(heun, eta=None),
     "dpm2": Sampler(dpm2),
@@ -157,15 +174,15 @@ SAMPLERS = {
 
 
 def get_sampler(name: str) -> Sampler:
-    """The row of a name. Raises ValueError for an unknown one, listing the names there are."""
+    """Return the sampler of that name; ValueError with the list of names for an unknown one."""
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose from {', '.join((*SAMPLERS, AUTO))}")
     return SAMPLERS[name]
 
 
 def choose_sampler(name: str, steps: int, T: int) -> str:
-    """The name, and for "auto" that of the sampler for so many steps: ddpm for all T levels of a schedule, else ddim.
+    """Return the name, where "auto" means ddpm for all T denoising steps of a schedule and ddim for fewer.
 
-    The ancestral chain is what the model was trained as, and needs all its steps; DDIM does with fewer.
+    DDPM's ancestral chain is the process that the model was trained to reverse, and needs all of its steps.
     """
     return name if name != AUTO else "ddim" if steps < T else "ddpm"

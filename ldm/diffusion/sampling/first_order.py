@@ -1,8 +1,11 @@
-"""Euler's step, which every other sampler here corrects, and fresh noise: together DDIM and DDPM.
+"""Euler's step, which is DDIM, and with fresh noise DDPM. All other samplers refine it.
 
-With x = x0 + sigma noise, the probability flow is dx/dsigma = eps = (x - x0(x, sigma)) / sigma (Karras et al. 2022,
-eq. 1 and 3). Euler's method on it is DDIM (Song et al. 2021, "Denoising Diffusion Implicit Models", eq. 14); with fresh
-noise it is DDIM with eta, and DDPM where eta = 1.
+Lowering the noise level of x = x0 + sigma noise follows the probability flow ODE (Karras et al. 2022, eq. 1 and 3)
+
+    dx/dsigma = eps = (x - x0) / sigma,        x0 = denoise(x, sigma).
+
+Euler's method on it is DDIM (Song et al. 2021, "Denoising Diffusion Implicit Models", eq. 14). A step that goes further
+down and then adds fresh noise is DDIM with eta > 0, and for eta = 1 DDPM.
 """
 
 import math
@@ -13,11 +16,11 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import BoundDenoise
 
-Noise = Callable[[], Tensor]
+Noise = Callable[[], Tensor]  # () -> unit normal noise, (b, ...)
 
 
 class Point(NamedTuple):
-    """A visited level: x (b, ...) there, the x0 (b, ...) predicted from it, and `Prediction.variance_share`."""
+    """A visited noise level: x (b, ...) at sigma, and the `Prediction` from it: x0 (b, ...) and variance_share."""
 
     sigma: float
     x: Tensor
@@ -26,25 +29,25 @@ class Point(NamedTuple):
 
     @property
     def eps(self) -> Tensor:
-        """The noise predicted, which is the flow's slope dx/dsigma: (b, ...)."""
+        """The predicted noise, which is the slope dx/dsigma of the flow: (b, ...)."""
         return (self.x - self.x0) / self.sigma
 
 
-Points = Sequence[Point]  # the last ones visited; now is [-1]
+Points = Sequence[Point]  # the last few, in the order visited; [-1] is the current one
 
 
 def euler_to(now: Point, sigma: float) -> Tensor:
-    """Along the flow's tangent at `now` to another level: (b, ...).
+    """Make Euler's step to sigma: x + (sigma - now.sigma) eps, (b, ...).
 
-    Not x + (sigma - now.sigma) eps, which cancels where sigma is far below (4096 and 2, say).
+    Written as x0 + sigma eps, which does not cancel where sigma is far below now.sigma (4096 to 2, for example).
     """
     return now.x0 + (sigma / now.sigma) * (now.x - now.x0)
 
 
 def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up): the level to step down to, and the fresh noise that leads from there to sigma_next.
+    """Return (sigma_down, sigma_up): step down to sigma_down, then add noise of deviation sigma_up to reach sigma_next.
 
-    sigma_up is the sigma of Song et al. 2021, eq. 16, over sqrt(ab_next); sigma_down^2 + sigma_up^2 = sigma_next^2.
+    sigma_down^2 + sigma_up^2 = sigma_next^2, and sigma_up is Song et al. 2021, eq. 16, divided by sqrt(ab_next).
     """
     ratio = sigma_next / sigma
     down = sigma_next * math.hypot(math.sqrt(1 - eta * eta), eta * ratio)
@@ -52,7 +55,7 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
 
 
 def add_noise(x: Tensor, up: float, noise: Noise | None) -> Tensor:
-    """x + up times fresh noise: (b, ...). Draws once, and not at all for up = 0."""
+    """Return x + up noise; the source of noise is called once, or for up = 0 not at all."""
     if up == 0:
         return x
     assert noise is not None  # `sample` checks it
@@ -60,10 +63,10 @@ def add_noise(x: Tensor, up: float, noise: Noise | None) -> Tensor:
 
 
 def euler(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """Euler and DDIM for eta = 0, Euler-ancestral and DDPM with the small variance for eta = 1.
+    """Make one step of Euler and DDIM (eta = 0), or of Euler-ancestral and DDPM with the small variance (eta = 1).
 
-    The small variance is that of the true posterior between the two levels visited, however far apart (Ho et al. 2020,
-    eq. 7, with beta_t = 1 - ab_t / ab_next).
+    The small variance is that of the posterior q(x_next | x, x0) of the two noise levels visited, however far apart (Ho
+    et al. 2020, eq. 7, with beta_t = 1 - ab_t / ab_next).
     """
     now = points[-1]
     down, up = ancestral_split(now.sigma, sigma_next, eta)

@@ -1,13 +1,13 @@
-"""Samplers that remember: one network evaluation a step, and Euler's step corrected by how predictions have changed.
+"""Multistep samplers: one network evaluation a step, and Euler's step corrected by previous predictions.
 
-The flow has two exact forms (Zhang & Chen 2023 and Lu et al. 2022, "DPM-Solver++", at signal 1):
+The flow has two exact forms (Zhang & Chen 2023; Lu et al. 2022, "DPM-Solver++"; here at signal level 1):
 
     x_next = x + integral of eps dsigma                                        plms, lms, deis
     x_next = (sigma_next / sigma) x + sigma_next integral of x0 d(1 / sigma)   dpmpp_2m, dpmpp_3m, unipc
 
-Each sampler puts a polynomial through the last predictions f_j, of eps or x0, and integrates that. A constant gives
-Euler's step, so what remains is a correction: the sum of w_j (f_j - f_now). The polynomial is in a coordinate u, 0 now
-and 1 at the next level; the w_j follow from the f_j's places, `nodes`, and the integrals of u, u^2, ..., `moments`.
+Each sampler fits a polynomial to the last predictions f_j, of eps or x0, and integrates it. A constant gives Euler's
+step, so the rest is a correction: the sum of w_j (f_j - f_now). The polynomial's variable u is 0 now and 1 at the next
+noise level; the w_j follow from the f_j's values of u, `nodes`, and the integrals of u, u^2, ..., `moments`.
 """
 
 import math
@@ -22,9 +22,16 @@ from ldm.diffusion.sampling.second_order import heun
 
 
 def correction(now: Tensor, others: Sequence[Tensor], nodes: Sequence[float], moments: Sequence[float]) -> Tensor | int:
-    """sum_j w_j (others[j] - now), with sum_j w_j nodes[j]^k = moments[k - 1] for k = 1..n: (b, ...), or 0 if n = 0.
+    """Return sum_j w_j (others[j] - now), where sum_j w_j nodes[j]^k = moments[k - 1] for k = 1..n.
 
-    now, others: f_now at u = 0 and the n other f_j at u = nodes[j]; moments: the integrals of u^k.
+    Args:
+        now: The current prediction, at u = 0: (b, ...).
+        others: The n others, at u = nodes[j].
+        nodes: u of the others.
+        moments: The integrals of u^k, for k = 1..n.
+
+    Returns:
+        (b, ...), or 0 if n = 0.
     """
     if not others:
         return 0
@@ -34,12 +41,12 @@ def correction(now: Tensor, others: Sequence[Tensor], nodes: Sequence[float], mo
 
 
 def uniform_moments(n: int) -> list[float]:
-    """The integrals of u^k du over [0, 1] for k = 1..n."""
+    """Return the integrals of u^k du over [0, 1] for k = 1..n."""
     return [1 / (k + 1) for k in range(1, n + 1)]
 
 
 def exponential_moments(h: float, n: int) -> list[float]:
-    """The integrals of u^k h exp(h (u - 1)) du over [0, 1] for k = 1..n; h is not 0. By parts, from that of k = 0."""
+    """Return the integrals of u^k h exp(h (u - 1)) du over [0, 1] for k = 1..n, by parts from k = 0; h is not 0."""
     moments = [-math.expm1(-h)]
     for k in range(1, n + 1):
         moments.append(1 - k * moments[-1] / h)
@@ -47,10 +54,10 @@ def exponential_moments(h: float, n: int) -> list[float]:
 
 
 def plms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """Adams-Bashforth of order 4 with the weights of evenly spaced levels, begun with a step of Heun's.
+    """Make a PLMS step: Adams-Bashforth of order 4 with the weights of evenly spaced levels, starting with Heun's step.
 
-    PLMS of Liu et al. 2022 ("Pseudo Numerical Methods for Diffusion Models on Manifolds") as CompVis begins it. Its
-    levels are not even in sigma, so that the order is 2 in the end, as the paper says.
+    Liu et al. 2022 ("Pseudo Numerical Methods for Diffusion Models on Manifolds"), started as CompVis does. The noise
+    levels are not evenly spaced in sigma, so its order is 2, as the paper says.
     """
     if len(points) == 1:
         return heun(denoise, points, sigma_next, eta, noise)
@@ -61,7 +68,7 @@ def plms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, n
 
 
 def lms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """Adams-Bashforth of order 4 in sigma, at the levels as they are: rho-AB-DEIS of Zhang & Chen 2023."""
+    """Make a step of Adams-Bashforth of order 4 for the actual sigmas: rho-AB-DEIS of Zhang & Chen 2023."""
     now, *past = reversed(points[-4:])
     step = sigma_next - now.sigma
     nodes = [(point.sigma - now.sigma) / step for point in past]
@@ -70,9 +77,9 @@ def lms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, no
 
 
 def deis(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """Adams-Bashforth of order 3 with a polynomial in log sigma: AB-DEIS of Zhang & Chen 2023 in that variable.
+    """Make a step of AB-DEIS of order 3, with a polynomial in log sigma (Zhang & Chen 2023).
 
-    With u = log(now.sigma / sigma) / h the integral of u^k dsigma is sigma_next times the exponential one of -h.
+    With u = log(now.sigma / sigma) / h, the integral of u^k dsigma is sigma_next exponential_moments(-h).
     """
     now, *past = reversed(points[-3:])
     if sigma_next == 0:
@@ -84,11 +91,20 @@ def deis(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, n
 
 
 def x0_correction(now: Point, others: Sequence[Point], sigma_next: float, sigma_down: float) -> Tensor | int:
-    """The integral over the step of how x0 differs from what it is at `now`, in lambda: (b, ...), or 0 without others.
+    """Integrate the change of x0 since `now` over the step, in log(1 / sigma), DPM-Solver's lambda.
 
-    sigma_down: below sigma_next if noise is to be added: the linear SDE whose step this is forgets x by
-    sigma_down / sigma while lambda goes to sigma_next. With one other point the polynomial's slope counts by half the
-    weight of its constant, as in DPM-Solver++(2M) and in UniPC with B(h) = exp(h) - 1; with more the integral is exact.
+    With one other point the polynomial's slope has half the weight of its constant, as in DPM-Solver++(2M) and in UniPC
+    with B(h) = exp(h) - 1; with more points the integral is exact.
+
+    Args:
+        now: The current point.
+        others: The other points that the polynomial passes through.
+        sigma_next: The noise level at the end of the step.
+        sigma_down: The one before noise is added, or sigma_next. The step of the SDE reduces x by sigma_down / sigma
+            while lambda reaches that of sigma_next.
+
+    Returns:
+        (b, ...), or 0 without other points.
     """
     if sigma_next == 0:
         return 0
@@ -105,23 +121,23 @@ def _dpmpp(points: Points, sigma_next: float, eta: float, noise: Noise | None) -
 
 
 def dpmpp_2m(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); with eta = 1 their SDE-DPM-Solver++(2M)."""
+    """Make a step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), or with eta = 1 of their SDE-DPM-Solver++(2M)."""
     return _dpmpp(points[-2:], sigma_next, eta, noise)
 
 
 def dpmpp_3m(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """The same with a parabola, integrated exactly, so that it is of order 3.
+    """Make a step of order 3: `dpmpp_2m` with a parabola, integrated exactly.
 
-    Other programs give the parabola's u^2 half its weight (and diffusers with noise another), which leaves order 2.
+    Other implementations give u^2 half its weight (diffusers, with noise, yet another one), which leaves order 2.
     """
     return _dpmpp(points[-3:], sigma_next, eta, noise)
 
 
 def unipc(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
-    """UniPC of order 2 (Zhao et al. 2023): dpmpp_2m, and each step corrected once its end has been evaluated.
+    """Make a step of UniPC of order 2 (Zhao et al. 2023): correct the previous step, then predict as `dpmpp_2m` does.
 
-    Predictor and corrector of a step differ only in the points that their polynomials pass through, so the corrected x
-    is x plus the difference of the two integrals. The prediction at x itself is kept, as in the paper.
+    Predictor and corrector differ only in the points that their polynomials pass through, so the corrected x is x plus
+    the difference of the two integrals. As in the paper, x0 is not predicted again at the corrected x.
     """
     now = points[-1]
     if len(points) > 1:

@@ -1,4 +1,4 @@
-"""Reproducible noise: one generator per image."""
+"""Reproducible noise: one random generator per image."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,14 @@ from torch import Tensor
 
 
 class SeededNoise:
-    """Calling it draws unit normal noise, float32 (b, *shape) on the CPU, image i's from a CPU generator of its own.
+    """Return unit normal noise, float32 (b, *shape) on the CPU, at each call.
 
-    So an image's noise depends on its seed and on how often noise was drawn, and on neither the batch nor the device.
-    Draw the start first, then let the sampler draw each step's.
+    Each image has a CPU generator of its own, so its noise depends on its seed and the number of calls, but not on the
+    batch or the device. The first call gives the noise that sampling starts from, the others that of its steps.
 
-    seeds: b seeds, from 0 to 2^64 - 1. shape: of one image, (c, h, w). Raises ValueError for a seed out of range.
+    Args:
+        seeds: One per image, from 0 to 2^64 - 1.
+        shape: Of one image, (c, h, w).
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]):
