@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import encode_prompts
 from ldm.diffusion import guidance
-from ldm.diffusion.denoiser import Denoise, make_denoiser, target
+from ldm.diffusion.denoiser import Denoise, make_denoiser
+from ldm.diffusion.loss import prediction_loss
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
-from ldm.diffusion.weighting import mean_error
 from ldm.generation import generate
 from ldm.util import call_with, instantiate_network
 
@@ -205,14 +205,22 @@ class LatentDiffusion(nn.Module):
         """The UNet's own prediction (eps, x0 or v) for noised latents x (b, z, h, w) at timesteps t (b,) in 0..T-1."""
         return self.model(x, t, **cond)
 
-    def loss(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor, error: str = "l2") -> Tensor:
-        """Mean error of each prediction (Rombach et al. 2022, eq. 3): z (b, c, h, w), t (b,) -> (b,).
+    def loss(
+        self,
+        z: Tensor,
+        cond: Conditioning,
+        t: Tensor,
+        noise: Tensor,
+        error: str = "l2",
+        weight: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Return the loss of each latent z (b, c, h, w) at its timestep t (b,): (b,) (Rombach et al. 2022, eq. 3).
 
-        error: a name in `diffusion.weighting.ERRORS`: l2, squared; l1, absolute.
+        error, weight: of `diffusion.loss.prediction_loss`.
         """
-        wanted = target(self.prediction, z, noise, self.schedule.alphas_cumprod[t.cpu()])
-        predicted = self.apply_model(q_sample(z, t, noise, self.schedule), t, cond)
-        return mean_error(error, predicted.float(), wanted)
+        output = self.apply_model(q_sample(z, t, noise, self.schedule), t, cond).float()
+        ab = self.schedule.alphas_cumprod[t.cpu()]
+        return prediction_loss(self.prediction, output, z, noise, ab, error, weight)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """`denoise(x, sigma, cond) -> Prediction`, in the frame x = x0 + sigma * noise.

@@ -14,13 +14,12 @@ from ldm.diffusion.denoiser import (
     self_cond_input,
     self_conditioned,
     split_variance,
-    target,
 )
+from ldm.diffusion.loss import prediction_loss
 from ldm.diffusion.schedule import q_sample
-from ldm.diffusion.weighting import loss_weight, mean_error
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 
-TOLD = 0.5  # of the steps in which a self-conditioned network is told of its own guess (Chen et al. 2022)
+SELF_COND_PROB = 0.5  # share of training steps in which a network is given its own first x0 (Chen et al. 2022)
 
 
 class PixelDiffusion(LatentDiffusion):
@@ -81,22 +80,19 @@ class PixelDiffusion(LatentDiffusion):
         weight: Mapping[str, Any] | None = None,
         bound_weight: float = 0.0,
     ) -> Tensor:
-        """The loss of each image: z (b, c, h, w), t (b,) -> (b,): its weighted mean error, and a share of the bound.
+        """Return the training loss of each image z (b, c, h, w) at timesteps t (b,): (b,).
 
         Where the variance is learned, this is L_hybrid = L_simple + bound_weight L_vlb (Nichol & Dhariwal 2021, eq. 16)
-        with T times the bound's term of one level for L_vlb, through which the prediction gets no gradient.
+        with T times the bound's term of one noise level for L_vlb, through which the prediction gets no gradient.
 
-        error: a name in `weighting.ERRORS`. weight: arguments of `loss_weight`; by default 1.
+        error, weight: of `diffusion.loss.prediction_loss`.
         """
-        ab = self.schedule.alphas_cumprod[t.cpu()]
         x = q_sample(z, t, noise, self.schedule)
         if self.self_condition:
             cond = {**cond, "c_concat": self.first_guess(x, t, cond)}
         predicted, share = self.predict(x, t, cond)
-        losses = mean_error(error, predicted, target(self.prediction, z, noise, ab))
-        if weight is not None:
-            weights = loss_weight(prediction=self.prediction, alphas_cumprod_t=ab, **weight)
-            losses = losses * weights.to(losses)
+        ab = self.schedule.alphas_cumprod[t.cpu()]
+        losses = prediction_loss(self.prediction, predicted, z, noise, ab, error, weight)
         if share is not None:
             x0 = predicted_x0(self.prediction, predicted.detach(), x, self.schedule.sigmas[t.cpu()])
             losses = losses + bound_weight * self.schedule.T * step_bits(z, x, t, x0, share, self.schedule)
@@ -104,11 +100,11 @@ class PixelDiffusion(LatentDiffusion):
 
     @torch.no_grad()
     def first_guess(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """What to tell a self-conditioned network in training: its x0 when told nothing, or half the time nothing."""
-        nothing = torch.zeros_like(x)
-        if torch.rand(()) >= TOLD:
-            return nothing
-        predicted, _ = self.predict(x, t, {**cond, "c_concat": nothing})
+        """Return the x0 to condition a training step on: the network's own for no x0, or zeros, at even odds."""
+        zeros = torch.zeros_like(x)
+        if torch.rand(()) >= SELF_COND_PROB:
+            return zeros
+        predicted, _ = self.predict(x, t, {**cond, "c_concat": zeros})
         return self_cond_input(predicted_x0(self.prediction, predicted, x, self.schedule.sigmas[t.cpu()]))
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:

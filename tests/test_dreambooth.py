@@ -21,7 +21,7 @@ from ldm.finetune.dreambooth_run import move_in
 from ldm.finetune.lora_files import apply_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training import run_folder
+from ldm.training import objective, run_folder
 from ldm.training.ema import EMA
 from ldm.training.loop import train
 from ldm.training.order import collate
@@ -405,7 +405,9 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
         ({"layers": "("}, "use all, attention"),
         ({"prior_weight": -1.0}, r"prior_weight -1\.0"),
         ({"snr_gamma": 0.0}, "gamma of min-SNR"),
-        ({"timesteps": {"nam": "uniform"}}, "^timesteps: .*'nam'; it takes"),
+        ({"snr_gamma": 5.0, "weight": {"name": "snr"}}, "two names of one setting"),
+        ({"noise_offset": 0.1, "noise": {"offset": 0.2}}, "two names of one setting"),
+        ({"noise_offset": -0.1}, "offset -0.1 must not be below 0"),
         ({"lora": {"rnk": 4}}, r"^lora: .*'rnk'; it takes \['rank', 'alpha', 'targets', 'seed'\]$"),
     ],
 )
@@ -419,8 +421,8 @@ def test_micro_batches_averages_and_bf16(checkpoints, subject, tmp_path, monkeyp
 
     Noise is that of the image, so that it does not depend on the batch.
     """
-    monkeypatch.setattr(dreambooth, "training_timesteps", lambda batch, T, **_: torch.full((batch,), T // 2))
-    monkeypatch.setattr(dreambooth, "training_noise", lambda z, offset: z.flip(-1))
+    monkeypatch.setattr(objective, "training_timesteps", lambda batch, T, **_: torch.full((batch,), T // 2))
+    monkeypatch.setattr(objective, "training_noise", lambda x0, **_: x0.flip(-1))
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     monkeypatch.setattr(DreamBoothStage, "preview", lambda self: [Image.new("L", (8, 8))])
 

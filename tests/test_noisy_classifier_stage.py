@@ -109,7 +109,6 @@ def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path
     "changes, message",
     [
         ({"timesteps": {"name": "normal"}}, "unknown distribution of timesteps 'normal'"),
-        ({"timesteps": {"nam": "normal"}}, "^timesteps: .*'nam'; it takes"),
         ({"schedule": {"name": "linaer"}}, "unknown noise schedule 'linaer'"),
         ({"schedule": {"nam": "linear"}}, "^schedule: .*'nam'; it takes"),
         ({"network": {"target": "ldm.optional.noisy_classifier.EncoderUNetModel", "params": {"pol": "x"}}}, "'pol'"),
@@ -139,7 +138,7 @@ def test_images_that_do_not_fit_are_refused():
 
     for data, message in (
         (Unlabelled(), "no labels"),
-        (Coloured(), r"does not fit pictures of \(3, 16, 16\)"),
+        (Coloured(), r"does not fit images of \(3, 16, 16\)"),
         (Large(), "8 x 8, and got 16 x 16"),
         (Ten(), "label 9, and the network.s classes end at 3"),
     ):

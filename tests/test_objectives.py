@@ -40,13 +40,13 @@ def test_every_objective_changes_what_it_says(name, tiny):
         assert model.prediction == first
         weighted = second.startswith("weight ")
         assert model.schedule_params["name"] == ("cosine" if weighted else second)
-        assert stage.weight["name"] == (second.removeprefix("weight ") if weighted else "none")
+        assert stage.objective.weight["name"] == (second.removeprefix("weight ") if weighted else "none")
     changed = {
         "learned variance": model.learned_variance,
         "self-conditioning": model.self_condition,
         "linear attention": any("LinearAttentionBlock" in str(type(module)) for module in model.modules()),
-        "immiscible noise": stage.noise["immiscible"],
-        "offset noise": stage.noise["offset"] > 0,
+        "immiscible noise": stage.objective.noise["immiscible"],
+        "offset noise": stage.objective.noise["offset"] > 0,
     }
     assert {key for key, value in changed.items() if value} == {name} & set(changed)
 

@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent
 STEADY = """
 import json, sys
 import torch
-from ldm.finetune import dreambooth
+from ldm.training import objective
 from ldm.training.loop import train
 torch.randn_like = torch.zeros_like
-dreambooth.training_timesteps = lambda batch, T, **settings: torch.full((batch,), T // 2)
-dreambooth.training_noise = lambda z, offset: z.flip(-1)
+objective.training_timesteps = lambda batch, T, **settings: torch.full((batch,), T // 2)
+objective.training_noise = lambda x0, **options: x0.flip(-1)
 train(json.loads(sys.argv[1]), device="cpu")
 """
 

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ldm.diffusion.schedule import training_timesteps
-from ldm.diffusion.training_noise import training_noise
-from ldm.diffusion.weighting import loss_weight
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
 from ldm.finetune.embeddings import token_embedding
 from ldm.finetune.lora import Adapter, attach, merge
@@ -27,7 +24,8 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.loading import WHOLE, load
 from ldm.training.diffusion import LatentDataset
-from ldm.training.stage import Stage, timestep_settings
+from ldm.training.objective import Objective
+from ldm.training.stage import Stage
 from ldm.util import call_with
 
 # Which of the UNet's weights train, as a regular expression that their names contain.
@@ -59,9 +57,9 @@ class DreamBoothStage(Stage):
         lora: arguments of `lora.attach`: adapters are trained instead of the model's own weights.
         lora_file, lora_format: where the adapters go in the end, besides being merged into the model, and how.
         prior_weight: lambda.
-        snr_gamma: weighs each sample of both terms by min-SNR (Hang et al. 2023); None does not.
-        noise_offset: strength of noise that is the same all over a channel, added so that brightness can be learnt.
-        timesteps: arguments of `training_timesteps`: how the levels to train on are drawn.
+        error, weight, noise, timesteps: of `Objective`, for both terms.
+        snr_gamma: diffusers' name for `weight: {name: min_snr, gamma: ...}`.
+        noise_offset: diffusers' name for `noise: {offset: ...}`.
         optimizer, betas, weight_decay: see `make_optimizer`.
         gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
         cache: keep latents and texts in memory instead of encoding them at every step, where nothing changes them.
@@ -81,9 +79,12 @@ class DreamBoothStage(Stage):
         lora_file: str | None = None,
         lora_format: str = "kohya",
         prior_weight: float = 1.0,
+        error: str = "l2",
+        weight: Mapping[str, Any] | None = None,
+        noise: Mapping[str, Any] | None = None,
+        timesteps: Mapping[str, Any] | None = None,
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
-        timesteps: Mapping[str, Any] | None = None,
         optimizer: str = "adamw",
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
@@ -95,27 +96,32 @@ class DreamBoothStage(Stage):
         loading: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not prior_weight >= 0 or not noise_offset >= 0:
-            raise ValueError(f"prior_weight {prior_weight} and noise_offset {noise_offset} must not be below 0")
+        if not prior_weight >= 0:
+            raise ValueError(f"prior_weight {prior_weight} must not be below 0")
+        if weight is not None and snr_gamma is not None or noise is not None and noise_offset:
+            raise ValueError(
+                f"give weight {weight} or snr_gamma {snr_gamma}, and noise {noise} or noise_offset {noise_offset}: "
+                "they are two names of one setting"
+            )
+        weight = weight if snr_gamma is None else {"name": "min_snr", "gamma": snr_gamma}
+        noise = {"offset": noise_offset} if noise is None else noise
         whole = load(ckpt, device="cpu", dtype=None, **(loading or {}))  # in the file's own dtypes
         check_model(whole)
         self.dtypes = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
         object.__setattr__(self, "latent_diffusion", whole.float())
+        self.objective = Objective(whole, error, weight, noise, timesteps)
         self._choose(layers, text_learning_rate is not None, words, lora)
         self.lora_file, self.lora_format = None if lora_file is None else Path(lora_file), lora_format
         if gradient_checkpointing:
             checkpoint_blocks(self.model)
-        self.resolution, self.prior_weight, self.snr_gamma = resolution, prior_weight, snr_gamma
+        self.resolution, self.prior_weight = resolution, prior_weight
         self.learning_rate, self.text_learning_rate = learning_rate, text_learning_rate
-        self.noise_offset, self.timesteps = noise_offset, timestep_settings(timesteps, whole.schedule.T)
         self.optimizer = {"name": optimizer, "betas": tuple(betas), "weight_decay": weight_decay}
         self.cache, self.previews, self.preview_columns = cache, list(previews), preview_columns
         self.sheet = None if sheet is None else Path(sheet)
         self.texts: dict[str, Conditioning] = {}  # cached
         self.apart_from: Conditioning = {}  # directions of the class pictures' texts, where words are trained
         self.before: list[Image.Image] = []
-        if snr_gamma is not None:
-            loss_weight("min_snr", whole.prediction, torch.ones(1), snr_gamma)  # raises for a bad one
 
     def _choose(
         self, layers: str, train_text: bool, words: Sequence[str] | None, lora: Mapping[str, Any] | None
@@ -207,18 +213,10 @@ class DreamBoothStage(Stage):
         return loss + near, values | {"nearness": near}
 
     def _losses(self, z: Tensor, captions: list[str]) -> tuple[Tensor, Conditioning]:
-        """Loss of each of the latents z (b, ...) at a random level, and what the UNet was told by the captions."""
-        model = self.latent_diffusion
-        with torch.no_grad():
-            t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps)
-            noise = training_noise(z, self.noise_offset)
+        """Return the loss of each of the latents z (b, ...), and the captions' conditioning."""
+        t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
         cond = self._condition(captions)
-        losses = model.loss(z, cond, t.to(z.device), noise)  # (b,)
-        if self.snr_gamma is not None:
-            ab = model.schedule.alphas_cumprod[t]
-            weights = loss_weight("min_snr", model.prediction, ab, self.snr_gamma)
-            losses = losses * weights.to(losses)
-        return losses, cond
+        return self.objective.losses(z, cond, t, noise), cond
 
     def _directions(self, cond: Conditioning) -> Conditioning:
         """Unit vectors (b, -) from what the text encoder says of the empty prompt to each of (b, ...)."""

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
-from ldm.diffusion.schedule import training_timesteps
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
 from ldm.finetune.dreambooth import checkpoint_blocks, posterior
 from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_encoder
@@ -24,7 +23,8 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load
 from ldm.training.diffusion import LatentDataset
-from ldm.training.stage import Stage, adamw, timestep_settings
+from ldm.training.objective import Objective
+from ldm.training.stage import Stage, adamw
 
 # What may be said of an image whose subject alone is known. A frame says nothing else about the image.
 FRAMES = {
@@ -53,7 +53,7 @@ class TextualInversionStage(Stage):
         learning_rate: of Adam, each of whose steps moves each number by about as much.
         frames: captions with {} for the word, or a name in FRAMES; None: what suits the model (`captions`).
         pull: weight of the mean squared distance to the initial vectors, in units of `deviation`.
-        timesteps: arguments of `training_timesteps`.
+        error, weight, noise, timesteps: of `Objective`.
         gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
         previews: how many images previews draw. sheet: where the contact sheet goes.
     """
@@ -69,6 +69,9 @@ class TextualInversionStage(Stage):
         vectors: int | None = None,
         frames: Sequence[str] | str | None = None,
         pull: float = 0.0,
+        error: str = "l2",
+        weight: Mapping[str, Any] | None = None,
+        noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         previews: int = 8,
@@ -85,7 +88,7 @@ class TextualInversionStage(Stage):
         self.word, self.initial, self.start, self.pull = word, initial, start, pull
         self.deviation, self.learning_rate = deviation(encoder), learning_rate
         self.captions = captions(encoder.tokenizer, word, len(start), frames)
-        self.timesteps = timestep_settings(timesteps, model.schedule.T)
+        self.objective = Objective(model, error, weight, noise, timesteps)
         self.resolution, self.preview_columns = resolution, previews
         self.sheet = None if sheet is None else Path(sheet)
         model.latent_size(resolution, resolution)
@@ -108,10 +111,10 @@ class TextualInversionStage(Stage):
     def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.latent_diffusion
         z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
-        t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
+        t = self.objective.sample_timesteps(z)
         said = torch.randint(len(self.captions), (len(z),)).tolist()
         cond = model.cond_stage_model([self.captions[i] for i in said])
-        loss = model.loss(z, cond, t, torch.randn_like(z)).mean()
+        loss = self.objective.losses(z, cond, t, self.objective.sample_noise(z)).mean()
         moved = ((self.vectors - self.start.to(self.vectors)) / self.deviation).square().mean()
         return loss + self.pull * moved, {"loss": loss, "moved": moved.sqrt()}
 

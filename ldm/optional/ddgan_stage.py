@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.diffusion.posterior import q_pair, q_posterior
-from ldm.diffusion.schedule import training_timesteps
 from ldm.models.discriminator import vanilla_d_loss
 from ldm.optional.ddgan import Discriminator, r1_penalty
 from ldm.optional.denoising_gan import DenoisingGAN
@@ -86,7 +85,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         x = torch.zeros(1, *whole.latent_size(whole.defaults["height"], whole.defaults["width"]))
         try:
             with torch.no_grad():
-                self.discriminator(x, x, torch.zeros(1), y=self.told_last().get("c_adm"))
+                self.discriminator(x, x, torch.zeros(1), y=self.dummy_conditioning().get("c_adm"))
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"the discriminator does not fit {tuple(x.shape[1:])} or its classes: {error}") from None
 
@@ -105,7 +104,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         whole = self.latent_diffusion
         with torch.no_grad():
             x0, cond = self.data(batch)
-        t = training_timesteps(batch=len(x0), T=whole.schedule.T, **self.timesteps).to(x0.device)
+        t = self.objective.sample_timesteps(x0)
         true, x = q_pair(x0, t, torch.randn_like(x0), torch.randn_like(x0), whole.schedule)
         generated = whole.apply_model(x, t, cond).float()
         mean, variance = q_posterior(generated, x, t, whole.schedule)

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
-from ldm.training.stage import Stage, adamw, timestep_settings
+from ldm.training.objective import timestep_settings
+from ldm.training.stage import Stage, adamw
 from ldm.util import call_with, instantiate_from_config
 
 

@@ -11,53 +11,44 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from ldm.diffusion.denoiser import check_prediction
-from ldm.diffusion.schedule import Schedule, training_timesteps
-from ldm.diffusion.training_noise import training_noise
+from ldm.diffusion.schedule import Schedule
 from ldm.generation import plan_guidance, plan_sampling
-from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.stage import Stage, adamw, timestep_settings
-from ldm.util import call_with
+from ldm.latent_diffusion import Conditioning
+from ldm.training.objective import Objective
+from ldm.training.stage import Stage, adamw
 
-LEFT_OVER = 0.05  # of the image at the last level, from which on drawing notices that it starts from pure noise
+MAX_TERMINAL_SIGNAL = 0.05  # above it, sampling suffers from starting at pure noise, which training never shows
 
 
 class DenoisingStage(Stage):
     """The network of a model learns its prediction at random levels.
 
     Args:
-        whole: the model; its network, `whole.model`, is what trains.
+        objective: the loss, with its model; the model's network is what trains.
         learning_rate, betas, weight_decay: of AdamW.
-        timesteps: arguments of `training_timesteps`: how the levels to train on are drawn.
-        noise: arguments of `training_noise`: offset, immiscible.
-        preview_prompts: what the previews draw: prompts or classes.
+        preview_prompts: prompts or classes, one for each preview image.
     """
 
     def __init__(
         self,
-        whole: LatentDiffusion,
+        objective: Objective,
         learning_rate: float,
-        betas: Sequence[float] = (0.9, 0.99),
-        weight_decay: float = 0.01,
-        timesteps: Mapping[str, Any] | None = None,
-        preview_prompts: Sequence[Any] = ("",),
-        preview_columns: int = 10,
-        noise: Mapping[str, Any] | None = None,
+        betas: Sequence[float],
+        weight_decay: float,
+        preview_prompts: Sequence[Any],
+        preview_columns: int,
     ) -> None:
         super().__init__()
-        self.model = whole.model  # the only network that trains
-        object.__setattr__(self, "latent_diffusion", whole)
+        self.objective = objective
+        self.model = objective.model.model  # the only network that trains
+        object.__setattr__(self, "latent_diffusion", objective.model)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
-        self.timesteps = timestep_settings(timesteps, whole.schedule.T)
-        self.noise = {} if noise is None else noise
         self.preview_prompts, self.preview_columns = list(preview_prompts), preview_columns
         self._check()
 
     def _check(self) -> None:
         """Show mistakes now that would otherwise show in the first batch or, after many, in the first preview."""
         whole = self.latent_diffusion
-        check_prediction(whole.prediction)
-        call_with("noise", training_noise, self.noise, x0=torch.zeros(2, 1, 1, 1))
         plan_sampling(whole)
         try:
             plan_guidance(whole)
@@ -70,16 +61,16 @@ class DenoisingStage(Stage):
         try:
             with torch.no_grad():  # and without batch statistics, which want more than one image
                 denoise = self.eval().latent_diffusion.denoiser([0])
-                denoise(torch.zeros(1, *size), 1.0, self.told_last())
+                denoise(torch.zeros(1, *size), 1.0, self.dummy_conditioning())
         except (RuntimeError, AssertionError, IndexError) as error:
             raise ValueError(
                 f"the network does not fit latents {size} or the conditioner's widths (a UNet's context_dim, "
                 f"adm_in_channels and num_classes): {error}"
             ) from None
         self.train(state)
-        warn_of_left_over(whole.schedule)
+        warn_nonzero_terminal_snr(whole.schedule)
 
-    def told_last(self) -> Conditioning:
+    def dummy_conditioning(self) -> Conditioning:
         """Conditioning to try a network with: nothing said, which of classes has the largest number, or the last's."""
         whole = self.latent_diffusion
         return whole.condition(self.preview_prompts[-1:] if whole.null is None else [whole.null])
@@ -89,17 +80,11 @@ class DenoisingStage(Stage):
         raise NotImplementedError
 
     def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        model = self.latent_diffusion
         with torch.no_grad():
             z, cond = self.data(batch)
-            t = training_timesteps(batch=len(z), T=model.schedule.T, **self.timesteps).to(z.device)
-            noise = training_noise(z, **self.noise)
-        loss = self.losses(z, cond, t, noise).mean()
+            t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
+        loss = self.objective.losses(z, cond, t, noise).mean()
         return loss, {"loss": loss}
-
-    def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
-        """The loss of each: z, noise (b, c, h, w), t (b,) -> (b,)."""
-        return self.latent_diffusion.loss(z, cond, t, noise)
 
     def optimizers(self) -> list[Optimizer]:
         return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
@@ -124,14 +109,14 @@ def check_share(name: str, value: float) -> float:
     return value
 
 
-def warn_of_left_over(schedule: Schedule) -> None:
+def warn_nonzero_terminal_snr(schedule: Schedule) -> None:
     """Say on stderr when the schedule's last level is far from pure noise, from which every image is drawn.
 
     Training then never shows a network what it starts from (Lin et al. 2024, section 3.1): betas from 1e-4 to 0.02 over
     300 steps, say, leave sqrt(alpha-bar) = 0.22 of the image.
     """
     left = math.sqrt(schedule.alphas_cumprod[-1])
-    if left > LEFT_OVER:
+    if left > MAX_TERMINAL_SIGNAL:
         print(
             f"note: at its last level, {schedule.T - 1}, this schedule leaves {left:.3f} of the image "
             "(sqrt(alpha-bar)), and images are drawn from noise alone: more steps or larger betas would take it "

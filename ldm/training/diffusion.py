@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from ldm.checkpoint.file import load_file
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.denoising import DenoisingStage, check_share
+from ldm.training.objective import Objective
 
 
 class DiffusionStage(DenoisingStage):
@@ -22,7 +23,8 @@ class DiffusionStage(DenoisingStage):
         schedule, prediction, defaults: of `LatentDiffusion`.
         caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
         cache_latents: encode the data set once; only for data sets that show every image always alike.
-        betas, weight_decay, timesteps, preview_prompts, preview_columns, noise: of `DenoisingStage`.
+        error, weight, noise, timesteps: of `Objective`.
+        betas, weight_decay, preview_prompts, preview_columns: of `DenoisingStage`.
     """
 
     def __init__(
@@ -36,18 +38,21 @@ class DiffusionStage(DenoisingStage):
         defaults: Mapping[str, Any] | None = None,
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.01,
+        error: str = "l2",
+        weight: Mapping[str, Any] | None = None,
+        noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
         caption_dropout: float = 0.1,
         cache_latents: bool = True,
         preview_prompts: Sequence[str] = ("",),
         preview_columns: int = 10,
-        noise: Mapping[str, Any] | None = None,
     ) -> None:
         configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
         whole = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
         whole.first_stage_model.load_state_dict(weights[0])
         whole.cond_stage_model.load_state_dict(weights[1])
-        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, preview_prompts, preview_columns, noise)
+        objective = Objective(whole, error, weight, noise, timesteps)
+        super().__init__(objective, learning_rate, betas, weight_decay, preview_prompts, preview_columns)
         self.exclude_from_modules(first_stage=whole.first_stage_model, cond_stage=whole.cond_stage_model)
         self.caption_dropout, self.cache_latents = check_share("caption_dropout", caption_dropout), cache_latents
 

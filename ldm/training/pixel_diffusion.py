@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.diffusion.weighting import loss_weight, mean_error
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.denoising import DenoisingStage, check_share
-from ldm.util import call_with, instantiate_from_config
+from ldm.training.objective import Objective
+from ldm.util import instantiate_from_config
 
 
 class PixelDiffusionStage(DenoisingStage):
@@ -21,10 +21,9 @@ class PixelDiffusionStage(DenoisingStage):
         model: `{"target", "params"}` of a PixelDiffusion.
         learning_rate: of AdamW.
         class_dropout: share of labels replaced by the class that says nothing, for classifier-free guidance.
-        error: l2 or l1, of the prediction.
-        weight: arguments of `loss_weight`, `{"name": "min_snr"}` say.
+        error, weight, noise, timesteps: of `Objective`.
         bound_weight: of the variational bound, where the model learns the variance (Nichol & Dhariwal 2021, eq. 16).
-        betas, weight_decay, timesteps, noise, preview_columns: of `DenoisingStage`.
+        betas, weight_decay, preview_columns: of `DenoisingStage`.
         previews: how many images previews draw; of each class in turn, where there are classes.
     """
 
@@ -35,11 +34,11 @@ class PixelDiffusionStage(DenoisingStage):
         class_dropout: float = 0.1,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
+        noise: Mapping[str, Any] | None = None,
+        timesteps: Mapping[str, Any] | None = None,
         bound_weight: float = 0.001,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
-        timesteps: Mapping[str, Any] | None = None,
-        noise: Mapping[str, Any] | None = None,
         previews: int = 20,
         preview_columns: int = 10,
     ) -> None:
@@ -58,14 +57,11 @@ class PixelDiffusionStage(DenoisingStage):
                 "or give the model's cond_stage_config null: true and one class more"
             )
         shown = [classes[i % len(classes)] for i in range(previews)]
-        super().__init__(whole, learning_rate, betas, weight_decay, timesteps, shown, preview_columns, noise)
-        self.class_dropout = check_share("class_dropout", class_dropout)
         if not bound_weight >= 0:
             raise ValueError(f"bound_weight {bound_weight} must not be below 0 (the paper takes 0.001)")
-        self.error, self.weight, self.bound_weight = error, weight or {"name": "none"}, bound_weight
-        mean_error(error, torch.zeros(1, 1), torch.zeros(1, 1))  # raises for an unknown name, as does the other
-        ab = whole.schedule.alphas_cumprod[:1]
-        call_with("weight", loss_weight, self.weight, prediction=whole.prediction, alphas_cumprod_t=ab)
+        objective = Objective(whole, error, weight, noise, timesteps, bound_weight=bound_weight)
+        super().__init__(objective, learning_rate, betas, weight_decay, shown, preview_columns)
+        self.class_dropout = check_share("class_dropout", class_dropout)
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         """Checks that the data set has what the model is told of, in its size."""
@@ -89,6 +85,3 @@ class PixelDiffusionStage(DenoisingStage):
         dropped = torch.rand(len(batch["label"])) < self.class_dropout
         labels = torch.where(dropped.to(batch["label"].device), model.null, batch["label"])
         return batch["image"], model.condition(labels)
-
-    def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
-        return self.latent_diffusion.loss(z, cond, t, noise, self.error, self.weight, self.bound_weight)

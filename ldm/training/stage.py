@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 
-from ldm.diffusion.schedule import training_timesteps
-from ldm.util import call_with
-
 
 class Stage(nn.Module):
     """One stage of training. Its trainable networks are its submodules; frozen ones are kept outside `modules()`."""
@@ -60,13 +57,6 @@ class Stage(nn.Module):
         fetch = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])
         for first in tqdm(range(0, len(dataset), batch_size), desc=label, unit="batch", leave=False):
             yield collate(fetch(list(range(first, min(first + batch_size, len(dataset))))))
-
-
-def timestep_settings(given: Mapping[str, Any] | None, T: int) -> dict[str, Any]:
-    """Arguments of `training_timesteps`, tried on T levels: a configuration's, or those of `uniform`."""
-    settings = {"name": "uniform"} if given is None else given
-    call_with("timesteps", training_timesteps, settings, batch=1, T=T, generator=torch.Generator())
-    return dict(settings)
 
 
 def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, **options: Any) -> AdamW:

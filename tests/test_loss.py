@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ldm.diffusion.denoiser import target
+from ldm.diffusion.loss import WEIGHTS, loss_weight, mean_error
 from ldm.diffusion.schedule import make_schedule, q_sample
-from ldm.diffusion.weighting import WEIGHTS, loss_weight, mean_error
 
 # The weight of x0's error.
 OF_X0 = {

@@ -1,16 +1,44 @@
-"""The training loss: errors of a prediction, and their weights over noise levels."""
+"""The training loss of a denoiser: the error of its prediction, weighted over noise levels."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import check_prediction
+from ldm.diffusion.denoiser import check_prediction, target
 
 ERRORS = ("l2", "l1")
 WEIGHTS = ("none", "snr", "truncated_snr", "min_snr")
 
 
+def prediction_loss(
+    prediction: str,
+    output: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    alphas_cumprod_t: Tensor,
+    error: str = "l2",
+    weight: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Return the weighted mean error of a network's output: (b,), one loss for each image.
+
+    Args:
+        prediction: what the network predicts: eps, x0 or v.
+        output: of the network for x_t, (b, ...).
+        x0, noise: what x_t consists of, (b, ...) each.
+        alphas_cumprod_t: the signal level of each image, (b,).
+        error: l2 (squared) or l1 (absolute).
+        weight: arguments of `loss_weight`; None is a weight of 1.
+    """
+    losses = mean_error(error, output, target(prediction, x0, noise, alphas_cumprod_t))
+    if weight is None:
+        return losses
+    return losses * loss_weight(prediction=prediction, alphas_cumprod_t=alphas_cumprod_t, **weight).to(losses)
+
+
 def mean_error(error: str, predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared (l2) or absolute (l1) difference of each: (b, ...) -> (b,). ValueError for an unknown name."""
+    """Return the mean squared (l2) or absolute (l1) difference of each image: (b, ...) -> (b,)."""
     if error not in ERRORS:
         raise ValueError(f"unknown error {error!r}; choose from {', '.join(ERRORS)}")
     difference = predicted - wanted
@@ -18,9 +46,9 @@ def mean_error(error: str, predicted: Tensor, wanted: Tensor) -> Tensor:
 
 
 def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: float = 5.0) -> Tensor:
-    """The weight of a prediction's own squared error such that the error in x0 is weighed as `name` says.
+    """Return the weight of a prediction's own squared error, such that the error of x0 has the weight `name`.
 
-      none           1: whatever weight of x0's error the prediction brings along (1 for x0, SNR for eps, SNR + 1 for v)
+      none           1: the weight of x0's error that the prediction implies (1 for x0, SNR for eps, SNR + 1 for v)
       snr            SNR: eps with weight 1 (Ho et al. 2020, eq. 14)
       truncated_snr  max(SNR, 1) (Salimans & Ho 2022, section 4)
       min_snr        min(SNR, gamma) (Hang et al. 2023, section 3.4)
@@ -28,9 +56,13 @@ def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: flo
     With SNR = ab / (1 - ab), the errors are related by |x0|^2 = |eps|^2 / SNR = |v|^2 / (SNR + 1), so a weight w of
     x0's error is w / SNR of eps's and w / (SNR + 1) of v's.
 
-    alphas_cumprod_t: (b,), the level of each image. Returns float32 (b,); finite at zero terminal SNR (ab = 0) too,
-    but for eps with truncated_snr, whose limit is infinite.
-    Raises ValueError for unknown names, and for a gamma that is not above 0.
+    Args:
+        alphas_cumprod_t: the signal level of each image, (b,).
+        gamma: of min_snr.
+
+    Returns:
+        float32 (b,). It is finite at zero terminal SNR (ab = 0) too, except for eps with truncated_snr, whose limit is
+        infinite.
     """
     check_prediction(prediction)
     if name not in WEIGHTS:
