@@ -74,7 +74,7 @@ ELSEWHERE = {
         "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} IdentityFirstStage",
         "ldm.compvis.ema": "LitEma",
         "ldm.models.autoencoder": "AutoencoderKL",
-        "ldm.models.distributions": "normal_kl",
+        "ldm.diffusion.bound": "normal_kl",
         "ldm.util": "instantiate_from_config",
         "torch.optim.lr_scheduler": "LambdaLR",
         "einops": "rearrange",
@@ -109,7 +109,11 @@ ELSEWHERE = {
         "torch.nn": _LAYERS,
         "numpy": "np=",
     },
-    "ldm.models.distributions": {"numpy": "np="},
+    "ldm.models.distributions": {
+        "ldm.compvis.util": "AbstractDistribution DiracDistribution",
+        "ldm.diffusion.bound": "normal_kl",
+        "numpy": "np=",
+    },
     "ldm.models.quantize": {"ldm.models.quantize": "VectorQuantizer2=VectorQuantizer"},
     "ldm.models.transformer": {
         "ldm.compvis.util": "exists default",

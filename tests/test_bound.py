@@ -24,6 +24,9 @@ def test_kl_of_normals():
     expected = math.log(two / one) + (one**2 + distance**2) / (2 * two**2) - 0.5
     given = (torch.tensor(v) for v in (0.0, 2 * math.log(one), distance, 2 * math.log(two)))
     assert float(normal_kl(*given)) == pytest.approx(expected, rel=1e-6)
+    first, second = ([numbers(5, seed=seed), numbers(5, seed=seed + 1)] for seed in (2, 4))
+    normals = [torch.distributions.Normal(mean, (logvar / 2).exp()) for mean, logvar in (first, second)]
+    torch.testing.assert_close(normal_kl(*first, *second), torch.distributions.kl_divergence(*normals))
 
 
 def test_prior_is_1e_5_bits():

@@ -17,7 +17,7 @@ import torch
 
 import ldm
 from ldm import legacy_paths
-from ldm.legacy_paths import ELSEWHERE, HOMES, PACKAGES, TARGETS
+from ldm.legacy_paths import ELSEWHERE, HOMES, OLD_NAMES, PACKAGES, TARGETS
 from ldm.util import get_obj_from_str
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ IMPORTED = {
 
 
 def test_every_home_is_a_file_and_no_package():
-    for home in {*HOMES.values(), *TARGETS.values(), *ELSEWHERE}:
+    for home in {*OLD_NAMES.values(), *TARGETS.values(), *ELSEWHERE}:
         path = ROOT.joinpath(*home.split("."))
         assert path.with_suffix(".py").is_file() and not path.exists(), home
 
@@ -94,7 +94,7 @@ def test_nothing_imports_compvis():
 
 
 def test_an_old_name_is_the_home_itself():
-    for old, home in HOMES.items():
+    for old, home in OLD_NAMES.items():
         if old not in PACKAGES:
             module = importlib.import_module(old)
             assert module is importlib.import_module(home) and sys.modules[old] is module

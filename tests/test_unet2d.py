@@ -9,7 +9,7 @@ from golden_fill import fill
 from torch import nn
 
 from ldm.models.blocks import normalization, timestep_embedding
-from ldm.optional.unet2d import ResidualBlock, SelfAttention, UNet2D, Upsample
+from ldm.optional.unet2d import ResidualBlock, SelfAttention, UNet2D, UpsampleTo
 
 TAUGHT = {"num_classes": 10, "order": "post", "attention": "bare"}
 SMALL = {"widths": (8, 16, 8), "norm_groups": 4, "head_channels": 4, "num_classes": 10}
@@ -120,7 +120,7 @@ def test_attention_is_scaled_dot_products(mode):
 
 def test_upsampling_takes_the_nearest_neighbour():
     """The two worked examples of the text, along the width: 3 -> 5, and the gradient back."""
-    block = Upsample(1, "interpolate")
+    block = UpsampleTo(1, "interpolate")
     with torch.no_grad():  # a convolution that changes nothing
         block.conv.weight.copy_(torch.eye(3)[1][:, None] * torch.eye(3)[1])
         block.conv.bias.zero_()
@@ -136,7 +136,7 @@ def test_upsampling_takes_the_nearest_neighbour():
 
 
 def test_transposed_upsampling_is_the_strided_convolutions_gradient():
-    block = fill(Upsample(3, "transpose"), 1)
+    block = fill(UpsampleTo(3, "transpose"), 1)
     x = randn(1, 3, 4, 4)
     even = block(x, (8, 8))
     image = randn(1, 3, 8, 8).requires_grad_()
@@ -232,7 +232,7 @@ def test_every_parameter_learns(order, attention, upsample):
     with torch.device("meta"):
         taught = UNet2D(**TAUGHT)
     untrained = [block.emb[1] for block in taught.modules() if isinstance(block, ResidualBlock)]
-    untrained += [layer.conv for layer in taught.decoder if isinstance(layer, Upsample)]
+    untrained += [layer.conv for layer in taught.decoder if isinstance(layer, UpsampleTo)]
     assert (2 * len(untrained), sum(map(count, untrained))) == (38, 136_992)
 
 

@@ -15,6 +15,28 @@ from ldm.diffusion.schedule import betas, betas_from_alpha_bar, compvis_quad, ti
 from ldm.util import instantiate_from_config
 
 
+class AbstractDistribution:
+    """The base of CompVis's distributions, by name: something with a sample and a mode."""
+
+    def sample(self) -> Any:
+        raise NotImplementedError
+
+    def mode(self) -> Any:
+        raise NotImplementedError
+
+
+class DiracDistribution(AbstractDistribution):
+    """A single value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def sample(self) -> Any:
+        return self.value
+
+    mode = sample
+
+
 def make_beta_schedule(
     schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:

@@ -58,10 +58,10 @@ def prior_bits(x0: Tensor, schedule: Schedule) -> Tensor:
     return normal_kl(mean, log_variance, zero, zero).flatten(1).mean(1) / math.log(2)
 
 
-def normal_kl(mean: Tensor, log_variance: Tensor, mean_of: Tensor, log_variance_of: Tensor) -> Tensor:
-    """KL(N(mean, variance) | N(mean_of, variance_of)) of each number, in nats."""
-    difference = log_variance - log_variance_of
-    return ((mean - mean_of).square() * (-log_variance_of).exp() + difference.expm1() - difference) / 2
+def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) -> Tensor:
+    """Return KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) in nats, element by element."""
+    difference = logvar1 - logvar2
+    return ((mean1 - mean2).square() * (-logvar2).exp() + difference.expm1() - difference) / 2
 
 
 def log_bin(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

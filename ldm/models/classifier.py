@@ -36,7 +36,7 @@ def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.S
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
-class ResidualBlock(nn.Module):
+class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions beside an identity (He et al. 2015, arXiv 1512.03385, figure 2)."""
 
     def __init__(self, channels: int):
@@ -70,9 +70,9 @@ class Judge(nn.Module):
         first, second, third = widths
         self.stem = conv_norm(in_channels, first)
         self.down1 = conv_norm(first, second)
-        self.block1 = ResidualBlock(second)
+        self.block1 = BasicBlock(second)
         self.down2 = conv_norm(second, third)
-        self.block2 = ResidualBlock(third)
+        self.block2 = BasicBlock(third)
         self.head = nn.Linear(third, classes)
 
     def maps(self, images: Tensor) -> list[Tensor]:

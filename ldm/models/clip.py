@@ -24,7 +24,7 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
-class SelfAttention(nn.Module):
+class CausalSelfAttention(nn.Module):
     """Causal attention of `heads` heads; the layouts differ in how they store the projection to q, k and v."""
 
     heads: int
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         return self.out_proj(x)
 
 
-class SeparateAttention(SelfAttention):
+class SeparateAttention(CausalSelfAttention):
     """transformers' layout: one matrix each for q, k and v."""
 
     def __init__(self, width: int, heads: int):
@@ -54,7 +54,7 @@ class SeparateAttention(SelfAttention):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
-class StackedAttention(SelfAttention):
+class StackedAttention(CausalSelfAttention):
     """open_clip's layout, which is torch.nn.MultiheadAttention's: q, k and v stacked in one matrix."""
 
     def __init__(self, width: int, heads: int):

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-EPS = 1e-4  # in the squared norm: where all features are near zero, less would let the gradient explode
+MIN_SQUARED_NORM = (
+    1e-4  # added to the squared norm: where all features are near zero, less would let the gradient explode
+)
 
 
 def perceptual_distance(features: Callable[[Tensor], Sequence[Tensor]], x: Tensor, target: Tensor) -> Tensor:
@@ -35,4 +37,4 @@ def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def _unit(features: Tensor) -> Tensor:
     features = features.float()
-    return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + EPS)  # (b, c, h, w)
+    return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + MIN_SQUARED_NORM)  # (b, c, h, w)

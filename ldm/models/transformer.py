@@ -11,7 +11,7 @@ HEADS = 8
 HEAD_WIDTH = 64  # of every published model, whatever its width
 
 
-class SelfAttention(nn.Module):
+class BERTAttention(nn.Module):
     """Attention of 8 heads of width 64 over all tokens, padding included: (b, n, dim) stays."""
 
     def __init__(self, dim: int) -> None:
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
     def __init__(self, dim: int, depth: int) -> None:
         super().__init__()
         self.dim = dim
-        layers = [layer for _ in range(depth) for layer in (SelfAttention(dim), FeedForward(dim))]
+        layers = [layer for _ in range(depth) for layer in (BERTAttention(dim), FeedForward(dim))]
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), layer]) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The two networks of denoising diffusion GANs (Xiao et al. 2022, https://arxiv.org/abs/2112.07804).
 
-With few, large denoising steps, what x_{t-1} may be given x_t has many modes, and no Gaussian fits them. So the
-generator draws one of them, by a latent z of its own at every step, and the discriminator judges (x_{t-1}, x_t) as a
-pair, knowing t. Without z the step would be deterministic; without x_t and t the judge would not judge a *step*.
+With few, large denoising steps, p(x_{t-1} | x_t) has many modes, and no Gaussian fits it. So the generator samples it
+with a latent z, fresh at every step, and the discriminator sees the pair (x_{t-1}, x_t) and t. Without z a step would
+be deterministic; without x_t and t the discriminator would judge an image, not a denoising step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.blocks import TimestepBlock, timestep_embedding, zero_module
-from ldm.util import instantiate_from_config
+from ldm.models.unet import UNetModel
+from ldm.util import call_with
 
-UNET = "ldm.models.unet.UNetModel"
 NORM_EPS = 1e-8
 
 
@@ -30,7 +30,7 @@ class Generator(nn.Module):
         unet: arguments of `UNetModel`, without num_classes and adm_in_channels.
         latent_dim: width of z.
         mapped, layers: width and number of the perceptron's layers.
-        classes: number of classes to be told one of; None for none.
+        classes: number of classes; None for an unconditional generator.
     """
 
     def __init__(
@@ -52,23 +52,28 @@ class Generator(nn.Module):
         widths = [latent_dim] + [mapped] * layers
         pairs = zip(widths, widths[1:], strict=False)
         self.mapping = nn.Sequential(*(part for pair in pairs for part in (nn.Linear(*pair), nn.SiLU())))
-        told = mapped
         if classes is not None:
             self.label_emb = nn.Embedding(classes, mapped)
-            told += mapped
-        params = {**unet, "num_classes": "sequential", "adm_in_channels": told}
-        self.unet = instantiate_from_config({"target": UNET, "params": params})
+        y_width = mapped if classes is None else 2 * mapped
+        self.unet = call_with("unet", UNetModel, unet, num_classes="sequential", adm_in_channels=y_width)
         self.downsampling = self.unet.downsampling  # sizes must be multiples of it
 
     def forward(self, x: Tensor, timesteps: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (b, c, h, w), variance-preserving; timesteps (b,) in 0..T-1; z unit normal (b, latent_dim); y classes (b,).
+        """Predict x0' (b, c, h, w) in [-1, 1].
 
-        Returns x0' (b, c, h, w) in [-1, 1]. Raises ValueError when y is missing or not expected.
+        Args:
+            x: (b, c, h, w), variance-preserving.
+            timesteps: (b,) in 0..T-1.
+            z: unit normal (b, latent_dim).
+            y: classes (b,).
+
+        Raises:
+            ValueError: y is missing or not expected.
         """
-        told = self.mapping(pixel_norm(z).to(self.unet.dtype))  # (b, mapped)
+        embedded = self.mapping(pixel_norm(z).to(self.unet.dtype))  # (b, mapped)
         if check_classes(self.classes, y):
-            told = torch.cat([told, self.label_emb(y)], dim=1)  # (b, 2 mapped)
-        return self.unet(x, timesteps, y=told).tanh()
+            embedded = torch.cat([embedded, self.label_emb(y)], dim=1)  # (b, 2 mapped)
+        return self.unet(x, timesteps, y=embedded).tanh()
 
 
 class Discriminator(nn.Module):

@@ -78,7 +78,7 @@ class UNet2D(nn.Module):
                 decoder.append(residual(width + skips.pop(), wanted))
                 width = wanted
             if level > 0:
-                decoder.append(Upsample(width, upsample))
+                decoder.append(UpsampleTo(width, upsample))
         self.decoder = nn.ModuleList(decoder)
         self.out = nn.Sequential(normalization(width, norm_groups), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
 
@@ -97,7 +97,7 @@ class UNet2D(nn.Module):
         first, attend, second = self.middle
         h = second(attend(first(h, emb)), emb)
         for layer in self.decoder:
-            if isinstance(layer, Upsample):
+            if isinstance(layer, UpsampleTo):
                 h = layer(h, skips[-1].shape[-2:])
             else:
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb)
@@ -162,7 +162,7 @@ class SelfAttention(nn.Module):
         return out if self.norm is None else x + out
 
 
-class Upsample(nn.Module):
+class UpsampleTo(nn.Module):
     """About twice the size: (b, c, h, w) -> (b, c, H, W), with H one of 2h - 1 and 2h, W likewise.
 
     mode "interpolate": output i is input floor(i h / H), then a 3x3 convolution. mode "transpose": a transposed 4x4
