@@ -186,7 +186,7 @@ def test_a_networks_log_probability_of_each_images_class():
     assert torch.equal(some[1], found.x0[1]) and torch.equal(some[0], gaussian(X, sigma).x0[0])
 
 
-# Real digits, without a network: of 200 pictures the exact denoiser is their mean, weighed by how near x is to each.
+# Real digits, without a network: of 200 images the exact denoiser is their mean, weighed by how near x is to each.
 
 
 @pytest.fixture(scope="module")
@@ -195,22 +195,22 @@ def digits():
     return torch.nn.functional.avg_pool2d(data.images.double() / 127.5 - 1, 4), data.labels  # (200, 1, 8, 8)
 
 
-def nearness(x, sigma, pictures):
-    """log p(x | picture) but for a constant: (b, 200)."""
-    return -((x.flatten(1)[:, None] - pictures.flatten(1)) ** 2).sum(-1) / (2 * sigma**2)
+def log_similarity(x, sigma, images):
+    """log p(x | image) but for a constant: (b, 200)."""
+    return -((x.flatten(1)[:, None] - images.flatten(1)) ** 2).sum(-1) / (2 * sigma**2)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_it_makes_unconditional_digits_those_of_a_class(digits, sampler):
-    pictures, labels = digits
+    images, labels = digits
     asked = torch.arange(10).repeat(2)
 
     def denoise(x, sigma):
-        weights = nearness(x, sigma, pictures).softmax(1)
-        return Prediction((weights @ pictures.flatten(1)).view(x.shape))
+        weights = log_similarity(x, sigma, images).softmax(1)
+        return Prediction((weights @ images.flatten(1)).view(x.shape))
 
-    def exact(x, sigma):  # log p(y | x): the share of the weights that pictures of the class have
-        near = nearness(x, sigma, pictures)
+    def exact(x, sigma):  # log p(y | x): the share of the weights that images of the class have
+        near = log_similarity(x, sigma, images)
         of_class = near.masked_fill(labels != asked[:, None], -math.inf)
         return of_class.logsumexp(1) - near.logsumexp(1)
 
@@ -220,7 +220,7 @@ def test_it_makes_unconditional_digits_those_of_a_class(digits, sampler):
         levels = [*torch.logspace(math.log10(80.0), -2, 30).tolist(), 0.0]
         fresh = lambda: torch.randn(start.shape, generator=generator).double()  # noqa: E731
         *_, last = SAMPLERS[sampler](classifier(denoise, exact, scale), start, levels, noise=fresh)
-        return (labels[nearness(last.x, 1.0, pictures).argmax(1)] == asked).double().mean().item()
+        return (labels[log_similarity(last.x, 1.0, images).argmax(1)] == asked).double().mean().item()
 
     assert right(0.0) < 0.3  # one in ten, by chance
     assert right(1.0) == 1.0  # by Bayes the very denoiser of the class

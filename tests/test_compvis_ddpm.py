@@ -303,11 +303,11 @@ def test_images_of_the_training(clip):
     model.ema_scope = lambda context=None: asked.append(context) or ddpm.nullcontext()
     options = {"ddim_steps": 2, "unconditional_guidance_scale": 3.0, "plot_denoise_rows": True}
     log = model.log_images(a_batch(3), N=2, n_row=1, **options)
-    pictures = {"inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_3.00"}
-    pictures |= {"samples_inpainting", "samples_outpainting"}
+    names = {"inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_3.00"}
+    names |= {"samples_inpainting", "samples_outpainting"}
     rows = {"diffusion_row": (3, 16, 4 * 16), "denoise_row": (3, 32, 3 * 16), "progressive_row": (3, 32, 4 * 16)}
     found = {name: tuple(image.shape) for name, image in log.items()}
-    assert found == {"mask": (2, 1, 8, 8)} | rows | dict.fromkeys(pictures, (2, 3, 16, 16))
+    assert found == {"mask": (2, 1, 8, 8)} | rows | dict.fromkeys(names, (2, 3, 16, 16))
     assert asked == ["Plotting"] and all(torch.isfinite(image).all() for image in log.values())
     assert log["mask"].mean() == 0.75 and torch.equal(log["inputs"], a_batch()["jpg"].permute(0, 3, 1, 2))
     few = {"sample": False, "inpaint": False, "plot_diffusion_rows": False, "plot_progressive_rows": False}
@@ -350,9 +350,9 @@ def test_inpainting(clip):
     assert torch.isfinite(model.training_step(batch))
     log = model.log_images(batch, ddim_steps=2, plot_progressive_rows=False, unconditional_guidance_scale=2.0)
     assert {"samples", "samples_inpainting", "samples_cfg_scale_2.00"} < set(log)
-    picture, where = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16))
+    init_image, where = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16))
     where.paste(255, (0, 0, 8, 16))
-    settings = {"steps": 3, "scale": 2.0, "image": picture, "mask": where}
+    settings = {"steps": 3, "scale": 2.0, "image": init_image, "mask": where}
     twin = ours_inpainting(model, timesteps=10)
     mine, theirs = model.generate(PROMPTS, **settings), twin.generate(PROMPTS, plain=True, **settings)
     assert [image.tobytes() for image in mine] == [image.tobytes() for image in theirs]

@@ -1,4 +1,4 @@
-"""Degradations for super-resolution: each by what it does to a known picture, and their order by what comes out."""
+"""Degradations for super-resolution: each by what it does to a known image, and their order by what comes out."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from ldm.compvis import degradation
 from ldm.compvis.degradation import FULL, KERNEL, LIGHT, gaussian_kernel
 
 
-def picture(height: int = 64, width: int = 96) -> np.ndarray:
+def make_image(height: int = 64, width: int = 96) -> np.ndarray:
     """Smooth waves of three colours with an edge in the middle: uint8 (h, w, 3)."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 7), np.cos(y / 9), np.sin((x + y) / 11)], axis=2)
@@ -51,7 +51,7 @@ def test_noise_is_as_strong_as_said():
 
 
 def test_jpeg_and_blur():
-    x = torch.from_numpy(picture()).permute(2, 0, 1)[None] / 127.5 - 1
+    x = torch.from_numpy(make_image()).permute(2, 0, 1)[None] / 127.5 - 1
     fine, coarse = (float((degradation.jpeg(x, (q, q)) - x).abs().mean()) for q in (95, 30))
     assert 0 < fine < coarse < 0.1
     grey = torch.full((1, 3, 30, 30), 0.25)
@@ -63,7 +63,7 @@ def test_jpeg_and_blur():
 @pytest.mark.parametrize("sf", [2, 4])
 @pytest.mark.parametrize("degrade", [degradation_fn_bsr, degradation_fn_bsr_light])
 def test_what_comes_out(degrade, sf):
-    image, before = picture(66, 99), picture(66, 99)
+    image, before = make_image(66, 99), make_image(66, 99)
     random.seed(3)
     small = degrade(image, sf=sf)["image"]
     assert small.shape == (66 // sf, 99 // sf, 3) and small.dtype == np.uint8 and (image == before).all()
@@ -74,13 +74,13 @@ def test_what_comes_out(degrade, sf):
 
 def test_it_stays_the_image_and_light_is_lighter():
     random.seed(0)
-    image = picture()
+    image = make_image()
     clean = shrunk(image, 4)
     errors = {
         name: np.mean([np.abs(degrade(image)["image"] - clean).mean() for _ in range(40)])
         for name, degrade in (("full", degradation_fn_bsr), ("light", degradation_fn_bsr_light))
     }
-    # JPEG alone, with its colours at half the resolution, is off by 5 to 7 levels in so small a picture
+    # JPEG alone, with its colours at half the resolution, is off by 5 to 7 levels in so small an image
     assert 4 < errors["light"] < 10 and 1.3 * errors["light"] < errors["full"] < 20, errors
     assert np.abs(np.mean([degradation_fn_bsr(image)["image"] for _ in range(40)], axis=0) - clean).mean() < 12
 
@@ -101,7 +101,7 @@ def test_the_last_thing_is_jpeg_and_sizes_only_fall(monkeypatch):
     for seed in range(30):
         random.seed(seed)
         steps.clear()
-        degradation_fn_bsr(picture())
+        degradation_fn_bsr(make_image())
         names = [name for name, _ in steps]
         assert (
             sorted(names) == ["add_noise", "blur", "blur", "jpeg", "jpeg", "shrink", "shrink"] and names[-1] == "jpeg"
@@ -116,10 +116,10 @@ def test_the_last_thing_is_jpeg_and_sizes_only_fall(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "settings", "message"),
     [
-        (picture().astype(np.float32), {}, "is uint8 .* not float32"),
-        (picture()[..., 0], {}, "is uint8"),
-        (picture(3, 3), {}, "at least 4 pixels"),
-        (picture(), {"isp_model": object()}, "isp_model"),
+        (make_image().astype(np.float32), {}, "is uint8 .* not float32"),
+        (make_image()[..., 0], {}, "is uint8"),
+        (make_image(3, 3), {}, "at least 4 pixels"),
+        (make_image(), {"isp_model": object()}, "isp_model"),
     ],
 )
 def test_bad_input(given, settings, message):

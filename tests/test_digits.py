@@ -10,7 +10,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from ldm.data.digits import Digits
-from ldm.data.measure import classify
+from ldm.data.measure import classify_styles
 
 
 def bicubic(small: int, large: int) -> np.ndarray:
@@ -55,18 +55,18 @@ def test_enlarged_as_documented() -> None:
 
 def test_styles_have_thresholds_of_their_own() -> None:
     data = Digits()
-    styles = classify(data.images, Digits.thresholds)
+    styles = classify_styles(data.images, Digits.thresholds)
     for own, again in zip(data.styles, styles, strict=True):
         assert own.equal(again)
         assert 0.25 < (torch.bincount(own) / 1400).min()  # near the 30 / 40 / 30 that the thresholds aim at
-    bold = classify(data.images).weight == 2
+    bold = classify_styles(data.images).weight == 2
     assert bold.float().mean() > 0.95  # by MNIST's measure nearly all of them are bold
 
 
 def test_captions_and_epochs() -> None:
     data = Digits(seed=1, frames="unseen", styled=1.0)
     sample = data[3]
-    assert sample["label"] == 3 and sample["caption"] == data.caption(3).text and max(sample["said"]) >= 0
+    assert sample["label"] == 3 and sample["caption"] == data.caption(3).text and max(sample["stated"]) >= 0
     data.set_epoch(1)
     assert data.caption(3).text != sample["caption"]
 

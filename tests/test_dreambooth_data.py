@@ -112,10 +112,10 @@ def test_bad_images_are_named(tmp_path):
     row = subject(tmp_path, "dog", 3)
     whole = (tmp_path / "dog" / "1.png").read_bytes()
     (tmp_path / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"1\.png (cannot be read as an image|is no image)"):
+    with pytest.raises(ValueError, match=r"1\.png (cannot be read as an image|is not an image)"):
         DreamBooth([row], 8)
     (tmp_path / "dog" / "1.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"1\.png is no image"):
+    with pytest.raises(ValueError, match=r"1\.png is not an image"):
         DreamBooth([row], 8)
     with pytest.raises(FileNotFoundError, match="holds no images"):
         DreamBooth([{"instance_dir": str(empty(tmp_path)), "instance_prompt": "x"}], 8)

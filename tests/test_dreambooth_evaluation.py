@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from script_runs import load_script
 
-from ldm.data.measure import SLANTS, WEIGHTS
+from ldm.data.measure import SLANTS, STROKE_WEIGHTS
 from ldm.evaluation.dreambooth import Detector, compare, read_folder, similarity, styled
 from ldm.evaluation.subjects import FOOT, ORDINARY, foot, star, stars, write_images
 
@@ -75,7 +75,7 @@ def test_prompts_that_state_a_style():
         "a sks one upright",
         "a sks one leaning right",
     ]
-    assert [WEIGHTS[c.weight] for c in captions[:3]] == list(WEIGHTS)
+    assert [STROKE_WEIGHTS[c.weight] for c in captions[:3]] == list(STROKE_WEIGHTS)
     assert [SLANTS[c.slant] for c in captions[3:]] == list(SLANTS)
 
 

@@ -12,7 +12,7 @@ from ldm.checkpoint.file import save_file
 from ldm.conditioning.classes import ClassLabels
 from ldm.data.captions import Caption
 from ldm.data.digits import Digits
-from ldm.data.measure import MNIST_THRESHOLDS, classify
+from ldm.data.measure import MNIST_THRESHOLDS, classify_styles
 from ldm.evaluation import networks, prompt, reference, report, samples, style
 from ldm.evaluation.autoencoder import pooled_psnr, psnr, reconstruct
 from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, load_network
@@ -84,7 +84,7 @@ def test_accuracy_by_group():
 
 def test_style_accuracy_counts_only_what_was_stated():
     drawn = inner(Digits("test").images[:3, 0])
-    weight, slant = (x.tolist() for x in classify(drawn, MNIST_THRESHOLDS))
+    weight, slant = (x.tolist() for x in classify_styles(drawn, MNIST_THRESHOLDS))
     wrong = (slant[1] + 1) % 3
     asked = [Caption("", 1, weight[0], slant[0]), Caption("", 2, weight[1], wrong), Caption("", 3)]
     result = style.style_accuracy(drawn, asked, MNIST_THRESHOLDS)
@@ -395,7 +395,7 @@ def test_shipped_statistics_are_of_the_shipped_networks():
     of_shown = shipped.features[torch.argsort(shipped.indices)[:1000]]
     assert (networks.features_of(network, shown) - of_shown).abs().max() < 0.05
     assert (
-        classify(shown, shipped.thresholds).weight.tolist()
+        classify_styles(shown, shipped.thresholds).weight.tolist()
         == shipped.weight[torch.argsort(shipped.indices)[:1000]].tolist()
     )
 

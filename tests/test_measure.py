@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.data.measure import MNIST_THRESHOLDS, Thresholds, classify, slant, stroke_weight
+from ldm.data.measure import MNIST_THRESHOLDS, Thresholds, classify_styles, slant, stroke_weight
 
 
 def bar(width: float, lean: float = 0.0, size: int = 32, samples: int = 8) -> torch.Tensor:
@@ -72,28 +72,30 @@ def test_forms_of_input_agree() -> None:
     inner = images[..., 2:-2, 2:-2]
     torch.testing.assert_close(stroke_weight(inner), stroke_weight(images), atol=1e-4, rtol=0)
     torch.testing.assert_close(slant(inner), slant(images), atol=1e-3, rtol=0)
-    assert classify(floats, thresholds).weight.equal(classify(images, thresholds).weight)
+    assert classify_styles(floats, thresholds).weight.equal(classify_styles(images, thresholds).weight)
 
 
 def test_chunks_do_not_show() -> None:
-    images = torch.cat([bar(2 + n % 3, n % 7 * 5.0, samples=2) for n in range(21)]).repeat(50, 1, 1)  # 1,050 pictures
+    images = torch.cat([bar(2 + n % 3, n % 7 * 5.0, samples=2) for n in range(21)]).repeat(50, 1, 1)  # 1,050 images
     alone = torch.cat([slant(image[None]) for image in images[:21]])
     torch.testing.assert_close(slant(images), alone.repeat(50), atol=1e-4, rtol=0)
 
 
 def test_classes_and_their_limits() -> None:
-    pictures = torch.cat([bar(1.5, -20), bar(2.7, 0), bar(4, 25), -torch.ones(1, 32, 32)])
-    styles = classify(pictures)
+    images = torch.cat([bar(1.5, -20), bar(2.7, 0), bar(4, 25), -torch.ones(1, 32, 32)])
+    styles = classify_styles(images)
     assert styles.weight.tolist() == [0, 1, 2, -1]
     assert styles.slant.tolist() == [0, 1, 2, -1]
     value = stroke_weight(bar(3.0)).item()
-    assert classify(bar(3.0), Thresholds((value, value), (0, 0))).weight.item() == 1  # limits belong to the middle
-    assert stroke_weight(pictures[3:]).isnan().all() and slant(pictures[3:]).isnan().all()
+    assert (
+        classify_styles(bar(3.0), Thresholds((value, value), (0, 0))).weight.item() == 1
+    )  # limits belong to the middle
+    assert stroke_weight(images[3:]).isnan().all() and slant(images[3:]).isnan().all()
 
 
 def test_wrong_shape_is_told() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\)"):
-        classify(torch.zeros(2, 3, 8, 8))
+        classify_styles(torch.zeros(2, 3, 8, 8))
 
 
 def test_classes_survive_noise_and_blur() -> None:
@@ -106,10 +108,10 @@ def test_classes_survive_noise_and_blur() -> None:
     kernel = kernel / kernel.sum()
     padded = F.pad(clean, (3, 3, 3, 3), value=-1)
     blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, 1, 7)), kernel.view(1, 1, 7, 1))  # 31.2 dB on MNIST
-    before = classify(images, thresholds)
+    before = classify_styles(images, thresholds)
     for damaged in (noisy, blurred):
-        after = classify(damaged, thresholds)
-        # Measured 95.6 % at worst (weight after blur); 2,000 pictures have a standard error of 0.5 points.
+        after = classify_styles(damaged, thresholds)
+        # Measured 95.6 % at worst (weight after blur); 2,000 images have a standard error of 0.5 points.
         assert (after.weight == before.weight).float().mean() > 0.93
         assert (after.slant == before.slant).float().mean() > 0.97
 
@@ -125,5 +127,5 @@ def test_documented_quantiles_of_mnist() -> None:
     torch.testing.assert_close(
         torch.quantile(slants, levels), torch.tensor([-18.6, -2.0, 5.9, 14.1, 29.8]), atol=0.06, rtol=0
     )
-    for shares in (torch.bincount(s) / len(s) for s in classify(images, MNIST_THRESHOLDS)):
+    for shares in (torch.bincount(s) / len(s) for s in classify_styles(images, MNIST_THRESHOLDS)):
         assert shares.min() > 0.2  # every class is common

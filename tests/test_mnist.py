@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ldm.data.captions import Captioner
-from ldm.data.measure import classify
+from ldm.data.measure import classify_styles
 from ldm.data.mnist import MNIST
 
 
@@ -21,7 +21,7 @@ def idx(array: np.ndarray) -> bytes:
     return header + array.astype(np.uint8).tobytes()
 
 
-def pictures(count: int) -> tuple[np.ndarray, np.ndarray]:
+def make_images(count: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     images = np.zeros((count, 28, 28), np.uint8)
     images[:, 4:24, 12:16] = rng.integers(200, 256, (count, 20, 4))
@@ -30,10 +30,10 @@ def pictures(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """20 training pictures and, gzipped, 10 test pictures."""
+    """20 training images and, gzipped, 10 test images."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    images, labels = pictures(20)
+    images, labels = make_images(20)
     (raw / "train-images-idx3-ubyte").write_bytes(idx(images))
     (raw / "train-labels-idx1-ubyte").write_bytes(idx(labels))
     (raw / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images[:10])))
@@ -48,7 +48,7 @@ def test_pooled_images_are_means_of_squares(root: Path):
     means = (inner[..., ::2, ::2] + inner[..., 1::2, ::2] + inner[..., ::2, 1::2] + inner[..., 1::2, 1::2]) / 4
     assert np.abs(pooled.images.numpy() - means).max() <= 0.5
     assert MNIST(str(root), pool=7, first=5).images.shape == (5, 1, 4, 4)
-    # what captions say is measured on the whole picture
+    # what captions say is measured on the whole image
     assert [pooled.caption(i) for i in range(20)] == [whole.caption(i) for i in range(20)]
 
 
@@ -60,7 +60,7 @@ def test_a_pool_that_does_not_divide_is_refused(root: Path, pool):
 
 def test_pixels(root: Path) -> None:
     data = MNIST(root=str(root))
-    images, labels = pictures(20)
+    images, labels = make_images(20)
     assert len(data) == 20 and data.labels.tolist() == labels.tolist() and not data.augments
     for n in (0, 7, -1):
         sample = data[n]
@@ -96,14 +96,14 @@ def test_parts(root: Path) -> None:
 
 def test_samples_and_captions(root: Path) -> None:
     data = MNIST(root=str(root), seed=4)
-    assert data.styles.weight.equal(classify(data.images).weight)
+    assert data.styles.weight.equal(classify_styles(data.images).weight)
     data.set_epoch(3)
     batch = data.__getitems__([19, 2, 2])
     for index, sample in zip((19, 2, 2), batch, strict=True):
         style = tuple(int(classes[index]) for classes in data.styles)
         expected = Captioner(4).caption(3, index, int(data.labels[index]), *style)
         assert sample["caption"] == expected.text == data.caption(index).text and sample["style"] == style
-        assert sample["said"] == tuple(-1 if c is None else c for c in (expected.weight, expected.slant))
+        assert sample["stated"] == tuple(-1 if c is None else c for c in (expected.weight, expected.slant))
         assert sample["image"].equal(data[index]["image"])
     assert data[-1]["caption"] == data[19]["caption"]
     texts = []
@@ -117,7 +117,7 @@ def test_loader_collates(root: Path) -> None:
     loader = torch.utils.data.DataLoader(MNIST(root=str(root)), batch_size=8)
     batch = next(iter(loader))
     assert batch["image"].shape == (8, 1, 32, 32) and len(batch["caption"]) == 8
-    assert batch["label"].tolist() == list(range(8)) and torch.stack(batch["said"], 1).shape == (8, 2)
+    assert batch["label"].tolist() == list(range(8)) and torch.stack(batch["stated"], 1).shape == (8, 2)
 
 
 def damage(raw: Path, kind: str) -> None:
@@ -139,7 +139,7 @@ def damage(raw: Path, kind: str) -> None:
         images.write_bytes(content[:4] + struct.pack(">3i", *[2**31 - 1] * 3) + content[16:])
     elif kind == "wrong shape":
         images.write_bytes(idx(np.zeros((20, 14, 56))))
-    elif kind == "no pictures":
+    elif kind == "no images":
         images.write_bytes(idx(np.zeros((0, 28, 28))))
         labels.write_bytes(idx(np.zeros(0)))
     elif kind == "fewer labels":
@@ -154,8 +154,15 @@ def damage(raw: Path, kind: str) -> None:
         images.with_name(images.name + ".gz").write_bytes(content if kind == "no gzip" else packed)
 
 
-KINDS = ["empty", "magic", "swapped", "truncated", "too long", "negative size", "huge size", "wrong shape"]
-KINDS += ["no pictures", "fewer labels", "label 10", "gzip truncated", "gzip flipped", "no gzip"]
+KINDS = {
+    **dict.fromkeys(("empty", "magic", "swapped"), "is not the MNIST file of that name"),
+    **dict.fromkeys(("truncated", "too long", "negative size", "huge size"), "but its header says"),
+    "wrong shape": "not 28 x 28",
+    "no images": "holds no images",
+    "fewer labels": "19 labels for the 20 images",
+    "label 10": "a label 10",
+    **dict.fromkeys(("gzip truncated", "gzip flipped", "no gzip"), ".gz is corrupt"),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,7 +171,7 @@ def test_damage_is_named(root: Path, kind: str) -> None:
     with pytest.raises(ValueError) as caught:
         MNIST(root=str(root))
     message = str(caught.value)
-    assert "train-" in message and message.endswith(".") and "\n" not in message
+    assert "train-" in message and KINDS[kind] in message and "\n" not in message
 
 
 def test_missing_files(tmp_path: Path) -> None:

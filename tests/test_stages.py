@@ -165,7 +165,7 @@ def test_positives_by_hand(clip):
     batch = {
         "label": torch.tensor([5, 5, 5, 3]),
         "style": torch.tensor([(0, 1), (2, 1), (0, 2), (0, 1)]),
-        "said": torch.tensor([(-1, -1), (2, -1), (0, 2), (0, 1)]),
+        "stated": torch.tensor([(-1, -1), (2, -1), (0, 2), (0, 1)]),
         "caption": ["five", "bold 5", "a thin five leaning right", "a thin three, upright"],
     }
     assert clip.agreement == 4.0

@@ -205,10 +205,10 @@ def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_pat
     with pytest.raises(ValueError, match="keep them apart"):
         run(tiny_checkpoint, subject, subject / "out")
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="a.png is no picture"):
+    (tmp_path / "bad" / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="a.png is not an image"):
         run(tiny_checkpoint, tmp_path / "bad", tmp_path / "out")
-    assert not (tmp_path / "out").exists() and "bad holds a single picture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and "bad holds a single image" in capsys.readouterr().err
 
 
 # --- the model that ships

@@ -119,10 +119,10 @@ def test_the_loader_does_not_move_torchs_random_state():
 
 
 def test_collate_and_seeds():
-    samples = [{"x": torch.ones(2), "label": 3, "said": (1, -1), "caption": "a"}] * 2
+    samples = [{"x": torch.ones(2), "label": 3, "stated": (1, -1), "caption": "a"}] * 2
     batch = collate(samples)
     assert batch["x"].shape == (2, 2) and batch["label"].tolist() == [3, 3]
-    assert batch["said"].tolist() == [[1, -1]] * 2 and batch["caption"] == ["a", "a"]
+    assert batch["stated"].tolist() == [[1, -1]] * 2 and batch["caption"] == ["a", "a"]
     seeds = {mix_seed(a, b) for a in range(50) for b in range(50)}
     assert len(seeds) == 2500 and all(0 <= s < 2**63 for s in seeds)
 

@@ -12,7 +12,7 @@ from ldm.data.image_files import SUFFIXES, read_image
 from ldm.finetune.textual_inversion import FRAMES
 
 per_img_token_list = list("אבגדהוזחטיכלמנסעפצקרשת")  # a word for what is peculiar to each image
-PAIRS = ("a photo of a {} with {}", "an image of the {} with {}", "an image of the {} with {}", "a {} with {}")
+PAIRS = ("a photo of a {} with {}", "a picture of the {} with {}", "an image of the {} with {}", "a {} with {}")
 
 
 class PersonalizedBase(Dataset):

@@ -1,10 +1,10 @@
-"""Captions of digits: many wordings, number words and numerals, and half of the time the measured style.
+"""Captions of digits: many wordings, number words and numerals, and in half of them the measured style.
 
-A caption is a pure function of (seed, epoch, index) and of what it describes, so that an interrupted run goes on with
-the same captions. A frame is a string with {n} for the number; a part in [brackets] is dropped unless its style is
-stated. TRAIN_FRAMES are what models learn from. UNSEEN_FRAMES were fixed before any training, share no frame with
-them, and serve evaluation only: other sentences, other nouns, a bare numeral, another order of the words. Words of
-style are the same in both: a synonym never seen says nothing to a model that learnt English from these captions.
+A caption is a pure function of (seed, epoch, index) and of the digit and style it describes, so a resumed training run
+gets the same captions. A frame is a template with {n} for the number; a part in [brackets] is removed unless the
+caption states its style. Models train on TRAIN_FRAMES. UNSEEN_FRAMES were fixed before any training, share no frame
+with them, and are for evaluation only: other sentences, other nouns, a bare numeral, another word order. Style words
+are the same in both, because a model that learnt English from these captions cannot know a new synonym.
 """
 
 import random
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# In the order of measure.WEIGHTS and measure.SLANTS.
+# In the order of measure.STROKE_WEIGHTS and measure.SLANTS.
 WEIGHT_WORDS = (("thin", "light"), ("medium",), ("bold", "thick"))
 SLANT_WORDS = (("leaning left", "slanting left"), ("upright", "standing upright"), ("leaning right", "slanting right"))
 
@@ -51,7 +51,7 @@ UNSEEN_FRAMES = (
     "{n}![ {weight}!][ {slant}!]",
     "somebody wrote a[ {weight}] {n} in pen[, {slant}]",
     "please draw the[ {weight}] numeral {n}[ {slant}]",
-    "an image of {n}[, {weight}][, {slant}]",
+    "a picture of {n}[, {weight}][, {slant}]",
     "[{weight} ]{n} scribbled by hand[, {slant}]",
     "can you write[ a {weight}] {n} for me[, {slant}]",
     "show me the numeral {n}[ {slant}][, {weight}]",
@@ -74,8 +74,8 @@ UNSEEN_FRAMES = (
     "numeral {n}[, {slant}][, {weight}]",
 )
 
-# Common English words that say nothing about a digit: no number (nor "to", "too", "for", which sound like one), no
-# word of weight or direction. Chosen without looking at UNSEEN_FRAMES.
+# Common English words that do not describe a digit: no number (nor "to", "too", "for", which sound like one), and no
+# word for weight or direction. Chosen without looking at UNSEEN_FRAMES.
 FILLER_WORDS = tuple(
     """
     the of and a in is it that was he on as with his they be at have this from or had by not but what all were when
@@ -84,7 +84,7 @@ FILLER_WORDS = tuple(
     get come made may part new take only little work know place year live me give most very after thing our just name
     good sentence man think say great where help through much before any same tell boy follow came want show also
     around form small set put end does another well must big even such because turn here why ask went men read need
-    land different home us move try kind image again change off play spell air away animal house point page letter
+    land different home us move try kind picture again change off play spell air away animal house point page letter
     mother answer found study still learn should world please really maybe always never often today yesterday
     """.split()
 )
@@ -94,9 +94,12 @@ _ARTICLE = re.compile(r"\ba (?=eight\b|8\b)")
 
 
 class Caption(NamedTuple):
-    """A caption and what it asserts: a digit 0..9, indices into measure.WEIGHTS and SLANTS; None where it is silent.
+    """A caption and what it states.
 
-    frame: index of the frame it was made from, None for a caption without one (words among filler, a user's own text).
+    Attributes:
+        digit: 0..9, or None if not stated.
+        weight, slant: Indices into measure.STROKE_WEIGHTS and SLANTS, or None if not stated.
+        frame: Index of its frame; None for words among filler and for a user's own text.
     """
 
     text: str
@@ -107,68 +110,69 @@ class Caption(NamedTuple):
 
 
 def render(frame: str, number: str, weight: str | None = None, slant: str | None = None) -> str:
-    """Fills a frame: render("a[ {weight}] {n}", "five", weight="bold") is "a bold five"."""
+    """Fill a frame: render("a[ {weight}] {n}", "five", weight="bold") is "a bold five"."""
     words = {"weight": weight, "slant": slant}
     text = _SLOT.sub(lambda slot: "" if words[slot[2]] is None else slot[1], frame)
     return _ARTICLE.sub("an ", text.format(n=number, **words))
 
 
 class Captioner:
-    """Draws captions. All randomness comes from (seed, epoch, index).
+    """Generates captions. All randomness comes from (seed, epoch, index).
 
-    frames: "train" or "unseen". styled: share of captions that state stroke weight, slant or both (a third each).
-    filler: share of captions with noise for the training of a text encoder, which so learns what to ignore: half
-    of them get one to four filler words between their own, half are only number and style among two to eight of them.
-
-    Raises ValueError for unknown frames and for shares outside [0, 1].
+    Args:
+        seed: Of all captions.
+        frames: "train" or "unseen".
+        styled: The share of captions that state stroke weight, slant or both (a third each).
+        filler: The share of captions with filler words, from which a text encoder learns what to ignore. Half of these
+            get one to four filler words between their own; the others are number and style among two to eight.
     """
 
     def __init__(self, seed: int = 0, frames: str = "train", styled: float = 0.5, filler: float = 0.0):
         lists = {"train": TRAIN_FRAMES, "unseen": UNSEEN_FRAMES}
         if frames not in lists:
-            raise ValueError(f"caption frames are 'train' or 'unseen', not {frames!r}.")
+            raise ValueError(f"caption frames are 'train' or 'unseen', not {frames!r}")
         for name, share in (("styled", styled), ("filler", filler)):
             if not 0 <= share <= 1:
-                raise ValueError(f"{name} is a share of the captions, from 0 to 1, not {share}.")
+                raise ValueError(f"{name} is a share of the captions, from 0 to 1, not {share}")
         self.seed, self.frames, self.styled, self.filler = seed, lists[frames], styled, filler
 
     def caption(self, epoch: int, index: int, digit: int, weight: int, slant: int) -> Caption:
-        """The caption of image `index` in `epoch`, showing `digit` with measured classes; -1 is never stated."""
-        # Only random() is promised to be the same in every version of Python; a string seeds it by SHA-512.
-        draw = random.Random(f"{self.seed} {epoch} {index}").random
-        number = _pick(draw, (NUMBER_WORDS[digit], str(digit)))
-        which = _pick(draw, ("weight", "slant", "both")) if draw() < self.styled else "neither"
+        """Return the caption of image `index` in `epoch`: a `digit` of these style classes, -1 for one to leave out."""
+        # Only random() is guaranteed to be the same in every version of Python; a string seeds it by SHA-512.
+        uniform = random.Random(f"{self.seed} {epoch} {index}").random
+        number = _pick(uniform, (NUMBER_WORDS[digit], str(digit)))
+        which = _pick(uniform, ("weight", "slant", "both")) if uniform() < self.styled else "neither"
         stated_weight = weight if which in ("weight", "both") and weight >= 0 else None
         stated_slant = slant if which in ("slant", "both") and slant >= 0 else None
-        weight_word = None if stated_weight is None else _pick(draw, WEIGHT_WORDS[stated_weight])
-        slant_word = None if stated_slant is None else _pick(draw, SLANT_WORDS[stated_slant])
-        frame: int | None = int(draw() * len(self.frames))
+        weight_word = None if stated_weight is None else _pick(uniform, WEIGHT_WORDS[stated_weight])
+        slant_word = None if stated_slant is None else _pick(uniform, SLANT_WORDS[stated_slant])
+        frame: int | None = int(uniform() * len(self.frames))
         text = render(self.frames[frame], number, weight_word, slant_word)
-        if draw() < self.filler:
-            if draw() < 0.5:
-                text = _insert(draw, text.split(), 1 + int(draw() * 4))
+        if uniform() < self.filler:
+            if uniform() < 0.5:
+                text = _insert(uniform, text.split(), 1 + int(uniform() * 4))
             else:
                 parts = [word for word in (weight_word, number, slant_word) if word is not None]
-                text, frame = _insert(draw, _shuffled(draw, parts), 2 + int(draw() * 7)), None
+                text, frame = _insert(uniform, _shuffled(uniform, parts), 2 + int(uniform() * 7)), None
         return Caption(text, digit, stated_weight, stated_slant, frame)
 
     def texts(self) -> list[str]:
-        """Texts that hold every word of the captions it can draw: what a reduced vocabulary is made for."""
+        """Return texts that contain every word of its captions, to make a reduced vocabulary from."""
         words = [*NUMBER_WORDS, *"0123456789", *FILLER_WORDS]
         styles = [(weight, slant) for weight in sum(WEIGHT_WORDS, ()) for slant in sum(SLANT_WORDS, ())]
         return words + [render(frame, "five", *style) for frame in self.frames for style in styles]
 
 
-def _pick(draw: Callable[[], float], options: tuple[str, ...]) -> str:
-    return options[int(draw() * len(options))]
+def _pick(uniform: Callable[[], float], options: tuple[str, ...]) -> str:
+    return options[int(uniform() * len(options))]
 
 
-def _shuffled(draw: Callable[[], float], words: list[str]) -> list[str]:
-    return [word for _, word in sorted((draw(), word) for word in words)]
+def _shuffled(uniform: Callable[[], float], words: list[str]) -> list[str]:
+    return [word for _, word in sorted((uniform(), word) for word in words)]
 
 
-def _insert(draw: Callable[[], float], words: list[str], count: int) -> str:
-    """Puts `count` filler words at random places between, before and after the words."""
+def _insert(uniform: Callable[[], float], words: list[str], count: int) -> str:
+    """Insert `count` filler words at random places."""
     for _ in range(count):
-        words.insert(int(draw() * (len(words) + 1)), _pick(draw, FILLER_WORDS))
+        words.insert(int(uniform() * (len(words) + 1)), _pick(uniform, FILLER_WORDS))
     return " ".join(words)

@@ -1,27 +1,28 @@
 """scikit-learn's 1,797 handwritten digits, which come with the library: a data set that needs no download.
 
-They are 8 x 8 images with values 0..16. Each is enlarged to 28 x 28 by bicubic interpolation (pixel centres aligned
-as in a resized photograph, clipped to the range) and padded with two pixels of background, so that a model for them
-has MNIST's 32 x 32 and the same measures apply. The strokes stay soft and, of 28 pixels, wide; the digits were
-normalised upright. So their thresholds of style are their own, and the slant that is left is mostly the digit's shape:
-there is hardly a 6 that leans right and no 7 that leans left.
+They are 8 x 8 images with values 0..16. Each is enlarged to 28 x 28 by bicubic interpolation (align_corners=False,
+clipped to the range) and padded with two pixels of background, so that models have MNIST's 32 x 32 and the same style
+measures apply. The strokes stay soft and wide for 28 pixels, and the digits were normalised to be upright. Therefore
+the style thresholds differ from MNIST's, and the remaining slant is mostly the digit's shape: hardly any 6 leans right
+and no 7 leans left.
 """
 
 import torch
 import torch.nn.functional as F
 
-from ldm.data.captioned import CaptionedDigits, part
+from ldm.data.captioned import CaptionedDigits, subset
 from ldm.data.captions import Captioner
 from ldm.data.measure import Thresholds
 
-_TEST = 397  # held out once and for all
+_TEST = 397  # held out, fixed
 
 
 class Digits(CaptionedDigits):
     """1,400 training or 397 test digits with captions, float32 (1, 32, 32) in [-1, 1], background -1.
 
-    split: "train" (the first 1,400 in scikit-learn's order) or "test" (the last 397). The other arguments are
-    those of mnist.MNIST. Raises ValueError for an unknown split or a bad count.
+    Args:
+        split: "train" (the first 1,400 in scikit-learn's order) or "test" (the last 397).
+        first, last, seed, frames, styled, filler: As for `mnist.MNIST`.
     """
 
     # Training images, quantiles 30 / 70 %: weight 4.60 / 5.35 pixels, slant -5.9 / 1.4 degrees.
@@ -40,16 +41,16 @@ class Digits(CaptionedDigits):
         from sklearn.datasets import load_digits  # here: a second of import
 
         if split not in ("train", "test"):
-            raise ValueError(f"the digits' split is 'train' or 'test', not {split!r}.")
+            raise ValueError(f"the digits' split is 'train' or 'test', not {split!r}")
         captioner = Captioner(seed, frames, styled, filler)
         bunch = load_digits()
         half = slice(None, -_TEST) if split == "train" else slice(-_TEST, None)
         small, labels = torch.from_numpy(bunch.images[half]), torch.from_numpy(bunch.target[half])
-        chosen = part(len(small), first, last)
+        chosen = subset(len(small), first, last)
         super().__init__(_enlarge(small[chosen]), labels[chosen].long(), captioner)
 
 
 def _enlarge(small: torch.Tensor) -> torch.Tensor:
-    """(n, 8, 8) with values 0..16 -> uint8 (n, 1, 32, 32)."""
+    """Resize and pad (n, 8, 8) with values 0..16 to uint8 (n, 1, 32, 32)."""
     large = F.interpolate(small.float()[:, None] * (255 / 16), size=28, mode="bicubic")  # n 1 28 28
     return F.pad(large.round().clamp(0, 255).to(torch.uint8), (2, 2, 2, 2))  # n 1 32 32

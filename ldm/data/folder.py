@@ -1,4 +1,4 @@
-"""A folder of images with captions: NAME.txt (or NAME.caption) beside NAME.png, or Hugging Face's metadata.jsonl."""
+"""A folder of images with captions: NAME.txt or NAME.caption beside NAME.png, or Hugging Face's metadata.jsonl."""
 
 import json
 import random
@@ -19,26 +19,28 @@ from ldm.data.image_files import SUFFIXES, check_image, read_image
 
 
 class Folder(Dataset):
-    """Images below `root`, sub-folders included, in the order of their names.
+    """The images below `root`, including sub-folders, sorted by name.
 
-    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str}. A caption is the text of NAME.txt
-    or NAME.caption beside the image, or else the "text" of its line in root/metadata.jsonl, where "file_name" is the
-    path of the image from root: {"file_name": "sub/a.png", "text": "a red kite"}.
+    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str}. The caption is the text of
+    NAME.txt or NAME.caption beside the image, else the "text" of its line in root/metadata.jsonl, where "file_name" is
+    the path of the image from root: {"file_name": "sub/a.png", "text": "a red kite"}.
 
-    root: the folder; None stands in configs until a user names one, and is refused.
-    size: pixels of the square that is made: the shorter side is resized to it (Lanczos), the longer is cropped, at the
-    middle with crop="center"; with crop="random" at a place that is a function of (seed, epoch, index), as is the
-    mirroring of half of the images with flip=True.
-    channels: 3, or 1 for grey.
-    caption: of images that have none of their own, one for all or by their paths from root; an image without any is
-    refused.
-    paths: only these images, which lie below `root`, instead of all.
-    buckets: shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio.
-        Which one is in `shapes`; images of different shapes do not go into one batch.
+    Args:
+        root: The folder. None is the placeholder in configs that a user must replace.
+        size: Pixels of the square to make: the shorter side is resized to it (Lanczos) and the longer is cropped.
+        channels: 3, or 1 for grey.
+        crop: "center", or "random", at a place that is a function of (seed, epoch, index).
+        flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
+        seed: Of crops and mirroring.
+        caption: For images that have none, one for all or by their paths from root; without it every image needs one.
+        paths: Only these images below `root`, instead of all.
+        buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio,
+            which `shapes` lists. Images of different shapes cannot share a batch.
 
-    Raises ValueError with the file's name for an image without caption, a caption without image, a bad line, a file
-    that is no image, and for settings out of range; FileNotFoundError for a missing or empty folder. An image
-    damaged behind its header is found when it is read.
+    Raises:
+        ValueError: Naming the file, for an image without caption, a caption without image, a bad line or a file that is
+            not an image; and for bad arguments. An image damaged after its header is found only when it is read.
+        FileNotFoundError: For a missing or empty folder.
     """
 
     def __init__(
@@ -54,13 +56,13 @@ class Folder(Dataset):
         buckets: Sequence[Sequence[int]] | None = None,
     ):
         if root is None:
-            raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root).")
+            raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root)")
         if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size is a number of pixels of at least 1, not {size!r}.")
+            raise ValueError(f"size is a number of pixels of at least 1, not {size!r}")
         if channels not in (1, 3):
-            raise ValueError(f"channels is 1 (grey) or 3 (colour), not {channels!r}.")
+            raise ValueError(f"channels is 1 (grey) or 3 (colour), not {channels!r}")
         if crop not in ("center", "random"):
-            raise ValueError(f"crop is 'center' or 'random', not {crop!r}.")
+            raise ValueError(f"crop is 'center' or 'random', not {crop!r}")
         self.root, self.size, self.channels = Path(root), size, channels
         self.crop, self.flip, self.seed, self.epoch = crop, flip, seed, 0
         self.augments = flip or crop == "random"
@@ -84,15 +86,15 @@ class Folder(Dataset):
         return path.relative_to(self.root).as_posix()
 
     def set_epoch(self, epoch: int) -> None:
-        """Crops and mirrorings of the following samples are those of `epoch`."""
+        """Use the crops and mirroring of `epoch` from now on."""
         self.epoch = epoch
 
     def caption(self, index: int) -> Caption:
-        """The caption of an image; nothing is known of what it asserts."""
+        """Return the caption of an image, without digit or style."""
         return Caption(self.captions[index])
 
     def texts(self) -> list[str]:
-        """All captions: what a reduced vocabulary is made for."""
+        """Return all captions, to make a reduced vocabulary from."""
         return self.captions
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -100,22 +102,22 @@ class Folder(Dataset):
             raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
         image = read_image(self.paths[index], self.channels)
-        draw = random.Random(f"{self.seed} {self.epoch} {index}").random
-        image = _cut(image, self.shapes[index], (draw(), draw()) if self.crop == "random" else (0.5, 0.5))
-        if self.flip and draw() < 0.5:
+        uniform = random.Random(f"{self.seed} {self.epoch} {index}").random
+        image = _crop(image, self.shapes[index], (uniform(), uniform()) if self.crop == "random" else (0.5, 0.5))
+        if self.flip and uniform() < 0.5:
             image = ImageOps.mirror(image)
         return {"image": _to_tensor(image), "caption": self.captions[index]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """A batch of samples at once, as the digit sets give them."""
+        """Return a batch of samples, as the digit sets do."""
         return [self[index] for index in indices]
 
 
-def _cut(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
-    """The part at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), as large as fits, resized to `shape`.
+def _crop(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
+    """Crop to the aspect ratio of `shape` at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), and resize to it.
 
-    Cut before it is resized, or a strip of 2 x 9,000 pixels would be blown up to gigabytes; at whole pixels, so that a
-    image of the right size is not resampled.
+    Cropping comes first, or a strip of 2 x 9,000 pixels would be enlarged to gigabytes; and at integer pixels, so that
+    an image of the right size is not resampled.
     """
     scale = min(side / wanted for side, wanted in zip(image.size, shape, strict=True))
     part = [max(1, round(scale * wanted)) for wanted in shape]
@@ -125,21 +127,21 @@ def _cut(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """8-bit image -> float32 (c, h, w) in [-1, 1]."""
+    """Return an 8-bit image as float32 (c, h, w) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image))
     planes = rearrange(pixels, "h w -> 1 h w" if pixels.ndim == 2 else "h w c -> c h w")
     return planes.float().div_(127.5).sub_(1).contiguous()
 
 
 def find_images(root: Path) -> list[Path]:
-    """The images below a folder in the order of their names. FileNotFoundError if it is none, or holds none."""
+    """Return the images below a folder, sorted by name. FileNotFoundError if it does not exist or has none."""
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: give one that holds images.")
+        raise FileNotFoundError(f"{root} is not a folder: give one that holds images")
     files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    # Hidden folders hold what editors and notebooks leave behind.
+    # Hidden folders hold what editors and notebooks leave there.
     paths = sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts))
     if not paths:
-        raise FileNotFoundError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))}).")
+        raise FileNotFoundError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))})")
     return paths
 
 
@@ -148,12 +150,12 @@ def _find_caption(path: Path, otherwise: str | None) -> str:
         if sidecar.is_file():
             return _read_text(sidecar).strip()
     if otherwise is None:
-        raise ValueError(f"{path} has no caption: write {path.stem}.txt beside it or a line in metadata.jsonl.")
+        raise ValueError(f"{path} has no caption: write {path.stem}.txt beside it or a line in metadata.jsonl")
     return otherwise
 
 
 def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:
-    """Captions by file name; {} where there is no such file."""
+    """Read captions by file name; {} if there is no such file."""
     if not path.is_file():
         return {}
     captions = {}
@@ -165,11 +167,11 @@ def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:
             name, text = row["file_name"], row["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             expected = '{"file_name": "a.png", "text": "a caption"}'
-            raise ValueError(f"{path}, line {number}, is not of the form {expected}: {line[:80]!r}.") from error
+            raise ValueError(f"{path}, line {number}, is not of the form {expected}: {line[:80]!r}") from error
         if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{path}, line {number}: there is no image {name!r} below {path.parent}.")
+            raise ValueError(f"{path}, line {number}: there is no image {name!r} below {path.parent}")
         if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: the caption is {text!r}, which is no text.")
+            raise ValueError(f"{path}, line {number}: the caption {text!r} is not a text")
         captions[name] = text.strip()
     return captions
 
@@ -178,4 +180,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -1,7 +1,7 @@
-"""MNIST (LeCun et al. 1998) from the files of torchvision's layout, ROOT/MNIST/raw/*-ubyte, plain or .gz.
+"""MNIST (LeCun et al. 1998) from files in torchvision's layout, ROOT/MNIST/raw/*-ubyte, plain or .gz.
 
-The 28 x 28 pictures are padded, not resized, to 32 x 32: two pixels of background on each side. For small teaching
-models they can be averaged over squares of pixels instead, down to 14 x 14, say.
+The 28 x 28 images are padded, not resized, to 32 x 32: two pixels of background on each side. For small teaching models
+they can be reduced instead, to 14 x 14 for example, by averaging squares of pixels.
 """
 
 import gzip
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ldm.data.captioned import CaptionedDigits, part
+from ldm.data.captioned import CaptionedDigits, subset
 from ldm.data.captions import Captioner
 
 SIDE = 28
@@ -25,16 +25,18 @@ _IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049  # the first four bytes of an IDX file
 class MNIST(CaptionedDigits):
     """60,000 training or 10,000 test digits with captions, float32 (1, 32, 32) in [-1, 1], background -1.
 
-    pool: side of the squares that are averaged, 1 for none: 2 gives (1, 14, 14), rounded to 256 levels and unpadded.
-    Captions state the style of the picture as it was before.
+    Args:
+        root: The folder that holds MNIST/raw; by default the environment variable LDM_DATA, else ./data.
+        split: "train" or "test".
+        first, last: Only the first or last so many images; configs train on first=55000 and validate on last=5000.
+        seed, frames, styled, filler: See `captions.Captioner`.
+        download: Let torchvision download the files (11 MB) into root if they are missing.
+        pool: Side of the squares that are averaged, 1 for none: 2 gives (1, 14, 14), rounded to 256 values and not
+            padded. Captions still state the style measured at full size.
 
-    root: folder that holds MNIST/raw; by default the environment variable LDM_DATA, else ./data.
-    split: "train" or "test". first, last: only the first or last so many pictures; a config trains on first=55000 and
-    chooses its settings on last=5000. seed, frames, styled, filler: see captions.Captioner.
-    download: let torchvision fetch the files (11 MB) into root when they are not there.
-
-    Raises ValueError for an unknown split, a bad count or pool, and files that are not whole; FileNotFoundError when
-    there are none; OSError when the download fails.
+    Raises:
+        ValueError: For bad arguments and damaged files.
+        OSError: For missing files and a failed download.
     """
 
     def __init__(
@@ -51,35 +53,35 @@ class MNIST(CaptionedDigits):
         pool: int = 1,
     ):
         if split not in _FILES:
-            raise ValueError(f"MNIST's split is 'train' or 'test', not {split!r}.")
+            raise ValueError(f"MNIST's split is 'train' or 'test', not {split!r}")
         if pool < 1 or SIDE % pool:
-            raise ValueError(f"pool {pool} does not divide MNIST's {SIDE} pixels: use 1, 2, 4, 7 or 14.")
+            raise ValueError(f"pool {pool} does not divide MNIST's {SIDE} pixels: use 1, 2, 4, 7 or 14")
         captioner = Captioner(seed, frames, styled, filler)
         folder = Path(os.environ.get("LDM_DATA", "data") if root is None else root)
         if download:
             _download(folder, split)
-        images, labels = _read_split(folder / "MNIST" / "raw", _FILES[split])
-        chosen = part(len(images), first, last)
-        pictures = rearrange(torch.from_numpy(images[chosen]), "n h w -> n 1 h w")
-        padded = F.pad(pictures, (2, 2, 2, 2))  # n 1 28 28 -> n 1 32 32
+        pixels, labels = _read_split(folder / "MNIST" / "raw", _FILES[split])
+        chosen = subset(len(pixels), first, last)
+        images = rearrange(torch.from_numpy(pixels[chosen]), "n h w -> n 1 h w")
+        padded = F.pad(images, (2, 2, 2, 2))  # n 1 28 28 -> n 1 32 32
         super().__init__(padded, torch.from_numpy(labels[chosen]).long(), captioner)
         if pool > 1:
-            self.images = F.avg_pool2d(pictures.float(), pool).round().to(torch.uint8)  # n 1 28/pool 28/pool
+            self.images = F.avg_pool2d(images.float(), pool).round().to(torch.uint8)  # n 1 28/pool 28/pool
 
 
 def _read_split(raw: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8 (n, 28, 28) and labels uint8 (n,), writable, checked against each other."""
+    """Read images uint8 (n, 28, 28) and labels uint8 (n,), writable, and check that they fit each other."""
     images_path, labels_path = (_find(raw / f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
     images = _read_idx(images_path, _IMAGES_MAGIC)
     labels = _read_idx(labels_path, _LABELS_MAGIC)
     if images.shape[1:] != (SIDE, SIDE):
-        raise ValueError(f"{images_path} is corrupt: its pictures are {images.shape[1:]}, not 28 x 28.")
+        raise ValueError(f"{images_path} is corrupt: its images are {images.shape[1:]}, not 28 x 28")
     if len(images) != len(labels):
-        raise ValueError(f"{labels_path} has {len(labels)} labels for the {len(images)} pictures of {images_path}.")
+        raise ValueError(f"{labels_path} has {len(labels)} labels for the {len(images)} images of {images_path}")
     if len(labels) == 0:
-        raise ValueError(f"{images_path} holds no pictures.")
+        raise ValueError(f"{images_path} holds no images")
     if labels.max() > 9:
-        raise ValueError(f"{labels_path} is corrupt: it has a label {labels.max()}, and digits end at 9.")
+        raise ValueError(f"{labels_path} is corrupt: it has a label {labels.max()}, but the digits end at 9")
     return images, labels
 
 
@@ -88,24 +90,25 @@ def _find(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"{path} is not there, nor {path.name}.gz: set LDM_DATA or root to the folder that holds MNIST/raw, "
-        "or give download=true to fetch it."
+        f"neither {path} nor {path.name}.gz exists: set LDM_DATA or root to the folder that holds MNIST/raw, "
+        "or download it with download=true"
     )
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:
-    """An IDX file (http://yann.lecun.com/exdb/mnist): magic, sizes as big-endian int32, then bytes in C order."""
+    """Read an IDX file (http://yann.lecun.com/exdb/mnist): magic, sizes as big-endian int32, bytes in C order."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is corrupt: {error}.") from error
-    header = np.frombuffer(content[: 4 * (1 + magic % 256)], ">i4") if len(content) >= 16 else np.zeros(1)
+        raise ValueError(f"{path} is corrupt: {error}") from error
+    size = 4 * (1 + magic % 256)  # the magic number's last byte counts the dimensions
+    header = np.frombuffer(content[:size], ">i4") if len(content) >= size else np.zeros(1)
     if header[0] != magic:
-        raise ValueError(f"{path} is no MNIST file of its name: it does not begin with the number {magic}.")
+        raise ValueError(f"{path} is not the MNIST file of that name: it does not start with the number {magic}")
     shape = tuple(int(size) for size in header[1:])
     body = np.frombuffer(content, np.uint8, offset=header.nbytes)
     if min(shape) < 0 or body.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} is corrupt: it has {body.size} bytes of data where its header says {shape}.")
+        raise ValueError(f"{path} is corrupt: it has {body.size} bytes of data, but its header says {shape}")
     return body.reshape(shape).copy()
 
 
@@ -115,4 +118,4 @@ def _download(root: Path, split: str) -> None:
     try:
         Torchvision(str(root), train=split == "train", download=True)
     except RuntimeError as error:
-        raise OSError(f"MNIST could not be downloaded to {root}: {error}.") from error
+        raise OSError(f"MNIST could not be downloaded to {root}: {error}") from error

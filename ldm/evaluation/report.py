@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ldm.data.captions import TRAIN_FRAMES, UNSEEN_FRAMES, Caption
-from ldm.data.measure import classify as measure_styles
+from ldm.data.measure import classify_styles
 from ldm.evaluation.autoencoder import Reconstruction, pooled_psnr, psnr
 from ldm.evaluation.diversity import class_diversity
 from ldm.evaluation.frechet import frechet_distance, moments
@@ -110,8 +110,8 @@ def report_autoencoder(
     made, original = to_unit(result.pictures), to_unit(images)
     ratios = psnr(made, original)
     style, real_style = (
-        measure_styles(result.pictures, reference.thresholds),
-        measure_styles(images, reference.thresholds),
+        classify_styles(result.pictures, reference.thresholds),
+        classify_styles(images, reference.thresholds),
     )
     distance = frechet_distance(
         *moments(features_of(networks.features, result.pictures)), *moments(features_of(networks.features, images))

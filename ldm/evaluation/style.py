@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ldm.data.captions import Caption
-from ldm.data.measure import SLANTS, WEIGHTS, Thresholds, classify
+from ldm.data.measure import SLANTS, STROKE_WEIGHTS, Thresholds, classify_styles
 from ldm.evaluation.prompt import accuracy, accuracy_by
 
 
@@ -15,8 +15,8 @@ def style_accuracy(images: Tensor, captions: Sequence[Caption], thresholds: Thre
     `stated` counts each statement, `captions` each caption that states any (and wants all of them found); `weight`
     and `slant` are the statements of each kind, with their classes. Captions that state nothing do not count.
     """
-    found = classify(images, thresholds)
-    kinds = {"weight": (found.weight.tolist(), WEIGHTS), "slant": (found.slant.tolist(), SLANTS)}
+    found = classify_styles(images, thresholds)
+    kinds = {"weight": (found.weight.tolist(), STROKE_WEIGHTS), "slant": (found.slant.tolist(), SLANTS)}
     report: dict = {}
     statements: list[bool] = []
     whole = [True] * len(captions)

@@ -29,12 +29,12 @@ from ldm.training.stage import Stage, adamw
 # What may be said of an image whose subject alone is known. A frame says nothing else about the image.
 FRAMES = {
     "object": (
-        *("a photo of a {}", "a photo of the {}", "a photo of one {}", "an image of a {}", "an image of the {}"),
+        *("a photo of a {}", "a photo of the {}", "a photo of one {}", "a picture of a {}", "an image of the {}"),
         *("a close-up of a {}", "a cropped photo of the {}", "a photo of my {}", "this is a {}", "here is the {}"),
         *("a good photo of a {}", "a snapshot of the {}", "a {} in a photo", "the {}, photographed", "a {}"),
     ),
     "style": (
-        *("a painting in the style of {}", "an image in the style of {}", "a drawing in the style of {}"),
+        *("a painting in the style of {}", "a picture in the style of {}", "a drawing in the style of {}"),
         *("an artwork in the style of {}", "a scene in the style of {}", "an image in {} style", "art by {}"),
     ),
 }

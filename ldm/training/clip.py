@@ -94,8 +94,8 @@ class CLIPStage(Stage):
             captions = batch["caption"]
             return torch.tensor([[float(a == b) for b in captions] for a in captions])
         same = (batch["label"][:, None] == batch["label"]).float()
-        said, style = batch["said"], batch["style"]  # (b, 2): stroke weight and slant; -1 says nothing
-        agrees = ((said[None] == style[:, None]) | (said[None] < 0)).all(-1)
+        stated, style = batch["stated"], batch["style"]  # (b, 2): stroke weight and slant; -1 if not stated
+        agrees = ((stated[None] == style[:, None]) | (stated[None] < 0)).all(-1)
         return torch.where(agrees, same * self.agreement, same).cpu()
 
     @torch.no_grad()
