@@ -4,6 +4,7 @@ pixels [-1, 1] --encode--> latents (unit variance) --noise, denoise under text--
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ class DiffusionWrapper(nn.Module):
     def __init__(self, diffusion_model: nn.Module) -> None:
         super().__init__()
         self.diffusion_model = diffusion_model
+        self.autocast = False  # compute in `torch.autocast`'s precision, and the text encoder with it
 
     def forward(
         self,
@@ -58,7 +60,9 @@ class DiffusionWrapper(nn.Module):
         if c_concat is not None:
             x = torch.cat([x, c_concat.to(x.dtype)], dim=1)
         given = {"context": c_crossattn, "y": c_adm, "z": z}
-        return self.diffusion_model(x, t, **{name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        with torch.autocast(x.device.type) if self.autocast else nullcontext():
+            return self.diffusion_model(x, t, **given)
 
 
 # What a UNet's input holds beside the noised latents: see `LatentDiffusion.concat_image`.
@@ -161,12 +165,12 @@ class LatentDiffusion(nn.Module):
         """Pixels (b, c, h, w) in [-1, 1] -> scaled latents (b, z, h/f, w/f): a sample of the posterior, or its mode."""
         code = self.first_stage_model.encode(images.to(self.device))
         if isinstance(code, Tensor):  # of a VQ autoencoder, or pixels: there is no posterior
-            return self.scale_factor * code
-        return self.scale_factor * (code.mode() if mode else code.sample(generator))
+            return self.scale_factor * code.to(self.device)  # it may have been offloaded
+        return self.scale_factor * (code.mode() if mode else code.sample(generator)).to(self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (b, z, h/f, w/f) -> pixels (b, c, h, w), nominally in [-1, 1]."""
-        return self.first_stage_model.decode(latents / self.scale_factor).float()
+        return self.first_stage_model.decode(latents / self.scale_factor).to(self.device).float()
 
     @property
     def null(self) -> Any:
@@ -183,7 +187,11 @@ class LatentDiffusion(nn.Module):
         if self.cond_stage_model is None:
             return {}
         prompts = prompts.to(self.device) if isinstance(prompts, Tensor) else prompts
-        cond = encode_prompts(self.cond_stage_model, prompts, chunks, clip_skip, plain)
+        with ExitStack() as contexts:
+            if self.model.autocast:  # on either device: the text encoder may be offloaded to the CPU
+                for device_type in {"cpu", self.device.type}:
+                    contexts.enter_context(torch.autocast(device_type))
+            cond = encode_prompts(self.cond_stage_model, prompts, chunks, clip_skip, plain)
         return {key: value.to(self.device) for key, value in cond.items()}
 
     def concat_image(self, images: Tensor, mask: Tensor) -> Conditioning:

@@ -13,6 +13,7 @@ import torch
 
 import ldm
 from ldm.inference.compile import channels_last, compile_unet
+from ldm.latent_diffusion import DiffusionWrapper
 
 
 @pytest.fixture
@@ -55,9 +56,9 @@ class Network(torch.nn.Module):
         return self.conv(x).sin() + timesteps[:, None, None, None]
 
 
-def small() -> tuple[SimpleNamespace, Network]:
-    model = SimpleNamespace(model=SimpleNamespace(diffusion_model=Network()))
-    return model, model.model.diffusion_model
+def small() -> tuple[SimpleNamespace, DiffusionWrapper]:
+    model = SimpleNamespace(model=DiffusionWrapper(Network()))
+    return model, model.model
 
 
 def announced() -> None:
@@ -71,7 +72,7 @@ def announced() -> None:
 
     compile_unet(model, backend)
     for _ in range(2):
-        assert all(torch.equal(unet(x, t, context=None), out) for (x, t), out in zip(inputs, expected, strict=True))
+        assert all(torch.equal(unet(x, t, c_adm=None), out) for (x, t), out in zip(inputs, expected, strict=True))
     assert traced == [[(2, 4, 8, 8)], [(1, 4, 8, 8)]], traced
 
 
@@ -108,7 +109,7 @@ def test_mistakes_of_the_caller_stay_what_they_are():
     model, unet = small()
     compile_unet(model, backend="eager")
     with pytest.raises(ValueError, match="^it takes no y$"):
-        unet(torch.randn(1, 4, 8, 8), torch.zeros(1), y=torch.zeros(1))
+        unet(torch.randn(1, 4, 8, 8), torch.zeros(1), c_adm=torch.zeros(1))
 
 
 @pytest.mark.full

@@ -18,7 +18,9 @@ from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.lora import detach
 from ldm.finetune.lora_files import merge_lora, save_lora
 from ldm.inference import offload, precision
+from ldm.inference.draw import draw, own_recipe
 from ldm.inference.options import LOADING, add_model_options, load_model
+from ldm.inference.recipe import plan
 from ldm.models import kernels
 
 
@@ -111,8 +113,11 @@ def test_a_broken_model_is_reported(tiny_model, tmp_path):
     broken.model.diffusion_model.out[2].weight[0] = torch.nan
     ldm.save(broken, tmp_path / "broken.safetensors")
     model = load_model(parse("--ckpt", tmp_path / "broken.safetensors", "--device", "cpu"))
-    with pytest.raises(ValueError, match=r"began in model.diffusion_model.out.2; its weights are not finite"):
+    with pytest.raises(ValueError, match=r"an image is not finite"):
         model.generate(["a one"], steps=2)
+    (recipe,) = plan(own_recipe(model, "broken", steps=2), ["a one"], 1, 1)
+    with pytest.raises(ValueError, match=r"began in model.diffusion_model.out.2; its weights are not finite"):
+        list(draw(model, [recipe]))
 
 
 def test_what_is_offloaded_is_not_on_the_device(load, tiny_checkpoint):

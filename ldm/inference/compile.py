@@ -3,56 +3,60 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.latent_diffusion import LatentDiffusion
 
 
-def channels_last(model: LatentDiffusion) -> None:
-    """Lay out the convolutions of UNet and first stage as (b, h, w, c), which their kernels on CPUs and GPUs prefer."""
+def channels_last(model: LatentDiffusion) -> ExitStack:
+    """Lay out convolutions of UNet and first stage as (b, h, w, c), faster on CPUs and GPUs, until this is closed."""
+    undo = ExitStack()
     for network in (model.model, model.first_stage_model):
         network.to(memory_format=torch.channels_last)
+        undo.callback(network.to, memory_format=torch.contiguous_format)
+    return undo
 
 
-def compile_unet(model: LatentDiffusion, backend: str | Callable = "inductor") -> None:
-    """From now on the UNet runs through torch.compile, once compiled for each shape of its input.
+def compile_unet(model: LatentDiffusion, backend: str | Callable = "inductor") -> ExitStack:
+    """Run the UNet through torch.compile, until the result is closed.
 
-    Each compilation takes a minute or so, and says on stderr that it does. What goes wrong in it (no C++ compiler, no
-    Triton, an operation it does not know) is a ValueError in one sentence.
-    backend: torch.compile's; "eager" compiles nothing.
+    It is compiled at the first call for each shape of its inputs, which takes about a minute and is announced on
+    stderr. A failure of the compiler (no C++ compiler, no Triton, an unknown operation) is then a ValueError.
+
+    Args:
+        model: the model whose UNet to compile.
+        backend: of torch.compile; "eager" compiles nothing.
     """
-    unet = model.model.diffusion_model
-    unet.forward = _Compiled(unet.forward, backend)
+    wrapper, unet = model.model, model.model.diffusion_model
+    compiled: set[tuple[torch.Size, ...]] = set()
+
+    def warm_up(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        shapes = tuple(part.shape for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+        if shapes not in compiled:
+            size = " x ".join(map(str, shapes[0]))
+            print(f"compiling the UNet for an input of {size} ...", file=sys.stderr, flush=True)
+            _compile(wrapper.forward, args, kwargs)
+            compiled.add(shapes)
+
+    undo = ExitStack()
+    undo.callback(wrapper.register_forward_pre_hook(warm_up, with_kwargs=True).remove)
+    unet.compile(backend=backend, dynamic=False)
+    undo.callback(vars(unet).pop, "_compiled_call_impl")  # torch has no call that takes it back
+    return undo
 
 
-class _Compiled:
-    """`forward` through torch.compile, with its first call for each shape announced and its failures put in words."""
-
-    def __init__(self, forward: Callable[..., Tensor], backend: str | Callable) -> None:
-        self.forward = torch.compile(forward, backend=backend, dynamic=False)
-        self.shapes: set[tuple[torch.Size, ...]] = set()
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        shapes = tuple(part.shape for part in (x, *args, *kwargs.values()) if isinstance(part, Tensor))
-        if shapes in self.shapes:
-            return self.forward(x, *args, **kwargs)
-        print(f"compiling the UNet for an input of {' x '.join(map(str, x.shape))} ...", file=sys.stderr, flush=True)
-        try:
-            out = self.forward(x, *args, **kwargs)
-        except Exception as error:
-            if not _is_of_compiler(error):
-                raise
-            lines = [line.strip() for line in str(error).splitlines()]
-            reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
-            raise ValueError(f"torch.compile failed ({reason}): repair that, or leave --compile out") from error
-        self.shapes.add(shapes)
-        return out
-
-
-def _is_of_compiler(error: Exception) -> bool:
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")) or isinstance(
-        error, subprocess.SubprocessError | FileNotFoundError
-    )
+def _compile(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Call a function that is compiled on the way; ValueError for a failure of the compiler."""
+    try:
+        forward(*args, **kwargs)
+    except Exception as error:
+        own = type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
+        if not own and not isinstance(error, subprocess.SubprocessError | FileNotFoundError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
+        raise ValueError(f"torch.compile failed ({reason}): repair that, or leave --compile out") from error

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ldm.conditioning.prompt import count_chunks
 from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
+from ldm.inference.nan_check import generate_checked
 from ldm.inference.original import Original
 from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import EVERYWHERE, Recipe, refill
@@ -163,10 +164,11 @@ def _generate(
     callback: Callback | None,
     original: Original | None,
 ) -> list[Image.Image]:
-    """`model.generate` with the settings of the recipe, the model put into its precision if it is in another one."""
+    """`generate_checked` with the settings of the recipe, the model put into its precision if it is in another one."""
     if recipe.precision != precision_of(model):
         set_precision(model, recipe.precision)
-    images = model.generate(
+    images = generate_checked(
+        model,
         prompts,
         negative=recipe.negative,
         steps=recipe.steps,

@@ -1,8 +1,8 @@
-"""Where an image stopped being finite: the first module whose output holds NaN or infinity, by its name."""
+"""Find where NaN or infinity begins: the first module whose output is not finite, by name."""
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,49 +13,50 @@ from torch import Tensor, nn
 from ldm.latent_diffusion import LatentDiffusion
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(ValueError):
     """An image holds NaN or infinity."""
 
 
-def watch(model: LatentDiffusion) -> None:
-    """From now on `model.generate` raises ValueError for an image with NaN or infinite pixels, in place of drawing it,
-    in one sentence that names the first module whose output was not finite.
+def check_images(model: LatentDiffusion) -> ExitStack:
+    """Raise NotFinite whenever the model decodes an image with NaN or infinite pixels, until this is closed."""
+    undo = ExitStack()
+    undo.callback(model.first_stage_model.decoder.register_forward_hook(_check_pixels).remove)
+    return undo
 
-    While all is well, that costs one look at the pixels of each batch; then the drawing is repeated, each module's
-    output looked at.
+
+def generate_checked(model: LatentDiffusion, *args: Any, **settings: Any) -> list[Image.Image]:
+    """Return `model.generate(*args, **settings)`, or name the first module whose output was not finite.
+
+    Finite images cost one check of each batch's pixels. Otherwise the images are generated again, with a check of the
+    output of every module.
+
+    Raises:
+        ValueError: an image is not finite; the message names the module and a remedy.
     """
-    model.generate = partial(_watched, model)
-
-
-def _watched(model: LatentDiffusion, *args: Any, **kwargs: Any) -> list[Image.Image]:
-    generate = type(model).generate
-    look = model.first_stage_model.decoder.register_forward_hook(_look)
     try:
-        return generate(model, *args, **kwargs)
+        with check_images(model):
+            return model.generate(*args, **settings)
     except NotFinite:
         pass
-    finally:
-        look.remove()
-    with _searching(model):
-        generate(model, *args, **kwargs)
+    with _check_modules(model):
+        model.generate(*args, **settings)
     raise ValueError(
-        "an image was not finite (NaN or infinite pixels), but when drawn again it was: the device may be at fault"
+        "an image was not finite (NaN or infinite pixels), but was when generated again: the device may be at fault"
     )
 
 
-def _look(decoder: nn.Module, args: tuple, pixels: Tensor) -> None:
+def _check_pixels(decoder: nn.Module, args: tuple, pixels: Tensor) -> None:
     if not torch.isfinite(pixels).all():
-        raise NotFinite
+        raise NotFinite("an image is not finite (NaN or infinite pixels); txt2img.py names the module at fault")
 
 
 @contextmanager
-def _searching(model: LatentDiffusion) -> Iterator[None]:
-    """Raises ValueError as soon as anything that a module gives or is given is not finite."""
+def _check_modules(model: LatentDiffusion) -> Iterator[None]:
+    """Raise ValueError as soon as an input or output of any module is not finite."""
     running: list[str] = []  # the modules that are being computed, the innermost last
-    hooks = []
 
     def enter(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not _finite([args, kwargs]):  # no module gave that: it was made between two of them
+        if not _finite([args, kwargs]):  # not the output of a module: it was computed between two of them
             caller = running[-1] if running else "the sampler or its guidance"
             raise _error(f"{caller}, before it calls {name}", model.get_submodule(running[-1]) if running else model)
         running.append(name)
@@ -65,21 +66,17 @@ def _searching(model: LatentDiffusion) -> Iterator[None]:
         if not _finite(output):
             raise _error(name, module)
 
-    for name, module in model.named_modules():
-        if module is not model:
-            hooks.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(partial(leave, name)))
     compiled = "torch._dynamo" in sys.modules  # compiled code runs no hooks
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with ExitStack() as hooks, torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        for name, module in model.named_modules():
+            if module is not model:
+                hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(partial(leave, name), prepend=True))
+        yield
 
 
 def _finite(value: Any) -> bool:
-    """Whether all numbers in tensors, and in lists, tuples and dicts of them, are finite."""
+    """Return whether all numbers in tensors, and in lists, tuples and dicts of them, are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, dict):

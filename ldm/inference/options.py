@@ -86,7 +86,7 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     """
     import ldm
     from ldm.inference.compile import channels_last, compile_unet
-    from ldm.inference.nan_check import watch
+    from ldm.inference.nan_check import check_images
     from ldm.inference.offload import offload
     from ldm.inference.precision import set_precision
     from ldm.inference.tiling import slice_vae, tile_vae
@@ -113,7 +113,7 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
         offload(model, args.offload, device)
     if args.compile:
         compile_unet(model)
-    watch(model)
+    check_images(model)
     return model
 
 

@@ -7,42 +7,48 @@ fp16        float16                                  float32
 autocast    float32 weights, products in bfloat16    float32
             on a CPU, in float16 on a GPU
 
-The first stage stays in float32: it runs once, not at every step, and it makes the pixels. With the digits model
-bfloat16 there moves them by up to 3 levels of 255 and four times as much on average as bfloat16 in the UNet does over
-20 steps, and in float16 some published first stages overflow. Samplers and guidance keep float32 in any case.
+The first stage stays in float32: it runs once, not at every step, and it makes the pixels. With the digits model,
+bfloat16 there changes pixels by up to 3 of 255, on average four times as much as bfloat16 in the UNet does over 20
+steps, and in float16 some published first stages overflow. Samplers and guidance always compute in float32.
 
-float16 is refused on a CPU, whose libraries do without it: a convolution of Stable Diffusion's UNet takes 140 times as
-long as in float32 (AMD Zen 5, torch 2.15), where bfloat16 takes half of it.
+float16 is refused on a CPU, whose libraries lack kernels for it: a convolution of Stable Diffusion's UNet takes 140
+times as long as in float32 (AMD Zen 5, torch 2.15); bfloat16 takes half as long.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from contextlib import ExitStack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.latent_diffusion import LatentDiffusion
 
 DTYPES = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32}
+Kept = tuple[dict[str, Tensor | None], str, Tensor, Tensor]  # parameters or buffers, a key, its tensor, its data
 
 
 def precision_of(model: LatentDiffusion) -> str:
-    """The name of the precision that the model is in."""
-    if _is_autocast(model.model):
+    """Return the name of the precision that the model computes in."""
+    if model.model.autocast:
         return "autocast"
     dtype = next(model.model.parameters()).dtype
     return next((name for name, own in DTYPES.items() if own == dtype), "full")
 
 
-def set_precision(model: LatentDiffusion, name: str, device: str | torch.device | None = None) -> None:
-    """Put the model into a precision: full, bf16, fp16 or autocast, as the table above says.
+def set_precision(model: LatentDiffusion, name: str, device: str | torch.device | None = None) -> ExitStack:
+    """Convert the UNet and the text encoder to a precision, until the result is closed.
 
-    Weights are cast tensor by tensor, so that there are never two copies of all. device: the UNet is moved there on the
-    way; None leaves it where it is.
+    Args:
+        model: the model to convert in place.
+        name: full, bf16, fp16 or autocast, as in the table above.
+        device: where to move the UNet at the same time, so that there it only ever exists in its precision. None: leave
+            it where it is.
 
-    Raises ValueError for an unknown name, float16 on a CPU, and a model whose weights were already rounded to another
-    half precision.
+    Returns:
+        What restores the weights, as a context manager or by `close()`. It holds the weights as they were, on their
+        device: drop it to free them.
+
+    Raises:
+        ValueError: an unknown name, float16 on a CPU, or weights that are already rounded to another half precision.
     """
     if name not in DTYPES:
         raise ValueError(f"precision {name!r} is unknown: it is one of {', '.join(DTYPES)}")
@@ -52,23 +58,23 @@ def set_precision(model: LatentDiffusion, name: str, device: str | torch.device 
     own = precision_of(model)
     if own != name and own in ("bf16", "fp16"):
         raise ValueError(f"the model's weights are rounded to {own} already: load it again for precision {name}")
-    model.model.to(device, DTYPES[name])
-    networks = [model.model] if model.cond_stage_model is None else [model.model, model.cond_stage_model]
-    for network in networks:
-        network.to(DTYPES[name])
-        if name == "autocast":
-            network.forward = partial(_autocast, type(network).forward, network)
-        elif _is_autocast(network):
-            del network.forward
+    undo = ExitStack()
+    undo.callback(setattr, model.model, "autocast", own == "autocast")
+    for network, place in ((model.model, device), (model.cond_stage_model, None)):
+        if network is not None:
+            undo.callback(_restore, _tensors(network))
+            network.to(place, DTYPES[name])
+    model.model.autocast = name == "autocast"
+    return undo
 
 
-def _autocast(forward: Callable[..., Any], network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """forward(network, ...) under torch's automatic casting."""
-    devices = (parameter.device.type for parameter in network.parameters())
-    with torch.autocast(next(devices, "cpu")):  # what has no parameters computes nothing that is cast
-        return forward(network, *args, **kwargs)
+def _tensors(network: nn.Module) -> list[Kept]:
+    """Return all parameters and buffers, with what `_restore` needs."""
+    dicts = [tensors for module in network.modules() for tensors in (module._parameters, module._buffers)]
+    return [(d, name, tensor, tensor.data) for d in dicts for name, tensor in d.items() if tensor is not None]
 
 
-def _is_autocast(network: nn.Module) -> bool:
-    own = vars(network).get("forward")
-    return isinstance(own, partial) and own.func is _autocast
+def _restore(tensors: list[Kept]) -> None:
+    for own, name, tensor, data in tensors:
+        tensor.data = data
+        own[name] = tensor

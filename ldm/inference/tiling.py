@@ -1,19 +1,19 @@
-"""Decoding and encoding large images in little memory, with the result of doing it whole.
+"""Decode and encode large images in little memory, with the result of computing them at once.
 
-Tiles that are decoded apart show seams however far they overlap, because each group normalisation takes its mean and
-variance from the tile, and no blending hides that two tiles were normalised differently. Here the network is walked
-layer by layer instead, and each layer band by band (full-width strips of rows): a convolution sees the neighbours' rows
-that its kernel reaches into, a group normalisation the statistics of all bands together. Every value is then what it is
-in the whole image but for the order of sums, and there is nothing to blend. What has the latents' size, the attention
-over all positions among it, is computed whole.
+Tiles that are decoded separately show seams however far they overlap, because each group normalisation takes its mean
+and variance from its tile, and no blending hides that. Here the layers run one by one, each band by band (full-width
+strips of rows): a convolution sees the rows of its neighbours that its kernel reaches, a group normalisation the
+statistics of all bands. Every value is then that of the whole image up to the order of sums, and there is nothing to
+blend. What has the latents' size, such as attention over all positions, is computed at once.
 
-The band bounds the activations on the device that computes, whatever the image's size. The feature maps that wait
-between two layers, at most two of the image's size, are kept on the CPU. Where the CPU computes, too, the peak falls
-by about half (Stable Diffusion's decoder at 512 x 512: from 0.9 to 0.44 GiB above the weights, in the same time).
+The band bounds the activations on the device that computes, whatever the size of the image. The feature maps that wait
+between two layers, at most two of the image's size, are kept on the CPU. If the CPU computes as well, the peak falls by
+about half (Stable Diffusion's decoder at 512 x 512: from 0.9 to 0.44 GiB above the weights, in the same time).
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,44 +24,62 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.autoencoder import Decoder, Encoder, ResnetBlock
 
 
-def slice_vae(model: LatentDiffusion) -> None:
-    """From now on the first stage takes one image at a time, so that a batch needs no more memory than an image."""
-    for coder in (model.first_stage_model.encoder, model.first_stage_model.decoder):
-        coder.forward = partial(_one_by_one, coder)
+def slice_vae(model: LatentDiffusion) -> ExitStack:
+    """Encode and decode one image at a time, so that a batch needs no more memory than an image, until this is closed.
+
+    A first stage that has no encoder (pixels) stays as it is.
+    """
+    return _set_tiling(model, Tiling())
 
 
-def tile_vae(model: LatentDiffusion, side: int = 128, store: str | torch.device = "cpu") -> None:
-    """From now on the first stage takes one image at a time, and large ones in bands of at most about side^2 pixels.
+def tile_vae(model: LatentDiffusion, side: int = 128, store: str | torch.device = "cpu") -> ExitStack:
+    """Encode and decode one image at a time, and large ones in bands, until the result is closed.
 
-    store: the device on which feature maps wait. Stable Diffusion's decoder needs 1 KiB there for each pixel of the
-    image (two maps of 128 channels, or one of 256, in float32): 0.25 GiB at 512 x 512.
-    Raises ValueError for a side that is smaller than one latent.
+    Args:
+        model: the model whose first stage computes so. One without an encoder (pixels) stays as it is.
+        side: a band has at most about side^2 pixels.
+        store: the device on which feature maps wait. Stable Diffusion's decoder needs 1 KiB there for each pixel of the
+            image (two maps of 128 channels, or one of 256, in float32): 0.25 GiB at 512 x 512.
+
+    Raises:
+        ValueError: a side that is smaller than one latent.
     """
     if side < model.downsampling:
         raise ValueError(f"tiles of {side} pixels are too small: a latent of this model has {model.downsampling}")
+    return _set_tiling(model, Tiling(model.downsampling, side, torch.device(store)))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an Encoder or Decoder computes in less memory: one image at a time, and in bands where a side is given."""
+
+    downsampling: int = 1  # pixels per latent
+    side: int | None = None
+    store: torch.device = torch.device("cpu")
+
+    def apply(self, coder: Encoder | Decoder, x: Tensor) -> Tensor:
+        """Return `coder.compute(x)` for x (b, c, h, w), up to rounding."""
+        f, encodes = self.downsampling, isinstance(coder, Encoder)
+        height, width = (size if encodes else size * f for size in x.shape[-2:])  # pixels
+        if self.side is None or height * width <= self.side**2 or height % f or width % f:
+            return torch.cat([coder.compute(image) for image in x.split(1)])
+        rows = max(1, self.side**2 // (width * f))  # of latents, in a band
+        if encodes:
+            return torch.cat([_encode(coder, image, rows * f, self.store) for image in x.split(1)])
+        return torch.cat([_decode(coder, z, rows, self.store) for z in x.split(1)])
+
+
+def _set_tiling(model: LatentDiffusion, tiling: Tiling) -> ExitStack:
+    undo = ExitStack()
     for coder in (model.first_stage_model.encoder, model.first_stage_model.decoder):
-        coder.forward = partial(_tiled, coder, model.downsampling, side, torch.device(store))
-
-
-def _one_by_one(coder: Encoder | Decoder | nn.Identity, x: Tensor) -> Tensor:
-    """What `coder` gives for x (b, ...), image by image."""
-    return torch.cat([type(coder).forward(coder, image) for image in x.split(1)])
-
-
-def _tiled(coder: Encoder | Decoder | nn.Identity, f: int, side: int, store: torch.device, x: Tensor) -> Tensor:
-    """What `coder` gives for x (b, ...), image by image, large ones in bands; pixels have no maps to cut."""
-    encodes = isinstance(coder, Encoder)
-    height, width = (size if encodes else size * f for size in x.shape[-2:])  # pixels
-    if height * width <= side * side or height % f or width % f or isinstance(coder, nn.Identity):
-        return _one_by_one(coder, x)
-    latents = max(1, side * side // (width * f))  # rows of latents in a band
-    if encodes:
-        return torch.cat([_encode(coder, image, latents * f, store) for image in x.split(1)])
-    return torch.cat([_decode(coder, z, latents, store) for z in x.split(1)])
+        if isinstance(coder, Encoder | Decoder):
+            undo.callback(setattr, coder, "tiling", coder.tiling)
+            coder.tiling = tiling
+    return undo
 
 
 def _decode(decoder: Decoder, z: Tensor, rows: int, store: torch.device) -> Tensor:
-    """Decoder.forward for one z (1, c, h, w), in bands of so many of its rows."""
+    """Return `decoder.compute(z)` for one z (1, c, h, w), in bands of this number of its rows."""
     bands = _Bands.of(decoder.mid(decoder.conv_in(z)), rows, store)
     for i, level in reversed(list(enumerate(decoder.up))):
         _level(bands, level)
@@ -74,7 +92,7 @@ def _decode(decoder: Decoder, z: Tensor, rows: int, store: torch.device) -> Tens
 
 
 def _encode(encoder: Encoder, x: Tensor, rows: int, store: torch.device) -> Tensor:
-    """Encoder.forward for one x (1, c, h, w), in bands of so many of its rows."""
+    """Return `encoder.compute(x)` for one x (1, c, h, w), in bands of this number of its rows."""
     bands = _Bands.of(x, rows, store)
     bands.apply(encoder.conv_in, halo=1)
     for i, level in enumerate(encoder.down):
@@ -86,7 +104,7 @@ def _encode(encoder: Encoder, x: Tensor, rows: int, store: torch.device) -> Tens
 
 
 def _level(x: "_Bands", level: nn.Module) -> None:
-    """The residual blocks of a level, and its attention, which looks at all positions and is for small maps."""
+    """Apply the residual blocks of a level, and its attention, which sees all positions and is for small maps."""
     for j, block in enumerate(level.block):
         _residual(x, block)
         if len(level.attn) > 0:
@@ -94,7 +112,7 @@ def _level(x: "_Bands", level: nn.Module) -> None:
 
 
 def _residual(x: "_Bands", block: ResnetBlock) -> None:
-    """ResnetBlock.forward without dropout. Bands of x are replaced when nothing needs them any more, to save memory."""
+    """Apply a ResnetBlock without dropout. To save memory, bands of x are replaced once nothing needs them."""
     norm, h = x.norm(block.norm1), _Bands(x.device, x.store)
     for i, window in x.windows(halo=1):
         h.append(window.cut(block.conv1(F.silu(norm(window.rows)))))
@@ -113,13 +131,13 @@ class _Window(NamedTuple):
     below: int
 
     def cut(self, y: Tensor, scale: float = 1) -> Tensor:
-        """The band's own rows of what a layer that scales sizes made of `rows`."""
+        """Return the band's own rows of y, the output for `rows` of a layer that changes sizes by a factor `scale`."""
         above, below = int(self.above * scale), int(self.below * scale)
-        return y[:, :, above : y.shape[2] - below].clone()  # not a view, which would keep the neighbours' rows as well
+        return y[:, :, above : y.shape[2] - below].clone()  # not a view, which would keep the neighbours' rows too
 
 
 class _Bands:
-    """A feature map (1, c, h, w), band by band from the top. They wait on `store`; indexing gives them on `device`."""
+    """A feature map (1, c, h, w) in bands from the top. They wait on `store`; indexing returns them on `device`."""
 
     def __init__(self, device: torch.device, store: torch.device) -> None:
         self.device, self.store = device, store
@@ -127,7 +145,7 @@ class _Bands:
 
     @classmethod
     def of(cls, h: Tensor, rows: int, store: torch.device) -> "_Bands":
-        """The map h in bands of so many rows, the last with what is left."""
+        """Cut the map h into bands of this number of rows, the last with the remaining ones."""
         self = cls(h.device, store)
         for band in h.split(rows, dim=2):
             self.append(band.clone())  # not a view, which would keep all of h
@@ -146,9 +164,9 @@ class _Bands:
         return torch.cat(self.bands, dim=2).to(self.device)
 
     def windows(self, halo: int) -> Iterator[tuple[int, _Window]]:
-        """Each band with `halo` rows of its neighbours; at the edges of the image, where layers pad, with none.
+        """Yield each band with `halo` rows of its neighbours, none at the edges of the image, where layers pad.
 
-        A band that was given may be replaced at once: what the next one needs of it has been kept.
+        A band may be replaced as soon as it was yielded: the rows that the next one needs are kept.
         """
         above = self.bands[0][:, :, :0]
         for i, band in enumerate(self.bands):
@@ -158,7 +176,7 @@ class _Bands:
             yield i, _Window(rows, above_rows, below.shape[2])
 
     def apply(self, layer: Callable[[Tensor], Tensor], halo: int, scale: float = 1) -> None:
-        """Replace the map by layer(map), for a layer that reaches at most `halo` rows up and down."""
+        """Replace the map by layer(map), for a layer whose kernel reaches at most `halo` rows up and down."""
         for i, window in self.windows(halo):
             self[i] = window.cut(layer(window.rows), scale)
 
@@ -167,7 +185,7 @@ class _Bands:
         self.bands = type(self).of(layer(self.joined()), self.bands[0].shape[2], self.store).bands
 
     def norm(self, layer: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
-        """`layer` with the statistics of the whole map: with those given, it is a batch normalisation in eval mode."""
+        """Return `layer` with the statistics of the whole map: then it is a batch normalisation in eval mode."""
         count, total, squares = 0, 0.0, 0.0
         for i in range(len(self.bands)):
             band = self[i]

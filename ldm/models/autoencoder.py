@@ -139,6 +139,14 @@ class _Half(nn.Module):
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.tiling: Any = None  # `ldm.inference.tiling.Tiling`, to compute in less memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x) if self.tiling is None else self.tiling.apply(self, x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Return the output for the whole batch, computed at once."""
+        raise NotImplementedError
 
     def residual(self, channels: int, out_channels: int) -> ResnetBlock:
         return ResnetBlock(channels, out_channels, self.dropout, self.norm_groups)
@@ -179,7 +187,7 @@ class Encoder(_Half):
         self.norm_out = normalization(width, self.norm_groups, EPS)
         self.conv_out = nn.Conv2d(width, 2 * self.z_channels if self.double_z else self.z_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for i, level in enumerate(self.down):
             h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
@@ -208,7 +216,7 @@ class Decoder(_Half):
         self.norm_out = normalization(width, self.norm_groups, EPS)
         self.conv_out = nn.Conv2d(width, self.out_ch, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def compute(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for i, level in reversed(list(enumerate(self.up))):
             h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
