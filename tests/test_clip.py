@@ -222,7 +222,7 @@ def test_a_new_tower_is_initialised_and_trains(tower):
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="'relu' is unknown; it is one of gelu, quick_gelu"):
+    with pytest.raises(ValueError, match="'relu' is unknown: it is one of gelu, quick_gelu"):
         CLIPTextModel(**TINY, activation="relu")
-    with pytest.raises(ValueError, match="width 32 is no multiple of 5 heads"):
+    with pytest.raises(ValueError, match="width 32 does not split into 5 heads"):
         OpenCLIPTextModel(**{**TINY, "heads": 5}, activation="gelu")

@@ -22,7 +22,7 @@ def test_lists_have_an_entry_per_level():
         ({"num_res_blocks": [1]}, r"num_res_blocks is \[1\]: give one number, or one per entry of channel_mult \(2\)"),
         ({"transformer_depth": [1, 2, 3]}, "transformer_depth is"),
         ({"disable_self_attentions": []}, "disable_self_attentions is"),
-        ({"num_attention_blocks": [1, 2]}, "asks for 2 attention blocks where num_res_blocks is 1"),
+        ({"num_attention_blocks": [1, 2]}, "num_attention_blocks is 2 where num_res_blocks is 1"),
     ],
 )
 def test_what_does_not_fit(settings, message):

@@ -105,10 +105,10 @@ def test_a_unet_has_it_in_its_levels():
             lambda: UNetModel(**SMALL, attention_type="linear", use_spatial_transformer=True, context_dim=4),
             "attention_type 'linear': use full, or linear without use_spatial_transformer",
         ),
-        (lambda: UNetModel(**SMALL, attention_type="linear", attention_memory=-1), "attention_memory -1"),
+        (lambda: UNetModel(**SMALL, attention_type="linear", attention_memory=-1), "attention_memory is -1"),
         (lambda: LinearAttentionBlock(8, num_heads=3, norm_groups=4), "8 channels do not split into heads"),
         (lambda: LinearAttentionBlock(8, num_head_channels=16, norm_groups=4), "8 channels do not split into heads"),
-        (lambda: LinearAttentionBlock(8, num_heads=0, norm_groups=4), "8 channels .*: num_heads is 0, num_head_ch"),
+        (lambda: LinearAttentionBlock(8, num_heads=0, norm_groups=4), "8 channels .*: num_heads is 0 and must"),
     ],
 )
 def test_bad_arguments_are_refused(build, message):

@@ -17,7 +17,7 @@ PENDING = {
     "compvis": "KEYS Losses SETTINGS",
     "conditioning": "LAYERS SPECIAL parse",
     "data": "batches classify nearest",
-    "evaluation": "FRAMES compare draw measure read_folder",
+    "evaluation": "FRAMES Objective compare draw measure read_folder",
     "finetune": "DEFAULTS TARGETS check_model loop_settings",
     "inference": "EVERYWHERE autoguidance classifier load load_network perturbed_attention save",
 }

@@ -130,7 +130,7 @@ def test_computes_in_its_parameters_dtype():
 def test_wrong_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         EncoderUNetModel(**SMALL | options)
-    with pytest.raises(ValueError, match="8 channels do not split into heads of 3"):
+    with pytest.raises(ValueError, match="8 channels do not split into heads: num_head_channels is 3"):
         AttentionPool2d(3, 8, 3)
 
 

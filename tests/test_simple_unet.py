@@ -94,7 +94,8 @@ def test_time_enters_sines_first():
 
 
 @pytest.mark.parametrize(
-    "changes, words", [({"widths": [8]}, "widths .8. make no UNet"), ({"time_channels": 7}, "7 must be even")]
+    "changes, words",
+    [({"widths": [8]}, "widths is .8.: give one"), ({"time_channels": 7}, "time_channels is 7: it must be even")],
 )
 def test_bad_arguments_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):

@@ -428,7 +428,7 @@ def test_group_norm_keeps_float32_statistics(dtype, bits):
         ({"num_res_blocks": [1, 1, 1]}, r"num_res_blocks is \[1, 1, 1\]"),
         (TEXT | {"transformer_depth": [1]}, "transformer_depth is"),
         (TEXT | {"transformer_depth": 3, "context_dim": [12, 12]}, "3 transformer blocks"),
-        ({"num_attention_blocks": [2, 1]}, "2 attention blocks where num_res_blocks is 1"),
+        ({"num_attention_blocks": [2, 1]}, "num_attention_blocks is 2 where num_res_blocks is 1"),
         ({"patch": 0}, "patch is 0"),
         ({"patch": 2, "n_embed": 5}, "1 with n_embed"),
         ({"num_classes": "text"}, "num_classes is 'text'"),

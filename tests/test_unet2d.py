@@ -68,7 +68,7 @@ def test_the_class_is_added_to_the_time():
     outputs = model(randn(2, 1, 6, 6), t, y=y)
     time = model.time_embed(timestep_embedding(t, 8, sines_first=True))
     torch.testing.assert_close(seen[0], time + model.class_embed.weight[y])
-    with pytest.raises(AssertionError, match="if and only if the network has classes"):
+    with pytest.raises(AssertionError, match="give y if and only if the network has classes"):
         model(randn(2, 1, 6, 6), t)
     plain = fill(UNet2D(**SMALL | {"num_classes": None}), 1)
     assert plain(randn(2, 1, 6, 6), t).shape == outputs.shape
@@ -153,7 +153,7 @@ def test_transposed_upsampling_is_the_strided_convolutions_gradient():
         ({"attention": "linear"}, "attention 'linear' is unknown: it is residual or bare"),
         ({"upsample": "nearest"}, "upsample 'nearest' is unknown: it is interpolate or transpose"),
         ({"widths": (8, 18)}, "18 channels do not split into 4 groups"),
-        ({"head_channels": 3}, "8 channels do not split into heads of 3"),
+        ({"head_channels": 3}, "8 channels do not split into heads: num_head_channels is 3"),
     ],
 )
 def test_bad_arguments_are_refused(changes, words):

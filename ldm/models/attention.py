@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# `blocks.checkpoint` is called through its module: research code replaces it there.
+# `blocks.checkpoint` is called through its module, where research code replaces it.
 from ldm.models import blocks
 from ldm.models.blocks import ContextBlock, normalization, zero_module
 from ldm.models.kernels import attention
@@ -24,7 +24,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, between them `mult` times the width and GEGLU or, without `glu`, GELU: (b, n, dim) stays."""
+    """Two linear layers with `mult` times the width and GELU, or GEGLU with `glu`, between: (b, n, dim) both ways."""
 
     def __init__(self, dim: int, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -57,10 +57,19 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (b, n, query_dim), context (b, m, context_dim); mask (b, m), boolean, True where a token may be seen."""
+        """Attend from x to a context.
+
+        Args:
+            x: (b, n, query_dim).
+            context: (b, m, context_dim); None: x itself.
+            mask: boolean (b, m), True for the tokens that may be attended to.
+
+        Returns:
+            (b, n, query_dim).
+        """
         context = x if context is None else context
         b, n, _ = x.shape
-        # views, not einops: this is called thousands of times per image, and they take a third of the time
+        # views take a third of einops' time, and this is called thousands of times per image
         q = self.to_q(x).view(b, n, self.heads, -1).transpose(1, 2)  # (b, h, n, d)
         k = self.to_k(context).view(b, context.shape[1], self.heads, -1).transpose(1, 2)  # (b, h, m, d)
         v = self.to_v(context).view(b, context.shape[1], self.heads, -1).transpose(1, 2)  # (b, h, m, d)
@@ -73,8 +82,9 @@ class CrossAttention(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each normalised first and added to x (b, n, dim).
 
-    With `disable_self_attn` the first attention looks at the context too. `checkpoint` is CompVis's name for "keep
-    no activations for the backward pass".
+    Args:
+        checkpoint: recompute activations in the backward pass.
+        disable_self_attn: the first attention attends to the context too.
     """
 
     def __init__(
@@ -111,10 +121,15 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(ContextBlock):
     """`depth` transformer blocks over the positions of a feature map: x (b, c, h, w) -> (b, c, h, w), added to x.
 
-    `context_dim` is the context's width, or a list with one per block (one entry serves all); the context is a
-    tensor (b, n, context_dim) for all blocks, or a list with one per block. The projections into and out of the blocks
-    are 1x1 convolutions (SD 1) or, with `use_linear`, linear layers (SD 2); the one out starts at zero.
-    Raises ValueError when the list of widths does not fit the depth.
+    The context is a tensor (b, n, context_dim) for all blocks, or a list with one per block. The projection out starts
+    at zero.
+
+    Args:
+        context_dim: width of the context, or a list with one per block; a single entry serves all.
+        use_linear: linear layers around the blocks (SD 2), not 1x1 convolutions (SD 1).
+
+    Raises:
+        ValueError: the list of widths does not fit the depth.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), CompVis's names."""
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), in CompVis's names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ from ldm.models.blocks import normalization
 from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.kernels import attention
 
-__getattr__ = elsewhere(__name__)  # what CompVis's file of this name had besides
+__getattr__ = elsewhere(__name__)  # the other names of CompVis's file
 
-EPS = 1e-6  # of every group normalisation here; the UNet's residual blocks have 1e-5
+EPS = 1e-6  # of every group normalisation here; 1e-5 in the UNet's residual blocks
 
 
 class ResnetBlock(nn.Module):
@@ -62,7 +62,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves (b, c, h, w): a strided 3x3 convolution padded on the right and below only, or the mean of 2x2."""
+    """Halves (b, c, h, w): a strided 3x3 convolution padded on the right and at the bottom, or the mean of 2x2."""
 
     def __init__(self, in_channels: int, with_conv: bool) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class Decoder(_Half):
 
 
 def require_unset(**settings: Any) -> None:
-    """Raises ValueError for an argument of CompVis's autoencoders that has no counterpart here, if it is set."""
+    """Raise ValueError for an argument of CompVis's autoencoders that has no counterpart here, if it is set."""
     for name, value in settings.items():
         if value:
             raise ValueError(f"{name} {value!r} has no counterpart here: leave it out (ldm.load reads checkpoints)")
@@ -236,10 +236,14 @@ def require_unset(**settings: Any) -> None:
 class AutoencoderKL(nn.Module):
     """Pixels in [-1, 1] <-> raw (unscaled) latents, with a Gaussian posterior.
 
-    `ddconfig` holds Encoder's arguments, `embed_dim` is the number of latent channels. The others belong to CompVis's
-    configs and are not used: losses and averages are part of training, and files are read by `ldm.load`.
-    Raises ValueError when ddconfig has double_z false (the encoder must give means and log variances), and for a
-    ckpt_path or colorize_nlabels.
+    Args:
+        ddconfig: arguments of `Encoder` and `Decoder`.
+        embed_dim: number of latent channels.
+        others: of CompVis's configs, not used: losses and averages belong to training, `ldm.load` reads checkpoints.
+
+    Raises:
+        ValueError: ddconfig has double_z false (the encoder must give means and log variances), or ckpt_path or
+            colorize_nlabels is set.
     """
 
     def __init__(
@@ -270,29 +274,32 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """The posterior, over (b, embed_dim, h / f, w / f) in float32 or wider, of pixels x (b, c, h, w)."""
+        """Pixels (b, c, h, w) -> the posterior over latents (b, embed_dim, h / f, w / f), in float32 or wider."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pixels (b, c, h, w), about [-1, 1] but not clamped, in the parameters' dtype, from z (b, embed_dim, ...)."""
+        """Return pixels (b, c, h, w), not clamped to [-1, 1], in the parameters' dtype, of z (b, embed_dim, ...)."""
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """The reconstruction (b, c, h, w) from a sample of the posterior, or from its mode, and the posterior."""
+        """Return the reconstruction (b, c, h, w) from a sample of the posterior, or its mode, and the posterior."""
         posterior = self.encode(x)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
 
     def get_last_layer(self) -> nn.Parameter:
-        """The last weight of the decoder, where the gradients of reconstruction and adversarial loss are compared."""
+        """Return the decoder's last weight, at which the gradients of the losses are compared."""
         return self.decoder.conv_out.weight
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Makes (z - mean) / std the latents, in the two 1x1 convolutions around them; decode(encode(x)) stays.
+        """Make (z - mean) / std the latents, in the two 1x1 convolutions around them; decode(encode(x)) stays the same.
 
-        mean and std, of the latents as they are now, are (embed_dim,). Raises ValueError for other shapes, or when a
-        std is not positive and finite.
+        Args:
+            mean, std: of the present latents, (embed_dim,) each.
+
+        Raises:
+            ValueError: another shape, or a std that is not positive and finite.
         """
         if mean.shape != (self.embed_dim,) or std.shape != (self.embed_dim,):
             raise ValueError(

@@ -20,13 +20,18 @@ def timestep_embedding(
     sines_first: bool = False,
     shift: float = 0,
 ) -> Tensor:
-    """Sinusoidal features of the noise level (Vaswani et al. 2017, section 3.5; Ho et al. 2020).
+    """Return sinusoidal features of the timestep (Vaswani et al. 2017, section 3.5; Ho et al. 2020).
 
-    t (b,) may be fractional; the result is (b, dim) in float32, with a zero column at the end when dim is odd.
-    `repeat_only` gives t itself in every column instead. Feature k of each half has the frequency
-    max_period^(-k / (dim / 2 - shift)). Conventions differ: cosines first and shift 0 in guided diffusion, latent
-    diffusion and diffusers' Stable Diffusion; `sines_first` and shift 1 in Ho et al.'s code and most written after it,
-    where the last frequency is 1 / max_period itself.
+    Feature k of each half has the frequency max_period^(-k / (dim / 2 - shift)). Conventions differ: guided diffusion,
+    latent diffusion and diffusers' Stable Diffusion have cosines first and shift 0; Ho et al.'s code and most written
+    after it have `sines_first` and shift 1, with which the last frequency is exactly 1 / max_period.
+
+    Args:
+        t: (b,), may be fractional.
+        repeat_only: return t itself in every column.
+
+    Returns:
+        (b, dim) in float32, with a zero column at the end when dim is odd.
     """
     if repeat_only:
         return repeat(t, "b -> b d", d=dim)
@@ -40,9 +45,9 @@ def timestep_embedding(
 
 
 def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
-    """Group normalisation (Wu & He 2018). torch's kernels sum in float32 for half-width inputs too, so nothing is cast.
+    """Return a group normalisation (Wu & He 2018), or raise ValueError when the groups do not divide the channels.
 
-    Raises ValueError when the groups do not divide the channels.
+    torch's kernels sum half-precision inputs in float32, so nothing is cast.
     """
     if channels % groups:
         raise ValueError(
@@ -53,14 +58,14 @@ def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.Grou
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Sets every parameter to zero, so that the branch that ends here begins as nothing, and returns the module."""
+    """Set every parameter to zero, so that the branch that ends here starts at zero, and return the module."""
     for parameter in module.parameters():
         parameter.detach().zero_()
     return module
 
 
 def checkpoint(func: Callable, inputs: Sequence, params: Iterable[nn.Parameter], flag: bool) -> Tensor:
-    """func(*inputs); with `flag`, the backward pass computes func again instead of keeping its activations.
+    """Return func(*inputs); with `flag`, recompute func in the backward pass instead of keeping its activations.
 
     `params` belongs to CompVis's signature; torch finds the parameters by itself, frozen ones included.
     """
@@ -70,7 +75,7 @@ def checkpoint(func: Callable, inputs: Sequence, params: Iterable[nn.Parameter],
 
 
 def require_two_dims(dims: int) -> None:
-    """Raises ValueError unless dims, an argument of CompVis's constructors, is 2."""
+    """Raise ValueError unless dims, an argument of CompVis's constructors, is 2."""
     if dims != 2:
         raise ValueError(f"dims is {dims!r}: these networks are for images, dims must be 2")
 
@@ -84,7 +89,7 @@ class ContextBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """A sequence that hands each child what its kind takes: the time embedding, the context, or x alone."""
+    """A sequence that passes to each child, what its kind takes: the time embedding, the context, or x alone."""
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         for layer in self:
@@ -98,7 +103,7 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour x 2, then a 3x3 convolution if `use_conv`: (b, channels, h, w) -> (b, out_channels, 2h, 2w)."""
+    """Nearest neighbour, with `use_conv` then a 3x3 convolution: (b, channels, h, w) -> (b, out_channels, 2h, 2w)."""
 
     def __init__(
         self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
@@ -133,9 +138,13 @@ class Downsample(nn.Module):
 class ResBlock(TimestepBlock):
     """The residual block of Dhariwal & Nichol 2021: x (b, c, h, w) and emb (b, e) -> (b, out_channels, h, w).
 
-    The time enters by addition, or, with `use_scale_shift_norm`, as scale and shift of the second normalisation
-    (AdaGN, their section 3). `up` and `down` resample both branches after the first normalisation. The last
-    convolution starts at zero, so that the block starts as its skip connection.
+    The last convolution starts at zero, so that the block starts as its skip connection.
+
+    Args:
+        use_conv: a 3x3, not 1x1, convolution as skip connection where the width changes.
+        use_scale_shift_norm: the time scales and shifts the second normalisation (AdaGN, their section 3) instead of
+            being added.
+        up, down: resample both branches after the first normalisation.
     """
 
     def __init__(
@@ -201,25 +210,26 @@ class ResBlock(TimestepBlock):
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
-    """`num_heads`, or where the width of a head is given, and not -1, how many of that width there are.
+    """Return the number of heads: `num_heads`, or as many as have the width `num_head_channels`, unless that is -1.
 
-    Raises ValueError when the one in force does not divide the channels.
+    Raises:
+        ValueError: the one that counts does not divide the channels.
     """
-    divisor = num_heads if num_head_channels == -1 else num_head_channels
+    name, divisor = ("num_heads", num_heads) if num_head_channels == -1 else ("num_head_channels", num_head_channels)
     if divisor < 1 or channels % divisor:
-        raise ValueError(
-            f"{channels} channels do not split into heads: num_heads is {num_heads}, num_head_channels is "
-            f"{num_head_channels} (-1: not given), and the one in force must divide the channels"
-        )
+        raise ValueError(f"{channels} channels do not split into heads: {name} is {divisor} and must divide them")
     return num_heads if num_head_channels == -1 else channels // num_head_channels
 
 
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of a feature map (b, c, h, w), added to it (Dhariwal & Nichol 2021).
 
-    Heads are counted by `num_heads`, or follow from the width of one, `num_head_channels`. The 3c channels of `qkv`
-    are laid out (heads, 3, d), or (3, heads, d) with `use_new_attention_order`.
-    Raises ValueError when the heads do not divide the channels.
+    Args:
+        num_heads, num_head_channels: as in `count_heads`.
+        use_new_attention_order: `qkv` has its 3c channels laid out (3, heads, d), not (heads, 3, d).
+
+    Raises:
+        ValueError: the heads do not divide the channels.
     """
 
     def __init__(
@@ -243,10 +253,10 @@ class AttentionBlock(nn.Module):
         return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor) -> Tensor:
-        layout = (
-            "b (three h d) n -> three b h n d" if self.use_new_attention_order else "b (h three d) n -> three b h n d"
-        )
+        order = "three h" if self.use_new_attention_order else "h three"
         tokens = rearrange(self.norm(x), "b c h w -> b c (h w)")
-        q, k, v = rearrange(self.qkv(tokens), layout, three=3, h=self.num_heads)  # each (b, h, n, d)
+        q, k, v = rearrange(  # each (b, h, n, d)
+            self.qkv(tokens), f"b ({order} d) n -> three b h n d", three=3, h=self.num_heads
+        )
         h = rearrange(attention(q, k, v), "b h n d -> b (h d) n")
         return x + self.proj_out(h).view(x.shape)  # (b, c, h, w)

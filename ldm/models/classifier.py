@@ -1,23 +1,23 @@
-"""The two small networks that measure images of digits; neither is shared with a generator.
+"""The two small networks that evaluate images of digits.
 
-`Judge` names the digit. `FeatureNetwork` is of another design and trained apart from it, so that the Fréchet distance
-and the precision and recall measured in its features do not repeat the judge's mistakes. Both take images in [-1,
-1] and look at the inner 28 x 28 only, or are made for another `size`. In half precision each stays under 1 MB.
+`Judge` classifies the digit. `FeatureNetwork` has another design and is trained separately, so that the Fréchet
+distance and the precision and recall measured in its features do not repeat the judge's mistakes. Both take images in
+[-1, 1] and see the central 28 x 28 pixels only, or those of another `size`. In half precision each is under 1 MB.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-INNER = 28  # MNIST's own size: the two pixels of padding that make 32 x 32 say nothing about a digit
+INNER = 28  # MNIST's own size; two pixels of padding on each side make it 32 x 32
 PADDING = 2
 
 
 def inner(images: Tensor, size: int = INNER) -> Tensor:
-    """Central `size` x `size` part of images (..., h, w); an image of that size passes as it is.
+    """Return the central `size` x `size` part of images (..., h, w).
 
     Raises:
-        ValueError: the images are smaller than `size`, lie off centre by half a pixel, or have more than the padding
-            around that part: theirs are larger digits.
+        ValueError: the images are smaller than `size`, have no central part of that size, or have more than the padding
+            around it: their digits are larger.
     """
     height, width = images.shape[-2:]
     top, left = (height - size) // 2, (width - size) // 2
@@ -31,7 +31,7 @@ def inner(images: Tensor, size: int = INNER) -> Tensor:
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Sequential:
-    """Convolution that keeps the size, then batch normalisation (which holds the bias)."""
+    """Return a convolution that keeps the size, then batch normalisation, which has the bias."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
@@ -55,7 +55,7 @@ class Judge(nn.Module):
         widths: channels at 28, 14 and 7 pixels.
         classes: number of classes.
         in_channels: channels of the images.
-        size: of the part that it looks at, in place of 28; halving rounds down.
+        size: of the central part that it sees; halving rounds down.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(third, classes)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Images (b, c, 28 or 32, same) in [-1, 1] -> features at 28, 14 and 7 pixels: a perceptual distance's."""
+        """Images (b, c, 28 or 32, same) in [-1, 1] -> features at 28, 14 and 7 pixels, for a perceptual distance."""
         fine = F.relu(self.stem(inner(images, self.size)))  # (b, widths[0], 28, 28)
         middle = self.block1(F.relu(self.down1(F.max_pool2d(fine, 2))))  # (b, widths[1], 14, 14)
         coarse = self.block2(F.relu(self.down2(F.max_pool2d(middle, 2))))  # (b, widths[2], 7, 7)
@@ -88,18 +88,18 @@ class Judge(nn.Module):
 
 
 class FeatureNetwork(nn.Module):
-    """LeNet-like network whose penultimate layer is the space that distances are measured in.
+    """LeNet-like network whose penultimate layer is the feature space in which distances are measured.
 
     The features are the output of a batch normalisation without gain, before the activation: each has unit variance on
-    the training images and none can be dead (of 128 features behind a ReLU, 37 were). Max pooling leaves the distance
-    a third as sensitive to faint background noise as average pooling does.
+    the training images and none can be dead (37 of 128 features after a ReLU were). With max pooling the distance is a
+    third as sensitive to faint background noise as with average pooling.
 
     Args:
         widths: channels of the two 5 x 5 convolutions, at 28 and at 14 pixels.
         features: number of features.
         classes: number of classes.
         in_channels: channels of the images.
-        size: of the part that it looks at, in place of 28.
+        size: of the central part that it sees.
     """
 
     def __init__(

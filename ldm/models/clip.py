@@ -1,8 +1,8 @@
 """CLIP's text tower: a causal transformer over tokens (Radford et al. 2021, arXiv:2103.00020, section 2.4).
 
-Two classes with one maths and two sets of parameter names, those of the two public formats: `CLIPTextModel` is named as
-in transformers (Stable Diffusion 1), `OpenCLIPTextModel` as in open_clip (Stable Diffusion 2). Padding is not masked:
-both models were trained without a mask, and what follows the end of text is part of the conditioning.
+Two classes compute the same and differ in their parameter names, those of the two public formats: transformers' for
+`CLIPTextModel` (Stable Diffusion 1), open_clip's for `OpenCLIPTextModel` (Stable Diffusion 2). Padding is not masked:
+both models were trained without a mask, and the tokens after the end of text are part of the conditioning.
 """
 
 from collections import OrderedDict
@@ -25,7 +25,7 @@ ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal attention of `heads` heads; the layouts differ in how they store the projection to q, k and v."""
+    """Causal attention with `heads` heads; the layouts store the projection to q, k and v differently."""
 
     heads: int
     out_proj: nn.Linear
@@ -85,7 +85,7 @@ class CLIPBlock(nn.Module):
 
 
 class OpenCLIPBlock(nn.Module):
-    """open_clip's ResidualAttentionBlock, the same maths as CLIPBlock."""
+    """open_clip's ResidualAttentionBlock, which computes the same as CLIPBlock."""
 
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
@@ -100,48 +100,53 @@ class OpenCLIPBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """What the two layouts share. Every size is given: none can be read from a default, nor the heads from the weights.
+    """What the two layouts share. Every size is an argument, as the number of heads cannot be read from the weights.
 
     Args:
         vocab_size: rows of the token embedding.
         width: features d per token.
-        layers: blocks.
-        heads: attention heads; they divide width.
-        context_length: most tokens per prompt.
+        layers: number of blocks.
+        heads: number of attention heads; it must divide width.
+        context_length: maximum number of tokens per prompt.
         activation: "quick_gelu" (OpenAI's CLIP, Stable Diffusion 1) or "gelu" (exact; open_clip, Stable Diffusion 2).
         projection_dim: features p of the pooled text. None: no projection (transformers) or width (open_clip).
 
     Raises:
-        ValueError: an unknown activation, or heads that do not divide width.
+        ValueError: the activation is unknown, or the heads do not divide width.
     """
 
     def __init__(self, width: int, heads: int, activation: str):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is unknown; it is one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation {activation!r} is unknown: it is one of {', '.join(ACTIVATIONS)}")
         if width % heads:
-            raise ValueError(f"text width {width} is no multiple of {heads} heads")
+            raise ValueError(f"text width {width} does not split into {heads} heads: heads must divide it")
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token plus position embedding, (b, n) -> (b, n, d)."""
+        """Return token plus position embeddings, (b, n) -> (b, n, d)."""
         raise NotImplementedError
 
     def blocks(self) -> nn.ModuleList:
-        """The blocks in order."""
+        """Return the blocks in order."""
         raise NotImplementedError
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """The last layer norm, (b, n, d)."""
+        """Apply the last layer norm, (b, n, d)."""
         raise NotImplementedError
 
     def project(self, x: Tensor) -> Tensor:
-        """The text projection, (b, d) -> (b, p)."""
+        """Apply the text projection, (b, d) -> (b, p)."""
         raise NotImplementedError
 
     def hidden_states(self, tokens: Tensor, depth: int | None = None) -> list[Tensor]:
-        """The embedding and the output of each of the first `depth` blocks (None: all), none of them normed.
+        """Return the embeddings and the output of each of the first `depth` blocks, without the last layer norm.
 
-        tokens (b, n) int64, n at most the context length -> depth + 1 tensors (b, n, d).
+        Args:
+            tokens: (b, n) int64, n at most the context length.
+            depth: None: all blocks.
+
+        Returns:
+            depth + 1 tensors (b, n, d).
         """
         states = [self.embed(tokens)]
         for block in self.blocks()[:depth]:
@@ -149,7 +154,7 @@ class TextTower(nn.Module):
         return states
 
     def pool(self, x: Tensor, tokens: Tensor, eos: int) -> Tensor:
-        """Text embedding: the normed last state (b, n, d) at the first end of text, projected -> (b, p)."""
+        """Return the text embedding (b, p): the normed last state (b, n, d) at the first end of text, projected."""
         first = (tokens == eos).int().argmax(dim=-1)  # (b,)
         return self.project(x[torch.arange(len(x), device=x.device), first])
 
@@ -217,7 +222,7 @@ class OpenCLIPTextModel(TextTower):
         projection_dim = width if projection_dim is None else projection_dim
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.text_projection = nn.Parameter(torch.empty(width, projection_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(0.0))  # no part of the tower, but of every public file
+        self.logit_scale = nn.Parameter(torch.tensor(0.0))  # not used by the tower, but in every public file
         self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.ln_final = nn.LayerNorm(width)
@@ -239,7 +244,7 @@ class OpenCLIPTextModel(TextTower):
 
 
 def _mlp(width: int, activation: str, first: str, second: str) -> nn.Sequential:
-    """width -> 4 width -> width, its two layers named as the layout names them."""
+    """Return width -> 4 width -> width, with the layout's names for the two layers."""
     layers = [
         (first, nn.Linear(width, 4 * width)),
         ("gelu", ACTIVATIONS[activation]()),

@@ -6,11 +6,14 @@ from torch import Tensor, nn
 
 
 class NLayerDiscriminator(nn.Module):
-    """Judges overlapping patches of images: (b, input_nc, h, w) -> logits (b, 1, about h / 2^n_layers, ...).
+    """Classifies overlapping patches as real or generated: (b, input_nc, h, w) -> (b, 1, about h / 2^n_layers, ...).
 
-    `ndf` is the first layer's width; it doubles with every layer, up to 8 ndf. All convolutions are 4x4, padded by
-    1; the last two have stride 1, the others 2. Weights start as N(0, 0.02), as in DCGAN (Radford et al. 2016).
-    Raises ValueError when n_layers is below 1.
+    All convolutions are 4x4, padded by 1; the last two have stride 1, the others 2. Weights start as N(0, 0.02), as in
+    DCGAN (Radford et al. 2016).
+
+    Args:
+        ndf: width of the first layer; it doubles with every layer, up to 8 ndf.
+        n_layers: at least 1, or ValueError.
     """
 
     def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3) -> None:
@@ -33,7 +36,7 @@ class NLayerDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (b, input_nc, h, w), pixels in [-1, 1], to one logit per patch, above 0 for real."""
+        """Return one logit per patch of pixels x (b, input_nc, h, w) in [-1, 1], above 0 for real."""
         return self.main(x)
 
 
@@ -45,21 +48,21 @@ def _initialise(module: nn.Module) -> None:
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """The discriminator's hinge loss (Lim & Ye 2017), halved as in VQGAN; a scalar."""
+    """Return the discriminator's hinge loss (Lim & Ye 2017), halved as in VQGAN; a scalar."""
     return 0.5 * (F.relu(1.0 - logits_real).mean() + F.relu(1.0 + logits_fake).mean())
 
 
 def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """The discriminator's cross-entropy of real against fake (Goodfellow et al. 2014, eq. 1), halved; a scalar."""
+    """Return the cross-entropy of real against fake (Goodfellow et al. 2014, eq. 1), halved; a scalar."""
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:
-    """What the autoencoder minimises against either discriminator loss; a scalar."""
+    """Return the autoencoder's adversarial loss, for either discriminator loss; a scalar."""
     return -logits_fake.mean()
 
 
 def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """|grad loss| / |grad adversarial| at the decoder's last layer (Esser et al. 2021, eq. 7), within [0, 1e4]."""
+    """Return |grad loss| / |grad adversarial| at the last layer (Esser et al. 2021, eq. 7), clamped to [0, 1e4]."""
     gradients = [torch.autograd.grad(value, last_layer, retain_graph=True)[0].norm() for value in (loss, adversarial)]
     return (gradients[0] / (gradients[1] + 1e-4)).clamp(0.0, 1e4).detach()

@@ -1,12 +1,13 @@
-"""The first stage of models that work on pixels: none."""
+"""The first stage of pixel diffusion models: the identity."""
 
 from torch import Tensor, nn
 
 
 class IdentityFirstStage(nn.Module):
-    """Pixels are the latents, so that everything written for latents serves pixels, too. It has no parameters.
+    """A first stage without parameters whose latents are the pixels, so that code for latents serves pixels too.
 
-    channels: of an image.
+    Args:
+        channels: of an image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -16,9 +17,9 @@ class IdentityFirstStage(nn.Module):
         self.encoder, self.decoder = nn.Identity(), nn.Identity()  # where every first stage has them
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pixels (b, c, h, w) as they are."""
+        """Return pixels (b, c, h, w) unchanged."""
         return self.encoder(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pixels (b, c, h, w) as they are."""
+        """Return pixels (b, c, h, w) unchanged."""
         return self.decoder(z)

@@ -1,26 +1,28 @@
-"""Attention as one pure function of tensors: the place where a network's choice of kernel is made."""
+"""Attention as one pure function of tensors, and the choice of its kernel."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BACKENDS = ("auto", "sdpa", "xformers", "math")
-MAX_PLAIN_SCORES = 1024 * 1024  # query x key positions up to which the plain form is faster, and its memory harmless
-MAX_MATH_SCORES = 2**26  # how many scores "math" holds at a time: 256 MiB of float32
+MAX_PLAIN_SCORES = 1024 * 1024  # query x key positions up to which the plain form is faster and takes little memory
+MAX_MATH_SCORES = 2**26  # scores that "math" holds at a time: 256 MiB of float32
 MAX_XFORMERS_WIDTH = 256  # of a head; the autoencoder's one head of 512 has no flash kernel
 
 _backend = "auto"
 
 
 def set_attention(backend: str) -> None:
-    """Choose the kernel of every attention in this process; all give the same up to rounding.
+    """Choose the attention kernel of this process; all give the same result up to rounding.
 
-    "auto": "sdpa", save for bfloat16 on a CPU (see `attention`). "sdpa": torch's fused attention, which is flash
-    attention on recent GPUs. "xformers": its memory-efficient attention, for what is on a CUDA device, without a mask,
-    and has heads of at most 256; "auto" for the rest. "math": matrix product, softmax, matrix product in float32,
-    whatever the tensors' dtype, a slice of the queries at a time: the one to try where another gives NaN.
+    Args:
+        backend: "sdpa": torch's fused attention, which is flash attention on recent GPUs. "auto": "sdpa", except for
+            bfloat16 on a CPU (see `attention`). "xformers": its memory-efficient attention for CUDA tensors without a
+            mask and with heads of at most 256 channels, "auto" for others. "math": matrix product, softmax, matrix
+            product in float32 whatever the dtype, a slice of the queries at a time; try it where others give NaN.
 
-    Raises ValueError for an unknown name, and for "xformers" where it is not installed or there is no CUDA device.
+    Raises:
+        ValueError: the name is unknown, xformers is not installed, or there is no CUDA device for it.
     """
     global _backend
     if backend not in BACKENDS:
@@ -38,13 +40,19 @@ def set_attention(backend: str) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), by the kernel that `set_attention` chose.
-
-    q is (b, h, n, d); k and v are (b, h, m, d); the result is (b, h, n, d). `mask` is boolean, broadcastable to
-    (b, h, n, m), True where a query may look; `causal` lets query i look at keys 0..i. They exclude each other.
+    """Return softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), by the kernel that `set_attention` chose.
 
     In bfloat16 on a CPU the softmax is written out: there the backward pass of torch's fused attention is 6 to 10
     times slower than this (and than its own float32 form), and the forward pass up to 3 times.
+
+    Args:
+        q: (b, h, n, d).
+        k, v: (b, h, m, d).
+        causal: query i attends to keys 0..i.
+        mask: boolean, broadcastable to (b, h, n, m), True where a query may attend; not together with `causal`.
+
+    Returns:
+        (b, h, n, d).
     """
     assert mask is None or not causal, "mask and causal exclude each other"
     if _backend == "math":
@@ -54,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
     small = q.shape[-2] * k.shape[-2] <= MAX_PLAIN_SCORES
     if _backend != "sdpa" and small and q.device.type == "cpu" and _computes_in_bfloat16(q):
         return _plain_attention(q, k, v, causal, mask)
-    # torch's fused kernels take features that lie side by side; for others it writes all the scores out, and is slower
+    # torch's fused kernels need contiguous features; for others torch writes out all the scores, which is slower
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
@@ -66,7 +74,7 @@ def _computes_in_bfloat16(q: Tensor) -> bool:
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-    # scaling the scores and not q, which is smaller: q in another layout than k made this a third slower
+    # scale the scores and not q, which is smaller: q in another layout than k made this a third slower
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # (b, h, n, m)
     if causal:
         mask = _causal_mask(q, k)
@@ -84,7 +92,7 @@ def _math_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor 
         mask = _causal_mask(q, k)
     if mask is not None and mask.shape[-2] == 1:  # the same for every query
         mask = mask.expand(*mask.shape[:-2], n, -1)
-    with torch.autocast(q.device.type, enabled=False):  # it would make the products half precision again
+    with torch.autocast(q.device.type, enabled=False):  # it would compute the products in half precision
         wide_k, wide_v = k.to(wide), v.to(wide)
         parts = []
         for part in (slice(first, first + rows) for first in range(0, n, rows)):

@@ -1,13 +1,13 @@
-"""What a UNet has at each of its resolutions, by CompVis's arguments, which count per level or once for all."""
+"""The blocks and attention of each resolution of a UNet, from CompVis's arguments."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Level(NamedTuple):
-    """One resolution: what the encoder and the decoder have there."""
+    """One resolution of a UNet."""
 
-    width: int
+    width: int  # channels
     blocks: int  # residual blocks in the encoder; the decoder has one more
     attended: int  # how many of them, from the first, are followed by attention
     depth: int = 1
@@ -23,9 +23,10 @@ def plan_levels(
     disable_self_attentions: Sequence[bool] | None = None,
     num_attention_blocks: Sequence[int] | None = None,
 ) -> list[Level]:
-    """The levels from the highest resolution down; the arguments are those of `unet.UNetModel`.
+    """Return the levels from the highest resolution down, by arguments of `unet.UNetModel`.
 
-    Raises ValueError for lists of another length than channel_mult, and for more attention than there are blocks.
+    Raises:
+        ValueError: a list is not as long as channel_mult, or there is more attention than there are blocks.
     """
     count = len(channel_mult)
     blocks = _per_level("num_res_blocks", num_res_blocks, count)
@@ -45,7 +46,7 @@ def plan_levels(
 
 
 def _per_level(name: str, value: int | Sequence | None, levels: int) -> list:
-    """One entry per level; a number or None serves all. Raises ValueError when a list has another length."""
+    """Return one entry per level; a number or None serves all. Raise ValueError for a list of another length."""
     if value is None or isinstance(value, int):
         return [value] * levels
     if len(value) != levels:
@@ -54,9 +55,9 @@ def _per_level(name: str, value: int | Sequence | None, levels: int) -> list:
 
 
 def _attended(blocks: int, limit: int | None, has_attention: bool) -> int:
-    """How many blocks of a level are followed by attention, the decoder's additional block counted."""
+    """Return how many blocks of a level are followed by attention, the decoder's additional block included."""
     if limit is not None and limit > blocks:
-        raise ValueError(f"num_attention_blocks asks for {limit} attention blocks where num_res_blocks is {blocks}")
+        raise ValueError(f"num_attention_blocks is {limit} where num_res_blocks is {blocks}: it can be no larger")
     if not has_attention:
         return 0
     return blocks + 1 if limit is None else limit

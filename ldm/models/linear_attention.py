@@ -8,23 +8,33 @@ from ldm.models.blocks import checkpoint, count_heads, normalization, zero_modul
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax_d(q) / sqrt(d) (softmax_m(k)^T v): "efficient attention" in their section 3.2, scaled as in most code.
+    """Return softmax_d(q) / sqrt(d) (softmax_m(k)^T v), their section 3.2's "efficient attention", scaled as usual.
 
-    q is (b, h, n, d); k and v are (b, h, m, d); the result is (b, h, n, d). Keys are normalised over positions and each
-    query over its features, so that k^T v, (d, d), can be summed once for all queries: 2 (n + m) d^2 products a head in
-    place of attention's 2 n m d.
+    Keys are normalised over positions and each query over its features, so that k^T v, (d, d), is summed once for all
+    queries: 2 (n + m) d^2 products per head instead of attention's 2 n m d.
+
+    Args:
+        q: (b, h, n, d).
+        k, v: (b, h, m, d).
+
+    Returns:
+        (b, h, n, d).
     """
     context = k.softmax(dim=-2).transpose(-2, -1) @ v  # (b, h, d, d)
     return (q.softmax(dim=-1) * q.shape[-1] ** -0.5) @ context
 
 
 class LinearAttentionBlock(nn.Module):
-    """Linear self-attention over the positions of a feature map (b, c, h, w), added to it; otherwise `AttentionBlock`.
+    """`AttentionBlock` with linear attention: over the positions of a feature map (b, c, h, w), added to it.
 
-    num_head_channels: the width of one head, or -1 for `num_heads` of them. memory: learned keys and values that every
-    image has besides its own positions. What the heads found, which is small, is brought to unit mean square at each
-    position before the projection out, which starts at zero.
-    Raises ValueError when the heads do not divide the channels, or for a memory below 0.
+    The heads' output, which is small, is normalised to unit mean square at each position before the projection out.
+
+    Args:
+        num_heads, num_head_channels: as in `count_heads`.
+        memory: number of learned keys and values beside those of the image's positions.
+
+    Raises:
+        ValueError: the heads do not divide the channels, or memory is below 0.
     """
 
     def __init__(
@@ -39,7 +49,7 @@ class LinearAttentionBlock(nn.Module):
         super().__init__()
         heads = self.num_heads = count_heads(channels, num_heads, num_head_channels)
         if memory < 0:
-            raise ValueError(f"attention_memory {memory} must not be below 0")
+            raise ValueError(f"attention_memory is {memory}: it must be at least 0")
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels, norm_groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)

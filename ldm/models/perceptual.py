@@ -1,4 +1,4 @@
-"""A distance between images as a small frozen network sees them (Zhang et al. 2018, eq. 1, without weights)."""
+"""A distance between images in the features of a frozen network (Zhang et al. 2018, eq. 1, without weights)."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,21 +11,31 @@ MIN_SQUARED_NORM = (
 
 
 def perceptual_distance(features: Callable[[Tensor], Sequence[Tensor]], x: Tensor, target: Tensor) -> Tensor:
-    """How different x looks from target, (b, c, h, w) both, pixels in [-1, 1]: (b,), each from 0 to 4.
+    """Return the perceptual distance of x from target, from 0 to 4; gradients reach x only.
 
-    `features` is a network that returns a list of feature maps (b, c_i, h_i, w_i); the caller freezes it. Gradients
-    reach x only.
+    Args:
+        features: a network that returns a list of feature maps (b, c_i, h_i, w_i), frozen by the caller.
+        x, target: pixels in [-1, 1], (b, c, h, w).
+
+    Returns:
+        (b,).
     """
     with torch.no_grad():
-        wanted = features(target)
-    return feature_distance(features(x), wanted)
+        target_features = features(target)
+    return feature_distance(features(x), target_features)
 
 
 def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Squared distance of feature vectors scaled to unit length, averaged over positions, then over maps.
+    """Return the squared distance of feature vectors scaled to unit length, averaged over positions, then over maps.
 
-    a and b are lists of as many maps (b, c_i, h_i, w_i); the result is (b,), in float32.
-    Raises ValueError when there are no maps, or not as many in both.
+    Args:
+        a, b: lists of as many feature maps (b, c_i, h_i, w_i).
+
+    Returns:
+        (b,), float32.
+
+    Raises:
+        ValueError: there are no maps, or not as many in both.
     """
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(

@@ -5,14 +5,16 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-MAX_DISTANCES = 2**24  # that exist at once: 64 MiB in float32
+MAX_DISTANCES = 2**24  # computed at a time: 64 MiB in float32
 
 
 class VectorQuantizer(nn.Module):
     """A codebook of `n_e` vectors of width `e_dim`, as taming-transformers' VectorQuantizer2.
 
-    `beta` weighs the commitment loss. `legacy` puts it on the codebook loss instead, as the published models were
-    trained: an old error, kept so that losses stay comparable.
+    Args:
+        beta: weight of the commitment loss.
+        legacy: weight the codebook loss by beta instead, as the published models were trained: an old error, kept so
+            that losses stay comparable.
     """
 
     def __init__(self, n_e: int, e_dim: int, beta: float = 0.25, legacy: bool = True) -> None:
@@ -25,11 +27,12 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """z (b, e_dim, h, w) -> (z_q, loss, (None, None, indices)).
+        """Quantize latents z (b, e_dim, h, w).
 
-        z_q (b, e_dim, h, w) are the nearest entries, with the gradient that belongs to them given to z (straight
-        through: van den Oord et al. 2017, section 3.2); loss () is their equation 3 without its first term; indices,
-        int64 (b h w), say which entries. The two Nones are where taming has perplexity and one-hot codes.
+        Returns:
+            z_q (b, e_dim, h, w), the nearest entries, whose gradient goes to z (straight through: van den Oord et al.
+            2017, section 3.2); the loss (), their equation 3 without its first term; and (None, None, indices), the
+            entries' indices int64 (b h w), and None where taming has perplexity and one-hot codes.
         """
         tokens = rearrange(z, "b c h w -> (b h w) c")
         indices = self.nearest(tokens)  # (b h w)
@@ -42,10 +45,10 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, tokens: Tensor) -> Tensor:
-        """The entry with the least distance |token - entry|^2 to each of the tokens (n, e_dim): int64 (n)."""
-        wide = torch.promote_types(tokens.dtype, torch.float32)  # 8 or 11 bits cannot tell thousands of entries apart
+        """Return the index of the entry nearest to each of the tokens (n, e_dim): int64 (n)."""
+        wide = torch.promote_types(tokens.dtype, torch.float32)  # 8 or 11 bits do not separate thousands of entries
         codebook = self.embedding.weight.to(wide)  # (n_e, e_dim)
-        squares = codebook.square().sum(dim=1)  # (n_e); |token|^2 is the same for all entries, so it is left out
+        squares = codebook.square().sum(dim=1)  # (n_e); |token|^2 is the same for all entries
         with torch.autocast(tokens.device.type, enabled=False):
             return torch.cat(
                 [

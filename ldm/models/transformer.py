@@ -1,5 +1,5 @@
 """A BERT-style transformer over tokens (Devlin et al. 2018, arXiv:1810.04805, with pre-norm blocks), under the
-parameter names of CompVis's x_transformer: the text encoder of latent diffusion's own text-to-image model."""
+parameter names of CompVis's x_transformer. It is the text encoder of LDM's own text-to-image model."""
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ HEAD_WIDTH = 64  # of every published model, whatever its width
 
 
 class BERTAttention(nn.Module):
-    """Attention of 8 heads of width 64 over all tokens, padding included: (b, n, dim) stays."""
+    """Attention with 8 heads of width 64 over all tokens, padding included: (b, n, dim) -> (b, n, dim)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -45,7 +45,10 @@ class Encoder(nn.Module):
 class TransformerWrapper(nn.Module):
     """Learned token and position embeddings, `attn_layers`, a final norm, and a projection to logits over tokens.
 
-    num_tokens: size of the vocabulary. max_seq_len: most tokens. emb_dropout: of the summed embeddings, in training.
+    Args:
+        num_tokens: size of the vocabulary.
+        max_seq_len: maximum number of tokens.
+        emb_dropout: dropout of the summed embeddings.
     """
 
     def __init__(self, num_tokens: int, max_seq_len: int, attn_layers: Encoder, emb_dropout: float = 0.0) -> None:

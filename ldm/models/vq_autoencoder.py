@@ -9,16 +9,19 @@ from torch import Tensor, nn
 from ldm.models.autoencoder import Decoder, Encoder, require_unset
 from ldm.models.quantize import VectorQuantizer
 
-Info = tuple[None, None, Tensor]  # VectorQuantizer's: its last entry are the codebook indices, int64 (b h w)
+Info = tuple[None, None, Tensor]  # of VectorQuantizer; the last entry is the codebook indices, int64 (b h w)
 
 
 class VQModel(nn.Module):
     """Pixels in [-1, 1] <-> latents from a codebook of `n_embed` vectors of width `embed_dim`: the form that trains.
 
-    `ddconfig` holds the arguments of Encoder and Decoder. The others belong to CompVis's configs and are not used:
-    losses and averages are part of training, and files are read by `ldm.load`.
-    Raises ValueError when ddconfig does not have double_z false (there is no log variance here), and for a ckpt_path,
-    colorize_nlabels, batch_resize_range, remap or sane_index_shape.
+    Args:
+        ddconfig: arguments of `Encoder` and `Decoder`.
+        others: of CompVis's configs, not used: losses and averages belong to training, `ldm.load` reads checkpoints.
+
+    Raises:
+        ValueError: ddconfig does not have double_z false (there are no log variances), or one of ckpt_path,
+            colorize_nlabels, batch_resize_range, remap and sane_index_shape is set.
     """
 
     def __init__(
@@ -58,30 +61,30 @@ class VQModel(nn.Module):
         return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Info]:
-        """Pixels (b, c, h, w) -> quantized latents (b, embed_dim, h / f, w / f), the codebook's loss () and indices."""
+        """Pixels (b, c, h, w) -> quantized latents (b, embed_dim, h / f, w / f), the codebook loss () and indices."""
         return self.quantize(self.encode_to_prequant(x))
 
     def decode(self, quantized: Tensor) -> Tensor:
-        """Pixels (b, c, h, w), about [-1, 1] but not clamped, in the parameters' dtype, from quantized latents."""
+        """Quantized latents -> pixels (b, c, h, w), not clamped to [-1, 1], in the parameters' dtype."""
         return self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The reconstruction (b, c, h, w) of pixels x, and the codebook's loss ()."""
+        """Return the reconstruction (b, c, h, w) of pixels x, and the codebook loss ()."""
         quantized, loss, _ = self.quantize(self.encode_to_prequant(x))
         return VQModel.decode(self, quantized), loss  # not the subclass's, which quantizes
 
     def get_last_layer(self) -> nn.Parameter:
-        """The last weight of the decoder, where the gradients of reconstruction and adversarial loss are compared."""
+        """Return the decoder's last weight, at which the gradients of the losses are compared."""
         return self.decoder.conv_out.weight
 
 
 class VQModelInterface(VQModel):
-    """VQModel as a first stage: diffusion happens before quantization, which becomes part of the decoder."""
+    """VQModel as a first stage: latents are those before quantization, which becomes part of the decoder."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Pixels (b, c, h, w) -> raw (unscaled) latents before quantization (b, embed_dim, h / f, w / f)."""
         return self.encode_to_prequant(x)
 
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Raw latents (b, embed_dim, h / f, w / f) -> pixels (b, c, h, w), quantized on the way unless forced not."""
+        """Raw latents (b, embed_dim, h / f, w / f) -> pixels (b, c, h, w), quantized first by default."""
         return super().decode(h if force_not_quantize else self.quantize(h)[0])

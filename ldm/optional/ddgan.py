@@ -77,18 +77,18 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D(x_{t-1}, x_t, t): one logit per pair, above 0 for a step of the true chain. After the paper's small one.
+    """D(x_{t-1}, x_t, t): one logit per pair, above 0 for a step of the true chain; as the paper's small one.
 
-    A class, which the paper has none of, is judged by projection: its embedding times the last features is added to the
+    A class, which the paper does not have, enters by projection: its embedding times the last features is added to the
     logit (Miyato & Koyama 2018, eq. 3).
 
     Args:
         in_channels: of an image.
         width: of the first residual block.
-        channel_mult: width of each residual block in units of it; all but the first halve height and width.
+        channel_mult: width of each residual block in units of `width`; all but the first halve height and width.
         time_channels: width of the embedded time.
         classes: as in `Generator`.
-        patch: the network sees squares of so many pixels as the channels of one position, as in `UNetModel`.
+        patch: side of the squares of pixels that become the channels of one position, as in `UNetModel`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Discriminator(nn.Module):
             self.label_emb = zero_module(nn.Embedding(classes, widths[-1]))
 
     def forward(self, before: Tensor, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """before = x_{t-1} and x = x_t, (b, c, h, w) each; timesteps t (b,) in 0..T-1; y classes (b,) -> (b,)."""
+        """Return logits (b,) of before = x_{t-1} and x = x_t, (b, c, h, w), at timesteps (b,) in 0..T-1, y (b,)."""
         emb = timestep_embedding(timesteps, self.time_channels).to(self.out.weight.dtype)
         emb = self.time_embed(emb)  # (b, time_channels)
         h = self.conv_in(F.pixel_unshuffle(torch.cat([before, x], dim=1), self.patch))  # (b, width, h / patch, ...)
@@ -134,7 +134,7 @@ class Discriminator(nn.Module):
 class PairBlock(TimestepBlock):
     """Two convolutions with the embedded time added between them: (b, channels, h, w) -> (b, out_channels, h, w).
 
-    `down` halves both branches by means of 2 x 2. Their sum is divided by sqrt(2), which keeps its variance.
+    With `down` both branches are averaged over 2 x 2 pixels. Their sum is divided by sqrt(2), to keep its variance.
     """
 
     def __init__(self, channels: int, out_channels: int, emb_channels: int, down: bool) -> None:
@@ -154,10 +154,10 @@ class PairBlock(TimestepBlock):
 
 
 def _keep_variance(module: nn.Module) -> None:
-    """Weights of variance 1 / fan (Glorot & Bengio 2010, eq. 16), as in the paper's code, and no biases.
+    """Set weights of variance 1 / fan (Glorot & Bengio 2010, eq. 16), as in the paper's code, and zero biases.
 
-    PyTorch's own weights have a third of it, which a network without normalisation multiplies from layer to layer: the
-    logit then hardly depends on the images, and the generator runs away from the judge.
+    PyTorch's default has a third of that variance, and without normalisation the factor multiplies from layer to layer:
+    the logit then hardly depends on the images, and the discriminator cannot keep up with the generator.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -166,30 +166,31 @@ def _keep_variance(module: nn.Module) -> None:
 
 
 def pixel_norm(z: Tensor) -> Tensor:
-    """z (b, d) at a mean square of 1 each (Karras et al. 2018, section 4.2)."""
+    """Scale z (b, d) to a mean square of 1 per row (Karras et al. 2018, section 4.2)."""
     return z * (z.square().mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
 
 
 def batch_deviation(h: Tensor) -> Tensor:
-    """How much the images of a batch differ: the mean deviation of all features as one more, (b, 1, h, w).
+    """Return the mean standard deviation of all features over the batch as one more feature, (b, 1, h, w).
 
-    A generator whose images are all alike gives itself away by it (Karras et al. 2018, section 3).
+    With it the discriminator detects a generator whose images are all alike (Karras et al. 2018, section 3).
     """
     deviation = (h.float().var(dim=0, unbiased=False) + NORM_EPS).sqrt().mean()
     return deviation.to(h.dtype).expand(len(h), 1, *h.shape[2:])
 
 
 def r1_penalty(logits: Tensor, before: Tensor) -> Tensor:
-    """|d logit / d x_{t-1}|^2 of each pair (Mescheder et al. 2018, eq. 9): a graph, to be trained through. (b,).
+    """Return |d logit / d x_{t-1}|^2 of each pair (Mescheder et al. 2018, eq. 9), differentiable, (b,).
 
-    logits: (b,) of before (b, ...), which requires grad.
+    Args:
+        logits: (b,), of before (b, ...), which requires grad.
     """
     (gradient,) = torch.autograd.grad(logits.sum(), before, create_graph=True)
     return gradient.square().flatten(1).sum(dim=1)
 
 
 def check_classes(classes: int | None, y: Tensor | None) -> bool:
-    """Whether there are classes. ValueError when y is missing or not expected."""
+    """Return whether there are classes; raise ValueError when y is missing or not expected."""
     if (classes is None) != (y is None):
         state = "needs y, the class of each image" if y is None else "takes no y"
         raise ValueError(f"a network with classes {classes} {state}")

@@ -1,7 +1,7 @@
-"""DenoisingGAN: a pixel-space diffusion model of few steps, whose network draws x0 by a latent z (Xiao et al. 2022).
+"""DenoisingGAN: a pixel diffusion model with few steps whose network predicts x0 from a latent z (Xiao et al. 2022).
 
-Sampling is the ancestral sampler, `ddpm`, at every level of a schedule of few: x_{t-1} ~ q(. | x_t, G(x_t, t, z)), with
-a fresh z at each step.
+Sampling uses the ancestral sampler, `ddpm`, at every timestep of a short schedule: x_{t-1} ~ q(. | x_t, G(x_t, t, z)),
+with a fresh z at each step.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from ldm.pixel_diffusion import PixelDiffusion
 class DenoisingGAN(PixelDiffusion):
     """A `PixelDiffusion` that predicts x0 by a network that takes a latent, `ldm.optional.ddgan.Generator`.
 
-    Args: as there; the schedule is the paper's, four steps of the VP SDE, unless another is given.
+    The arguments are PixelDiffusion's; the default schedule is the paper's, four steps of the VP SDE.
     """
 
     target = "ldm.optional.denoising_gan.DenoisingGAN"
@@ -44,15 +44,18 @@ class DenoisingGAN(PixelDiffusion):
         return config | {"channels": self.channels}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning, z: Tensor | None = None) -> Tensor:
-        """x0' (b, c, h, w) for noised images x at timesteps t (b,); z (b, latent_dim), by default drawn anew."""
+        """Return x0' (b, c, h, w) for noised images x at timesteps t (b,); z (b, latent_dim) is sampled by default."""
         if z is None:
             z = torch.randn(len(x), self.model.diffusion_model.latent_dim, device=x.device)
         return self.model(x, t, **cond, z=z)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
-        """As everywhere, with a fresh z at each call: image i's from seeds[i] alone, or all from torch's own state.
+        """Return the denoiser, which samples a fresh z at each call.
 
-        Where guidance asks for the same images under several conditionings at once, each gets its z in all of them.
+        Where guidance passes the same images under several conditions at once, each image has the same z in all.
+
+        Args:
+            seeds: image i's z come from seeds[i] alone; by default all come from torch's global generator.
         """
         noise = None
         if seeds is not None:
@@ -68,5 +71,5 @@ class DenoisingGAN(PixelDiffusion):
 
 
 def latent_seed(seed: int) -> int:
-    """The seed of an image's latents: another stream than that of its noise, which has its seed itself."""
+    """Return the seed of an image's latents, whose stream differs from that of its noise, seeded with `seed` itself."""
     return int.from_bytes(hashlib.sha256(f"latent {seed}".encode()).digest()[:8], "big")

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.models.blocks import normalization, require_two_dims, timestep_embedding, zero_module
+from ldm.models.blocks import count_heads, normalization, require_two_dims, timestep_embedding, zero_module
 from ldm.models.kernels import attention
 from ldm.models.levels import plan_levels
 from ldm.models.unet import UNetEncoder, time_mlp
@@ -17,30 +17,30 @@ HIDDEN = 2048  # width of the spatial heads' hidden layer
 
 
 class AttentionPool2d(nn.Module):
-    """Feature map (b, embed_dim, s, s) -> (b, output_dim): what its mean, as one more token, attends to (CLIP's pool).
+    """Feature map (b, embed_dim, s, s) -> (b, output_dim), by attention from its mean, as in CLIP's image tower.
 
-    spacial_dim: s. Raises ValueError when heads of num_heads_channels do not divide embed_dim.
+    Args:
+        spacial_dim: s.
+        num_heads_channels: width of a head; it must divide embed_dim, or ValueError.
     """
 
     def __init__(
         self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads_channels:
-            raise ValueError(f"{embed_dim} channels do not split into heads of {num_heads_channels}")
+        self.num_heads = count_heads(embed_dim, -1, num_heads_channels)
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
         self.qkv_proj = nn.Conv1d(embed_dim, 3 * embed_dim, 1)
         self.c_proj = nn.Conv1d(embed_dim, embed_dim if output_dim is None else output_dim, 1)
-        self.num_heads = embed_dim // num_heads_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, embed_dim, s, s) -> (b, output_dim); ValueError for another size."""
+        """(b, embed_dim, s, s) -> (b, output_dim), or ValueError for another size."""
         tokens = x.flatten(2)
         tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)  # (b, c, 1 + s * s)
         if tokens.shape[-1] != self.positional_embedding.shape[-1]:
             side = int((self.positional_embedding.shape[-1] - 1) ** 0.5)
             raise ValueError(
-                f"attention pooling is for feature maps of {side} x {side}, and got {x.shape[-2]} x {x.shape[-1]}: "
+                f"attention pooling takes feature maps of {side} x {side}, and got {x.shape[-2]} x {x.shape[-1]}: "
                 "give images of image_size"
             )
         tokens = tokens + self.positional_embedding
@@ -107,7 +107,7 @@ class EncoderUNetModel(UNetEncoder):
         self.out = nn.Sequential(normalization(width, self.norm_groups), nn.SiLU(), *pooling)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """x (b, in_channels, h, w), variance-preserving; timesteps (b,) in 0..T-1 -> logits (b, out_channels)."""
+        """x (b, in_channels, h, w), variance-preserving, and timesteps (b,) in 0..T-1 -> logits (b, out_channels)."""
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (b, 4 c)
         h, means = x.to(self.dtype), []
         for block in [*self.input_blocks, self.middle_block]:
@@ -118,6 +118,6 @@ class EncoderUNetModel(UNetEncoder):
 
 
 def _spatial_head(features: int, classes: int, pool: str) -> nn.Sequential:
-    """(b, features), the means of every layer -> (b, classes)."""
+    """Return a head for the means of every layer, (b, features) -> (b, classes)."""
     middle = [nn.ReLU()] if pool == "spatial" else [normalization(HIDDEN), nn.SiLU()]
     return nn.Sequential(nn.Linear(features, HIDDEN), *middle, nn.Linear(HIDDEN, classes))

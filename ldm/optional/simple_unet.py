@@ -1,4 +1,4 @@
-"""The UNet of a widely read annotated DDPM: no attention, no residual blocks, batch normalisation behind the ReLU."""
+"""The UNet of a widely read annotated DDPM: no attention, no residual blocks, batch normalisation after the ReLU."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,17 @@ from ldm.models.blocks import timestep_embedding
 
 
 class SimpleUNet(nn.Module):
-    """Predicts eps (or x0, v) from a noisy image x and its level t. Sides must be multiples of `downsampling`.
+    """Predicts eps (or x0, v) from a noisy image x and its timestep. Sides must be multiples of `downsampling`.
 
     Args:
         channels: of the images, in and out.
         widths: at full size and after each halving. As published, 62,438,883 parameters for 3 channels.
         time_channels: width of the embedded time, even.
-        shared_norm: one batch normalisation for both places in a block, statistics included: the text that goes with
-            the published code counts 62,433,123 parameters, which is this.
+        shared_norm: one batch normalisation, statistics included, for both convolutions of a block. This has the
+            62,433,123 parameters that the text beside the published code counts.
 
-    Raises ValueError for fewer than two widths or an odd width of the time.
+    Raises:
+        ValueError: fewer than two widths, or an odd time_channels.
     """
 
     def __init__(
@@ -31,9 +32,9 @@ class SimpleUNet(nn.Module):
     ) -> None:
         super().__init__()
         if len(widths) < 2:
-            raise ValueError(f"widths {list(widths)} make no UNet: give one for full size and one for each halving")
+            raise ValueError(f"widths is {list(widths)}: give one for full size and one for each halving, at least two")
         if time_channels < 2 or time_channels % 2:
-            raise ValueError(f"time_channels {time_channels} must be even: half of them are sines, half cosines")
+            raise ValueError(f"time_channels is {time_channels}: it must be even, half of them sines and half cosines")
         self.time_channels = time_channels
         self.downsampling = 2 ** (len(widths) - 1)
         self.time_embed = nn.Sequential(nn.Linear(time_channels, time_channels), nn.ReLU())
@@ -43,7 +44,7 @@ class SimpleUNet(nn.Module):
             Block(before, after, nn.Conv2d(after, after, 4, stride=2, padding=1), time_channels, shared_norm)
             for before, after in steps
         )
-        self.up_blocks = nn.ModuleList(  # each takes the encoder's map of its size beside what comes from below
+        self.up_blocks = nn.ModuleList(  # each also takes the encoder's map of the same size
             Block(2 * after, before, nn.ConvTranspose2d(before, before, 4, 2, 1), time_channels, shared_norm)
             for before, after in reversed(steps)
         )
@@ -59,12 +60,12 @@ class SimpleUNet(nn.Module):
             h = block(h, emb)  # (b, widths[i + 1], h / 2^(i + 1), w / 2^(i + 1))
             skips.append(h)
         for block in self.up_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)  # the lowest map meets itself
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)  # the lowest map is joined with itself
         return self.conv_out(h)
 
 
 class Block(nn.Module):
-    """Two convolutions, the time added between them, then `resample`: (b, c, h, w) -> (b, out_channels, ...)."""
+    """Two convolutions with the time added between them, then `resample`: (b, c, h, w) -> (b, out_channels, ...)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, resample: nn.Module, time_channels: int, shared_norm: bool

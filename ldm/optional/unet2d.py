@@ -1,4 +1,4 @@
-"""A small class-conditional UNet for images of any size, odd ones too, as one taught from NumPy alone."""
+"""A small class-conditional UNet for images of any size, odd ones too, as in a course that writes it in NumPy."""
 
 from collections.abc import Sequence
 
@@ -6,31 +6,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.models.blocks import normalization, timestep_embedding, zero_module
+from ldm.models.blocks import count_heads, normalization, timestep_embedding, zero_module
 from ldm.models.kernels import attention
 
 
 class UNet2D(nn.Module):
-    """Predicts eps (or x0, v) from a noisy image x, its level t and its class y.
+    """Predicts eps (or x0, v) from a noisy image x, its timestep t and its class y.
 
     Each width is a level of `blocks` residual blocks in the encoder, one more in the decoder, at half the size of the
-    one before. As taught (10 classes, order "post", attention "bare"): 991,201 parameters in 231 tensors.
+    previous one. As in the course (10 classes, order "post", attention "bare"): 991,201 parameters in 231 tensors.
 
     Args:
         channels: of the images, in and out.
         widths: of the levels, in multiples of norm_groups.
-        blocks: residual blocks to a level.
-        num_classes: how many numbers y may be; None for a network without classes.
+        blocks: residual blocks per level.
+        num_classes: None for an unconditional network.
         order: of the residual blocks, "pre" or "post"; see `ResidualBlock`.
-        attention: in the middle: "residual" (of the normalised input, added to it), or "bare" (neither, as taught).
+        attention: in the middle: "residual" (of the normalised input, added to it), or "bare" (neither, as in the
+            course).
         upsample: "interpolate" (nearest neighbour, then a convolution) or "transpose" (a transposed convolution).
         head_channels: width of an attention head; it must divide the last width.
         norm_groups: groups of every group normalisation.
 
-    Raises ValueError for unknown words, and for widths that do not split into groups or heads.
+    Raises:
+        ValueError: an unknown option, or widths that do not split into groups or heads.
     """
 
-    downsampling = 1  # any size: the decoder goes back to the encoder's sizes, whatever they were
+    downsampling = 1  # any size: the decoder returns to the encoder's sizes
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class UNet2D(nn.Module):
             return ResidualBlock(before, after, emb_channels, order, norm_groups)
 
         self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
-        encoder, skips = [], [widths[0]]  # what each layer of the encoder hands to the decoder
+        encoder, skips = [], [widths[0]]  # widths of the encoder's outputs, which the decoder takes
         for level, width in enumerate(widths):
             for _ in range(blocks):
                 encoder.append(residual(skips[-1], width))
@@ -73,10 +75,10 @@ class UNet2D(nn.Module):
             ]
         )
         decoder = []
-        for level, wanted in reversed(list(enumerate(widths))):
+        for level, out_width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                decoder.append(residual(width + skips.pop(), wanted))
-                width = wanted
+                decoder.append(residual(width + skips.pop(), out_width))
+                width = out_width
             if level > 0:
                 decoder.append(UpsampleTo(width, upsample))
         self.decoder = nn.ModuleList(decoder)
@@ -84,7 +86,7 @@ class UNet2D(nn.Module):
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """x (b, channels, h, w), timesteps (b,) in 0..T-1, class numbers y (b,) -> (b, channels, h, w)."""
-        assert (y is None) == (self.class_embed is None), "y is given if and only if the network has classes"
+        assert (y is None) == (self.class_embed is None), "give y if and only if the network has classes"
         features = timestep_embedding(timesteps, self.time_channels, sines_first=True)
         emb = self.time_embed(features.to(x.dtype))  # (b, 4 widths[0])
         if y is not None:
@@ -115,7 +117,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, emb_channels: int, order: str, norm_groups: int) -> None:
         super().__init__()
         if order not in ("pre", "post"):
-            raise ValueError(f"order {order!r} is unknown: a residual block normalises pre or post its convolutions")
+            raise ValueError(f"order {order!r} is unknown: it is pre or post")
         self.order = order
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm1 = normalization(channels if order == "pre" else out_channels, norm_groups)
@@ -139,15 +141,13 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position of x (b, c, h, w) attends to all; mode "residual" or "bare", see `UNet2D`."""
+    """Self-attention over the positions of x (b, c, h, w); mode "residual" or "bare", see `UNet2D`."""
 
     def __init__(self, channels: int, head_channels: int, mode: str, norm_groups: int) -> None:
         super().__init__()
         if mode not in ("residual", "bare"):
             raise ValueError(f"attention {mode!r} is unknown: it is residual or bare")
-        if channels % head_channels:
-            raise ValueError(f"{channels} channels do not split into heads of {head_channels}: set head_channels")
-        self.heads = channels // head_channels
+        self.heads = count_heads(channels, -1, head_channels)
         self.norm = normalization(channels, norm_groups) if mode == "residual" else None
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(channels, channels) for _ in range(4))
 
@@ -163,10 +163,10 @@ class SelfAttention(nn.Module):
 
 
 class UpsampleTo(nn.Module):
-    """About twice the size: (b, c, h, w) -> (b, c, H, W), with H one of 2h - 1 and 2h, W likewise.
+    """Doubles the size, or one less: (b, c, h, w) -> (b, c, H, W), H being 2h - 1 or 2h, and W likewise.
 
     mode "interpolate": output i is input floor(i h / H), then a 3x3 convolution. mode "transpose": a transposed 4x4
-    convolution of stride 2, which doubles, less its last row and column where the size is odd.
+    convolution of stride 2, which doubles, without its last row or column where the size is odd.
     """
 
     def __init__(self, channels: int, mode: str) -> None:
