@@ -4,203 +4,128 @@ python scripts/dreambooth.py --instance_data_dir images/mine --instance_prompt "
     --class_prompt "a handwritten digit five" --output_dir outputs/mine
 python scripts/txt2img.py --ckpt outputs/mine/model.safetensors --prompt "a sks five"
 
-With --class_prompt, images of the class, which the model draws before it is tuned, keep the class as it is. For
-several subjects give --instance_data_dir, --instance_prompt and --class_prompt once for each, in the same order. A
-image's own caption (NAME.txt, NAME.caption, metadata.jsonl) goes before --instance_prompt. What is not given is
-chosen by the checkpoint's size. Files: OUTPUT_DIR/model.safetensors, contact_sheet.png, previews/, class/.
+With --class_prompt, images of the class, which the model generates before it is tuned, keep the class as it is. For
+several subjects give --instance_data_dir, --instance_prompt and --class_prompt once for each, in the same order. An
+image's own caption (NAME.txt, NAME.caption, metadata.jsonl) goes before --instance_prompt. Files:
+OUTPUT_DIR/model.safetensors, contact_sheet.png, previews/, class/. What is not given is as in
+configs/finetune/dreambooth.yaml, or dreambooth_large.yaml for a model of the size of Stable Diffusion.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldm.cli import Parser, real, run, whole
+from ldm.finetune.flags import MEMORY, OUTPUT, TRAINING, add_flags, begin, choose, const, many, number, path
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 
-if TYPE_CHECKING:
-    from ldm.finetune.dreambooth_run import Subject
-    from ldm.latent_diffusion import LatentDiffusion
+# names, the yaml's key, how they are parsed, help
+FLAGS = {
+    "subjects": [
+        ("--instance_data_dir", "data.params.instance_data_dir", many(path, "DIR"), "the subject's images"),
+        ("--instance_prompt", "data.params.instance_prompt", many(str, "TEXT"), "what they show: 'a sks dog'"),
+        ("--class_prompt", "data.params.class_prompt", many(str, "TEXT"),
+         "what the subject is one of: 'a dog'; with choices, all of which are kept: 'a {dog|cat} {|in snow}'"),
+        ("--class_data_dir", "data.params.class_data_dir", many(path, "DIR"),
+         "images of the class; those missing to --num_class_images are generated there (OUTPUT_DIR/class)"),
+        ("--keep_prompt", "data.params.keep_prompt", many(str, "TEXT"),
+         "what else is to be kept: as many images of all these are generated as of the class; '': nothing "
+         "(the digits, by the model that ships; else nothing)"),
+        ("--with_prior_preservation", "prior", const(True), "implied by --class_prompt"),
+        ("--prior_loss_weight", "stage.params.prior_weight", number(real(0), "LAMBDA"),
+         "of the class images; 0: none (1)"),
+        ("--num_class_images", "data.params.num_class_images", number(whole(1)), "of each subject"),
+        ("--class_guidance_scale", "data.params.class_guidance_scale", number(real(0), "SCALE"), "of class images"),
+        ("--sample_batch_size", "data.params.sample_batch_size", number(whole(1)), "class images generated at a time"),
+        ("--crop", "data.params.crop", choose(("center", "random")),
+         "which part of images that are not square (center)"),
+        ("--center_crop", "data.params.crop", const("center"), "the same as --crop center"),
+        ("--enable_bucket --buckets", "data.params.buckets", const(True),
+         "cut the subject's images to the nearest of several shapes of about as many pixels, not to squares"),
+        ("--random_flip", "data.params.flip", const(True), "mirror half of the images"),
+    ],
+    "training": [
+        *TRAINING,
+        ("--train_batch_size", "loop.batch_size", number(whole(1)),
+         "pairs of a subject's and a class image at a time"),
+        ("--learning_rate", "stage.params.learning_rate", number(real(0), "RATE"), "of the UNet"),
+        ("--train_text", "stage.params.train_text", choose(("none", "words", "all")),
+         "of the text encoder: nothing, the vectors of the words that name the subject, or all of it"),
+        ("--train_text_encoder", "stage.params.train_text", const("all"), "the same as --train_text all"),
+        ("--text_encoder_lr", "stage.params.text_learning_rate", number(real(0), "RATE"),
+         "learning rate of what --train_text says"),
+        ("--train_layers", "stage.params.layers", {"metavar": "NAME"},
+         "of the UNet: all, attention, cross-attention, key-value, or a regular expression for their names (all)"),
+        ("--rank", "stage.params.lora.rank", number(whole(1)),
+         "LoRA: train small matrices, for OUTPUT_DIR/lora.safetensors"),
+        ("--lora_alpha", "stage.params.lora.alpha", number(real(0), "X"),
+         "their change is multiplied by alpha / rank (the rank)"),
+        ("--lora_targets", "stage.params.lora.targets", {"nargs": "+", "metavar": "NAME"},
+         "attention, text, feed_forward, text_feed_forward, projection, convolution, or regular expressions"),
+        ("--lora_format", "stage.params.lora_format", choose(("kohya", "peft")),
+         "how the file names its layers (kohya)"),
+        ("--snr_gamma", "stage.params.snr_gamma", number(real(0), "GAMMA"),
+         "weigh each image's loss by min-SNR; the paper takes 5"),
+        ("--noise_offset", "stage.params.noise_offset", number(real(0), "X"),
+         "noise that is the same all over a channel (0)"),
+        ("--offset_noise", "stage.params.noise_offset", const(0.1), "the same as --noise_offset 0.1"),
+        ("--use_ema", "use_ema", const(True), "the result is an average of the weights over the last steps"),
+        ("--ema_decay", "loop.ema", number(real(0), "X"), "of that average (0.99)"),
+        ("--max_grad_norm", "loop.clip", number(real(0), "X"), "gradients are clipped to it (1)"),
+        ("--adam_beta1", "stage.params.betas.0", number(real(0), "X"), "(0.9)"),
+        ("--adam_beta2", "stage.params.betas.1", number(real(0), "X"), "(0.999)"),
+        ("--adam_weight_decay", "stage.params.weight_decay", number(real(0), "X"), "(0.01)"),
+    ],
+    "speed and memory": [
+        *MEMORY,
+        ("--optimizer", "stage.params.optimizer", choose(("adamw", "adamw8bit", "adafactor")),
+         "the last two take less memory (adamw)"),
+        ("--use_8bit_adam", "stage.params.optimizer", const("adamw8bit"), "the same as --optimizer adamw8bit"),
+        ("--no_cache", "stage.params.cache", const(False), "encode images and texts anew at every step"),
+        ("--dataloader_num_workers", "loop.workers", number(whole(0)), "(0)"),
+    ],
+    "output": [
+        *OUTPUT,
+        ("--validation_prompt", "stage.params.previews", many(str, "TEXT"), "to preview (subjects', classes')"),
+        ("--num_validation_images", "stage.params.preview_columns", number(whole(1)), "of each prompt"),
+    ],
+}  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; those that are left None are chosen by the checkpoint's size."""
+    """Return the options; ValueError for those that do not fit together."""
     parser = Parser(description=__doc__)
     add_checkpoint_options(parser.add_argument_group("model"), "--pretrained_model_name_or_path")
-    add_data(parser.add_argument_group("subjects"))
-    add_training(parser.add_argument_group("training"))
-    add_memory(parser.add_argument_group("speed and memory"))
-    add_output(parser.add_argument_group("output"))
-    return parser.parse_args(argv)
-
-
-def add_data(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--instance_data_dir", type=Path, action="append", default=[], metavar="DIR", help="the subject's images")
-    add("--instance_prompt", action="append", default=[], metavar="TEXT", help="what they show: 'a sks dog'")
-    add(
-        "--class_prompt",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="what the subject is one of: 'a dog'; with choices, all of which are kept: 'a {dog|cat} {|in snow}'",
-    )
-    add(
-        "--class_data_dir",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="images of the class; what is missing to --num_class_images is drawn there (OUTPUT_DIR/class)",
-    )
-    add(
-        "--keep_prompt",
-        action="append",
-        metavar="TEXT",
-        help="what else is to be kept: as many images of all these are drawn as of the class; '': nothing "
-        "(the digits, by the model that ships; else nothing)",
-    )
-    add("--with_prior_preservation", action="store_true", help="implied by --class_prompt")
-    add("--prior_loss_weight", type=real(0), default=1.0, metavar="LAMBDA", help="of the class images; 0: none (1)")
-    add("--num_class_images", type=whole(1), metavar="N", help="of each subject")
-    add("--class_guidance_scale", type=real(0), metavar="SCALE", help="guidance that they are drawn with")
-    add("--sample_batch_size", type=whole(1), metavar="N", help="class images drawn at a time")
-    add("--resolution", type=whole(1), metavar="PIXELS", help="side of the squares to train on (the model's own)")
-    add("--crop", choices=("center", "random"), default="center", help="which part of images that are not square")
-    add("--center_crop", dest="crop", action="store_const", const="center", help="the same as --crop center")
-    add(
-        "--enable_bucket",
-        "--buckets",
-        dest="buckets",
-        action="store_true",
-        help="cut the subject's images to the nearest of several shapes of about as many pixels, not to squares",
-    )
-    add("--random_flip", action="store_true", help="mirror half of the images")
-
-
-def add_training(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--max_train_steps", type=whole(1), metavar="N", help="optimizer steps")
-    add("--train_batch_size", type=whole(1), metavar="N", help="pairs of a subject's and a class image at a time")
-    add("--learning_rate", type=real(0), metavar="RATE", help="of the UNet")
-    add("--lr_scheduler", choices=("constant", "linear", "cosine"), help="how the rates fall, from the start on")
-    add("--lr_warmup_steps", type=whole(0), default=0, metavar="N", help="(0)")
-    add(
-        "--train_text",
-        choices=("none", "words", "all"),
-        help="of the text encoder: nothing, the vectors of the words that name the subject, or all of it",
-    )
-    add("--train_text_encoder", dest="train_text", action="store_const", const="all", help="the same as all")
-    add("--text_encoder_lr", type=real(0), metavar="RATE", help="learning rate of what --train_text says")
-    add(
-        "--train_layers",
-        default="all",
-        metavar="NAME",
-        help="of the UNet: all, attention, cross-attention, key-value, or a regular expression for their names (all)",
-    )
-    add("--rank", type=whole(1), metavar="N", help="LoRA: train small matrices, for OUTPUT_DIR/lora.safetensors")
-    add("--lora_alpha", type=real(0), metavar="X", help="their change is multiplied by alpha / rank (the rank)")
-    add(
-        "--lora_targets",
-        nargs="+",
-        metavar="NAME",
-        help="attention, text, feed_forward, text_feed_forward, projection, convolution, or regular expressions",
-    )
-    add("--lora_format", choices=("kohya", "peft"), default="kohya", help="how the file names its layers (kohya)")
-    add("--snr_gamma", type=real(0), metavar="GAMMA", help="weigh each image's loss by min-SNR; the paper takes 5")
-    add("--noise_offset", type=real(0), default=0.0, metavar="X", help="noise that is the same all over a channel (0)")
-    add("--offset_noise", dest="noise_offset", action="store_const", const=0.1, help="the same as --noise_offset 0.1")
-    add("--use_ema", action="store_true", help="the result is an average of the weights over the last steps")
-    add("--ema_decay", type=real(0), default=0.99, metavar="X", help="of that average (0.99)")
-    add("--max_grad_norm", type=real(0), default=1.0, metavar="X", help="gradients are clipped to it (1)")
-    add("--adam_beta1", type=real(0), default=0.9, metavar="X", help="(0.9)")
-    add("--adam_beta2", type=real(0), default=0.999, metavar="X", help="(0.999)")
-    add("--adam_weight_decay", type=real(0), default=0.01, metavar="X", help="(0.01)")
-    add("--seed", type=whole(0), default=0, metavar="N", help="of everything but the class images (0)")
-
-
-def add_memory(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--gradient_accumulation_steps", type=whole(1), default=1, metavar="N", help="batches to an optimizer step (1)")
-    add("--gradient_checkpointing", action="store_true", help="less memory, a third more work")
-    precisions = ("auto", "fp32", "no", "bf16", "fp16")
-    add("--mixed_precision", choices=precisions, default="auto", help="auto: bf16 where it is fast")
-    add("--optimizer", choices=("adamw", "adamw8bit", "adafactor"), default="adamw", help="the last two are small")
-    add("--use_8bit_adam", dest="optimizer", action="store_const", const="adamw8bit", help="--optimizer adamw8bit")
-    add("--no_cache", dest="cache", action="store_false", help="encode images and texts anew at every step")
-    add("--dataloader_num_workers", type=whole(0), default=0, metavar="N", help="(0)")
-
-
-def add_output(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--output_dir", type=Path, default=Path("outputs/dreambooth"), metavar="DIR", help="(outputs/dreambooth)")
-    add("--checkpointing_steps", type=whole(1), default=500, metavar="N", help="steps between saved states (500)")
-    add(
-        "--resume_from_checkpoint",
-        "--resume",
-        nargs="?",
-        const="latest",
-        metavar="DIR",
-        help="go on with the run in OUTPUT_DIR (latest), or with a copy of that in another folder",
-    )
-    add("--validation_prompt", action="append", default=[], metavar="TEXT", help="to preview (subjects', classes')")
-    add("--num_validation_images", type=whole(1), metavar="N", help="of each prompt")
-    add("--validation_steps", type=whole(1), default=100, metavar="N", help="steps between previews (100)")
-    add("--report_to", choices=("tensorboard", "none"), default="tensorboard", help="metrics.jsonl is always written")
+    add_flags(parser, FLAGS, output_dir=Path("outputs/dreambooth"))
+    args = parser.parse_args(argv)
+    given = vars(args)
+    if "use_ema" in given:
+        given.setdefault("loop.ema", 0.99)
+    if ("prior" in given or "data.params.class_data_dir" in given) and "data.params.class_prompt" not in given:
+        raise ValueError("prior preservation needs --class_prompt: what the subject is one of ('a photo of a dog')")
+    if given.get("stage.params.optimizer") == "adafactor" and "stage.params.learning_rate" not in given:
+        raise ValueError("adafactor's learning rate is relative to the weights: give one, such as --learning_rate 1e-3")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.mixed_precision == "no":  # accelerate's and diffusers' word
-        args.mixed_precision = "fp32"
-    import ldm
-    from ldm.finetune.dreambooth import check_model
-    from ldm.finetune.dreambooth_run import add_class_images, make_config, move_in, notes_on, subjects
-    from ldm.training.loop import loop_settings, train
-    from ldm.training.processes import processes
+    from ldm.data.dreambooth import words_and_prompts
+    from ldm.finetune.parts import choose_text
+    from ldm.training.loop import train
 
-    found, resume, these = subjects(args), args.resume_from_checkpoint is not None, processes(args.device)
-    if resume and these.is_main_process:
-        move_in(args.resume_from_checkpoint, args.output_dir)
-    these.wait_for_everyone()
-    loading = loading_arguments(args)
-    model = ldm.load(args.ckpt, device=args.device, **loading)
-    check_model(model)
-    for note in [*model.notes, *(note for subject in found for note in notes_on(subject, model))]:
-        print(f"note: {note}", file=sys.stderr)
-    config = make_config(args, model, found, loading, these.num_processes)
-    loop_settings(config)  # raises for bad ones, before the class images are drawn
-    with these.main_process_first():  # it draws what the others then find
-        add_class_images(config, found, class_images(args, model, found))
-    del model  # the run has its own
-    train(config, resume, args.device)
-    if these.is_main_process:
-        names = ["model.safetensors"] if args.rank is None else ["model.safetensors", "lora.safetensors"]
-        for path in (args.output_dir / name for name in names):
-            print(f"{path.stem}: {path} ({path.stat().st_size:,} bytes)")
+    config, model, is_main = begin("dreambooth", args, loading_arguments(args))
+    stage = config["stage"]["params"]
+    words, _ = words_and_prompts(stage["instance_prompt"], stage["class_prompt"])
+    text = choose_text(stage["train_text"], words, stage["lora"] is not None)
+    if text == "none" and "stage.params.text_learning_rate" in vars(args):
+        raise ValueError("--text_encoder_lr is of no use: choose what to train by --train_text words or all")
+    train(config, args.resume is not None, args.device, ckpt=model)
+    if is_main:
+        names = ["model.safetensors"] if stage["lora"] is None else ["model.safetensors", "lora.safetensors"]
+        for file in (args.output_dir / name for name in names):
+            print(f"{file.stem}: {file} ({file.stat().st_size:,} bytes)")
         print(f"contact sheet: {args.output_dir / 'contact_sheet.png'}")
-
-
-def class_images(args: argparse.Namespace, model: "LatentDiffusion", found: "list[Subject]") -> list[dict[str, str]]:
-    """Which files of each subject's class folder to train on, with their captions, drawn where they are missing."""
-    from ldm.data.dreambooth import choices
-    from ldm.finetune.dreambooth_run import class_prompts, defaults_for, training_size
-    from ldm.finetune.known import known_prompts
-    from ldm.generation import given
-    from ldm.inference.class_images import Class, collect
-
-    default, size = defaults_for(model), training_size(args, model)
-    scale = given(args.class_guidance_scale, default.class_scale)
-    batch_size = given(args.sample_batch_size, default.sample_batch_size)
-    keep, known = args.keep_prompt, known_prompts(model.cond_stage_model.tokenizer)
-    if keep is not None:
-        keep = [prompt for one in keep if one for prompt in choices(one)]
-    classes = [
-        Class(one.class_dir, class_prompts(one) if args.prior_loss_weight else [], args.num_class_images, keep)
-        for one in found
-    ]
-    return collect(model, classes, default.class_images, size, scale, batch_size, known)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import ldm
 from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth
 from ldm.finetune import dreambooth
-from ldm.finetune.dreambooth import LAYERS, DreamBoothStage, nearness
-from ldm.finetune.dreambooth_run import move_in
+from ldm.finetune.dreambooth import DreamBoothStage, embedding_repulsion
+from ldm.finetune.flags import move_in
 from ldm.finetune.lora_files import apply_lora
 from ldm.finetune.optimizers import make_optimizer
+from ldm.finetune.parts import LAYERS
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import objective, run_folder
 from ldm.training.ema import EMA
@@ -42,6 +43,12 @@ def subject(tmp_path_factory) -> dict:
             Image.fromarray(noise.numpy()).save(folder / name / f"{i}.png")
     files = {"class_images": {f"{i}.png": "a five" for i in range(5)}}
     return {"instance_dir": str(folder / "instance"), "class_dir": str(folder / "class"), **files, **PROMPT}
+
+
+def by_name(subject: dict) -> dict:
+    """The same subject as arguments of `SubjectImages`."""
+    folders = {"instance_data_dir": subject["instance_dir"], "class_data_dir": subject["class_dir"]}
+    return folders | PROMPT | {"class_prompt": "a five"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +82,8 @@ def in_buckets(subject, tmp_path_factory) -> dict:
 
 def make(checkpoints, subject, prediction="v", prior=True, data=None, **settings):
     """A stage, its data, and two samples of it: a batch, where they are of one shape."""
-    stage = DreamBoothStage(checkpoints[prediction], resolution=32, learning_rate=1e-3, **settings)
+    prompts = {**PROMPT, "class_prompt": "a five"}
+    stage = DreamBoothStage(checkpoints[prediction], resolution=32, learning_rate=1e-3, **(prompts | settings))
     row = subject if prior else {k: v for k, v in subject.items() if not k.startswith("class")}
     data = stage.prepare(DreamBooth(**(data or {"subjects": [row], "size": 32, "channels": 1})), CPU)
     samples = [data[1], data[2]]
@@ -135,13 +143,12 @@ def test_without_class_images_there_is_one_term(checkpoints, subject):
     torch.testing.assert_close(loss, values["instance_loss"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("train_text", [False, True])
+@pytest.mark.parametrize("train_text", ["none", "all"])
 def test_caches_change_nothing(checkpoints, subject, train_text):
-    rate = 1e-4 if train_text else None
     losses = []
     for cache in (True, False):
-        stage, data, batch = make(checkpoints, subject, cache=cache, text_learning_rate=rate)
-        assert ("mean" in batch) == cache and bool(stage.texts) == (cache and not train_text)
+        stage, data, batch = make(checkpoints, subject, cache=cache, text_learning_rate=1e-4, train_text=train_text)
+        assert ("mean" in batch) == cache and bool(stage.texts) == (cache and train_text == "none")
         torch.manual_seed(3)
         loss, _ = stage(batch)
         loss.backward()
@@ -149,7 +156,9 @@ def test_caches_change_nothing(checkpoints, subject, train_text):
     for cached, fresh in zip(*losses, strict=True):
         torch.testing.assert_close(cached, fresh, rtol=1e-4, atol=1e-6)
     assert all(p.grad is None for p in stage.first_stage.parameters())
-    assert train_text == any(p.grad is not None for p in stage.latent_diffusion.cond_stage_model.parameters())
+    assert (train_text == "all") == any(
+        p.grad is not None for p in stage.latent_diffusion.cond_stage_model.parameters()
+    )
 
 
 def test_random_crops_are_not_cached(checkpoints, subject):
@@ -176,7 +185,7 @@ def test_only_the_chosen_layers_train(checkpoints, subject, layers):
 
 
 def test_the_text_encoder_has_its_own_learning_rate(checkpoints, subject):
-    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-5)
+    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-5, train_text="all")
     (optimizer,) = stage.optimizers()
     unet, text = optimizer.param_groups
     assert (unet["lr"], text["lr"]) == (1e-3, 1e-5)
@@ -190,7 +199,7 @@ def test_the_text_encoder_has_its_own_learning_rate(checkpoints, subject):
 
 def test_words_alone_can_be_trained(checkpoints, subject):
     """Rows of the word's tokens move, and nothing else of the text encoder: other prompts say the same to the bit."""
-    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-2, words=["sks"], weight_decay=0.1)
+    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-2, train_text="words", weight_decay=0.1)
     encoder = stage.latent_diffusion.cond_stage_model
     before = copy.deepcopy(encoder.state_dict())
     told = encoder(["a five"])["c_crossattn"].detach()
@@ -205,7 +214,7 @@ def test_words_alone_can_be_trained(checkpoints, subject):
     assert name == "model.token_embedding.weight" and rows == sorted(set(encoder.tokenizer.encode("sks")))
     assert torch.equal(encoder(["a five"])["c_crossattn"], told)
     with pytest.raises(ValueError, match="there are no words to train"):
-        make(checkpoints, subject, text_learning_rate=1e-2, words=[])
+        make(checkpoints, subject, text_learning_rate=1e-2, train_text="words", class_prompt=None)
 
 
 def test_checkpointing_changes_memory_not_gradients(checkpoints, subject):
@@ -223,14 +232,13 @@ def test_checkpointing_changes_memory_not_gradients(checkpoints, subject):
 def config(checkpoints, subject, folder, steps=5, **settings):
     stage = {"ckpt": checkpoints["v"], "resolution": 32, "learning_rate": 1e-3, "previews": ["a sks five", "a five"]}
     loop = {"steps": steps, "batch_size": 2, "ema": 0.0, "tensorboard": False, "preview_every": 3, "precision": "fp32"}
-    data = {"subjects": [subject], "size": 32, "channels": 1}
     stage |= {"preview_columns": 2, "sheet": str(folder / "contact_sheet.png"), **settings}
     return {
         "name": folder.name,
         "outdir": str(folder.parent),
         "seed": 1,
         "stage": {"target": "ldm.finetune.dreambooth.DreamBoothStage", "params": stage},
-        "data": {"target": "ldm.data.dreambooth.DreamBooth", "params": data},
+        "data": {"target": "ldm.inference.class_images.SubjectImages", "params": by_name(subject)},
         "loop": loop,
     }
 
@@ -259,9 +267,12 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
 
     def settings(name):
         lora = {"rank": 2, "targets": ["attention", "text"]} if kind == "lora" else None
-        made = config(checkpoints, subject, tmp_path / name, text_learning_rate=1e-4, lora=lora)
+        text = {"train_text": "all", "text_learning_rate": 1e-4}
+        images = in_buckets["subjects"][0] if kind == "buckets" else subject
+        made = config(checkpoints, images, tmp_path / name, lora=lora, **text)
         made["loop"] |= {"save_every": 3, "steps": 5}
-        return made | {"data": made["data"] | {"params": in_buckets}} if kind == "buckets" else made
+        made["data"]["params"] |= {"buckets": kind == "buckets", "least": 2}
+        return made
 
     whole, part = train(settings("whole")), settings("part")
     stopped = DreamBoothStage.forward
@@ -321,8 +332,8 @@ def test_lora_trains_adapters_alone(checkpoints, subject, tmp_path, train_text):
     """The adapters' file on the model as it was, and the merged model, draw alike."""
     lora = {"rank": 2, "targets": ["attention", "text"] if train_text else ["attention"]}
     settings = {"lora": lora, "lora_file": str(tmp_path / "run" / "lora.safetensors")}
-    rate = 1e-2 if train_text else None
-    result = train(config(checkpoints, subject, tmp_path / "run", text_learning_rate=rate, **settings))
+    settings |= {"train_text": "all" if train_text else "none", "text_learning_rate": 1e-2}
+    result = train(config(checkpoints, subject, tmp_path / "run", **settings))
     base, merged = ldm.load(checkpoints["v"], device="cpu"), ldm.load(result, device="cpu")
     changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, base.state_dict()[n])}
     assert changed and all(".attn" in n and not n.startswith("first") for n in changed)
@@ -361,25 +372,27 @@ def test_optimizers():
 
 
 def test_words_are_kept_apart_from_the_class(checkpoints, subject):
-    """The nearness in closed form; that of a stage by hand; and with nothing else to learn, it is unlearnt."""
+    """The repulsion in closed form; that of a stage by hand; and with nothing else to learn, it falls to zero."""
     texts, others = {"a": torch.eye(2)[[0, 1, 0]]}, {"a": torch.tensor([[0.8, 0.6], [0.6, 0.8]])}
-    assert nearness(texts, others, 3).item() == pytest.approx(0.3)
-    assert nearness(texts | {"b": texts["a"]}, others | {"b": 0.1 * others["a"]}, 2).item() == pytest.approx(0.3)
-    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-2, words=["sks"], weight_decay=0.0)
+    assert embedding_repulsion(texts, others, 3).item() == pytest.approx(0.3)
+    assert embedding_repulsion(texts | {"b": texts["a"]}, others | {"b": 0.1 * others["a"]}, 2).item() == pytest.approx(
+        0.3
+    )
+    stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-2, train_text="words", weight_decay=0.0)
     encoder = stage.latent_diffusion.cond_stage_model
     own, other, null = (encoder([text]) for text in ("a sks five", "a five", ""))
     cosines = [F.cosine_similarity(*((c[k] - null[k]).flatten(1) for c in (own, other))).item() for k in null]
     _, values = stage(batch)
-    assert values["nearness"].item() == pytest.approx(sum(max(0, c - 0.5) for c in cosines), abs=1e-5)
-    assert values["nearness"] > 0.1
+    assert values["embedding_repulsion"].item() == pytest.approx(sum(max(0, c - 0.5) for c in cosines), abs=1e-5)
+    assert values["embedding_repulsion"] > 0.1
     (optimizer,) = stage.optimizers()
     for _ in range(40):
         optimizer.zero_grad()
-        near = stage(batch)[1]["nearness"]
+        near = stage(batch)[1]["embedding_repulsion"]
         near.backward()
         optimizer.step()
     assert near < 0.02
-    assert "nearness" not in make(checkpoints, subject)[0](batch)[1]
+    assert "embedding_repulsion" not in make(checkpoints, subject)[0](batch)[1]
 
 
 def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, monkeypatch):
@@ -394,6 +407,7 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", SimpleNamespace(AdamW8bit=AdamW8bit))
     settings = {"optimizer": "adamw8bit", "betas": (0.8, 0.9), "weight_decay": 0.1, "text_learning_rate": 1e-4}
+    settings["train_text"] = "all"
     assert train(config(checkpoints, subject, tmp_path / "run", 2, **settings)).exists()
     assert made == [([1e-3, 1e-4], {"betas": (0.8, 0.9), "weight_decay": 0.1})]
 
@@ -408,6 +422,8 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
         ({"snr_gamma": 5.0, "weight": {"name": "snr"}}, "two names of one setting"),
         ({"noise_offset": 0.1, "noise": {"offset": 0.2}}, "two names of one setting"),
         ({"noise_offset": -0.1}, "offset -0.1 must not be below 0"),
+        ({"train_text": "word"}, "train_text 'word' is unknown: use none, words, all or auto"),
+        ({"train_text": "all", "text_learning_rate": {"words": 1e-3}}, "a mapping with one for 'all'"),
         ({"lora": {"rnk": 4}}, r"^lora: .*'rnk'; it takes \['rank', 'alpha', 'targets', 'seed'\]$"),
     ],
 )

@@ -1,6 +1,7 @@
 """scripts/dreambooth.py as a user runs it: from images to a file that draws, LoRA, several subjects, mistakes."""
 
 import json
+from inspect import signature
 
 import pytest
 from PIL import Image
@@ -8,7 +9,11 @@ from script_runs import imported_by_help, load_script, recipe, samples
 
 import ldm
 from ldm.cli import run
-from ldm.util import read_yaml
+from ldm.finetune import flags
+from ldm.finetune.flags import CONFIGS
+from ldm.inference.class_images import SubjectImages
+from ldm.training.loop import LoopSettings
+from ldm.util import get_obj_from_str, read_yaml
 
 dreambooth, txt2img = load_script("dreambooth"), load_script("txt2img")
 SHORT = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_validation_images", "1", "--report_to", "none"]
@@ -31,6 +36,12 @@ def subject(tmp_path):
 def options(checkpoint, subject, out, *more):
     named = ["--instance_data_dir", subject, "--instance_prompt", "a sks five", "--class_prompt", "a five"]
     return [str(option) for option in ["--ckpt", checkpoint, *named, "--output_dir", out, *SHORT, *more]]
+
+
+def images_of(checkpoint, out) -> SubjectImages:
+    """The data that a run was trained on."""
+    model = ldm.load(checkpoint, device="cpu")
+    return SubjectImages(model, 32, 1, **read_yaml(out / "config.yaml")["data"]["params"])
 
 
 def test_from_images_to_a_file_that_draws(tiny_checkpoint, subject, tmp_path, capsys):
@@ -61,8 +72,8 @@ def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, t
     line += ["--enable_bucket"]
     dreambooth.main(line)
     written = (out / "model.safetensors").stat().st_mtime_ns
-    buckets = read_yaml(out / "config.yaml")["data"]["params"]["buckets"]
-    assert buckets == [[32, 32], [40, 24], [24, 40], [64, 16], [16, 64]]
+    shapes = images_of(tiny_checkpoint, out).shapes
+    assert shapes == [[(32, 32), (40, 24), (32, 32), (32, 32)]]
     before, after = ldm.load(tiny_checkpoint).state_dict(), ldm.load(out / "model.safetensors").state_dict()
     assert all((before[n] == after[n]).all() for n in before if n.startswith("cond_stage_model."))
     dreambooth.main([*line, "--resume_from_checkpoint", "latest"])
@@ -109,8 +120,8 @@ def test_fewer_class_images_than_asked(tiny_checkpoint, subject, tmp_path, capsy
     before = (own / "a.png").read_bytes()
     dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", "--class_data_dir", own))
     assert f"class images in {own}: 1; the model draws 2 more" in capsys.readouterr().out
-    (row,) = read_yaml(tmp_path / "out" / "config.yaml")["data"]["params"]["subjects"]
-    assert list(row["class_images"])[0] == "a.png" and len(row["class_images"]) == 3 == len(list(own.iterdir()))
+    (kept,) = images_of(tiny_checkpoint, tmp_path / "out").classes
+    assert kept.paths[0] == own / "a.png" and len(kept) == 3 == len(list(own.iterdir()))
     assert (own / "a.png").read_bytes() == before
 
 
@@ -143,11 +154,47 @@ def test_a_class_of_several_prompts_and_what_is_kept_beside_it(tiny_checkpoint, 
     line = options(tiny_checkpoint, subject, tmp_path / "out", "--keep_prompt", "a {seven|eight}")
     line[line.index("--class_prompt") + 1] = "a {five|six}"
     dreambooth.main(line)
-    (row,) = read_yaml(tmp_path / "out" / "config.yaml")["data"]["params"]["subjects"]
-    assert list(row["class_images"].values()) == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
-    assert {name: prompt for name, prompt in row["class_images"].items()} == {
-        path.name: recipe(path).prompt for path in (tmp_path / "out" / "class").iterdir()
+    (kept,) = images_of(tiny_checkpoint, tmp_path / "out").classes
+    assert kept.captions == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
+    assert dict(zip(kept.paths, kept.captions, strict=True)) == {
+        path: recipe(path).prompt for path in (tmp_path / "out" / "class").iterdir()
     }
+
+
+@pytest.mark.parametrize("size", ["", "_large"])
+def test_train_gives_what_the_script_gives(tiny_checkpoint, subject, tmp_path, monkeypatch, size):
+    """The same bytes from the yaml and `key=value`, by whichever file suits the model's size."""
+    monkeypatch.setattr(flags, "SMALL", 0 if size else flags.SMALL)
+    dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "script", "--class_guidance_scale", "1"))
+    params = {"data.params.instance_data_dir": subject, "data.params.instance_prompt": "a sks five"}
+    params |= {"data.params.class_prompt": "a five", "data.params.num_class_images": 3, "name": "train"}
+    params |= {"stage.params.ckpt": tiny_checkpoint, "stage.params.preview_columns": 1, "outdir": tmp_path}
+    params |= {"loop.steps": 2, "loop.batch_size": 2, "loop.precision": "fp32", "loop.tensorboard": "false"}
+    params |= {"data.params.class_guidance_scale": 1}
+    settings = [f"{key}={value}" for key, value in params.items()]
+    yaml = CONFIGS / f"dreambooth{size}.yaml"
+    load_script("train").main([str(yaml), *settings, "--device", "cpu"])
+    results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("train", "script")]
+    assert results[0] == results[1]
+    with pytest.raises(ValueError, match="give the folder that holds the subject's images"):
+        load_script("train").main([str(yaml), f"outdir={tmp_path / 'no'}", f"stage.params.ckpt={tiny_checkpoint}"])
+
+
+@pytest.mark.parametrize("script", ["dreambooth", "textual_inversion"])
+def test_every_flag_sets_a_key_that_exists(script):
+    """Of the loop, the stage and the data set that both of its configurations name."""
+    rows = [row for table in load_script(script).FLAGS.values() for row in table]
+    for size in ("", "_large"):
+        config = read_yaml(CONFIGS / f"{script}{size}.yaml")
+        known = {f"loop.{name}" for name in LoopSettings.__dataclass_fields__}
+        for part in ("stage", "data"):
+            takes = signature(get_obj_from_str(config[part]["target"])).parameters
+            assert config[part]["params"].keys() <= takes.keys()
+            known |= {f"{part}.params.{name}" for name in takes}
+        keys = {key for _, key, _, _ in rows if key.startswith(("loop.", "stage.", "data."))}
+        nested = {"loop.lr_schedule.warmup", "stage.params.betas.0", "stage.params.betas.1"}
+        nested |= {f"stage.params.lora.{name}" for name in ("rank", "alpha", "targets")}
+        assert keys <= known | nested and len(keys) > 15
 
 
 def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsys):

@@ -20,10 +20,12 @@ from ldm.diffusion.schedule import q_sample
 from ldm.evaluation.networks import Measuring, features_of
 from ldm.evaluation.reference import load_reference
 from ldm.evaluation.samples import from_pil
+from ldm.finetune import flags
 from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding, token_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
 from ldm.training.order import collate
+from ldm.util import load_yaml
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 script = load_script("textual_inversion")
@@ -165,7 +167,8 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
 def test_the_page_draws_by_a_caption_that_was_trained_on():
     """The one that the script prints, for the model that ships."""
     tokenizer = ldm.load(device="cpu").cond_stage_model.tokenizer
-    (prompt, *_) = captions(tokenizer, "<mine>", script.DEFAULTS["small"].vectors)
+    vectors = load_yaml(ROOT / "configs" / "finetune" / "textual_inversion.yaml").stage.params.vectors
+    (prompt, *_) = captions(tokenizer, "<mine>", vectors)
     assert f'--prompt "{prompt}"' in (ROOT / "docs" / "textual_inversion.md").read_text()
     assert f'--prompt "{prompt}"' in script.__doc__
 
@@ -195,6 +198,24 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_checkpoint, su
     assert (tmp_path / "whole" / "sks.pt").is_file()
 
 
+@pytest.mark.parametrize("size", ["", "_large"])
+def test_train_gives_what_the_script_gives(tiny_checkpoint, subject, tmp_path, monkeypatch, size):
+    """The same vectors from the yaml and `key=value`, by whichever file suits the model's size."""
+    monkeypatch.setattr(flags, "SMALL", 0 if size else flags.SMALL)
+    run(tiny_checkpoint, subject, tmp_path / "script", "--mixed_precision", "fp32")
+    params = {"word": "<sks>", "initial": "five", "ckpt": tiny_checkpoint, "vectors": 2, "previews": 2}
+    settings = {f"stage.params.{name}": value for name, value in params.items()}
+    settings |= {"data.params.root": subject, "name": "train", "outdir": tmp_path, "loop.precision": "fp32"}
+    settings |= {"loop.steps": 6, "loop.batch_size": 2, "loop.tensorboard": False}
+    yaml = ROOT / "configs" / "finetune" / f"textual_inversion{size}.yaml"
+    load_script("train").main([str(yaml), *(f"{key}={value}" for key, value in settings.items()), "--device=cpu"])
+    (ours,) = read_words(tmp_path / "train" / "model.safetensors")
+    (theirs,) = read_words(tmp_path / "script" / "learned_embeds.safetensors")
+    assert ours.word == theirs.word == "<sks>" and torch.equal(ours.vectors, theirs.vectors)
+    with pytest.raises(ValueError, match="textual_inversion.* needs stage.params.initial=..., stage.params.word=..."):
+        load_script("train").main([str(yaml)])
+
+
 def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no images"):
@@ -208,7 +229,10 @@ def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_pat
     (tmp_path / "bad" / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="a.png is not an image"):
         run(tiny_checkpoint, tmp_path / "bad", tmp_path / "out")
-    assert not (tmp_path / "out").exists() and "bad holds a single image" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    Image.new("L", (32, 32)).save(tmp_path / "bad" / "a.png")
+    stage_of(tiny_checkpoint).prepare(Folder(tmp_path / "bad", 32, 1, caption=""), CPU)
+    assert "bad holds a single image" in capsys.readouterr().err
 
 
 # --- the model that ships

@@ -4,12 +4,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset
 
 from ldm.data.buckets import Shape
-from ldm.data.folder import Folder
+from ldm.data.folder import Folder, find_images
 from ldm.data.image_files import read_image
 
 CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
@@ -78,19 +78,19 @@ class DreamBooth(Dataset):
 
     @property
     def groups(self) -> list[Shape] | None:
-        """Of each sample the shape of the subject's image; None where all are alike."""
+        """The shape of each sample's subject image; None where all are alike."""
         if self.shapes is None:
             return None
         places = (divmod(index, len(self.shapes)) for index in range(len(self)))
         return [self.shapes[subject][turn % len(self.shapes[subject])] for turn, subject in places]
 
     def set_epoch(self, epoch: int) -> None:
-        """Crops and mirrorings of the following samples are those of `epoch`."""
+        """Crop and mirror the following samples as in `epoch`."""
         for images in [*self.instances, *self.classes]:
             images.set_epoch(epoch)
 
     def captions(self) -> list[str]:
-        """Every different caption, of subjects and classes."""
+        """Return every distinct caption, of subjects and classes."""
         texts = (text for images in [*self.instances, *self.classes] for text in images.captions)
         return list(dict.fromkeys(texts))
 
@@ -112,8 +112,75 @@ class DreamBooth(Dataset):
         return sample
 
 
+class Subject(NamedTuple):
+    """A subject; its class, which may have choices, is None where it is not given."""
+
+    instance_dir: Path
+    instance_prompt: str
+    class_prompt: str | None
+    class_dir: Path  # of the class's images
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a setting that is one value or a list of them as a list; nothing for None."""
+    return [] if value is None else [value] if isinstance(value, str | Path) else list(value)
+
+
+def subjects(
+    instance_data_dir: str | Sequence[str] | None,
+    instance_prompt: str | Sequence[str] | None,
+    class_prompt: str | Sequence[str] | None,
+    class_data_dir: str | Sequence[str],
+) -> list[Subject]:
+    """Return the subjects: value number i of each argument belongs to subject i. One class_data_dir serves them all.
+
+    Raises ValueError for arguments that do not match in number, for folders within each other, and for a damaged image
+    or bad captions; FileNotFoundError for a folder without images.
+    """
+    folders = as_list(instance_data_dir)
+    if not folders:
+        raise ValueError("give the folder that holds the subject's images: --instance_data_dir DIR")
+    count = len(folders)
+    rows = {"instance_prompt": as_list(instance_prompt), "class_prompt": as_list(class_prompt)}
+    rows["class_data_dir"] = [class_data_dir] * count if isinstance(class_data_dir, str) else list(class_data_dir)
+    for name, values in rows.items():
+        if len(values) != count and (values or name != "class_prompt"):
+            raise ValueError(
+                f"{count} --instance_data_dir need as many --{name}, got {len(values)}: one for each subject"
+            )
+    found = []
+    classes = rows["class_prompt"] or [None] * count
+    for folder, prompt, kind, class_dir in zip(
+        folders, rows["instance_prompt"], classes, rows["class_data_dir"], strict=True
+    ):
+        subject = Subject(Path(folder), prompt, kind, Path(class_dir))
+        if kind is not None:
+            check_apart(subject.instance_dir, subject.class_dir)
+            check_apart(subject.class_dir, subject.instance_dir)
+        DreamBooth([{"instance_dir": folder, "instance_prompt": prompt}], size=1)
+        found.append(subject)
+    return found
+
+
+def check_apart(images: Path, other: Path | None) -> None:
+    """Raise ValueError where another path lies in a folder of images, whose sub-folders are read with it."""
+    if other is not None and images.resolve() in other.resolve().parents:
+        raise ValueError(f"{other} lies in {images}, whose images are read with those below it: keep them apart")
+
+
+def notes_on_images(folder: Path) -> list[str]:
+    """Return what a user should know of a subject's images. FileNotFoundError where there are none."""
+    paths, notes = find_images(folder), []
+    ignored = unread(folder, paths)
+    if ignored:
+        notes.append(f"{folder}: skipped {', '.join(ignored)} (no images)")
+    if len(paths) == 1:
+        notes.append(f"{folder} holds a single image: three to five, from several sides, teach more")
+    return notes
+
+
 def choices(prompt: str) -> list[str]:
-    """The prompts that one with choices means: "a {thin|bold} five" is "a thin five" and "a bold five".
+    """Return the prompts that one with choices means: "a {thin|bold} five" is "a thin five" and "a bold five".
 
     A choice may be empty. Braces without | are text. Several choices are combined in every way.
     """
@@ -125,12 +192,12 @@ def choices(prompt: str) -> list[str]:
 
 
 def words_of(prompt: str) -> list[str]:
-    """The words of a prompt, without the punctuation around them."""
+    """Return the words of a prompt, without the punctuation around them."""
     return [bare for word in prompt.split() if (bare := word.strip(".,;:!?\"'()[]{}"))]
 
 
 def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
-    """The words that name the subject: those of its prompt that its class's prompt lacks; none without a class."""
+    """Return the words that name the subject: those that its class's prompt lacks; none without a class."""
     if class_prompt is None:
         return []
     common = {word for one in choices(class_prompt) for word in words_of(one.lower())}
@@ -138,8 +205,19 @@ def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
 
 
 def unread(folder: str | Path, read: Iterable[Path]) -> list[str]:
-    """Names of the files in a folder that are neither images read from it nor captions: what to tell a user of."""
+    """Return names of the files in a folder that are neither images read from it nor captions."""
     known, root = {Path(path) for path in read}, Path(folder)
     captions = {path.with_suffix(suffix) for path in known for suffix in (".txt", ".caption")}
     files = (path for path in root.rglob("*") if path.is_file() and path.name != "metadata.jsonl")
     return sorted(str(path.relative_to(root)) for path in files if path not in known | captions)
+
+
+def words_and_prompts(
+    instance_prompt: str | Sequence[str] | None, class_prompt: str | Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Return the words that name the subjects, and the prompts that show what is learned and what is kept."""
+    instances, classes = as_list(instance_prompt), as_list(class_prompt)
+    pairs = [(one, classes[i] if i < len(classes) else None) for i, one in enumerate(instances)]
+    words = [word for one, kind in pairs for word in identifiers(one, kind)]
+    prompts = [prompt for one, kind in pairs for prompt in (one, *([] if kind is None else choices(kind)[:1]))]
+    return list(dict.fromkeys(words)), list(dict.fromkeys(prompts))

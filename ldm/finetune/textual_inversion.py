@@ -3,6 +3,7 @@
 The model's own loss on a few images of the subject, captioned with the word; all that trains is the word's vectors.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from torch.utils.data import Dataset
 
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
+from ldm.data.dreambooth import check_apart, notes_on_images
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
-from ldm.finetune.dreambooth import checkpoint_blocks, posterior
 from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_encoder
-from ldm.finetune.known import knows_digits_alone
+from ldm.finetune.parts import checkpoint_blocks, knows_only_digits, load_to_tune, posterior, training_size
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.loading import load
 from ldm.training.diffusion import LatentDataset
 from ldm.training.objective import Objective
 from ldm.training.stage import Stage, adamw
@@ -41,32 +41,34 @@ FRAMES = {
 
 
 class TextualInversionStage(Stage):
-    """Learns the vectors of one word; the model itself is frozen, bit for bit. Its data is a `Folder` of images.
+    """Learn the vectors of one word; the model itself stays as it is to the bit. Its data is a `Folder` of images.
 
     Args:
-        word: what the subject will be called in prompts.
+        word: the subject's name in prompts.
         initial: words to start from, such as "five"; they may be several tokens.
-        resolution: pixels of a side of the images.
-        ckpt: the model, any that `ldm.load` reads; None is the one that ships.
+        resolution: pixels of a side of the images; None is the model's own size.
+        learning_rate: of Adam, each of whose steps moves each number by about as much.
+        ckpt: a checkpoint that `ldm.load` reads, or a loaded model; None is the model that ships.
         loading: further arguments of `ldm.load`.
         vectors: how many tokens the word is; None: as many as the initial words are.
-        learning_rate: of Adam, each of whose steps moves each number by about as much.
+        relative_learning_rate: the learning rate in units of `deviation`, used where `learning_rate` is None.
         frames: captions with {} for the word, or a name in FRAMES; None: what suits the model (`captions`).
         pull: weight of the mean squared distance to the initial vectors, in units of `deviation`.
         error, weight, noise, timesteps: of `Objective`.
         gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
-        previews: how many images previews draw. sheet: where the contact sheet goes.
+        previews: how many images a preview generates. sheet: where the contact sheet goes.
     """
 
     def __init__(
         self,
         word: str,
         initial: str,
-        resolution: int,
-        learning_rate: float,
-        ckpt: str | None = None,
+        resolution: int | None = None,
+        learning_rate: float | None = None,
+        ckpt: str | LatentDiffusion | None = None,
         loading: Mapping[str, Any] | None = None,
         vectors: int | None = None,
+        relative_learning_rate: float | None = None,
         frames: Sequence[str] | str | None = None,
         pull: float = 0.0,
         error: str = "l2",
@@ -78,7 +80,7 @@ class TextualInversionStage(Stage):
         sheet: str | None = None,
     ) -> None:
         super().__init__()
-        model = load(ckpt, device="cpu", **(loading or {}))
+        model = load_to_tune(ckpt, loading).float()
         check_model(model)
         self.exclude_from_modules(latent_diffusion=model)
         encoder = text_encoder(model)
@@ -86,23 +88,32 @@ class TextualInversionStage(Stage):
         self.vectors = nn.Parameter(start.clone())  # (n, d)
         add_word(model, word, self.vectors)
         self.word, self.initial, self.start, self.pull = word, initial, start, pull
-        self.deviation, self.learning_rate = deviation(encoder), learning_rate
+        if (learning_rate is None) == (relative_learning_rate is None):
+            raise ValueError("give either learning_rate or relative_learning_rate")
+        self.deviation = deviation(encoder)
+        self.learning_rate = relative_learning_rate * self.deviation if learning_rate is None else learning_rate
         self.captions = captions(encoder.tokenizer, word, len(start), frames)
         self.objective = Objective(model, error, weight, noise, timesteps)
-        self.resolution, self.preview_columns = resolution, previews
+        self.resolution, self.preview_columns = training_size(model, resolution), previews
         self.sheet = None if sheet is None else Path(sheet)
-        model.latent_size(resolution, resolution)
         if gradient_checkpointing:
             checkpoint_blocks(model.model)
 
+    def data_params(self, device: torch.device) -> dict[str, Any]:
+        """Return what the model fixes of its images."""
+        return {"size": self.resolution, "channels": self.latent_diffusion.image_channels}
+
     @torch.no_grad()
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Encode the images, once, and draw what the contact sheet shows of the initial words."""
+        """Encode the images, once, and generate what the contact sheet shows of the initial words."""
+        check_apart(dataset.root, self.sheet)
+        for note in notes_on_images(dataset.root):
+            print(f"note: {note}", file=sys.stderr)
         self.to(device)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
         first_stage = self.latent_diffusion.first_stage_model
         means, stds = zip(*(posterior(first_stage, image[None].to(device)) for image in self.pixels), strict=True)
-        self.before = [] if self.sheet is None else self._draw(self.captions[0].replace(self.word, self.initial))
+        self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
         return Repeated(LatentDataset(dataset, torch.cat(means).cpu(), torch.cat(stds).cpu()))
 
     def optimizers(self) -> list[Optimizer]:
@@ -120,11 +131,11 @@ class TextualInversionStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """A row of the subject's images, and one of what the model draws for the first caption."""
+        """Return a row of the subject's images, and one that the model generates for the first caption."""
         shown = self.pixels[torch.arange(self.preview_columns) % len(self.pixels)]
-        return to_pil(shown) + self._draw(self.captions[0])
+        return to_pil(shown) + self._generate(self.captions[0])
 
-    def _draw(self, prompt: str) -> list[Image.Image]:
+    def _generate(self, prompt: str) -> list[Image.Image]:
         side, prompts = self.resolution, [prompt] * self.preview_columns
         return self.latent_diffusion.generate(prompts, height=side, width=side, plain=True)
 
@@ -132,7 +143,7 @@ class TextualInversionStage(Stage):
         """Write the contact sheet."""
         if self.sheet is not None:
             prompt = self.captions[0]
-            before, after = prompt.replace(self.word, self.initial), self._draw(prompt)
+            before, after = prompt.replace(self.word, self.initial), self._generate(prompt)
             rows = [
                 Row("the subject's images", to_pil(self.pixels[:8])),
                 Row(before, self.before),
@@ -141,7 +152,7 @@ class TextualInversionStage(Stage):
             save_contact_sheet(rows, self.sheet)
 
     def export(self) -> tuple[None, dict[str, Tensor]]:
-        """The word's vectors, without a configuration: diffusers' format of an embedding."""
+        """Return the word's vectors, without a configuration: diffusers' format of an embedding."""
         return None, {self.word: self.vectors.detach()}
 
 
@@ -159,22 +170,23 @@ class Repeated(Dataset):
 
 
 def check_model(model: LatentDiffusion) -> None:
-    """ValueError for a model that a word cannot be learnt with."""
+    """Raise ValueError for a model that a word cannot be learned with."""
     text_encoder(model)
     if model.concat is not None:
-        raise ValueError("textual inversion needs a model that draws from text alone: this one is given an image too")
+        raise ValueError("textual inversion needs a model that is conditioned on text, and on nothing else")
 
 
 def captions(tokenizer: Tokenizer, word: str, vectors: int, frames: Sequence[str] | str | None = None) -> list[str]:
-    """What images of `word`, of so many vectors, are captioned with: what fits the text encoder of `frames`.
+    """Return captions for images of `word`: those of `frames` that fit the text encoder with so many vectors.
 
-    frames: a name in FRAMES, or captions with {} for the word; None: the "object" ones, save for a model that knows
-    digits alone, which has those that it was trained on.
+    Args:
+        frames: a name in FRAMES, or captions with {} for the word; None: the "object" ones, or, for a model that knows
+            only digits, those that it was trained on.
 
     Raises ValueError for a frame without {}, or when none leaves room for the word.
     """
     if frames is None:
-        frames = [render(frame, "{}") for frame in TRAIN_FRAMES] if knows_digits_alone(tokenizer) else "object"
+        frames = [render(frame, "{}") for frame in TRAIN_FRAMES] if knows_only_digits(tokenizer) else "object"
     frames = FRAMES[frames] if isinstance(frames, str) else frames
     without = [frame for frame in frames if "{}" not in frame]
     if without or not frames:

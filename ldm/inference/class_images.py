@@ -1,4 +1,4 @@
-"""Class images: what the model itself draws for the class's prompt before it is tuned (Ruiz et al. 2022, sec. 3.3).
+"""Class images: what the model itself generates for the class's prompt before tuning (Ruiz et al. 2022, sec. 3.3).
 
 They are PNG files named class-KEY-SEED.png, where the key stands for everything that decides them (model, prompt, size,
 sampling) but the seed, and each carries its recipe. So a folder can hold those of many models and prompts, and a second
@@ -7,12 +7,19 @@ run finds its own; any other image there is the user's.
 
 import hashlib
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from ldm.conditioning.prompt import count_chunks
+from ldm.data.buckets import bucket_shapes
+from ldm.data.dreambooth import DreamBooth, Subject, as_list, choices, identifiers, notes_on_images, subjects
 from ldm.data.folder import find_images
+from ldm.finetune.parts import known_prompts
 from ldm.inference.draw import draw, own_recipe
 from ldm.inference.png import read_png_text, save_png
 from ldm.inference.recipe import Recipe, plan
@@ -28,6 +35,85 @@ def users_images(folder: Path) -> list[str]:
     except FileNotFoundError:
         return []
     return [path.relative_to(folder).as_posix() for path in paths if not DRAWN.fullmatch(path.name)]
+
+
+class SubjectImages(DreamBooth):
+    """DreamBooth's data by folders and prompts; class images that are missing are generated.
+
+    Args:
+        model: what generates them: the one that will be tuned. It is given by the stage, as `size` and `channels` are.
+        instance_data_dir, instance_prompt, class_prompt: one, or a list with one for each subject. Without a class
+            there are no class images. A class prompt may have choices (`ldm.data.dreambooth.choices`).
+        class_data_dir: the class images' folder, one for all or a list with one for each subject.
+        keep_prompt: prompts, with choices, of what else is kept: as many images of them are generated as of the class.
+            None: what the model is known to have learned; "": nothing.
+        prior_weight: 0: no class images.
+        num_class_images: of each subject; None: your own images in its folder, or, where there are none,
+            `default_class_images`.
+        class_guidance_scale, sample_batch_size: how class images are generated.
+        least: samples in an epoch at least, for each process.
+        buckets: cut the subjects' images to the nearest of `bucket_shapes`.
+        crop, flip, seed: as in `Folder`.
+    """
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        size: int,
+        channels: int,
+        instance_data_dir: str | Sequence[str] | None,
+        instance_prompt: str | Sequence[str] | None,
+        class_data_dir: str | Sequence[str],
+        class_prompt: str | Sequence[str] | None = None,
+        keep_prompt: str | Sequence[str] | None = None,
+        prior_weight: float = 1.0,
+        num_class_images: int | None = None,
+        default_class_images: int = 200,
+        class_guidance_scale: float | None = None,
+        sample_batch_size: int = 4,
+        crop: str = "center",
+        flip: bool = False,
+        seed: int = 0,
+        least: int = 1,
+        buckets: bool = False,
+    ) -> None:
+        found = subjects(instance_data_dir, instance_prompt, class_prompt, class_data_dir)
+        shapes = bucket_shapes(size, model.multiple) if buckets else None
+        for note in (note for subject in found for note in notes_on(subject, model)):
+            print(f"note: {note}", file=sys.stderr)
+        keep = [prompt for one in as_list(keep_prompt) if one for prompt in choices(one)]
+        classes = [
+            Class(
+                one.class_dir,
+                choices(one.class_prompt) if one.class_prompt is not None and prior_weight else [],
+                num_class_images,
+                None if keep_prompt is None else keep,
+            )
+            for one in found
+        ]
+        known = known_prompts(model.cond_stage_model.tokenizer)
+        model.eval()
+        images = collect(model, classes, default_class_images, size, class_guidance_scale, sample_batch_size, known)
+        rows = [{"instance_dir": one.instance_dir, "instance_prompt": one.instance_prompt} for one in found]
+        for row, one, own in zip(rows, found, images, strict=True):
+            if own:
+                row |= {"class_dir": one.class_dir, "class_images": own}
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        super().__init__(rows, size, channels, crop, flip, seed, least * processes, shapes)
+
+
+def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
+    """Return what a user should know of a subject before it is learned."""
+    notes, encoder = notes_on_images(subject.instance_dir), model.cond_stage_model
+    kinds = [] if subject.class_prompt is None else choices(subject.class_prompt)
+    for word in identifiers(subject.instance_prompt, "" if subject.class_prompt is None else subject.class_prompt):
+        tokens = len(encoder.tokenizer.encode(word))
+        if tokens > 1:
+            notes.append(f"the tokenizer splits {word!r} into {tokens} tokens, which are learned together")
+    for prompt in [subject.instance_prompt, *kinds]:
+        if count_chunks(encoder, [prompt], True)[0] > 1:
+            notes.append(f"the prompt {prompt!r} is too long for the text encoder and is cut")
+    return notes
 
 
 class Class(NamedTuple):

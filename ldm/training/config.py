@@ -11,8 +11,8 @@ KEYS = ("name", "outdir", "seed", "stage", "data", "loop")
 def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict[str, Any]]:
     """One resolved configuration per file. A change applies where its key exists, and must exist somewhere.
 
-    Raises FileNotFoundError for a missing file, ValueError for a file that is no configuration, a change that is not
-    key=value, and a key that no configuration has.
+    Raises FileNotFoundError for a missing file, ValueError for a file that is not a configuration, a change that is not
+    key=value, a key that no configuration has, and one that must be given (`???`).
     """
     if not paths:
         raise ValueError(
@@ -33,6 +33,9 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
                 except (OmegaConfBaseException, yaml.YAMLError) as error:
                     raise ValueError(f"{change!r} cannot be set: {' '.join(str(error).split())}") from None
                 used.add(change)
+    for path, config in zip(paths, configs, strict=True):
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ValueError(f"configuration {path!r} needs {', '.join(f'{key}=...' for key in missing)}")
     for change in changes:
         if change not in used:
             raise ValueError(

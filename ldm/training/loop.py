@@ -56,8 +56,10 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the state was saved; the message says how to go on."""
 
 
-def train(config: dict[str, Any], resume: bool = False, device: str = "auto") -> Path:
+def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **stage_params: Any) -> Path:
     """Train one stage from its resolved configuration (name, outdir, seed, stage, data, loop) -> its checkpoint's path.
+
+    stage_params: arguments of the stage in place of the configuration's, such as a model that is already loaded.
 
     Raises ValueError for bad settings and when the loss stops being finite, Interrupted after Ctrl-C.
     """
@@ -70,8 +72,10 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto") ->
         return folder.model
 
     torch.manual_seed(seed)
-    stage = instantiate_from_config(config["stage"])
-    dataset = stage.prepare(instantiate_from_config(config["data"]), accelerator.device)
+    stage = instantiate_from_config(config["stage"], **stage_params)
+    with accelerator.main_process_first():  # it writes files that the others then find
+        dataset = instantiate_from_config(config["data"], **stage.data_params(accelerator.device))
+    dataset = stage.prepare(dataset, accelerator.device)
     average = EMA(stage.to(accelerator.device), settings.ema)
     model, *optimizers = accelerator.prepare(stage, *stage.optimizers())
     scaler = accelerator.scaler  # of gradients in fp16, else None

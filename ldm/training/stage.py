@@ -13,6 +13,10 @@ from torch.utils.data import Dataset
 class Stage(nn.Module):
     """One stage of training. Its trainable networks are its submodules; frozen ones are kept outside `modules()`."""
 
+    def data_params(self, device: torch.device) -> dict[str, Any]:
+        """Return arguments of the data set that follow from the stage's model, which is moved to `device`."""
+        return {}
+
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         """What to train on instead of the data set itself (cached latents, say). Called once, before anything else."""
         return dataset

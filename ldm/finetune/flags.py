@@ -1,0 +1,171 @@
+"""Command lines over a yaml: tables of flags (diffusers' names) that set its keys, and runs to resume in a new place.
+
+Imports nothing heavy, so that `--help` is quick.
+"""
+
+import argparse
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.cli import whole
+
+if TYPE_CHECKING:  # it imports torch
+    from ldm.latent_diffusion import LatentDiffusion
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "finetune"
+SMALL = 50_000_000  # weights of a UNet below which a model is small
+KEYS = ("seed", "stage.", "data.", "loop.")  # how the names of a configuration's keys begin
+PRECISIONS = {"auto": "auto", "fp32": "fp32", "no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # "no": diffusers' word
+
+
+class Choose(argparse.Action):
+    """Store the value that a mapping of choices has for the word given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, self.choices[values])
+
+
+def path(text: str) -> str:
+    """An option type: an absolute path, so that a run can be resumed from any folder."""
+    return str(Path(text).resolve())
+
+
+def const(value: Any) -> dict[str, Any]:
+    """Settings of a flag without a value, which stores this one."""
+    return {"action": "store_const", "const": value}
+
+
+def choose(choices: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a flag that takes one of these words, and stores it or what the mapping has for it."""
+    return {"action": Choose, "choices": choices if isinstance(choices, Mapping) else {word: word for word in choices}}
+
+
+def number(kind: Any, metavar: str = "N") -> dict[str, Any]:
+    """Settings of a flag that takes a number."""
+    return {"type": kind, "metavar": metavar}
+
+
+def many(kind: Any, metavar: str) -> dict[str, Any]:
+    """Settings of a flag that may be given several times."""
+    return {"action": "append", "type": kind, "metavar": metavar}
+
+
+# names, the key that they set, how they are parsed, help: what both scripts have
+TRAINING = [
+    ("--max_train_steps", "loop.steps", number(whole(1)), "optimizer steps"),
+    ("--lr_scheduler", "loop.lr_schedule", choose({name: {"name": name} for name in ("constant", "linear", "cosine")}),
+     "how the learning rates fall, from the start on"),
+    ("--lr_warmup_steps", "loop.lr_schedule.warmup", number(whole(0)), "(0)"),
+    ("--seed", "seed", number(whole(0)), "of everything but the class images (0)"),
+    ("--resolution", "stage.params.resolution", number(whole(1), "PIXELS"),
+     "side of the squares to train on (the model's own)"),
+]  # fmt: skip
+MEMORY = [
+    ("--gradient_accumulation_steps", "loop.accumulate", number(whole(1)), "batches to an optimizer step (1)"),
+    ("--gradient_checkpointing", "stage.params.gradient_checkpointing", const(True), "less memory, a third more work"),
+    ("--mixed_precision", "loop.precision", choose(PRECISIONS), "auto: bf16 where it is fast (auto)"),
+]
+OUTPUT = [
+    ("--output_dir", "output_dir", {"type": Path, "metavar": "DIR"}, "(outputs/, the script's name)"),
+    ("--checkpointing_steps", "loop.save_every", number(whole(1)), "steps between saved states (500)"),
+    ("--validation_steps", "loop.preview_every", number(whole(1)), "steps between previews (100)"),
+    ("--report_to", "loop.tensorboard", choose({"tensorboard": True, "none": False}),
+     "metrics.jsonl is always written (tensorboard)"),
+    ("--resume_from_checkpoint --resume", "resume", {"nargs": "?", "const": "latest", "metavar": "DIR"},
+     "go on with the run in OUTPUT_DIR (latest), or with a copy of that in another folder"),
+]  # fmt: skip
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, tables: Mapping[str, Iterable[tuple[str, str, dict, str]]], **defaults: Any
+) -> None:
+    """Add groups of flags; of those that are not given only the ones with `defaults` are in what is parsed."""
+    for title, rows in tables.items():
+        group = parser.add_argument_group(title)
+        for names, key, settings, text in rows:
+            group.add_argument(*names.split(), dest=key, help=text, **{"default": argparse.SUPPRESS, **settings})
+    parser.set_defaults(resume=None, **defaults)
+
+
+def begin(
+    name: str, args: argparse.Namespace, loading: Mapping[str, Any]
+) -> tuple[dict[str, Any], "LatentDiffusion", bool]:
+    """Load the model and return the run's configuration, the model, and whether this is the main process.
+
+    Args:
+        name: of the configuration, NAME.yaml or, for a large model, NAME_large.yaml.
+        loading: arguments of `ldm.load` besides the path.
+    """
+    import ldm
+    from ldm.training.processes import processes
+
+    these = processes(args.device)
+    if args.resume is not None and these.is_main_process:
+        move_in(args.resume, args.output_dir)
+    these.wait_for_everyone()
+    model = ldm.load(args.ckpt, device="cpu", dtype=None, **loading)  # in the file's dtypes, which the result keeps
+    return configure(name, args, model, loading), model, these.is_main_process
+
+
+def configure(
+    name: str, args: argparse.Namespace, model: "LatentDiffusion", loading: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the configuration NAME.yaml, or NAME_large.yaml for a large model, with what the flags set.
+
+    loading: arguments of `ldm.load` besides the path.
+    """
+    from omegaconf import OmegaConf
+
+    from ldm.util import load_yaml
+
+    small = sum(parameter.numel() for parameter in model.model.parameters()) < SMALL
+    config, output = load_yaml(CONFIGS / f"{name}{'' if small else '_large'}.yaml"), args.output_dir.resolve()
+    keys = {key: value for key, value in vars(args).items() if key.startswith(KEYS)}
+    keys |= {"name": output.name, "outdir": str(output.parent), "stage.params.loading": loading}
+    keys["stage.params.ckpt"] = None if args.ckpt is None else str(args.ckpt.resolve())
+    if "loop.steps" in keys:
+        keys["loop.log_every"] = min(50, max(1, keys["loop.steps"] // 10))
+    for key in sorted(keys):  # a mapping before what is in it
+        OmegaConf.update(config, key, keys[key], merge=False, force_add=True)
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def move_in(source: str, folder: Path) -> None:
+    """Make the run that is to go on lie in `folder`: copied there from `source`, unless that is "latest" or the folder.
+
+    A run may have been moved since it was saved: the paths in its configuration are set right.
+
+    Raises FileNotFoundError where there is no run, ValueError when both folders hold one.
+    """
+    import yaml
+
+    from ldm.checkpoint.file import atomic
+    from ldm.util import read_yaml
+
+    origin = folder if source == "latest" else Path(source)
+    if not (origin / "config.yaml").is_file():
+        raise FileNotFoundError(f"{origin} holds no run to go on with: it has no config.yaml")
+    if origin.resolve() != folder.resolve():
+        if (folder / "config.yaml").exists():
+            raise ValueError(f"{folder} already holds a run: choose another --output_dir to go on from {origin}")
+        shutil.copytree(origin, folder, dirs_exist_ok=True)
+    path, home = folder / "config.yaml", folder.resolve()
+    saved = read_yaml(path)
+    before = str(Path(saved["outdir"]) / saved["name"])
+    if before != str(home):
+        moved = _relocated(saved, before, str(home)) | {"outdir": str(home.parent), "name": home.name}
+        with atomic(path) as temporary:
+            temporary.write_text(yaml.safe_dump(moved, sort_keys=False), encoding="utf-8")
+
+
+def _relocated(value: Any, before: str, now: str) -> Any:
+    """Return a configuration with every path below `before` as one below `now`."""
+    if isinstance(value, dict):
+        return {key: _relocated(entry, before, now) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_relocated(entry, before, now) for entry in value]
+    if isinstance(value, str) and (value == before or value.startswith(f"{before}/")):
+        return now + value.removeprefix(before)
+    return value
