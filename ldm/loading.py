@@ -1,4 +1,7 @@
-"""A path -> a LatentDiffusion, and back: our own checkpoints, CompVis's single files, diffusers' folders."""
+"""Load and save models: our own checkpoints, CompVis's single files and diffusers' folders.
+
+The reader of each format is imported when a file needs it: our own file imports none of the others.
+"""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -7,33 +10,43 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ldm.checkpoint.compvis import PREFIXES, normalise, single_file
-from ldm.checkpoint.compvis_config import from_compvis
-from ldm.checkpoint.diffusers_folder import read_folder, read_vae_folder, write_folder
-from ldm.checkpoint.families import recognise, stored_scale_factor
 from ldm.checkpoint.file import CONFIG_KEY, file_hash, load_file, read_config, save_file
-from ldm.checkpoint.structure import BERT, KL, TEXT, UNET, VQ, WHOLE
-from ldm.checkpoint.tensors import read_tensors
-from ldm.conditioning.bert import read_vocab
+from ldm.checkpoint.networks import (
+    BERT_TARGET,
+    KL_TARGET,
+    MODEL_TARGET,
+    PREFIXES,
+    TEXT_TARGET,
+    UNET_TARGET,
+    VQ_TARGET,
+    Config,
+)
+from ldm.checkpoint.tensors import State, read_tensors
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import Unfilled, get_obj_from_str, instantiate_network, pick_device, read_yaml
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
-FORMATS = ("ldm", "compvis", "diffusers")
-# What a file that is not a whole model holds, by its target, and how it is loaded beside one.
-PART_OF = {KL: "first_stage", VQ: "first_stage", UNET: "unet", TEXT: "text", BERT: "text"}
+MODEL_FORMATS = ("ldm", "compvis", "diffusers")
+# What a file of one network holds, by its target, and by which option it is loaded beside a model.
+PART_OF = {
+    KL_TARGET: "first_stage",
+    VQ_TARGET: "first_stage",
+    UNET_TARGET: "unet",
+    TEXT_TARGET: "text",
+    BERT_TARGET: "text",
+}
 OPTIONS = {"first_stage": "vae", "unet": "unet"}
 NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
 
 
 class Found(NamedTuple):
-    """What a file or folder holds: {"target": class, "params": ...}, its tensors, and what to tell about it."""
+    """What a file or folder holds: {"target": class, "params": ...}, its tensors, and notes about it."""
 
-    config: dict[str, Any]
-    state: dict[str, Tensor]
+    config: Config
+    state: State
     notes: list[str]
     scale_factor: float | None = None  # of a first stage taken from a model or folder that has one
 
@@ -50,11 +63,11 @@ def load(
     vocab: str | Path | None = None,
     variant: str | None = None,
 ) -> LatentDiffusion:
-    """The model of a checkpoint, ready to draw; without a path, the digits model that ships with the package.
+    """Load the model of a checkpoint; without a path, the digits model that ships with the package.
 
     Args:
         path: a checkpoint of ours, a single file of CompVis's kind (.safetensors or .ckpt; nothing in it is executed),
-            or a folder of diffusers. `model.notes` tells what was recognised in it and what had to be assumed.
+            or a folder of diffusers. `model.notes` says what was recognised in it and what had to be assumed.
         device, dtype: where the weights go, and as what (None: as the file has them). On the CPU, in the file's own
             dtype, they stay mapped: they take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
@@ -64,8 +77,9 @@ def load(
         vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
         variant: of a diffusers folder's files, "fp16" say.
 
-    Raises FileNotFoundError for a missing file, ValueError for one that is damaged or unknown, or that does not fit its
-    configuration.
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: one is damaged or unknown, or does not fit its configuration.
     """
     path = SHIPPED if path is None else Path(path)
     if prediction is not None:
@@ -76,12 +90,12 @@ def load(
     }
     found = _open(path, config, ema and unet is None, prediction, variant, replacements)
     target = found.config.get("target")
-    if not _is_whole(target):
+    if not _is_model(target):
         option = OPTIONS.get(PART_OF.get(target))
         hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
-        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a whole model{hint}")
+        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a complete model{hint}")
     params = deepcopy(found.config["params"])
-    if replacements and target != WHOLE:
+    if replacements and target != MODEL_TARGET:
         raise ValueError(f"checkpoint {str(path)!r} holds a {target}, whose parts cannot be exchanged")
     for part, new in replacements.items():
         params[f"{part}_config"] = new.config
@@ -99,11 +113,11 @@ def load(
             )
         params["prediction"] = prediction
     if vocab is not None:
-        _give_vocabulary(params, Path(vocab))
+        _set_vocabulary(params, Path(vocab))
     model = _build(path, {"target": target, "params": params}, found.state, pick_device(device), dtype)
     try:
         check_prediction(model.prediction)
-        model.schedule  # noqa: B018 - made on first use; a damaged one is told here, not when drawing
+        model.schedule  # noqa: B018 - made on first use; a damaged one is an error of the file, not of sampling
     except (ValueError, TypeError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration: {error}") from None
     model.path, model.notes = path, found.notes
@@ -115,12 +129,12 @@ def load(
 
 
 def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Any network saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
+    """Load any network saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
     return _build(path, *load_file(path), pick_device(device), dtype)
 
 
-def _is_whole(target: str | None) -> bool:
-    """Whether a target is LatentDiffusion, or one of ours that builds on it, such as PixelDiffusion."""
+def _is_model(target: str | None) -> bool:
+    """Return whether a target is LatentDiffusion, or one of ours that builds on it, such as PixelDiffusion."""
     try:
         return issubclass(get_obj_from_str(target), LatentDiffusion)
     except ValueError:
@@ -135,28 +149,33 @@ def _open(
     variant: str | None = None,
     replacements: Mapping[str, Found] | None = None,
 ) -> Found:
-    """What a file or folder holds, whoever wrote it: a whole model or a part alone, as the configuration's target says.
+    """Read a file or folder, whoever wrote it: a model or a part alone, as the configuration's target says.
 
     `replacements` go in before a single file of CompVis's kind is recognised: some lack the first stage.
     """
     if path.is_dir():
+        from ldm.checkpoint.diffusers_folder import read_pipeline, read_vae_folder
+
         if ema or config is not None:
             raise ValueError(f"folder {str(path)!r} has {NO_EMA if ema else 'a configuration: load it without config'}")
-        alone = (path / "config.json").is_file() and not (path / "model_index.json").is_file()
-        if alone:
-            vae, weights, scale_factor = read_vae_folder(path)
-            return Found(vae, weights, [], scale_factor)
-        return Found(*read_folder(path, variant))
+        if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+            own, weights, scale_factor = read_vae_folder(path)
+            return Found(own, weights, [], scale_factor)
+        return Found(*read_pipeline(path, variant))
     contents = read_tensors(path)
     if variant is not None:
         raise ValueError(f"checkpoint {str(path)!r} is one file: only diffusers' folders have a variant {variant!r}")
-    state = contents.state
     if CONFIG_KEY in contents.metadata and config is None:
         own = read_config(path, contents.metadata)
         if ema:
             raise ValueError(f"checkpoint {str(path)!r} has {NO_EMA}")
-        # what `save` added for other programs goes again
-        return Found(own, normalise(state)[0] if own.get("target") == WHOLE else state, [])
+        return Found(own, contents.state, [])
+
+    from ldm.checkpoint.compvis import normalise
+    from ldm.checkpoint.compvis_config import from_compvis
+    from ldm.checkpoint.families import recognise, stored_scale_factor
+
+    state = contents.state
     for part, new in (replacements or {}).items():
         state = _swapped(state, part, new)
     try:
@@ -174,11 +193,11 @@ def _open(
 
 
 def _take(part: str, path: Path, ema: bool) -> Found:
-    """A part out of a file or folder, under its own names: of that part alone, or of a whole model."""
+    """Read a part out of a file or folder, under its own names: of that part alone, or of a model."""
     found = _open(path, ema=ema)
     target = found.config.get("target")
-    if target != WHOLE:
-        if _is_whole(target) or PART_OF.get(target, part) != part:
+    if target != MODEL_TARGET:
+        if _is_model(target) or PART_OF.get(target, part) != part:
             raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
         return found._replace(notes=[f"{OPTIONS[part]}: {path}"])
     prefix = PREFIXES[part]
@@ -188,22 +207,26 @@ def _take(part: str, path: Path, ema: bool) -> Found:
     return Found(params[f"{part}_config"], state, [f"{OPTIONS[part]}: {path}"], scale_factor)
 
 
-def _swapped(state: Mapping[str, Tensor], part: str, new: Found) -> dict[str, Tensor]:
-    """A whole model's tensors with that part's exchanged."""
+def _swapped(state: State, part: str, new: Found) -> State:
+    """Return a model's tensors with that part's exchanged."""
     prefix = PREFIXES[part]
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
     return rest | {prefix + name: tensor for name, tensor in new.state.items()}
 
 
-def _give_vocabulary(params: dict[str, Any], path: Path) -> None:
-    """A BERT-style encoder's words; from now on they travel with the model."""
+def _set_vocabulary(params: Config, path: Path) -> None:
+    """Give a BERT-style encoder its words; from now on they travel with the model."""
+    from ldm.conditioning.bert import read_vocab
+
     conditioner = params["cond_stage_config"]
-    if conditioner is None or conditioner["target"] != BERT:
-        raise ValueError(f"the vocabulary {str(path)!r} has no use: the model has no BERT-style encoder")
+    if conditioner is None or conditioner["target"] != BERT_TARGET:
+        raise ValueError(f"the vocabulary {str(path)!r} is not needed: the model has no BERT-style encoder")
     conditioner["params"]["vocab"] = read_vocab(path)
 
 
-def _build(path: str | Path, config: dict, state: dict, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _build(
+    path: str | Path, config: Config, state: State, device: torch.device, dtype: torch.dtype | None
+) -> nn.Module:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
     if "target" not in config:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it names no target)")
@@ -212,13 +235,18 @@ def _build(path: str | Path, config: dict, state: dict, device: torch.device, dt
             module = instantiate_network(config)
     except Exception as error:  # a damaged configuration may break a constructor in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]  # torch appends its own stack
-        raise ValueError(f"checkpoint {str(path)!r} has a configuration that builds nothing: {reason}") from error
-    expected = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
+        raise ValueError(f"checkpoint {str(path)!r} has a configuration that cannot be built: {reason}") from error
+    own = module.state_dict()
+    if own.keys() != state.keys() and config["target"] == MODEL_TARGET:
+        from ldm.checkpoint.compvis import normalise
+
+        state, _ = normalise(state)  # what `save` added for other programs goes again
+    expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
     if expected != found:
         raise ValueError(f"checkpoint {str(path)!r} does not fit its configuration: {_differences(expected, found)}")
-    kinds = {name: p.is_floating_point() for name, p in module.state_dict().items()}
-    wrong = sorted(name for name, tensor in state.items() if tensor.is_floating_point() != kinds[name])
+    wrong = sorted(
+        name for name, tensor in state.items() if tensor.is_floating_point() != own[name].is_floating_point()
+    )
     if wrong:
         raise ValueError(
             f"checkpoint {str(path)!r} has numbers of the wrong kind in {len(wrong)} tensors, such as {wrong[0]} "
@@ -231,29 +259,40 @@ def _build(path: str | Path, config: dict, state: dict, device: torch.device, dt
 
 
 def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None, format: str = "ldm") -> list[str]:
-    """Write a model, atomically; `dtype` (torch.float16, say) makes it smaller.
+    """Write a model, atomically.
 
-    format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
-    (schedule buffers, marks, modelspec metadata); "diffusers", a folder. Returns notes on what it cannot say.
+    Args:
+        dtype: of the weights in the file; torch.float16, say, makes it smaller.
+        format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
+            (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs diffusers and transformers).
 
-    Raises OSError when it cannot be written, ValueError for an unknown format or a model that diffusers cannot express.
+    Returns:
+        Notes on what the format cannot express.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the format is unknown, or diffusers cannot express the model.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(FORMATS)}")
+    if format not in MODEL_FORMATS:
+        raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
     config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}
-    if format != "ldm" and model.target != WHOLE:
+    if format != "ldm" and model.target != MODEL_TARGET:
         raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
     if format == "diffusers":
-        return write_folder(path, config, state, dtype)
+        from ldm.checkpoint.diffusers_writer import write_pipeline
+
+        return write_pipeline(path, config, state, dtype)
     if format == "compvis":
+        from ldm.checkpoint.compvis import single_file
+
         state, metadata = single_file(state, config)
         metadata["modelspec.title"] = Path(path).stem
     save_file(path, state, config, dtype, metadata)
     return []
 
 
-def _differences(expected: dict, found: dict) -> str:
-    """What is missing, unexpected or of another shape, a few names of each."""
+def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Say what is missing, unexpected or of another shape, a few names of each."""
     kinds = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),

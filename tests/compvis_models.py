@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import normalise
-from ldm.checkpoint.diffusers_text import write_tokenizer
+from ldm.checkpoint.diffusers_writer import write_vocabulary
 from ldm.conditioning.tokenizer import reduce
 from ldm.diffusion import guidance, sampling
 from ldm.diffusion.denoiser import from_vp, to_vp
@@ -72,7 +72,7 @@ def clip_folder(folder: Path) -> Path:
     """A tiny text encoder in transformers' layout, with a vocabulary of its own."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CLIP_CONFIG))
-    write_tokenizer(folder, MERGES, VOCABULARY - 1, 77)
+    write_vocabulary(folder, MERGES)
     tower = fill(CLIPTextModel(VOCABULARY, WIDTH, LAYERS, 1, 77, "quick_gelu"), 1)
     save_file(tower.state_dict(), folder / "model.safetensors")
     return folder

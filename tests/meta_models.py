@@ -7,8 +7,7 @@ import torch
 from golden_fill import shapes
 from torch import Tensor
 
-from ldm.checkpoint.compvis import PREFIXES
-from ldm.checkpoint.structure import CLIP_SETTINGS, OPENCLIP_SETTINGS, TEXT
+from ldm.checkpoint.networks import CLIP_SETTINGS, OPENCLIP_SETTINGS, PREFIXES, TEXT_TARGET
 from ldm.util import instantiate_network
 
 CROSS = {"use_spatial_transformer": True, "context_dim": 16, "legacy": False}
@@ -66,7 +65,7 @@ def tiny(text: dict, **unet) -> dict:
                 "target": "ldm.models.autoencoder.AutoencoderKL",
                 "params": {"embed_dim": 4, "ddconfig": DDCONFIG},
             },
-            "cond_stage_config": {"target": TEXT, "params": text},
+            "cond_stage_config": {"target": TEXT_TARGET, "params": text},
             "concat": None,
             "schedule": {"name": "scaled_linear", "start": 0.00085, "end": 0.012, "T": 1000},
             "prediction": "eps",

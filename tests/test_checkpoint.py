@@ -49,7 +49,7 @@ def test_equal_models_are_equal_files(tmp_path):
 
 def test_other_programs_read_it(tmp_path):
     """The safetensors library as the judge of the file: every dtype, odd shapes, and the header's texts."""
-    dtypes = {str(dtype): torch.arange(5).to(dtype) for dtype in module.DTYPES}
+    dtypes = {str(dtype): torch.arange(5).to(dtype) for dtype in module.SAFETENSORS_DTYPES}
     odd = {
         "scalar": torch.tensor(1.5),
         "none": torch.empty(0, 3),
@@ -130,10 +130,10 @@ def test_truncated_anywhere(tmp_path):
     content = (tmp_path / "a").read_bytes()
     for length in [*range(0, len(content) - 1, 23), len(content) - 1]:
         (tmp_path / "b").write_bytes(content[:length])
-        with pytest.raises(ValueError, match="is (empty|neither safetensors|not a whole safetensors file)"):
+        with pytest.raises(ValueError, match="is (empty|neither safetensors|not a complete safetensors file)"):
             load_file(tmp_path / "b")
     (tmp_path / "b").write_bytes(content + b"\0")
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
         load_file(tmp_path / "b")
 
 

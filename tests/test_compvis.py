@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.checkpoint.compvis import SCHEDULE_BUFFERS, normalise, schedule_buffers, single_file
 from ldm.checkpoint.families import recognise
-from ldm.checkpoint.structure import KL, VQ
+from ldm.checkpoint.networks import KL_TARGET, VQ_TARGET
 from ldm.util import instantiate_network
 
 UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -230,7 +230,7 @@ def test_a_file_of_ours_has_the_published_names_and_shapes(model, prediction):
 def test_marks_scale_factor_and_architecture():
     params = {
         "cond_stage_config": None,
-        "first_stage_config": {"target": KL, "params": {}},
+        "first_stage_config": {"target": KL_TARGET, "params": {}},
         "schedule": {"name": "cosine", "zero_terminal_snr": True},
         "prediction": "v",
         "scale_factor": 0.18215,
@@ -240,7 +240,11 @@ def test_marks_scale_factor_and_architecture():
     assert written.keys() == {*SCHEDULE_BUFFERS, "v_pred", "ztsnr"}
     assert written["v_pred"].numel() == written["ztsnr"].numel() == 0
     assert metadata["modelspec.architecture"] == "latent-diffusion" and metadata["modelspec.resolution"] == "32x64"
-    vq = params | {"first_stage_config": {"target": VQ, "params": {}}, "prediction": "eps", "concat": "latents_mask"}
+    vq = params | {
+        "first_stage_config": {"target": VQ_TARGET, "params": {}},
+        "prediction": "eps",
+        "concat": "latents_mask",
+    }
     written, metadata = single_file({}, {"params": vq})
     assert written["scale_factor"] == torch.tensor(0.18215) and "v_pred" not in written
     assert metadata["modelspec.architecture"] == "latent-diffusion-inpainting"

@@ -16,8 +16,8 @@ from conftest import randomised
 from tiny_stable_diffusion import KINDS, MERGES, PROMPTS, SD1, SD2, TEXT, VAE, built, changed, edit, whole
 
 from ldm.checkpoint.diffusers_config import read_vae
-from ldm.checkpoint.diffusers_folder import WRITTEN, read_folder, write_folder
-from ldm.checkpoint.diffusers_text import write_tokenizer
+from ldm.checkpoint.diffusers_folder import read_pipeline
+from ldm.checkpoint.diffusers_writer import WRITTEN, write_pipeline, write_tokenizer
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import get_sampler
 from ldm.diffusion.schedule import sampling_sigmas
@@ -45,7 +45,7 @@ def folders(models, tmp_path_factory):
     found = {}
     for name, model in models.items():
         found[name] = tmp_path_factory.mktemp("ours") / name
-        write_folder(found[name], whole(model.config), model.state_dict())
+        write_pipeline(found[name], whole(model.config), model.state_dict())
     return found
 
 
@@ -162,7 +162,8 @@ def assert_same_numbers(model: LatentDiffusion, pipe) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_draws_what_we_draw(models, folders, kind):
-    assert {p.relative_to(folders[kind]).as_posix() for p in folders[kind].rglob("*.*")} == WRITTEN
+    files = {p.relative_to(folders[kind]).as_posix() for p in folders[kind].rglob("*") if p.is_file()}
+    assert WRITTEN - files <= {"tokenizer/special_tokens_map.json"} and files <= WRITTEN  # transformers 5 has no such
     pipe = pipeline(folders[kind])
     assert pipe.scheduler.config.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]
     assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 32
@@ -173,7 +174,7 @@ def test_diffusers_draws_what_we_draw(models, folders, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_to_diffusers_to_ours_is_exact(models, folders, kind):
     model = models[kind]
-    config, state, notes = read_folder(folders[kind])
+    config, state, notes = read_pipeline(folders[kind])
     again = built(config, state)
     unused = re.compile(r"cond_stage_model\.model\.(text_projection|logit_scale|transformer\.resblocks\.2\..*)")
     expected = model.state_dict()
@@ -189,8 +190,8 @@ def test_ours_to_diffusers_to_ours_is_exact(models, folders, kind):
     assert again.defaults == model.defaults
     assert any(f"predicts {model.prediction} (its scheduler says so)" in note for note in notes)
     # and once more: the same folder, byte for byte
-    write_folder(folders[kind].with_name("again"), config, state)
-    for name in WRITTEN:
+    write_pipeline(folders[kind].with_name("again"), config, state)
+    for name in WRITTEN - {"tokenizer/special_tokens_map.json"}:
         assert (folders[kind].with_name("again") / name).read_bytes() == (folders[kind] / name).read_bytes(), name
 
 
@@ -199,7 +200,7 @@ def test_we_draw_what_diffusers_draws(theirs, kind):
     from diffusers import DDIMScheduler
 
     pipe, folder = theirs[kind]
-    config, state, notes = read_folder(folder)
+    config, state, notes = read_pipeline(folder)
     model = built(config, state)
     assert model.prediction == {"sd1": "eps", "sd2": "v"}[kind]
     assert model.schedule_params == {"name": "scaled_linear", "T": 1000, "start": 0.00085, "end": 0.012}
@@ -231,7 +232,7 @@ def test_we_draw_what_diffusers_draws(theirs, kind):
 )
 def test_every_form_of_the_weights(theirs, tmp_path, how, variant, files):
     pipe, folder = theirs["sd1"]
-    expected = read_folder(folder)[1]
+    expected = read_pipeline(folder)[1]
     shutil.copytree(folder, tmp_path / "x", ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
     for part in ("unet", "vae", "text_encoder"):
         getattr(pipe, part).save_pretrained(tmp_path / "x" / part, **how)
@@ -241,7 +242,7 @@ def test_every_form_of_the_weights(theirs, tmp_path, how, variant, files):
         torch.save(pipe.text_encoder.state_dict(), tmp_path / "x/text_encoder/pytorch_model.bin")
         files = files - {"text_encoder/pytorch_model.bin"}
     assert files <= found
-    _, state, notes = read_folder(tmp_path / "x", variant)
+    _, state, notes = read_pipeline(tmp_path / "x", variant)
     assert state.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
     assert any("'fp16'" in note for note in notes) == ("variant" in how)
@@ -254,7 +255,7 @@ def test_a_missing_weight_is_left_for_the_network_to_list(folder):
     weights = load_file(file)
     del weights["down_blocks.1.resnets.0.norm1.weight"]
     save_file(weights, file)
-    config, state, _ = read_folder(folder)
+    config, state, _ = read_pipeline(folder)
     names = LatentDiffusion(**config["params"]).state_dict().keys()
     assert names - state.keys() == {"model.diffusion_model.input_blocks.3.0.in_layers.0.weight"}
     assert not state.keys() - names
@@ -268,15 +269,15 @@ def test_what_is_assumed_is_said(folder):
     without("scheduler/scheduler_config.json", "prediction_type", "timestep_spacing")
     without("vae/config.json", "scaling_factor")
     edit(folder / "unet/config.json", _diffusers_version="0.6.0", sample_size=32)
-    config, _, notes = read_folder(folder)
+    config, _, notes = read_pipeline(folder)
     assert config["params"]["defaults"]["height"] == 64 * 4
     for said in ("predicts eps (assumed", "scale factor 0.18215 is assumed", "sample_size 32 is taken for 64"):
         assert sum(said in note for note in notes) == 1, (said, notes)
     without("unet/config.json", "sample_size")
-    config, _, notes = read_folder(folder)
-    assert config["params"]["defaults"]["height"] == 64 * 4 and any("size of pictures is assumed" in n for n in notes)
+    config, _, notes = read_pipeline(folder)
+    assert config["params"]["defaults"]["height"] == 64 * 4 and any("size of images is assumed" in n for n in notes)
     edit(folder / "unet/config.json", sample_size=[8, 16])
-    defaults = read_folder(folder)[0]["params"]["defaults"]
+    defaults = read_pipeline(folder)[0]["params"]["defaults"]
     assert (defaults["height"], defaults["width"]) == (32, 64)
 
 
@@ -292,10 +293,10 @@ def test_models_that_change_images(tmp_path, concat, channels, pipeline):
 
     params = changed(SD1, "unet", in_channels=channels) | {"concat": concat}
     model = LatentDiffusion(**params)
-    write_folder(tmp_path / "x", whole(model.config), model.state_dict())
+    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict())
     pipe = getattr(diffusers, pipeline).from_pretrained(tmp_path / "x", local_files_only=True)
     assert pipe.unet.config.in_channels == channels
-    config, state, notes = read_folder(tmp_path / "x")
+    config, state, notes = read_pipeline(tmp_path / "x")
     assert config["params"]["concat"] == concat and pipeline in notes[0]
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items()) and len(state) == len(expected)
@@ -305,47 +306,47 @@ def test_nothing_is_lost(models, tmp_path, monkeypatch):
     model, path = models["sd1"], tmp_path / "a" / "out"
     config, state = whole(model.config), model.state_dict()
     path.mkdir(parents=True)
-    write_folder(path, config, state)  # an empty folder is filled
+    write_pipeline(path, config, state)  # an empty folder is filled
     before = (path / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     inodes = (path / "vae").stat().st_ino
-    write_folder(f"{path}/", config, state)  # our own is replaced
+    write_pipeline(f"{path}/", config, state)  # our own is replaced
     assert (path / "vae").stat().st_ino != inodes and os.listdir(path.parent) == ["out"]
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ldm.checkpoint.diffusers_folder.save_file", full)
+        patch.setattr("diffusers.AutoencoderKL.save_pretrained", full)
         with pytest.raises(OSError, match="No space left"):
-            write_folder(path, config, {name: 0 * tensor for name, tensor in state.items()})
+            write_pipeline(path, config, {name: 0 * tensor for name, tensor in state.items()})
     assert os.listdir(path.parent) == ["out"]
     assert (path / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
 
     (path / "README.md").write_text("mine")
     with pytest.raises(ValueError, match="already holds README.md, which would be lost"):
-        write_folder(path, config, state)
+        write_pipeline(path, config, state)
     (path / "README.md").unlink()
     index = json.loads((path / "model_index.json").read_text())
     del index["_written_by"]  # as when diffusers has saved it again
     (path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="already holds model_index.json, scheduler.*would be lost"):
-        write_folder(path, config, state)
+        write_pipeline(path, config, state)
     with pytest.raises(ValueError, match="README' is a file"):
         (tmp_path / "README").write_text("mine")
-        write_folder(tmp_path / "README", config, state)
+        write_pipeline(tmp_path / "README", config, state)
 
 
 def test_writing_over_the_folder_it_was_read_from(folder):
-    config, state, _ = read_folder(folder)
+    config, state, _ = read_pipeline(folder)
     before = (folder / "unet/diffusion_pytorch_model.safetensors").read_bytes()
-    write_folder(folder, config, state)
+    write_pipeline(folder, config, state)
     assert (folder / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
 def test_half_precision(models, tmp_path):
     model = models["sd2"]
-    write_folder(tmp_path / "x", whole(model.config), model.state_dict(), torch.float16)
-    _, state, _ = read_folder(tmp_path / "x")
+    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict(), torch.float16)
+    _, state, _ = read_pipeline(tmp_path / "x")
     expected = model.state_dict()
     name = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
@@ -358,16 +359,16 @@ def test_half_precision(models, tmp_path):
 def test_another_pad_token_is_kept(tmp_path, pad):
     params = changed(SD2, "cond_stage", tokenizer={"merges": MERGES, "pad": pad})
     model = LatentDiffusion(**params)
-    write_folder(tmp_path / "x", whole(model.config), model.state_dict())
-    assert read_folder(tmp_path / "x")[0]["params"]["cond_stage_config"] == params["cond_stage_config"]
+    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict())
+    assert read_pipeline(tmp_path / "x")[0]["params"]["cond_stage_config"] == params["cond_stage_config"]
 
 
 def test_the_whole_vocabulary_does_not_travel_in_the_configuration(models, tmp_path):
     text = {key: value for key, value in TEXT.items() if key != "tokenizer"} | {"vocab_size": 49408}
     params = SD1 | {"cond_stage_config": SD1["cond_stage_config"] | {"params": text}}
     model = LatentDiffusion(**params)
-    write_folder(tmp_path / "x", whole(model.config), model.state_dict())
-    config, _, _ = read_folder(tmp_path / "x")
+    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict())
+    config, _, _ = read_pipeline(tmp_path / "x")
     assert config["params"]["cond_stage_config"]["params"] == text
     assert json.loads((tmp_path / "x/vae/config.json").read_text())["sample_size"] == 32
     assert read_vae(json.loads((tmp_path / "x/vae/config.json").read_text()))[0] == VAE

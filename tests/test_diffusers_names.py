@@ -10,13 +10,14 @@ from conftest import randomised
 from torch import Tensor
 
 from ldm.checkpoint import diffusers_names as names
-from ldm.checkpoint.diffusers_config import read_unet, read_vae, unet_levels, write_unet, write_vae
-from ldm.checkpoint.diffusers_names import Level
+from ldm.checkpoint.diffusers_config import read_unet, read_vae, unet_levels
+from ldm.checkpoint.diffusers_names import UNetLevel
+from ldm.checkpoint.diffusers_writer import write_unet, write_vae
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.unet import UNetModel
 
 GOLDEN = json.loads(gzip.decompress((Path(__file__).parent / "golden" / "state_dict_keys.json.gz").read_bytes()))
-SD_LEVELS = [Level(2, True), Level(2, True), Level(2, True), Level(2, False)]
+SD_LEVELS = [UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, False)]
 # The parts of the published configurations (stable-diffusion-v1-5, stable-diffusion-2-1) that are not defaults
 SD1_UNET = {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64}
 SD2_UNET = {

@@ -5,7 +5,8 @@ import hashlib
 import pytest
 import torch
 
-from ldm.checkpoint.diffusers_text import CLIP_MERGES, read_tokenizer, vocabulary, write_tokenizer
+from ldm.checkpoint.diffusers_text import CLIP_MERGES_SHA256, read_tokenizer, vocabulary
+from ldm.checkpoint.diffusers_writer import write_tokenizer
 from ldm.conditioning.tokenizer import Tokenizer, clip_merges, reduce
 
 PROMPTS = ["a photo of a cat", "An astronaut, riding a horse: 4K (don't blink)"]
@@ -59,4 +60,4 @@ def test_the_vocabulary_is_the_tokenizers():
     ours = Tokenizer()
     names = vocabulary(clip_merges())
     assert names == [ours.pipeline.id_to_token(i) for i in range(ours.vocab_size)]
-    assert hashlib.sha256("\n".join(clip_merges()).encode()).hexdigest() == CLIP_MERGES
+    assert hashlib.sha256("\n".join(clip_merges()).encode()).hexdigest() == CLIP_MERGES_SHA256

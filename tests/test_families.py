@@ -8,19 +8,13 @@ from golden_fill import published_shapes, shapes
 from meta_models import CROSS, DDCONFIG, TINY_1, TINY_2, built, levels, on_meta, tiny
 from torch import Tensor
 
-from ldm.checkpoint.compvis import PREFIXES, normalise, schedule_buffers, single_file
+from ldm.checkpoint.compvis import normalise, schedule_buffers, single_file
 from ldm.checkpoint.families import recognise
-from ldm.checkpoint.structure import (
-    CLIP_SETTINGS,
-    OPENCLIP_SETTINGS,
-    TEXT,
-    read_conditioner,
-    read_first_stage,
-    read_unet,
-)
+from ldm.checkpoint.networks import CLIP_SETTINGS, OPENCLIP_SETTINGS, PREFIXES, TEXT_TARGET
+from ldm.checkpoint.structure import infer_conditioner, infer_first_stage, infer_unet
 from ldm.models.unet import UNetModel
 
-WHOLE = {
+MODELS = {
     "sd-v1": "sd-v1",
     "sd-v2": "sd-v2-v",
     "sd-v2-v": "sd-v2-v",
@@ -45,11 +39,11 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("model", WHOLE)
+@pytest.mark.parametrize("model", MODELS)
 def test_every_published_model_is_recognised(model):
     state = published(model)
     recognised = recognise(state)
-    assert (recognised.family, recognised.part) == (WHOLE[model], "whole")
+    assert (recognised.family, recognised.part) == (MODELS[model], "model")
     assert built(recognised.config) == sizes_of(normalise(state)[0])
 
 
@@ -138,7 +132,7 @@ def test_a_unet_of_any_size_is_read_off_its_weights(options):
     params = BASE | options
     with torch.device("meta"):
         sizes = shapes(UNetModel(**params))
-    read = read_unet(sizes)
+    read = infer_unet(sizes)
     assert read == {key: value for key, value in params.items() if key in read}  # nothing is read wrong
     with torch.device("meta"):  # and nothing is left out that shows
         heads = {key: params[key] for key in ("image_size", "num_heads")}
@@ -162,18 +156,18 @@ def test_a_first_stage_of_any_size_is_read_off_its_weights(options, vq):
     params = {"embed_dim": 5, "ddconfig": DDCONFIG | options | {"double_z": not vq}}
     target = "vq_autoencoder.VQModelInterface" if vq else "autoencoder.AutoencoderKL"
     config = {"target": f"ldm.models.{target}", "params": params | ({"n_embed": 7} if vq else {})}
-    assert read_first_stage(built(config)) == config
+    assert infer_first_stage(built(config)) == config
 
 
 @pytest.mark.parametrize(
     "config",
     [
         {
-            "target": TEXT,
+            "target": TEXT_TARGET,
             "params": CLIP_SETTINGS | {"width": 16, "layers": 2, "heads": 1, "vocab_size": 49408, "context_length": 77},
         },
         {
-            "target": TEXT,
+            "target": TEXT_TARGET,
             "params": OPENCLIP_SETTINGS
             | {"width": 128, "layers": 3, "heads": 2, "vocab_size": 49408, "context_length": 77, "projection_dim": 8},
         },
@@ -190,7 +184,7 @@ def test_a_first_stage_of_any_size_is_read_off_its_weights(options, vq):
     ids=lambda config: config["params"].get("layout", config["target"].rpartition(".")[2]),
 )
 def test_a_conditioner_of_any_size_is_read_off_its_weights(config):
-    assert read_conditioner(built(config)) == config
+    assert infer_conditioner(built(config)) == config
 
 
 def test_a_tiny_model_like_stable_diffusion_1():
@@ -198,7 +192,7 @@ def test_a_tiny_model_like_stable_diffusion_1():
     assert (recognised.family, recognised.config) == ("sd-v1", TINY_1)
     assert recognised.notes == [
         "recognised Stable Diffusion 1: UNet 32 x [1, 2], first stage kl-f2, conditioner clip 16 wide",
-        "prediction eps is assumed, the file does not say: if pictures are noise, try prediction v (--prediction v)",
+        "prediction eps is assumed, the file does not say: if images are noise, try prediction v (--prediction v)",
         "noise schedule scaled_linear 0.00085 to 0.012 is assumed, scale factor 0.18215 is assumed, "
         "num_heads 8 is assumed",
     ]
@@ -300,9 +294,9 @@ def test_a_schedule_of_no_known_kind_is_told():
     betas = torch.linspace(0.001, 0.05, 1000) ** 0.5
     recognised = recognise(on_meta(built(TINY_1)) | {"betas": betas})
     assert recognised.config["params"]["schedule"] == TINY_1["params"]["schedule"]
-    assert "of no known kind" in recognised.notes[-1] and "is assumed" in recognised.notes[-1]
+    assert "of an unknown kind" in recognised.notes[-1] and "is assumed" in recognised.notes[-1]
     for damaged in (torch.full((1000,), float("nan")), torch.zeros(1000), torch.ones(1000)):
-        assert "no known kind" in recognise(on_meta(built(TINY_1)) | {"betas": damaged}).notes[-1]
+        assert "unknown kind" in recognise(on_meta(built(TINY_1)) | {"betas": damaged}).notes[-1]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -391,7 +385,7 @@ def test_models_that_lack_a_part():
         ({"low_scale_model.betas": (1000,)}, "x4 upscaler"),
         ({"noise_augmentor.data_mean": (1, 768)}, "unCLIP"),
         ({}, "holds no tensors"),
-        ({"fc.weight": (10, 3), "fc.bias": (10,), "conv1.weight": (3, 3, 3, 3)}, "no model that is known: 3 tensors"),
+        ({"fc.weight": (10, 3), "fc.bias": (10,), "conv1.weight": (3, 3, 3, 3)}, "no known model: 3 tensors"),
     ],
     ids=lambda value: next(iter(value), "nothing") if isinstance(value, dict) else "",
 )
@@ -429,7 +423,7 @@ def test_models_of_unknown_make_say_what_was_seen():
         recognise(on_meta(classes | {"cond_stage_model.logits.weight": (10, 16)}))
     with pytest.raises(ValueError, match="has no quant_conv"):
         recognise(on_meta({n: s for n, s in published_shapes("kl-f16").items() if "quant_conv" not in n}))
-    with pytest.raises(ValueError, match="prediction 'noise' is unknown"):
+    with pytest.raises(ValueError, match="unknown prediction 'noise'"):
         recognise(on_meta(built(TINY_1)), prediction="noise")
 
 

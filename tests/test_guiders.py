@@ -15,7 +15,7 @@ from test_pixel_diffusion import build
 from tiny_stable_diffusion import PROMPTS, SD1, whole
 
 import ldm
-from ldm.checkpoint.diffusers_folder import write_folder
+from ldm.checkpoint.diffusers_writer import write_pipeline
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.sampling import get_sampler
@@ -193,7 +193,7 @@ def test_diffusers_draws_the_same_with_perturbed_attention(stable_diffusion, tmp
     from diffusers import StableDiffusionPAGPipeline
 
     model = stable_diffusion
-    write_folder(tmp_path / "sd", whole(model.config), model.state_dict())
+    write_pipeline(tmp_path / "sd", whole(model.config), model.state_dict())
     pipe = StableDiffusionPAGPipeline.from_pretrained(tmp_path / "sd", local_files_only=True, pag_applied_layers="mid")
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -15,8 +15,8 @@ from script_runs import load_script, recipe, runner, samples
 from script_runs import pixels as script_pixels
 
 import ldm
-from ldm.checkpoint.compvis import PREFIXES, single_file
-from ldm.checkpoint.structure import WHOLE
+from ldm.checkpoint.compvis import single_file
+from ldm.checkpoint.networks import MODEL_TARGET, PREFIXES
 from ldm.latent_diffusion import LatentDiffusion
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def model(request):
 @pytest.fixture(scope="module")
 def theirs(model) -> dict:
     """What a CompVis checkpoint of this model holds: weights, buffers, position ids; no configuration of ours."""
-    return single_file(model.state_dict(), {"target": WHOLE, "params": model.config})[0]
+    return single_file(model.state_dict(), {"target": MODEL_TARGET, "params": model.config})[0]
 
 
 class Callback:
@@ -148,7 +148,7 @@ def test_another_first_stage_and_unet(model, theirs, tmp_path):
         ldm.load(path, device="cpu")
     assert "first_stage_model.post_quant_conv.bias" in ldm.load(path, device="cpu", vae=whole).state_dict()
     with pytest.raises(
-        ValueError, match="holds a ldm.models.autoencoder.AutoencoderKL, not a whole model: load.*--vae"
+        ValueError, match="holds a ldm.models.autoencoder.AutoencoderKL, not a complete model: load.*--vae"
     ):
         ldm.load(tmp_path / "vae.safetensors", device="cpu")
 
@@ -204,7 +204,7 @@ def test_compvis_yaml_as_configuration(theirs, model, tmp_path):
     with pytest.raises(ValueError, match=r"does not fit its configuration: \d+ missing.*of another shape"):
         ldm.load(path, device="cpu", config=yaml)
     own = tmp_path / "own.yaml"
-    own.write_text(json.dumps({"model": {"target": WHOLE, "params": model.config}}))  # JSON is yaml
+    own.write_text(json.dumps({"model": {"target": MODEL_TARGET, "params": model.config}}))  # JSON is yaml
     assert np.array_equal(pixels(ldm.load(path, device="cpu", config=own)), pixels(model))
     with pytest.raises(FileNotFoundError, match="configuration 'none.yaml' does not exist"):
         ldm.load(path, device="cpu", config="none.yaml")
@@ -268,7 +268,9 @@ def test_parts_of_another_kind_are_told_by_their_own_names(model, theirs, tmp_pa
             ldm.load(plain, device="cpu", **{option: part})
     for part, kind in (("unet", "UNet2DConditionModel"), ("text_encoder", "CLIPTextModel")):
         for options in ({"path": tmp_path / "folder" / part}, {"path": plain, "vae": tmp_path / "folder" / part}):
-            with pytest.raises(ValueError, match=f"folder '.*{part}' holds a .*{kind}.* alone: read are whole"):
+            with pytest.raises(
+                ValueError, match=f"folder '.*{part}' holds a .*{kind}.* alone: supported are pipelines"
+            ):
                 ldm.load(device="cpu", **options)
 
 

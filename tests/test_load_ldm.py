@@ -10,12 +10,20 @@ from script_runs import pixels as script_pixels
 
 import ldm
 from ldm.checkpoint.compvis import single_file
-from ldm.checkpoint.structure import BERT, CLASSES, PICTURE, RESCALER, UNET, VQ, WHOLE
+from ldm.checkpoint.networks import (
+    BERT_TARGET,
+    CLASSES_TARGET,
+    IMAGE_TARGET,
+    MODEL_TARGET,
+    RESCALER_TARGET,
+    UNET_TARGET,
+    VQ_TARGET,
+)
 from ldm.latent_diffusion import LatentDiffusion
 
 KL = TINY_1["params"]["first_stage_config"]
 VQ_F2 = {
-    "target": VQ,
+    "target": VQ_TARGET,
     "params": {"embed_dim": 3, "n_embed": 64, "ddconfig": DDCONFIG | {"z_channels": 3, "double_z": False}},
 }
 CROSS = {"use_spatial_transformer": True, "context_dim": 16, "transformer_depth": 1}
@@ -25,12 +33,12 @@ VOCAB = WORDS + [f"[unused{i}]" for i in range(30522 - len(WORDS))]
 
 def unet(in_channels: int, out_channels: int, **options) -> dict:
     sizes = {"image_size": 16, "in_channels": in_channels, "out_channels": out_channels, "model_channels": 32}
-    return {"target": UNET, "params": sizes | levels([1, 2], 1, [2, 1]) | options}
+    return {"target": UNET_TARGET, "params": sizes | levels([1, 2], 1, [2, 1]) | options}
 
 
 def bert(vocab_size: int, tokens: int) -> dict:
     params = {"n_embed": 16, "n_layer": 2, "vocab_size": vocab_size, "max_seq_len": tokens}
-    return {"target": BERT, "params": params}
+    return {"target": BERT_TARGET, "params": params}
 
 
 def random_ids(below: int, tokens: int) -> torch.Tensor:
@@ -48,15 +56,15 @@ FAMILIES = {
     "LDM layout-to-image": (unet(3, 3, num_head_channels=32, **CROSS), VQ_F2, bert(8192, 92), None,
                             random_ids(8192, 92)),
     "LDM class-conditional (ImageNet)": (unet(3, 3, num_heads=1, **CROSS), VQ_F2,
-                                         {"target": CLASSES, "params": {"embed_dim": 16, "n_classes": 11}}, None,
+                                         {"target": CLASSES_TARGET, "params": {"embed_dim": 16, "n_classes": 11}}, None,
                                          [3, "7"]),
     "LDM unconditional (VQ)": (unet(3, 3, num_head_channels=32), VQ_F2, None, None, ["", ""]),
     "LDM unconditional (KL)": (unet(4, 4, num_heads=8), KL, None, None, ["", ""]),
     "LDM inpainting": (unet(7, 3, num_heads=8), VQ_F2, None, "latents_mask", ["", ""]),
     "LDM semantic synthesis": (unet(6, 3, num_heads=8), VQ_F2,
-                               {"target": RESCALER, "params": {"in_channels": 182, "out_channels": 3}}, None,
+                               {"target": RESCALER_TARGET, "params": {"in_channels": 182, "out_channels": 3}}, None,
                                random_images(182, 32, 32)),
-    "LDM super-resolution (x4)": (unet(6, 3, num_head_channels=32), VQ_F2, {"target": PICTURE, "params": {}}, None,
+    "LDM super-resolution (x4)": (unet(6, 3, num_head_channels=32), VQ_F2, {"target": IMAGE_TARGET, "params": {}}, None,
                                   random_images(3, 16, 16)),
 }  # fmt: skip
 PICTURES = "conditioned on pictures.*draw with it from Python"
@@ -82,7 +90,7 @@ def family(request, tmp_path_factory) -> tuple:
         scale_factor=0.18215 if first_stage is KL else 1.0,
     )
     model = randomised(model).eval().requires_grad_(False)
-    state, _ = single_file(model.state_dict(), {"target": WHOLE, "params": model.config})
+    state, _ = single_file(model.state_dict(), {"target": MODEL_TARGET, "params": model.config})
     path = tmp_path_factory.mktemp("ldm") / "model.ckpt"
     torch.save({"state_dict": state, "global_step": 5}, path)
     return request.param, model, path, given
@@ -122,7 +130,7 @@ def test_words_by_a_vocabulary_are_its_ids(family, tmp_path):
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(VOCAB) + "\n")
     if "text-to-image" not in title:
-        message = "does not fit|tokens and the model 8192" if "layout" in title else "has no use"
+        message = "does not fit|tokens and the model 8192" if "layout" in title else "is not needed"
         with pytest.raises(ValueError, match=message):
             ldm.load(path, device="cpu", vocab=vocab)
         return

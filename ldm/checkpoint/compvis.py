@@ -1,6 +1,7 @@
-"""CompVis's single files: what is stray in them and how their names vary, and the files that we write for others.
+"""CompVis's single files: names that vary or do not belong to a network, and the files that we write for others.
 
-A whole model's names are `model.diffusion_model.*` (UNet), `first_stage_model.*`, `cond_stage_model.*` (conditioner).
+A complete model's names are `model.diffusion_model.*` (UNet), `first_stage_model.*`,
+`cond_stage_model.*` (conditioner).
 """
 
 import re
@@ -10,29 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.diffusers_names import completed_openclip, vae_from_diffusers
+from ldm.checkpoint.diffusers_names import complete_openclip, vae_from_diffusers
 from ldm.checkpoint.family_table import SCALE_FACTORS
-from ldm.checkpoint.structure import TEXT, count
+from ldm.checkpoint.networks import PREFIXES, TEXT_TARGET, Config
+from ldm.checkpoint.structure import count
+from ldm.checkpoint.tensors import State
 from ldm.diffusion.schedule import MIN_ALPHA_BAR, make_schedule
 
-State = dict[str, Tensor]
-
-PREFIXES = {"unet": "model.diffusion_model.", "first_stage": "first_stage_model.", "text": "cond_stage_model."}
-EMA = "model_ema."
+EMA_PREFIX = "model_ema."
 
 SCHEDULE_BUFFERS = (
-    "betas",
-    "alphas_cumprod",
-    "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance",
-    "posterior_log_variance_clipped",
-    "posterior_mean_coef1",
-    "posterior_mean_coef2",
+    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+    *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"),
+    *("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
 )
 
 # Names that published files carry and no network here has; whatever else is unexpected stays, for the loader to list.
@@ -50,7 +41,7 @@ _STRAYS = (
 )
 _STRAY = re.compile("|".join(f"(?:{pattern})" for pattern in _STRAYS))
 
-# How parts on their own and older writers begin their names -> the names of a whole model.
+# How parts on their own and older writers begin their names -> the names of a complete model.
 _RENAMES = (
     (r"(input_blocks|middle_block|output_blocks|out|time_embed|label_emb)\.", r"model.diffusion_model.\1."),
     (r"diffusion_model\.", "model.diffusion_model."),
@@ -64,14 +55,17 @@ _VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn(_1|\.\d+)\.(q|k|v|proj
 
 
 def normalise(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[str]]:
-    """A published file's tensors under the names of our networks, without what is known to be stray, and notes.
+    """Return a published file's tensors under the names of our networks, without known strays, and notes. Idempotent.
 
     Tensors are passed on as they are (mapped ones stay mapped). A file of one part alone comes out with that network's
-    own names, a whole model with the three prefixes of `PREFIXES`. `ema` takes the averaged weights where there are
-    any. Idempotent.
+    own names, a complete model with the three prefixes of `PREFIXES`.
 
-    Raises ValueError for `ema` when there are no averaged weights or they do not fit, for a conditioner that claims to
-    be the first stage and differs from it, and for tensors that come twice under two names.
+    Args:
+        ema: take the averaged weights in place of the others.
+
+    Raises:
+        ValueError: the averaged weights are missing or do not fit, a conditioner that claims to be the first stage
+            differs from it, or tensors come twice under two names.
     """
     state, notes = tidy(state, ema)
     parts = [part for part in PREFIXES if has_part(state, part)]
@@ -82,12 +76,12 @@ def normalise(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, li
 
 
 def has_part(state: Mapping[str, Any], part: str) -> bool:
-    """Whether any name belongs to that part of `PREFIXES`."""
+    """Return whether any name belongs to that part of `PREFIXES`."""
     return any(name.startswith(PREFIXES[part]) for name in state)
 
 
 def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[str]]:
-    """`normalise`, but with the names of a whole model even where there is only one part."""
+    """Do as `normalise`, but with the names of a complete model even where there is only one part."""
     notes = []
     state = _from_diffusers(state)
     renamed = {name: _renamed(name) for name in state}
@@ -98,7 +92,7 @@ def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[st
     if ema:
         state |= _averaged(state)
         notes.append("the averaged weights (EMA) were taken")
-    elif any(name.startswith(f"{EMA}diffusion_model") for name in state):
+    elif any(name.startswith(f"{EMA_PREFIX}diffusion_model") for name in state):
         notes.append("the file also has averaged weights (EMA), which were not taken (ema=True, --ema)")
     if any(name.startswith("embedding_manager.") for name in state):
         notes.append("textual inversion's embeddings (embedding_manager.*) in the file are left out")
@@ -114,7 +108,7 @@ def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[st
 
 
 def _from_diffusers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A first stage as diffusers names it (most VAEs that are shared alone) -> CompVis's names; others unchanged."""
+    """Rename a first stage in diffusers' names (most VAEs that are shared alone) to CompVis's; others are unchanged."""
     levels = count(state, "encoder.down_blocks.")
     if levels == 0:
         return state
@@ -129,14 +123,14 @@ def _renamed(name: str) -> str:
 
 
 def _averaged(state: State) -> State:
-    """The EMA's tensors under the names of what they average, mapped forward: the EMA's names have lost their dots."""
+    """Return the EMA's tensors under the names of what they average: the EMA's own names have lost their dots."""
     owner = "model." if has_part(state, "unet") else PREFIXES["first_stage"]
-    shadows = {name: EMA + name.removeprefix(owner).replace(".", "") for name in state if name.startswith(owner)}
+    shadows = {name: EMA_PREFIX + name.removeprefix(owner).replace(".", "") for name in state if name.startswith(owner)}
     averaged = {name: state[shadow] for name, shadow in shadows.items() if shadow in state}
     if not averaged:
         raise ValueError("the file has no averaged weights (EMA, model_ema.*): load it without ema")
-    counters = {f"{EMA}decay", f"{EMA}num_updates"}
-    stray = {name for name in state if name.startswith(EMA)} - counters - set(shadows.values())
+    counters = {f"{EMA_PREFIX}decay", f"{EMA_PREFIX}num_updates"}
+    stray = {name for name in state if name.startswith(EMA_PREFIX)} - counters - set(shadows.values())
     misshapen = {name for name, tensor in averaged.items() if tensor.shape != state[name].shape}
     if stray or misshapen:
         names = ", ".join(sorted(stray | misshapen)[:5])
@@ -145,7 +139,7 @@ def _averaged(state: State) -> State:
 
 
 def _without_first_stage_copy(state: State) -> State:
-    """LDM's inpainting model was saved with its first stage twice, as its conditioner (`__is_first_stage__`) too."""
+    """Drop a second first stage, which LDM's inpainting model has as its conditioner (`__is_first_stage__`)."""
     copy = {match[1]: name for name in state if (match := _FIRST_STAGE_COPY.fullmatch(name))}
     prefix = PREFIXES["first_stage"]
     shapes = {name: state[old].shape for name, old in copy.items()}
@@ -160,7 +154,7 @@ def _without_first_stage_copy(state: State) -> State:
 
 
 def _missing_of_openclip(state: State) -> State:
-    """What strictness needs of OpenCLIP's tower in a Stable Diffusion 2 file that other programs saved again."""
+    """Return stand-ins for what other programs left out of OpenCLIP's tower in files of Stable Diffusion 2."""
     base = f"{PREFIXES['text']}model."
     tower = {name.removeprefix(base): tensor for name, tensor in state.items() if name.startswith(base)}
     if "token_embedding.weight" not in tower:
@@ -168,12 +162,12 @@ def _missing_of_openclip(state: State) -> State:
     blocks = count(tower, "transformer.resblocks.")
     # ViT-H has 24 blocks; of other towers only the missing projection tells that the file was saved by diffusers
     cut = blocks == 23 if tower["token_embedding.weight"].shape[-1] == 1024 else "text_projection" not in tower
-    completed = completed_openclip(dict(tower), blocks + cut)
+    completed = complete_openclip(dict(tower), blocks + cut)
     return {base + name: tensor for name, tensor in completed.items() if name not in tower}
 
 
-def single_file(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[State, dict[str, str]]:
-    """What to write so that other programs read a whole model: (tensors, safetensors metadata).
+def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dict[str, str]]:
+    """Return what to write so that other programs read a model: (tensors, safetensors metadata).
 
     Beside the weights: the schedule's buffers, CLIP's position ids, `scale_factor` unless it is what everyone assumes
     (`SCALE_FACTORS`), the empty marks `v_pred` and `ztsnr`, and metadata after the modelspec standard 1.0.0
@@ -185,7 +179,7 @@ def single_file(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
     added = schedule_buffers(params["schedule"])
     conditioner = params["cond_stage_config"]
     settings = {} if conditioner is None else conditioner["params"]
-    if conditioner is not None and conditioner["target"] == TEXT and settings["layout"] == "transformers":
+    if conditioner is not None and conditioner["target"] == TEXT_TARGET and settings["layout"] == "transformers":
         name = f"{PREFIXES['text']}transformer.text_model.embeddings.position_ids"
         added[name] = torch.arange(settings.get("context_length", 77))[None]
     if params["scale_factor"] != SCALE_FACTORS.get(params["first_stage_config"]["target"]):
@@ -197,8 +191,8 @@ def single_file(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
     return {**added, **state}, _modelspec(params)
 
 
-def schedule_buffers(schedule: Mapping[str, Any]) -> State:
-    """The twelve buffers of CompVis's DDPM, float32 (T,), from `make_schedule`'s arguments.
+def schedule_buffers(schedule: Config) -> State:
+    """Return the twelve buffers of CompVis's DDPM, float32 (T,), from `make_schedule`'s arguments.
 
     Posterior of q: Ho et al. 2020, eq. 6 and 7. Where ab = 0 (zero terminal SNR), its reciprocal is taken of 2^-24.
     """
@@ -226,10 +220,8 @@ def schedule_buffers(schedule: Mapping[str, Any]) -> State:
 
 _PREDICTION_TYPES = {"eps": "epsilon", "v": "v", "x0": "sample"}
 _SUFFIXES = {
-    None: "",
-    "mask_latents": "-inpainting",
-    "latents_mask": "-inpainting",
-    "latents": "-instruct-pix2pix",
+    **{None: "", "latents": "-instruct-pix2pix"},
+    **dict.fromkeys(("mask_latents", "latents_mask"), "-inpainting"),
 }
 _REPOSITORIES = {
     "stable-diffusion-v1": "https://github.com/CompVis/stable-diffusion",
@@ -238,11 +230,11 @@ _REPOSITORIES = {
 }
 
 
-def _modelspec(params: Mapping[str, Any]) -> dict[str, str]:
-    """The header that says what a file is, by the modelspec standard; `format` is transformers' demand."""
+def _modelspec(params: Config) -> dict[str, str]:
+    """Return the header that says what a file is, by the modelspec standard; transformers demands `format`."""
     conditioner = params["cond_stage_config"]
     layout = None
-    if conditioner is not None and conditioner["target"] == TEXT:
+    if conditioner is not None and conditioner["target"] == TEXT_TARGET:
         layout = conditioner["params"]["layout"]
     line = {"transformers": "stable-diffusion-v1", "openclip": "stable-diffusion-v2"}.get(layout, "latent-diffusion")
     architecture = line + _SUFFIXES[params.get("concat")]

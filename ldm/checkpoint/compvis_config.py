@@ -1,4 +1,4 @@
-"""CompVis's own yamls -> the configurations that our files carry.
+"""Translate CompVis's own yamls to the configurations that our files carry.
 
 Classes are translated by name and never imported: what a yaml's target names is looked up in the tables below.
 """
@@ -8,24 +8,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from ldm.checkpoint.family_table import find_concat, find_family, given_channels, is_text
-from ldm.checkpoint.structure import (
-    BERT,
-    CLASSES,
+from ldm.checkpoint.family_table import Family, find_family
+from ldm.checkpoint.networks import (
+    BERT_TARGET,
+    CLASSES_TARGET,
     CLIP_SETTINGS,
-    KL,
+    IMAGE_TARGET,
+    KL_TARGET,
+    MODEL_TARGET,
     OPENCLIP_SETTINGS,
-    PICTURE,
-    RESCALER,
-    TEXT,
-    UNET,
-    VQ,
-    WHOLE,
+    RESCALER_TARGET,
+    TEXT_TARGET,
+    UNET_TARGET,
+    VQ_TARGET,
+    Config,
 )
+from ldm.diffusion.denoiser import PREDICTIONS
 from ldm.models.autoencoder import Encoder
 from ldm.models.unet import UNetModel
-
-Config = dict[str, Any]
 
 _MODELS = (
     "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -38,8 +38,8 @@ _READ = (
     *("timesteps", "beta_schedule", "linear_start", "linear_end", "cosine_s", "given_betas", "scale_factor"),
     "image_size",
 )
-# What only training or logging reads, in the three dialects and the forks that add to them; `scale_by_std` leaves the
-# measured factor in the file.
+# What only training or logging reads, in CompVis's three repositories and the forks that add to them; `scale_by_std`
+# leaves the measured factor in the file.
 _TRAINING = (
     *("base_learning_rate", "model_lr", "scheduler_config", "use_ema", "load_ema", "reset_ema"),
     *("reset_num_ema_updates", "loss_type", "l_simple_weight", "original_elbo_weight", "learn_logvar", "logvar_init"),
@@ -54,7 +54,7 @@ _AUTOENCODER_TRAINING = (
     *("lossconfig", "monitor", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "ema_decay", "use_ema"),
     *("learn_logvar", "remap", "sane_index_shape", "batch_resize_range", "scheduler_config", "lr_g_factor"),
 )
-SCHEDULES = {  # CompVis's name -> ours
+BETA_SCHEDULES = {  # CompVis's name -> ours
     "linear": "scaled_linear",
     "sqrt_linear": "linear",
     "sqrt": "sqrt",
@@ -72,39 +72,39 @@ _OPENCLIPS = {"ViT-H-14": (1024, 24, 16), "ViT-L-14": (768, 12, 12), "ViT-B-32":
 
 
 def from_compvis(yaml: Mapping[str, Any]) -> Config:
-    """{"target": class, "params": ...} of our own classes, from a yaml of CompVis's code and its descendants.
+    """Return {"target": class, "params": ...} of our own classes, from a yaml of CompVis's code and its descendants.
 
-    yaml: the whole file or its `model` section, as plain dicts: of a LatentDiffusion, or of an autoencoder alone. One
-    in our own terms comes back as it is.
+    Args:
+        yaml: the file or its `model` section, as plain dicts: of a LatentDiffusion, or of an autoencoder alone. One in
+            our own terms comes back as it is.
 
-    Raises ValueError, naming it, for a target, parameter or setting that has no counterpart here.
+    Raises:
+        ValueError: a target, parameter or setting has no counterpart here; the message names it.
     """
     model = yaml.get("model", yaml)
     if not isinstance(model, Mapping) or "target" not in model:
         raise ValueError("the configuration names no model: it has no target, nor a model section that has one")
     target, params = str(model["target"]), dict(model.get("params") or {})
-    if target == WHOLE:
-        return {"target": WHOLE, "params": params}
+    if target == MODEL_TARGET:
+        return {"target": MODEL_TARGET, "params": params}
     if target in _MODELS:
-        return {"target": WHOLE, "params": _model(params)}
+        return {"target": MODEL_TARGET, "params": _model(params)}
     if target in _FIRST_STAGES:
         return _translated(model, _FIRST_STAGES, "the model")
-    known = ", ".join((WHOLE, *_MODELS, *_FIRST_STAGES))
-    raise ValueError(f"the model's target {target!r} is not one that can be read: known are {known}")
+    known = ", ".join((MODEL_TARGET, *_MODELS, *_FIRST_STAGES))
+    raise ValueError(f"the model's target {target!r} is not supported: known are {known}")
 
 
 def _model(params: Mapping[str, Any]) -> Config:
-    """LatentDiffusion's arguments."""
+    """Return LatentDiffusion's arguments."""
     params = _kept(params, _READ, _TRAINING, "LatentDiffusion", needed=_READ[:3])
     unet = _translated(params["unet_config"], _UNETS, "the UNet")
     first_stage = _translated(params["first_stage_config"], _FIRST_STAGES, "the first stage")
     conditioner = _conditioner(params)
-    z = int(first_stage["params"]["embed_dim"])
-    extra = int(unet["params"]["in_channels"]) - z - given_channels(first_stage, conditioner)
-    concat = find_concat(extra, z, is_text(conditioner))
+    family, concat = find_family(unet["params"]["in_channels"], first_stage, conditioner)
     prediction = params.get("parameterization", "eps")
-    if prediction not in ("eps", "x0", "v"):
-        raise ValueError(f"parameterization {prediction!r} is unknown: it is one of eps, x0, v")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"parameterization {prediction!r} is unknown: it is one of {', '.join(PREDICTIONS)}")
     return {
         "unet_config": unet,
         "first_stage_config": first_stage,
@@ -112,7 +112,7 @@ def _model(params: Mapping[str, Any]) -> Config:
         "schedule": schedule_params(params),
         "prediction": prediction,
         "scale_factor": float(params.get("scale_factor", 1.0)),
-        "defaults": _defaults(params, first_stage, conditioner, concat, prediction),
+        "defaults": _defaults(params, first_stage, family, prediction),
         "concat": concat,
     }
 
@@ -126,32 +126,29 @@ def _conditioner(params: Mapping[str, Any]) -> Config | None:
     if isinstance(config, Mapping) and config.get("target") == "torch.nn.Identity":
         if key == "crossattn" or (key is None and not params.get("concat_mode", True)):
             raise ValueError("embeddings from outside (torch.nn.Identity under crossattn) have no counterpart here")
-        return {"target": PICTURE, "params": {}}
+        return {"target": IMAGE_TARGET, "params": {}}
     return _translated(config, _CONDITIONERS, "the conditioner")
 
 
 def schedule_params(params: Mapping[str, Any]) -> Config:
-    """Arguments of `make_schedule`; what the yaml leaves out is CompVis's default."""
+    """Return the arguments of `make_schedule`; what the yaml leaves out is CompVis's default."""
     name = params.get("beta_schedule", "linear")
-    if name not in SCHEDULES:
-        raise ValueError(f"beta_schedule {name!r} is unknown: it is one of {', '.join(SCHEDULES)}")
+    if name not in BETA_SCHEDULES:
+        raise ValueError(f"beta_schedule {name!r} is unknown: it is one of {', '.join(BETA_SCHEDULES)}")
     if params.get("given_betas") is not None:
         raise ValueError("given_betas, betas one by one, have no counterpart here: schedules are named curves")
     T = int(params.get("timesteps", 1000))
-    if SCHEDULES[name] == "cosine":
+    if BETA_SCHEDULES[name] == "cosine":
         if float(params.get("cosine_s", 8e-3)) != 8e-3:
             raise ValueError(f"cosine_s {params['cosine_s']} has no counterpart here: it is always 0.008")
         return {"name": "cosine", "T": T}
     start, end = float(params.get("linear_start", 1e-4)), float(params.get("linear_end", 2e-2))
-    return {"name": SCHEDULES[name], "start": start, "end": end, "T": T}
+    return {"name": BETA_SCHEDULES[name], "start": start, "end": end, "T": T}
 
 
-def _defaults(
-    params: Mapping[str, Any], first_stage: Config, conditioner: Config | None, concat: str | None, prediction: str
-) -> Config:
-    """How to draw: at the yaml's size, with the steps and scale of the published model of these parts."""
+def _defaults(params: Config, first_stage: Config, family: Family | None, prediction: str) -> Config:
+    """Return default settings: the yaml's size, the steps and scale of the published model of these parts."""
     downsampling = 2 ** (len(first_stage["params"]["ddconfig"].get("ch_mult", (1, 2, 4, 8))) - 1)
-    family = find_family(first_stage, conditioner, concat)
     defaults = {"steps": 50, "scale": 1.0} if family is None else family.defaults(downsampling)
     latents = params.get("image_size", 256)
     if family is not None and family.name == "sd-v2-v" and prediction == "v" and latents == 64:
@@ -161,17 +158,17 @@ def _defaults(
 
 
 def _translated(config: Any, table: Mapping[str, Callable[[Config], Config]], whose: str) -> Config:
-    """{"target", "params"} by the table's translator for the target."""
+    """Return {"target", "params"} by the table's translator for the target."""
     target = str(config.get("target") if isinstance(config, Mapping) else config)
     if target not in table:
-        raise ValueError(f"{whose}'s target {target!r} is not one that can be read: known are {', '.join(table)}")
+        raise ValueError(f"{whose}'s target {target!r} is not supported: known are {', '.join(table)}")
     return table[target](dict(config.get("params") or {}))
 
 
 def _kept(
     params: Config, taken: Iterable[str], ignored: Iterable[str], whose: str, needed: Iterable[str] = ()
 ) -> Config:
-    """The parameters in `taken`; ValueError for any that is neither there nor in `ignored`, and for missing ones."""
+    """Return the parameters in `taken`; ValueError for any that is in neither tuple, and for missing ones."""
     unknown = sorted(set(params) - set(taken) - set(ignored))
     if unknown:
         raise ValueError(f"{whose}'s parameters {', '.join(unknown)} are not known: it takes {', '.join(taken)}")
@@ -182,21 +179,21 @@ def _kept(
 
 
 def _arguments(cls: type, params: Config, whose: str) -> Config:
-    """`_kept` for arguments that a class of ours takes under CompVis's names."""
+    """Do as `_kept` for arguments that a class of ours takes under CompVis's names."""
     taken = inspect.signature(cls).parameters
     return _kept(params, taken, (), whose, [name for name, p in taken.items() if p.default is p.empty])
 
 
 def _unet(params: Config) -> Config:
-    return {"target": UNET, "params": _arguments(UNetModel, params, "UNetModel")}
+    return {"target": UNET_TARGET, "params": _arguments(UNetModel, params, "UNetModel")}
 
 
 def _kl(params: Config) -> Config:
-    return _autoencoder(KL, params, ("embed_dim", "ddconfig"))
+    return _autoencoder(KL_TARGET, params, ("embed_dim", "ddconfig"))
 
 
 def _vq(params: Config) -> Config:
-    return _autoencoder(VQ, params, ("embed_dim", "n_embed", "ddconfig"))
+    return _autoencoder(VQ_TARGET, params, ("embed_dim", "n_embed", "ddconfig"))
 
 
 def _autoencoder(target: str, params: Config, taken: tuple[str, ...]) -> Config:
@@ -227,7 +224,7 @@ def _tower(parameter: str, value: str, name: str, sizes: Mapping[str, tuple[int,
 
 
 def _text(settings: Config, params: Config, layers: tuple[str, ...]) -> Config:
-    """A TextEncoder with the yaml's choice of layer."""
+    """Return a TextEncoder with the yaml's choice of layer."""
     if params.get("max_length", 77) != 77:
         raise ValueError(f"max_length {params['max_length']} has no counterpart here: CLIP reads 77 tokens")
     layer = params.get("layer", settings["layer"])
@@ -236,28 +233,31 @@ def _text(settings: Config, params: Config, layers: tuple[str, ...]) -> Config:
     settings = settings | {"layer": layer}
     if layer == "hidden":
         settings["layer_index"] = params.get("layer_idx")
-    return {"target": TEXT, "params": settings}
+    return {"target": TEXT_TARGET, "params": settings}
 
 
 def _bert(params: Config) -> Config:
     taken = ("n_embed", "n_layer", "vocab_size", "max_seq_len", "embedding_dropout")
-    return {"target": BERT, "params": _kept(params, taken, ("device", "use_tokenizer"), "BERTEmbedder", taken[:2])}
+    return {
+        "target": BERT_TARGET,
+        "params": _kept(params, taken, ("device", "use_tokenizer"), "BERTEmbedder", taken[:2]),
+    }
 
 
 def _classes(params: Config) -> Config:
     taken = ("embed_dim", "n_classes")
-    return {"target": CLASSES, "params": _kept(params, taken, ("key", "ucg_rate"), "ClassEmbedder", taken[:1])}
+    return {"target": CLASSES_TARGET, "params": _kept(params, taken, ("key", "ucg_rate"), "ClassEmbedder", taken[:1])}
 
 
 def _rescaler(params: Config) -> Config:
     taken = ("n_stages", "method", "multiplier", "in_channels", "out_channels", "bias")
-    return {"target": RESCALER, "params": _kept(params, taken, (), "SpatialRescaler")}
+    return {"target": RESCALER_TARGET, "params": _kept(params, taken, (), "SpatialRescaler")}
 
 
-_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _unet, UNET: _unet}
+_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _unet, UNET_TARGET: _unet}
 _FIRST_STAGES = {
-    KL: _kl,  # CompVis's name too
-    VQ: _vq,
+    KL_TARGET: _kl,  # CompVis's name too
+    VQ_TARGET: _vq,
     "ldm.models.autoencoder.VQModelInterface": _vq,
     "ldm.models.autoencoder.VQModel": _vq,
 }

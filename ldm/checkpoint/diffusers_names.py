@@ -1,11 +1,11 @@
-"""Names and layouts of weights: CompVis's, which are ours, <-> those of diffusers and transformers, both ways.
+"""Names and layouts of weights: CompVis's, which are ours, <-> those of diffusers and transformers.
 
-Pure maps from one dict of weights to another. Tensors are passed on as they are, or as views where one side has a 1x1
-convolution and the other a linear layer; only OpenCLIP's stacked q, k and v are copied together. Names are without
-the prefixes of a whole model (`model.diffusion_model.` ...). No map checks that all weights are there: the network that
-is given them does, and lists what is missing.
+One table of names per network, read in both directions. Tensors are passed on as they are, or as views where one side
+has a 1x1 convolution and the other a linear layer; only OpenCLIP's stacked q, k and v are copied together. Names are
+without the prefixes of a complete model (`model.diffusion_model.` ...). No map checks that all weights are there: the
+network that is given them does, and lists what is missing.
 
-Every map raises ValueError for names that it cannot place, and lists them.
+Every map raises ValueError for names that are not in its table, and lists them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,60 +15,89 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-State = dict[str, Tensor]
-Pairs = list[tuple[str, str]]  # how a name begins: ours, theirs
+from ldm.checkpoint.tensors import State
+
+Table = list[tuple[str, str]]  # how a name begins: ours, theirs
+
+RESNET = (
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
+)
+UNET_ENDS = (
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("label_emb", "class_embedding"),  # a table of classes, or one linear layer
+    ("label_emb.0.0", "class_embedding.linear_1"),  # a projected vector
+    ("label_emb.0.2", "class_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"),
+    ("middle_block.1", "mid_block.attentions.0"),
+    ("out.0", "conv_norm_out"),
+    ("out.2", "conv_out"),
+)
+VAE_RESNET = (*((name, name) for name in ("norm1", "conv1", "norm2", "conv2")), ("nin_shortcut", "conv_shortcut"))
+VAE_ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+VAE_CONVOLUTIONS = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")  # linear layers in diffusers
+OLD_VAE_NAMES = {".to_q": ".query", ".to_k": ".key", ".to_v": ".value", ".to_out.0": ".proj_attn"}  # before 0.17
+OPENCLIP_BLOCK = (
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+    ("attn.out_proj", "self_attn.out_proj"),
+)
+CLIP_BLOCKS = "text_model.encoder.layers."
+OPENCLIP_BLOCKS = "transformer.resblocks."
+OPENCLIP_UNUSED = ("text_projection", "logit_scale")
 
 
-class Level(NamedTuple):
+class UNetLevel(NamedTuple):
     """One resolution of a UNet, the highest first: residual blocks in the encoder, and whether attention follows."""
 
     blocks: int
     attention: bool
 
 
-def unet_to_diffusers(state: Mapping[str, Tensor], levels: Sequence[Level]) -> State:
-    """Our UNetModel's weights -> UNet2DConditionModel's."""
+def unet_to_diffusers(state: Mapping[str, Tensor], levels: Sequence[UNetLevel]) -> State:
+    """Rename our UNetModel's weights to UNet2DConditionModel's."""
     return _renamed(state, _unet(levels), "the UNet")
 
 
-def unet_from_diffusers(state: Mapping[str, Tensor], levels: Sequence[Level]) -> State:
-    """UNet2DConditionModel's weights -> our UNetModel's."""
+def unet_from_diffusers(state: Mapping[str, Tensor], levels: Sequence[UNetLevel]) -> State:
+    """Rename UNet2DConditionModel's weights to our UNetModel's."""
     return _renamed(state, _inverse(_unet(levels)), "the UNet")
 
 
 def vae_to_diffusers(state: Mapping[str, Tensor], levels: int, blocks: int) -> State:
-    """Our AutoencoderKL's weights -> diffusers'; `blocks` residual blocks per level of the encoder."""
+    """Rename our AutoencoderKL's weights to diffusers'; `blocks` residual blocks per level of the encoder."""
     linear = {
-        name: rearrange(tensor, "o i 1 1 -> o i") if name.endswith(VAE_ATTENTION) and tensor.ndim == 4 else tensor
+        name: rearrange(tensor, "o i 1 1 -> o i") if name.endswith(VAE_CONVOLUTIONS) and tensor.ndim == 4 else tensor
         for name, tensor in state.items()
     }
     return _renamed(linear, _vae(levels, blocks), "the autoencoder")
 
 
 def vae_from_diffusers(state: Mapping[str, Tensor], levels: int, blocks: int) -> State:
-    """diffusers' AutoencoderKL's weights -> ours. Its names before diffusers 0.17 are taken too."""
+    """Rename diffusers' AutoencoderKL's weights, under new or old names, to ours."""
     heads = dict(_inverse(_vae(levels, blocks)))
     for new, old in OLD_VAE_NAMES.items():
         heads |= {head.removesuffix(new) + old: ours for head, ours in heads.items() if head.endswith(new)}
-    named = _renamed(state, heads.items(), "the autoencoder")
     return {
-        name: rearrange(tensor, "o i -> o i 1 1") if name.endswith(VAE_ATTENTION) and tensor.ndim == 2 else tensor
-        for name, tensor in named.items()
+        name: rearrange(tensor, "o i -> o i 1 1") if name.endswith(VAE_CONVOLUTIONS) and tensor.ndim == 2 else tensor
+        for name, tensor in _renamed(state, heads.items(), "the autoencoder").items()
     }
 
 
 def clip_to_transformers(state: Mapping[str, Tensor], layers: int) -> State:
-    """Our CLIPTextModel's weights -> those of transformers' of `layers` blocks, named as every version reads them.
-
-    Later blocks and the text projection are left out: transformers' CLIPTextModel has no place for them.
-    """
-    kept = {name: t for name, t in state.items() if _block(name, CLIP_BLOCKS) < layers}
-    kept.pop("text_projection.weight", None)
-    return kept
+    """Return the weights that transformers' CLIPTextModel of `layers` blocks has of our CLIPTextModel's."""
+    return {n: t for n, t in state.items() if _block(n, CLIP_BLOCKS) < layers and n != "text_projection.weight"}
 
 
 def clip_from_transformers(state: Mapping[str, Tensor]) -> State:
-    """transformers' CLIPTextModel's weights -> ours: `text_model.` in front, as versions before 5.6 wrote it.
+    """Rename transformers' CLIPTextModel's weights to ours: `text_model.` in front, as versions before 5.6 wrote it.
 
     `position_ids`, the numbers 0, 1, 2 ... that versions before 4.31 kept as a buffer, are dropped.
     """
@@ -80,14 +109,14 @@ def clip_from_transformers(state: Mapping[str, Tensor]) -> State:
 
 
 def openclip_to_transformers(state: Mapping[str, Tensor], layers: int) -> State:
-    """Our OpenCLIPTextModel's weights -> those of transformers' CLIPTextModel of `layers` blocks.
+    """Rename our OpenCLIPTextModel's weights to those of transformers' CLIPTextModel of `layers` blocks.
 
     Stable Diffusion 2 conditions on the state before the 24th block, so its diffusers folders have 23. Later blocks,
     text_projection and logit_scale are left out.
     """
     rest, apart = {}, {}
     for name, tensor in state.items():
-        if name in UNUSED or _block(name, OPENCLIP_BLOCKS) >= layers:
+        if name in OPENCLIP_UNUSED or _block(name, OPENCLIP_BLOCKS) >= layers:
             continue
         block, stacked, kind = name.partition(".attn.in_proj_")
         if not stacked:
@@ -100,33 +129,22 @@ def openclip_to_transformers(state: Mapping[str, Tensor], layers: int) -> State:
 
 
 def openclip_from_transformers(state: Mapping[str, Tensor], layers: int) -> State:
-    """transformers' CLIPTextModel's weights -> those of our OpenCLIPTextModel of `layers` blocks.
-
-    What diffusers leaves out and open_clip's layout has is made up: the last block, where it is missing, as a copy of
-    the one before (as sd-scripts writes), the projection as the identity, logit_scale as 0. Nothing that is drawn
-    depends on them.
-    """
+    """Rename transformers' CLIPTextModel's weights to those of our OpenCLIPTextModel of `layers` blocks, completed."""
     state = clip_from_transformers(state)
     stacked = {}
     for i in range(layers):
-        block = f"{CLIP_BLOCKS}{i}.self_attn."
         for kind in ("weight", "bias"):
-            names = [f"{block}{part}_proj.{kind}" for part in "qkv"]
+            names = [f"{CLIP_BLOCKS}{i}.self_attn.{part}_proj.{kind}" for part in "qkv"]
             found = [state.pop(name) for name in names if name in state]
             if len(found) == 3:
-                stacked[f"{OPENCLIP_BLOCKS}{i}.attn.in_proj_{kind}"] = _stack(found)
+                stacked[f"{OPENCLIP_BLOCKS}{i}.attn.in_proj_{kind}"] = torch.cat(found)
             elif found:
                 raise ValueError(f"the text encoder has not all three of {', '.join(names)}")
-    named = _renamed(state, _inverse(_openclip(layers)), "the text encoder") | stacked
-    return completed_openclip(named, layers)
+    return complete_openclip(_renamed(state, _inverse(_openclip(layers)), "the text encoder") | stacked, layers)
 
 
-def _stack(parts: list[Tensor]) -> Tensor:
-    return rearrange(parts, "part o ... -> (part o) ...")
-
-
-def completed_openclip(state: State, layers: int) -> State:
-    """OpenCLIP's text tower of `layers` blocks, with what nothing reads of it made up where it is missing.
+def complete_openclip(state: State, layers: int) -> State:
+    """Add the weights of OpenCLIP's text tower of `layers` blocks that nothing reads, where they are missing.
 
     Stable Diffusion 2 reads the state before the last block, so diffusers keeps neither that block nor projection and
     temperature. Stand-ins: a copy of the block before (as sd-scripts writes), the identity and 0.
@@ -142,22 +160,15 @@ def completed_openclip(state: State, layers: int) -> State:
     return state
 
 
-CLIP_BLOCKS = "text_model.encoder.layers."
-OPENCLIP_BLOCKS = "transformer.resblocks."
-UNUSED = ("text_projection", "logit_scale")
-VAE_ATTENTION = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")
-OLD_VAE_NAMES = {".to_q": ".query", ".to_k": ".key", ".to_v": ".value", ".to_out.0": ".proj_attn"}
-
-
 def _block(name: str, blocks: str) -> int:
-    """Which of the tower's blocks a weight belongs to; -1 for none."""
+    """Return which of the tower's blocks a weight belongs to; -1 for none."""
     number = name.removeprefix(blocks).partition(".")[0]
     return int(number) if name.startswith(blocks) and number.isdecimal() else -1
 
 
-def _renamed(state: Mapping[str, Tensor], pairs: Iterable[tuple[str, str]], whose: str) -> State:
-    """Every name with its longest beginning among the pairs' first halves replaced by the second half."""
-    heads = dict(pairs)
+def _renamed(state: Mapping[str, Tensor], table: Iterable[tuple[str, str]], whose: str) -> State:
+    """Replace the longest beginning of every name that is on the table's one side by its other side."""
+    heads = dict(table)
     renamed, unknown = {}, []
     for name, tensor in state.items():
         head = name
@@ -173,102 +184,64 @@ def _renamed(state: Mapping[str, Tensor], pairs: Iterable[tuple[str, str]], whos
     return renamed
 
 
-def _inverse(pairs: Pairs) -> Iterable[tuple[str, str]]:
-    return ((theirs, ours) for ours, theirs in pairs)
+def _inverse(table: Table) -> Iterable[tuple[str, str]]:
+    return ((theirs, ours) for ours, theirs in table)
 
 
-def _unet(levels: Sequence[Level]) -> Pairs:
-    pairs = [
-        ("time_embed.0", "time_embedding.linear_1"),
-        ("time_embed.2", "time_embedding.linear_2"),
-        ("label_emb", "class_embedding"),  # a table of classes, or one linear layer
-        ("label_emb.0.0", "class_embedding.linear_1"),  # a projected vector
-        ("label_emb.0.2", "class_embedding.linear_2"),
-        ("input_blocks.0.0", "conv_in"),
-        *_resnet("middle_block.0", "mid_block.resnets.0"),
-        ("middle_block.1", "mid_block.attentions.0"),
-        *_resnet("middle_block.2", "mid_block.resnets.1"),
-        ("out.0", "conv_norm_out"),
-        ("out.2", "conv_out"),
-    ]
+def _inside(ours: str, theirs: str, table: Iterable[tuple[str, str]]) -> Table:
+    return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in table]
+
+
+def _unet(levels: Sequence[UNetLevel]) -> Table:
+    table = [*UNET_ENDS]
+    table += _inside("middle_block.0", "mid_block.resnets.0", RESNET)
+    table += _inside("middle_block.2", "mid_block.resnets.1", RESNET)
     n = 0
     for i, level in enumerate(levels):
         for j in range(level.blocks):
             n += 1
-            pairs += _resnet(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}")
+            table += _inside(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}", RESNET)
             if level.attention:
-                pairs.append((f"input_blocks.{n}.1", f"down_blocks.{i}.attentions.{j}"))
+                table.append((f"input_blocks.{n}.1", f"down_blocks.{i}.attentions.{j}"))
         n += 1  # the last level has none
-        pairs.append((f"input_blocks.{n}.0.op", f"down_blocks.{i}.downsamplers.0.conv"))
+        table.append((f"input_blocks.{n}.0.op", f"down_blocks.{i}.downsamplers.0.conv"))
     n = 0
     for i, level in enumerate(reversed(levels)):
         for j in range(level.blocks + 1):
-            pairs += _resnet(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}")
+            table += _inside(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}", RESNET)
             if level.attention:
-                pairs.append((f"output_blocks.{n}.1", f"up_blocks.{i}.attentions.{j}"))
+                table.append((f"output_blocks.{n}.1", f"up_blocks.{i}.attentions.{j}"))
             n += 1
         # after the level's last block, and after its attention if there is one
-        pairs.append((f"output_blocks.{n - 1}.{1 + level.attention}.conv", f"up_blocks.{i}.upsamplers.0.conv"))
-    return pairs
+        table.append((f"output_blocks.{n - 1}.{1 + level.attention}.conv", f"up_blocks.{i}.upsamplers.0.conv"))
+    return table
 
 
-def _resnet(ours: str, theirs: str) -> Pairs:
-    """A residual block of the UNet."""
-    inner = [
-        ("in_layers.0", "norm1"),
-        ("in_layers.2", "conv1"),
-        ("emb_layers.1", "time_emb_proj"),
-        ("out_layers.0", "norm2"),
-        ("out_layers.3", "conv2"),
-        ("skip_connection", "conv_shortcut"),
-    ]
-    return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in inner]
-
-
-def _vae(levels: int, blocks: int) -> Pairs:
-    pairs = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
+def _vae(levels: int, blocks: int) -> Table:
+    table = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
     for side, level, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
         for i in range(levels):
             # our up.0 is the highest resolution, the last to run, their up_blocks.0 the first
             ours = f"{side}.{level}.{i}"
             theirs = f"{side}.{level}_blocks.{i if level == 'down' else levels - 1 - i}"
             for j in range(count):
-                pairs += _vae_resnet(f"{ours}.block.{j}", f"{theirs}.resnets.{j}")
-                pairs += _vae_attention(f"{ours}.attn.{j}", f"{theirs}.attentions.{j}")
-            pairs.append((f"{ours}.{level}sample.conv", f"{theirs}.{level}samplers.0.conv"))
-        pairs += [
-            (f"{side}.conv_in", f"{side}.conv_in"),
-            *_vae_resnet(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0"),
-            *_vae_attention(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0"),
-            *_vae_resnet(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1"),
-            (f"{side}.norm_out", f"{side}.conv_norm_out"),
-            (f"{side}.conv_out", f"{side}.conv_out"),
-        ]
-    return pairs
+                table += _inside(f"{ours}.block.{j}", f"{theirs}.resnets.{j}", VAE_RESNET)
+                table += _inside(f"{ours}.attn.{j}", f"{theirs}.attentions.{j}", VAE_ATTENTION)
+            table.append((f"{ours}.{level}sample.conv", f"{theirs}.{level}samplers.0.conv"))
+        table += _inside(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", VAE_RESNET)
+        table += _inside(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", VAE_ATTENTION)
+        table += _inside(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", VAE_RESNET)
+        table += _inside(side, side, (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")))
+    return table
 
 
-def _vae_resnet(ours: str, theirs: str) -> Pairs:
-    inner = [(name, name) for name in ("norm1", "conv1", "norm2", "conv2")] + [("nin_shortcut", "conv_shortcut")]
-    return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in inner]
-
-
-def _vae_attention(ours: str, theirs: str) -> Pairs:
-    inner = [("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")]
-    return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in inner]
-
-
-def _openclip(layers: int) -> Pairs:
+def _openclip(layers: int) -> Table:
     """All of OpenCLIP's text tower but the stacked q, k and v."""
-    inner = [
-        ("ln_1", "layer_norm1"),
-        ("ln_2", "layer_norm2"),
-        ("mlp.c_fc", "mlp.fc1"),
-        ("mlp.c_proj", "mlp.fc2"),
-        ("attn.out_proj", "self_attn.out_proj"),
-    ]
-    return [
+    table = [
         ("token_embedding", "text_model.embeddings.token_embedding"),
         ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
         ("ln_final", "text_model.final_layer_norm"),
-        *((f"{OPENCLIP_BLOCKS}{i}.{a}", f"{CLIP_BLOCKS}{i}.{b}") for i in range(layers) for a, b in inner),
     ]
+    for i in range(layers):
+        table += _inside(f"{OPENCLIP_BLOCKS}{i}", f"{CLIP_BLOCKS}{i}", OPENCLIP_BLOCK)
+    return table

@@ -1,4 +1,4 @@
-"""Which model a file without configuration holds: its structure from the weights, the rest from a table of families."""
+"""Recognise the model in a file without configuration: sizes from the weights, the rest from a table of families."""
 
 import math
 from collections.abc import Mapping
@@ -7,24 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.compvis import PREFIXES, has_part, tidy
-from ldm.checkpoint.family_table import (
-    FAMILIES,
-    SCALE_FACTORS,
-    SD2_BASE,
-    Family,
-    find_concat,
-    find_family,
-    given_channels,
-    is_text,
-    kind,
-)
+from ldm.checkpoint.compvis import has_part, tidy
+from ldm.checkpoint.family_table import FAMILIES, SCALE_FACTORS, SD2_BASE, Family, find_concat, find_family, kind
 from ldm.checkpoint.foreign import SDXL, WANTED, refuse_foreign
-from ldm.checkpoint.structure import PICTURE, UNET, WHOLE, Shapes, read_conditioner, read_first_stage, read_unet, under
+from ldm.checkpoint.networks import IMAGE_TARGET, MODEL_TARGET, PREFIXES, UNET_TARGET, Config
+from ldm.checkpoint.structure import Shapes, infer_conditioner, infer_first_stage, infer_unet, under
+from ldm.diffusion.denoiser import check_prediction
 from ldm.diffusion.schedule import make_schedule
 
-PREDICTIONS = ("eps", "x0", "v")
-HEADS = ("num_heads", "num_head_channels")
+HEAD_SETTINGS = ("num_heads", "num_head_channels")
 
 # Training steps that .ckpt files record -> what those models predict, where all descendants have the same shapes:
 # SD 2.0 base, 2.1 base; 2.1, 2.0 at 768 pixels.
@@ -38,14 +29,14 @@ class Recognised(NamedTuple):
     """What a file holds.
 
     family: a name of the table; of a part alone, that or its kind ("kl-f8", "vq-f4", "clip", "openclip" ...).
-    part: "whole", "first_stage", "unet" or "text".
+    part: "model", "first_stage", "unet" or "text".
     config: {"target": class, "params": ...}: of LatentDiffusion, or of the part's network.
     notes: what was recognised and what was assumed, a line each.
     """
 
     family: str
     part: str
-    config: dict[str, Any]
+    config: Config
     notes: list[str]
 
 
@@ -55,65 +46,87 @@ def recognise(
     facts: Mapping[str, Any] | None = None,
     prediction: str | None = None,
 ) -> Recognised:
-    """What the tensors of a file are, from their names and shapes and what lies beside them.
+    """Recognise the tensors of a file by their names and shapes and what lies beside them.
 
     Args:
         state: as read, before `normalise`, which takes out the marks and the schedule. On the meta device only names
             and shapes count.
         metadata: a safetensors file's header.
         facts: plain values at the top of a .ckpt, such as global_step.
-        prediction: what the UNet predicts ("eps", "x0", "v"), for who knows better than the file.
+        prediction: what the UNet predicts ("eps", "x0", "v"), if the user knows better than the file.
 
-    Raises ValueError, in one sentence, for files of another kind, for damaged ones and for an unknown prediction.
+    Raises:
+        ValueError: the file is of another kind or damaged, or the prediction is unknown.
     """
-    if prediction not in (None, *PREDICTIONS):
-        raise ValueError(f"prediction {prediction!r} is unknown: it is one of {', '.join(PREDICTIONS)}")
+    if prediction is not None:
+        check_prediction(prediction)
     refuse_foreign(state)
     clean, _ = tidy(state)
     sizes = {name: tuple(tensor.shape) for name, tensor in clean.items()}
     shapes = {part: under(sizes, prefix) for part, prefix in PREFIXES.items() if has_part(clean, part)}
     if not shapes:
         seen = ", ".join(sorted(state)[:3])
-        raise ValueError(f"the file holds no model that is known: {len(state)} tensors, such as {seen}; {WANTED}")
+        raise ValueError(f"the file holds no known model: {len(state)} tensors, such as {seen}; {WANTED}")
     if len(shapes) > 1:
-        family, config, notes = _networks(shapes)
-        said, prediction_note = _prediction(state, metadata or {}, facts or {}, prediction, family)
-        return _whole(family, config, state, said, [*notes, prediction_note])
+        return _model(shapes, state, metadata or {}, facts or {}, prediction)
     ((part, sizes),) = shapes.items()
-    return {"unet": _unet_alone, "first_stage": _first_stage_alone, "text": _text_alone}[part](sizes)
+    if part == "unet":
+        return _unet_alone(sizes)
+    config = infer_first_stage(sizes) if part == "first_stage" else infer_conditioner(sizes)
+    name, title = (_name(config), "first stage") if part == "first_stage" else (kind(config), "conditioner")
+    return Recognised(name, part, config, [f"recognised a {title} alone: {name}"])
 
 
-def _networks(shapes: Mapping[str, Shapes]) -> tuple[Family, dict[str, Any], list[str]]:
-    """The family of a model of several parts, and the part of its configuration that the weights show."""
+def _model(
+    shapes: Mapping[str, Shapes],
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    facts: Mapping[str, Any],
+    asked: str | None,
+) -> Recognised:
+    """Recognise a model of several parts: its networks, what lies beside the weights, and what is the family's."""
     if "unet" not in shapes:
         raise ValueError("the file has a first stage and a conditioner, but no UNet (model.diffusion_model.*)")
     if "first_stage" not in shapes:
         raise ValueError("the file has no first stage (first_stage_model.*): give one beside it (vae=FILE, --vae FILE)")
-    unet = read_unet(shapes["unet"])
-    first_stage = read_first_stage(shapes["first_stage"])
-    conditioner = read_conditioner(shapes["text"]) if "text" in shapes else None
+    unet, first_stage = infer_unet(shapes["unet"]), infer_first_stage(shapes["first_stage"])
+    conditioner = infer_conditioner(shapes["text"]) if "text" in shapes else None
     conditioner = _completed(conditioner, unet, first_stage)
-    z = first_stage["params"]["embed_dim"]
-    concat = find_concat(unet["in_channels"] - z - given_channels(first_stage, conditioner), z, is_text(conditioner))
-    family = find_family(first_stage, conditioner, concat)
+    family, concat = find_family(unet["in_channels"], first_stage, conditioner)
     if family is None:
         raise ValueError(
-            f"the file holds no model that is known: its first stage is of kind {kind(first_stage)}, its conditioner "
-            f"of kind {kind(conditioner)}, and the UNet takes {unet['in_channels']} channels; {WANTED}"
+            f"the file holds no known model: its first stage is of kind {kind(first_stage)}, its conditioner of kind "
+            f"{kind(conditioner)}, and the UNet takes {unet['in_channels']} channels; {WANTED}"
         )
-    config = {
-        "unet_config": {"target": UNET, "params": unet | _heads(family, unet)},
+    notes = [f"recognised {family.title}: {_sizes(unet, first_stage, conditioner)}"]
+    prediction, note = _prediction(state, metadata, facts, asked, family)
+    if family.name == "sd-v2-v" and prediction != "v":
+        family = SD2_BASE
+    unet |= _heads(family, unet) | {"image_size": family.latents}
+    schedule, schedule_note = _schedule(state, family)
+    scale_factor, origin = stored_scale_factor(state), "read from the file"
+    if scale_factor is None:
+        scale_factor, origin = SCALE_FACTORS[first_stage["target"]], "assumed"
+    defaults = family.defaults(_downsampling(first_stage))
+    if schedule.get("zero_terminal_snr", False):
+        defaults["spacing"] = "trailing"  # the others do not begin at T - 1, where alone there is no signal
+    heads = ", ".join(f"{key} {unet[key]}" for key in HEAD_SETTINGS if key in unet)
+    notes += [note, f"{schedule_note}, scale factor {scale_factor:g} is {origin}, {heads} is assumed"]
+    params = {
+        "unet_config": {"target": UNET_TARGET, "params": unet},
         "first_stage_config": first_stage,
         "cond_stage_config": conditioner,
         "concat": concat,
+        "schedule": schedule,
+        "prediction": prediction,
+        "scale_factor": scale_factor,
+        "defaults": defaults,
     }
-    return family, config, [f"recognised {family.title}: {_sizes(unet, first_stage, conditioner)}"]
+    return Recognised(family.name, "model", {"target": MODEL_TARGET, "params": params}, notes)
 
 
-def _completed(
-    conditioner: dict[str, Any] | None, unet: Mapping[str, Any], first_stage: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """The conditioner with what only the other two networks show, a picture to be concatenated included."""
+def _completed(conditioner: Config | None, unet: Config, first_stage: Config) -> Config | None:
+    """Add to the conditioner what only the other two networks show, an image to be concatenated included."""
     image_channels = first_stage["params"]["ddconfig"]["in_channels"]
     if conditioner is None and "context_dim" in unet:
         raise ValueError(
@@ -121,7 +134,7 @@ def _completed(
             "(cond_stage_model.*)"
         )
     if conditioner is None and unet["in_channels"] == first_stage["params"]["embed_dim"] + image_channels:
-        conditioner = {"target": PICTURE, "params": {}}  # a low resolution picture, as wide as the latents
+        conditioner = {"target": IMAGE_TARGET, "params": {}}  # a low-resolution image, as wide as the latents
     if kind(conditioner) == "rescaler":
         conditioner["params"]["n_stages"] = int(math.log2(_downsampling(first_stage)))  # halvings to the latents' size
     if "num_classes" in unet:
@@ -131,38 +144,11 @@ def _completed(
     return conditioner
 
 
-def _whole(
-    family: Family, networks: dict[str, Any], state: Mapping[str, Tensor], prediction: str, notes: list[str]
-) -> Recognised:
-    """The configuration of a whole model: its networks, and what lies beside the weights or is the family's."""
-    if family.name == "sd-v2-v" and prediction != "v":
-        family = SD2_BASE
-    unet = networks["unet_config"]["params"]
-    unet["image_size"] = family.latents
-    first_stage = networks["first_stage_config"]
-    schedule, schedule_note = _schedule(state, family)
-    scale_factor, origin = stored_scale_factor(state), "read from the file"
-    if scale_factor is None:
-        scale_factor, origin = SCALE_FACTORS[first_stage["target"]], "assumed"
-    defaults = family.defaults(_downsampling(first_stage))
-    if schedule.get("zero_terminal_snr", False):
-        defaults["spacing"] = "trailing"  # the others do not begin at T - 1, where alone there is no signal
-    params = {
-        **networks,
-        "schedule": schedule,
-        "prediction": prediction,
-        "scale_factor": scale_factor,
-        "defaults": defaults,
-    }
-    heads = ", ".join(f"{key} {unet[key]}" for key in HEADS if key in unet)
-    notes = [*notes, f"{schedule_note}, scale factor {scale_factor:g} is {origin}, {heads} is assumed"]
-    return Recognised(family.name, "whole", {"target": WHOLE, "params": params}, notes)
-
-
 def stored_scale_factor(state: Mapping[str, Tensor]) -> float | None:
-    """The scale factor that CompVis measured and stored (`scale_by_std`), if the tensors as read have one.
+    """Return the scale factor that CompVis measured and stored (`scale_by_std`), if the tensors as read have one.
 
-    Raises ValueError when it is no positive number.
+    Raises:
+        ValueError: it is not a positive number.
     """
     stored = state.get("scale_factor")
     if stored is None or stored.is_meta or stored.numel() != 1:
@@ -180,27 +166,28 @@ def _prediction(
     asked: str | None,
     family: Family,
 ) -> tuple[str, str]:
-    """What the UNet predicts, by who knows best, and the note that says who that was."""
-    if asked is not None:
-        return asked, f"prediction {asked}, as asked for"
+    """Return what the UNet predicts, by the best source, and the note that names the source."""
     mark = next((name for name in ("v_pred", "ztsnr") if name in state), None)
-    if mark is not None:
-        return "v", f"prediction v, by the mark {mark!r} in the file"
-    header = metadata.get("modelspec.prediction_type", "").lower()
-    if header in _HEADER_PREDICTIONS:
-        return _HEADER_PREDICTIONS[header], f"prediction {_HEADER_PREDICTIONS[header]}, by the file's header"
+    header = _HEADER_PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
     steps = facts.get("global_step")
-    if family.name == "sd-v2-v" and steps in _SD2_STEPS:
-        return _SD2_STEPS[steps], f"prediction {_SD2_STEPS[steps]}, by the file's {steps} training steps"
+    trained = _SD2_STEPS.get(steps) if family.name == "sd-v2-v" and isinstance(steps, int) else None
+    for prediction, source in (
+        (asked, "as asked for"),
+        (mark and "v", f"by the mark {mark!r} in the file"),
+        (header, "by the file's header"),
+        (trained, f"by the file's {steps} training steps"),
+    ):
+        if prediction is not None:
+            return prediction, f"prediction {prediction}, {source}"
     other = "eps" if family.prediction == "v" else "v"
     return family.prediction, (
         f"prediction {family.prediction} is assumed, the file does not say: "
-        f"if pictures are noise, try prediction {other} (--prediction {other})"
+        f"if images are noise, try prediction {other} (--prediction {other})"
     )
 
 
-def _schedule(state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, Any], str]:
-    """`make_schedule`'s arguments, from the file's betas where it has them, and a note."""
+def _schedule(state: Mapping[str, Tensor], family: Family) -> tuple[Config, str]:
+    """Return `make_schedule`'s arguments, from the file's betas where it has them, and a note."""
     assumed = family.schedule | ({"zero_terminal_snr": True} if "ztsnr" in state else {})
     betas = state.get("betas")
     if betas is None or betas.is_meta or betas.ndim != 1 or len(betas) < 2:
@@ -220,57 +207,45 @@ def _schedule(state: Mapping[str, Tensor], family: Family) -> tuple[dict[str, An
         if len(ab) == len(betas) and torch.allclose(betas, expected, rtol=tolerance, atol=0):
             return candidate, f"noise schedule {_words(candidate)} is read from the file"
     return assumed, (
-        f"the file's noise schedule (betas {start:g} to {end:g}, {len(betas)} levels) is of no known kind, so that "
-        f"{_words(assumed)} is assumed"
+        f"the file's noise schedule (betas {start:g} to {end:g}, {len(betas)} timesteps) is of an unknown kind, so "
+        f"that {_words(assumed)} is assumed"
     )
 
 
-def _words(schedule: Mapping[str, Any]) -> str:
+def _words(schedule: Config) -> str:
     span = f" {schedule['start']:g} to {schedule['end']:g}" if "start" in schedule else ""
     zero = ", zero terminal SNR" if schedule.get("zero_terminal_snr", False) else ""
     return f"{schedule['name']}{span}{zero}"
 
 
-def _heads(family: Family, unet: Mapping[str, Any]) -> dict[str, Any]:
-    """The family's attention heads; in smaller models, the most or widest that divide every layer with attention."""
+def _heads(family: Family, unet: Config) -> Config:
+    """Return the family's attention heads; in smaller models, the most or widest that divide every attending layer."""
     mult = unet["channel_mult"]
     attended = [mult[int(math.log2(factor))] for factor in unet["attention_resolutions"]]
     widths = [unet["model_channels"] * times for times in (*attended, mult[-1])]  # the middle attends too
-    counts = {key: math.gcd(family.heads[key], *widths) for key in HEADS if key in family.heads}
+    counts = {key: math.gcd(family.heads[key], *widths) for key in HEAD_SETTINGS if key in family.heads}
     return {**family.heads, **counts}
 
 
-def _downsampling(first_stage: Mapping[str, Any]) -> int:
-    """Pixels per latent."""
+def _downsampling(first_stage: Config) -> int:
+    """Return how many pixels a latent is."""
     return 2 ** (len(first_stage["params"]["ddconfig"]["ch_mult"]) - 1)
 
 
-def _sizes(unet: Mapping[str, Any], first_stage: Mapping[str, Any], conditioner: Mapping[str, Any] | None) -> str:
-    params = {} if conditioner is None else conditioner["params"]
-    width = next((f" {params[key]} wide" for key in ("width", "n_embed", "embed_dim") if key in params), "")
-    return f"UNet {unet['model_channels']} x {unet['channel_mult']}, first stage {_first_stage_name(first_stage)}, " + (
-        "unconditional" if conditioner is None else f"conditioner {kind(conditioner)}{width}"
-    )
-
-
-def _first_stage_name(first_stage: Mapping[str, Any]) -> str:
+def _name(first_stage: Config) -> str:
     return f"{kind(first_stage)}-f{_downsampling(first_stage)}"
 
 
-def _first_stage_alone(shapes: Shapes) -> Recognised:
-    config = read_first_stage(shapes)
-    name = _first_stage_name(config)
-    return Recognised(name, "first_stage", config, [f"recognised a first stage alone: {name}"])
-
-
-def _text_alone(shapes: Shapes) -> Recognised:
-    config = read_conditioner(shapes)
-    return Recognised(kind(config), "text", config, [f"recognised a conditioner alone: {kind(config)}"])
+def _sizes(unet: Config, first_stage: Config, conditioner: Config | None) -> str:
+    params = {} if conditioner is None else conditioner["params"]
+    width = next((f" {params[key]} wide" for key in ("width", "n_embed", "embed_dim") if key in params), "")
+    text = "unconditional" if conditioner is None else f"conditioner {kind(conditioner)}{width}"
+    return f"UNet {unet['model_channels']} x {unet['channel_mult']}, first stage {_name(first_stage)}, {text}"
 
 
 def _unet_alone(shapes: Shapes) -> Recognised:
-    """A UNet without the networks around it, whose family shows in its context and channels alone."""
-    unet = read_unet(shapes)
+    """Recognise a UNet without the networks around it, whose family shows in its context and channels alone."""
+    unet = infer_unet(shapes)
     if unet.get("adm_in_channels") in _SDXL_POOLED:
         raise ValueError(f"the file {SDXL}")
     if "context_dim" not in unet:
@@ -281,13 +256,12 @@ def _unet_alone(shapes: Shapes) -> Recognised:
         conditioner = "bert" if unet["context_dim"] == 1280 else "clip"
     z = unet["out_channels"]
     concat = find_concat(unet["in_channels"] - z, z, conditioner is not None)
-    key = (conditioner, "kl" if z == 4 else "vq", concat)
-    if key not in FAMILIES:
+    family = FAMILIES.get((conditioner, "kl" if z == 4 else "vq", concat))
+    if family is None:
         raise ValueError(
-            f"the file holds a UNet alone, of no family that is known: {unet['in_channels']} channels in, {z} out, "
-            f"context {unet.get('context_dim', 'none')}; {WANTED}"
+            f"the file holds a UNet alone, of an unknown family: {unet['in_channels']} channels in, {z} out, context "
+            f"{unet.get('context_dim', 'none')}; {WANTED}"
         )
-    family = FAMILIES[key]
     params = {"image_size": family.latents} | unet | _heads(family, unet)
     notes = [f"recognised a UNet alone, of {family.title}: {unet['model_channels']} x {unet['channel_mult']}"]
-    return Recognised(family.name, "unet", {"target": UNET, "params": params}, notes)
+    return Recognised(family.name, "unet", {"target": UNET_TARGET, "params": params}, notes)

@@ -1,33 +1,42 @@
-"""The table of families: what the weights of published models cannot say, and which model has which parts.
+"""The families of published models: what identifies each, and what its weights cannot show.
 
 Weights show every size. They do not show the number of attention heads, what the UNet predicts, how latents are scaled
-or how a model likes to be drawn: that is known of published models, and their descendants keep it.
+or which settings a model is best sampled with: that is known of published models, and their descendants keep it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.checkpoint.structure import BERT, CLASSES, KL, PICTURE, RESCALER, TEXT, VQ
+from ldm.checkpoint.networks import (
+    BERT_TARGET,
+    CLASSES_TARGET,
+    IMAGE_TARGET,
+    KL_TARGET,
+    RESCALER_TARGET,
+    TEXT_TARGET,
+    VQ_TARGET,
+    Config,
+)
 
 # Of latents where neither a file nor a yaml says: that of latent-diffusion's kl-f8, which is Stable Diffusion's first
 # stage; and CompVis's default, with which all published VQ models were trained.
-SCALE_FACTORS = {KL: 0.18215, VQ: 1.0}
+SCALE_FACTORS = {KL_TARGET: 0.18215, VQ_TARGET: 1.0}
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the weights of a published model cannot say.
+    """What the weights of a published model cannot show.
 
     heads: UNetModel's arguments about attention heads.
     betas: first and last beta of CompVis's "linear", our "scaled_linear".
-    latents: height and width of the latents it was trained on, and is best drawn with.
+    latents: height and width of the latents it was trained on, and is best sampled with.
     steps, scale: of sampling.
     """
 
     name: str
     title: str
-    heads: Mapping[str, Any]
+    heads: Config
     betas: tuple[float, float] = (0.00085, 0.012)
     latents: int = 64
     steps: int = 50
@@ -35,103 +44,95 @@ class Family:
     prediction: str = "eps"
 
     @property
-    def schedule(self) -> dict[str, Any]:
+    def schedule(self) -> Config:
         """Arguments of `make_schedule`."""
         return {"name": "scaled_linear", "start": self.betas[0], "end": self.betas[1], "T": 1000}
 
-    def defaults(self, downsampling: int) -> dict[str, Any]:
-        """Settings to draw with, in pixels where a latent is `downsampling` of them."""
+    def defaults(self, downsampling: int) -> Config:
+        """Return default settings, in pixels where a latent is `downsampling` of them."""
         size = self.latents * downsampling
         return {"height": size, "width": size, "steps": self.steps, "scale": self.scale}
 
 
-_SD1 = {"num_heads": 8, "legacy": False}
-_SD2 = {"num_head_channels": 64, "legacy": False}
+_EIGHT, _WIDE_32 = {"num_heads": 8}, {"num_head_channels": 32}
+_SD1, _SD2 = _EIGHT | {"legacy": False}, {"num_head_channels": 64, "legacy": False}
 SD2_BASE = Family("sd-v2-base", "Stable Diffusion 2 base", _SD2, scale=9.0)
 
 # (conditioner, first stage, concat) -> family. Heads, schedules and sizes: the yamls that were published beside the
 # weights; steps and scales: the defaults of their own scripts (latent-diffusion, stable-diffusion, stablediffusion:
 # scripts/txt2img.py, inpaint.py; instruct-pix2pix: edit_cli.py), save for LDM's text-to-image, class-conditional and
-# super-resolution models: what its README and notebooks draw with.
+# super-resolution models: what its README and notebooks use. Unconditional models: CelebA-HQ, FFHQ and LSUN bedrooms
+# have a VQ first stage, LSUN churches a KL one.
 FAMILIES = {
-    ("clip", "kl", None): Family("sd-v1", "Stable Diffusion 1", _SD1, scale=7.5),
-    ("clip", "kl", "mask_latents"): Family("sd-v1-inpainting", "Stable Diffusion 1 inpainting", _SD1, scale=7.5),
-    ("clip", "kl", "latents"): Family("sd-v1-pix2pix", "InstructPix2Pix", _SD1, steps=100, scale=7.5),
-    ("openclip", "kl", None): Family(
-        "sd-v2-v", "Stable Diffusion 2 (768, v)", _SD2, latents=96, scale=9.0, prediction="v"
-    ),
-    ("openclip", "kl", "mask_latents"): Family("sd-v2-inpainting", "Stable Diffusion 2 inpainting", _SD2, scale=9.0),
-    ("bert", "kl", None): Family("ldm-text2img", "LDM text-to-image (1.45B)", _SD1, latents=32, scale=5.0),
-    ("bert", "vq", None): Family(
-        "ldm-layout2img", "LDM layout-to-image", {"num_head_channels": 32}, betas=(0.0015, 0.0205)
-    ),
-    ("classes", "vq", None): Family(
-        "ldm-class", "LDM class-conditional (ImageNet)", {"num_heads": 1}, betas=(0.0015, 0.0195), steps=20, scale=3.0
-    ),
-    # CelebA-HQ, FFHQ and LSUN bedrooms
-    (None, "vq", None): Family(
-        "ldm-unconditional-vq", "LDM unconditional (VQ)", {"num_head_channels": 32}, betas=(0.0015, 0.0195)
-    ),
-    # LSUN churches
-    (None, "kl", None): Family(
-        "ldm-unconditional-kl", "LDM unconditional (KL)", {"num_heads": 8}, betas=(0.0015, 0.0155), latents=32
-    ),
-    (None, "vq", "latents_mask"): Family("ldm-inpainting", "LDM inpainting", {"num_heads": 8}, betas=(0.0015, 0.0205)),
-    ("rescaler", "vq", None): Family(
-        "ldm-semantic", "LDM semantic synthesis", {"num_heads": 8}, betas=(0.0015, 0.0205)
-    ),
-    ("picture", "vq", None): Family(
-        "ldm-super-resolution",
-        "LDM super-resolution (x4)",
-        {"num_head_channels": 32},
-        betas=(0.0015, 0.0155),
-        steps=100,
-    ),
+    (conditioner, first_stage, concat): Family(name, title, heads, **rest)
+    for conditioner, first_stage, concat, name, title, heads, rest in (
+        ("clip", "kl", None, "sd-v1", "Stable Diffusion 1", _SD1, {"scale": 7.5}),
+        ("clip", "kl", "mask_latents", "sd-v1-inpainting", "Stable Diffusion 1 inpainting", _SD1, {"scale": 7.5}),
+        ("clip", "kl", "latents", "sd-v1-pix2pix", "InstructPix2Pix", _SD1, {"steps": 100, "scale": 7.5}),
+        (
+            *("openclip", "kl", None, "sd-v2-v", "Stable Diffusion 2 (768, v)", _SD2),
+            {"latents": 96, "scale": 9.0, "prediction": "v"},
+        ),
+        ("openclip", "kl", "mask_latents", "sd-v2-inpainting", "Stable Diffusion 2 inpainting", _SD2, {"scale": 9.0}),
+        ("bert", "kl", None, "ldm-text2img", "LDM text-to-image (1.45B)", _SD1, {"latents": 32, "scale": 5.0}),
+        ("bert", "vq", None, "ldm-layout2img", "LDM layout-to-image", _WIDE_32, {"betas": (0.0015, 0.0205)}),
+        (
+            *("classes", "vq", None, "ldm-class", "LDM class-conditional (ImageNet)", {"num_heads": 1}),
+            {"betas": (0.0015, 0.0195), "steps": 20, "scale": 3.0},
+        ),
+        (None, "vq", None, "ldm-unconditional-vq", "LDM unconditional (VQ)", _WIDE_32, {"betas": (0.0015, 0.0195)}),
+        (
+            *(None, "kl", None, "ldm-unconditional-kl", "LDM unconditional (KL)", _EIGHT),
+            {"betas": (0.0015, 0.0155), "latents": 32},
+        ),
+        (None, "vq", "latents_mask", "ldm-inpainting", "LDM inpainting", _EIGHT, {"betas": (0.0015, 0.0205)}),
+        ("rescaler", "vq", None, "ldm-semantic", "LDM semantic synthesis", _EIGHT, {"betas": (0.0015, 0.0205)}),
+        (
+            *("image", "vq", None, "ldm-super-resolution", "LDM super-resolution (x4)", _WIDE_32),
+            {"betas": (0.0015, 0.0155), "steps": 100},
+        ),
+    )
 }
 
-_KINDS = {BERT: "bert", CLASSES: "classes", RESCALER: "rescaler", PICTURE: "picture", KL: "kl", VQ: "vq"}
+_KINDS = {
+    **{BERT_TARGET: "bert", CLASSES_TARGET: "classes", RESCALER_TARGET: "rescaler", IMAGE_TARGET: "image"},
+    **{KL_TARGET: "kl", VQ_TARGET: "vq"},
+}
 
 
 def kind(config: Mapping[str, Any] | None) -> str | None:
-    """The table's word for a first stage or a conditioner; None for no conditioner."""
+    """Return the table's word for a first stage or a conditioner; None for no conditioner."""
     if config is None:
         return None
-    if config["target"] == TEXT:
+    if config["target"] == TEXT_TARGET:
         return "clip" if config["params"]["layout"] == "transformers" else "openclip"
     return _KINDS[config["target"]]
 
 
-def find_family(
-    first_stage: Mapping[str, Any], conditioner: Mapping[str, Any] | None, concat: str | None
-) -> Family | None:
-    """The row of the table for these parts, where there is one; of Stable Diffusion 2 without a mask, the v model's."""
-    return FAMILIES.get((kind(conditioner), kind(first_stage), concat))
+def find_family(in_channels: int, first_stage: Config, conditioner: Config | None) -> tuple[Family | None, str | None]:
+    """Return the family of these parts, if it is known, and what its UNet's input holds beside latents (`concat`).
 
+    Of Stable Diffusion 2 without a mask it is the v model's. The channels of the UNet's input beyond the z latents and
+    the conditioner's own say what else is in it.
 
-def is_text(conditioner: Mapping[str, Any] | None) -> bool:
-    """Whether the conditioner is Stable Diffusion's kind: CLIP, of either layout."""
-    return kind(conditioner) in ("clip", "openclip")
-
-
-def given_channels(first_stage: Mapping[str, Any], conditioner: Mapping[str, Any] | None) -> int:
-    """How many channels of the UNet's input are the conditioner's."""
-    if kind(conditioner) == "picture":
-        return first_stage["params"]["ddconfig"]["in_channels"]
-    if kind(conditioner) != "rescaler":
-        return 0
-    params = conditioner["params"]
-    return params.get("in_channels", 3) if params.get("out_channels") is None else params["out_channels"]
+    Raises:
+        ValueError: the number of channels has no known meaning.
+    """
+    z, given = int(first_stage["params"]["embed_dim"]), 0
+    if kind(conditioner) == "image":
+        given = first_stage["params"]["ddconfig"]["in_channels"]
+    elif kind(conditioner) == "rescaler":
+        params = conditioner["params"]
+        given = params.get("in_channels", 3) if params.get("out_channels") is None else params["out_channels"]
+    concat = find_concat(int(in_channels) - z - given, z, kind(conditioner) in ("clip", "openclip"))
+    return FAMILIES.get((kind(conditioner), kind(first_stage), concat)), concat
 
 
 def find_concat(extra: int, z: int, text: bool) -> str | None:
-    """LatentDiffusion's `concat`, from the channels of the UNet's input beyond the z latents and the conditioner's.
-
-    Raises ValueError when the number has no known meaning.
-    """
+    """Return LatentDiffusion's `concat` for `extra` channels beyond z latents and the conditioner's; `text`: CLIP's."""
     concats = {0: None, z: "latents", z + 1: "mask_latents"} if text else {0: None, z + 1: "latents_mask"}
     if extra not in concats:
         raise ValueError(
-            f"the UNet takes {extra} channels beside {z} noised latents and what its conditioner gives: "
-            "no model is known that does"
+            f"the UNet takes {extra} channels beside {z} noised latents and the conditioner's: no known model does"
         )
     return concats[extra]

@@ -1,21 +1,21 @@
-"""Files that people bring and that hold no model of ours: what each of them is, told from its names."""
+"""Files that are not models of a supported kind: what each of them is, recognised by its names."""
 
 import re
 from collections.abc import Mapping
 
 from torch import Tensor
 
-WANTED = "what is loaded are Stable Diffusion 1 and 2, and the latent diffusion models before them"
+WANTED = "supported are Stable Diffusion 1 and 2, and the latent diffusion models before them"
 
 SDXL = f"is Stable Diffusion XL, which is not supported: {WANTED}"
 
-# (pattern found in any name, what the file is and what would be right), the first that fits counts
+# (pattern found in any name, what the file is and what would be right); the first that fits counts
 _FOREIGN = tuple(
     (re.compile(pattern), sentence)
     for pattern, sentence in (
         (
             r"^lora_(unet|te)|\.lora[._](up|down|A|B)\.|_lora\.(up|down)\.|\.(hada_w1|lokr_w1|oft_)",
-            "holds LoRA weights, which change a model and are none: load the model they are for, with --lora FILE",
+            "holds LoRA weights, which change a model: load the model they are for, with --lora FILE",
         ),
         (r"^conditioner\.embedders\.", SDXL),
         (r"\bjoint_blocks\.", f"is Stable Diffusion 3, which is not supported: {WANTED}"),
@@ -29,8 +29,8 @@ _FOREIGN = tuple(
         (r"^(noise_augmentor|embedder)\.", f"is Stable Diffusion 2.1 unCLIP, which is not supported: {WANTED}"),
         (
             r"^(string_to_param|emb_params$|clip_[gl]$)",
-            "holds a textual-inversion embedding, a word and no model: load the model that it was learned with, and "
-            "this with --embedding FILE",
+            "holds a textual-inversion embedding, not a model: load the model that it was learned with, and this with "
+            "--embedding FILE",
         ),
         (
             r"^(unet\.)?(down_blocks\.\d+\.resnets\.|time_embedding\.linear_1\.)",
@@ -46,7 +46,7 @@ _WORD = re.compile(r"[^.]+")  # diffusers' textual inversion: the embedding is n
 
 
 def refuse_foreign(state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, in one sentence that names what the file is, unless it may hold a model of ours."""
+    """Raise ValueError, in one sentence that names what the file is, unless it may hold a supported model."""
     if not state:
         raise ValueError("the file holds no tensors")
     for pattern, sentence in _FOREIGN:
@@ -55,5 +55,5 @@ def refuse_foreign(state: Mapping[str, Tensor]) -> None:
     if len(state) < 8 and all(_WORD.fullmatch(name) and tensor.ndim in (1, 2) for name, tensor in state.items()):
         raise ValueError(
             f"the file holds {len(state)} small tensors ({', '.join(sorted(state)[:3])}), as a textual-inversion "
-            "embedding does, a word and no model: load the model it was learned with, and this with --embedding FILE"
+            "embedding does: load the model it was learned with, and this with --embedding FILE"
         )

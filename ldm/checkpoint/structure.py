@@ -1,38 +1,76 @@
-"""The arguments of a network, read from the names and shapes of its weights: what the yaml beside them would have said.
+"""Infer a network's arguments from the names and shapes of its weights: what the yaml beside them would have said.
 
-Every reader takes `{name: shape}` with the names inside its network, and raises ValueError when a weight that it reads
-from is not there. What weights do not show (attention heads, the group size of normalisations, dropout) is not in the
+Every function takes `{name: shape}` with the names inside its network, and raises ValueError when a weight that it
+needs is missing. What weights do not show (attention heads, the group size of normalisations, dropout) is not in the
 result: heads come from `families`, the rest keeps the networks' defaults.
 """
 
 from collections.abc import Mapping
-from typing import Any
+
+from ldm.checkpoint.networks import (
+    BERT_TARGET,
+    CLASSES_TARGET,
+    CLIP_SETTINGS,
+    KL_TARGET,
+    OPENCLIP_SETTINGS,
+    RESCALER_TARGET,
+    TEXT_TARGET,
+    VQ_TARGET,
+    Config,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-WHOLE = "ldm.latent_diffusion.LatentDiffusion"
-UNET = "ldm.models.unet.UNetModel"
-KL = "ldm.models.autoencoder.AutoencoderKL"
-VQ = "ldm.models.vq_autoencoder.VQModelInterface"
-TEXT = "ldm.conditioning.text.TextEncoder"
-BERT = "ldm.conditioning.bert.BERTEncoder"
-CLASSES = "ldm.conditioning.classes.ClassEmbedder"
-RESCALER = "ldm.conditioning.spatial.SpatialRescaler"
-PICTURE = "ldm.conditioning.spatial.Picture"
-
-# What distinguishes OpenAI's CLIP (Stable Diffusion 1) from OpenCLIP (2) besides the names of their weights.
-CLIP_SETTINGS = {"layout": "transformers", "activation": "quick_gelu", "layer": "last"}
-OPENCLIP_SETTINGS = {"layout": "openclip", "activation": "gelu", "layer": "penultimate"}
 CLIP_HEAD_WIDTH = 64  # of every CLIP published, by OpenAI and by open_clip up to ViT-H; the weights do not show it
 
 
+_CLIP = "transformer.text_model."
+_CLIP_TOKENS, _OPENCLIP_TOKENS = f"{_CLIP}embeddings.token_embedding.weight", "model.token_embedding.weight"
+_BERT_TOKENS, _CLASSES, _MAPPER = "transformer.token_emb.weight", "embedding.weight", "channel_mapper.weight"
+# Signatures: a weight that only such a conditioner has -> its class, the settings that its weights do not show, and
+# which argument shows where: (weight, dimension), or (how numbered modules begin, -N) with N modules per layer.
+CONDITIONERS = {
+    _CLIP_TOKENS: (
+        TEXT_TARGET,
+        CLIP_SETTINGS,
+        {
+            **{"width": (_CLIP_TOKENS, 1), "vocab_size": (_CLIP_TOKENS, 0), "layers": (f"{_CLIP}encoder.layers.", -1)},
+            "context_length": (f"{_CLIP}embeddings.position_embedding.weight", 0),
+        },
+    ),
+    _OPENCLIP_TOKENS: (
+        TEXT_TARGET,
+        OPENCLIP_SETTINGS,
+        {
+            **{"width": (_OPENCLIP_TOKENS, 1), "vocab_size": (_OPENCLIP_TOKENS, 0)},
+            **{"layers": ("model.transformer.resblocks.", -1), "context_length": ("model.positional_embedding", 0)},
+            "projection_dim": ("model.text_projection", 1),
+        },
+    ),
+    _BERT_TOKENS: (
+        BERT_TARGET,
+        {},
+        {
+            **{"n_embed": (_BERT_TOKENS, 1), "vocab_size": (_BERT_TOKENS, 0)},
+            # attention and feed-forward take turns
+            **{
+                "n_layer": ("transformer.attn_layers.layers.", -2),
+                "max_seq_len": ("transformer.pos_emb.emb.weight", 0),
+            },
+        },
+    ),
+    _CLASSES: (CLASSES_TARGET, {}, {"embed_dim": (_CLASSES, 1), "n_classes": (_CLASSES, 0)}),
+    _MAPPER: (RESCALER_TARGET, {}, {"in_channels": (_MAPPER, 1), "out_channels": (_MAPPER, 0)}),
+}
+
+
 def under(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """The names that begin with `prefix`, without it."""
+    """Return the names that begin with `prefix`, without it."""
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered modules there are: one more than the highest N of the names `prefix`N...
+    """Return how many numbered modules there are: one more than the highest N of the names `prefix`N...
 
     Raises ValueError when most of them have no weights.
     """
@@ -43,14 +81,14 @@ def count(shapes: Shapes, prefix: str) -> int:
     return total
 
 
-def read_unet(shapes: Shapes) -> dict[str, Any]:
-    """UNetModel's arguments from `input_blocks...`, `output_blocks...`; the heads and image_size are missing."""
+def infer_unet(shapes: Shapes) -> Config:
+    """Return UNetModel's arguments from `input_blocks...`, `output_blocks...`; the heads and image_size are missing."""
     in_channels, stem = _shape(shapes, "input_blocks.0.0.weight", 4)[1::-1]
     blocks = _blocks_per_level(shapes)
     firsts = [1 + sum(blocks[:i]) + i for i in range(len(blocks))]  # each level's first block; between them, resampling
     widths = [_shape(shapes, f"input_blocks.{first}.0.out_layers.3.weight", 4)[0] for first in firsts]
     if any(width % stem for width in widths):
-        raise ValueError(f"the UNet's levels are {widths} channels wide, no multiples of its first layer's {stem}")
+        raise ValueError(f"the UNet's levels are {widths} channels wide: each must be a multiple of {stem}")
     attended = [f"input_blocks.{first}.1.norm.weight" in shapes for first in firsts]
     params = {
         "in_channels": in_channels,
@@ -64,7 +102,7 @@ def read_unet(shapes: Shapes) -> dict[str, Any]:
 
 
 def _blocks_per_level(shapes: Shapes) -> list[int]:
-    """Residual blocks of each level of the encoder, the highest resolution first."""
+    """Return the residual blocks of each level of the encoder, the highest resolution first."""
     total = count(shapes, "output_blocks.")
     # where the decoder goes up, by a convolution or by a residual block (resblock_updown), behind attention or not
     ways = [f"{j}.{leaf}.weight" for j in (1, 2) for leaf in ("conv", "in_layers.2")]
@@ -81,8 +119,8 @@ def _blocks_per_level(shapes: Shapes) -> list[int]:
     return blocks
 
 
-def _block_kinds(shapes: Shapes, width: int) -> dict[str, Any]:
-    """How residual blocks take in the time, and how resampling is done."""
+def _block_kinds(shapes: Shapes, width: int) -> Config:
+    """Return how residual blocks take in the time, and how resampling is done."""
     kinds = {}
     if _shape(shapes, "input_blocks.1.0.emb_layers.1.weight", 2)[0] == 2 * width:
         kinds["use_scale_shift_norm"] = True
@@ -94,8 +132,8 @@ def _block_kinds(shapes: Shapes, width: int) -> dict[str, Any]:
     return kinds
 
 
-def _transformers(shapes: Shapes, firsts: list[int], attended: list[bool]) -> dict[str, Any]:
-    """The arguments of the spatial transformers; none where attention, if any, is without a context."""
+def _transformers(shapes: Shapes, firsts: list[int], attended: list[bool]) -> Config:
+    """Return the arguments of the spatial transformers; none where attention, if any, is without a context."""
     middle = count(shapes, "middle_block.1.transformer_blocks.")
     if middle == 0:
         return {}
@@ -113,8 +151,8 @@ def _transformers(shapes: Shapes, firsts: list[int], attended: list[bool]) -> di
     return params
 
 
-def _labels(shapes: Shapes) -> dict[str, Any]:
-    """num_classes and adm_in_channels."""
+def _labels(shapes: Shapes) -> Config:
+    """Return num_classes and adm_in_channels."""
     if "label_emb.0.0.weight" in shapes:
         return {"num_classes": "sequential", "adm_in_channels": _shape(shapes, "label_emb.0.0.weight", 2)[1]}
     if "label_emb.bias" in shapes:
@@ -124,8 +162,8 @@ def _labels(shapes: Shapes) -> dict[str, Any]:
     return {}
 
 
-def read_first_stage(shapes: Shapes) -> dict[str, Any]:
-    """{"target", "params"} of a KL or VQ autoencoder from `encoder...`, `decoder...`, `quant_conv...`."""
+def infer_first_stage(shapes: Shapes) -> Config:
+    """Return {"target", "params"} of a KL or VQ autoencoder from `encoder...`, `decoder...`, `quant_conv...`."""
     if "quant_conv.weight" not in shapes:
         raise ValueError("the first stage has no quant_conv: it is of another family (those of SD3 and Flux have none)")
     width, in_channels = _shape(shapes, "encoder.conv_in.weight", 4)[:2]
@@ -133,7 +171,7 @@ def read_first_stage(shapes: Shapes) -> dict[str, Any]:
     wide = [_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
     if any(w % width for w in wide):
         raise ValueError(
-            f"the first stage's levels are {wide} channels wide, no multiples of its first layer's {width}"
+            f"the first stage's levels are {wide} channels wide, which are not multiples of its first layer's {width}"
         )
     resolution = 256  # LDM's; it only turns `attn_resolutions` back into levels
     z_channels = _shape(shapes, "decoder.conv_in.weight", 4)[1]
@@ -157,82 +195,41 @@ def read_first_stage(shapes: Shapes) -> dict[str, Any]:
     params = {"embed_dim": _shape(shapes, "post_quant_conv.weight", 4)[1], "ddconfig": ddconfig}
     if vq:
         params["n_embed"] = _shape(shapes, "quantize.embedding.weight", 2)[0]
-    return {"target": VQ if vq else KL, "params": params}
+    return {"target": VQ_TARGET if vq else KL_TARGET, "params": params}
 
 
-def read_conditioner(shapes: Shapes) -> dict[str, Any]:
-    """{"target", "params"} of a text encoder, a class embedding or a rescaler of label maps (n_stages is missing)."""
-    readers = {
-        "transformer.text_model.embeddings.token_embedding.weight": _read_clip,
-        "model.token_embedding.weight": _read_openclip,
-        "transformer.token_emb.weight": _read_bert,
-        "embedding.weight": _read_classes,
+def infer_conditioner(shapes: Shapes) -> Config:
+    """Return {"target", "params"} of the conditioner whose signature fits; a rescaler's n_stages is missing."""
+    mark = next((mark for mark in CONDITIONERS if mark in shapes), None)
+    if mark is None:
+        seen = ", ".join(sorted(shapes)[:3])
+        raise ValueError(
+            f"the conditioner ({seen}, ...) is unknown: it is not a CLIP or BERT text encoder, class embedding or "
+            "rescaler"
+        )
+    target, settings, sizes = CONDITIONERS[mark]
+    if mark == _CLIP_TOKENS and "transformer.text_projection.weight" in shapes:
+        sizes = sizes | {"projection_dim": ("transformer.text_projection.weight", 0)}
+    rank = 4 if mark == _MAPPER else 2
+    params = settings | {
+        key: count(shapes, name) // -axis if axis < 0 else _shape(shapes, name, rank)[axis]
+        for key, (name, axis) in sizes.items()
     }
-    for mark, reader in readers.items():
-        if mark in shapes:
-            return reader(shapes)
-    if "channel_mapper.weight" in shapes:
-        out_channels, in_channels = _shape(shapes, "channel_mapper.weight", 4)[:2]
-        bias = {"bias": True} if "channel_mapper.bias" in shapes else {}
-        return {"target": RESCALER, "params": {"in_channels": in_channels, "out_channels": out_channels} | bias}
-    seen = ", ".join(sorted(shapes)[:3])
-    raise ValueError(
-        f"the conditioner ({seen}, ...) is unknown: it is no CLIP or BERT text encoder, class embedding or rescaler"
-    )
-
-
-def _read_clip(shapes: Shapes) -> dict[str, Any]:
-    names = "transformer.text_model."
-    vocab_size, width = _shape(shapes, f"{names}embeddings.token_embedding.weight", 2)
-    params = CLIP_SETTINGS | {
-        "width": width,
-        "layers": count(shapes, f"{names}encoder.layers."),
-        "heads": max(1, width // CLIP_HEAD_WIDTH),
-        "vocab_size": vocab_size,
-        "context_length": _shape(shapes, f"{names}embeddings.position_embedding.weight", 2)[0],
-    }
-    if "transformer.text_projection.weight" in shapes:
-        params["projection_dim"] = _shape(shapes, "transformer.text_projection.weight", 2)[0]
-    return {"target": TEXT, "params": params}
-
-
-def _read_openclip(shapes: Shapes) -> dict[str, Any]:
-    vocab_size, width = _shape(shapes, "model.token_embedding.weight", 2)
-    params = OPENCLIP_SETTINGS | {
-        "width": width,
-        "layers": count(shapes, "model.transformer.resblocks."),
-        "heads": max(1, width // CLIP_HEAD_WIDTH),
-        "vocab_size": vocab_size,
-        "context_length": _shape(shapes, "model.positional_embedding", 2)[0],
-        "projection_dim": _shape(shapes, "model.text_projection", 2)[1],
-    }
-    return {"target": TEXT, "params": params}
-
-
-def _read_bert(shapes: Shapes) -> dict[str, Any]:
-    vocab_size, width = _shape(shapes, "transformer.token_emb.weight", 2)
-    params = {
-        "n_embed": width,
-        "n_layer": count(shapes, "transformer.attn_layers.layers.") // 2,  # attention and feed-forward take turns
-        "vocab_size": vocab_size,
-        "max_seq_len": _shape(shapes, "transformer.pos_emb.emb.weight", 2)[0],
-    }
-    return {"target": BERT, "params": params}
-
-
-def _read_classes(shapes: Shapes) -> dict[str, Any]:
-    n_classes, width = _shape(shapes, "embedding.weight", 2)
-    return {"target": CLASSES, "params": {"embed_dim": width, "n_classes": n_classes}}
+    if target == TEXT_TARGET:
+        params["heads"] = max(1, params["width"] // CLIP_HEAD_WIDTH)
+    if "channel_mapper.bias" in shapes:
+        params["bias"] = True
+    return {"target": target, "params": params}
 
 
 def _shape(shapes: Shapes, name: str, *ranks: int) -> tuple[int, ...]:
-    """The shape of a weight that must be there, with one of these numbers of dimensions."""
+    """Return the shape of a weight that must be there, with one of these numbers of dimensions."""
     if name not in shapes:
-        raise ValueError(f"the weights lack {name!r}, which tells the network's size: the file is damaged or foreign")
+        raise ValueError(f"the weights lack {name!r}, which shows the network's size: the file is damaged or foreign")
     shape = tuple(shapes[name])
     if len(shape) not in ranks or 0 in shape:
         raise ValueError(
-            f"{name!r} has the shape {list(shape)}, which no such weight has: the file is damaged or foreign"
+            f"{name!r} has the shape {list(shape)}, which is not that of such a weight: the file is damaged or foreign"
         )
     return shape
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.compvis_config import SCHEDULES
+from ldm.checkpoint.compvis_config import BETA_SCHEDULES
 from ldm.diffusion.schedule import betas, betas_from_alpha_bar, compvis_quad, timesteps
 from ldm.util import instantiate_from_config
 
@@ -41,11 +41,11 @@ def make_beta_schedule(
     schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:
     """The betas of a schedule by CompVis's name: float64 (n_timestep,). ValueError for an unknown one."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is unknown: it is one of {', '.join(SCHEDULES)}")
-    if SCHEDULES[schedule] == "cosine":
+    if schedule not in BETA_SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is unknown: it is one of {', '.join(BETA_SCHEDULES)}")
+    if BETA_SCHEDULES[schedule] == "cosine":
         return betas_for_alpha_bar(n_timestep, lambda u: cos((u + cosine_s) / (1 + cosine_s) * pi / 2) ** 2)
-    return betas(SCHEDULES[schedule], n_timestep, linear_start, linear_end).numpy()
+    return betas(BETA_SCHEDULES[schedule], n_timestep, linear_start, linear_end).numpy()
 
 
 def betas_for_alpha_bar(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from ldm.checkpoint.networks import MODEL_TARGET
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.contact_sheet import Row, save_contact_sheet
 from ldm.finetune.lora import Adapter, attach, merge
@@ -31,7 +32,6 @@ from ldm.finetune.parts import (
 )
 from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.loading import WHOLE
 from ldm.training.diffusion import LatentDataset
 from ldm.training.objective import Objective
 from ldm.training.stage import Stage
@@ -295,7 +295,7 @@ class DreamBoothStage(Stage):
         merge(model, self.adapters)
         state = {name: tensor.to(self.dtypes[name]) for name, tensor in model.state_dict().items()}
         config = {name: value for name, value in model.config.items() if value is not None or name not in OPTIONAL}
-        return {"target": WHOLE, "params": config}, state
+        return {"target": MODEL_TARGET, "params": config}, state
 
 
 def embedding_repulsion(texts: Conditioning, others: Conditioning, count: int) -> Tensor:

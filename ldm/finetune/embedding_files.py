@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.file import atomic, save_file
 from ldm.checkpoint.pickled import StoredTensor
-from ldm.checkpoint.tensors import PICKLE_START, read_tensors
-from ldm.checkpoint.torch_file import ZIP_START, TorchFile
+from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, read_tensors
+from ldm.checkpoint.torch_file import TorchFile
 
 FORMATS = ("diffusers", "a1111", "compvis")
 ANY, ANY_TOKEN = "*", 265  # the placeholder of files that tell no word, and its token in all of CLIP's vocabularies

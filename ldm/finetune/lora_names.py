@@ -9,17 +9,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ldm.checkpoint.compvis import PREFIXES
 from ldm.checkpoint.diffusers_config import unet_levels
-from ldm.checkpoint.diffusers_names import Level, openclip_to_transformers, unet_to_diffusers
+from ldm.checkpoint.diffusers_names import UNetLevel, openclip_to_transformers, unet_to_diffusers
 from ldm.checkpoint.foreign import WANTED
+from ldm.checkpoint.networks import PREFIXES
 from ldm.conditioning.text import TextEncoder
 from ldm.finetune.lora import places
 from ldm.latent_diffusion import LatentDiffusion
 
 PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}  # diffusers' and sd-scripts' names of the two networks
 # Those of Stable Diffusion 1 and 2, the models that files without a model beside them are taken to be for.
-USUAL_LEVELS = [Level(2, True), Level(2, True), Level(2, True), Level(2, False)]
+USUAL_LEVELS = [UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, False)]
 
 # The end of a weight's name: sd-scripts' and LyCORIS's, PEFT's, and diffusers' before it used PEFT.
 _WEIGHT = re.compile(

@@ -1,0 +1,365 @@
+"""Write a model as a diffusers folder, by diffusers' and transformers' own classes: their versions fix the format."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ldm.checkpoint import diffusers_names as names
+from ldm.checkpoint.diffusers_config import (
+    BETA_CURVES,
+    PREDICTION_TYPES,
+    arguments,
+    one_if_equal,
+    unet_blocks,
+    unet_levels,
+    vae_blocks,
+)
+from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json
+from ldm.checkpoint.diffusers_folder import PIPELINES
+from ldm.checkpoint.diffusers_text import TOKENIZER_FILES, vocabulary
+from ldm.checkpoint.networks import KL_TARGET, PREFIXES, TEXT_TARGET, UNET_TARGET, Config
+from ldm.checkpoint.tensors import State
+from ldm.diffusion.sampling import choose_sampler, get_sampler
+from ldm.diffusion.schedule import SCHEDULES
+from ldm.models.autoencoder import Encoder
+from ldm.models.unet import UNetModel
+from ldm.util import instantiate_network
+
+MARK = {"_written_by": "ldm"}  # in model_index.json; diffusers skips what begins with an underscore
+WRITTEN = {  # all files that any version writes
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
+    *(f"{part}/config.json" for part in WEIGHT_FILES),
+    *(f"{part}/{'.'.join(kinds[0])}" for part, kinds in WEIGHT_FILES.items()),
+}
+# Ours -> theirs. Stable Diffusion's "leading" has steps_offset 1, which the pipeline insists on: ours, to the digit.
+SPACINGS = {"leading": "leading", "compvis": "leading", "linspace": "linspace", "trailing": "trailing"}
+
+
+def write_pipeline(
+    path: str | Path, config: Config, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> list[str]:
+    """Write a model, its configuration and weights, as a diffusers folder.
+
+    The text encoder gets the blocks that are run and no projection: the 24th block of Stable Diffusion 2 is left out,
+    as in its public folders.
+
+    The folder is written beside `path` and renamed when it is complete: whatever goes wrong, `path` is the old folder
+    or the complete new one. An old folder is replaced only if it is empty, or was written by this function and holds
+    nothing else; every other one is refused, so that nothing is lost. (Replacing takes two renames. If the machine
+    stops between them, the old folder is beside `path` as `.NAME.PID.old`.)
+
+    Args:
+        dtype: converts the weights, e.g. torch.float16 to halve the files.
+
+    Returns:
+        Notes on what is lost in it.
+
+    Raises:
+        ValueError: diffusers is not installed, diffusers' Stable Diffusion cannot express the model (the message says
+            what), or `path` is not replaced.
+        OSError: it cannot be written.
+    """
+    try:
+        import diffusers
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "writing a diffusers folder needs the packages diffusers and transformers: pip install diffusers "
+            f"transformers ({error})"
+        ) from None
+    params, path = config["params"], Path(os.path.abspath(path))
+    unet, vae, text, encoder = _networks(params)
+    scheduler, notes = write_scheduler(params["schedule"], params["prediction"], params["defaults"])
+    weights = _weights(state, unet_levels(unet), vae["ddconfig"], encoder)
+    given = sum(name.startswith(PREFIXES["text"]) for name in state)
+    if encoder.layout == "openclip" or len(weights["text_encoder"]) < given:
+        notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
+    downsampling = 2 ** (len(vae["ddconfig"]["ch_mult"]) - 1)
+    height, width = (params["defaults"][key] // downsampling for key in ("height", "width"))
+    text_config = transformers.CLIPTextConfig(**write_text(encoder, text))
+    classes = {
+        "unet": (diffusers.UNet2DConditionModel, write_unet(unet, height if height == width else [height, width])),
+        "vae": (diffusers.AutoencoderKL, write_vae(vae, params["scale_factor"], params["defaults"]["height"])),
+        "text_encoder": (transformers.CLIPTextModel, {"config": text_config}),
+    }
+    with _replacing(path) as folder:
+        tokenizer = encoder.tokenizer
+        pipeline = getattr(diffusers, PIPELINES[params.get("concat")])(
+            **{part: _filled(*parts, weights[part], dtype) for part, parts in classes.items()},
+            tokenizer=write_tokenizer(folder / "tokenizer", tokenizer.merges, tokenizer.pad, tokenizer.context_length),
+            scheduler=diffusers.DDIMScheduler(**scheduler),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.register_to_config(**MARK)
+        try:
+            pipeline.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(f"cannot write folder {str(path)!r}: {error}") from None
+        config = folder / "text_encoder" / "config.json"
+        content = read_json(config)  # of half precision, transformers writes so, and would compute so beside the others
+        config.write_text(json.dumps(content | {key: "float32" for key in content.keys() & {"dtype", "torch_dtype"}}))
+    return notes
+
+
+def _networks(params: Config) -> tuple[Config, Config, Config, nn.Module]:
+    """Return the arguments of UNet, first stage and text encoder, and the latter on the meta device."""
+    configs = [params[f"{part}_config"] for part in ("unet", "first_stage", "cond_stage")]
+    targets = [None if own is None else own["target"] for own in configs]
+    _refuse(
+        {
+            f"the UNet {targets[0]}": targets[0] != UNET_TARGET,
+            f"the first stage {targets[1]}": targets[1] != KL_TARGET,
+            f"the conditioner {targets[2]}": targets[2] != TEXT_TARGET,
+            f"concat {params.get('concat')!r}": params.get("concat") not in PIPELINES,
+        }
+    )
+    with torch.device("meta"):
+        encoder = instantiate_network(configs[2])
+    text = arguments(type(encoder), configs[2]["params"])
+    _refuse(
+        {
+            "pooled text beside the tokens (pooled)": text["pooled"],
+            "text states without the final norm (layer hidden)": text["layer"] == "hidden",
+            "a text encoder of no blocks": encoder.state < 1,
+        }
+    )
+    return configs[0]["params"], configs[1]["params"], text, encoder
+
+
+def _weights(
+    state: Mapping[str, Tensor], levels: list[names.UNetLevel], ddconfig: Config, encoder: nn.Module
+) -> dict[str, State]:
+    """Return the weights of each part under diffusers' names. Raises ValueError for a weight of none."""
+    openclip = encoder.layout == "openclip"
+    prefixes = PREFIXES | {"text": PREFIXES["text"] + ("model." if openclip else "transformer.")}
+    parts: dict[str, State] = {part: {} for part in prefixes}
+    for name, tensor in state.items():
+        part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), None)
+        if part is None:
+            raise ValueError(f"{name} is not a weight of this model's UNet, first stage or text encoder")
+        parts[part][name.removeprefix(prefixes[part])] = tensor
+    to_transformers = names.openclip_to_transformers if openclip else names.clip_to_transformers
+    return {
+        "unet": names.unet_to_diffusers(parts["unet"], levels),
+        "vae": names.vae_to_diffusers(parts["first_stage"], len(ddconfig["ch_mult"]), ddconfig["num_res_blocks"]),
+        "text_encoder": to_transformers(parts["text"], encoder.state),
+    }
+
+
+def _filled(cls: type, params: Config, weights: State, dtype: torch.dtype | None) -> nn.Module:
+    """Return the network with these weights, of which there is no second copy unless `dtype` is another."""
+    with torch.device("meta"):
+        network = cls(**params)
+    own = network.state_dict()
+    if not any(name.startswith("text_model.") for name in own):  # transformers from 5.6 on
+        weights = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    network.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    return network
+
+
+def write_unet(params: Config, sample_size: int | list[int]) -> Config:
+    """Return UNet2DConditionModel's arguments from UNetModel's; sample_size: of the latents."""
+    own = arguments(UNetModel, params)
+    widths = [own["model_channels"] * mult for mult in own["channel_mult"]]
+    levels = unet_levels(params)
+    by_width = own["num_head_channels"] != -1
+    # each width with attention: the middle's is the last level's
+    used = {width for width, level in zip(widths, levels, strict=True) if level.attention} | {widths[-1]}
+    contexts = own["context_dim"] if isinstance(own["context_dim"], Sequence) else [own["context_dim"]]
+    _refuse(
+        {
+            "num_classes, a class or vector beside the text": own["num_classes"] is not None,
+            "n_embed": own["n_embed"] is not None,
+            "attention without text (use_spatial_transformer false)": not own["use_spatial_transformer"],
+            "resblock_updown": own["resblock_updown"],
+            "conv_resample false": not own["conv_resample"],
+            "disable_middle_self_attn": own["disable_middle_self_attn"],
+            "num_attention_blocks": own["num_attention_blocks"] is not None,
+            f"channel_mult {list(own['channel_mult'])}, which does not begin with 1": own["channel_mult"][0] != 1,
+            f"context_dim {contexts}, of several widths": len(set(contexts)) != 1,
+            f"num_head_channels {own['num_head_channels']}, which does not divide every width": by_width
+            and any(width % own["num_head_channels"] for width in used),
+        }
+    )
+    disabled = own["disable_self_attentions"]
+    down, up = unet_blocks([level.attention for level in levels])
+    return {
+        "sample_size": sample_size,
+        "in_channels": own["in_channels"],
+        "out_channels": own["out_channels"],
+        "down_block_types": down,
+        "up_block_types": up,
+        "block_out_channels": widths,
+        "layers_per_block": one_if_equal(own["num_res_blocks"]),
+        "transformer_layers_per_block": one_if_equal(own["transformer_depth"]),
+        # which diffusers reads as the number of heads
+        "attention_head_dim": [max(1, w // own["num_head_channels"]) for w in widths] if by_width else own["num_heads"],
+        "cross_attention_dim": contexts[0],
+        "only_cross_attention": False if disabled is None else one_if_equal([bool(flag) for flag in disabled]),
+        "use_linear_projection": own["use_linear_in_transformer"],
+        # Stable Diffusion 2's attention overflows in half precision with old versions; no effect otherwise
+        "upcast_attention": own["use_linear_in_transformer"],
+        "resnet_time_scale_shift": "scale_shift" if own["use_scale_shift_norm"] else "default",
+        "dropout": own["dropout"],
+        "norm_num_groups": own["norm_groups"],
+    }
+
+
+def write_vae(params: Config, scale_factor: float, sample_size: int) -> Config:
+    """Return the arguments of diffusers' AutoencoderKL from ours; sample_size: of the images."""
+    own = arguments(Encoder, params["ddconfig"])
+    mults, mid = list(own["ch_mult"]), own["attn_type"] != "none"
+    attended = [own["resolution"] // 2**i in own["attn_resolutions"] for i in range(len(mults))]
+    _refuse(
+        {
+            f"embed_dim {params['embed_dim']} beside z_channels {own['z_channels']}": params["embed_dim"]
+            != own["z_channels"],
+            "resamp_with_conv false": not own["resamp_with_conv"],
+            "tanh_out": own["tanh_out"],
+            "attn_type none with attn_resolutions": any(attended) and not mid,
+            f"ch_mult {mults}, which does not begin with 1": mults[0] != 1,
+        }
+    )
+    down, up = vae_blocks(attended)
+    return {
+        "in_channels": own["in_channels"],
+        "out_channels": own["out_ch"],
+        "down_block_types": down,
+        "up_block_types": up,
+        "block_out_channels": [own["ch"] * mult for mult in mults],
+        "layers_per_block": own["num_res_blocks"],
+        "latent_channels": own["z_channels"],
+        "norm_num_groups": own["norm_groups"],
+        "sample_size": sample_size,
+        "scaling_factor": scale_factor,
+        **({} if mid else {"mid_block_add_attention": False}),
+    }
+
+
+def write_text(encoder: nn.Module, own: Config) -> Config:
+    """Return the arguments of transformers' CLIPTextConfig from all of TextEncoder's, for the blocks that are run."""
+    tokenizer = encoder.tokenizer
+    return {
+        "bos_token_id": tokenizer.sot,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
+        "hidden_act": own["activation"],
+        "hidden_size": own["width"],
+        "intermediate_size": 4 * own["width"],
+        "max_position_embeddings": own["context_length"],
+        "num_attention_heads": own["heads"],
+        "num_hidden_layers": encoder.state,
+        "projection_dim": own["width"],
+        "vocab_size": own["vocab_size"],
+    }
+
+
+def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tuple[Config, list[str]]:
+    """Return (a DDIMScheduler's arguments, notes on what is lost) from our schedule, prediction and defaults."""
+    name = schedule.get("name", "cosine")
+    curves = {own: theirs for theirs, own in BETA_CURVES.items() if theirs != "sigmoid"}
+    _refuse({f"the noise schedule {name!r}": name not in curves})
+    ends = {}
+    if SCHEDULES[name] is not None:
+        given = (schedule.get("start"), schedule.get("end"))
+        start, end = (own if own is not None else usual for own, usual in zip(given, SCHEDULES[name], strict=True))
+        ends = {"beta_start": start, "beta_end": end}
+    T = schedule.get("T", 1000)
+    sampler = choose_sampler(defaults.get("sampler", "ddim"), defaults.get("steps", 50), T)
+    spacing = defaults.get("spacing")
+    spacing = get_sampler(sampler).spacing if spacing is None else spacing
+    their_spacing = SPACINGS.get(spacing) if isinstance(spacing, str) else None  # it may be a list of timesteps
+    notes = []
+    if sampler != "ddim" or their_spacing is None:
+        notes.append(f"the folder's scheduler is DDIM; the model's own sampler is {sampler}, spacing {spacing}")
+    usual = {"steps": 50, "scale": 7.5, "interval": None}
+    own = {key: defaults.get(key, value) for key, value in usual.items()}
+    if own != usual:
+        notes.append(f"the folder cannot express the model's own default settings: {own}")
+    return {
+        "num_train_timesteps": T,
+        "beta_schedule": curves[name],
+        **ends,
+        "prediction_type": {own: theirs for theirs, own in PREDICTION_TYPES.items()}[prediction],
+        "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
+        "timestep_spacing": "leading" if their_spacing is None else their_spacing,
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": True,  # our samplers end at sigma 0
+    }, notes
+
+
+def write_vocabulary(folder: Path, merges: Sequence[str]) -> None:
+    """Write vocab.json and merges.txt, which every version of transformers reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {name: i for i, name in enumerate(vocabulary(merges))}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_bytes("\n".join(["#version: 0.2", *merges, ""]).encode())
+
+
+def write_tokenizer(folder: Path, merges: Sequence[str], pad: int, context_length: int) -> Any:
+    """Write a tokenizer's files, and return transformers' CLIPTokenizer of them.
+
+    transformers takes a pad token for a special one, wherever it stands: as with every Stable Diffusion 2 folder, an
+    exclamation mark in a prompt is the token 0 there, and 256 in our tokenizer and open_clip's.
+
+    Args:
+        pad: the id that fills prompts up: the end of text (Stable Diffusion 1) or 0, which is "!" (Stable Diffusion 2).
+    """
+    from transformers import CLIPTokenizer
+
+    write_vocabulary(folder, merges)
+    settings = {"pad_token": vocabulary(merges)[pad], "model_max_length": context_length}
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **settings)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _refuse(reasons: Mapping[str, bool]) -> None:
+    """Raise ValueError naming those that hold."""
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(f"diffusers' Stable Diffusion cannot express this model: {'; '.join(found)}")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """`with _replacing(path) as temporary:` what is written there becomes `path` if the block succeeds."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{str(path)!r} is a file: a folder is to be written there, so name another")
+    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
+    index = path / "model_index.json"
+    ours = index.is_file() and read_json(index).items() >= MARK.items()
+    strange = sorted(found - WRITTEN if ours else found)
+    if strange:
+        raise ValueError(
+            f"folder {str(path)!r} already holds {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}, which "
+            "would be lost: name another folder, or empty this one"
+        )
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():  # in two steps: no rename replaces a folder that is not empty
+            os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
