@@ -9,7 +9,7 @@ import torch
 
 from ldm.util import get_obj_from_str
 
-DOCS = Path(__file__).parents[1] / "docs" / "compvis.md"
+DOCS = Path(__file__).parents[1] / "docs/reference/compvis.md"
 
 
 @pytest.mark.parametrize(

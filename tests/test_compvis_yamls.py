@@ -25,7 +25,7 @@ from test_compvis_config import (
 
 from ldm.util import Unfilled, instantiate_from_config
 
-DOCS = Path(__file__).parents[1] / "docs" / "compvis.md"
+DOCS = Path(__file__).parents[1] / "docs/reference/compvis.md"
 LOSSES = {
     "AutoencoderKL": {
         "target": "ldm.modules.losses.LPIPSWithDiscriminator",

@@ -40,7 +40,7 @@ from ldm.models.blocks import AttentionBlock
 from ldm.models.kernels import attention
 from ldm.models.unet import UNetModel
 
-PAGE = Path(__file__).parents[1] / "docs" / "guidance.md"
+PAGE = Path(__file__).parents[1] / "docs/explanation/guidance.md"
 ALL = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -297,7 +297,7 @@ def test_a_weaker_model_may_have_another_scale_factor_schedule_and_prediction(mo
 
 
 def test_the_pages_code_runs(model, tmp_path, monkeypatch):
-    """docs/guidance.md's, on the tiny model."""
+    """docs/explanation/guidance.md's, on the tiny model."""
     save(weaker(model), tmp_path / "weak.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ldm, "load", lambda: model, raising=False)

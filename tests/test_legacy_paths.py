@@ -1,6 +1,6 @@
 """CompVis's module names: what they are here, and what imports from them.
 
-`python tests/test_legacy_paths.py` writes the table of names into docs/compvis.md.
+`python tests/test_legacy_paths.py` writes the table of names into docs/reference/compvis.md.
 """
 
 import ast
@@ -21,7 +21,7 @@ from ldm.legacy_paths import ELSEWHERE, HOMES, OLD_NAMES, PACKAGES, TARGETS
 from ldm.util import get_obj_from_str
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs" / "compvis.md"
+DOCS = ROOT / "docs/reference/compvis.md"
 BEGIN, END = "<!-- names: python tests/test_legacy_paths.py writes this table -->", "<!-- end of names -->"
 OWN = ("ldm.util", "ldm.models.autoencoder", "ldm.compvis.data")  # CompVis's names of files that we have, too
 

@@ -1,4 +1,4 @@
-"""docs/mistakes.md: every entry is there, and the tests that it names exist."""
+"""docs/explanation/common_mistakes.md: every entry is there, and the tests that it names exist."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "mistakes.md").read_text()
+PAGE = (ROOT / "docs/explanation/common_mistakes.md").read_text()
 
 
 def test_all_are_there():

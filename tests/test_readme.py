@@ -13,7 +13,8 @@ from ldm.training.config import read_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 
 
 def commands(page: str) -> list[list[str]]:
@@ -81,6 +82,6 @@ def test_files_that_a_page_names_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_and_images_that_a_page_shows_exist(page):
-    folder = ROOT if page == "README.md" else ROOT / "docs"
+    folder = (ROOT / page).parent
     for link in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[^)]*)?\)", PAGES[page]):
         assert (folder / link).is_file(), link

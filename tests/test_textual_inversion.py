@@ -155,7 +155,7 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert written == {"learned_embeds.safetensors", "sks.pt", "embeddings.pt", "contact_sheet.png", "previews"} | {
         *("metrics.jsonl", "events.out.tfevents", "config.yaml", "model.safetensors"),
     }
-    page = (ROOT / "docs" / "textual_inversion.md").read_text()
+    page = (ROOT / "docs/how-to/textual_inversion.md").read_text()
     assert all(f"`{name}" in page for name in written - {"sks.pt"}) and "`WORD.pt`" in page
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 7))
@@ -169,7 +169,7 @@ def test_the_page_draws_by_a_caption_that_was_trained_on():
     tokenizer = ldm.load(device="cpu").cond_stage_model.tokenizer
     vectors = load_yaml(ROOT / "configs" / "finetune" / "textual_inversion.yaml").stage.params.vectors
     (prompt, *_) = captions(tokenizer, "<mine>", vectors)
-    assert f'--prompt "{prompt}"' in (ROOT / "docs" / "textual_inversion.md").read_text()
+    assert f'--prompt "{prompt}"' in (ROOT / "docs/how-to/textual_inversion.md").read_text()
     assert f'--prompt "{prompt}"' in script.__doc__
 
 
