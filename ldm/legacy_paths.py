@@ -1,9 +1,8 @@
-"""CompVis's module names -> the files here that have what was in them: a table, and a finder that reads it.
+"""Old module names -> the files that now contain their classes: a table, and an import finder that reads it.
 
-The finder stands last in `sys.meta_path`, so that real files win, and makes an old name the very module object of its
-home: classes are the same under both names, patches reach the running code, old pickles load. A home is a file. What
-was a package is an empty module here, which looks names up in its home if it has one. Nothing loads before it is asked
-for.
+The finder is last in `sys.meta_path`, so that real files win. It makes an old name the same module object as its home:
+classes are identical under both names, patches reach the running code, old pickles load. A home is a file. A name that
+was a package becomes an empty module, which looks names up in its home if it has one. Nothing is imported early.
 """
 
 import sys
@@ -13,7 +12,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+# CompVis's modules.
 HOMES = {
+    "ldm.data.base": "ldm.compvis.data",
     "ldm.data.personalized": "ldm.compvis.personalized",
     "ldm.data.personalized_style": "ldm.compvis.personalized_style",
     "ldm.lr_scheduler": "ldm.compvis.lr_scheduler",
@@ -38,9 +39,8 @@ HOMES = {
     "ldm.modules.x_transformer": "ldm.models.transformer",
 }
 
-# Where this package's own modules stood in version 0.1: checkpoints' headers and configurations name them.
+# Earlier names of this package's own modules, which headers of checkpoints and configurations contain.
 EARLIER = {
-    "ldm.data.base": "ldm.compvis.data",
     "ldm.data.degradation": "ldm.compvis.degradation",
     "ldm.denoising_gan": "ldm.optional.denoising_gan",
     "ldm.finetune.embedding_manager": "ldm.compvis.embedding_manager",
@@ -53,8 +53,8 @@ EARLIER = {
     "ldm.training.noisy_classifier": "ldm.optional.noisy_classifier_stage",
 }
 
-# What configurations name of CompVis's program and of taming-transformers; for `util.get_obj_from_str` alone.
-TARGETS = {
+# Modules of CompVis's program and of taming-transformers that configurations name; only for `util.get_obj_from_str`.
+CONFIG_HOMES = {
     "main": "ldm.compvis.main",
     "taming.modules.discriminator.model": "ldm.models.discriminator",
     "taming.modules.losses.lpips": "ldm.compvis.losses",
@@ -62,12 +62,12 @@ TARGETS = {
     "taming.modules.vqvae.quantize": "ldm.models.quantize",
 }
 
-# What CompVis's modules have, or merely use, and their homes have not: home -> {where it is: names}. "a=b" is what is
-# called b there, and "a=" that module itself.
+# Names that CompVis's modules define or import, but their homes do not: home -> {module: names}. "a=b" is b of that
+# module under the name a, and "a=" the module itself.
 _UTIL = "exists default ismap isimage mean_flat count_params log_txt_as_img"
 _SCHEDULE = "make_beta_schedule make_ddim_timesteps make_ddim_sampling_parameters extract_into_tensor noise_like"
 _ND = "conv_nd avg_pool_nd"
-_LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called as CompVis's functions are, they give what those give
+_LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called like CompVis's functions, they return the same
 ELSEWHERE = {
     "ldm.compvis.main": {"ldm.compvis.data": "DataModuleFromConfig"},
     "ldm.compvis.ddpm": {
@@ -93,7 +93,7 @@ ELSEWHERE = {
         "inspect": "isfunction",
         "math": "math=",
     },
-    "ldm.models.autoencoder": {  # CompVis's own name of this file, and of `diffusionmodules.model`
+    "ldm.models.autoencoder": {  # CompVis's `models.autoencoder` and `diffusionmodules.model`
         "ldm.models.vq_autoencoder": "VQModel VQModelInterface",
         "ldm.models.quantize": "VectorQuantizer VectorQuantizer2=VectorQuantizer",
         "ldm.models.autoencoder": "MemoryEfficientAttnBlock=AttnBlock",
@@ -144,7 +144,7 @@ PACKAGES = {name[:i] for name in OLD_NAMES for i in range(len(name)) if name[i] 
 
 
 def open_home(home: str) -> ModuleType:
-    """Import a home and give it what it has `ELSEWHERE`, if it does not see to that itself."""
+    """Import a home, and let it look up its names in `ELSEWHERE` unless it does so itself."""
     module = import_module(home)
     if home in ELSEWHERE:
         vars(module).setdefault("__getattr__", elsewhere(home))
@@ -152,7 +152,7 @@ def open_home(home: str) -> ModuleType:
 
 
 def elsewhere(home: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` (PEP 562) that finds what the home has `ELSEWHERE`; `import *` gives all of it."""
+    """Return a module `__getattr__` (PEP 562) for the home's names in `ELSEWHERE`, which `import *` includes."""
     places = {
         alias: (place, name if equals else alias)
         for place, names in ELSEWHERE[home].items()
@@ -172,13 +172,13 @@ def elsewhere(home: str) -> Callable[[str], Any]:
 
 
 def _of_package(package: str, home: str) -> Callable[[str], Any]:
-    """The `__getattr__` of what was a package with names of its own: those of its home."""
+    """Return the `__getattr__` of a former package: it finds the names of its home."""
 
     def look_up(name: str) -> Any:
         if name == "__all__":
             module = open_home(home)
             return list(getattr(module, "__all__", _public(module)))
-        # The home's __file__ and the like are not the package's, and who asks every module for them loads nothing.
+        # Not the home's __file__ and the like; and asking every module for them must not import anything.
         if name.startswith("__") or not hasattr(open_home(home), name):
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(sys.modules[home], name)
@@ -191,7 +191,7 @@ def _public(module: ModuleType) -> list[str]:
 
 
 class _Finder:
-    """Finder and loader of the names in the table."""
+    """Finds and loads the names in the table."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name in OLD_NAMES or name in PACKAGES:
@@ -199,12 +199,12 @@ class _Finder:
         return None
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """The usual empty module."""
+        """Make the usual empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         if name not in PACKAGES:
-            sys.modules[name] = open_home(OLD_NAMES[name])  # the import system takes what it finds there
+            sys.modules[name] = open_home(OLD_NAMES[name])  # the import system uses this entry
         elif name in OLD_NAMES:
             module.__getattr__ = _of_package(name, OLD_NAMES[name])
 
@@ -213,6 +213,6 @@ FINDER = _Finder()
 
 
 def install() -> None:
-    """From now on CompVis's names import."""
+    """Make the old names importable from now on."""
     if FINDER not in sys.meta_path:
         sys.meta_path.append(FINDER)

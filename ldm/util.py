@@ -1,4 +1,4 @@
-"""Building objects from configurations, reading those, and choosing a device."""
+"""Build objects from configurations, read configuration files, choose a device."""
 
 import importlib
 import inspect
@@ -13,11 +13,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
-from ldm.legacy_paths import TARGETS, elsewhere, open_home
+from ldm.legacy_paths import CONFIG_HOMES, elsewhere, open_home
 
 __getattr__ = elsewhere(__name__)  # CompVis's other helpers
 
-# Classes outside this package that a configuration may name. A short list on purpose: a yaml or a checkpoint from a
+# Classes outside this package that a configuration may name. The list is short on purpose: a yaml or checkpoint from a
 # stranger must not reach anything that runs code, opens files or downloads.
 ALLOWED = {
     *(
@@ -27,20 +27,23 @@ ALLOWED = {
     *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam")),
     *(f"torchvision.transforms.{name}" for name in ("Resize", "RandomCrop", "CenterCrop", "RandomHorizontalFlip")),
 }
-ALLOWED_PACKAGES: set[str] = set()  # what `--allow PACKAGE` names; its modules may be imported and its classes built
+ALLOWED_PACKAGES: set[str] = set()  # named by `--allow PACKAGE`: their modules may be imported and their classes built
 
 
 def get_obj_from_str(string: str, reload: bool = False) -> type:
-    """The class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`; its module loaded anew first
-    with `reload`.
+    """Return the class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`.
 
-    Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets that are defined in a package
-    of the running program's own (`is_own_package`), in another module that it has imported itself, or in a package in
-    `ALLOWED_PACKAGES`. Raises ValueError for everything else.
+    Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets defined in one of the running
+    program's own packages (`is_own_package`), in another module that the program has imported, or in a package in
+    `ALLOWED_PACKAGES`. Everything else raises ValueError.
+
+    Args:
+        string: MODULE.CLASS; a module may have its old name.
+        reload: Reload the module first.
     """
     module_name, _, name = str(string).rpartition(".")
-    if module_name not in sys.modules:  # a `main` or `taming` of the program's own goes first
-        module_name = TARGETS.get(module_name, module_name)
+    if module_name not in sys.modules:  # the program's own `main` or `taming` wins
+        module_name = CONFIG_HOMES.get(module_name, module_name)
     package = module_name.partition(".")[0]
     ours, imported = package == "ldm", package not in ("torch", "torchvision") and module_name in sys.modules
     named = string in ALLOWED or package in ALLOWED_PACKAGES
@@ -56,8 +59,8 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
         raise ValueError(f"target {string!r} does not exist: {error}") from None
     if not inspect.isclass(found):
         raise ValueError(f"target {string!r} is not a class: a configuration may only name classes")
-    # A class merely imported by one of our modules (ldm.util.Dataset, pathlib.Path ...) is not ours to offer; nor, by a
-    # package of the program's, whose modules may be imported only now, one of torchvision's, say.
+    # Not a class that one of our modules only imports (ldm.util.Dataset, pathlib.Path ...), nor one that a package of
+    # the program's, whose modules may be imported only now, imports from elsewhere (torchvision, for example).
     definer = found.__module__.partition(".")[0]
     if definer != "ldm" and (ours or (own and not is_own_package(definer))):
         raise ValueError(f"target {string!r} is not defined in {package}, so it is not an allowed class")
@@ -67,10 +70,10 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
 
 
 def is_own_package(name: str) -> bool:
-    """Whether the running program has imported that package and brings it along: it is neither installed nor Python's.
+    """Return whether the running program has imported that package as its own: neither installed nor Python's.
 
-    A program that imports one module of its code says by it that the package is its own; which modules of an installed
-    package a configuration may reach is for the program to say, by importing them, or for `--allow`.
+    By importing one module of its code a program allows all of that package. Of an installed package a configuration
+    may reach only the modules that the program has imported, or that `--allow` permits.
     """
     folders = [Path(folder).resolve() for folder in getattr(sys.modules.get(name), "__path__", ())]
     python = Path(sysconfig.get_path("stdlib")).resolve()
@@ -81,9 +84,11 @@ def is_own_package(name: str) -> bool:
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     """Build `config["target"]` with the keyword arguments `config["params"]` and `extra`.
 
-    Raises KeyError without a target, and ValueError for a target that is not allowed or a parameter it does not take.
+    Raises:
+        KeyError: Without a target.
+        ValueError: For a target that is not allowed, and for a parameter that it does not take.
     """
-    if config in ("__is_first_stage__", "__is_unconditional__"):  # CompVis's marks for "no network of its own"
+    if config in ("__is_first_stage__", "__is_unconditional__"):  # CompVis's marks for "has no network"
         return None
     if "target" not in config:
         raise KeyError("Expected key `target` to instantiate.")
@@ -92,35 +97,39 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
 
 
 def call_with(part: str, function: Callable[..., Any], params: Mapping[str, Any], **own: Any) -> Any:
-    """`function(**own, **params)`, where `params` are the part of a configuration that is called `part` in messages.
+    """Return `function(**own, **params)`; a key in `params` that is unknown, missing or in `own` raises ValueError.
 
-    Raises ValueError for a key that the function does not take, or not from there, and for one that it needs.
+    Args:
+        part: The name of this part of a configuration, for messages.
+        function: What to call.
+        params: From the configuration.
+        own: Arguments that the configuration may not set.
     """
     signature = inspect.signature(function)
     signature = signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in own])
     takes = list(signature.parameters)
     if not isinstance(params, Mapping):
-        raise ValueError(f"{part}: {params!r} is no mapping; it takes {takes}")
+        raise ValueError(f"{part}: {params!r} is not a mapping; it takes {takes}")
     try:
-        signature.bind_partial(**params)  # what is unknown first: it may be what is missing, misspelt
+        signature.bind_partial(**params)  # unknown keys first: one may be a missing key, misspelt
         signature.bind(**params)
     except TypeError as error:
         raise ValueError(f"{part}: {error}; it takes {takes}") from None
     try:
         return function(**own, **params)
-    except TypeError as error:  # a value of the wrong kind, or a parameter of a parameter: ddconfig's, say
+    except TypeError as error:  # a value of the wrong type, or a parameter within a parameter such as ddconfig
         raise ValueError(f"{part}: {error}") from error
 
 
 def instantiate_network(config: Mapping[str, Any]) -> nn.Module:
-    """`instantiate_from_config` for what must be a network: no checkpoint may build a data set that downloads, say."""
+    """Build a network as `instantiate_from_config` does: a checkpoint may build nothing else, such as a data set."""
     if "target" in config and not issubclass(get_obj_from_str(config["target"]), nn.Module):
-        raise ValueError(f"target {config['target']!r} is no network (torch.nn.Module)")
+        raise ValueError(f"target {config['target']!r} is not a network (torch.nn.Module)")
     return instantiate_from_config(config)
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves initialisers out: meta tensors hold nothing, and filling them imports torch._dynamo for a second."""
+    """Skips initialisers: meta tensors have no values, and filling them imports torch._dynamo for a second."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
@@ -130,7 +139,7 @@ class Unfilled(TorchFunctionMode):
 
 
 def load_yaml(path: str | Path) -> Any:
-    """OmegaConf's form of a yaml file, unresolved. FileNotFoundError, or ValueError for what is not yaml."""
+    """Load a yaml file with OmegaConf, unresolved. FileNotFoundError, or ValueError for a file that is not yaml."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -144,7 +153,7 @@ def load_yaml(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A yaml file's mapping as plain dicts, resolved. Errors as `load_yaml`, and ValueError for what is no mapping."""
+    """Read a yaml file's mapping as plain dicts, resolved. Errors as `load_yaml`, and ValueError for other content."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -153,12 +162,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration {str(path)!r} does not resolve: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"configuration {str(path)!r} is no mapping")
+        raise ValueError(f"configuration {str(path)!r} is not a mapping")
     return content
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` is the GPU where there is one. ValueError if torch has no such device."""
+    """Return the device of that name; `auto` is the GPU if there is one. ValueError if torch does not have it."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

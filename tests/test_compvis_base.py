@@ -95,7 +95,7 @@ def test_conditioning_keys(key, form):
 
 
 def test_an_unknown_key_is_refused():
-    with pytest.raises(ValueError, match="'cross' is unknown"):
+    with pytest.raises(ValueError, match="unknown conditioning_key 'cross'"):
         DiffusionWrapper(Recorder(), "cross")
 
 

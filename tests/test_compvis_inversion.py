@@ -149,7 +149,7 @@ def test_training_and_drawing(clip, tmp_path):
     after = fresh.get_learned_conditioning(["a *"])
     torch.testing.assert_close(after, model.get_learned_conditioning(["a *"]))
     assert (after - before).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="unfreeze_model have no counterpart"):
+    with pytest.raises(ValueError, match="unfreeze_model are not supported"):
         built(config(clip, unfreeze_model=True))
 
 
@@ -200,8 +200,8 @@ def test_personalized_captions(images):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data_root": "no/such/folder"}, "data_root 'no/such/folder' is no folder with images"),
-        ({"interpolation": "linaer"}, "interpolation 'linaer' is none of Pillow's"),
+        ({"data_root": "no/such/folder"}, "data_root 'no/such/folder' is not a folder with images"),
+        ({"interpolation": "linaer"}, "unknown interpolation 'linaer'"),
     ],
 )
 def test_personalized_refusals(images, settings, message):

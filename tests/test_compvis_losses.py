@@ -97,7 +97,7 @@ def test_conditional_discriminator():
     cond = torch.zeros(2, 2, 32, 32)
     loss, _ = stage(X, X, DiagonalGaussianDistribution(torch.zeros(2, 8, 4, 4)), 0, 0, cond=cond)
     assert loss == 0  # nothing lost, standard normal, and no discriminator
-    with pytest.raises(AssertionError, match="needs a cond"):
+    with pytest.raises(AssertionError, match="if and only if disc_conditional"):
         stage(X, X, None, 1, 0)
 
 

@@ -17,13 +17,13 @@ import torch
 
 import ldm
 from ldm import legacy_paths
-from ldm.legacy_paths import ELSEWHERE, HOMES, OLD_NAMES, PACKAGES, TARGETS
+from ldm.legacy_paths import CONFIG_HOMES, ELSEWHERE, HOMES, OLD_NAMES, PACKAGES
 from ldm.util import get_obj_from_str
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs/reference/compvis.md"
 BEGIN, END = "<!-- names: python tests/test_legacy_paths.py writes this table -->", "<!-- end of names -->"
-OWN = ("ldm.util", "ldm.models.autoencoder", "ldm.compvis.data")  # CompVis's names of files that we have, too
+OWN = ("ldm.util", "ldm.models.autoencoder")  # CompVis's names of files that we have, too
 
 # What research code imports, most used first (the survey of 13 projects and of public code), and from where.
 IMPORTED = {
@@ -35,7 +35,7 @@ IMPORTED = {
     "ldm.models.diffusion.dpm_solver": "DPMSolverSampler",
     "ldm.models.diffusion.dpm_solver.sampler": "DPMSolverSampler",
     "ldm.models.diffusion.sampling_util": "append_dims norm_thresholding spatial_norm_thresholding",
-    "ldm.compvis.data": "Txt2ImgIterableBaseDataset",
+    "ldm.data.base": "Txt2ImgIterableBaseDataset",
     "ldm.data.personalized": "PersonalizedBase per_img_token_list",
     "ldm.data.personalized_style": "PersonalizedBase",
     "ldm.models.autoencoder": "AutoencoderKL VQModelInterface VQModel IdentityFirstStage DiagonalGaussianDistribution "
@@ -74,7 +74,7 @@ IMPORTED = {
 
 
 def test_every_home_is_a_file_and_no_package():
-    for home in {*OLD_NAMES.values(), *TARGETS.values(), *ELSEWHERE}:
+    for home in {*OLD_NAMES.values(), *CONFIG_HOMES.values(), *ELSEWHERE}:
         path = ROOT.joinpath(*home.split("."))
         assert path.with_suffix(".py").is_file() and not path.exists(), home
 

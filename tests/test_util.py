@@ -185,7 +185,7 @@ def test_a_configurations_part_is_given_beside_what_is_the_callers_own():
         ({"d": 1}, r"^part: got an unexpected keyword argument 'd'; it takes \['b', 'c'\]$"),
         ({"a": 1}, r"^part: got an unexpected keyword argument 'a'; it takes \['b', 'c'\]$"),  # not from there
         ({"b": "x"}, "^part: .*concatenate"),
-        ("b", r"^part: 'b' is no mapping; it takes \['b', 'c'\]$"),
+        ("b", r"^part: 'b' is not a mapping; it takes \['b', 'c'\]$"),
     ):
         with pytest.raises(ValueError, match=message):
             call_with("part", function, params, a=1)

@@ -1,7 +1,7 @@
-"""What CompVis's diffusion models share: the UNet under its conditioning keys, and DDPM. `ddpm.py` has the rest.
+"""The base of CompVis's diffusion models: DiffusionWrapper, a UNet with its conditioning key, and DDPM. See `ddpm.py`.
 
-The schedule's buffers are read on every use, as in CompVis's code, so that code that replaces them is heard. Training
-methods are plain methods: a loop of one's own calls what a `pl.Trainer` would have called.
+The schedule's buffers are read at every use, as in CompVis's code, so replacing them works. The training methods are
+plain methods: your own loop calls what a `pl.Trainer` would have called.
 """
 
 import warnings
@@ -23,13 +23,12 @@ from ldm.checkpoint.compvis import schedule_buffers
 from ldm.checkpoint.compvis_config import schedule_params
 from ldm.checkpoint.tensors import read_tensors
 from ldm.compvis.ema import LitEma
-from ldm.compvis.util import extract_into_tensor, noise_like
+from ldm.compvis.util import Losses, extract_into_tensor, noise_like
 from ldm.util import instantiate_from_config
 
-Losses = tuple[Tensor, dict[str, Tensor]]  # the loss, and what is logged
-KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
-# DDPM's arguments in both generations and in textual inversion's code, and attributes of the same names.
-SETTINGS = {
+CONDITIONING_KEYS = (None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
+# DDPM's arguments in both versions of CompVis's code and in textual inversion's; attributes have the same names.
+DDPM_SETTINGS = {
     **{"timesteps": 1000, "beta_schedule": "linear", "linear_start": 1e-4, "linear_end": 2e-2, "cosine_s": 8e-3},
     **{"given_betas": None, "v_posterior": 0.0, "parameterization": "eps", "clip_denoised": True, "log_every_t": 100},
     **{"loss_type": "l2", "l_simple_weight": 1.0, "original_elbo_weight": 0.0, "learn_logvar": False},
@@ -40,22 +39,22 @@ SETTINGS = {
     **{"personalization_config": None, "embedding_reg_weight": 0.0, "unfreeze_model": False, "model_lr": 0.0},
 }
 
-UNSUPPORTED = ("v_posterior", "use_positional_encodings", "make_it_fit", "unfreeze_model")  # but null, false or 0
+UNSUPPORTED = ("v_posterior", "use_positional_encodings", "make_it_fit", "unfreeze_model")  # if not null, false or 0
 
 
 class DiffusionWrapper(nn.Module):
-    """The UNet (its configuration, or itself), given of the conditioning what `conditioning_key` says."""
+    """The UNet (or its configuration), which gets the parts of the conditioning that `conditioning_key` names."""
 
     def __init__(self, diff_model_config: Any, conditioning_key: str | None) -> None:
         super().__init__()
-        if conditioning_key not in KEYS:
-            raise ValueError(f"conditioning_key {conditioning_key!r} is unknown: it is one of {KEYS}")
+        if conditioning_key not in CONDITIONING_KEYS:
+            raise ValueError(f"unknown conditioning_key {conditioning_key!r}; choose from {CONDITIONING_KEYS}")
         built = isinstance(diff_model_config, nn.Module)
         self.diffusion_model = diff_model_config if built else instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
 
     def forward(self, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, c_adm: Any = None) -> Tensor:
-        """Each conditioning is a tensor, or a list to be joined along channels or tokens."""
+        """Run the UNet. Each conditioning is a tensor, or a list to concatenate along channels or tokens."""
         kinds, inputs = str(self.conditioning_key).split("-"), {}
         if kinds[0] in ("concat", "hybrid"):
             x = torch.cat([x, _joined(c_concat).to(x.dtype)], dim=1)  # (b, c + channels, h, w)
@@ -68,7 +67,7 @@ class DiffusionWrapper(nn.Module):
 
 
 def wanted(log: dict[str, Tensor], names: Sequence[str] | None) -> dict[str, Tensor]:
-    """What is there of these names, or all of it."""
+    """Return the entries of these names, or all of them if there are none."""
     found = [name for name in names or () if name in log]
     return {name: log[name] for name in found} if found else log
 
@@ -78,9 +77,13 @@ def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 class DDPM(nn.Module):
-    """What CompVis's models share: noise levels, losses, averaged weights, training. Alone, a model of pixels.
+    """CompVis's DDPM: schedule, losses, EMA weights and training. On its own it is a diffusion model of pixels.
 
-    settings: see `SETTINGS`. _networks: what else our own LatentDiffusion is made of, where this is one.
+    Args:
+        unet_config: The UNet, or its configuration.
+        conditioning_key: One of `CONDITIONING_KEYS`.
+        _networks: The other arguments of our LatentDiffusion, for the subclass.
+        settings: See `DDPM_SETTINGS`.
     """
 
     global_step, current_epoch, logger, cond_stage_trainable = 0, 0, None, False
@@ -90,18 +93,18 @@ class DDPM(nn.Module):
     def __init__(
         self, unet_config: Any, *, conditioning_key: str | None = None, _networks: Any = None, **settings: Any
     ) -> None:
-        unknown = sorted(settings.keys() - SETTINGS.keys())
+        unknown = sorted(settings.keys() - DDPM_SETTINGS.keys())
         if unknown:
-            raise TypeError(f"unknown arguments {unknown}: besides its networks, it takes {list(SETTINGS)}")
+            raise TypeError(f"unknown arguments {unknown}; besides its networks it takes {list(DDPM_SETTINGS)}")
         if any(settings.get(name) for name in UNSUPPORTED):
-            raise ValueError(f"{', '.join(UNSUPPORTED)} have no counterpart here")
+            raise ValueError(f"{', '.join(UNSUPPORTED)} are not supported")
         super().__init__(**({} if _networks is None else {"unet_config": unet_config, **_networks}))
         unet = unet_config if _networks is None else self.model.diffusion_model
         self.model = DiffusionWrapper(unet, conditioning_key)
         self.embedding_manager = None  # of textual inversion
-        for name, value in (SETTINGS | settings).items():
+        for name, value in (DDPM_SETTINGS | settings).items():
             setattr(self, name, value)
-        self.register_schedule(**{name: getattr(self, name) for name in list(SETTINGS)[:6]})
+        self.register_schedule(**{name: getattr(self, name) for name in list(DDPM_SETTINGS)[:6]})
         logvar = torch.full((self.num_timesteps,), float(self.logvar_init), device="cpu")
         if self.learn_logvar:
             self.logvar = nn.Parameter(logvar)
@@ -114,7 +117,7 @@ class DDPM(nn.Module):
             self._restore()
 
     def register_schedule(self, **line: Any) -> None:
-        """The twelve buffers of every checkpoint, from CompVis's names, and the weights of the bound's terms."""
+        """Make the twelve buffers of every checkpoint, and the weights of the variational bound."""
         self.schedule_params, self.num_timesteps = schedule_params(line), int(line.get("timesteps", 1000))
         with torch.device("cpu"):  # the model may be built on the meta device
             for name, values in schedule_buffers(self.schedule_params).items():
@@ -125,11 +128,11 @@ class DDPM(nn.Module):
             "x0": 0.5 * ab.sqrt() / (2 - ab),
             "v": torch.ones_like(ab),
         }[self.parameterization]
-        weights[0] = weights[1]  # there is no variance to divide by
+        weights[0] = weights[1]  # the posterior variance at t = 0 is 0
         self.register_buffer("lvlb_weights", weights, persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """`half()` leaves the buffers in float32: what 16 bits hold of them is another schedule."""
+        """Keep the buffers in float32 under `half()`: rounded to 16 bits they would be another schedule."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         self._buffers.update({name: buffer.to(self._buffers[name].device) for name, buffer in kept.items()})
@@ -145,7 +148,7 @@ class DDPM(nn.Module):
             self.model_ema.reset_num_updates()
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
-        """Load what fits by name; nothing in the file is executed, and a warning tells what did not fit."""
+        """Load the weights that match by name, without running pickled code; a warning lists the others."""
         state = {k: v for k, v in read_tensors(path).state.items() if not k.startswith(tuple(ignore_keys))}
         wrong = (self.model if only_model else self).load_state_dict(state, strict=False)
         for kind, names in zip(("missing", "unexpected"), wrong, strict=True):
@@ -154,7 +157,7 @@ class DDPM(nn.Module):
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
-        """Inside the block the UNet has its averaged weights, if it has any."""
+        """Use the EMA weights of the UNet inside the block, if there are any."""
         if not self.use_ema:
             yield
             return
@@ -166,7 +169,7 @@ class DDPM(nn.Module):
             self.model_ema.restore(self.model.parameters())
 
     def _mix(self, first: str, a: Tensor, second: str, b: Tensor, t: Tensor) -> Tensor:
-        """a, b: (b, c, h, w), each times a buffer's values at t (b,)."""
+        """Add a and b (b, c, h, w), each multiplied by a buffer's values at t (b,)."""
         at = partial(extract_into_tensor, t=t, x_shape=a.shape)
         return at(getattr(self, first)) * a + at(getattr(self, second)) * b
 
@@ -187,36 +190,36 @@ class DDPM(nn.Module):
         return self._mix("sqrt_alphas_cumprod", v, "sqrt_one_minus_alphas_cumprod", x_t, t)
 
     def predict_start(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """x0 by what the UNet gave, whatever it predicts."""
+        """Return the x0 that the UNet's output means: eps, x0 or v."""
         if self.parameterization == "x0":
             return output
         of = {"eps": self.predict_start_from_noise, "v": self.predict_start_from_z_and_v}
         return of[self.parameterization](x_t, t, output)
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q(x_t | x0) (Ho et al. 2020, eq. 4): the mean (b, c, h, w), the variance (b, 1, 1, 1) and its log."""
+        """Return mean (b, c, h, w), variance (b, 1, 1, 1) and log variance of q(x_t | x0) (Ho et al. 2020, eq. 4)."""
         at = partial(extract_into_tensor, t=t, x_shape=x_start.shape)
-        spread = at(1 - self.alphas_cumprod)
-        return at(self.sqrt_alphas_cumprod) * x_start, spread, at(self.log_one_minus_alphas_cumprod)
+        variance = at(1 - self.alphas_cumprod)
+        return at(self.sqrt_alphas_cumprod) * x_start, variance, at(self.log_one_minus_alphas_cumprod)
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of q(x_{t-1} | x_t, x0) (eq. 6 and 7)."""
+        """Return the same of q(x_{t-1} | x_t, x0) (eq. 6 and 7)."""
         at = partial(extract_into_tensor, t=t, x_shape=x_t.shape)
         mean = self._mix("posterior_mean_coef1", x_start, "posterior_mean_coef2", x_t, t)
         return mean, at(self.posterior_variance), at(self.posterior_log_variance_clipped)
 
     def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of the model's step from x (eq. 11)."""
+        """Return the same of the model's p(x_{t-1} | x_t) (eq. 11)."""
         x0 = self.predict_start(x, t, self.model(x, t))
         return self.q_posterior(x0.clamp(-1, 1) if clip_denoised else x0, x, t)
 
     def _noised(self, mean: Tensor, log_variance: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Noise of that variance on the mean, but none at t = 0."""
+        """Add noise of that variance to the mean, except at t = 0."""
         return mean + (t > 0).view(-1, *[1] * (mean.ndim - 1)) * (0.5 * log_variance).exp() * noise
 
     @torch.no_grad()
     def p_sample(self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False) -> Tensor:
-        """x at t - 1 (Ho et al. 2020, algorithm 2)."""
+        """Sample x at t - 1 (Ho et al. 2020, algorithm 2)."""
         mean, _, log_variance = self.p_mean_variance(x=x, t=t, clip_denoised=clip_denoised)
         return self._noised(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
 
@@ -227,9 +230,9 @@ class DDPM(nn.Module):
         start_T: int | None = None, mask: Tensor | None = None, x0: Tensor | None = None, verbose: bool = True,
         log_every_t: int | None = None, callback: Any = None, img_callback: Any = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Down from level min(timesteps, start_T, all) by step(x, t) -> (x, x0): x (b, ...), and on the way x and x0.
+        """Denoise from timestep min(timesteps, start_T, all) by step(x, t) -> (x, x0): x (b, ...), all x and all x0.
 
-        Where the mask is 1, x0 is kept, noised to the level.
+        Where the mask is 1, x0 is kept, noised to each timestep.
         """
         # fmt: on
         every = self.log_every_t if log_every_t is None else log_every_t
@@ -251,7 +254,7 @@ class DDPM(nn.Module):
         return img, xs, x0s
 
     def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
-        """Images of that shape by `p_sample` at all levels."""
+        """Sample images of that shape by `p_sample` at all timesteps."""
         clip = self.clip_denoised
         x, xs, _ = self._walk(lambda x, t: (self.p_sample(x, t, clip_denoised=clip), None), shape)
         return (x, xs) if return_intermediates else x
@@ -260,12 +263,12 @@ class DDPM(nn.Module):
         return self.p_sample_loop((batch_size, self.channels, self.image_size, self.image_size), return_intermediates)
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
-        """loss_type's, l1 or l2: (b, c, h, w), or their mean."""
+        """Return the l1 or l2 error, by loss_type: (b, c, h, w), or its mean."""
         loss = {"l1": F.l1_loss, "l2": F.mse_loss}[self.loss_type]
         return loss(pred, target, reduction="mean" if mean else "none")
 
     def _losses(self, output: Tensor, x_start: Tensor, t: Tensor, noise: Tensor) -> Losses:
-        """(loss, what is logged) of the UNet's output (b, c, h, w)."""
+        """Return (loss, what is logged) of the UNet's output (b, c, h, w)."""
         target = self.get_v(x_start, noise, t) if self.parameterization == "v" else x_start
         target = noise if self.parameterization == "eps" else target
         simple = self.get_loss(output, target, mean=False).mean(dim=(1, 2, 3))  # (b,)
@@ -277,12 +280,12 @@ class DDPM(nn.Module):
         return loss, {f"{'train' if self.training else 'val'}/{name}": value for name, value in logs.items()}
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
-        """An image of a batch, (b, h, w, c) or (b, h, w) in [-1, 1] -> (b, c, h, w)."""
+        """Return the images of a batch, (b, h, w, c) or (b, h, w) in [-1, 1], as (b, c, h, w)."""
         x = batch[k] if batch[k].ndim == 4 else batch[k][..., None]
         return rearrange(x, "b h w c -> b c h w").contiguous().float()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Losses:
-        """The losses of x (b, c, h, w), raw or in latents, at random levels."""
+        """Return the losses of x (b, c, h, w), pixels or latents, at random timesteps."""
         t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.p_losses(x, t, *args, **kwargs)
 
@@ -311,7 +314,7 @@ class DDPM(nn.Module):
     def log_images(
         self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, sample: bool = True, return_keys: Any = None
     ) -> dict[str, Tensor]:
-        """Images (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
+        """Return images (b, c, h, w), and rows of them (c, h, w), that show the state of training, by name."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         log = {"inputs": x, "diffusion_row": self._diffusion_row(x[:n_row])}
         if sample:
@@ -328,7 +331,7 @@ class DDPM(nn.Module):
         return rearrange(torch.stack([self._shown(x) for x in steps]), "n b c h w -> c (b h) (n w)")
 
     def _shown(self, x: Tensor) -> Tensor:
-        """The images that x is: itself, where there is no first stage."""
+        """Return x as images: x itself, because there is no first stage."""
         return x
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -336,7 +339,7 @@ class DDPM(nn.Module):
             self.model_ema(self.model)
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
-        """What a Trainer would have written somewhere is kept in `logged`."""
+        """Keep in `logged` what a Trainer would have logged."""
         self.logged[name] = value.detach() if isinstance(value, Tensor) else value
 
     def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
@@ -344,7 +347,7 @@ class DDPM(nn.Module):
             self.log(name, value)
 
     def configure_optimizers(self) -> Any:
-        """AdamW at `learning_rate`, which is to be set before; with a scheduler_config, Lightning's two lists."""
+        """Return AdamW at `learning_rate`, which must be set; with a scheduler_config, Lightning's two lists."""
         parameters = [*self.model.parameters(), *([self.logvar] if self.learn_logvar else [])]
         parameters += self.cond_stage_model.parameters() if self.cond_stage_trainable else []
         if self.embedding_manager is not None:

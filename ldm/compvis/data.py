@@ -1,4 +1,4 @@
-"""Data in CompVis's terms: a base of data sets, and what its configurations call `main.DataModuleFromConfig`."""
+"""CompVis's base class of data sets, and what its configurations call `main.DataModuleFromConfig`."""
 
 from functools import partialmethod
 from typing import Any
@@ -9,7 +9,7 @@ from ldm.util import instantiate_from_config
 
 
 class Txt2ImgIterableBaseDataset(IterableDataset):
-    """A base for data sets of images with texts."""
+    """The base class of data sets of images with texts."""
 
     def __init__(self, num_records: int = 0, valid_ids: Any = None, size: int = 256) -> None:
         self.num_records, self.valid_ids, self.sample_ids, self.size = num_records, valid_ids, valid_ids, size

@@ -1,4 +1,4 @@
-"""CompVis's `ldm.models.diffusion.ddpm`: LatentDiffusion with its constructor and verbs, over ours."""
+"""CompVis's `ldm.models.diffusion.ddpm`: our LatentDiffusion with CompVis's constructor and methods."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import normalise
 from ldm.checkpoint.tensors import read_tensors
-from ldm.compvis.base import DDPM, DiffusionWrapper, Losses, wanted  # noqa: F401 - both classes are of this name there
+from ldm.compvis.base import DDPM, DiffusionWrapper, wanted  # noqa: F401 - CompVis has both classes in this module
 from ldm.compvis.samplers import DDIMSampler
-from ldm.compvis.util import isimage, ismap, log_txt_as_img, noise_like
+from ldm.compvis.util import Losses, isimage, ismap, log_txt_as_img, noise_like
 from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.vq_autoencoder import VQModelInterface
 from ldm.util import instantiate_from_config
 
-TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # of batches: no images
+TEXT_KEYS, CLASS_KEYS = ("caption", "txt", "coordinates_bbox"), ("class_label", "cls")  # batch keys that are not images
 PER_STEP = ("quantize_denoised", "temperature", "noise_dropout", "score_corrector", "corrector_kwargs")  # p_sample's
 
 
 def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
-    """In place of `train`, for parts that stay in eval mode."""
+    """Replace `train` of a module, so that it stays in eval mode."""
     return self
 
 
 def _first(cond: Any, n: int) -> Any:
-    """The first n images' share of a conditioning of any form."""
+    """Return the conditioning, in any form, of the first n images."""
     if isinstance(cond, Mapping):
         return {key: _first(value, n) for key, value in cond.items()}
     if isinstance(cond, list | tuple) and isinstance(cond[0], Tensor):
@@ -39,7 +39,7 @@ def _first(cond: Any, n: int) -> Any:
 
 
 class LatentDiffusion(DDPM, core.LatentDiffusion):
-    """CompVis's LatentDiffusion, of both generations; of ours it has `generate`, `denoiser`, `encode` and `decode`."""
+    """CompVis's LatentDiffusion of both versions, with our `generate`, `denoiser`, `encode` and `decode`."""
 
     # fmt: off
     def __init__(
@@ -50,7 +50,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     ) -> None:
         # fmt: on
         if num_timesteps_cond not in (None, 1):
-            raise ValueError(f"num_timesteps_cond {num_timesteps_cond} has no counterpart here: it must be 1")
+            raise ValueError(f"num_timesteps_cond {num_timesteps_cond} is not supported: it must be 1")
         if conditioning_key is None:
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
@@ -71,25 +71,34 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         if scale_by_std:
             del self.scale_factor
             self.register_buffer("scale_factor", torch.tensor(scale_factor, device="cpu"))
-        for part in (self.first_stage_model, None if cond_stage_trainable else self.cond_stage_model):
-            if part is not None:
-                part.eval().requires_grad_(False)
-                part.train = partial(disabled_train, part)
-        if self.personalization_config is not None:  # textual inversion trains these words alone
+        for part in self._frozen():
+            part.eval().requires_grad_(False)
+        if self.personalization_config is not None:  # textual inversion trains only these words
             words = instantiate_from_config(self.personalization_config, embedder=self.cond_stage_model)
             self.requires_grad_(False).embedding_manager = words
         self._restore()
 
+    def _frozen(self) -> list[nn.Module]:
+        parts = (self.first_stage_model, None if self.cond_stage_trainable else self.cond_stage_model)
+        return [part for part in parts if part is not None]
+
+    def train(self, mode: bool = True) -> "LatentDiffusion":
+        """Set training mode, except for the frozen parts, which stay in eval mode."""
+        super().train(mode)
+        for part in self._frozen():
+            part.eval()
+        return self
+
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """With scale_by_std, the first batch of a run says how wide latents are."""
+        """Measure the scale factor on the first batch of a run, with scale_by_std."""
         fresh = not (self.restarted_from_ckpt or self.global_step or self.current_epoch or batch_idx)
         if self.scale_by_std and fresh:
             z = self.encode_first_stage(super().get_input(batch, self.first_stage_key).to(self.device))
             self.scale_factor = 1 / (self.get_first_stage_encoding(z) / self.scale_factor).std()
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """What the encoder makes of texts, classes in a batch, or images."""
+        """Encode texts, the classes of a batch, or images."""
         encoder = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(encoder, self.cond_stage_forward)(c)
@@ -108,12 +117,12 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return getattr(self.cond_stage_model, "null", None)
 
     def condition(self, prompts: Sequence[Any], chunks: Any = None, clip_skip: int = 1, plain: bool = False) -> Any:
-        """For `generate`: prompts as CompVis's code takes them, literally."""
+        """Encode prompts for `generate` as CompVis's code does, without weights or long prompts."""
         key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
         return {} if self.model.conditioning_key is None else {key: self.get_learned_conditioning(prompts)}
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any, return_ids: bool = False) -> Tensor:
-        """The UNet's output for latents (b, c, h, w) at t (b,) under a dict, a list or a tensor."""
+        """Return the UNet's output for latents (b, c, h, w) at t (b,); cond is a dict, a list or a tensor."""
         if not isinstance(cond, Mapping):
             key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
             cond = {key: cond if isinstance(cond, list) else [cond]}
@@ -122,20 +131,20 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
 
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
-        """Pixels (b, c, h, w) in [-1, 1] -> the posterior, or a VQ autoencoder's raw latents."""
+        """Encode pixels (b, c, h, w) in [-1, 1] as the posterior, or as a VQ autoencoder's unscaled latents."""
         return self.first_stage_model.encode(x)
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
-        """A posterior, or raw latents -> scaled latents (b, z, h, w)."""
+        """Return scaled latents (b, z, h, w) from a posterior, or from unscaled latents."""
         is_posterior = isinstance(encoder_posterior, DiagonalGaussianDistribution)
         return self.scale_factor * (encoder_posterior.sample() if is_posterior else encoder_posterior)
 
     def differentiable_decode_first_stage(
         self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
     ) -> Tensor:
-        """Scaled latents (b, z, h, w) -> pixels (b, c, h, w)."""
+        """Decode scaled latents (b, z, h, w) to pixels (b, c, h, w)."""
         if predict_cids:
-            raise ValueError("predict_cids, latents as numbers of codebook entries, has no counterpart here")
+            raise ValueError("predict_cids, latents as indices of codebook entries, is not supported")
         options = (force_not_quantize,) if isinstance(self.first_stage_model, VQModelInterface) else ()
         return self.first_stage_model.decode(z / self.scale_factor, *options)
 
@@ -151,7 +160,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         cond_key: str | None = None, return_original_cond: bool = False, bs: int | None = None, return_x: bool = False,
     ) -> list[Any]:
         # fmt: on
-        """[latents, conditioning], and on request pixels and reconstruction, pixels, what was conditioned on."""
+        """Return [latents, conditioning], and on request pixels and reconstruction, pixels, and the raw condition."""
         x = super().get_input(batch, k)[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x))
         c = xc = None
@@ -170,7 +179,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return self(x, c)
 
     def forward(self, x: Tensor, c: Any, *args: Any, **kwargs: Any) -> Losses:
-        """The losses of latents x (b, z, h, w) at random levels."""
+        """Return the losses of latents x (b, z, h, w) at random timesteps."""
         t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         if self.cond_stage_trainable and self.model.conditioning_key is not None:
             c = self.get_learned_conditioning(c)
@@ -193,7 +202,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         quantize_denoised: bool = False, return_x0: bool = False, score_corrector: Any = None,
         corrector_kwargs: Mapping | None = None,
     ) -> tuple[Tensor, ...]:
-        """Of the step from x (b, z, h, w) at t (b,): (mean, variance, its log), and x0 on request; no codebook ids."""
+        """Return (mean, variance, log variance) of p(x_{t-1} | x_t) for x (b, z, h, w) at t (b,), and x0 on request."""
         # fmt: on
         output = self.apply_model(x, t, c)
         if score_corrector is not None:
@@ -212,7 +221,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         corrector_kwargs: Mapping | None = None,
     ) -> Any:
         # fmt: on
-        """x at t - 1, and x0 on request."""
+        """Sample x at t - 1, and return x0 on request."""
         settings = {"quantize_denoised": quantize_denoised, "score_corrector": score_corrector, "return_x0": True}
         settings |= {"clip_denoised": clip_denoised, "corrector_kwargs": corrector_kwargs}
         mean, _, log_variance, x0 = self.p_mean_variance(x=x, c=c, t=t, **settings)
@@ -221,21 +230,21 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return (x, x0) if return_x0 else x
 
     def _ancestral(self, cond: Any, shape: Sequence[int], **options: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """`_walk` by `p_sample`; options: of the one, and PER_STEP of the other."""
+        """Run `_walk` with `p_sample`; options are those of `_walk`, and PER_STEP for `p_sample`."""
         settings = {"clip_denoised": self.clip_denoised, "return_x0": True}
         settings |= {name: options.pop(name) for name in PER_STEP if name in options}
         cond = _first(cond, shape[0])
         return self._walk(lambda x, t: self.p_sample(x, cond, t, **settings), shape, **options)
 
     def p_sample_loop(self, cond: Any, shape: Sequence[int], return_intermediates: bool = False, **options: Any) -> Any:
-        """Latents of that shape drawn with all steps; options: see `_ancestral`."""
+        """Sample latents of that shape with all steps; options: see `_ancestral`."""
         x, xs, _ = self._ancestral(cond, shape, **options)
         return (x, xs) if return_intermediates else x
 
     def progressive_denoising(
         self, cond: Any, shape: Sequence[int], batch_size: int | None = None, **options: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        """As p_sample_loop, and what x0 looked like on the way; with batch_size, the shape is that of one."""
+        """Do p_sample_loop, and return the x0 of each step too; with batch_size, the shape is that of one image."""
         x, _, x0s = self._ancestral(cond, shape if batch_size is None else (batch_size, *shape), **options)
         return x, x0s
 
@@ -247,7 +256,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
 
     @torch.no_grad()
     def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int | None, **options: Any) -> Any:
-        """(latents, intermediates), by DDIM or with all steps."""
+        """Return (latents, intermediates), by DDIM or with all steps."""
         if not ddim:
             return self.sample(cond, batch_size, return_intermediates=True, **options)
         shape = (self.channels, self.image_size, self.image_size)
@@ -263,34 +272,34 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         unconditional_guidance_label: Any = None, use_ema_scope: bool = True, **kwargs: Any,
     ) -> dict[str, Tensor]:
         # fmt: on
-        """Images (b, c, h, w), and rows of them (c, h, w), that show how training stands, by name."""
+        """Return images (b, c, h, w), and rows of them (c, h, w), that show the state of training, by name."""
         options = {"return_first_stage_outputs": True, "force_c_encode": True, "return_original_cond": True}
         z, c, x, xrec, xc = self.get_input(batch, self.first_stage_key, bs=N, **options)
         ddim, decode = {} if ddim_steps is None else {"eta": ddim_eta}, self.decode_first_stage
-        draw = partial(self.sample_log, c, len(z), ddim_steps is not None, ddim_steps, **ddim)
+        sample_log = partial(self.sample_log, c, len(z), ddim_steps is not None, ddim_steps, **ddim)
         log = {"inputs": x, "reconstruction": xrec} | self._condition_images(batch, x, c, xc)
         if plot_diffusion_rows:
             log["diffusion_row"] = self._diffusion_row(z[:n_row])
         with self.ema_scope("Plotting") if use_ema_scope else nullcontext():
             if sample:
-                samples, steps = draw()
+                samples, steps = sample_log()
                 log["samples"] = decode(samples)
                 if plot_denoise_rows:
                     log["denoise_row"] = self._row(steps["x_inter"] if isinstance(steps, Mapping) else steps)
             if sample and quantize_denoised and isinstance(self.first_stage_model, VQModelInterface):
-                log["samples_x0_quantized"] = decode(draw(quantize_denoised=True)[0])
+                log["samples_x0_quantized"] = decode(sample_log(quantize_denoised=True)[0])
             if unconditional_guidance_scale > 1:
                 null = self.get_unconditional_conditioning(len(z), unconditional_guidance_label)
                 null = {**c, "c_crossattn": [null]} if isinstance(c, Mapping) else null
                 scale = {"unconditional_guidance_scale": unconditional_guidance_scale}
-                guided = draw(**scale, unconditional_conditioning=null)[0]
+                guided = sample_log(**scale, unconditional_conditioning=null)[0]
                 log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = decode(guided)
             if sample and inpaint:
                 (h, w), mask = z.shape[-2:], torch.ones_like(z[:, :1])
-                mask[..., h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0  # what is drawn; 1 stays
+                mask[..., h // 4 : 3 * h // 4, w // 4 : 3 * w // 4] = 0  # 0 is generated, 1 kept
                 log["mask"] = mask
-                log["samples_inpainting"] = decode(draw(x0=z, mask=mask)[0])
-                log["samples_outpainting"] = decode(draw(x0=z, mask=1 - mask)[0])
+                log["samples_inpainting"] = decode(sample_log(x0=z, mask=mask)[0])
+                log["samples_outpainting"] = decode(sample_log(x0=z, mask=1 - mask)[0])
             if plot_progressive_rows:
                 log["progressive_row"] = self._row(self.progressive_denoising(c, z.shape, verbose=False)[1])
         return wanted(log, return_keys)
@@ -310,7 +319,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return images
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """A map (b, c, h, w) in random colours, the same for all: (b, 3, h, w) in [-1, 1]."""
+        """Return a map (b, c, h, w) in random but fixed colours: (b, 3, h, w) in [-1, 1]."""
         if not hasattr(self, "colorize"):
             self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
         x = F.conv2d(x, self.colorize)
@@ -318,7 +327,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
 
 
 class LatentInpaintDiffusion(LatentDiffusion):
-    """Its UNet also gets the mask, at the latents' size, and the latents of the masked image: `concat_keys`."""
+    """Also gives its UNet the mask, at the latents' size, and the latents of the masked image: `concat_keys`."""
 
     # fmt: off
     def __init__(
@@ -327,7 +336,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
     ) -> None:
         # fmt: on
         if finetune_keys is not None:
-            raise ValueError("finetune_keys, input channels made anew, have no counterpart here: they must be null")
+            raise ValueError("finetune_keys, which reset input channels, are not supported: they must be null")
         super().__init__(**settings)
         self.concat_keys, self.masked_image_key, self.concat = concat_keys, masked_image_key, "mask_latents"
 
@@ -348,7 +357,7 @@ class LatentInpaintDiffusion(LatentDiffusion):
 
 
 class Layout2ImgDiffusion(LatentDiffusion):
-    """latent-diffusion's model of boxes and what is in them, whose log shows no boxes."""
+    """latent-diffusion's model of bounding boxes and their labels; its log does not show the boxes."""
 
     def __init__(self, cond_stage_key: str = "coordinates_bbox", **settings: Any) -> None:
         super().__init__(cond_stage_key=cond_stage_key, **settings)

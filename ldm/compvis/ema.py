@@ -1,4 +1,4 @@
-"""The moving average of CompVis's checkpoints and code."""
+"""CompVis's exponential moving average of weights."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ from ldm.training.ema import ema_decay
 
 
 class LitEma(nn.Module):
-    """The averages as CompVis's checkpoints hold them: buffers whose names lack the dots, in the weights' own dtype."""
+    """EMA weights as in CompVis's checkpoints: buffers named without the dots, in the dtype of the weights."""
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class LitEma(nn.Module):
 
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
-        """shadow <- shadow - (1 - d) (shadow - live), d = `ema_decay` of the number of updates."""
+        """Update: shadow <- shadow - (1 - d) (shadow - live), d = `ema_decay` of the number of updates."""
         decay = self.decay
         if self.num_updates >= 0:
             self.num_updates += 1
@@ -43,7 +43,7 @@ class LitEma(nn.Module):
                 p.data.copy_(getattr(self, self.m_name2s_name[name]))
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep a copy, for `restore`."""
+        """Copy the parameters, for `restore`."""
         self.collected_params = [p.detach().clone() for p in parameters]
 
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,7 +1,7 @@
-"""Learned words as textual inversion's own code has them (Gal et al. 2022): vectors that replace those of a token.
+"""Textual inversion's own EmbeddingManager (Gal et al. 2022): learned vectors that replace those of a token.
 
-`ldm.finetune.embeddings` is how our own models learn words. Here the word must be a token of the encoder already, and
-what is replaced is decided whenever a prompt is encoded: `encoder.encode(prompts, embedding_manager=manager)`.
+Our own models learn words by `ldm.finetune.embeddings`. Here a word must already be a token of the encoder, and its
+vectors are replaced whenever a prompt is encoded: `encoder.encode(prompts, embedding_manager=manager)`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,17 +15,19 @@ from ldm.checkpoint.file import atomic
 from ldm.compvis.personalized import per_img_token_list
 from ldm.finetune.embedding_files import TABLE, read_table
 
-PROGRESSIVE_SCALE = 2000  # calls in training after which progressive words are one vector longer
+PROGRESSIVE_SCALE = 2000  # training calls after which progressive words get another vector
 
 
 class EmbeddingManager(nn.Module):
-    """The vectors of some words, to be trained: `string_to_param_dict[word]` (num_vectors_per_token, d).
+    """The trainable vectors of some words: `string_to_param_dict[word]` (num_vectors_per_token, d).
 
-    embedder: of `ldm.modules.encoders.modules`: has `word_ids(text)` and `token_embedding`. placeholder_strings: the
-    words, each a single token. initializer_words: what each begins as, the first token of it; others begin at random.
-    per_image_tokens: `per_img_token_list` are words, too. progressive_words: a word grows by a vector at a time.
-
-    Raises ValueError for a word that is not a single token.
+    Args:
+        embedder: From `ldm.modules.encoders.modules`, with `word_ids(text)` and `token_embedding`.
+        placeholder_strings: The words, each a single token.
+        initializer_words: Each word starts as the first token of its initializer word, or at random without one.
+        per_image_tokens: Learn the words of `per_img_token_list` too.
+        num_vectors_per_token: The number of vectors of each word.
+        progressive_words: Use one vector at first, and one more every `PROGRESSIVE_SCALE` calls.
     """
 
     # fmt: off
@@ -36,7 +38,7 @@ class EmbeddingManager(nn.Module):
     ) -> None:
         # fmt: on
         super().__init__()
-        self.embedder = [embedder]  # in a list: no part of this module's names
+        self.embedder = [embedder]  # in a list, so that it is not a submodule
         self.max_vectors_per_token = num_vectors_per_token
         self.progressive_words, self.progressive_counter = progressive_words, 0
         self.string_to_token_dict: dict[str, Tensor] = {}
@@ -58,7 +60,7 @@ class EmbeddingManager(nn.Module):
         return torch.tensor(ids[0])
 
     def forward(self, tokenized_text: Tensor, embedded_text: Tensor) -> Tensor:
-        """Tokens (b, n) and their vectors (b, n, d) -> (b, n, d), with the words' own; what follows moves back."""
+        """Replace the words' vectors in (b, n, d), for tokens (b, n); what follows a longer word moves back."""
         self.progressive_counter += self.training
         count = 1 + self.progressive_counter // PROGRESSIVE_SCALE if self.progressive_words else None
         words = {int(self.string_to_token_dict[word]): p[:count] for word, p in self.string_to_param_dict.items()}
@@ -69,12 +71,12 @@ class EmbeddingManager(nn.Module):
         return torch.stack(rows)
 
     def save(self, ckpt_path: str | Path) -> None:
-        """An `embeddings.pt`, which `ldm.finetune.embedding_files` reads, too."""
+        """Write an `embeddings.pt`, which `ldm.finetune.embedding_files` reads too."""
         with atomic(Path(ckpt_path)) as temporary:
             torch.save({"string_to_token": self.string_to_token_dict, TABLE: self.string_to_param_dict}, temporary)
 
     def load(self, ckpt_path: str | Path, full: bool = True) -> None:
-        """The words of such a file, in place of those there are. Nothing in it is executed."""
+        """Replace all words by those of such a file, without running pickled code."""
         table = read_table(Path(ckpt_path))[0]
         self.string_to_token_dict = {word: self._token(word) for word in table}
         weight = self.embedder[0].token_embedding.weight
@@ -82,13 +84,13 @@ class EmbeddingManager(nn.Module):
         self.string_to_param_dict = nn.ParameterDict({word: nn.Parameter(value) for word, value in vectors.items()})
 
     def get_embedding_norms_squared(self) -> Tensor:
-        """Of all vectors: (m,)."""
+        """Return the squared norm of each vector: (m,)."""
         return torch.cat(list(self.string_to_param_dict.values())).square().sum(dim=-1)
 
     def embedding_parameters(self) -> Iterable[nn.Parameter]:
         return self.string_to_param_dict.parameters()
 
     def embedding_to_coarse_loss(self) -> Tensor:
-        """The mean over words of the inner products of how far their vectors have come: (n, n)."""
+        """Return the mean over words of the inner products of their vectors' changes: (n, n)."""
         moved = [self.string_to_param_dict[word] - start for word, start in self.initial_embeddings.items()]
         return torch.stack([step @ step.T for step in moved]).mean(dim=0)

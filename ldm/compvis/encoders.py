@@ -1,8 +1,8 @@
-"""CompVis's `ldm.modules.encoders.modules` over our networks: its encoders give tensors.
+"""CompVis's `ldm.modules.encoders.modules` over our networks: its encoders return tensors.
 
-Nothing here reaches for the internet. CLIP's weights are read from a folder, a file or Hugging Face's cache; where they
-are not, the encoder is built without, and a warning says so: CompVis's code loads a checkpoint over it. Only those that
-are in no checkpoint, FrozenCLIPTextEmbedder and FrozenClipImageEmbedder, open_clip fetches if it must.
+CLIP's weights are read from a folder, a file or Hugging Face's cache, and never downloaded. If there are none, the
+encoder is built without them and a warning says so: CompVis's code loads a checkpoint afterwards. Only the encoders
+that no checkpoint contains, FrozenCLIPTextEmbedder and FrozenClipImageEmbedder, may download through open_clip.
 """
 
 import warnings
@@ -23,12 +23,12 @@ from ldm.models import clip
 
 
 class AbstractEncoder(nn.Module):
-    """What CompVis calls an encoder: `encode` is `forward`, whoever replaces that."""
+    """CompVis's base class of encoders: `encode` calls `forward`, which may be replaced."""
 
-    device = property(lambda self: next(self.parameters()).device, lambda self, _: None)  # set in vain: `to` moves it
+    device = property(lambda self: next(self.parameters()).device, lambda self, _: None)  # setting: no effect
 
     def encode(self, *args: Any, embedding_manager: Callable | None = None, **kwargs: Any) -> Any:
-        """A manager, of textual inversion, is given tokens (b, n) and their vectors (b, n, d), and gives others."""
+        """Encode; textual inversion's manager maps tokens (b, n) and their vectors (b, n, d) to other vectors."""
         if embedding_manager is None:
             return self(*args, **kwargs)
         hook = self.token_embedding.register_forward_hook(lambda _, given, out: embedding_manager(given[0], out))
@@ -42,7 +42,7 @@ class AbstractEncoder(nn.Module):
 
 
 class Embeddings(nn.ModuleDict):
-    """transformers' CLIPTextEmbeddings. `position_ids` is a name that files have or lack, and no more."""
+    """transformers' CLIPTextEmbeddings. Checkpoints may contain `position_ids` or not; it is not used."""
 
     def __init__(self, modules: Mapping[str, nn.Module], length: int) -> None:
         super().__init__(modules)
@@ -57,8 +57,8 @@ class Embeddings(nn.ModuleDict):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class CLIPTextModel(clip.CLIPTextModel):
-    """Our tower, called and patched as transformers' CLIPTextModel was before it lost `text_model`."""
+class TransformersTextModel(clip.CLIPTextModel):
+    """Our text tower with the interface of transformers' CLIPTextModel before 5.6, which removed `text_model`."""
 
     def __init__(self, vocab_size: int, width: int, layers: int, heads: int, context_length: int, activation: str):
         super().__init__(vocab_size, width, layers, heads, context_length, activation)
@@ -69,7 +69,7 @@ class CLIPTextModel(clip.CLIPTextModel):
         return self.text_model.embeddings(tokens)
 
     def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> Any:
-        """Tokens (b, n) -> `last_hidden_state` (b, n, d), `pooler_output` (b, d), both normed, `hidden_states`."""
+        """Encode tokens (b, n): `last_hidden_state` (b, n, d), `pooler_output` (b, d), both normed, `hidden_states`."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         states = tuple(self.hidden_states(input_ids))
@@ -81,8 +81,10 @@ class CLIPTextModel(clip.CLIPTextModel):
 class FrozenCLIPEmbedder(AbstractEncoder):
     """Stable Diffusion 1's text encoder: prompts -> (b, 77, d).
 
-    version: a folder in transformers' layout, or a name of Hugging Face's hub. device: not used, here and below. layer:
-    "last", "pooled" (b, 1, d), or "hidden": state number `layer_idx`, without the final norm.
+    Args:
+        version: A folder in transformers' layout, or a name on Hugging Face's hub.
+        device: Not used, here and below.
+        layer: "last", "pooled" (b, 1, d), or "hidden": state number `layer_idx`, without the final norm.
     """
 
     LAYERS = ("last", "pooled", "hidden")
@@ -103,7 +105,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         tokenizer = Tokenizer(**{"context_length": params.get("context_length", 77), **params.get("tokenizer", {})})
         self.tokenizer = _as_transformers(tokenizer)
         sizes = (tokenizer.vocab_size, params["width"], params["layers"], params["heads"], tokenizer.context_length)
-        self.transformer = CLIPTextModel(*sizes, params["activation"])
+        self.transformer = TransformersTextModel(*sizes, params["activation"])
         self.max_length, self.layer, self.layer_idx = max_length, layer, layer_idx
         if state is not None:
             self.load_state_dict(state)
@@ -111,7 +113,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
             self.freeze()
 
     def word_ids(self, text: str) -> list[int]:
-        """Its tokens alone."""
+        """Return the tokens of a text without start and end."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
@@ -124,7 +126,7 @@ class FrozenCLIPEmbedder(AbstractEncoder):
 
 
 class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
-    """Stable Diffusion 2's text encoder, `model`: prompts -> (b, 77, d). version: a file, or a tag of open_clip's."""
+    """Stable Diffusion 2's text encoder, `model`: prompts -> (b, 77, d). version: a file, or open_clip's tag."""
 
     LAYERS = ("last", "penultimate")
 
@@ -135,7 +137,7 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
     ) -> None:
         # fmt: on
         if layer not in self.LAYERS:
-            raise ValueError(f"layer {layer!r} is unknown: use last or penultimate")
+            raise ValueError(f"unknown layer {layer!r}; choose from last, penultimate")
         name = f"{arch}/{version}"
         params, state = _read(name if Path(version).is_file() else None, name, openclip_config, {"arch": arch})
         super().__init__(**params | {"layer": layer})
@@ -149,14 +151,14 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
         return self.encode_with_transformer(self.tokenizer([text] if isinstance(text, str) else text).to(self.device))
 
     def encode_with_transformer(self, text: Tensor) -> Tensor:
-        """Tokens (b, n) -> (b, n, d)."""
+        """Encode tokens (b, n) as (b, n, d)."""
         return TextEncoder.forward(self, text)["c_crossattn"]
 
 
 class FrozenCLIPTextEmbedder(AbstractEncoder, TextEncoder):
-    """CLIP's embeddings of whole texts: (b, p), of length 1 with `normalize`; `encode` repeats them, (b, n_repeat, p).
+    """CLIP's pooled text embeddings: (b, p), of length 1 with `normalize`; `encode` repeats them, (b, n_repeat, p).
 
-    version: OpenAI's name of the model, or an architecture of open_clip's and a file, "ViT-B-32-quickgelu/FILE".
+    version: OpenAI's name of the model, or open_clip's name of an architecture and a file, "ViT-B-32-quickgelu/FILE".
     """
 
     # fmt: off
@@ -179,7 +181,7 @@ class FrozenCLIPTextEmbedder(AbstractEncoder, TextEncoder):
 
 
 class FrozenClipImageEmbedder(nn.Module):
-    """CLIP's embeddings of images (b, 3, h, w) in [-1, 1]: (b, p). model: as FrozenCLIPTextEmbedder's version."""
+    """CLIP's embeddings of images (b, 3, h, w) in [-1, 1]: (b, p). model: like FrozenCLIPTextEmbedder's version."""
 
     def __init__(self, model: str = "ViT-L/14", jit: bool = False, device: Any = "cuda", antialias: bool = False):
         import open_clip
@@ -192,7 +194,7 @@ class FrozenClipImageEmbedder(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """To CLIP's size and range: (b, 3, 224, 224)."""
+        """Resize and normalise for CLIP: (b, 3, 224, 224)."""
         x = F.interpolate(x, self.model.visual.image_size, mode="bicubic", align_corners=True, antialias=self.antialias)
         return ((x + 1) / 2 - self.mean) / self.std
 
@@ -201,7 +203,7 @@ class FrozenClipImageEmbedder(nn.Module):
 
 
 class BERTEmbedder(AbstractEncoder, bert.BERTEncoder):
-    """latent-diffusion's text encoder: prompts, if BERT's vocabulary is in Hugging Face's cache, or tokens (b, n)."""
+    """latent-diffusion's text encoder of prompts, if BERT's vocabulary is in Hugging Face's cache, or tokens (b, n)."""
 
     token_embedding = property(lambda self: self.transformer.token_emb)
 
@@ -224,16 +226,16 @@ class BERTEmbedder(AbstractEncoder, bert.BERTEncoder):
 
 
 class TransformerEmbedder(BERTEmbedder):
-    """BERTEmbedder for tokens made elsewhere."""
+    """BERTEmbedder for tokens only."""
 
     def __init__(self, n_embed: int, n_layer: int, vocab_size: int, max_seq_len: int = 77, device: Any = "cuda"):
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, use_tokenizer=False)
 
 
 class ClassEmbedder(AbstractEncoder, classes.ClassEmbedder):
-    """Classes in a batch, `batch[key]` (b,), -> (b, 1, d). ucg_rate: share of them dropped in training, and only then.
+    """Embeds the classes of a batch, `batch[key]` (b,), as (b, 1, d).
 
-    CompVis's later default, 0.1, also drops when images are drawn.
+    ucg_rate: The share dropped in training only. CompVis's later code (default 0.1) also drops them in sampling.
     """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class", ucg_rate: float = 0.0) -> None:
@@ -252,40 +254,40 @@ class ClassEmbedder(AbstractEncoder, classes.ClassEmbedder):
 
 
 class SpatialRescaler(AbstractEncoder, spatial.SpatialRescaler):
-    """An image (b, c, h, w), made smaller."""
+    """Downsamples an image (b, c, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return spatial.SpatialRescaler.encode(self, x)
 
 
 def _openai(name: str) -> tuple[str, str]:
-    """(open_clip's name of an architecture, a file or its tag of OpenAI's weights)."""
+    """Split a name into open_clip's architecture, and a file or the tag of OpenAI's weights."""
     architecture, _, file = name.partition("/")
     return (architecture, file) if Path(file).is_file() else (name.replace("/", "-"), "openai")
 
 
 def _cached(repository: str, needed: str) -> str | None:
-    """The folder in Hugging Face's cache that has that file of a model, if there is one."""
+    """Return the folder in Hugging Face's cache that has that file of a model, if any."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(repository, needed)
-    except ValueError:  # no name that the hub could have
+    except ValueError:  # not a valid name on the hub
         return None
     return str(Path(found).parent) if isinstance(found, str) else None
 
 
 def _read(path: str | None, name: str, known: Callable, asked: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """TextEncoder's arguments and its parameters; without a path, what is `known` of the size asked for, and None."""
+    """Return TextEncoder's arguments and weights; without a path, `known(asked)` and None."""
     if path is not None:
         return read_text_encoder(path)
     params = known(asked)["params"]
-    warnings.warn(f"no weights of {name!r} here: this text encoder must get them from a checkpoint", stacklevel=3)
+    warnings.warn(f"no weights of {name!r} were found: load a checkpoint into this text encoder", stacklevel=3)
     return params, None
 
 
 def _as_transformers(tokenizer: Tokenizer) -> Any:
-    """Our vocabulary in transformers' own class."""
+    """Return our tokenizer as a transformers tokenizer."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 

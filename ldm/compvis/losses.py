@@ -1,5 +1,7 @@
-"""The losses that the published first stages were trained with (Esser et al. 2021, eq. 6 and 7; Rombach et al. 2022,
-appendix G), under their names there and in their units: sums per image, where `autoencoder` has means."""
+"""The losses of the published first stages (Esser et al. 2021, eq. 6 and 7; Rombach et al. 2022, appendix G).
+
+They have CompVis's names and units: sums per image, where our own training has means.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -8,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, relu
 
+from ldm.compvis.util import Losses
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss, vanilla_d_loss
-
-Losses = tuple[Tensor, dict[str, Tensor]]  # a loss, and what to log
 
 
 class DummyLoss(nn.Module):
-    """Of autoencoders that are not trained."""
+    """The loss in configurations of autoencoders that are not trained."""
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
-    """The weight from step `threshold` on, and `value` before."""
+    """Return the weight from step `threshold` on, and `value` before."""
     return value if global_step < threshold else weight
 
 
@@ -35,28 +36,28 @@ PIXEL_LOSSES = {"l1": l1, "l2": l2}
 
 
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
-    """(perplexity, number) of the codebook entries in use."""
+    """Return (perplexity, number) of the codebook entries in use."""
     share = one_hot(predicted_indices.flatten(), n_embed).float().mean(0)
     return torch.exp(-(share * (share + 1e-10).log()).sum()), (share > 0).sum()
 
 
 def hinge_d_loss_with_exemplar_weights(logits_real: Tensor, logits_fake: Tensor, weights: Tensor) -> Tensor:
-    """`hinge_d_loss` with a weight for each image (b,)."""
+    """Return `hinge_d_loss` with a weight for each image (b,)."""
     terms = relu(1 - logits_real).flatten(1).mean(1) + relu(1 + logits_fake).flatten(1).mean(1)
     return 0.5 * (weights * terms).sum() / weights.sum()
 
 
 def LPIPS(use_dropout: bool = True) -> nn.Module:
-    """Zhang et al. 2018 (VGG-16, version 0.1), frozen: images (b, 3, h, w), twice -> (b, 1, 1, 1)."""
+    """Build LPIPS (Zhang et al. 2018; VGG-16, version 0.1), frozen: images (b, 3, h, w), twice -> (b, 1, 1, 1)."""
     try:
-        lpips = import_module("lpips")  # nothing else needs it, so it is no dependency
+        lpips = import_module("lpips")  # not a dependency, because only this needs it
     except ImportError:
         raise ValueError("a perceptual_weight above 0 needs the package lpips: pip install lpips") from None
     return lpips.LPIPS(net="vgg", use_dropout=use_dropout, verbose=False).eval().requires_grad_(False)
 
 
 class VQLPIPSWithDiscriminator(nn.Module):
-    """Mean of |x - y| + LPIPS, the codebook's loss, and from step `disc_start` on a discriminator's."""
+    """The mean of |x - y| + LPIPS, plus the codebook loss, and from step `disc_start` on the discriminator's loss."""
 
     # fmt: off
     def __init__(
@@ -69,7 +70,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         super().__init__()
         if use_actnorm or perceptual_loss != "lpips" or disc_loss not in DISC_LOSSES or pixel_loss not in PIXEL_LOSSES:
             given = f"use_actnorm {use_actnorm}, {perceptual_loss!r}, {disc_loss!r}, {pixel_loss!r}"
-            raise ValueError(f"{given}: known are false, 'lpips', one of {[*DISC_LOSSES]}, one of {[*PIXEL_LOSSES]}")
+            raise ValueError(f"{given}: use false, 'lpips', one of {[*DISC_LOSSES]}, one of {[*PIXEL_LOSSES]}")
         self.discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers)
         self.disc_loss, self.pixel_loss = DISC_LOSSES[disc_loss], PIXEL_LOSSES[pixel_loss]
         self.perceptual_loss = LPIPS() if perceptual_weight > 0 else None
@@ -81,11 +82,14 @@ class VQLPIPSWithDiscriminator(nn.Module):
         return adaptive_weight(nll_loss, g_loss, last_layer) * self.discriminator_weight
 
     def _judge(self, x: Tensor, cond: Tensor | None) -> Tensor:
-        assert (cond is not None) == self.disc_conditional, "disc_conditional, and only that, needs a cond"
+        assert (cond is not None) == self.disc_conditional, "cond must be given if and only if disc_conditional"
         return self.discriminator(x if cond is None else torch.cat([x, cond], dim=1))
 
     def _losses(self, x: Tensor, y: Tensor, k: int, step: int, last: Any, cond: Any, split: str, own: Any) -> Losses:
-        """Of the autoencoder (k = 0) or the discriminator (1). own: error -> (loss without adversary, nll, its log)."""
+        """Return the loss of the autoencoder (k = 0) or the discriminator (1).
+
+        own: error -> (loss without the discriminator's, nll, what to log).
+        """
         factor = adopt_weight(self.disc_factor, step, self.discriminator_iter_start)
         if k == 1:
             real, fake = self._judge(x.detach(), cond), self._judge(y.detach(), cond)
@@ -96,7 +100,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
             error = self.pixel_loss(x, y) + self.perceptual_weight * distance  # (b, c, h, w)
             loss, nll, log = own(error)
             g_loss, weight = generator_loss(self._judge(y, cond)), torch.zeros(())
-            if self.disc_factor > 0 and nll.requires_grad:  # there are no gradients to compare in validation
+            if self.disc_factor > 0 and nll.requires_grad:  # validation has no gradients to compare
                 weight = self.calculate_adaptive_weight(nll, g_loss, last)
             loss = loss + weight * factor * g_loss
             log |= {"total_loss": loss, "nll_loss": nll, "rec_loss": error, "p_loss": distance, "g_loss": g_loss}
@@ -109,7 +113,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
         last_layer: nn.Parameter | None = None, cond: Tensor | None = None, split: str = "train",
         predicted_indices: Tensor | None = None,
     ) -> Losses:
-        """Of the autoencoder, optimizer_idx 0, or the discriminator, 1."""
+        """Return the loss of the autoencoder, optimizer_idx 0, or the discriminator, 1."""
         # fmt: on
 
         def own(error: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -122,7 +126,7 @@ class VQLPIPSWithDiscriminator(nn.Module):
 
 
 class LPIPSWithDiscriminator(VQLPIPSWithDiscriminator):
-    """Sum, per image, of (|x - y| + LPIPS) / exp(logvar) + logvar; KL; a discriminator's loss as above."""
+    """The sum per image of (|x - y| + LPIPS) / exp(logvar) + logvar, plus KL and the discriminator's loss as above."""
 
     # fmt: off
     def __init__(
@@ -142,7 +146,7 @@ class LPIPSWithDiscriminator(VQLPIPSWithDiscriminator):
         last_layer: nn.Parameter | None = None, cond: Tensor | None = None, split: str = "train",
         weights: Tensor | None = None,
     ) -> Losses:
-        """Of the autoencoder, optimizer_idx 0, or the discriminator, 1; posteriors have kl(), (b,)."""
+        """Return the loss of the autoencoder, optimizer_idx 0, or the discriminator, 1; posteriors have kl(), (b,)."""
         # fmt: on
 
         def own(error: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

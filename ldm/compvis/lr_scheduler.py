@@ -1,4 +1,4 @@
-"""CompVis's learning-rate multipliers, for torch's LambdaLR."""
+"""CompVis's learning rate schedules: multipliers for torch's LambdaLR."""
 
 import math
 from bisect import bisect_left
@@ -7,10 +7,7 @@ from itertools import accumulate
 
 
 class LambdaWarmUpCosineScheduler2:
-    """CompVis's multiplier, for torch's LambdaLR; the lists have an entry per cycle.
-
-    In each cycle it is linear from f_start to f_max, then half a cosine to f_min.
-    """
+    """In each cycle linear from f_start to f_max, then half a cosine to f_min; the lists have an entry per cycle."""
 
     # fmt: off
     def __init__(
@@ -22,7 +19,7 @@ class LambdaWarmUpCosineScheduler2:
         self.ends = list(accumulate(cycle_lengths))
 
     def schedule(self, n: int, **kwargs: int) -> float:
-        """The multiplier at step n from 0; the last cycle goes on."""
+        """Return the multiplier at step n, counted from 0; the last cycle continues."""
         cycle = min(bisect_left(self.ends, n), len(self.ends) - 1)
         warm_up, f_min, f_max, f_start, length = self.cycles[cycle]
         n -= self.ends[cycle] - length
@@ -37,14 +34,14 @@ class LambdaWarmUpCosineScheduler2:
 
 
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
-    """The same with a line, from where it has come by the end of the warm-up."""
+    """The same with a line, which starts where the whole cycle's line is at the end of the warm-up."""
 
     def decay(self, n: int, warm_up: int, length: int) -> float:
         return max((length - n) / length, 0)
 
 
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
-    """One cycle."""
+    """The same with one cycle."""
 
     # fmt: off
     def __init__(

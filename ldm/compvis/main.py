@@ -1,4 +1,4 @@
-"""The callback that configurations name of CompVis's program `main`. There is no Lightning here."""
+"""The callback of CompVis's program `main` that configurations name. It does not need Lightning."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ldm.images import image_grid, to_pil
 
 
 class ImageLogger:
-    """Saves what `model.log_images` gives: `log_img(model, batch, batch_idx)` after every batch, below `save_dir`."""
+    """Saves the images of `model.log_images` below `save_dir`; call `log_img(model, batch, batch_idx)` every batch."""
 
     # fmt: off
     def __init__(
@@ -24,7 +24,7 @@ class ImageLogger:
         self.log_images_kwargs = log_images_kwargs or {}
 
     def log_img(self, pl_module: Any, batch: Any, batch_idx: int, split: str = "train") -> None:
-        """images/SPLIT/NAME_gs-STEP_e-EPOCH_b-BATCH.png, four in a row, pixels in [-1, 1], at the steps to log."""
+        """Write images/SPLIT/NAME_gs-STEP_e-EPOCH_b-BATCH.png, four in a row, at the steps to log."""
         step = batch_idx if self.log_on_batch_idx else pl_module.global_step
         due = step % self.batch_freq == 0 or step in self.log_steps
         if self.disabled or self.max_images < 1 or not due or (step == 0 and not self.log_first_step):
@@ -32,9 +32,9 @@ class ImageLogger:
         was_training, folder = pl_module.training, Path(self.save_dir, "images", split)
         pl_module.eval()
         with torch.no_grad():
-            images = pl_module.log_images(batch, split=split, **self.log_images_kwargs)
+            log = pl_module.log_images(batch, split=split, **self.log_images_kwargs)
         pl_module.train(was_training)
         folder.mkdir(parents=True, exist_ok=True)
         at = f"gs-{pl_module.global_step:06}_e-{pl_module.current_epoch:06}_b-{batch_idx:06}"
-        for name, pictures in images.items():
-            image_grid(to_pil(pictures[: self.max_images]), 4).save(folder / f"{name}_{at}.png")
+        for name, images in log.items():
+            image_grid(to_pil(images[: self.max_images]), 4).save(folder / f"{name}_{at}.png")

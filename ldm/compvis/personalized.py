@@ -1,4 +1,4 @@
-"""The data set of textual inversion's own code (Gal et al. 2022), for training programs that were written for it."""
+"""The data set of textual inversion's own code (Gal et al. 2022), for programs written for it."""
 
 import random
 from pathlib import Path
@@ -11,19 +11,21 @@ from torch.utils.data import Dataset
 from ldm.data.image_files import SUFFIXES, read_image
 from ldm.finetune.textual_inversion import FRAMES
 
-per_img_token_list = list("אבגדהוזחטיכלמנסעפצקרשת")  # a word for what is peculiar to each image
+per_img_token_list = list("אבגדהוזחטיכלמנסעפצקרשת")  # a word for what is special about each image
 PAIRS = ("a photo of a {} with {}", "a picture of the {} with {}", "an image of the {} with {}", "a {} with {}")
 
 
 class PersonalizedBase(Dataset):
     """Images of one subject, which captions call `placeholder_token`: {"image": (h, w, 3) in [-1, 1], "caption"}.
 
-    data_root: a folder of images. size: of the square that they are resized to, distorted where they are none, or cut
-    out of the middle with center_crop. repeats: how often an epoch of `set` "train" has each. flip_p: share that is
-    mirrored. coarse_class_text: what the subject is, said before its name.
-    per_image_tokens: a share `mixing_prob` of the captions also names what is peculiar to the image.
-
-    Raises ValueError for a folder without images, more of them than there are words for, or unknown interpolation.
+    Args:
+        data_root: A folder of images.
+        size: Of the square that images are resized to, distorted if they are not square.
+        repeats: How often an epoch of `set` "train" has each image.
+        flip_p: The share of images that is mirrored.
+        per_image_tokens: A share `mixing_prob` of the captions also has the image's own word.
+        center_crop: Crop the middle square instead of distorting.
+        coarse_class_text: The subject's class, put before the placeholder.
     """
 
     frames = FRAMES["object"]
@@ -39,11 +41,11 @@ class PersonalizedBase(Dataset):
         self.image_paths = [path for path in found if path.suffix.lower() in SUFFIXES]
         self.num_images = len(self.image_paths)
         if self.num_images == 0:
-            raise ValueError(f"data_root {data_root!r} is no folder with images in it")
+            raise ValueError(f"data_root {data_root!r} is not a folder with images in it")
         if per_image_tokens and self.num_images > len(per_img_token_list):
             raise ValueError(f"per_image_tokens has {len(per_img_token_list)} words, for {self.num_images} images")
         if interpolation.upper() not in Image.Resampling.__members__:
-            raise ValueError(f"interpolation {interpolation!r} is none of Pillow's: use bicubic, bilinear or lanczos")
+            raise ValueError(f"unknown interpolation {interpolation!r}; choose from bicubic, bilinear, lanczos")
         self.interpolation = Image.Resampling[interpolation.upper()]
         self._length = self.num_images * (repeats if set == "train" else 1)
         self.size, self.flip_p, self.center_crop = size, flip_p, center_crop

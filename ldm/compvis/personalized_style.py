@@ -1,10 +1,10 @@
-"""The same data set for images of one style."""
+"""The same data set for images of one style; a file of its own, because both classes have one name."""
 
 from ldm.compvis import personalized
 from ldm.finetune.textual_inversion import FRAMES
 
 
 class PersonalizedBase(personalized.PersonalizedBase):
-    """Captions say "in the style of"; otherwise as that for subjects."""
+    """Images of one style: captions contain "in the style of"."""
 
     frames = FRAMES["style"]

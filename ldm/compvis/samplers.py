@@ -1,7 +1,8 @@
-"""CompVis's samplers: its signatures, of both generations, over the steps of `ldm.diffusion.sampling`.
+"""CompVis's samplers: the signatures of both versions of its code, over the steps of `ldm.diffusion.sampling`.
 
-Here x is variance-preserving, as the network sees it; the steps know x0 + sigma noise. CompVis's levels end at the
-schedule's first alpha-bar, not at 1. Noise is drawn as often as there, for eta 0 too: a seed gives the same images.
+Here x is variance-preserving, as the network sees it; the steps work on x0 + sigma noise. CompVis's noise levels end at
+the schedule's first alpha-bar, not at 1. Noise is sampled as often as in CompVis's code, for eta 0 too, so that a seed
+gives the same images.
 """
 
 import math
@@ -22,15 +23,17 @@ from ldm.diffusion.sampling.multistep import correction, dpmpp_2m, uniform_momen
 from ldm.diffusion.schedule import MIN_ALPHA_BAR, Schedule, signal_and_noise_levels
 
 
-class Sampler:
-    """What CompVis's samplers share: tables of the levels, and the walk down. Subclasses override any method.
+class CompVisSampler:
+    """The base of CompVis's samplers: the tables of the schedule and the sampling loop. Any method can be overridden.
 
-    model: has apply_model(x, t, cond), num_timesteps, parameterization, betas, alphas_cumprod and alphas_cumprod_prev;
-    q_sample for masks, first_stage_model for quantize_x0. `device` is the model's, whatever is given.
+    Args:
+        model: Has apply_model(x, t, cond), num_timesteps, parameterization, betas, alphas_cumprod and
+            alphas_cumprod_prev; q_sample for masks, first_stage_model for quantize_x0.
+        schedule, device: Have no effect; the device is the model's.
     """
 
-    walk, step = "ddim_sampling", "p_sample_ddim"  # the methods that `sample` and the walk call
-    remembers = False  # whether the step is given the last eps, and gives its own; such steps add no noise
+    walk, step = "ddim_sampling", "p_sample_ddim"  # the methods that `sample` and the loop call
+    multistep = False  # whether the step takes the last eps and returns its own; such steps add no noise
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None, **kwargs: Any) -> None:
         self.model, self.schedule, self.ddpm_num_timesteps = model, schedule, model.num_timesteps
@@ -40,7 +43,7 @@ class Sampler:
         return self.model.betas.device
 
     def register_buffer(self, name: str, attr: Any) -> None:
-        """Set an attribute; tensors go to the model's device, in float32 where that has no float64."""
+        """Set an attribute; move tensors to the model's device, in float32 if that has no float64."""
         if isinstance(attr, Tensor):
             attr = attr.detach().to(self.device, torch.float32 if self.device.type == "mps" else attr.dtype)
         setattr(self, name, attr)
@@ -48,8 +51,8 @@ class Sampler:
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
-        """Set `ddim_timesteps` (int64, ascending), `ddim_alphas` and the other tables, under CompVis's names."""
-        if self.remembers and ddim_eta != 0:
+        """Set `ddim_timesteps` (int64, ascending), `ddim_alphas` and CompVis's other tables."""
+        if self.multistep and ddim_eta != 0:
             raise ValueError(f"ddim_eta must be 0 for PLMS, got {ddim_eta}")
         names = ("betas", "alphas_cumprod", "alphas_cumprod_prev")
         tables = {name: getattr(self.model, name).float().cpu() for name in names}
@@ -75,9 +78,9 @@ class Sampler:
         unconditional_conditioning: Any = None, dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """(latents (batch_size, *shape), {"x_inter": [...], "pred_x0": [...]}) after S steps from x_T, or noise."""
+        """Return (latents (batch_size, *shape), {"x_inter": [...], "pred_x0": [...]}), from x_T or noise."""
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
-        new = {"dynamic_threshold": dynamic_threshold, "ucg_schedule": ucg_schedule}  # unknown to older overrides
+        new = {"dynamic_threshold": dynamic_threshold, "ucg_schedule": ucg_schedule}  # not in older overrides
         return getattr(self, self.walk)(
             conditioning, (batch_size, *shape), callback=callback, img_callback=img_callback,
             quantize_denoised=quantize_x0, mask=mask, x0=x0, ddim_use_original_steps=False, noise_dropout=noise_dropout,
@@ -93,7 +96,7 @@ class Sampler:
         mask: Tensor | None = None, x0: Tensor | None = None, img_callback: Callable | None = None,
         log_every_t: int = 100, ucg_schedule: Sequence[float] | None = None, **settings: Any,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Down the first `timesteps` levels, or all. Where the mask is 1, x0 is kept. `settings` go to every step."""
+        """Denoise from the first `timesteps` levels, or all; where the mask is 1, x0 is kept. settings: of a step."""
         # fmt: on
         img, eps = torch.randn(shape, device=self.device) if x_T is None else x_T, []
         levels = self._levels(timesteps, ddim_use_original_steps)[::-1]
@@ -105,7 +108,7 @@ class Sampler:
                 img = self.model.q_sample(x0, ts) * mask + (1 - mask) * img
             if ucg_schedule is not None:
                 settings["unconditional_guidance_scale"] = ucg_schedule[i]
-            if self.remembers:
+            if self.multistep:
                 settings |= {"old_eps": eps, "t_next": self._full(shape[0], levels[min(i + 1, len(levels) - 1)])}
             img, pred_x0, *new = getattr(self, self.step)(img, cond, ts, index=index, **settings)
             eps = [*eps, *new][-3:]
@@ -127,9 +130,9 @@ class Sampler:
         unconditional_guidance_scale: float = 1.0, unconditional_conditioning: Any = None,
         old_eps: Sequence[Tensor] | None = None, t_next: Tensor | None = None, dynamic_threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(x at the next level, x0, eps) from x (b, c, h, w) at level `index` of the tables, of timesteps t (b,).
+        """Return (x at the next noise level, x0, eps) for x (b, c, h, w) at `index` of the tables and timesteps t (b,).
 
-        old_eps: None for Euler's step; or the last eps, the newest at the end, the first step looks ahead to t_next.
+        old_eps: None for Euler's step, else the previous eps, newest last; without any, the step evaluates t_next too.
         """
         # fmt: on
         sigmas = self._sigmas(index, use_original_steps)
@@ -152,7 +155,7 @@ class Sampler:
         return torch.full((batch,), int(t), device=self.device, dtype=torch.long)
 
     def _sigmas(self, index: int, original: bool) -> tuple[float, float, float]:
-        """(sigma of a level, of the next one, of the noise added in between)."""
+        """Return (sigma at `index`, the next sigma, the deviation of the noise added between them)."""
         tables = (self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sigmas)
         if original:
             tables = (self.alphas_cumprod, self.alphas_cumprod_prev, self.ddim_sigmas_for_original_num_steps)
@@ -160,7 +163,7 @@ class Sampler:
         return math.sqrt(1 / max(ab, MIN_ALPHA_BAR) - 1), math.sqrt(1 / before - 1), up / math.sqrt(before)
 
     def _guided(self, x: Tensor, t: Tensor, c: Any, scale: float = 1.0, uncond: Any = None) -> Tensor:
-        """What the network predicts, guided (Ho & Salimans 2022, eq. 6) in one call on both conditionings."""
+        """Return the network's output with classifier-free guidance, from one call on both conditionings."""
         if uncond is None or scale == 1:
             return self.model.apply_model(x, t, c)
         without, output = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), _both(uncond, c)).chunk(2)
@@ -169,7 +172,7 @@ class Sampler:
     def _predict(
         self, x: Tensor, t: Tensor, sigma: float, c: Any, scale: float, uncond: Any, corrector: Any, extra: Any
     ) -> tuple[Tensor, Tensor]:
-        """(eps, x0), predicted for x (b, c, h, w) at a level."""
+        """Return the predicted (eps, x0) of x (b, c, h, w)."""
         output = self._guided(x, t, c, scale, uncond)
         if corrector is not None:
             output = corrector.modify_score(self.model, output, x, t, c, **(extra or {}))
@@ -181,7 +184,7 @@ class Sampler:
     def _step(
         self, eps: Tensor, x0: Tensor, sigmas: tuple, repeat: bool, quantize: bool, heat: float, drop: float, top: Any
     ) -> tuple[Tensor, Tensor]:
-        """(x at the next level, x0 as it was used): Song et al. 2021, eq. 12, between levels; sigmas: `_sigmas`'s."""
+        """Return (x at the next noise level, the x0 used) (Song et al. 2021, eq. 12); sigmas: from `_sigmas`."""
         sigma, sigma_next, up = sigmas
         x0 = self.model.first_stage_model.quantize(x0)[0] if quantize else x0
         x0 = x0 if top is None else norm_thresholding(x0, top)
@@ -191,7 +194,7 @@ class Sampler:
 
 
 def _both(uncond: Any, cond: Any) -> Any:
-    """Both conditionings on the batch axis: tensors (b, ...) -> (2b, ...), also within dicts and lists."""
+    """Concatenate two conditionings on the batch axis: (b, ...) -> (2b, ...), also within dicts and lists."""
     if isinstance(cond, Mapping):
         return {key: _both(uncond[key], cond[key]) for key in cond}
     if isinstance(cond, list | tuple):
@@ -199,23 +202,23 @@ def _both(uncond: Any, cond: Any) -> Any:
     return torch.cat([uncond, cond])
 
 
-class DDIMSampler(Sampler):
-    """DDIM (Song et al. 2021): `sample` calls `ddim_sampling`, that `p_sample_ddim` in every step."""
+class DDIMSampler(CompVisSampler):
+    """DDIM (Song et al. 2021): `sample` calls `ddim_sampling`, which calls `p_sample_ddim` in every step."""
 
-    ddim_sampling = Sampler._walk
+    ddim_sampling = CompVisSampler._walk
 
     def p_sample_ddim(self, x: Tensor, c: Any, t: Tensor, index: int, *args: Any, **kwargs: Any) -> tuple:
-        """(x at the next level, x0); the arguments are those of `_p_sample`."""
+        """Return (x at the next noise level, x0); the arguments are those of `_p_sample`."""
         return self._p_sample(x, c, t, index, *args, **kwargs)[:2]
 
     @torch.no_grad()
     def stochastic_encode(
         self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
-        """x0 noised to level t (b,) of the tables, or the last. `decode(..., t)` begins one below it, as CompVis's."""
+        """Add noise to x0 up to index t (b,) of the tables, at most the last; `decode(..., t)` starts at t - 1."""
         ab = (self.alphas_cumprod if use_original_steps else self.ddim_alphas).cpu()
-        signal, spread = signal_and_noise_levels(ab[t.cpu().clamp(max=len(ab) - 1)], x0)
-        return signal * x0 + spread * (torch.randn_like(x0) if noise is None else noise)
+        signal_level, noise_level = signal_and_noise_levels(ab[t.cpu().clamp(max=len(ab) - 1)], x0)
+        return signal_level * x0 + noise_level * (torch.randn_like(x0) if noise is None else noise)
 
     # fmt: off
     @torch.no_grad()
@@ -223,7 +226,7 @@ class DDIMSampler(Sampler):
         self, x_latent: Tensor, cond: Any, t_start: int, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None, use_original_steps: bool = False, callback: Callable | None = None,
     ) -> Tensor:
-        """x_latent, brought down the first t_start levels."""
+        """Denoise x_latent from the first t_start noise levels."""
         guidance = {"unconditional_guidance_scale": unconditional_guidance_scale, "callback": callback}
         guidance |= {"unconditional_conditioning": unconditional_conditioning, "timesteps": t_start}
         return self._walk(cond, x_latent.shape, x_latent, use_original_steps, **guidance)[0]
@@ -234,7 +237,7 @@ class DDIMSampler(Sampler):
         unconditional_guidance_scale: float = 1.0, unconditional_conditioning: Any = None,
         callback: Callable | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """DDIM inversion, t_enc levels up; each step's eps is that of its lower x at its upper timestep."""
+        """Invert DDIM, t_enc steps up; each step's eps is predicted from its lower x at its upper timestep."""
         # fmt: on
         x, steps, kept = x0, [], []
         guidance = (c, unconditional_guidance_scale, unconditional_conditioning, None, None)
@@ -250,15 +253,15 @@ class DDIMSampler(Sampler):
         return x, {"x_encoded": x, "intermediate_steps": steps} | ({"intermediates": kept} if kept else {})
 
 
-class PLMSSampler(Sampler):
-    """PLMS (Liu et al. 2022): `sample` calls `plms_sampling`, that `p_sample_plms` in every step. eta must be 0."""
+class PLMSSampler(CompVisSampler):
+    """PLMS (Liu et al. 2022), eta 0: `sample` calls `plms_sampling`, which calls `p_sample_plms` in every step."""
 
-    walk, step, remembers = "plms_sampling", "p_sample_plms", True
-    plms_sampling, p_sample_plms = Sampler._walk, Sampler._p_sample
+    walk, step, multistep = "plms_sampling", "p_sample_plms", True
+    plms_sampling, p_sample_plms = CompVisSampler._walk, CompVisSampler._p_sample
 
 
-class DPMSolverSampler(Sampler):
-    """DPM-Solver++(2M) (Lu et al. 2022) at even fractions of time; the last of fewer than 15 steps is Euler's."""
+class DPMSolverSampler(CompVisSampler):
+    """DPM-Solver++(2M) (Lu et al. 2022), evenly spaced in time; the last of fewer than 15 steps is Euler's."""
 
     walk = "dpm_sampling"
 
@@ -268,7 +271,7 @@ class DPMSolverSampler(Sampler):
         self, cond: Any, shape: Sequence[int], x_T: Tensor | None = None, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None, **ignored: Any,
     ) -> tuple[Tensor, None]:
-        """(latents, None). As in CompVis's, the other arguments of `sample` have no effect."""
+        """Return (latents, None). As in CompVis's code, the other arguments of `sample` have no effect."""
         # fmt: on
         schedule, steps = Schedule(self.model.alphas_cumprod.detach().cpu().double()), len(self.ddim_timesteps)
         sigmas = [schedule.sigma_at(t) for t in np.linspace(schedule.T - 1, 0, steps + 1).tolist()]

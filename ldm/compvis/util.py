@@ -1,4 +1,4 @@
-"""What CompVis's modules had beside the networks: schedules as arrays, and small helpers."""
+"""What else CompVis's modules contain: schedules as arrays, and small helpers."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,9 +14,11 @@ from ldm.checkpoint.compvis_config import BETA_SCHEDULES
 from ldm.diffusion.schedule import betas, betas_from_alpha_bar, compvis_quad, timesteps
 from ldm.util import instantiate_from_config
 
+Losses = tuple[Tensor, dict[str, Tensor]]  # a loss, and what to log
+
 
 class AbstractDistribution:
-    """The base of CompVis's distributions, by name: something with a sample and a mode."""
+    """The base class of CompVis's distributions: it has a sample and a mode."""
 
     def sample(self) -> Any:
         raise NotImplementedError
@@ -26,7 +28,7 @@ class AbstractDistribution:
 
 
 class DiracDistribution(AbstractDistribution):
-    """A single value."""
+    """The distribution of a single value."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -40,9 +42,9 @@ class DiracDistribution(AbstractDistribution):
 def make_beta_schedule(
     schedule: str, n_timestep: int, linear_start: float = 1e-4, linear_end: float = 2e-2, cosine_s: float = 8e-3
 ) -> np.ndarray:
-    """The betas of a schedule by CompVis's name: float64 (n_timestep,). ValueError for an unknown one."""
+    """Return the betas of the schedule that CompVis calls so: float64 (n_timestep,)."""
     if schedule not in BETA_SCHEDULES:
-        raise ValueError(f"schedule {schedule!r} is unknown: it is one of {', '.join(BETA_SCHEDULES)}")
+        raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(BETA_SCHEDULES)}")
     if BETA_SCHEDULES[schedule] == "cosine":
         return betas_for_alpha_bar(n_timestep, lambda u: cos((u + cosine_s) / (1 + cosine_s) * pi / 2) ** 2)
     return betas(BETA_SCHEDULES[schedule], n_timestep, linear_start, linear_end).numpy()
@@ -51,25 +53,25 @@ def make_beta_schedule(
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
-    """The betas of a curve alpha_bar over [0, 1], each at most max_beta: float64."""
+    """Return the betas of a curve alpha_bar on [0, 1], each at most max_beta: float64."""
     return betas_from_alpha_bar(lambda u: u.apply_(alpha_bar), num_diffusion_timesteps, max_beta).numpy()
 
 
 def make_ddim_timesteps(
     ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
 ) -> np.ndarray:
-    """The levels of a run, int64, ascending: CompVis's "quad", or "uniform", which has always as many as asked for."""
+    """Return ascending timesteps, int64: CompVis's "quad", or "uniform", here always as many as requested."""
     if ddim_discr_method == "quad":
         return np.array(compvis_quad(num_ddim_timesteps, num_ddpm_timesteps))
     if ddim_discr_method != "uniform":
-        raise ValueError(f"ddim_discr_method {ddim_discr_method!r} is unknown: it is uniform or quad")
+        raise ValueError(f"unknown ddim_discr_method {ddim_discr_method!r}; choose from uniform, quad")
     return np.array(timesteps("compvis", num_ddim_timesteps, num_ddpm_timesteps)[::-1])
 
 
 def make_ddim_sampling_parameters(
     alphacums: Any, ddim_timesteps: np.ndarray, eta: float, verbose: bool = True
 ) -> tuple:
-    """(sigmas, alphas, alphas_prev) at the levels (Song et al. 2021, eq. 16); the last is a float64 array."""
+    """Return (sigmas, alphas, alphas_prev) (Song et al. 2021, eq. 16); alphas_prev is a float64 array."""
     alphas = alphacums[ddim_timesteps]
     now, before = np.asarray(alphas, np.float64), np.asarray([alphacums[0], *alphas[:-1]], np.float64)
     sigmas = eta * np.sqrt((1 - before) / (1 - now) * (1 - now / before))
@@ -77,29 +79,29 @@ def make_ddim_sampling_parameters(
 
 
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
-    """a[t] beside x: (T,), (b,) -> (b, 1, ...)."""
+    """Return a[t] shaped to multiply x: (T,), (b,) -> (b, 1, ...)."""
     return a.gather(-1, t).view(len(t), *[1] * (len(x_shape) - 1))
 
 
 def noise_like(shape: Sequence[int], device: Any, repeat: bool = False) -> Tensor:
-    """Unit normal noise; with `repeat` the same for every image."""
+    """Sample unit normal noise; with `repeat` the same for every image."""
     noise = torch.randn((1, *shape[1:]) if repeat else tuple(shape), device=device)
     return noise.repeat(shape[0], *[1] * (len(shape) - 1)) if repeat else noise
 
 
 def append_dims(x: Tensor, target_dims: int) -> Tensor:
-    """x with as many dimensions, new ones of size 1 behind its own."""
+    """Append dimensions of size 1 to x."""
     return x[(..., *[None] * (target_dims - x.ndim))]
 
 
 def norm_thresholding(x0: Tensor, value: float) -> Tensor:
-    """Each image of x0 (b, ...) with a root mean square of at most `value`."""
+    """Scale each image of x0 (b, ...) to a root mean square of at most `value`."""
     s = x0.square().flatten(1).mean(1).sqrt().clamp(min=value)
     return x0 * append_dims(value / s, x0.ndim)
 
 
 def spatial_norm_thresholding(x0: Tensor, value: float) -> Tensor:
-    """The same for the channels of each position of x0 (b, c, h, w)."""
+    """Do the same for the channels at each position of x0 (b, c, h, w)."""
     return x0 * (value / x0.square().mean(1, keepdim=True).sqrt().clamp(min=value))
 
 
@@ -108,7 +110,7 @@ def exists(x: Any) -> bool:
 
 
 def default(val: Any, d: Any) -> Any:
-    """val, or d (called, if it is a function) where val is None."""
+    """Return val, or if it is None d, called if it is a function."""
     return val if val is not None else d() if isfunction(d) else d
 
 
@@ -121,7 +123,7 @@ def isimage(x: Any) -> bool:
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
-    """The mean of each image: (b, ...) -> (b,)."""
+    """Return the mean of each image: (b, ...) -> (b,)."""
     return tensor.flatten(1).mean(1)
 
 
@@ -133,7 +135,7 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
 
 
 def count_params(model: nn.Module, verbose: bool = False) -> int:
-    """How many parameters the model has, printed if asked to."""
+    """Return the number of parameters; print it if verbose."""
     total = sum(p.numel() for p in model.parameters())
     if verbose:
         print(f"{type(model).__name__} has {total * 1e-6:.2f} M params.")
@@ -141,7 +143,7 @@ def count_params(model: nn.Module, verbose: bool = False) -> int:
 
 
 def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tensor:
-    """The texts, black on white: (b, 3, h, w) in [-1, 1], for wh = (w, h)."""
+    """Render texts, black on white: (b, 3, h, w) in [-1, 1], for wh = (w, h)."""
     from PIL import Image, ImageDraw, ImageFont
 
     images, columns = [], max(1, int(40 * wh[0] / 256))
@@ -159,7 +161,7 @@ def parallel_data_prefetch(
     use_worker_id: bool = False,
 ) -> Any:
     # fmt: on
-    """func over n_proc parts of the data, in processes or threads, joined into an array or a list ("list")."""
+    """Map func over n_proc parts of the data, in processes or threads; return an array or a list ("list")."""
     data = list(data.values()) if isinstance(data, dict) else data
     parts = [[data[i] for i in part] for part in np.array_split(range(len(data)), n_proc) if len(part) > 0]
     with (ProcessPoolExecutor if cpu_intensive else ThreadPoolExecutor)(n_proc) as pool:
@@ -169,7 +171,7 @@ def parallel_data_prefetch(
 
 
 def autocast(f: Callable) -> Callable:
-    """f in mixed precision where there is a CUDA device."""
+    """Run f in mixed precision if there is a CUDA device."""
     return torch.autocast("cuda", enabled=torch.cuda.is_available())(f)
 
 
@@ -186,7 +188,7 @@ def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
 
 
 class HybridConditioner(nn.Module):
-    """Two conditioners, for the channels and for cross-attention."""
+    """Two conditioners, for concatenated channels and for cross-attention."""
 
     def __init__(self, c_concat_config: Any, c_crossattn_config: Any) -> None:
         super().__init__()
@@ -199,7 +201,7 @@ class HybridConditioner(nn.Module):
 
 
 class IdentityFirstStage(nn.Module):
-    """Pixels as latents."""
+    """CompVis's first stage of pixel models: latents are pixels."""
 
     def __init__(self, *args: Any, vq_interface: bool = False, **kwargs: Any) -> None:
         super().__init__()
