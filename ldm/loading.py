@@ -12,17 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ldm.checkpoint import networks
 from ldm.checkpoint.file import CONFIG_KEY, file_hash, load_file, read_config, save_file
-from ldm.checkpoint.networks import (
-    BERT_TARGET,
-    KL_TARGET,
-    MODEL_TARGET,
-    PREFIXES,
-    TEXT_TARGET,
-    UNET_TARGET,
-    VQ_TARGET,
-    Config,
-)
+from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State, read_tensors
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
@@ -32,11 +24,11 @@ SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
 MODEL_FORMATS = ("ldm", "compvis", "diffusers")
 # What a file of one network holds, by its target, and by which option it is loaded beside a model.
 PART_OF = {
-    KL_TARGET: "first_stage",
-    VQ_TARGET: "first_stage",
-    UNET_TARGET: "unet",
-    TEXT_TARGET: "text",
-    BERT_TARGET: "text",
+    networks.KL_TARGET: "first_stage",
+    networks.VQ_TARGET: "first_stage",
+    networks.UNET_TARGET: "unet",
+    networks.TEXT_TARGET: "text",
+    networks.BERT_TARGET: "text",
 }
 OPTIONS = {"first_stage": "vae", "unet": "unet"}
 NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
@@ -95,7 +87,7 @@ def load(
         hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
         raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a complete model{hint}")
     params = deepcopy(found.config["params"])
-    if replacements and target != MODEL_TARGET:
+    if replacements and target != networks.MODEL_TARGET:
         raise ValueError(f"checkpoint {str(path)!r} holds a {target}, whose parts cannot be exchanged")
     for part, new in replacements.items():
         params[f"{part}_config"] = new.config
@@ -196,11 +188,11 @@ def _take(part: str, path: Path, ema: bool) -> Found:
     """Read a part out of a file or folder, under its own names: of that part alone, or of a model."""
     found = _open(path, ema=ema)
     target = found.config.get("target")
-    if target != MODEL_TARGET:
+    if target != networks.MODEL_TARGET:
         if _is_model(target) or PART_OF.get(target, part) != part:
             raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
         return found._replace(notes=[f"{OPTIONS[part]}: {path}"])
-    prefix = PREFIXES[part]
+    prefix = networks.PREFIXES[part]
     state = {name.removeprefix(prefix): t for name, t in found.state.items() if name.startswith(prefix)}
     params = found.config["params"]
     scale_factor = params["scale_factor"] if part == "first_stage" else None
@@ -209,7 +201,7 @@ def _take(part: str, path: Path, ema: bool) -> Found:
 
 def _swapped(state: State, part: str, new: Found) -> State:
     """Return a model's tensors with that part's exchanged."""
-    prefix = PREFIXES[part]
+    prefix = networks.PREFIXES[part]
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
     return rest | {prefix + name: tensor for name, tensor in new.state.items()}
 
@@ -219,7 +211,7 @@ def _set_vocabulary(params: Config, path: Path) -> None:
     from ldm.conditioning.bert import read_vocab
 
     conditioner = params["cond_stage_config"]
-    if conditioner is None or conditioner["target"] != BERT_TARGET:
+    if conditioner is None or conditioner["target"] != networks.BERT_TARGET:
         raise ValueError(f"the vocabulary {str(path)!r} is not needed: the model has no BERT-style encoder")
     conditioner["params"]["vocab"] = read_vocab(path)
 
@@ -237,7 +229,7 @@ def _build(
         reason = (str(error) or type(error).__name__).splitlines()[0]  # torch appends its own stack
         raise ValueError(f"checkpoint {str(path)!r} has a configuration that cannot be built: {reason}") from error
     own = module.state_dict()
-    if own.keys() != state.keys() and config["target"] == MODEL_TARGET:
+    if own.keys() != state.keys() and config["target"] == networks.MODEL_TARGET:
         from ldm.checkpoint.compvis import normalise
 
         state, _ = normalise(state)  # what `save` added for other programs goes again
@@ -276,7 +268,7 @@ def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = N
     if format not in MODEL_FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
     config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}
-    if format != "ldm" and model.target != MODEL_TARGET:
+    if format != "ldm" and model.target != networks.MODEL_TARGET:
         raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
     if format == "diffusers":
         from ldm.checkpoint.diffusers_writer import write_pipeline

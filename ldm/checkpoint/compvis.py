@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_names import complete_openclip, vae_from_diffusers
-from ldm.checkpoint.family_table import SCALE_FACTORS
-from ldm.checkpoint.networks import PREFIXES, TEXT_TARGET, Config
+from ldm.checkpoint.family_table import SCALE_FACTORS, kind
+from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import count
 from ldm.checkpoint.tensors import State
 from ldm.diffusion.schedule import MIN_ALPHA_BAR, make_schedule
@@ -58,7 +59,7 @@ def normalise(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, li
     """Return a published file's tensors under the names of our networks, without known strays, and notes. Idempotent.
 
     Tensors are passed on as they are (mapped ones stay mapped). A file of one part alone comes out with that network's
-    own names, a complete model with the three prefixes of `PREFIXES`.
+    own names, a complete model with the three prefixes of `networks.PREFIXES`.
 
     Args:
         ema: take the averaged weights in place of the others.
@@ -68,16 +69,16 @@ def normalise(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, li
             differs from it, or tensors come twice under two names.
     """
     state, notes = tidy(state, ema)
-    parts = [part for part in PREFIXES if has_part(state, part)]
+    parts = [part for part in networks.PREFIXES if has_part(state, part)]
     if len(parts) == 1:
-        prefix = PREFIXES[parts[0]]
+        prefix = networks.PREFIXES[parts[0]]
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state, notes
 
 
 def has_part(state: Mapping[str, Any], part: str) -> bool:
-    """Return whether any name belongs to that part of `PREFIXES`."""
-    return any(name.startswith(PREFIXES[part]) for name in state)
+    """Return whether any name belongs to that part of `networks.PREFIXES`."""
+    return any(name.startswith(networks.PREFIXES[part]) for name in state)
 
 
 def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[str]]:
@@ -124,7 +125,7 @@ def _renamed(name: str) -> str:
 
 def _averaged(state: State) -> State:
     """Return the EMA's tensors under the names of what they average: the EMA's own names have lost their dots."""
-    owner = "model." if has_part(state, "unet") else PREFIXES["first_stage"]
+    owner = "model." if has_part(state, "unet") else networks.PREFIXES["first_stage"]
     shadows = {name: EMA_PREFIX + name.removeprefix(owner).replace(".", "") for name in state if name.startswith(owner)}
     averaged = {name: state[shadow] for name, shadow in shadows.items() if shadow in state}
     if not averaged:
@@ -141,7 +142,7 @@ def _averaged(state: State) -> State:
 def _without_first_stage_copy(state: State) -> State:
     """Drop a second first stage, which LDM's inpainting model has as its conditioner (`__is_first_stage__`)."""
     copy = {match[1]: name for name in state if (match := _FIRST_STAGE_COPY.fullmatch(name))}
-    prefix = PREFIXES["first_stage"]
+    prefix = networks.PREFIXES["first_stage"]
     shapes = {name: state[old].shape for name, old in copy.items()}
     own = {name.removeprefix(prefix): tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
     if copy and shapes != own:
@@ -155,7 +156,7 @@ def _without_first_stage_copy(state: State) -> State:
 
 def _missing_of_openclip(state: State) -> State:
     """Return stand-ins for what other programs left out of OpenCLIP's tower in files of Stable Diffusion 2."""
-    base = f"{PREFIXES['text']}model."
+    base = f"{networks.PREFIXES['text']}model."
     tower = {name.removeprefix(base): tensor for name, tensor in state.items() if name.startswith(base)}
     if "token_embedding.weight" not in tower:
         return {}
@@ -177,11 +178,9 @@ def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dic
     """
     params = config["params"]
     added = schedule_buffers(params["schedule"])
-    conditioner = params["cond_stage_config"]
-    settings = {} if conditioner is None else conditioner["params"]
-    if conditioner is not None and conditioner["target"] == TEXT_TARGET and settings["layout"] == "transformers":
-        name = f"{PREFIXES['text']}transformer.text_model.embeddings.position_ids"
-        added[name] = torch.arange(settings.get("context_length", 77))[None]
+    if kind(params["cond_stage_config"]) == "clip":
+        name = f"{networks.PREFIXES['text']}transformer.text_model.embeddings.position_ids"
+        added[name] = torch.arange(params["cond_stage_config"]["params"].get("context_length", 77))[None]
     if params["scale_factor"] != SCALE_FACTORS.get(params["first_stage_config"]["target"]):
         added["scale_factor"] = torch.tensor(params["scale_factor"])
     if params["prediction"] == "v":
@@ -202,27 +201,15 @@ def schedule_buffers(schedule: Config) -> State:
     recip = 1 / ab.clamp(min=MIN_ALPHA_BAR)
     variance = beta * (1 - prev) / (1 - ab)
     values = (
-        beta,
-        ab,
-        prev,
-        ab.sqrt(),
-        (1 - ab).sqrt(),
-        (1 - ab).log(),
-        recip.sqrt(),
-        (recip - 1).sqrt(),
-        variance,
+        *(beta, ab, prev, ab.sqrt(), (1 - ab).sqrt(), (1 - ab).log(), recip.sqrt(), (recip - 1).sqrt(), variance),
         variance.clamp(min=1e-20).log(),  # 0 at the first step
-        beta * prev.sqrt() / (1 - ab),
-        (1 - prev) * (1 - beta).sqrt() / (1 - ab),
+        *(beta * prev.sqrt() / (1 - ab), (1 - prev) * (1 - beta).sqrt() / (1 - ab)),
     )
     return {name: value.float() for name, value in zip(SCHEDULE_BUFFERS, values, strict=True)}
 
 
 _PREDICTION_TYPES = {"eps": "epsilon", "v": "v", "x0": "sample"}
-_SUFFIXES = {
-    **{None: "", "latents": "-instruct-pix2pix"},
-    **dict.fromkeys(("mask_latents", "latents_mask"), "-inpainting"),
-}
+_SUFFIXES = {"latents": "-instruct-pix2pix", "mask_latents": "-inpainting", "latents_mask": "-inpainting", None: ""}
 _REPOSITORIES = {
     "stable-diffusion-v1": "https://github.com/CompVis/stable-diffusion",
     "stable-diffusion-v2": "https://github.com/Stability-AI/stablediffusion",
@@ -232,11 +219,8 @@ _REPOSITORIES = {
 
 def _modelspec(params: Config) -> dict[str, str]:
     """Return the header that says what a file is, by the modelspec standard; transformers demands `format`."""
-    conditioner = params["cond_stage_config"]
-    layout = None
-    if conditioner is not None and conditioner["target"] == TEXT_TARGET:
-        layout = conditioner["params"]["layout"]
-    line = {"transformers": "stable-diffusion-v1", "openclip": "stable-diffusion-v2"}.get(layout, "latent-diffusion")
+    text = kind(params["cond_stage_config"])
+    line = {"clip": "stable-diffusion-v1", "openclip": "stable-diffusion-v2"}.get(text, "latent-diffusion")
     architecture = line + _SUFFIXES[params.get("concat")]
     if architecture == "stable-diffusion-v2":
         architecture += "-768-v" if params["prediction"] == "v" else "-512"

@@ -6,23 +6,11 @@ Classes are translated by name and never imported: what a yaml's target names is
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
+from ldm.checkpoint import networks
 from ldm.checkpoint.family_table import Family, find_family
-from ldm.checkpoint.networks import (
-    BERT_TARGET,
-    CLASSES_TARGET,
-    CLIP_SETTINGS,
-    IMAGE_TARGET,
-    KL_TARGET,
-    MODEL_TARGET,
-    OPENCLIP_SETTINGS,
-    RESCALER_TARGET,
-    TEXT_TARGET,
-    UNET_TARGET,
-    VQ_TARGET,
-    Config,
-)
+from ldm.checkpoint.networks import Config
 from ldm.diffusion.denoiser import PREDICTIONS
 from ldm.models.autoencoder import Encoder
 from ldm.models.unet import UNetModel
@@ -64,9 +52,12 @@ BETA_SCHEDULES = {  # CompVis's name -> ours
 # The text towers' width, layers and heads: by the last part of transformers' name, also of a local folder of that name;
 # by open_clip's architecture.
 _CLIPS = {
-    "clip-vit-large-patch14": (768, 12, 12),
-    "clip-vit-base-patch32": (512, 12, 8),
-    "clip-vit-base-patch16": (512, 12, 8),
+    f"clip-vit-{size}": sizes
+    for size, sizes in (
+        ("large-patch14", (768, 12, 12)),
+        ("base-patch32", (512, 12, 8)),
+        ("base-patch16", (512, 12, 8)),
+    )
 }
 _OPENCLIPS = {"ViT-H-14": (1024, 24, 16), "ViT-L-14": (768, 12, 12), "ViT-B-32": (512, 12, 8)}
 
@@ -85,13 +76,13 @@ def from_compvis(yaml: Mapping[str, Any]) -> Config:
     if not isinstance(model, Mapping) or "target" not in model:
         raise ValueError("the configuration names no model: it has no target, nor a model section that has one")
     target, params = str(model["target"]), dict(model.get("params") or {})
-    if target == MODEL_TARGET:
-        return {"target": MODEL_TARGET, "params": params}
+    if target == networks.MODEL_TARGET:
+        return {"target": networks.MODEL_TARGET, "params": params}
     if target in _MODELS:
-        return {"target": MODEL_TARGET, "params": _model(params)}
+        return {"target": networks.MODEL_TARGET, "params": _model(params)}
     if target in _FIRST_STAGES:
         return _translated(model, _FIRST_STAGES, "the model")
-    known = ", ".join((MODEL_TARGET, *_MODELS, *_FIRST_STAGES))
+    known = ", ".join((networks.MODEL_TARGET, *_MODELS, *_FIRST_STAGES))
     raise ValueError(f"the model's target {target!r} is not supported: known are {known}")
 
 
@@ -126,7 +117,7 @@ def _conditioner(params: Mapping[str, Any]) -> Config | None:
     if isinstance(config, Mapping) and config.get("target") == "torch.nn.Identity":
         if key == "crossattn" or (key is None and not params.get("concat_mode", True)):
             raise ValueError("embeddings from outside (torch.nn.Identity under crossattn) have no counterpart here")
-        return {"target": IMAGE_TARGET, "params": {}}
+        return {"target": networks.IMAGE_TARGET, "params": {}}
     return _translated(config, _CONDITIONERS, "the conditioner")
 
 
@@ -157,12 +148,31 @@ def _defaults(params: Config, first_stage: Config, family: Family | None, predic
     return defaults | {"height": int(height) * downsampling, "width": int(width) * downsampling}
 
 
-def _translated(config: Any, table: Mapping[str, Callable[[Config], Config]], whose: str) -> Config:
-    """Return {"target", "params"} by the table's translator for the target."""
+class Rule(NamedTuple):
+    """How a network's parameters are translated: those that it takes, those that only training reads.
+
+    needs: how many of the first that it takes must be given.
+    """
+
+    target: str
+    whose: str
+    takes: tuple[str, ...]
+    ignores: tuple[str, ...] = ()
+    needs: int = 0
+
+
+def _translated(config: Any, table: Mapping[str, Rule | Callable[[Config], Config]], whose: str) -> Config:
+    """Return {"target", "params"} by the table's rule for the target."""
     target = str(config.get("target") if isinstance(config, Mapping) else config)
     if target not in table:
         raise ValueError(f"{whose}'s target {target!r} is not supported: known are {', '.join(table)}")
-    return table[target](dict(config.get("params") or {}))
+    rule, params = table[target], dict(config.get("params") or {})
+    if not isinstance(rule, Rule):
+        return rule(params)
+    params = _kept(params, rule.takes, rule.ignores, rule.whose, rule.takes[: rule.needs])
+    if "ddconfig" in params:
+        params["ddconfig"] = _arguments(Encoder, params["ddconfig"], "ddconfig")
+    return {"target": rule.target, "params": params}
 
 
 def _kept(
@@ -185,20 +195,7 @@ def _arguments(cls: type, params: Config, whose: str) -> Config:
 
 
 def _unet(params: Config) -> Config:
-    return {"target": UNET_TARGET, "params": _arguments(UNetModel, params, "UNetModel")}
-
-
-def _kl(params: Config) -> Config:
-    return _autoencoder(KL_TARGET, params, ("embed_dim", "ddconfig"))
-
-
-def _vq(params: Config) -> Config:
-    return _autoencoder(VQ_TARGET, params, ("embed_dim", "n_embed", "ddconfig"))
-
-
-def _autoencoder(target: str, params: Config, taken: tuple[str, ...]) -> Config:
-    params = _kept(params, taken, _AUTOENCODER_TRAINING, "the first stage", needed=taken)
-    return {"target": target, "params": params | {"ddconfig": _arguments(Encoder, params["ddconfig"], "ddconfig")}}
+    return {"target": networks.UNET_TARGET, "params": _arguments(UNetModel, params, "UNetModel")}
 
 
 def clip_config(params: Config) -> Config:
@@ -206,7 +203,7 @@ def clip_config(params: Config) -> Config:
     params = _kept(params, taken, ("device", "freeze"), "FrozenCLIPEmbedder")
     name = params.get("version", "openai/clip-vit-large-patch14")
     sizes = _tower("version", name, PurePath(name).name, _CLIPS)
-    return _text(CLIP_SETTINGS | sizes, params, layers=("last", "hidden"))
+    return _text(networks.CLIP_SETTINGS | sizes, params, layers=("last", "hidden"))
 
 
 def openclip_config(params: Config) -> Config:
@@ -214,7 +211,7 @@ def openclip_config(params: Config) -> Config:
     params = _kept(params, taken, ("device", "freeze"), "FrozenOpenCLIPEmbedder")
     arch = params.get("arch", "ViT-H-14")
     sizes = _tower("arch", arch, arch, _OPENCLIPS)
-    return _text(OPENCLIP_SETTINGS | sizes | {"layer": "last"}, params, layers=("last", "penultimate"))
+    return _text(networks.OPENCLIP_SETTINGS | sizes | {"layer": "last"}, params, layers=("last", "penultimate"))
 
 
 def _tower(parameter: str, value: str, name: str, sizes: Mapping[str, tuple[int, int, int]]) -> Config:
@@ -233,38 +230,34 @@ def _text(settings: Config, params: Config, layers: tuple[str, ...]) -> Config:
     settings = settings | {"layer": layer}
     if layer == "hidden":
         settings["layer_index"] = params.get("layer_idx")
-    return {"target": TEXT_TARGET, "params": settings}
+    return {"target": networks.TEXT_TARGET, "params": settings}
 
 
-def _bert(params: Config) -> Config:
-    taken = ("n_embed", "n_layer", "vocab_size", "max_seq_len", "embedding_dropout")
-    return {
-        "target": BERT_TARGET,
-        "params": _kept(params, taken, ("device", "use_tokenizer"), "BERTEmbedder", taken[:2]),
-    }
-
-
-def _classes(params: Config) -> Config:
-    taken = ("embed_dim", "n_classes")
-    return {"target": CLASSES_TARGET, "params": _kept(params, taken, ("key", "ucg_rate"), "ClassEmbedder", taken[:1])}
-
-
-def _rescaler(params: Config) -> Config:
-    taken = ("n_stages", "method", "multiplier", "in_channels", "out_channels", "bias")
-    return {"target": RESCALER_TARGET, "params": _kept(params, taken, (), "SpatialRescaler")}
-
-
-_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _unet, UNET_TARGET: _unet}
+_KL = Rule(networks.KL_TARGET, "the first stage", ("embed_dim", "ddconfig"), _AUTOENCODER_TRAINING, needs=2)
+_VQ = Rule(networks.VQ_TARGET, "the first stage", ("embed_dim", "n_embed", "ddconfig"), _AUTOENCODER_TRAINING, needs=3)
+_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _unet, networks.UNET_TARGET: _unet}
 _FIRST_STAGES = {
-    KL_TARGET: _kl,  # CompVis's name too
-    VQ_TARGET: _vq,
-    "ldm.models.autoencoder.VQModelInterface": _vq,
-    "ldm.models.autoencoder.VQModel": _vq,
+    networks.KL_TARGET: _KL,  # CompVis's name too
+    networks.VQ_TARGET: _VQ,
+    "ldm.models.autoencoder.VQModelInterface": _VQ,
+    "ldm.models.autoencoder.VQModel": _VQ,
 }
 _CONDITIONERS = {
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": clip_config,
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": openclip_config,
-    "ldm.modules.encoders.modules.BERTEmbedder": _bert,
-    "ldm.modules.encoders.modules.ClassEmbedder": _classes,
-    "ldm.modules.encoders.modules.SpatialRescaler": _rescaler,
+    "ldm.modules.encoders.modules.BERTEmbedder": Rule(
+        networks.BERT_TARGET,
+        "BERTEmbedder",
+        ("n_embed", "n_layer", "vocab_size", "max_seq_len", "embedding_dropout"),
+        ("device", "use_tokenizer"),
+        needs=2,
+    ),
+    "ldm.modules.encoders.modules.ClassEmbedder": Rule(
+        networks.CLASSES_TARGET, "ClassEmbedder", ("embed_dim", "n_classes"), ("key", "ucg_rate"), needs=1
+    ),
+    "ldm.modules.encoders.modules.SpatialRescaler": Rule(
+        networks.RESCALER_TARGET,
+        "SpatialRescaler",
+        ("n_stages", "method", "multiplier", "in_channels", "out_channels", "bias"),
+    ),
 }

@@ -24,17 +24,10 @@ UNET_DEFAULTS = {
     **{"resnet_time_scale_shift": "default", "dropout": 0.0, "norm_num_groups": 32},
 }
 UNET_FIXED = {  # the only values that our UNetModel has
-    **{
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-    },
-    **{"mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5},
-    "addition_embed_type_num_heads": 64,  # of an embedding that is null
+    **{"act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "flip_sin_to_cos": True},
+    **{"freq_shift": 0, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5},
     **{"attention_type": "default", "conv_in_kernel": 3, "conv_out_kernel": 3, "resnet_out_scale_factor": 1.0},
-    "time_embedding_type": "positional",
+    **{"time_embedding_type": "positional", "addition_embed_type_num_heads": 64},  # of an embedding that is null
 }
 VAE_DEFAULTS = {
     **{"in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 32, "scaling_factor": 0.18215},
@@ -43,6 +36,16 @@ VAE_DEFAULTS = {
     "force_upcast": True,  # says how a half-precision pipeline computes, not what
 }
 VAE_FIXED = {"act_fn": "silu", "use_quant_conv": True, "use_post_quant_conv": True}
+# Our arguments -> theirs with the same values; the values of PER_LEVEL are one for all levels or one each.
+UNET_KEYS = {
+    **{"in_channels": "in_channels", "out_channels": "out_channels", "dropout": "dropout"},
+    **{"norm_groups": "norm_num_groups", "use_linear_in_transformer": "use_linear_projection"},
+}
+PER_LEVEL = {"num_res_blocks": "layers_per_block", "transformer_depth": "transformer_layers_per_block"}
+VAE_KEYS = {
+    **{"in_channels": "in_channels", "out_ch": "out_channels", "z_channels": "latent_channels"},
+    **{"num_res_blocks": "layers_per_block", "norm_groups": "norm_num_groups"},
+}
 
 # Schedulers' beta_schedule and prediction_type -> ours.
 BETA_CURVES = {
@@ -92,30 +95,20 @@ def read_unet(config: Mapping[str, Any]) -> Config:
         raise ValueError(f"the UNet's transformer_layers_per_block is {depths}: one number per level is supported")
     if own["resnet_time_scale_shift"] not in ("default", "scale_shift"):
         raise ValueError(f"the UNet's resnet_time_scale_shift is {own['resnet_time_scale_shift']!r}, which is unknown")
-    params = {
+    return {
         "image_size": 64 if own["sample_size"] is None else _height(own["sample_size"]),
-        "in_channels": own["in_channels"],
-        "out_channels": own["out_channels"],
+        **{ours: own[theirs] for ours, theirs in UNET_KEYS.items()},
+        **{ours: one_if_equal(own[theirs]) for ours, theirs in PER_LEVEL.items()},
         "model_channels": widths[0],
         "channel_mult": _multiples(widths, "the UNet"),
-        "num_res_blocks": one_if_equal(own["layers_per_block"]),
         "attention_resolutions": [2**i for i, attends in enumerate(attended) if attends][::-1],
         **_read_heads(own["attention_head_dim"], widths, attended),
         "use_spatial_transformer": True,
-        "transformer_depth": one_if_equal(depths),
         "context_dim": contexts,
-        "use_linear_in_transformer": own["use_linear_projection"],
+        "use_scale_shift_norm": own["resnet_time_scale_shift"] == "scale_shift",
+        "disable_self_attentions": _per_level(own["only_cross_attention"], len(widths)),
         "legacy": False,
     }
-    if own["resnet_time_scale_shift"] == "scale_shift":
-        params["use_scale_shift_norm"] = True
-    if own["only_cross_attention"]:
-        params["disable_self_attentions"] = _per_level(own["only_cross_attention"], len(widths))
-    if own["dropout"]:
-        params["dropout"] = own["dropout"]
-    if own["norm_num_groups"] != 32:
-        params["norm_groups"] = own["norm_num_groups"]
-    return params
 
 
 def unet_blocks(attended: Sequence[bool]) -> list[list[str]]:
@@ -149,21 +142,12 @@ def read_vae(config: Mapping[str, Any]) -> tuple[Config, float]:
     _check_blocks(own, vae_blocks(attended), len(widths), "the autoencoder", known)
     resolution = max(_height(own["sample_size"]), 2 ** len(widths))  # only tells the levels apart
     ddconfig = {
-        "double_z": True,
-        "z_channels": own["latent_channels"],
-        "resolution": resolution,
-        "in_channels": own["in_channels"],
-        "out_ch": own["out_channels"],
-        "ch": widths[0],
+        **{ours: own[theirs] for ours, theirs in VAE_KEYS.items()},
+        **{"double_z": True, "resolution": resolution, "ch": widths[0], "dropout": 0.0},
         "ch_mult": _multiples(widths, "the autoencoder"),
-        "num_res_blocks": own["layers_per_block"],
         "attn_resolutions": [resolution // 2**i for i, attends in enumerate(attended) if attends],
-        "dropout": 0.0,
+        **({} if own["mid_block_add_attention"] else {"attn_type": "none"}),
     }
-    if not own["mid_block_add_attention"]:
-        ddconfig["attn_type"] = "none"
-    if own["norm_num_groups"] != 32:
-        ddconfig["norm_groups"] = own["norm_num_groups"]
     return {"ddconfig": ddconfig, "embed_dim": own["latent_channels"]}, own["scaling_factor"]
 
 

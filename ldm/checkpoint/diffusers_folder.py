@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint import diffusers_names as names
+from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae, unet_levels
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights
 from ldm.checkpoint.diffusers_text import read_tokenizer, text_params
-from ldm.checkpoint.networks import KL_TARGET, MODEL_TARGET, PREFIXES, TEXT_TARGET, UNET_TARGET, Config
+from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State
 
 # concat -> the pipeline that is written; all of them are read
@@ -60,9 +61,9 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config,
         concat = _concat(unet["in_channels"], vae["embed_dim"], pipeline)
         size, assumed = _image_size(config["unet"], len(vae["ddconfig"]["ch_mult"]))
     params = {
-        "unet_config": {"target": UNET_TARGET, "params": unet},
-        "first_stage_config": {"target": KL_TARGET, "params": vae},
-        "cond_stage_config": {"target": TEXT_TARGET, "params": text},
+        "unet_config": {"target": networks.UNET_TARGET, "params": unet},
+        "first_stage_config": {"target": networks.KL_TARGET, "params": vae},
+        "cond_stage_config": {"target": networks.TEXT_TARGET, "params": text},
         **scheduler,
         "scale_factor": scale_factor,
         "defaults": {**size, "steps": 50, "scale": 7.5, **scheduler["defaults"]},  # what the pipelines are called with
@@ -82,7 +83,7 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config,
         raise ValueError(f"folder {str(path)!r} holds no weights of the variant {variant!r}")
     notes += [f"{part}/: the weights' variant {own!r}" for part, own in variants.items() if own is not None]
     with _naming(path):
-        return {"target": MODEL_TARGET, "params": params}, _from_diffusers(weights, params), notes
+        return {"target": networks.MODEL_TARGET, "params": params}, _from_diffusers(weights, params), notes
 
 
 def read_vae_folder(path: str | Path) -> tuple[Config, State, float | None]:
@@ -103,7 +104,11 @@ def read_vae_folder(path: str | Path) -> tuple[Config, State, float | None]:
         vae, scale_factor = read_vae(config)
         weights, _ = read_weights(path, "vae", None)
         state = _vae_from_diffusers(weights, vae["ddconfig"])
-        return {"target": KL_TARGET, "params": vae}, state, scale_factor if "scaling_factor" in config else None
+        return (
+            {"target": networks.KL_TARGET, "params": vae},
+            state,
+            scale_factor if "scaling_factor" in config else None,
+        )
 
 
 def _check_index(path: Path) -> str:
@@ -175,13 +180,13 @@ def _vae_from_diffusers(weights: State, ddconfig: Config) -> State:
 def _from_diffusers(weights: Mapping[str, State], params: Config) -> State:
     """Return the parts' weights under the names of a complete model."""
     unet, vae, text = (params[f"{part}_config"]["params"] for part in ("unet", "first_stage", "cond_stage"))
-    prefix, encoder = PREFIXES["text"] + "transformer.", names.clip_from_transformers(weights["text_encoder"])
+    prefix, encoder = networks.PREFIXES["text"] + "transformer.", names.clip_from_transformers(weights["text_encoder"])
     if text["layout"] == "openclip":
-        prefix = PREFIXES["text"] + "model."
+        prefix = networks.PREFIXES["text"] + "model."
         encoder = names.openclip_from_transformers(encoder, text["layers"])
     parts = {
-        PREFIXES["unet"]: names.unet_from_diffusers(weights["unet"], unet_levels(unet)),
-        PREFIXES["first_stage"]: _vae_from_diffusers(weights["vae"], vae["ddconfig"]),
+        networks.PREFIXES["unet"]: names.unet_from_diffusers(weights["unet"], unet_levels(unet)),
+        networks.PREFIXES["first_stage"]: _vae_from_diffusers(weights["vae"], vae["ddconfig"]),
         prefix: encoder,
     }
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}

@@ -13,9 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ldm.checkpoint import diffusers_names as names
+from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_config import (
     BETA_CURVES,
+    PER_LEVEL,
     PREDICTION_TYPES,
+    UNET_KEYS,
+    VAE_KEYS,
     arguments,
     one_if_equal,
     unet_blocks,
@@ -24,8 +28,8 @@ from ldm.checkpoint.diffusers_config import (
 )
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json
 from ldm.checkpoint.diffusers_folder import PIPELINES
-from ldm.checkpoint.diffusers_text import TOKENIZER_FILES, vocabulary
-from ldm.checkpoint.networks import KL_TARGET, PREFIXES, TEXT_TARGET, UNET_TARGET, Config
+from ldm.checkpoint.diffusers_text import TEXT_KEYS, TOKENIZER_FILES, vocabulary
+from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State
 from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.schedule import SCHEDULES
@@ -81,7 +85,7 @@ def write_pipeline(
     unet, vae, text, encoder = _networks(params)
     scheduler, notes = write_scheduler(params["schedule"], params["prediction"], params["defaults"])
     weights = _weights(state, unet_levels(unet), vae["ddconfig"], encoder)
-    given = sum(name.startswith(PREFIXES["text"]) for name in state)
+    given = sum(name.startswith(networks.PREFIXES["text"]) for name in state)
     if encoder.layout == "openclip" or len(weights["text_encoder"]) < given:
         notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
     downsampling = 2 ** (len(vae["ddconfig"]["ch_mult"]) - 1)
@@ -119,9 +123,9 @@ def _networks(params: Config) -> tuple[Config, Config, Config, nn.Module]:
     targets = [None if own is None else own["target"] for own in configs]
     _refuse(
         {
-            f"the UNet {targets[0]}": targets[0] != UNET_TARGET,
-            f"the first stage {targets[1]}": targets[1] != KL_TARGET,
-            f"the conditioner {targets[2]}": targets[2] != TEXT_TARGET,
+            f"the UNet {targets[0]}": targets[0] != networks.UNET_TARGET,
+            f"the first stage {targets[1]}": targets[1] != networks.KL_TARGET,
+            f"the conditioner {targets[2]}": targets[2] != networks.TEXT_TARGET,
             f"concat {params.get('concat')!r}": params.get("concat") not in PIPELINES,
         }
     )
@@ -143,7 +147,7 @@ def _weights(
 ) -> dict[str, State]:
     """Return the weights of each part under diffusers' names. Raises ValueError for a weight of none."""
     openclip = encoder.layout == "openclip"
-    prefixes = PREFIXES | {"text": PREFIXES["text"] + ("model." if openclip else "transformer.")}
+    prefixes = networks.PREFIXES | {"text": networks.PREFIXES["text"] + ("model." if openclip else "transformer.")}
     parts: dict[str, State] = {part: {} for part in prefixes}
     for name, tensor in state.items():
         part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), None)
@@ -197,23 +201,16 @@ def write_unet(params: Config, sample_size: int | list[int]) -> Config:
     down, up = unet_blocks([level.attention for level in levels])
     return {
         "sample_size": sample_size,
-        "in_channels": own["in_channels"],
-        "out_channels": own["out_channels"],
-        "down_block_types": down,
-        "up_block_types": up,
-        "block_out_channels": widths,
-        "layers_per_block": one_if_equal(own["num_res_blocks"]),
-        "transformer_layers_per_block": one_if_equal(own["transformer_depth"]),
+        **{theirs: own[ours] for ours, theirs in UNET_KEYS.items()},
+        **{theirs: one_if_equal(own[ours]) for ours, theirs in PER_LEVEL.items()},
+        **{"down_block_types": down, "up_block_types": up, "block_out_channels": widths},
         # which diffusers reads as the number of heads
         "attention_head_dim": [max(1, w // own["num_head_channels"]) for w in widths] if by_width else own["num_heads"],
         "cross_attention_dim": contexts[0],
         "only_cross_attention": False if disabled is None else one_if_equal([bool(flag) for flag in disabled]),
-        "use_linear_projection": own["use_linear_in_transformer"],
         # Stable Diffusion 2's attention overflows in half precision with old versions; no effect otherwise
         "upcast_attention": own["use_linear_in_transformer"],
         "resnet_time_scale_shift": "scale_shift" if own["use_scale_shift_norm"] else "default",
-        "dropout": own["dropout"],
-        "norm_num_groups": own["norm_groups"],
     }
 
 
@@ -234,17 +231,9 @@ def write_vae(params: Config, scale_factor: float, sample_size: int) -> Config:
     )
     down, up = vae_blocks(attended)
     return {
-        "in_channels": own["in_channels"],
-        "out_channels": own["out_ch"],
-        "down_block_types": down,
-        "up_block_types": up,
-        "block_out_channels": [own["ch"] * mult for mult in mults],
-        "layers_per_block": own["num_res_blocks"],
-        "latent_channels": own["z_channels"],
-        "norm_num_groups": own["norm_groups"],
-        "sample_size": sample_size,
-        "scaling_factor": scale_factor,
-        **({} if mid else {"mid_block_add_attention": False}),
+        **{theirs: own[ours] for ours, theirs in VAE_KEYS.items()},
+        **{"down_block_types": down, "up_block_types": up, "block_out_channels": [own["ch"] * mult for mult in mults]},
+        **{"sample_size": sample_size, "scaling_factor": scale_factor, "mid_block_add_attention": mid},
     }
 
 
@@ -252,17 +241,9 @@ def write_text(encoder: nn.Module, own: Config) -> Config:
     """Return the arguments of transformers' CLIPTextConfig from all of TextEncoder's, for the blocks that are run."""
     tokenizer = encoder.tokenizer
     return {
-        "bos_token_id": tokenizer.sot,
-        "eos_token_id": tokenizer.eos,
-        "pad_token_id": tokenizer.pad,
-        "hidden_act": own["activation"],
-        "hidden_size": own["width"],
-        "intermediate_size": 4 * own["width"],
-        "max_position_embeddings": own["context_length"],
-        "num_attention_heads": own["heads"],
-        "num_hidden_layers": encoder.state,
-        "projection_dim": own["width"],
-        "vocab_size": own["vocab_size"],
+        **{theirs: own[ours] for ours, theirs in TEXT_KEYS.items()},
+        **{"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad},
+        **{"intermediate_size": 4 * own["width"], "projection_dim": own["width"], "num_hidden_layers": encoder.state},
     }
 
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ldm.checkpoint import networks
 from ldm.checkpoint.compvis import has_part, tidy
 from ldm.checkpoint.family_table import FAMILIES, SCALE_FACTORS, SD2_BASE, Family, find_concat, find_family, kind
 from ldm.checkpoint.foreign import SDXL, WANTED, refuse_foreign
-from ldm.checkpoint.networks import IMAGE_TARGET, MODEL_TARGET, PREFIXES, UNET_TARGET, Config
+from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import Shapes, infer_conditioner, infer_first_stage, infer_unet, under
 from ldm.diffusion.denoiser import check_prediction
 from ldm.diffusion.schedule import make_schedule
@@ -63,7 +64,7 @@ def recognise(
     refuse_foreign(state)
     clean, _ = tidy(state)
     sizes = {name: tuple(tensor.shape) for name, tensor in clean.items()}
-    shapes = {part: under(sizes, prefix) for part, prefix in PREFIXES.items() if has_part(clean, part)}
+    shapes = {part: under(sizes, prefix) for part, prefix in networks.PREFIXES.items() if has_part(clean, part)}
     if not shapes:
         seen = ", ".join(sorted(state)[:3])
         raise ValueError(f"the file holds no known model: {len(state)} tensors, such as {seen}; {WANTED}")
@@ -113,7 +114,7 @@ def _model(
     heads = ", ".join(f"{key} {unet[key]}" for key in HEAD_SETTINGS if key in unet)
     notes += [note, f"{schedule_note}, scale factor {scale_factor:g} is {origin}, {heads} is assumed"]
     params = {
-        "unet_config": {"target": UNET_TARGET, "params": unet},
+        "unet_config": {"target": networks.UNET_TARGET, "params": unet},
         "first_stage_config": first_stage,
         "cond_stage_config": conditioner,
         "concat": concat,
@@ -122,7 +123,7 @@ def _model(
         "scale_factor": scale_factor,
         "defaults": defaults,
     }
-    return Recognised(family.name, "model", {"target": MODEL_TARGET, "params": params}, notes)
+    return Recognised(family.name, "model", {"target": networks.MODEL_TARGET, "params": params}, notes)
 
 
 def _completed(conditioner: Config | None, unet: Config, first_stage: Config) -> Config | None:
@@ -134,7 +135,7 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
             "(cond_stage_model.*)"
         )
     if conditioner is None and unet["in_channels"] == first_stage["params"]["embed_dim"] + image_channels:
-        conditioner = {"target": IMAGE_TARGET, "params": {}}  # a low-resolution image, as wide as the latents
+        conditioner = {"target": networks.IMAGE_TARGET, "params": {}}  # a low-resolution image, as wide as the latents
     if kind(conditioner) == "rescaler":
         conditioner["params"]["n_stages"] = int(math.log2(_downsampling(first_stage)))  # halvings to the latents' size
     if "num_classes" in unet:
@@ -264,4 +265,4 @@ def _unet_alone(shapes: Shapes) -> Recognised:
         )
     params = {"image_size": family.latents} | unet | _heads(family, unet)
     notes = [f"recognised a UNet alone, of {family.title}: {unet['model_channels']} x {unet['channel_mult']}"]
-    return Recognised(family.name, "unet", {"target": UNET_TARGET, "params": params}, notes)
+    return Recognised(family.name, "unet", {"target": networks.UNET_TARGET, "params": params}, notes)

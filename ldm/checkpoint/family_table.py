@@ -8,20 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.checkpoint.networks import (
-    BERT_TARGET,
-    CLASSES_TARGET,
-    IMAGE_TARGET,
-    KL_TARGET,
-    RESCALER_TARGET,
-    TEXT_TARGET,
-    VQ_TARGET,
-    Config,
-)
+from ldm.checkpoint import networks
+from ldm.checkpoint.networks import Config
 
 # Of latents where neither a file nor a yaml says: that of latent-diffusion's kl-f8, which is Stable Diffusion's first
 # stage; and CompVis's default, with which all published VQ models were trained.
-SCALE_FACTORS = {KL_TARGET: 0.18215, VQ_TARGET: 1.0}
+SCALE_FACTORS = {networks.KL_TARGET: 0.18215, networks.VQ_TARGET: 1.0}
 
 
 @dataclass(frozen=True)
@@ -95,8 +87,13 @@ FAMILIES = {
 }
 
 _KINDS = {
-    **{BERT_TARGET: "bert", CLASSES_TARGET: "classes", RESCALER_TARGET: "rescaler", IMAGE_TARGET: "image"},
-    **{KL_TARGET: "kl", VQ_TARGET: "vq"},
+    **{
+        networks.BERT_TARGET: "bert",
+        networks.CLASSES_TARGET: "classes",
+        networks.RESCALER_TARGET: "rescaler",
+        networks.IMAGE_TARGET: "image",
+    },
+    **{networks.KL_TARGET: "kl", networks.VQ_TARGET: "vq"},
 }
 
 
@@ -104,9 +101,9 @@ def kind(config: Mapping[str, Any] | None) -> str | None:
     """Return the table's word for a first stage or a conditioner; None for no conditioner."""
     if config is None:
         return None
-    if config["target"] == TEXT_TARGET:
+    if config["target"] == networks.TEXT_TARGET:
         return "clip" if config["params"]["layout"] == "transformers" else "openclip"
-    return _KINDS[config["target"]]
+    return _KINDS.get(config["target"], config["target"])
 
 
 def find_family(in_channels: int, first_stage: Config, conditioner: Config | None) -> tuple[Family | None, str | None]:

@@ -7,17 +7,8 @@ result: heads come from `families`, the rest keeps the networks' defaults.
 
 from collections.abc import Mapping
 
-from ldm.checkpoint.networks import (
-    BERT_TARGET,
-    CLASSES_TARGET,
-    CLIP_SETTINGS,
-    KL_TARGET,
-    OPENCLIP_SETTINGS,
-    RESCALER_TARGET,
-    TEXT_TARGET,
-    VQ_TARGET,
-    Config,
-)
+from ldm.checkpoint import networks
+from ldm.checkpoint.networks import Config
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -31,16 +22,16 @@ _BERT_TOKENS, _CLASSES, _MAPPER = "transformer.token_emb.weight", "embedding.wei
 # which argument shows where: (weight, dimension), or (how numbered modules begin, -N) with N modules per layer.
 CONDITIONERS = {
     _CLIP_TOKENS: (
-        TEXT_TARGET,
-        CLIP_SETTINGS,
+        networks.TEXT_TARGET,
+        networks.CLIP_SETTINGS,
         {
             **{"width": (_CLIP_TOKENS, 1), "vocab_size": (_CLIP_TOKENS, 0), "layers": (f"{_CLIP}encoder.layers.", -1)},
             "context_length": (f"{_CLIP}embeddings.position_embedding.weight", 0),
         },
     ),
     _OPENCLIP_TOKENS: (
-        TEXT_TARGET,
-        OPENCLIP_SETTINGS,
+        networks.TEXT_TARGET,
+        networks.OPENCLIP_SETTINGS,
         {
             **{"width": (_OPENCLIP_TOKENS, 1), "vocab_size": (_OPENCLIP_TOKENS, 0)},
             **{"layers": ("model.transformer.resblocks.", -1), "context_length": ("model.positional_embedding", 0)},
@@ -48,7 +39,7 @@ CONDITIONERS = {
         },
     ),
     _BERT_TOKENS: (
-        BERT_TARGET,
+        networks.BERT_TARGET,
         {},
         {
             **{"n_embed": (_BERT_TOKENS, 1), "vocab_size": (_BERT_TOKENS, 0)},
@@ -59,8 +50,8 @@ CONDITIONERS = {
             },
         },
     ),
-    _CLASSES: (CLASSES_TARGET, {}, {"embed_dim": (_CLASSES, 1), "n_classes": (_CLASSES, 0)}),
-    _MAPPER: (RESCALER_TARGET, {}, {"in_channels": (_MAPPER, 1), "out_channels": (_MAPPER, 0)}),
+    _CLASSES: (networks.CLASSES_TARGET, {}, {"embed_dim": (_CLASSES, 1), "n_classes": (_CLASSES, 0)}),
+    _MAPPER: (networks.RESCALER_TARGET, {}, {"in_channels": (_MAPPER, 1), "out_channels": (_MAPPER, 0)}),
 }
 
 
@@ -195,7 +186,7 @@ def infer_first_stage(shapes: Shapes) -> Config:
     params = {"embed_dim": _shape(shapes, "post_quant_conv.weight", 4)[1], "ddconfig": ddconfig}
     if vq:
         params["n_embed"] = _shape(shapes, "quantize.embedding.weight", 2)[0]
-    return {"target": VQ_TARGET if vq else KL_TARGET, "params": params}
+    return {"target": networks.VQ_TARGET if vq else networks.KL_TARGET, "params": params}
 
 
 def infer_conditioner(shapes: Shapes) -> Config:
@@ -215,7 +206,7 @@ def infer_conditioner(shapes: Shapes) -> Config:
         key: count(shapes, name) // -axis if axis < 0 else _shape(shapes, name, rank)[axis]
         for key, (name, axis) in sizes.items()
     }
-    if target == TEXT_TARGET:
+    if target == networks.TEXT_TARGET:
         params["heads"] = max(1, params["width"] // CLIP_HEAD_WIDTH)
     if "channel_mapper.bias" in shapes:
         params["bias"] = True
