@@ -256,7 +256,7 @@ def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = N
     Args:
         dtype: of the weights in the file; torch.float16, say, makes it smaller.
         format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
-            (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs diffusers and transformers).
+            (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers).
 
     Returns:
         Notes on what the format cannot express.

@@ -1,4 +1,4 @@
-"""Rewrite a model: in another format or precision, with other parts, with LoRAs merged into it. Or rewrite a LoRA.
+"""Rewrite a model in another format or precision, with other parts, with LoRAs merged into it; or rewrite a LoRA.
 
 python scripts/convert.py runs/digits/diffusion/model.safetensors digits.safetensors --dtype fp16
 python scripts/convert.py model.ckpt folder/ --format diffusers --vae vae.safetensors
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--format",
         choices=("ldm", "compvis", "diffusers"),
-        help="one file; the same with what other programs look for in it; a folder (ldm)",
+        help="one file; the same with what other programs look for in it; a folder, which needs diffusers (ldm)",
     )
     add(
         "--lora",

@@ -77,10 +77,7 @@ def write_pipeline(
         import diffusers
         import transformers
     except ImportError as error:
-        raise ValueError(
-            "writing a diffusers folder needs the packages diffusers and transformers: pip install diffusers "
-            f"transformers ({error})"
-        ) from None
+        raise ValueError(f"writing a diffusers folder needs diffusers: pip install diffusers ({error})") from None
     params, path = config["params"], Path(os.path.abspath(path))
     unet, vae, text, encoder = _networks(params)
     scheduler, notes = write_scheduler(params["schedule"], params["prediction"], params["defaults"])
