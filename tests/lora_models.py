@@ -1,4 +1,4 @@
-"""What the LoRA tests share: tiny models, adapters that change something, what a model computes, and namings."""
+"""What the LoRA tests share: tiny models, adapters that change something, outputs of a model, and namings."""
 
 import re
 
@@ -50,36 +50,30 @@ def distance(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> float:
 
 RANK = 3
 UNET, TEXT = "model.diffusion_model.", "cond_stage_model.transformer."
-ATTENTION = "transformer_blocks.0.attn1"
+BLOCK = "transformer_blocks.0"
+ATTENTION = f"{BLOCK}.attn1"
 # ours -> diffusers', for a model of three levels with one residual block each and attention in two
-LAYERS = {
-    f"{UNET}input_blocks.1.1.{ATTENTION}.to_q": f"unet.down_blocks.0.attentions.0.{ATTENTION}.to_q",
-    f"{UNET}input_blocks.3.1.{ATTENTION}.to_out.0": f"unet.down_blocks.1.attentions.0.{ATTENTION}.to_out.0",
-    f"{UNET}middle_block.1.{ATTENTION}.to_v": f"unet.mid_block.attentions.0.{ATTENTION}.to_v",
-    f"{UNET}output_blocks.4.1.transformer_blocks.0.attn2.to_k": (
-        "unet.up_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k"
-    ),
-    f"{UNET}output_blocks.4.1.transformer_blocks.0.ff.net.0.proj": (
-        "unet.up_blocks.2.attentions.0.transformer_blocks.0.ff.net.0.proj"
-    ),
-    f"{UNET}output_blocks.5.1.proj_out": "unet.up_blocks.2.attentions.1.proj_out",
-    f"{UNET}input_blocks.1.0.in_layers.2": "unet.down_blocks.0.resnets.0.conv1",
-    f"{UNET}middle_block.2.out_layers.3": "unet.mid_block.resnets.1.conv2",
-    f"{UNET}output_blocks.0.0.skip_connection": "unet.up_blocks.0.resnets.0.conv_shortcut",
-    f"{UNET}output_blocks.0.0.emb_layers.1": "unet.up_blocks.0.resnets.0.time_emb_proj",
-    f"{UNET}input_blocks.2.0.op": "unet.down_blocks.0.downsamplers.0.conv",
-    f"{UNET}output_blocks.1.1.conv": "unet.up_blocks.0.upsamplers.0.conv",
-    f"{UNET}input_blocks.0.0": "unet.conv_in",
-    f"{UNET}out.2": "unet.conv_out",
-    f"{UNET}time_embed.2": "unet.time_embedding.linear_2",
-    f"{TEXT}text_model.encoder.layers.0.self_attn.q_proj": (
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-    ),
-    f"{TEXT}text_model.encoder.layers.1.self_attn.out_proj": (
-        "text_encoder.text_model.encoder.layers.1.self_attn.out_proj"
-    ),
-    f"{TEXT}text_model.encoder.layers.1.mlp.fc2": "text_encoder.text_model.encoder.layers.1.mlp.fc2",
+_UNET_LAYERS = {
+    f"input_blocks.1.1.{ATTENTION}.to_q": f"down_blocks.0.attentions.0.{ATTENTION}.to_q",
+    f"input_blocks.3.1.{ATTENTION}.to_out.0": f"down_blocks.1.attentions.0.{ATTENTION}.to_out.0",
+    f"middle_block.1.{ATTENTION}.to_v": f"mid_block.attentions.0.{ATTENTION}.to_v",
+    f"output_blocks.4.1.{BLOCK}.attn2.to_k": f"up_blocks.2.attentions.0.{BLOCK}.attn2.to_k",
+    f"output_blocks.4.1.{BLOCK}.ff.net.0.proj": f"up_blocks.2.attentions.0.{BLOCK}.ff.net.0.proj",
+    "output_blocks.5.1.proj_out": "up_blocks.2.attentions.1.proj_out",
+    "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+    "middle_block.2.out_layers.3": "mid_block.resnets.1.conv2",
+    "output_blocks.0.0.skip_connection": "up_blocks.0.resnets.0.conv_shortcut",
+    "output_blocks.0.0.emb_layers.1": "up_blocks.0.resnets.0.time_emb_proj",
+    "input_blocks.2.0.op": "down_blocks.0.downsamplers.0.conv",
+    "output_blocks.1.1.conv": "up_blocks.0.upsamplers.0.conv",
+    "input_blocks.0.0": "conv_in",
+    "out.2": "conv_out",
+    "time_embed.2": "time_embedding.linear_2",
 }
+_TEXT_LAYERS = ("0.self_attn.q_proj", "1.self_attn.out_proj", "1.mlp.fc2")
+LAYERS = {UNET + ours: f"unet.{theirs}" for ours, theirs in _UNET_LAYERS.items()}
+for _layer in _TEXT_LAYERS:
+    LAYERS[f"{TEXT}text_model.encoder.layers.{_layer}"] = f"text_encoder.text_model.encoder.layers.{_layer}"
 ATTENDED = {ours: theirs for ours, theirs in LAYERS.items() if re.search("to_[qkv]$|to_out.0$|_proj$", ours)}
 
 
@@ -103,55 +97,35 @@ def linear_layer(ours, theirs):
     return theirs + (".lora" if UNET in ours else ".lora_linear_layer")
 
 
-# naming: (layers, ours and diffusers' name -> name, ending of down, of up, of alpha)
+# endings of down, up and alpha
+KOHYA = (".lora_down.weight", ".lora_up.weight", ".alpha")
+PEFT = (".lora_A.weight", ".lora_B.weight", None)
+OLD = (".down.weight", ".up.weight", None)
+NAMED_PEFT = (".lora_A.default.weight", ".lora_B.default.weight", None)
+OF_UNET = {ours: theirs for ours, theirs in LAYERS.items() if UNET in ours}
+# naming: (layers, ours and diffusers' name -> name, endings)
 NAMINGS = {
-    "kohya": (LAYERS, kohya, ".lora_down.weight", ".lora_up.weight", ".alpha"),
-    "kohya te1": (
-        LAYERS,
-        lambda *n: kohya(*n).replace("_te_", "_te1_"),
-        ".lora_down.weight",
-        ".lora_up.weight",
-        ".alpha",
-    ),
-    "kohya, CompVis's blocks": (LAYERS, kohya_compvis, ".lora_down.weight", ".lora_up.weight", ".alpha"),
-    "peft": (LAYERS, lambda ours, theirs: theirs, ".lora_A.weight", ".lora_B.weight", None),
-    "peft with an adapter's name": (LAYERS, lambda o, t: t, ".lora_A.default.weight", ".lora_B.default.weight", None),
-    "peft, transformers 5": (
-        LAYERS,
-        lambda ours, theirs: theirs.replace("text_model.", ""),
-        ".lora_A.weight",
-        ".lora_B.weight",
-        None,
-    ),
-    "PEFT's own": (
-        LAYERS,
-        lambda ours, theirs: "base_model.model." + re.sub("^(unet|text_encoder).", "", theirs),
-        ".lora_A.weight",
-        ".lora_B.weight",
-        None,
-    ),
-    "diffusers before PEFT": (LAYERS, linear_layer, ".down.weight", ".up.weight", None),
-    "diffusers' processors": (ATTENDED, processor, ".down.weight", ".up.weight", None),
+    "kohya": (LAYERS, kohya, KOHYA),
+    "kohya te1": (LAYERS, lambda *n: kohya(*n).replace("_te_", "_te1_"), KOHYA),
+    "kohya, CompVis's blocks": (LAYERS, kohya_compvis, KOHYA),
+    "peft": (LAYERS, lambda ours, theirs: theirs, PEFT),
+    "peft with an adapter's name": (LAYERS, lambda ours, theirs: theirs, NAMED_PEFT),
+    "peft, transformers 5": (LAYERS, lambda ours, theirs: theirs.replace("text_model.", ""), PEFT),
+    "PEFT's own": (LAYERS, lambda o, theirs: "base_model.model." + re.sub("^(unet|text_encoder).", "", theirs), PEFT),
+    "diffusers before PEFT": (LAYERS, linear_layer, OLD),
+    "diffusers' processors": (ATTENDED, processor, OLD),
     "diffusers' processors, the UNet's alone": (
         {ours: theirs for ours, theirs in ATTENDED.items() if UNET in ours},
         lambda *n: processor(*n).removeprefix("unet."),
-        ".down.weight",
-        ".up.weight",
-        None,
+        OLD,
     ),
-    "dots, CompVis's names": (
-        {ours: theirs for ours, theirs in LAYERS.items() if UNET in ours},
-        lambda ours, theirs: ours.removeprefix("model."),
-        ".lora_down.weight",
-        ".lora_up.weight",
-        ".alpha",
-    ),
+    "dots, CompVis's names": (OF_UNET, lambda ours, theirs: ours.removeprefix("model."), KOHYA),
 }
 
 
 def file_of(adapters, naming: str) -> dict[str, Tensor]:
     """What a file holds that has these adapters (those that the naming has layers for) in that naming."""
-    layers, name, down, up, alpha = NAMINGS[naming]
+    layers, name, (down, up, alpha) = NAMINGS[naming]
     state = {}
     for ours, theirs in layers.items():
         if ours not in adapters:

@@ -321,14 +321,14 @@ def test_a_smaller_rank_is_the_truncated_singular_value_decomposition(kernel):
     down, up = torch.randn(8, 12, *sizes), torch.randn(10, 8, *[1] * len(sizes))
     adapter = lora.Adapter(down, up, alpha=4.0, strength=0.9)
     u, s, vh = torch.linalg.svd(adapter.delta().double().flatten(1), full_matrices=False)
-    smaller, kept, whole = lora.resized(adapter, 3)
+    smaller, kept, total = lora.resized(adapter, 3)
     assert smaller.rank == 3 and smaller.alpha == 1.5 and smaller.strength == 0.9
     nearest = (u[:, :3] * s[:3]) @ vh[:3]
     assert torch.allclose(smaller.delta().flatten(1).double(), nearest, atol=1e-5)
     assert kept == pytest.approx(s[:3].square().sum().item(), rel=1e-5)
-    assert whole == pytest.approx(s.square().sum().item(), rel=1e-5)
+    assert total == pytest.approx(s.square().sum().item(), rel=1e-5)
     same = lora.resized(adapter, 8)
-    assert same.adapter is adapter and same.kept == same.whole
+    assert same.adapter is adapter and same.kept == same.total
 
 
 def test_a_rank_above_what_the_layer_can_have_is_cut_to_it():
@@ -339,7 +339,7 @@ def test_a_rank_above_what_the_layer_can_have_is_cut_to_it():
 
 
 def test_mistakes_are_named(model):
-    with pytest.raises(ValueError, match="rank 0 is no rank"):
+    with pytest.raises(ValueError, match="rank 0 must be at least 1"):
         lora.attach(model, 0)
     with pytest.raises(ValueError, match=r"'to_x' fits no layer: it is one of attention, .* names such as model\."):
         lora.attach(model, 4, targets=["attention", "to_x"])

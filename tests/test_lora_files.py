@@ -62,7 +62,7 @@ def equal(a, b) -> bool:
 
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_every_naming_is_read(naming, adapters, model, tmp_path):
-    layers, *_, alpha = NAMINGS[naming]
+    layers, _, (_, _, alpha) = NAMINGS[naming]
     save_file(file_of(adapters, naming), tmp_path / "x.safetensors")
     found, notes = load_lora(tmp_path / "x.safetensors", model)
     assert notes == []
@@ -304,7 +304,7 @@ REFUSED = {
     "is a DoRA": PAIR | {f"{LAYER}.dora_scale": torch.ones(16)},
     r"is a DoRA: only plain LoRA": PAIR | {"unet.conv_in.lora_magnitude_vector": torch.ones(16)},
     "is an IA3": {f"{LAYER}.weight": torch.ones(2), f"{LAYER}.on_input": torch.ones(())},
-    "holds whole weights": PAIR | {f"{LAYER}.diff": torch.ones(16)},
+    "holds full weights": PAIR | {f"{LAYER}.diff": torch.ones(16)},
     "is for Stable Diffusion XL": PAIR | {"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(())},
     "XL, which is not supported": PAIR | {"text_encoder_2.text_model.x.lora_A.weight": torch.ones(2, 2)},
     "Diffusion XL": {f"{TO_K}.lora_down.weight": torch.ones(2, 2048), f"{TO_K}.lora_up.weight": torch.ones(640, 2)},
@@ -424,7 +424,7 @@ def test_a_smaller_rank_of_a_file(written, model, adapters, tmp_path):
         assert error.item() == pytest.approx(singular[name][1:].sum().item(), rel=1e-3)
     with safe_open(small, "pt") as file:
         assert file.metadata()["ss_network_dim"] == "1"
-    with pytest.raises(ValueError, match="rank 0 is no rank"):
+    with pytest.raises(ValueError, match="rank 0 must be at least 1"):
         rewrite(written, small, rank=0)
 
 

@@ -11,8 +11,7 @@ adapter hooks onto the layer that it changes, or is merged into its weights.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 from ldm.conditioning.text import TextEncoder
 from ldm.models.clip import StackedAttention
 
-# Groups of layers by name; `attach` also takes regular expressions of one's own. The first two are what diffusers'
-# scripts train, sd-scripts takes feed-forward layers and projections too, and convolutions if asked.
+# Groups of layers by name; `attach` takes regular expressions too. diffusers' scripts train the first two, sd-scripts
+# feed-forward layers and projections too, and convolutions optionally.
 TARGETS = {
     "attention": r"\battn[12]\.to_(q|k|v|out\.0)$",
     "text": r"\b(self_)?attn\.(q|k|v|out)_proj$",
@@ -36,14 +35,14 @@ DEFAULT_TARGETS = ("attention", "text")
 
 
 class Place(NamedTuple):
-    """A layer that can be adapted: its weight's name, and which third of it where q, k and v are stacked in one."""
+    """A layer that can be adapted, its weight's name, and which third of the weight where q, k and v are stacked."""
 
     layer: nn.Linear | nn.Conv2d | StackedAttention
     parameter: str
     part: int | None = None
 
     def part_of(self, weight: Tensor) -> Tensor:
-        """What an adapter at this place changes of the layer's weight, as a view."""
+        """Return the part of the layer's weight that an adapter at this place changes, as a view."""
         return weight if self.part is None else weight.chunk(3)[self.part]
 
     @property
@@ -56,8 +55,8 @@ class Adapter(nn.Module):
     """The change of one layer: scale * up(down(x)), with scale = strength * alpha / rank.
 
     Args:
-        down: (rank, in), or (rank, in, k, k) beside a convolution. up: (out, rank), or (out, rank, 1, 1).
-        strength: may be set at any time; 0 is none.
+        down: (rank, in), or (rank, in, k, k) for a convolution. up: (out, rank), or (out, rank, 1, 1).
+        strength: may be set at any time; 0 changes nothing.
 
     Raises ValueError for matrices that do not fit together.
     """
@@ -81,9 +80,11 @@ class Adapter(nn.Module):
         return self.strength * self.alpha / self.rank
 
     def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """The layer's input -> what is added to its output; `layer` says how it convolves.
+        """Return what is added to the layer's output, computed in the adapter's dtype, or autocast's.
 
-        It is computed in the adapter's dtype, or autocast's.
+        Args:
+            x: the layer's input.
+            layer: a convolution's stride, padding and dilation are used.
         """
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.dtype)
         if self.down.ndim == 2:
@@ -92,59 +93,35 @@ class Adapter(nn.Module):
         return F.conv2d(self.scale * h, self.up)  # (b, out, h, w)
 
     def delta(self) -> Tensor:
-        """scale * up @ down in float32: (out, in), or (out, in, k, k)."""
+        """Return scale * up @ down in float32: (out, in), or (out, in, k, k)."""
         up = self.up.detach().float().flatten(1)  # (out, rank)
         return self.scale * einsum(up, self.down.detach().float(), "o r, r ... -> o ...")
 
     def connect(self, place: Place) -> None:
-        """From now on the layer's output has the change added to it; several adapters of a layer add up."""
+        """Add the change to the layer's output from now on; several adapters of a layer add up."""
         assert self._remove is None, "an adapter is at one layer"
         self.to(place.weight.device)
-        if place.part is None:
-            self._remove = place.layer.register_forward_hook(self._hook).remove
-        else:
-            self._remove = _connect_stacked(place, self)
+        module = place.layer if place.part is None else place.layer.projection
+        self._remove = module.register_forward_hook(partial(self._hook, part=place.part)).remove
 
     def disconnect(self) -> None:
-        """Takes the change off the layer again, if it is on one."""
+        """Remove the change from the layer, if it is at one."""
         if self._remove is not None:
             self._remove()
         self._remove = None
 
-    def _hook(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + self(inputs[0], layer).to(output.dtype)
-
-
-def _connect_stacked(place: Place, adapter: Adapter) -> Callable[[], None]:
-    """Hooks onto q, k or v of OpenCLIP's attention, which are no modules: the instance gets a `qkv` of its own."""
-    attention, entry = place.layer, (place.part, adapter)
-    if "adapters" not in vars(attention):
-        attention.adapters = []
-        attention.qkv = MethodType(_adapted_qkv, attention)  # which a deep copy binds to the copy
-    attention.adapters.append(entry)
-    return partial(_disconnect_stacked, attention, entry)
-
-
-def _disconnect_stacked(attention: StackedAttention, entry: tuple[int, Adapter]) -> None:
-    attention.adapters.remove(entry)
-    if not attention.adapters:
-        del attention.adapters, attention.qkv
-
-
-def _adapted_qkv(attention: StackedAttention, x: Tensor) -> tuple[Tensor, ...]:
-    """The class's own qkv, and what the adapters add to each of the three."""
-    parts = list(type(attention).qkv(attention, x))
-    for part, adapter in attention.adapters:
-        parts[part] = adapter._hook(attention, (x,), parts[part])
-    return tuple(parts)
+    def _hook(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any, part: int | None) -> Any:
+        own = output if part is None else output[part]
+        own = own + self(inputs[0], layer).to(own.dtype)
+        return own if part is None else (*output[:part], own, *output[part + 1 :])
 
 
 def places(network: nn.Module) -> dict[str, Place]:
-    """All layers of a network that can be adapted, by name: its linear layers and convolutions of images.
+    """Return all layers of a network that can be adapted, by name: its linear layers and 2D convolutions.
 
-    The three parts of OpenCLIP's `attn.in_proj_weight` are named `attn.q_proj`, `attn.k_proj`, `attn.v_proj`. Not among
-    the layers of a whole model are its first stage, for which LoRA files have no names, and the text encoder's blocks
-    after the one that it reads.
+    The three parts of OpenCLIP's `attn.in_proj_weight` are named `attn.q_proj`, `attn.k_proj`, `attn.v_proj`. A
+    LatentDiffusion's first stage is left out, as LoRA files have no names for it, and so are the text encoder's blocks
+    after the one whose output it returns.
     """
     found = {}
     encoders = [module for module in network.modules() if isinstance(module, TextEncoder) and not module.pooled]
@@ -162,10 +139,9 @@ def places(network: nn.Module) -> dict[str, Place]:
 
 
 def select(names: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Those names that a target fits: a group of `TARGETS`, or a regular expression that is found in the name.
+    """Return the names that match a target: a group of `TARGETS`, or a regular expression searched in the name.
 
-    A group may be empty, as "text" is in a UNet. Raises ValueError when there is no layer at all, or none for an
-    expression.
+    A group may be empty, as "text" is in a UNet. Raises ValueError when nothing matches, or nothing an expression.
     """
     chosen = set()
     for target in targets:
@@ -191,19 +167,19 @@ def attach(
     targets: Sequence[str] = DEFAULT_TARGETS,
     seed: int = 0,
 ) -> dict[str, Adapter]:
-    """New adapters, ready to be trained, at the chosen layers of a network: by the layers' names.
+    """Add trainable adapters to the chosen layers of a network, and return them by the layers' names.
 
-    They are no part of the network: its parameters, `state_dict` and `to` do not know them, and nothing of the network
-    is frozen or thawed. They begin as no change (Hu et al. 2021, section 4.1: down normal, here with standard deviation
-    1 / rank, and up zero), in float32 where the layers are: a network moved later leaves them behind.
+    They are not part of the network's parameters, of its `state_dict` or of what its `to` moves, and nothing of the
+    network is frozen. At first they change nothing (Hu et al. 2021, section 4.1: down is normal, here with standard
+    deviation 1 / rank, and up is zero). They are float32 on the layers' device.
 
     Args:
-        network: a whole model, if the adapters are to be saved by `lora_files.save_lora`; or any other.
+        network: a LatentDiffusion, if the adapters are to be saved by `lora_files.save_lora`; or any other.
         alpha: the change is multiplied by alpha / rank; None is `rank`.
         targets: see `select`.
     """
     if rank < 1:
-        raise ValueError(f"rank {rank} is no rank of a LoRA: it is at least 1")
+        raise ValueError(f"rank {rank} must be at least 1")
     found = places(network)
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
@@ -217,14 +193,14 @@ def attach(
 
 
 def connect(network: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Hooks adapters onto the layers of these names. Those that are already there stay: changes add up."""
+    """Add adapters to the layers of these names; changes of adapters that are already there add up."""
     found = places(network)
     for name, adapter in adapters.items():
         adapter.connect(found[name])
 
 
 def detach(adapters: Mapping[str, Adapter]) -> None:
-    """Takes adapters off their layers; the network is as it was without them, bit for bit."""
+    """Remove adapters from their layers; the network is as it was without them, bit for bit."""
     for adapter in adapters.values():
         adapter.disconnect()
 
@@ -257,18 +233,18 @@ def restore(network: nn.Module, kept: Mapping[str, Tensor]) -> None:
 
 
 class Resized(NamedTuple):
-    """An adapter of a smaller rank, and how much of the squared norm of the change it has, of how much."""
+    """An adapter of a smaller rank, and the squared norms of its change and of the original's."""
 
     adapter: Adapter
     kept: float
-    whole: float
+    total: float
 
 
 @torch.no_grad()
 def resized(adapter: Adapter, rank: int) -> Resized:
-    """The nearest adapter of that rank, by singular values (Eckart & Young 1936), with the same alpha / rank.
+    """Return the nearest adapter of that rank, by singular values (Eckart & Young 1936), with the same alpha / rank.
 
-    The singular values are split evenly between up and down. An adapter of no more than that rank stays as it is.
+    The singular values are split evenly between up and down. An adapter of at most that rank is returned as it is.
     """
     up, down = (matrix.double().flatten(1) for matrix in (adapter.up, adapter.down))  # (out, r), (r, in * k * k)
     # up @ down = q_up (r_up @ r_down^T) q_down^T: the decomposition of a small matrix

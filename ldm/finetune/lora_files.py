@@ -1,7 +1,7 @@
-"""LoRA files: read in any of the common namings, written in sd-scripts' ("kohya") and PEFT's, which diffusers reads.
+"""LoRA files: read in any of the common namings, written in sd-scripts' ("kohya") or PEFT's, which diffusers reads.
 
 An adapter's alpha is a tensor beside its matrices in sd-scripts' files, and in the header of PEFT's (diffusers from
-0.35 on); where neither says, alpha is the rank. Every adapter here has scale alpha / rank.
+0.35 on); without either, alpha is the rank. Every adapter here has scale alpha / rank.
 """
 
 import json
@@ -38,7 +38,7 @@ SETTINGS = "lora_adapter_metadata"
 
 
 class LoraFile(NamedTuple):
-    """A file's adapters by layer (in the one naming of `lora_names`), other tensors, header's texts, and format."""
+    """A file's adapters by layer (in the one naming of `lora_names`), names of other tensors, header, and format."""
 
     adapters: dict[str, Adapter]
     others: list[str]
@@ -47,23 +47,23 @@ class LoraFile(NamedTuple):
 
 
 def read_lora(path: str | Path) -> LoraFile:
-    """All adapters in a file (safetensors, or .ckpt, .pt and .bin, in which nothing is executed), as they are stored.
+    """Read the adapters in a file (safetensors, or .ckpt, .pt and .bin, in which nothing is executed), as stored.
 
-    Raises FileNotFoundError when there is none, and ValueError when it holds no LoRA, or one that is not read here:
-    LoHa, LoKr, OFT, DoRA ..., or for another family of models.
+    Raises FileNotFoundError, and ValueError for a file that holds no LoRA, or one that is not supported: LoHa, LoKr,
+    OFT, DoRA ..., or for another family of models.
     """
     contents = read_tensors(path)
     state, metadata = contents.state, contents.metadata
+    base = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
     try:
         refuse_other_kinds(state)
-        base = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
         if re.search(r"\bsdxl|stable-diffusion-xl", base):
             raise ValueError(XL)
         matrices, others = _by_layer(state)
         if not matrices:
             raise ValueError(f"holds no LoRA weights; it has {', '.join(list(state)[:3])}")
-        alphas = _Alphas(Path(path), metadata)
-        adapters = {layer: _adapter(layer, own, alphas) for layer, own in matrices.items()}
+        settings = _settings(Path(path), metadata)
+        adapters = {layer: _adapter(layer, own, settings) for layer, own in matrices.items()}
         if any(re.search(r"attn2\.to_[kv]$", n) and a.down.shape[1] == XL_CONTEXT for n, a in adapters.items()):
             raise ValueError(XL)
     except ValueError as error:
@@ -73,12 +73,12 @@ def read_lora(path: str | Path) -> LoraFile:
 
 
 def holds_lora(path: str | Path) -> bool:
-    """Whether a file is a LoRA of some kind rather than a model. Raises as `read_tensors`."""
+    """Return whether a file is a LoRA of some kind rather than a model. Raises as `read_tensors`."""
     return any(parse(name) is not None for name in read_tensors(path).state)
 
 
 def _by_layer(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({layer: {"down": .., "up": .., "alpha": ..}}, names of what is no LoRA's)."""
+    """Return {layer: {"down": .., "up": .., "alpha": ..}}, and the names of all other tensors."""
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     others = []
     for key, tensor in state.items():
@@ -92,7 +92,7 @@ def _by_layer(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]]
     return {layer: own for layer, own in layers.items() if layer not in alone}, others
 
 
-def _adapter(layer: str, own: Mapping[str, Tensor], alphas: "_Alphas") -> Adapter:
+def _adapter(layer: str, own: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Adapter:
     missing = sorted({"down", "up"} - own.keys())
     if missing:
         raise ValueError(f"is damaged: {layer} lacks its matrix {missing[0]}")
@@ -100,46 +100,43 @@ def _adapter(layer: str, own: Mapping[str, Tensor], alphas: "_Alphas") -> Adapte
     try:
         if "mid" in own:  # a convolution in three factors (LyCORIS's Tucker decomposition), of which two make one
             down = einsum(own["mid"].float(), down.float().flatten(1), "r s h w, s i -> r i h w")
-        alpha = own["alpha"].item() if "alpha" in own else alphas(layer, len(down))
+        alpha = own["alpha"].item() if "alpha" in own else _alpha(settings, layer, len(down))
         return Adapter(down, up.to(down.dtype), alpha).requires_grad_(False)
     except (ValueError, RuntimeError) as error:  # torch's and einops's are RuntimeErrors
         raise ValueError(f"is damaged at {layer}: {error}") from None
 
 
-class _Alphas:
-    """What the header of a file, or PEFT's adapter_config.json beside it, says of alpha."""
+def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return PEFT's settings, as diffusers writes them in a header, or from adapter_config.json beside the file."""
+    config = path.with_name("adapter_config.json")
+    try:
+        if SETTINGS in metadata:
+            return dict(json.loads(metadata[SETTINGS]))
+        if path.name.startswith("adapter_model.") and config.is_file():
+            own = json.loads(config.read_bytes())
+            return {f"{part}.{key}": value for part in PARTS for key, value in own.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"is damaged: its settings cannot be read ({error})") from None
+    return {}
 
-    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
-        config = path.with_name("adapter_config.json")
-        try:
-            if SETTINGS in metadata:
-                self.settings = dict(json.loads(metadata[SETTINGS]))
-            elif path.name.startswith("adapter_model.") and config.is_file():
-                own = json.loads(config.read_bytes())
-                self.settings = {f"{part}.{key}": value for part in PARTS for key, value in own.items()}
-            else:
-                self.settings = {}
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"is damaged: its settings cannot be read ({error})") from None
 
-    def __call__(self, layer: str, rank: int) -> float:
-        """The alpha with which alpha / rank is the layer's scale."""
-        part, _, name = layer.partition(".")
-        alpha, patterns = self.settings.get(f"{part}.lora_alpha", rank), self.settings.get(f"{part}.alpha_pattern")
-        try:
-            for pattern, own in () if patterns is None else dict(patterns).items():
-                if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT reads it
-                    alpha = own
-                    break
-            alpha = float(alpha)
-        except (ValueError, TypeError, re.error) as error:
-            raise ValueError(f"its settings of alpha cannot be read ({error})") from None
-        # rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) has alpha / sqrt(rank) instead
-        return alpha * math.sqrt(rank) if self.settings.get(f"{part}.use_rslora", False) else alpha
+def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return the alpha with which alpha / rank is the layer's scale, by PEFT's settings."""
+    part, _, name = layer.partition(".")
+    alpha, patterns = settings.get(f"{part}.lora_alpha", rank), settings.get(f"{part}.alpha_pattern") or {}
+    try:
+        matching = (
+            own for pattern, own in dict(patterns).items() if re.match(rf"(.*\.)?({pattern})$", name)
+        )  # as PEFT
+        alpha = float(next(matching, alpha))
+    except (ValueError, TypeError, re.error) as error:
+        raise ValueError(f"its settings of alpha cannot be read ({error})") from None
+    # rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) has alpha / sqrt(rank) instead
+    return alpha * math.sqrt(rank) if settings.get(f"{part}.use_rslora", False) else alpha
 
 
 def load_lora(path: str | Path, model: LatentDiffusion, strength: float = 1.0) -> tuple[dict[str, Adapter], list[str]]:
-    """(a file's adapters by our names of the model's layers, notes on what has no place there), in float32.
+    """Return a file's adapters, in float32, by our names of the model's layers, and notes on what has no place there.
 
     Raises, besides what `read_lora` does, ValueError for a LoRA made for a model of another architecture.
     """
@@ -168,7 +165,7 @@ def load_lora(path: str | Path, model: LatentDiffusion, strength: float = 1.0) -
 
 
 def _shaped(matrix: Tensor, ndim: int) -> Tensor:
-    """A linear layer's matrix as a 1 x 1 convolution's, or the reverse, which say the same."""
+    """Return a linear layer's matrix as a 1 x 1 convolution's, or the reverse; both compute the same."""
     if ndim == 4 and matrix.ndim == 2:
         return matrix[:, :, None, None]
     return matrix.flatten(1) if ndim == 2 and matrix.shape[2:].numel() == 1 else matrix
@@ -212,11 +209,14 @@ def save_lora(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write adapters (names as `lora.attach` gives them for the whole model), atomically; equal ones make equal files.
+    """Write adapters atomically; equal ones make equal files. Strengths are not written.
 
-    format: "kohya", which nearly every program reads, or "peft", diffusers' own, in which only diffusers from 0.35 on
-    sees an alpha that is not the rank. dtype: torch.float16, say, halves the file. metadata: further texts for its
-    header. Strengths are not written.
+    Args:
+        adapters: by the names that `lora.attach` gives them for a LatentDiffusion.
+        format: "kohya", which nearly every program reads, or "peft", diffusers' own, in which only diffusers from 0.35
+            on sees an alpha that is not the rank.
+        dtype: of the matrices; None is the adapters' own.
+        metadata: further texts for the header.
 
     Raises ValueError for an unknown format or a layer that these formats have no name for; OSError.
     """
@@ -234,7 +234,7 @@ def _write(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
 ) -> None:
-    """`save_lora` of layers in the one naming."""
+    """Write adapters by layers in the one naming."""
     if format not in FORMATS:
         raise ValueError(f"LoRA format {format!r} is unknown: it is one of {', '.join(FORMATS)}")
     state, texts = {}, {**(metadata or {}), "format": "pt"}
@@ -257,7 +257,7 @@ def _write(
 
 
 def _peft_settings(layers: Mapping[str, Adapter]) -> dict[str, Any]:
-    """LoraConfig's arguments for each part: its usual rank and alpha, and the layers with others."""
+    """Return LoraConfig's arguments for each part: its most common rank and alpha, and the layers with others."""
     settings = {}
     for part in PARTS:
         # transformers has had CLIP with `text_model.` and without; PEFT takes a name's end for the name
@@ -284,13 +284,17 @@ def rewrite(
     format: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """A LoRA file in another format, of a smaller rank, or in another precision; without a model. Notes on the result.
+    """Write a LoRA file in another format, of a smaller rank, or in another dtype; return notes on the result.
 
-    rank: every layer of a larger rank gets the nearest change of this one. format: None keeps it. CompVis's block names
-    become diffusers', as in Stable Diffusion 1 and 2. Errors as `read_lora` and `save_lora`.
+    No model is needed: CompVis's block names become diffusers', as in Stable Diffusion 1 and 2. Errors as `read_lora`
+    and `save_lora`.
+
+    Args:
+        rank: layers of a larger rank get the nearest change of this one.
+        format: None keeps it.
     """
     if rank is not None and rank < 1:
-        raise ValueError(f"rank {rank} is no rank of a LoRA: it is at least 1")
+        raise ValueError(f"rank {rank} must be at least 1")
     lora = read_lora(source)
     try:
         layers = with_usual_levels(lora.adapters)
@@ -301,17 +305,17 @@ def rewrite(
         smaller = {layer: resized(adapter, rank) for layer, adapter in layers.items()}
         notes.append(_energy(smaller, rank))
         layers = {layer: own.adapter for layer, own in smaller.items()}
-    # what the header says of the old file's content goes; of its training, it stays
+    # The header's hashes and settings of the old file go; its record of the training stays.
     texts = {k: v for k, v in lora.metadata.items() if k != SETTINGS and not re.match(r"sshs_|modelspec\.hash", k)}
     _write(target, layers, lora.format if format is None else format, dtype, texts)
     return notes
 
 
 def _energy(layers: Mapping[str, Any], rank: int) -> str:
-    kept, whole = (sum(getattr(own, name) for own in layers.values()) for name in ("kept", "whole"))
-    shares = {layer: own.kept / own.whole if own.whole > 0 else 1.0 for layer, own in layers.items()}
+    kept, total = (sum(getattr(own, name) for own in layers.values()) for name in ("kept", "total"))
+    shares = {layer: own.kept / own.total if own.total > 0 else 1.0 for layer, own in layers.items()}
     least = min(shares, key=shares.get)
-    share = kept / whole if whole > 0 else 1.0
+    share = kept / total if total > 0 else 1.0
     return (
         f"rank {rank}: {share:.2%} of the change (its squared norm) is kept in all {len(layers)} layers, and at least "
         f"{shares[least]:.2%} in each ({least})"

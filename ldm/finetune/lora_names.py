@@ -1,8 +1,8 @@
-"""What LoRA files call their weights: any of the common namings -> one, and from that one to the layers of a model.
+"""Names of weights in LoRA files: from any of the common namings to one, and from that to the layers of a model.
 
-The one is diffusers', a part of the pipeline and a layer in it: `unet.down_blocks.0.attentions.0. ... .attn1.to_q`,
-`text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. Files with CompVis's block names keep those behind the
-same parts: `unet.input_blocks.1.1. ... .attn1.to_q`.
+The one naming is diffusers', a part of the pipeline and a layer in it: `unet.down_blocks.0.attentions.0...attn1.to_q`,
+`text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. CompVis's block names are kept behind the same parts:
+`unet.input_blocks.1.1...attn1.to_q`.
 """
 
 import re
@@ -18,25 +18,20 @@ from ldm.finetune.lora import places
 from ldm.latent_diffusion import LatentDiffusion
 
 PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}  # diffusers' and sd-scripts' names of the two networks
-# Those of Stable Diffusion 1 and 2, the models that files without a model beside them are taken to be for.
+# Of Stable Diffusion 1 and 2, which files are assumed to be for where no model is given.
 USUAL_LEVELS = [UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, False)]
 
-# The end of a weight's name: sd-scripts' and LyCORIS's, PEFT's, and diffusers' before it used PEFT.
+# A weight's name: the layer's, and an ending: sd-scripts' and LyCORIS's, PEFT's, diffusers' before it used PEFT, alpha.
 _WEIGHT = re.compile(
-    r"(?P<layer>.+?)"
-    r"(?:\.lora_(?P<kohya>down|up|mid)|\.lora_(?P<peft>[AB])(?:\.\w+)?|(?:[._]lora|\.lora_linear_layer)\.(?P<old>down|up))"
-    r"\.weight"
+    r"(.+?)(?:\.lora_(down|up|mid)\.weight|\.lora_([AB])(?:\.\w+)?\.weight"
+    r"|(?:[._]lora|\.lora_linear_layer)\.(down|up)\.weight|\.(alpha))"
 )
-_ALPHA = re.compile(r"(?P<layer>.+)\.alpha")
-_MATRIX = {"A": "down", "B": "up"}
-_FLAT = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
-_DOTTED = {
-    "unet.": "unet",
-    "model.diffusion_model.": "unet",
-    "diffusion_model.": "unet",
-    "text_encoder.": "text_encoder",
-}
-# Words with an underscore of their own among those that sd-scripts joins by underscores.
+_MATRICES = {"A": "down", "B": "up"}
+# How a layer's name begins; behind an underscore, its words are joined by underscores. Files of one network have no
+# prefix.
+_TEXT = re.compile(r"lora_te1?_|text_encoder\.|(?=text_model\.|encoder\.layers\.)")
+_UNET = re.compile(r"lora_unet_|unet\.|(model\.)?diffusion_model\.|")
+# Words that contain an underscore, among those that sd-scripts joins by underscores.
 _WORDS = (
     "down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj linear_1 "
     "linear_2 time_embedding class_embedding conv_in conv_out conv_shortcut text_model self_attn q_proj k_proj v_proj "
@@ -56,7 +51,7 @@ _REFUSED = tuple(
         (r"\.b?oft_", f"is an OFT: {_PLAIN}"),
         (r"\.dora_scale$|\.lora_magnitude_vector\b", f"is a DoRA: {_PLAIN}"),
         (r"\.on_input$|\.ia3_l\b", f"is an IA3: {_PLAIN}"),
-        (r"\.(diff|diff_b|w_norm|b_norm)$", f"holds whole weights beside or in place of LoRA: {_PLAIN}"),
+        (r"\.(diff|diff_b|w_norm|b_norm)$", f"holds full weights beside or in place of LoRA: {_PLAIN}"),
         (
             r"^(lora_)?transformer[._](?!text_model|resblocks)|[._](double|joint|single|single_transformer)_blocks[._]",
             f"is for a diffusion transformer (Flux, Stable Diffusion 3 ...), which is not supported: {WANTED}",
@@ -67,7 +62,7 @@ _REFUSED = tuple(
 
 
 def refuse_other_kinds(names: Iterable[str]) -> None:
-    """Raises ValueError, saying what it is, if a file with these names is an adapter that is not read."""
+    """Raise ValueError, naming its kind, if a file with these names is an adapter that is not supported."""
     names = list(names)
     for pattern, sentence in _REFUSED:
         if any(pattern.search(name) for name in names):
@@ -75,44 +70,42 @@ def refuse_other_kinds(names: Iterable[str]) -> None:
 
 
 def parse(key: str) -> tuple[str, str] | None:
-    """A weight's name in a file -> (the layer in the one naming, "down" | "up" | "mid" | "alpha"); None: no LoRA's."""
+    """Return a weight's layer, in the one naming, and which matrix it is ("down", "up", "mid") or "alpha".
+
+    Return None for a name that is not a LoRA's.
+    """
     found = _WEIGHT.fullmatch(key)
     if found is None:
-        found = _ALPHA.fullmatch(key)
-        return None if found is None else (_spelled(found["layer"]), "alpha")
-    matrix = next(text for text in (found["kohya"], found["peft"], found["old"]) if text is not None)
-    return _spelled(found["layer"]), _MATRIX.get(matrix, matrix)
+        return None
+    matrix = next(filter(None, found.groups()[1:]))
+    return _normalise(found[1]), _MATRICES.get(matrix, matrix)
 
 
-def _spelled(layer: str) -> str:
-    """A layer's name in any naming -> in the one naming."""
-    part, name = None, layer.replace("base_model.model.", "")  # of PEFT's own files
-    for prefix, own in _FLAT.items():
-        if layer.startswith(prefix):
-            part, name = own, _JOINED.sub(lambda m: "." if m[1] is None else m[1], layer.removeprefix(prefix))
-    if part is None:
-        for prefix, own in _DOTTED.items():
-            if name.startswith(prefix):
-                part, name = own, name.removeprefix(prefix)
-    if part is None:  # files of one network; training scripts once wrote the UNet's alone
-        part = "text_encoder" if name.startswith(("text_model.", "encoder.layers.")) else "unet"
-    name = name.replace(".processor.", ".")  # where diffusers' adapters once were
-    if part == "unet":
+def _normalise(layer: str) -> str:
+    """Return a layer's name, in any naming, in the one naming."""
+    # Prefixes of PEFT's own files, and where diffusers' adapters once were.
+    name = layer.replace("base_model.model.", "").replace(".processor.", ".")
+    text = _TEXT.match(name)
+    prefix = (text or _UNET.match(name))[0]
+    name = name.removeprefix(prefix)
+    if prefix.endswith("_"):
+        name = _JOINED.sub(lambda match: match[1] or ".", name)
+    if text is None:
         return f"unet.{re.sub(r'[.]to_out$', '.to_out.0', name)}"
     name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
     return f"text_encoder.{'text_model.' if name.startswith('encoder.') else ''}{name}"  # transformers from 5.6 on
 
 
 def to_kohya(layer: str) -> str:
-    """The one naming -> sd-scripts': `lora_unet_down_blocks_0_ ...`, `lora_te_text_model_ ...`."""
+    """Return a layer's name in sd-scripts' naming: `lora_unet_down_blocks_0_ ...`, `lora_te_text_model_ ...`."""
     part, _, name = layer.partition(".")
     return f"{PARTS[part]}_{name.replace('.', '_')}"
 
 
 def with_usual_levels(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """CompVis's block names -> diffusers', as they are in Stable Diffusion 1 and 2; other names stay.
+    """Return layers with CompVis's block names under diffusers', as in Stable Diffusion 1 and 2; other names stay.
 
-    Raises ValueError for a block that those do not have.
+    Raises ValueError for a block that those models do not have.
     """
     prefix, blocks = "unet.", ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
     ours = {n.removeprefix(prefix): v for n, v in layers.items() if n.removeprefix(prefix).startswith(blocks)}
@@ -122,7 +115,7 @@ def with_usual_levels(layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def own_spellings(model: LatentDiffusion) -> dict[str, str]:
-    """CompVis's and open_clip's names behind the parts of the one naming -> our names, as `layers_of`."""
+    """Return our names of a model's layers by CompVis's and open_clip's names behind the one naming's parts."""
     prefixes = {PREFIXES["unet"]: "unet.", PREFIXES["text"]: "text_encoder."}
     return {
         part + name.removeprefix(prefix): name
@@ -133,7 +126,7 @@ def own_spellings(model: LatentDiffusion) -> dict[str, str]:
 
 
 def layers_of(model: LatentDiffusion) -> dict[str, str]:
-    """The one naming -> our names, of every layer of a model that can be adapted.
+    """Return our names of all layers of a model that can be adapted, by the one naming.
 
     Raises ValueError for a UNet whose blocks diffusers has no names for.
     """
@@ -150,7 +143,7 @@ def layers_of(model: LatentDiffusion) -> dict[str, str]:
 
 
 def _text(encoder: TextEncoder, ours: list[str]) -> dict[str, str]:
-    """transformers' names -> ours, both without the part."""
+    """Return our names by transformers', both without the part."""
     if encoder.layout == "transformers":
         return {name.removeprefix("transformer."): name for name in ours}
     # q, k and v lie where out_proj does, on both sides

@@ -63,10 +63,18 @@ class StackedAttention(CausalSelfAttention):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.projection = StackedProjection()
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.projection(x, self.in_proj_weight, self.in_proj_bias)
+
+
+class StackedProjection(nn.Module):
+    """Compute q, k and v by one matrix; a module without weights, so that hooks can change each of the three."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return nn.functional.linear(x, weight, bias).chunk(3, dim=-1)
 
 
 class CLIPBlock(nn.Module):
