@@ -1,6 +1,7 @@
 """What scripts share: the option parser, types and checks of options, and one way to end. Imports nothing heavy."""
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -75,37 +76,39 @@ def _unknown(arg: str, known: Iterable[str]) -> str:
     return f"unknown option {name}" + (f"; did you mean {by_canonical[near[0]]}?" if near else "")
 
 
-def whole(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
-    """An option type: a whole number in low..high."""
+def int_range(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """Return an option type: an integer from low to high."""
 
     def number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if not low <= value <= high:
-            limit = f"at least {low}" if value < low else f"at most {high}"
-            raise argparse.ArgumentTypeError(f"{value} is out of range: it must be {limit}")
-        return value
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        return _in_range(value, low, high)
 
     return number
 
 
-def real(low: float = float("-inf"), infinite: bool = False) -> Callable[[str], float]:
-    """An option type: a real number, not below low; infinity only where it means something, nan never."""
+def finite_float(low: float = -math.inf, high: float = math.inf, infinite: bool = False) -> Callable[[str], float]:
+    """Return an option type: a number from low to high; infinity only with `infinite`, nan never."""
 
     def number(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if value != value or (abs(value) == float("inf") and not infinite):
+        if math.isnan(value) or (math.isinf(value) and not infinite):
             raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value} is out of range: it must be at least {low}")
-        return value
+        return _in_range(value, low, high)
 
     return number
+
+
+def _in_range(value: Any, low: float, high: float) -> Any:
+    if not low <= value <= high:
+        limit = f"at least {low:g}" if value < low else f"at most {high:g}"
+        raise argparse.ArgumentTypeError(f"{value} is out of range: it must be {limit}")
+    return value
 
 
 def check_writable(path: Path | None) -> None:

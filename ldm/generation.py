@@ -1,8 +1,8 @@
-"""From prompts to pictures: condition, guide, sample, decode. `LatentDiffusion.generate` is `generate` here."""
+"""From prompts to images: condition, guide, sample, decode. `LatentDiffusion.generate` is `generate` here."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,76 +16,57 @@ from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
-from ldm.source import Pictures, Source, steps_taken
+from ldm.settings import ALL_SIGMAS, Settings, documented, from_keywords
+
+if TYPE_CHECKING:
+    from ldm.init_image import Images, InitImages
 
 
 @torch.inference_mode()
+@documented
 def generate(
     model: Any,
     prompts: Sequence[Any],
     negative: Any = None,
-    steps: int | None = None,
-    scale: float | None = None,
-    sampler: str | None = None,
-    spacing: str | None = None,
-    eta: float | None = None,
+    *,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
-    height: int | None = None,
-    width: int | None = None,
+    image: "Images | None" = None,
+    mask: "Images | None" = None,
     batch_size: int = 16,
-    fixed_code: bool = False,
-    interval: Sequence[float] | None = None,
-    rescale: float = 0.0,
-    clip_skip: int = 1,
-    plain: bool = False,
-    image: Pictures | None = None,
-    mask: Pictures | None = None,
-    strength: float | None = None,
     guide: guidance.Guide | None = None,
     callback: Callable[[Step], None] | None = None,
+    **settings: Any,
 ) -> list[Image.Image]:
-    """Draw one picture per prompt; what is None is the model's own default.
+    """Generate one image per prompt.
 
     Args:
         model: the LatentDiffusion; not to be given where this is its method.
-        prompts: texts; classes or pictures for models conditioned on those.
-        sampler: a name, or auto (`choose_sampler`).
-        negative: what to steer away from: one prompt, or one per picture.
-        scale: of classifier-free guidance; 1 is none and halves the work.
-        eta: share of fresh noise in each step, 0 to 1.
-        seed, seeds: picture i is drawn with the noise of seed + i, or of seeds[i]: the same alone and in any batch.
-        height, width: in pixels; with an `image`, its own.
-        batch_size: pictures at a time; bounds memory and changes nothing else.
-        fixed_code: every picture starts from picture 0's noise.
-        interval: (low, high) in sigma outside which all guidance is off.
-        rescale: phi of guidance rescale, 0 to 1.
-        clip_skip: which of CLIP's layers is read, counted back from the model's own, 1.
-        plain: take prompts literally; otherwise brackets in them are weights (`ldm.conditioning.prompt`).
-        image, mask: draw over this picture, or one for each prompt; only where the mask is white, if there is one
-            (`ldm.source.Source`).
-        strength: share of the steps that are taken (`steps_taken`), from the `image` noised to the first of their
-            levels; 0 gives it back through the first stage, 1 takes all. Its default is `usual_strength`.
+        prompts: texts; classes or images for models conditioned on those.
+        negative: what guidance leads away from: one prompt, or one per image; the null condition if not given.
+        seed, seeds: image i has the noise of seed + i, or of seeds[i]: the same alone and in any batch.
+        image, mask: an init image, or one per prompt, and what to change in it (`ldm.init_image.InitImages`).
+        batch_size: images at a time; bounds memory and changes nothing else.
         guide: guidance besides the classifier-free one (`ldm.inference.guiders`): guide(denoise, cond, prompts) ->
-            denoise; the model's `guide` if not given.
+            denoise.
         callback: is given every `Step` (index, sigma, x, x0: latents of the current batch) as it is made.
+        **settings: `ldm.settings.Settings`.
 
-    Raises ValueError for a setting that is out of range or a size that the model cannot make.
+    Raises TypeError for an unknown setting, and ValueError for one that is out of range or a size that the model does
+    not support.
     """
-    own, source = model.defaults, None
-    row, sigmas = plan_sampling(model, steps, sampler, spacing)
+    chosen, own, init = from_keywords(Settings, settings), model.defaults, None
+    sampler, sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing)
+    strength, height, width = chosen.strength, chosen.height, chosen.width
     if image is not None:
-        source = Source(image, mask, len(prompts), model.image_channels, model.multiple)
-        strength = given(strength, model.usual_strength(mask is not None))
+        init = _init_images(model, image, mask, len(prompts), chosen)
+        strength = given(strength, model.default_strength(mask is not None))
         sigmas = sigmas[len(sigmas) - 1 - steps_taken(strength, len(sigmas) - 1) :]
-        for name, asked, own_size in (("height", height, source.height), ("width", width, source.width)):
-            if asked not in (None, own_size):
-                raise ValueError(f"{name} {asked} is not that of the picture, {own_size}: resize the picture first")
-        height, width = source.pixels.shape[-2:]
+        height, width = init.pixels.shape[-2:]
     elif mask is not None or strength is not None:
-        raise ValueError("a mask and a strength are for drawing over a picture, and no image is given")
+        raise ValueError("mask and strength need an init image: give image too")
     seeds = list(range(seed, seed + len(prompts)) if seeds is None else seeds)
-    scale, negative = plan_guidance(model, scale, negative)
+    scale, negative = plan_guidance(model, chosen.scale, negative)
     negatives = negative if isinstance(negative, list | tuple | Tensor) else [negative] * len(prompts)
     if batch_size < 1 or not len(prompts) == len(seeds) == len(negatives):
         raise ValueError(
@@ -93,33 +74,55 @@ def generate(
             f"got {len(seeds)} seeds, {len(negatives)} negative prompts, batch_size {batch_size}"
         )
     run = _Run(
-        sampler=partial(row, sigmas=sigmas, eta=eta),
+        sampler=partial(sampler, sigmas=sigmas, eta=chosen.eta),
         sigmas=sigmas,
         strength=strength,
         size=model.latent_size(given(height, own["height"]), given(width, own["width"])),
         scale=scale,
-        interval=tuple(given(given(interval, own["interval"]), guidance.ALL_SIGMAS)),
-        rescale=rescale,
-        start_seed=seeds[0] if fixed_code and seeds else None,
-        guide=given(guide, model.guide),
+        interval=tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS)),
+        rescale=chosen.rescale,
+        start_seed=seeds[0] if chosen.fixed_code and seeds else None,
+        guide=guide,
         callback=callback,
     )
-    lengths = count_chunks(model.cond_stage_model, prompts, plain)
+    lengths = count_chunks(model.cond_stage_model, prompts, chosen.plain)
     if scale != 1:
-        lengths = list(map(max, lengths, count_chunks(model.cond_stage_model, negatives, plain)))
+        lengths = list(map(max, lengths, count_chunks(model.cond_stage_model, negatives, chosen.plain)))
     images = []
     for batch in batches(lengths, batch_size):
-        part = None if source is None else source[batch]
-        encode = partial(model.condition, chunks=lengths[batch.start], clip_skip=clip_skip, plain=plain)
+        part = None if init is None else init[batch]
+        encode = partial(model.condition, chunks=lengths[batch.start], clip_skip=chosen.clip_skip, plain=chosen.plain)
         cond, uncond = encode(prompts[batch]), None if scale == 1 else encode(negatives[batch])
-        images += to_pil(_draw(model, run, prompts[batch], cond, uncond, seeds[batch], part))
+        images += to_pil(_sample(model, run, prompts[batch], cond, uncond, seeds[batch], part))
     return images
+
+
+def _init_images(model: Any, image: "Images", mask: "Images | None", count: int, chosen: Settings) -> "InitImages":
+    """Prepare the init images. ValueError where the settings ask for another size."""
+    from ldm.init_image import InitImages  # only where there is one
+
+    init = InitImages(image, mask, count, model.image_channels, model.multiple)
+    for name, asked, own in (("height", chosen.height, init.height), ("width", chosen.width, init.width)):
+        if asked not in (None, own):
+            raise ValueError(f"{name} {asked} is not that of the init image, {own}: resize the image first")
+    return init
+
+
+def steps_taken(strength: float, steps: int) -> int:
+    """Return how many of the steps a strength takes: strength x steps, rounded down, but at least 1 if above 0.
+
+    As in CompVis's img2img, but in decimals: 0.29 of 100 steps are 29, though 0.29 * 100 is 28.999999999999996.
+    Raises ValueError for a strength outside 0 to 1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be from 0 to 1, got {strength}")
+    return max(int(round(strength * steps, 6)), 1 if strength > 0 else 0)
 
 
 def plan_sampling(
     model: Any, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
 ) -> tuple[Sampler, list[float]]:
-    """The sampler and the levels that it visits, in sigma; what is None is the model's own default.
+    """Return the sampler and the noise levels that it visits, in sigma; what is None is the model's own default.
 
     Raises ValueError for an unknown name, and for steps that the model's schedule does not have.
     """
@@ -131,33 +134,36 @@ def plan_sampling(
 
 
 def plan_guidance(model: Any, scale: float | None = None, negative: Any = None) -> tuple[float, Any]:
-    """The scale and what to steer away from; what is None is the model's own. ValueError where there is nothing to."""
+    """Return the guidance scale and the negative condition; what is None is the model's own.
+
+    Raises ValueError for a scale that needs a negative condition where there is none.
+    """
     scale, negative = given(scale, model.defaults["scale"]), given(negative, model.null)
-    if isinstance(negative, str) and negative == "":  # as scripts give it: nothing, in a model's own words for it
+    if isinstance(negative, str) and negative == "":  # scripts' way to give none
         negative = model.null
     if scale != 1 and (negative is None or model.cond_stage_model is None):
-        raise ValueError(f"scale {scale} has nothing to steer away from: this model is drawn with scale 1")
+        raise ValueError(f"guidance scale {scale:g} needs a null or negative condition; use scale 1")
     return scale, negative
 
 
-def _draw(
+def _sample(
     model: Any,
     run: "_Run",
     prompts: Sequence[Any],
     cond: Cond,
     uncond: Cond | None,
     seeds: list[int],
-    source: Source | None,
+    init: "InitImages | None",
 ) -> Tensor:
-    """One batch of `generate`: its pixels (b, c, h, w) in [-1, 1], or uint8 where there is a source."""
+    """Sample one batch: its pixels (b, c, h, w) in [-1, 1], or uint8 where there is an init image."""
     noise = SeededNoise(seeds, run.size)
     start = noise()
     if run.start_seed is not None:
         start = SeededNoise([run.start_seed], run.size)().expand_as(start)
     start = start.to(model.device)
     if model.concat is not None:
-        picture = _concat(model, source, run.size, len(seeds))
-        cond, uncond = cond | picture, None if uncond is None else uncond | picture
+        extra = _concat(model, init, run.size, len(seeds))
+        cond, uncond = cond | extra, None if uncond is None else uncond | extra
     denoise = guidance.classifier_free(
         model.denoiser(seeds), cond, uncond, run.scale, run.interval, run.rescale, model.prediction
     )
@@ -166,42 +172,42 @@ def _draw(
     if model.clip is not None:
         denoise = guidance.clip_x0(denoise, model.clip)
     x = from_vp(start, run.sigmas[0])
-    if source is not None:
-        x, denoise = _over(model, source, x, start, run, denoise)
+    if init is not None:
+        x, denoise = _start_from(model, init, x, start, run, denoise)
     for step in run.sampler(denoise, x, noise=noise) if len(run.sigmas) > 1 else ():
         if run.callback is not None:
             run.callback(step)
         x = step.x
     pixels = model.decode(to_vp(x, run.sigmas[-1]))
-    return pixels if source is None else source.finish(pixels)
+    return pixels if init is None else init.finish(pixels)
 
 
-def _concat(model: Any, source: Source | None, size: tuple[int, int, int], count: int) -> Cond:
-    """What a model with `concat` is given of the source; with text alone, that there is none of it."""
-    if source is None and model.concat == "latents":
+def _concat(model: Any, init: "InitImages | None", size: tuple[int, int, int], count: int) -> Cond:
+    """Return c_concat for a model with `concat`: of the init image, or of none."""
+    if init is None and model.concat == "latents":
         return {"c_concat": torch.zeros(count, *size, device=model.device)}
-    if source is None:
+    if init is None:
         height, width = (model.downsampling * side for side in size[1:])
         images, mask = torch.zeros(1, model.image_channels, height, width), None
     else:
-        images, mask = source.pixels, source.mask
-    picture = model.concat_image(images, torch.ones_like(images[:, :1]) if mask is None else mask)
-    return {key: value.expand(count, -1, -1, -1) for key, value in picture.items()}
+        images, mask = init.pixels, init.mask
+    cond = model.concat_image(images, torch.ones_like(images[:, :1]) if mask is None else mask)
+    return {key: value.expand(count, -1, -1, -1) for key, value in cond.items()}
 
 
-def _over(
-    model: Any, source: Source, x: Tensor, start: Tensor, run: "_Run", denoise: BoundDenoise
+def _start_from(
+    model: Any, init: "InitImages", x: Tensor, start: Tensor, run: "_Run", denoise: BoundDenoise
 ) -> tuple[Tensor, BoundDenoise]:
-    """(x, denoise) for drawing over a source, where x is the source at the first level that is denoised.
+    """Return (x, denoise) for an init image, where x is the image noised to the first noise level.
 
-    With all steps to take, nothing of it is in the x of what is drawn anew: x stays noise alone under a mask, and
-    where the model is given the whole picture in its input.
+    With all steps to take, x stays pure noise where the image is generated anew under a mask, and where the model has
+    the whole image in its input.
     """
-    known, mask = model.encode(source.pixels, mode=True).float(), source.mask
+    known, mask = model.encode(init.pixels, mode=True).float(), init.mask
     noised = known + run.sigmas[0] * start
     if mask is not None:
         mask = nn.functional.adaptive_max_pool2d(mask, run.size[1:]).to(x)  # a latent is new if any pixel of it is
-        if model.concat in (None, "latents"):  # the others are told of the mask
+        if model.concat in (None, "latents"):  # the others have the mask in their input
             denoise = guidance.inpaint(denoise, known, mask)
     if run.strength < 1:
         return noised, denoise
@@ -220,11 +226,11 @@ class _Run(NamedTuple):
     scale: float
     interval: tuple[float, float]
     rescale: float
-    start_seed: int | None  # of the start noise that all pictures share
+    start_seed: int | None  # of the start noise that all images share
     guide: guidance.Guide | None
     callback: Callable[[Step], None] | None
 
 
 def given(value: Any, default: Any) -> Any:
-    """`value`, or the default where it is None (0 and "" are values)."""
+    """Return `value`, or the default where it is None (0 and "" are values)."""
     return default if value is None else value

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.changes import Change, changed_settings
 from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import encode_prompts
-from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import Denoise, make_denoiser
 from ldm.diffusion.loss import prediction_loss
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
@@ -23,7 +23,7 @@ from ldm.generation import generate
 from ldm.util import call_with, instantiate_network
 
 Conditioning = dict[str, Tensor]
-# What a model without settings of its own is drawn with; spacing None is the sampler's, interval None everywhere.
+# The settings of a model without its own; spacing None is the sampler's, interval None everywhere.
 DEFAULTS = {
     "height": 512,
     "width": 512,
@@ -50,13 +50,11 @@ class DiffusionWrapper(nn.Module):
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
         c_adm: Tensor | None = None,
-        z: Tensor | None = None,  # of networks that draw: `ldm.optional.ddgan.Generator`
+        z: Tensor | None = None,  # of networks with a latent: `ldm.optional.ddgan.Generator`
     ) -> Tensor:
         if c_concat is not None and c_concat.shape[-2:] != x.shape[-2:]:
             sizes = [f"{t.shape[-1]} x {t.shape[-2]}" for t in (c_concat, x)]
-            raise ValueError(
-                f"the image that the model is given is {sizes[0]} latents in size, and it draws {sizes[1]}"
-            )
+            raise ValueError(f"c_concat is {sizes[0]} latents in size, and x is {sizes[1]}: they must have one size")
         if c_concat is not None:
             x = torch.cat([x, c_concat.to(x.dtype)], dim=1)
         given = {"context": c_crossattn, "y": c_adm, "z": z}
@@ -115,8 +113,8 @@ class LatentDiffusion(nn.Module):
         self.scale_factor = scale_factor
         self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
-        self.guide: guidance.Guide | None = None  # for `generate`, where it is given none
-        self.changes: list[str] = []  # parts and settings other than that file's, LoRAs, learned words
+        self.changes: list[Change] = []  # made to it since that file, by whatever made them; see `all_changes`
+        self.loaded_settings: dict[str, Any] | None = None  # `settings` of that file
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.channels = self.first_stage_model.embed_dim
         self.image_channels = self.first_stage_model.image_channels
@@ -143,6 +141,17 @@ class LatentDiffusion(nn.Module):
             if config.pop(name) != value:
                 raise ValueError(f"a {type(self).__name__} always has {name} {value}: set it back to save the model")
         return config
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The part of `config` that decides images beside the networks and `defaults`: schedule, prediction ..."""
+        return {n: deepcopy(v) for n, v in self.config.items() if not n.endswith("_config") and n != "defaults"}
+
+    def all_changes(self) -> list[Change]:
+        """Return what differs from the file at `path`: recorded changes, and settings set on the object since."""
+        recorded = [change for entry in self.changes if (change := entry.current()) is not None]
+        before = self.loaded_settings
+        return recorded if before is None else recorded + changed_settings(self.settings, before)
 
     @property
     def schedule(self) -> Schedule:
@@ -174,7 +183,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def null(self) -> Any:
-        """The prompt (or class ...) that says nothing, which guidance steers away from; None if there is none."""
+        """The null condition (a prompt, a class ...), which guidance leads away from; None if there is none."""
         return None if self.cond_stage_model is None else self.cond_stage_model.null
 
     def condition(
@@ -195,11 +204,15 @@ class LatentDiffusion(nn.Module):
         return {key: value.to(self.device) for key, value in cond.items()}
 
     def concat_image(self, images: Tensor, mask: Tensor) -> Conditioning:
-        """An image to change, as a model with `concat` is given it.
+        """Return the conditioning of a model with `concat` for an image to change.
 
-        images: (b, c, h, w) in [-1, 1]. mask: (b, 1, h, w), 1 where something new is to be drawn and 0 where the
-        image is to stay; InstructPix2Pix has none and ignores it. Returns {"c_concat": (b, channels, h/f, w/f)}: the
-        latents (posterior mode) of the image without its masked pixels, and the mask at their size, nearest pixel.
+        Args:
+            images: (b, c, h, w) in [-1, 1].
+            mask: (b, 1, h, w), 1 where the image is generated anew and 0 where it is kept; InstructPix2Pix ignores it.
+
+        Returns:
+            {"c_concat": (b, channels, h/f, w/f)}: the latents (posterior mode) of the image without its masked pixels,
+            and the mask at their size, nearest pixel.
         """
         if self.concat == "latents":
             return {"c_concat": self.encode(images, mode=True) / self.scale_factor}  # as Brooks et al. 2023 trained it
@@ -233,7 +246,7 @@ class LatentDiffusion(nn.Module):
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """`denoise(x, sigma, cond) -> Prediction`, in the frame x = x0 + sigma * noise.
 
-        seeds: of the images of the batch, for networks that draw noise of their own, which this one does not.
+        seeds: of the images of the batch, for networks with noise of their own, which this one has not.
         """
         return make_denoiser(self.apply_model, self.schedule, self.prediction, next(self.model.parameters()).dtype)
 
@@ -251,8 +264,8 @@ class LatentDiffusion(nn.Module):
                 )
         return self.channels, height // self.downsampling, width // self.downsampling
 
-    def usual_strength(self, masked: bool) -> float:
-        """The strength with which `generate` draws over an image: 1 where it is told which parts to keep, or how."""
+    def default_strength(self, masked: bool) -> float:
+        """Return the strength that `generate` uses: 1 with a mask or for an instruction model, else 0.75."""
         return 1.0 if masked or self.concat == "latents" else 0.75
 
-    generate = generate  # from prompts to images: its arguments are there
+    generate = generate  # prompts -> images: see there for its arguments

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from ldm.cli import Parser, check_writable, run, whole
+from ldm.cli import Parser, check_writable, int_range, run
 from ldm.inference.options import PRECISIONS, add_model_options, load_model
 
 ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
@@ -87,23 +87,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("load", help="time and memory of loading a checkpoint")
     command.add_argument("--ckpt", type=Path, metavar="FILE", help="(random weights at Stable Diffusion 1's full size)")
-    command.add_argument("--repeat", type=whole(1), default=3, metavar="N", help="best of N (3)")
+    command.add_argument("--repeat", type=int_range(1), default=3, metavar="N", help="best of N (3)")
     command = commands.add_parser("samplers", help="quality of every sampler at several numbers of steps")
     add_model_options(command)
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as an image (matplotlib)")
     command.add_argument("--samplers", nargs="*", metavar="NAME", help="(all, aliases left out)")
-    command.add_argument("--steps", nargs="*", type=whole(1), default=[5, 10, 20, 50], metavar="N", help="(5 10 20 50)")
-    command.add_argument("--n", type=whole(1), default=2000, metavar="N", help="images of each (2000)")
-    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="images at a time (100)")
+    command.add_argument(
+        "--steps", nargs="*", type=int_range(1), default=[5, 10, 20, 50], metavar="N", help="(5 10 20 50)"
+    )
+    command.add_argument("--n", type=int_range(1), default=2000, metavar="N", help="images of each (2000)")
+    command.add_argument("--batch-size", type=int_range(1), default=100, metavar="N", help="images at a time (100)")
     command.add_argument("--data", metavar="DIR", help="folder of MNIST (LDM_DATA, or ./data)")
     command = commands.add_parser("trilemma", help="quality, coverage and speed of a VAE, DDGAN, DDPM and DDIM")
     command.add_argument("--ddgan", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddgan.yaml")
     command.add_argument("--ddpm", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddpm.yaml, say")
     command.add_argument("--vae", type=Path, metavar="FILE", help="whose first stage is taken (the model that ships)")
-    command.add_argument("--ddim-steps", nargs="*", type=whole(1), default=[4, 20, 50], metavar="N", help="(4 20 50)")
-    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="images of each (1000)")
-    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="images at a time (100)")
+    command.add_argument(
+        "--ddim-steps", nargs="*", type=int_range(1), default=[4, 20, 50], metavar="N", help="(4 20 50)"
+    )
+    command.add_argument("--n", type=int_range(10), default=1000, metavar="N", help="images of each (1000)")
+    command.add_argument("--batch-size", type=int_range(1), default=100, metavar="N", help="images at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     command.add_argument("--precision", choices=PRECISIONS, default="full", help="of the networks (full)")
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table as an image (matplotlib)")
@@ -111,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines; those there are kept")
     command.add_argument("--names", nargs="*", metavar="NAME", help="(all; an unknown one lists them)")
     command.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configuration")
-    command.add_argument("--n", type=whole(10), default=1000, metavar="N", help="images of each (1000)")
-    command.add_argument("--batch-size", type=whole(1), default=100, metavar="N", help="images at a time (100)")
+    command.add_argument("--n", type=int_range(10), default=1000, metavar="N", help="images of each (1000)")
+    command.add_argument("--batch-size", type=int_range(1), default=100, metavar="N", help="images at a time (100)")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps; measuring is on the CPU")
     args = parser.parse_args(argv)
     if getattr(args, "plot", None) is not None:  # now, not after minutes of drawing

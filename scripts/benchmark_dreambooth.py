@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ldm.cli import Parser, run, whole
+from ldm.cli import Parser, int_range, run
 
 CHECKPOINTING = ["--gradient_checkpointing"]
 # name -> options of scripts/dreambooth.py
@@ -65,8 +65,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", type=Path, required=True, metavar="DIR", help="three to five photographs")
     add("--ckpt", type=Path, metavar="FILE", help="a model that diffusers can express (random weights, full size)")
     add("--rows", nargs="*", choices=tuple(OURS), default=tuple(OURS), metavar="NAME", help=f"({', '.join(OURS)})")
-    add("--resolution", type=whole(8), default=256, metavar="PIXELS", help="(256)")
-    add("--steps", type=whole(1), default=3, metavar="N", help="steps that are counted (3)")
+    add("--resolution", type=int_range(8), default=256, metavar="PIXELS", help="(256)")
+    add("--steps", type=int_range(1), default=3, metavar="N", help="steps that are counted (3)")
     add("--out", type=Path, default=Path("dreambooth_cost.jsonl"), metavar="FILE", help="(dreambooth_cost.jsonl)")
     add("--device", default="cpu", help="cpu, or cuda: then memory is the device's (cpu)")
     add("--measure", nargs=3, metavar=("WHO", "ROW", "DIR"), help=argparse.SUPPRESS)  # what a fresh process is told

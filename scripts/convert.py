@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import Parser, run, whole
+from ldm.cli import Parser, int_range, run
 from ldm.inference.options import LOADING, loading_arguments
 
 if TYPE_CHECKING:  # it takes a second, which --help has no use for
@@ -72,7 +72,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
 
     add = parser.add_argument_group("if IN is a LoRA").add_argument
-    add("--rank", type=whole(1), metavar="N", help="a smaller rank: of each layer's change, its N strongest directions")
+    add(
+        "--rank",
+        type=int_range(1),
+        metavar="N",
+        help="a smaller rank: of each layer's change, its N strongest directions",
+    )
     add(
         "--lora-format",
         choices=("kohya", "peft"),

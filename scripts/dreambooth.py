@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli import Parser, real, run, whole
+from ldm.cli import Parser, finite_float, int_range, run
 from ldm.finetune.flags import MEMORY, OUTPUT, TRAINING, add_flags, begin, choose, const, many, number, path
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 
@@ -32,11 +32,13 @@ FLAGS = {
          "what else is to be kept: as many images of all these are generated as of the class; '': nothing "
          "(the digits, by the model that ships; else nothing)"),
         ("--with_prior_preservation", "prior", const(True), "implied by --class_prompt"),
-        ("--prior_loss_weight", "stage.params.prior_weight", number(real(0), "LAMBDA"),
+        ("--prior_loss_weight", "stage.params.prior_weight", number(finite_float(0), "LAMBDA"),
          "of the class images; 0: none (1)"),
-        ("--num_class_images", "data.params.num_class_images", number(whole(1)), "of each subject"),
-        ("--class_guidance_scale", "data.params.class_guidance_scale", number(real(0), "SCALE"), "of class images"),
-        ("--sample_batch_size", "data.params.sample_batch_size", number(whole(1)), "class images generated at a time"),
+        ("--num_class_images", "data.params.num_class_images", number(int_range(1)), "of each subject"),
+        ("--class_guidance_scale", "data.params.class_guidance_scale", number(finite_float(0), "SCALE"),
+         "of class images"),
+        ("--sample_batch_size", "data.params.sample_batch_size", number(int_range(1)),
+         "class images generated at a time"),
         ("--crop", "data.params.crop", choose(("center", "random")),
          "which part of images that are not square (center)"),
         ("--center_crop", "data.params.crop", const("center"), "the same as --crop center"),
@@ -46,35 +48,35 @@ FLAGS = {
     ],
     "training": [
         *TRAINING,
-        ("--train_batch_size", "loop.batch_size", number(whole(1)),
+        ("--train_batch_size", "loop.batch_size", number(int_range(1)),
          "pairs of a subject's and a class image at a time"),
-        ("--learning_rate", "stage.params.learning_rate", number(real(0), "RATE"), "of the UNet"),
+        ("--learning_rate", "stage.params.learning_rate", number(finite_float(0), "RATE"), "of the UNet"),
         ("--train_text", "stage.params.train_text", choose(("none", "words", "all")),
          "of the text encoder: nothing, the vectors of the words that name the subject, or all of it"),
         ("--train_text_encoder", "stage.params.train_text", const("all"), "the same as --train_text all"),
-        ("--text_encoder_lr", "stage.params.text_learning_rate", number(real(0), "RATE"),
+        ("--text_encoder_lr", "stage.params.text_learning_rate", number(finite_float(0), "RATE"),
          "learning rate of what --train_text says"),
         ("--train_layers", "stage.params.layers", {"metavar": "NAME"},
          "of the UNet: all, attention, cross-attention, key-value, or a regular expression for their names (all)"),
-        ("--rank", "stage.params.lora.rank", number(whole(1)),
+        ("--rank", "stage.params.lora.rank", number(int_range(1)),
          "LoRA: train small matrices, for OUTPUT_DIR/lora.safetensors"),
-        ("--lora_alpha", "stage.params.lora.alpha", number(real(0), "X"),
+        ("--lora_alpha", "stage.params.lora.alpha", number(finite_float(0), "X"),
          "their change is multiplied by alpha / rank (the rank)"),
         ("--lora_targets", "stage.params.lora.targets", {"nargs": "+", "metavar": "NAME"},
          "attention, text, feed_forward, text_feed_forward, projection, convolution, or regular expressions"),
         ("--lora_format", "stage.params.lora_format", choose(("kohya", "peft")),
          "how the file names its layers (kohya)"),
-        ("--snr_gamma", "stage.params.snr_gamma", number(real(0), "GAMMA"),
+        ("--snr_gamma", "stage.params.snr_gamma", number(finite_float(0), "GAMMA"),
          "weigh each image's loss by min-SNR; the paper takes 5"),
-        ("--noise_offset", "stage.params.noise_offset", number(real(0), "X"),
+        ("--noise_offset", "stage.params.noise_offset", number(finite_float(0), "X"),
          "noise that is the same all over a channel (0)"),
         ("--offset_noise", "stage.params.noise_offset", const(0.1), "the same as --noise_offset 0.1"),
         ("--use_ema", "use_ema", const(True), "the result is an average of the weights over the last steps"),
-        ("--ema_decay", "loop.ema", number(real(0), "X"), "of that average (0.99)"),
-        ("--max_grad_norm", "loop.clip", number(real(0), "X"), "gradients are clipped to it (1)"),
-        ("--adam_beta1", "stage.params.betas.0", number(real(0), "X"), "(0.9)"),
-        ("--adam_beta2", "stage.params.betas.1", number(real(0), "X"), "(0.999)"),
-        ("--adam_weight_decay", "stage.params.weight_decay", number(real(0), "X"), "(0.01)"),
+        ("--ema_decay", "loop.ema", number(finite_float(0), "X"), "of that average (0.99)"),
+        ("--max_grad_norm", "loop.clip", number(finite_float(0), "X"), "gradients are clipped to it (1)"),
+        ("--adam_beta1", "stage.params.betas.0", number(finite_float(0), "X"), "(0.9)"),
+        ("--adam_beta2", "stage.params.betas.1", number(finite_float(0), "X"), "(0.999)"),
+        ("--adam_weight_decay", "stage.params.weight_decay", number(finite_float(0), "X"), "(0.01)"),
     ],
     "speed and memory": [
         *MEMORY,
@@ -82,12 +84,12 @@ FLAGS = {
          "the last two take less memory (adamw)"),
         ("--use_8bit_adam", "stage.params.optimizer", const("adamw8bit"), "the same as --optimizer adamw8bit"),
         ("--no_cache", "stage.params.cache", const(False), "encode images and texts anew at every step"),
-        ("--dataloader_num_workers", "loop.workers", number(whole(0)), "(0)"),
+        ("--dataloader_num_workers", "loop.workers", number(int_range(0)), "(0)"),
     ],
     "output": [
         *OUTPUT,
         ("--validation_prompt", "stage.params.previews", many(str, "TEXT"), "to preview (subjects', classes')"),
-        ("--num_validation_images", "stage.params.preview_columns", number(whole(1)), "of each prompt"),
+        ("--num_validation_images", "stage.params.preview_columns", number(int_range(1)), "of each prompt"),
     ],
 }  # fmt: skip
 

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import Parser, check_writable, real, run, whole
-from ldm.inference.options import add_model_options, load_model
+from ldm.cli import Parser, check_writable, int_range, run
+from ldm.inference.options import add_model_options, add_settings, load_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,8 +58,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--split", choices=("test", "heldout"), default="test", help="heldout: the last training pictures"
         )
-        command.add_argument("--n", type=whole(10), help="pictures; without it, all (10,000 of MNIST's test pictures)")
-        command.add_argument("--batch-size", type=whole(1), default=100, help="pictures at a time")
+        command.add_argument(
+            "--n", type=int_range(10), help="pictures; without it, all (10,000 of MNIST's test pictures)"
+        )
+        command.add_argument("--batch-size", type=int_range(1), default=100, help="pictures at a time")
     for command in (model, autoencoder, dreambooth):
         command.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there instead")
         command.add_argument(
@@ -75,16 +77,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--wording", choices=("seen", "unseen"), default="seen", help="captions as in training, or new ones"
     )
-    model.add_argument("--seed", type=whole(0), default=0, help="seed of the first picture")
-    model.add_argument("--steps", type=whole(1), help="network steps")
-    model.add_argument("--scale", type=real(), help="guidance; 1 is none")
-    model.add_argument("--sampler", help="an unknown name lists the known ones")
-    model.add_argument("--spacing", help="which timesteps: trailing, leading, linspace, quad, compvis ...")
-    model.add_argument("--eta", type=real(0), help="share of fresh noise in each step")
-    model.add_argument(
-        "--interval", type=real(0, infinite=True), nargs=2, metavar=("LOW", "HIGH"), help="guide at these sigmas"
-    )
-    model.add_argument("--rescale", type=real(0), metavar="PHI", help="guidance rescale, 0 to 1")
+    model.add_argument("--seed", type=int_range(0), default=0, help="seed of the first picture")
+    add_settings(model, *MEASURED)
     add_model_options(model)
     return parser.parse_args(argv)
 
@@ -170,9 +164,9 @@ def add_bits(parser: argparse.ArgumentParser) -> None:
     add("--variance", metavar="NAME", help="of each step: learned, small or large (the first of these that it has)")
     add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: scikit-learn's")
     add("--data", metavar="ROOT", help="folder that holds MNIST/raw (LDM_DATA, else ./data)")
-    add("--n", type=whole(2), default=100, help="pictures (100)")
-    add("--batch-size", type=whole(1), default=100, help="pictures at a time (100)")
-    add("--seed", type=whole(0), default=0, help="of the noise")
+    add("--n", type=int_range(2), default=100, help="pictures (100)")
+    add("--batch-size", type=int_range(1), default=100, help="pictures at a time (100)")
+    add("--seed", type=int_range(0), default=0, help="of the noise")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", type=Path, metavar="FILE", help="write the JSON there instead")
 
@@ -214,9 +208,9 @@ def add_dreambooth(parser: argparse.ArgumentParser) -> None:
     )
     add("--instance-prompt", required=True, metavar="TEXT", help="as in training")
     add("--class-prompt", required=True, metavar="TEXT", help="as in training")
-    add("--digit", type=whole(0, 9), help="which digit the class is; without it, of none")
-    add("--n", type=whole(10), default=200, help="pictures of each kind (200)")
-    add("--batch-size", type=whole(1), default=100, help="pictures at a time (100)")
+    add("--digit", type=int_range(0, 9), help="which digit the class is; without it, of none")
+    add("--n", type=int_range(10), default=200, help="pictures of each kind (200)")
+    add("--batch-size", type=int_range(1), default=100, help="pictures at a time (100)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; measuring is on the CPU")
 
 

@@ -1,19 +1,20 @@
-"""Draw parts of an image anew.
+"""Generate parts of an image anew.
 
 python scripts/inpaint.py --init-img photo.png --mask mask.png --prompt "a red kite"
 python scripts/inpaint.py --init-img five.png --mask mask.png --n_samples 4
 python scripts/inpaint.py --indir images --outdir outputs/restored
 
-The mask has the image's size: what is white there is drawn anew, what is black (or transparent) stays as it is, to
-the byte. What is at least half white is drawn, and greys then blend it with the image. Any model will do: one that
-was trained to inpaint is told of the mask, any other has the rest of the image put back at every step.
+The mask has the image's size: what is white there is generated anew, what is black (or transparent) is kept, to the
+byte. At least half white is generated, and greys then blend it with the image. Any model will do: one that was trained
+to inpaint has the mask in its input, for any other the rest of the image is put back at every step.
 
 The result is a PNG of 8 bits, grey, RGB or RGBA: grey where both image and model are, with the image's transparency
-if it has any (the model sees that as white, and what it draws is opaque), in RGB if the image is a palette's or CMYK.
+if it has any (the model sees that as white, and generated parts are opaque), in RGB if the image is a palette's or
+CMYK.
 
 Sizes, --strength (1: what is white in the mask is forgotten) and files are as in img2img.py. --indir takes each pair
-DIR/X.png, DIR/X_mask.png, draws one image of it and writes OUTDIR/X.png, in the place of one that is there; the
-pairs, by name, have the seeds `--seed`, `--seed` + 1, ...
+DIR/X.png, DIR/X_mask.png, generates one image of it and writes OUTDIR/X.png, replacing one that is there; the pairs, by
+name, have the seeds `--seed`, `--seed` + 1, ...
 """
 
 import argparse
@@ -21,21 +22,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm.cli import run
-from ldm.inference.drawing import add_original_options, draw_run, drawing_parser, load, settings_of, settings_over
-from ldm.inference.original import Original
-from ldm.inference.output import make_writable
-from ldm.inference.png import save_png
-from ldm.inference.recipe import plan
+from ldm.inference.init_image import InitImage
+from ldm.inference.options import add_init_image_options, image_parser, settings_of
+from ldm.inference.recipe import plan, save_png
+from ldm.inference.run import build_guide, generate_files, guide_hashes, init_settings, load_checked, make_writable
 
 MASK = "_mask.png"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = drawing_parser(__doc__, "", "outputs/inpaint-samples")
-    add_original_options(parser, "1")
-    add = parser.add_argument_group("what to draw anew").add_argument
-    add("--mask", type=Path, metavar="FILE", help="white where the image is to be drawn anew")
-    add("--invert-mask", action="store_true", help="black where it is to be drawn anew")
+    parser = image_parser(__doc__, "", "outputs/inpaint-samples")
+    add_init_image_options(parser)
+    add = parser.add_argument_group("mask").add_argument
+    add("--mask", type=Path, metavar="FILE", help="white where the image is generated anew")
+    add("--invert-mask", action="store_true", help="black where it is generated anew")
     add(
         "--indir",
         type=Path,
@@ -48,47 +48,46 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.indir is not None:
-        draw_folder(args)
+        inpaint_folder(args)
         return
     if args.init_img is None or args.mask is None:
-        raise ValueError(
-            "--init-img FILE and --mask FILE name an image and what of it to draw anew, or --indir DIR many"
-        )
-    draw_run(args, Original.read(args.init_img, args.mask, args.invert_mask))
+        raise ValueError("inpaint.py needs --init-img FILE and --mask FILE, or --indir DIR with many of both")
+    generate_files(args, InitImage.read(args.init_img, args.mask, args.invert_mask))
 
 
-def draw_folder(args: argparse.Namespace) -> None:
-    """One image of each pair in --indir, saved under its name in --outdir.
+def inpaint_folder(args: argparse.Namespace) -> None:
+    """Generate one image of each pair in --indir, saved under its name in --outdir.
 
-    All pairs are looked at before the first is drawn, but only one is in memory at a time.
+    All pairs are checked before the first is generated, but only one is in memory at a time.
     """
     others = ("init_img", "mask", "from_file", "from_png", "fixed_code", "skip_save", "strip")
     given = [name for name in others if getattr(args, name) not in (None, False)]
     given += ["n_samples", "n_iter"] if args.n_samples * args.n_iter != 1 else []
     if given:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"--indir draws one image of each pair that is there: leave out {options}")
+        raise ValueError(f"--indir makes one image of each pair that is there: leave out {options}")
     if args.outdir.resolve() == args.indir.resolve():
         raise ValueError(f"--outdir {args.outdir} is --indir, where the images would be replaced: name another folder")
     pairs = find_pairs(args.indir)
-    for _ in originals(pairs, args):
+    for _ in read_pairs(pairs, args):
         pass
     make_writable(args.outdir)
 
-    model = load(args)
-    from ldm.inference.draw import draw, own_recipe, watching
+    model = load_checked(args)
+    from ldm.inference.generate import default_recipe, generate_run, progress
 
-    first = own_recipe(model, model.path.stem, **settings_of(args))
+    first = default_recipe(model, model.path.stem, **settings_of(args), **guide_hashes(args, None))
     recipes = [
-        recipe.changed(**settings_over(original, args, model))
-        for recipe, original in zip(plan(first, args.prompts, len(pairs), 1), originals(pairs, args), strict=True)
+        recipe.changed(**init_settings(init, args, model))
+        for recipe, init in zip(plan(first, args.prompts, len(pairs), 1), read_pairs(pairs, args), strict=True)
     ]
-    saved = []
-    with watching(recipes) as callback:
-        for recipe, original, (path, _) in zip(recipes, originals(pairs, args), pairs, strict=True):
-            for drawn in draw(model, [recipe], callback, original.at(recipe.width, recipe.height)):
+    guide, saved = build_guide(model, first, args), []
+    with progress(recipes) as callback:
+        for recipe, init, (path, _) in zip(recipes, read_pairs(pairs, args), pairs, strict=True):
+            init = init.resized(recipe.width, recipe.height)
+            for result in generate_run(model, [recipe], callback, init, guide):
                 saved.append(args.outdir / path.name)
-                save_png(drawn.image, saved[-1], recipe.to_text())
+                save_png(result.image, saved[-1], recipe.to_text())
     for path in saved:
         print(path)
 
@@ -98,16 +97,16 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
     masks = sorted(path for path in folder.iterdir() if path.name.endswith(MASK))
     pairs = [(mask.with_name(mask.name.removesuffix(MASK) + ".png"), mask) for mask in masks]
     if not pairs:
-        raise ValueError(f"{folder} holds no X{MASK} beside an X.png: a pair is an image and what of it to draw anew")
+        raise ValueError(f"{folder} holds no X{MASK} beside an X.png: a pair is an image and its mask")
     for path, mask in pairs:
         if not path.is_file():
             raise ValueError(f"{mask} has no image: {path.name} is not there")
     return pairs
 
 
-def originals(pairs: list[tuple[Path, Path]], args: argparse.Namespace) -> Iterator[Original]:
-    """Each pair, read when it is its turn."""
-    return (Original.read(*pair, args.invert_mask) for pair in pairs)
+def read_pairs(pairs: list[tuple[Path, Path]], args: argparse.Namespace) -> Iterator[InitImage]:
+    """Yield each pair, read when it is its turn."""
+    return (InitImage.read(*pair, args.invert_mask) for pair in pairs)
 
 
 if __name__ == "__main__":

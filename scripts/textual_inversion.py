@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli import Parser, real, run, whole
+from ldm.cli import Parser, finite_float, int_range, run
 from ldm.finetune.flags import MEMORY, OUTPUT, TRAINING, add_flags, begin, choose, number, path
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 
@@ -28,7 +28,7 @@ FLAGS = {
         ("--placeholder_token", "stage.params.word", {"required": True, "metavar": "WORD"}, "its name: '<mine>'"),
         ("--initializer_token", "stage.params.initial", {"required": True, "metavar": "TEXT"},
          "what it is like, in words that the model knows"),
-        ("--num_vectors", "stage.params.vectors", number(whole(1)), "tokens of the word"),
+        ("--num_vectors", "stage.params.vectors", number(int_range(1)), "tokens of the word"),
         ("--learnable_property", "stage.params.frames", choose(("object", "style")),
          "what the images share (object)"),
         ("--templates", "templates", {"type": Path, "default": None, "metavar": "FILE"},
@@ -36,17 +36,18 @@ FLAGS = {
     ],
     "training": [
         *TRAINING,
-        ("--train_batch_size", "loop.batch_size", number(whole(1)), "images at a time"),
-        ("--learning_rate", "stage.params.learning_rate", number(real(0), "RATE"),
+        ("--train_batch_size", "loop.batch_size", number(int_range(1)), "images at a time"),
+        ("--learning_rate", "stage.params.learning_rate", number(finite_float(0), "RATE"),
          "how far a step moves a vector's numbers"),
-        ("--pull", "stage.params.pull", number(real(0), "X"), "weight of the distance to the initial words (0)"),
+        ("--pull", "stage.params.pull", number(finite_float(0), "X"),
+         "weight of the distance to the initial words (0)"),
         *MEMORY,
     ],
     "output": [
         ("--format", "format", {"nargs": "+", "choices": ("diffusers", "a1111", "compvis"), "default": ["diffusers"]},
          "learned_embeds.safetensors, WORD.pt, embeddings.pt (diffusers, which all of today's programs read)"),
         *OUTPUT,
-        ("--num_validation_images", "stage.params.previews", number(whole(1)), "in a preview"),
+        ("--num_validation_images", "stage.params.previews", number(int_range(1)), "in a preview"),
     ],
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Draw images from text.
+"""Generate images from text.
 
 python scripts/txt2img.py --prompt "a handwritten digit five"
 python scripts/txt2img.py --prompt "a bold seven leaning right" --n_samples 8 --steps 20 --scale 2 --seed 1
@@ -14,15 +14,16 @@ import argparse
 from collections.abc import Sequence
 
 from ldm.cli import run
-from ldm.inference.drawing import draw_run, drawing_parser
+from ldm.inference.options import image_parser
+from ldm.inference.run import generate_files
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    return drawing_parser(__doc__, "a handwritten digit five", "outputs/txt2img-samples").parse_args(argv)
+    return image_parser(__doc__, "a handwritten digit five", "outputs/txt2img-samples").parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    draw_run(parse(argv))
+    generate_files(parse(argv))
 
 
 if __name__ == "__main__":

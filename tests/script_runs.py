@@ -11,8 +11,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from ldm.inference.png import read_png_text
-from ldm.inference.recipe import Recipe
+from ldm.inference.recipe import Recipe, read_png_text
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {

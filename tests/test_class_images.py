@@ -6,8 +6,7 @@ from PIL import Image
 
 import ldm
 from ldm.inference.class_images import Class, Share, collect, draw_class_images, users_images
-from ldm.inference.png import read_png_text
-from ldm.inference.recipe import Recipe
+from ldm.inference.recipe import Recipe, read_png_text
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from ldm.cli import Parser, check_writable, real, run, sentence, whole
+from ldm.cli import Parser, check_writable, finite_float, int_range, run, sentence
 
 
 def parser() -> Parser:
     parser = Parser(prog="draw.py")
-    parser.add_argument("--n_samples", type=whole(1), default=1)
+    parser.add_argument("--n_samples", type=int_range(1), default=1)
     parser.add_argument("--from-file")
-    parser.add_argument("--scale", "--cfg_scale", type=real())
+    parser.add_argument("--scale", "--cfg_scale", type=finite_float())
     parser.add_argument("-q", action="store_true")
     parser.add_argument("overrides", nargs="*")
     return parser
@@ -49,7 +49,7 @@ def test_values_are_left_alone():
         (["--zzz"], "unknown option --zzz"),
         (["-x"], "unknown option -x"),
         (["--n_samples", "0"], "0 is out of range: it must be at least 1"),
-        (["--n_samples", "many"], "'many' is not a whole number"),
+        (["--n_samples", "many"], "'many' is not an integer"),
         (["--scale", "nan"], "'nan' is not a finite number"),
         (["--scale", "inf"], "'inf' is not a finite number"),
         (["--scale"], "expected one argument"),
@@ -74,9 +74,9 @@ def test_sub_commands_know_their_own_options(capsys):
 
 
 def test_number_types_have_limits():
-    assert whole(0)("7") == 7
-    assert real(0, infinite=True)("inf") == float("inf")
-    for read, text in ((whole(0, 5), "6"), (real(0), "-0.1"), (whole(0), "1.5")):
+    assert int_range(0)("7") == 7
+    assert finite_float(0, infinite=True)("inf") == float("inf")
+    for read, text in ((int_range(0, 5), "6"), (finite_float(0), "-0.1"), (int_range(0), "1.5")):
         with pytest.raises(Exception, match=text):
             read(text)
 

@@ -37,16 +37,18 @@ def test_train_and_draw(draw):
     off = draw("--class", 3, 8, "--n_samples", 2, "--classifier-scale", 0)
     for a, b, c in zip(plain, guided, off, strict=True):
         assert np.array_equal(pixels(a), pixels(c)) and not np.array_equal(pixels(a), pixels(b))
-    assert recipe(guided[0]).prompt in ("3", "8") and recipe(guided[0]).changes.startswith("classifier ")
-    assert recipe(guided[0]).changes.endswith(" at 500")
+    assert recipe(guided[0]).prompt in ("3", "8") and recipe(guided[0]).classifier_scale == 500
+    assert len(recipe(guided[0]).classifier_hash) == 10 and recipe(plain[0]).classifier_hash == ""
     for sampler in ("ddim", "ddpm"):
         (again,) = draw("--from-png", draw("--class", 3, "--sampler", sampler)[0])
         (other,) = draw("--class", 3, "--sampler", sampler, "--classifier-scale", 500)
         assert recipe(again).sampler == sampler and not np.array_equal(pixels(again), pixels(other))
 
-    with pytest.raises(ValueError, match="say by --class which"):
+    with pytest.raises(ValueError, match="name them by --class"):
         draw()
     with pytest.raises(ValueError, match="class 'five' does not exist"):
         draw("--class", "five")
-    with pytest.raises(ValueError, match="give the same options"):
-        draw("--from-png", guided[0])  # made at another scale
+    (again,) = draw("--from-png", guided[0])
+    assert np.array_equal(pixels(again), pixels(guided[0]))
+    with pytest.raises(ValueError, match="for --classifier: give that file again"):
+        draw("--from-png", guided[0], guided=False)

@@ -18,8 +18,7 @@ from script_runs import (
 )
 
 import ldm
-from ldm.inference.png import read_png_text, save_png
-from ldm.inference.recipe import Recipe
+from ldm.inference.recipe import Recipe, read_png_text, save_png
 
 img2img = load_script("img2img")
 
@@ -31,21 +30,21 @@ def draw(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def five(tmp_path) -> Path:
-    """A picture file, 32 x 32, grey."""
+    """A image file, 32 x 32, grey."""
     return saved(tmp_path / "five.png")
 
 
-def picture(width=32, height=32, seed=0) -> Image.Image:
+def make_image(width=32, height=32, seed=0) -> Image.Image:
     small = np.random.default_rng(seed).integers(0, 256, (4, 4), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def saved(path: Path, image: Image.Image | None = None, **options) -> Path:
-    (picture() if image is None else image).save(path, **options)
+    (make_image() if image is None else image).save(path, **options)
     return path
 
 
-def test_one_image_and_its_grid_at_the_usual_strength(draw, five, tiny_model):
+def test_one_image_and_its_grid_at_the_default_strength(draw, five, tiny_model):
     out = draw("--init-img", five, steps=None)
     assert names(out) == ["grid-0000.png", "samples"] and names(out / "samples") == ["00000.png"]
     made = recipe(samples(out)[0])
@@ -119,15 +118,15 @@ def test_made_again_with_a_change_from_the_same_pixels_in_another_file(draw, fiv
 
 def test_making_again_needs_the_same_image(draw, five, tmp_path, tiny_checkpoint):
     (path,) = samples(draw("--init-img", five))
-    with pytest.raises(ValueError, match="00000.png was drawn over a picture with hash .* by --init-img"):
-        draw("--from-png", path, "--init-img", saved(tmp_path / "other.png", picture(seed=1)))
-    with pytest.raises(ValueError, match="--init-img FILE names the picture"):
+    with pytest.raises(ValueError, match="00000.png was made from an init image with hash .* by --init-img"):
+        draw("--from-png", path, "--init-img", saved(tmp_path / "other.png", make_image(seed=1)))
+    with pytest.raises(ValueError, match="needs an init image"):
         draw("--from-png", path)
     txt2img = runner(load_script("txt2img"), tiny_checkpoint, tmp_path)
-    with pytest.raises(ValueError, match="00000.png was drawn over another picture.* use scripts/img2img.py"):
+    with pytest.raises(ValueError, match="00000.png was made from an init image.* use scripts/img2img.py"):
         txt2img("--from-png", path)
     (plain,) = samples(txt2img(out="text"))
-    with pytest.raises(ValueError, match="00000.png was drawn from text alone: use scripts/txt2img.py"):
+    with pytest.raises(ValueError, match="00000.png was made from text alone: use scripts/txt2img.py"):
         draw("--from-png", plain, "--init-img", five)
 
 
@@ -135,7 +134,7 @@ def test_a_image_of_another_program_says_no_hash(draw, five, tmp_path):
     text = (
         "a five\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 3, Size: 32x32, Denoising strength: 0.5, Version: v1.9"
     )
-    save_png(picture(), tmp_path / "foreign.png", text)
+    save_png(make_image(), tmp_path / "foreign.png", text)
     out = draw("--from-png", tmp_path / "foreign.png", "--init-img", five, steps=None)
     made = recipe(samples(out)[0])
     assert (made.strength, made.seed) == (0.5, 3) and made.init_hash != ""
@@ -154,34 +153,37 @@ def test_a_image_of_another_program_says_no_hash(draw, five, tmp_path):
     ],
 )
 def test_sizes(draw, tmp_path, size, options, expected):
-    out = draw("--init-img", saved(tmp_path / "a.png", picture(*size)), *options)
+    out = draw("--init-img", saved(tmp_path / "a.png", make_image(*size)), *options)
     made = recipe(samples(out)[0])
     assert Image.open(samples(out)[0]).size == (made.width, made.height) == expected
 
 
 @pytest.mark.parametrize("size", [(500, 400), (129, 32), (32, 7), (4000, 3000)])
 def test_sizes_far_from_the_models_are_refused(draw, tmp_path, size):
-    with pytest.raises(ValueError, match=f"the picture is {size[0]} x {size[1]} pixels and the model draws at 32 x 32"):
-        draw("--init-img", saved(tmp_path / "a.png", picture(*size)))
+    with pytest.raises(ValueError, match=f"the image is {size[0]} x {size[1]} pixels and the model's size is 32 x 32"):
+        draw("--init-img", saved(tmp_path / "a.png", make_image(*size)))
     assert not list(tmp_path.glob("out/**/*.png"))
 
 
 def turned_jpeg(path: Path) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return saved(path, picture(32, 48), exif=exif, quality=95)
+    return saved(path, make_image(32, 48), exif=exif, quality=95)
 
 
 FILES = {
     "jpeg": (lambda p: saved(p / "a.jpg", quality=95), (32, 32)),
     "turned by the camera": (lambda p: turned_jpeg(p / "a.jpg"), (48, 32)),
     "webp": (lambda p: saved(p / "a.webp", lossless=True), (32, 32)),
-    "palette": (lambda p: saved(p / "a.png", picture().convert("RGB").quantize(256)), (32, 32)),
-    "rgba": (lambda p: saved(p / "a.png", picture().convert("RGBA")), (32, 32)),
-    "16 bits": (lambda p: saved(p / "a.png", Image.fromarray(np.asarray(picture()).astype(np.uint16) * 257)), (32, 32)),
-    "cmyk": (lambda p: saved(p / "a.tif", picture().convert("CMYK")), (32, 32)),
+    "palette": (lambda p: saved(p / "a.png", make_image().convert("RGB").quantize(256)), (32, 32)),
+    "rgba": (lambda p: saved(p / "a.png", make_image().convert("RGBA")), (32, 32)),
+    "16 bits": (
+        lambda p: saved(p / "a.png", Image.fromarray(np.asarray(make_image()).astype(np.uint16) * 257)),
+        (32, 32),
+    ),
+    "cmyk": (lambda p: saved(p / "a.tif", make_image().convert("CMYK")), (32, 32)),
     "animation": (
-        lambda p: saved(p / "a.gif", save_all=True, append_images=[picture(seed=1), picture(seed=2)]),
+        lambda p: saved(p / "a.gif", save_all=True, append_images=[make_image(seed=1), make_image(seed=2)]),
         (32, 32),
     ),
 }
@@ -189,10 +191,10 @@ FILES = {
 
 @pytest.mark.parametrize(("make", "size"), FILES.values(), ids=FILES)
 def test_files_of_all_kinds(draw, tmp_path, tiny_model, make, size):
-    """At strength 0 the first stage shows what was read: the same picture in each, but for a lossy file's losses."""
+    """At strength 0 the first stage shows what was read: the same image in each, but for a lossy file's losses."""
     path = make(tmp_path)
     (made,) = samples(draw("--init-img", path, "--strength", 0))
-    original = picture(32, 48).transpose(Image.Transpose.ROTATE_270) if size == (48, 32) else picture()
+    original = make_image(32, 48).transpose(Image.Transpose.ROTATE_270) if size == (48, 32) else make_image()
     (expected,) = tiny_model.generate([""], image=original, strength=0)
     assert Image.open(made).size == size
     assert np.abs(pixels(made).astype(int) - np.asarray(expected)).mean() < 3
@@ -200,9 +202,9 @@ def test_files_of_all_kinds(draw, tmp_path, tiny_model, make, size):
 
 def test_a_resized_image_is_that_of_the_middle(draw, tmp_path, tiny_model):
     wide = Image.new("L", (96, 32))
-    wide.paste(picture(), (32, 0))
+    wide.paste(make_image(), (32, 0))
     (made,) = samples(draw("--init-img", saved(tmp_path / "w.png", wide), "--W", 32, "--H", 32, "--strength", 0))
-    (expected,) = tiny_model.generate([""], image=picture(), strength=0)
+    (expected,) = tiny_model.generate([""], image=make_image(), strength=0)
     assert np.array_equal(pixels(made), np.asarray(expected))
 
 
@@ -211,7 +213,7 @@ def test_the_colour_profile_stays(draw, tmp_path):
     grey = saved(tmp_path / "grey.png", icc_profile=profile)
     assert Image.open(samples(draw("--init-img", grey))[0]).info["icc_profile"] == profile
     # the tiny model draws grey: a profile of colours does not fit
-    rgb = saved(tmp_path / "rgb.png", picture().convert("RGB"), icc_profile=profile)
+    rgb = saved(tmp_path / "rgb.png", make_image().convert("RGB"), icc_profile=profile)
     assert "icc_profile" not in Image.open(samples(draw("--init-img", rgb, out="rgb"))[0]).info
 
 
@@ -234,10 +236,10 @@ def written(path: Path, content: bytes) -> Path:
 
 
 DAMAGED = {
-    "png": (lambda p: truncated(p / "cut.png"), "cut.png cannot be read as a picture: .*truncated"),
-    "jpeg": (lambda p: truncated(p / "cut.jpg"), "cut.jpg cannot be read as a picture: .*truncated"),
-    "empty": (lambda p: written(p / "empty.png", b""), "empty.png is no picture"),
-    "text": (lambda p: written(p / "notes.png", b"notes"), "notes.png is no picture"),
+    "png": (lambda p: truncated(p / "cut.png"), "cut.png cannot be read as an image: .*truncated"),
+    "jpeg": (lambda p: truncated(p / "cut.jpg"), "cut.jpg cannot be read as an image: .*truncated"),
+    "empty": (lambda p: written(p / "empty.png", b""), "empty.png is not an image"),
+    "text": (lambda p: written(p / "notes.png", b"notes"), "notes.png is not an image"),
     "missing": (lambda p: p / "missing.png", "missing.png"),
     "folder": (lambda p: p, "cannot be read"),
     "floats": (lambda p: saved(p / "f.tif", Image.new("F", (32, 32))), "f.tif .*mode F.* unknown range"),
@@ -253,9 +255,9 @@ def test_damaged_files_are_found_before_the_model_is_loaded(tmp_path, monkeypatc
 
 
 def test_mistakes(draw, five):
-    with pytest.raises(ValueError, match="--init-img FILE names the picture to draw over"):
+    with pytest.raises(ValueError, match="needs an init image"):
         draw()
-    with pytest.raises(ValueError, match="--resize says the size"):
+    with pytest.raises(ValueError, match="--resize sets the size"):
         draw("--init-img", five, "--resize", "--W", 32)
     with pytest.raises(ValueError, match="leave out --n_samples"):
         draw("--init-img", five, "--from-png", five, "--n_samples", 2)
@@ -288,7 +290,8 @@ def test_imports(tiny_checkpoint, tmp_path, five):
 
 
 def test_recipes_carry_what_they_were_drawn_over():
-    made = Recipe("a", "", 4, "ddim", 1.0, 0, 32, 32, strength=0.3, init_hash="0123456789", mask_hash="abcdefabcd")
+    settings = {"prompt": "a", "steps": 4, "sampler": "ddim", "scale": 1.0, "width": 32, "height": 32}
+    made = Recipe(**settings, strength=0.3, init_hash="0123456789", mask_hash="abcdefabcd")
     assert Recipe.from_text(made.to_text()) == made
-    plain = Recipe("a", "", 4, "ddim", 1.0, 0, 32, 32)
+    plain = Recipe(**settings)
     assert Recipe.from_text(plain.to_text()) == plain and "Denoising" not in plain.to_text()

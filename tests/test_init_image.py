@@ -1,4 +1,4 @@
-"""LatentDiffusion.generate over a picture: levels, noise, what a mask keeps, models that are told of it, mistakes."""
+"""LatentDiffusion.generate over a image: levels, noise, what a mask keeps, models that are told of it, mistakes."""
 
 import copy
 
@@ -20,7 +20,7 @@ def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image, dtype=np.int16) for image in images])
 
 
-def picture(seed=0, width=32, height=32, mode="L") -> Image.Image:
+def make_image(seed=0, width=32, height=32, mode="L") -> Image.Image:
     """Smooth random blobs, as the first stage can more or less carry."""
     small = torch.rand(len(mode), 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     large = torch.nn.functional.interpolate(small[None], (height, width), mode="bicubic")
@@ -34,7 +34,7 @@ def top_half(width=32, height=32) -> Image.Image:
 
 
 def seen_latents(model, image) -> torch.Tensor:
-    """The first stage's latents (1, 4, h, w) of a picture, most likely ones."""
+    """The first stage's latents (1, 4, h, w) of a image, most likely ones."""
     x = torch.tensor(pixels([image.convert("L")]), dtype=torch.float32)[:, None] / 127.5 - 1
     return model.scale_factor * model.first_stage_model.encode(x).mode()
 
@@ -54,8 +54,8 @@ def spied(model, x0=None):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("strength", [0.25, 0.8, 1])
 def test_an_oracle_finds_its_image_from_any_strength(tiny_model, sampler, strength):
-    """A network that gives the exact eps for a known x0 leads from any picture at any level to that x0."""
-    model, z = copy.copy(tiny_model), seen_latents(tiny_model, picture(1))
+    """A network that gives the exact eps for a known x0 leads from any image at any level to that x0."""
+    model, z = copy.copy(tiny_model), seen_latents(tiny_model, make_image(1))
     model.prediction = "eps"
 
     def exact_eps(x_vp, t, cond):
@@ -64,7 +64,7 @@ def test_an_oracle_finds_its_image_from_any_strength(tiny_model, sampler, streng
 
     model.apply_model = exact_eps
     options = {"steps": 8, "sampler": sampler, "scale": 1.0, "seed": 3}
-    (found,) = model.generate(["five"], image=picture(2), strength=strength, **options)
+    (found,) = model.generate(["five"], image=make_image(2), strength=strength, **options)
     assert abs(pixels([found]) - pixels(to_pil(tiny_model.decode(z)))).max() <= 1
 
 
@@ -73,30 +73,30 @@ def test_an_oracle_finds_its_image_from_any_strength(tiny_model, sampler, streng
 def test_noised_exactly_to_the_first_level_that_is_denoised(tiny_model, strength, taken, spacing):
     model, notes = spied(tiny_model)
     options = {"steps": 8, "spacing": spacing, "scale": 1.0, "strength": strength, "seeds": [5, 9]}
-    model.generate(["a", "b"], image=picture(), **options)
+    model.generate(["a", "b"], image=make_image(), **options)
     sigmas = sampling_sigmas(model.schedule, 8, spacing).tolist()
     assert [sigma for _, sigma in notes] == sigmas[8 - taken : 8]
     noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 9)])
-    expected = seen_latents(model, picture()) + sigmas[8 - taken] * noise
+    expected = seen_latents(model, make_image()) + sigmas[8 - taken] * noise
     torch.testing.assert_close(notes[0][0], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_strength_0_gives_the_image_back_through_the_first_stage(tiny_model):
     model, notes = spied(tiny_model)
-    (image,) = model.generate(["five"], image=picture(), strength=0)
-    expected = to_pil(tiny_model.decode(seen_latents(tiny_model, picture())))
+    (image,) = model.generate(["five"], image=make_image(), strength=0)
+    expected = to_pil(tiny_model.decode(seen_latents(tiny_model, make_image())))
     assert notes == [] and np.array_equal(pixels([image]), pixels(expected))
-    # under a mask, all that is black is the picture's own
-    (image,) = model.generate(["five"], image=picture(), mask=top_half(), strength=0)
+    # under a mask, all that is black is the image's own
+    (image,) = model.generate(["five"], image=make_image(), mask=top_half(), strength=0)
     assert np.array_equal(np.asarray(image)[:16], pixels(expected)[0, :16])
-    assert np.array_equal(np.asarray(image)[16:], np.asarray(picture())[16:])
+    assert np.array_equal(np.asarray(image)[16:], np.asarray(make_image())[16:])
 
 
 def test_more_strength_leaves_less_of_the_image(tiny_model):
     """It starts at a higher level, with more noise on it."""
     model, notes = spied(tiny_model)
     for strength in (0.25, 0.5, 0.75, 1):
-        model.generate(["five"], steps=4, image=picture(), strength=strength)
+        model.generate(["five"], steps=4, image=make_image(), strength=strength)
     levels = [sigma for _, sigma in notes]
     starts = [levels[0], levels[1], levels[3], levels[6]]
     assert starts == sorted(starts) and starts == sampling_sigmas(model.schedule, 4, "trailing").tolist()[3::-1]
@@ -105,16 +105,16 @@ def test_more_strength_leaves_less_of_the_image(tiny_model):
 def test_its_default_strength_is_three_quarters_and_all_under_a_mask(tiny_model):
     for mask, strength in ((None, 0.75), (top_half(), 1.0)):
         usual, given = (
-            tiny_model.generate(["five"], steps=4, image=picture(), mask=mask, **options)
+            tiny_model.generate(["five"], steps=4, image=make_image(), mask=mask, **options)
             for options in ({}, {"strength": strength})
         )
-        assert tiny_model.usual_strength(mask is not None) == strength
+        assert tiny_model.default_strength(mask is not None) == strength
         assert np.array_equal(pixels(usual), pixels(given))
 
 
 @pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
 def test_over_a_image_seeds_and_batches_are_as_from_text(tiny_model, mask):
-    options = {"sampler": "ddpm", "steps": 4, "image": picture(), "mask": mask, "strength": 0.8}
+    options = {"sampler": "ddpm", "steps": 4, "image": make_image(), "mask": mask, "strength": 0.8}
     whole = pixels(tiny_model.generate(PROMPTS, seed=20, **options))
     for size in (1, 3):
         assert abs(pixels(tiny_model.generate(PROMPTS, seed=20, batch_size=size, **options)) - whole).max() <= 1
@@ -127,18 +127,21 @@ def test_over_a_image_seeds_and_batches_are_as_from_text(tiny_model, mask):
 
 
 def test_a_image_and_a_mask_for_each_prompt(tiny_model):
-    pictures, masks = [picture(1), picture(2), picture(3)], [top_half(), top_half().rotate(180), top_half().rotate(90)]
+    images, masks = (
+        [make_image(1), make_image(2), make_image(3)],
+        [top_half(), top_half().rotate(180), top_half().rotate(90)],
+    )
     options = {"steps": 3, "seeds": [4, 4, 4]}
-    together = pixels(tiny_model.generate(["5"] * 3, image=pictures, mask=masks, batch_size=2, **options))
+    together = pixels(tiny_model.generate(["5"] * 3, image=images, mask=masks, batch_size=2, **options))
     for i in range(3):
-        alone = tiny_model.generate(["5"], image=pictures[i], mask=masks[i], steps=3, seed=4)
+        alone = tiny_model.generate(["5"], image=images[i], mask=masks[i], steps=3, seed=4)
         assert abs(pixels(alone)[0] - together[i]).max() <= 1
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "heun", "dpmpp_2m_sde"])
 @pytest.mark.parametrize("strength", [0.5, 1])
 def test_what_the_mask_keeps_is_kept_at_every_step_and_to_the_byte(tiny_model, sampler, strength):
-    steps, original = [], picture()
+    steps, original = [], make_image()
     options = {"steps": 6, "sampler": sampler, "strength": strength, "callback": steps.append, "seed": 2}
     (image,) = tiny_model.generate(["five"], image=original, mask=top_half(), **options)
     known = seen_latents(tiny_model, original)
@@ -153,8 +156,8 @@ def test_what_the_mask_keeps_is_kept_at_every_step_and_to_the_byte(tiny_model, s
 def test_what_is_kept_has_the_right_noise_at_every_level(tiny_model):
     """Without fresh noise, known + sigma (the start's noise); at strength 1 the part to draw starts as noise alone."""
     model, notes = spied(tiny_model)
-    model.generate(["five"], steps=5, scale=1.0, image=picture(), mask=top_half(), seed=8)
-    known = seen_latents(model, picture())
+    model.generate(["five"], steps=5, scale=1.0, image=make_image(), mask=top_half(), seed=8)
+    known = seen_latents(model, make_image())
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
     for x, sigma in notes:
         kept = (known + sigma * noise)[:, :, 4:]
@@ -167,34 +170,34 @@ def test_a_latent_is_new_if_half_white_pixels_reach_into_it(tiny_model):
     mask = Image.new("L", (32, 32))
     mask.putpixel((9, 14), 128)  # latent (x 2, y 3): 4 pixels a latent
     mask.paste(127, (20, 20, 32, 32))  # not even half white
-    model, notes = spied(tiny_model, seen_latents(tiny_model, picture(4)))
+    model, notes = spied(tiny_model, seen_latents(tiny_model, make_image(4)))
     steps = []
-    model.generate(["five"], steps=1, image=picture(), mask=mask, callback=steps.append)
-    expected = seen_latents(model, picture())
-    expected[:, :, 3, 2] = seen_latents(model, picture(4))[:, :, 3, 2]
+    model.generate(["five"], steps=1, image=make_image(), mask=mask, callback=steps.append)
+    expected = seen_latents(model, make_image())
+    expected[:, :, 3, 2] = seen_latents(model, make_image(4))[:, :, 3, 2]
     assert torch.equal(steps[0].x0, expected)
 
 
 def test_greys_of_the_mask_blend_what_was_drawn_with_the_image(tiny_model):
     white = Image.new("L", (32, 32), 255)
     soft = Image.fromarray(np.linspace(128, 255, 1024).astype(np.uint8).reshape(32, 32))
-    options = {"steps": 2, "image": picture(), "seed": 1}
+    options = {"steps": 2, "image": make_image(), "seed": 1}
     (new,), (blend,) = (tiny_model.generate(["five"], mask=mask, **options) for mask in (white, soft))
     share = pixels([soft]) / 255
-    assert abs(pixels([blend]) - (share * pixels([new]) + (1 - share) * pixels([picture()]))).max() <= 0.501
+    assert abs(pixels([blend]) - (share * pixels([new]) + (1 - share) * pixels([make_image()]))).max() <= 0.501
 
 
 def test_a_mask_that_is_all_white_or_all_black(tiny_model):
-    """White draws as from text, the same picture; black gives the picture back."""
+    """White draws as from text, the same image; black gives the image back."""
     plain = tiny_model.generate(["five"], seed=6)
-    white = tiny_model.generate(["five"], seed=6, image=picture(), mask=Image.new("L", (32, 32), 255))
+    white = tiny_model.generate(["five"], seed=6, image=make_image(), mask=Image.new("L", (32, 32), 255))
     assert np.array_equal(pixels(plain), pixels(white))
-    (black,) = tiny_model.generate(["five"], seed=6, image=picture(), mask=Image.new("L", (32, 32)))
-    assert np.array_equal(np.asarray(black), np.asarray(picture()))
+    (black,) = tiny_model.generate(["five"], seed=6, image=make_image(), mask=Image.new("L", (32, 32)))
+    assert np.array_equal(np.asarray(black), np.asarray(make_image()))
 
 
 def test_a_image_whose_size_does_not_divide(tiny_model):
-    original, mask = picture(width=29, height=35), top_half(29, 35)
+    original, mask = make_image(width=29, height=35), top_half(29, 35)
     model, notes = spied(tiny_model)
     (image,) = model.generate(["five"], image=original, steps=1)
     assert image.size == (29, 35) and notes[0][0].shape[2:] == (10, 8)
@@ -216,7 +219,7 @@ def colour_model():
 
 
 def test_colours_for_a_grey_model_and_grey_for_one_of_colours(tiny_model, colour_model):
-    rgb, grey = picture(mode="RGB"), picture()
+    rgb, grey = make_image(mode="RGB"), make_image()
     (image,) = tiny_model.generate(["five"], image=rgb, steps=2)
     assert image.mode == "L" and image == tiny_model.generate(["five"], image=rgb.convert("L"), steps=2)[0]
     (image,) = colour_model.generate(["five"], image=grey, steps=2)
@@ -230,7 +233,7 @@ def test_colours_for_a_grey_model_and_grey_for_one_of_colours(tiny_model, colour
 @pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
 def test_over_a_image_with_half_precision_weights(tiny_model, mask):
     model, steps = copy.deepcopy(tiny_model).to(torch.bfloat16), []
-    options = {"image": picture(), "mask": mask, "steps": 4}
+    options = {"image": make_image(), "mask": mask, "steps": 4}
     half = pixels(model.generate(["five"], callback=steps.append, **options))
     assert {tensor.dtype for step in steps for tensor in (step.x, step.x0)} == {torch.float32}
     assert abs(half - pixels(tiny_model.generate(["five"], **options))).mean() < 6  # 8 bits through three networks
@@ -239,15 +242,15 @@ def test_over_a_image_with_half_precision_weights(tiny_model, mask):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image": picture(), "strength": 1.5}, "strength must be from 0 to 1, got 1.5"),
-        ({"image": picture(), "strength": float("nan")}, "strength must be from 0 to 1, got nan"),
-        ({"mask": top_half()}, "no image is given"),
-        ({"strength": 0.5}, "no image is given"),
-        ({"image": picture(), "mask": top_half(16, 32)}, "the mask is 16 x 32 pixels and the picture 32 x 32"),
-        ({"image": picture(width=7)}, "7 x 32 pixels, too small for this model: it draws at least 8 x 8"),
-        ({"image": picture(), "width": 64}, "width 64 is not that of the picture, 32"),
-        ({"image": picture(), "height": 31}, "height 31 is not that of the picture, 32"),
-        ({"image": [picture()] * 3}, "2 results need one or 2 pictures"),
+        ({"image": make_image(), "strength": 1.5}, "strength must be from 0 to 1, got 1.5"),
+        ({"image": make_image(), "strength": float("nan")}, "strength must be from 0 to 1, got nan"),
+        ({"mask": top_half()}, "need an init image"),
+        ({"strength": 0.5}, "need an init image"),
+        ({"image": make_image(), "mask": top_half(16, 32)}, "the mask is 16 x 32 pixels and the image 32 x 32"),
+        ({"image": make_image(width=7)}, "7 x 32 pixels, too small for this model: its minimum is 8 x 8"),
+        ({"image": make_image(), "width": 64}, "width 64 is not that of the init image, 32"),
+        ({"image": make_image(), "height": 31}, "height 31 is not that of the init image, 32"),
+        ({"image": [make_image()] * 3}, "2 results need one or 2 images"),
     ],
 )
 def test_mistakes_about_the_image_are_named(tiny_model, settings, message):
@@ -283,8 +286,8 @@ def odd_mask() -> Image.Image:
 
 
 def blanked(mask: Image.Image, level: int) -> Image.Image:
-    """picture() with that level, -1 to 1, where the mask is half white or more; the first stage sees it as it is."""
-    return np.where(np.asarray(mask) >= 128, level, np.asarray(picture()) / 127.5 - 1)
+    """make_image() with that level, -1 to 1, where the mask is half white or more; the first stage sees it as it is."""
+    return np.where(np.asarray(mask) >= 128, level, np.asarray(make_image()) / 127.5 - 1)
 
 
 @pytest.mark.parametrize(
@@ -295,9 +298,9 @@ def test_models_with_concat_are_given_image_and_mask_in_their_order(concat, chan
     model, mask = concat_model(concat, channels), odd_mask()
     inputs, steps = Inputs(model), []
     options = {"steps": 2, "scale": 3.0, "callback": steps.append}
-    images = model.generate(["five"] * count, image=picture(), mask=mask, **options)
+    images = model.generate(["five"] * count, image=make_image(), mask=mask, **options)
 
-    seen = np.asarray(picture()) / 127.5 - 1 if blank is None else blanked(mask, blank)
+    seen = np.asarray(make_image()) / 127.5 - 1 if blank is None else blanked(mask, blank)
     latents = model.first_stage_model.encode(torch.tensor(seen, dtype=torch.float32)[None, None]).mode()
     at_latents = torch.tensor(np.asarray(mask)[::4, ::4] >= 128).float()[None, None]  # nearest: the first of 4 pixels
     expected = {
@@ -309,16 +312,18 @@ def test_models_with_concat_are_given_image_and_mask_in_their_order(concat, chan
     for x in inputs.given:
         torch.testing.assert_close(x[:, 4:], torch.cat(expected, 1).expand(2 * count, -1, -1, -1), rtol=1e-5, atol=1e-5)
     for image in images:
-        assert np.array_equal(np.asarray(image)[np.asarray(mask) == 0], np.asarray(picture())[np.asarray(mask) == 0])
+        assert np.array_equal(np.asarray(image)[np.asarray(mask) == 0], np.asarray(make_image())[np.asarray(mask) == 0])
     # Those that are told of the mask draw freely; InstructPix2Pix is not, and has the rest put back.
     kept = torch.nn.functional.max_pool2d(torch.tensor(np.asarray(mask) >= 128).float()[None, None], 4) == 0
-    difference = (steps[0].x0 - seen_latents(model, picture())).abs().amax(1, keepdim=True)[kept.expand(count, 1, 8, 8)]
+    difference = (
+        (steps[0].x0 - seen_latents(model, make_image())).abs().amax(1, keepdim=True)[kept.expand(count, 1, 8, 8)]
+    )
     assert (difference == 0).all() if concat == "latents" else (difference > 0).all()
 
 
 @pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
 def test_models_with_concat_draw_from_text_alone(concat, channels):
-    """A picture that is masked everywhere; for InstructPix2Pix the zeros that stand for no picture."""
+    """A image that is masked everywhere; for InstructPix2Pix the zeros that stand for no image."""
     model = concat_model(concat, channels)
     inputs = Inputs(model)
     model.generate(["five", "six"], steps=1, scale=1.0)
@@ -337,25 +342,28 @@ def test_models_with_concat_draw_from_text_alone(concat, channels):
 
 @pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
 def test_where_models_with_concat_start(concat, channels):
-    """Below strength 1 from the picture with noise. At 1 what is new starts as noise alone, all of it if the model has
-    the whole picture in its input; without a mask, the others have nothing but the start to know the picture by."""
+    """Below strength 1 from the image with noise. At 1 what is new starts as noise alone, all of it if the model has
+    the whole image in its input; without a mask, the others have nothing but the start to know the image by."""
     model = concat_model(concat, channels)
     inputs = Inputs(model)
-    noise, known = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), seen_latents(model, picture())
+    noise, known = (
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        seen_latents(model, make_image()),
+    )
     for mask, strength in ((None, 0.5), (top_half(), 0.5), (None, 1), (top_half(), 1)):
-        model.generate(["five"], steps=2, scale=1.0, image=picture(), mask=mask, strength=strength)
+        model.generate(["five"], steps=2, scale=1.0, image=make_image(), mask=mask, strength=strength)
         x = inputs.given[-int(2 * strength)][:, :4]
         sigma = sampling_sigmas(model.schedule, 2, "trailing").tolist()[-int(2 * strength) - 1]
         noised = to_vp(known + sigma * noise, sigma)
         new = torch.zeros(1, 1, 8, 8)
         new[:, :, : 4 if mask is not None else 8 if concat == "latents" else 0] = strength == 1
         torch.testing.assert_close(x, torch.where(new == 1, noise, noised), rtol=1e-5, atol=1e-5)
-    assert model.usual_strength(False) == (1.0 if concat == "latents" else 0.75)
+    assert model.default_strength(False) == (1.0 if concat == "latents" else 0.75)
 
 
 def test_models_with_concat_in_half_precision():
     model = concat_model("mask_latents", 9).to(torch.bfloat16)
     inputs = Inputs(model)
-    (image,) = model.generate(["five"], steps=2, image=picture(), mask=top_half())
+    (image,) = model.generate(["five"], steps=2, image=make_image(), mask=top_half())
     assert inputs.given[0].dtype == torch.bfloat16
-    assert np.array_equal(np.asarray(image)[16:], np.asarray(picture())[16:])
+    assert np.array_equal(np.asarray(image)[16:], np.asarray(make_image())[16:])

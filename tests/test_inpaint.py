@@ -21,7 +21,7 @@ from script_runs import (
 )
 
 import ldm
-from ldm.inference.png import read_png_text
+from ldm.inference.recipe import read_png_text
 
 inpaint = load_script("inpaint")
 
@@ -33,11 +33,11 @@ def draw(tiny_checkpoint, tmp_path):
 
 @pytest.fixture
 def pair(tmp_path) -> list:
-    """The options that name a picture and a mask, white in the upper half."""
-    return ["--init-img", saved(tmp_path / "five.png", picture()), "--mask", saved(tmp_path / "mask.png", upper())]
+    """The options that name a image and a mask, white in the upper half."""
+    return ["--init-img", saved(tmp_path / "five.png", make_image()), "--mask", saved(tmp_path / "mask.png", upper())]
 
 
-def picture(width=32, height=32, mode="L", seed=0) -> Image.Image:
+def make_image(width=32, height=32, mode="L", seed=0) -> Image.Image:
     shape = (height, width) if mode == "L" else (height, width, len(mode))
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
@@ -54,8 +54,8 @@ def saved(path: Path, image: Image.Image) -> Path:
     return path
 
 
-def folder(path: Path, **pictures: Image.Image) -> Path:
-    for name, image in pictures.items():
+def folder(path: Path, **images: Image.Image) -> Path:
+    for name, image in images.items():
         saved(path / f"{name}.png", image)
     return path
 
@@ -64,7 +64,7 @@ def test_the_image_is_that_of_the_library_and_says_how_it_was_made(draw, pair, t
     out = draw(*pair, "--prompt", "a seven", "--seed", 5)
     assert names(out) == ["grid-0000.png", "samples"]
     model = ldm.load(tiny_checkpoint, device="cpu")
-    (image,) = model.generate(["a seven"], image=picture(), mask=upper(), steps=3, seed=5)
+    (image,) = model.generate(["a seven"], image=make_image(), mask=upper(), steps=3, seed=5)
     assert np.array_equal(pixels(samples(out)[0]), np.asarray(image))
     made = recipe(samples(out)[0])
     assert (made.strength, len(made.init_hash), len(made.mask_hash)) == (1.0, 10, 10)
@@ -75,7 +75,7 @@ def test_the_image_is_that_of_the_library_and_says_how_it_was_made(draw, pair, t
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(32, 32), (45, 31)])
 def test_what_the_mask_keeps_is_in_the_file_to_the_byte(draw, tmp_path, mode, size):
-    original = picture(*size, mode)
+    original = make_image(*size, mode)
     files = ["--init-img", saved(tmp_path / "a.png", original), "--mask", saved(tmp_path / "m.png", upper(*size))]
     out, inverse = draw(*files, "--n_samples", 2), draw(*files, "--invert-mask", "--strength", 0.5, out="inverse")
     half = size[1] // 2
@@ -88,14 +88,14 @@ def test_what_the_mask_keeps_is_in_the_file_to_the_byte(draw, tmp_path, mode, si
 
 def test_greys_blend(draw, tmp_path):
     ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None], 32, 0))
-    files = ["--init-img", saved(tmp_path / "a.png", picture())]
+    files = ["--init-img", saved(tmp_path / "a.png", make_image())]
     soft = pixels(samples(draw(*files, "--mask", saved(tmp_path / "soft.png", ramp)))[0])
     hard_mask = ramp.point(lambda level: 255 if level >= 128 else 0)
     hard = pixels(samples(draw(*files, "--mask", saved(tmp_path / "hard.png", hard_mask), out="hard"))[0])
     share = np.asarray(ramp)[:, 16:] / 255
-    expected = share * hard[:, 16:] + (1 - share) * np.asarray(picture())[:, 16:]
+    expected = share * hard[:, 16:] + (1 - share) * np.asarray(make_image())[:, 16:]
     assert np.abs(soft[:, 16:] - expected).max() <= 0.501
-    assert np.array_equal(soft[:, 0], np.asarray(picture())[:, 0])
+    assert np.array_equal(soft[:, 0], np.asarray(make_image())[:, 0])
 
 
 VARIETY = {
@@ -117,19 +117,19 @@ def test_every_image_can_be_made_again_to_the_byte(draw, pair, options):
 
 def test_making_again_needs_the_same_image_and_mask(draw, pair, tmp_path, tiny_checkpoint):
     (path,) = samples(draw(*pair))
-    other = saved(tmp_path / "other.png", picture(seed=1))
-    with pytest.raises(ValueError, match="over a picture with hash .*--init-img"):
+    other = saved(tmp_path / "other.png", make_image(seed=1))
+    with pytest.raises(ValueError, match="from an init image with hash .*--init-img"):
         draw("--from-png", path, "--init-img", other, *pair[2:])
     for change in (["--mask", other], [*pair[2:], "--invert-mask"]):
-        with pytest.raises(ValueError, match="with a mask with hash .*--mask, with --invert-mask"):
+        with pytest.raises(ValueError, match="from a mask with hash .*--mask, with --invert-mask"):
             draw("--from-png", path, *pair[:2], *change)
     img2img = runner(load_script("img2img"), tiny_checkpoint, tmp_path)
-    with pytest.raises(ValueError, match="was drawn with a mask: use scripts/inpaint.py"):
+    with pytest.raises(ValueError, match="was made with a mask: use scripts/inpaint.py"):
         img2img("--from-png", path, *pair[:2])
     (plain,) = samples(img2img(*pair[:2], out="plain"))
-    with pytest.raises(ValueError, match="was drawn without a mask: use scripts/img2img.py"):
+    with pytest.raises(ValueError, match="was made without a mask: use scripts/img2img.py"):
         draw("--from-png", plain, *pair)
-    with pytest.raises(ValueError, match="drawn over another picture.* use scripts/inpaint.py"):
+    with pytest.raises(ValueError, match="made from an init image.* use scripts/inpaint.py"):
         runner(load_script("txt2img"), tiny_checkpoint, tmp_path)("--from-png", path)
 
 
@@ -142,7 +142,13 @@ def test_masks_may_be_painted_on_transparency(draw, pair, tmp_path):
 
 def test_a_folder_of_pairs(draw, tmp_path, tiny_model):
     """b has another size; c is no pair; each is drawn as it would be alone, with a seed of its own."""
-    pairs = {"b": picture(24, 40, "RGB"), "b_mask": upper(24, 40), "a": picture(), "a_mask": upper(), "c": picture()}
+    pairs = {
+        "b": make_image(24, 40, "RGB"),
+        "b_mask": upper(24, 40),
+        "a": make_image(),
+        "a_mask": upper(),
+        "c": make_image(),
+    }
     indir = folder(tmp_path / "pairs", **pairs)
     out = draw("--indir", indir, "--seed", 3, "--prompt", "a nine")
     assert names(out) == ["a.png", "b.png"]
@@ -161,46 +167,46 @@ def test_a_folder_of_pairs(draw, tmp_path, tiny_model):
 
 FOLDERS = {
     "empty": ({}, [], "holds no X_mask.png beside an X.png"),
-    "no masks": ({"a": picture()}, [], "holds no X_mask.png beside an X.png"),
-    "no picture": ({"a_mask": upper()}, [], "a_mask.png has no picture: a.png is not there"),
+    "no masks": ({"a": make_image()}, [], "holds no X_mask.png beside an X.png"),
+    "no image": ({"a_mask": upper()}, [], "a_mask.png has no image: a.png is not there"),
     "another size": (
-        {"a": picture(), "a_mask": upper(), "b": picture(), "b_mask": upper(16, 32)},
+        {"a": make_image(), "a_mask": upper(), "b": make_image(), "b_mask": upper(16, 32)},
         [],
-        "the mask .*b_mask.png is 16 x 32 pixels and the picture .*b.png 32 x 32",
+        "the mask .*b_mask.png is 16 x 32 pixels and the image .*b.png 32 x 32",
     ),
     "too large": (
-        {"a": picture(), "a_mask": upper(), "b": picture(300, 300), "b_mask": upper(300, 300)},
+        {"a": make_image(), "a_mask": upper(), "b": make_image(300, 300), "b_mask": upper(300, 300)},
         [],
-        "the picture is 300 x 300 pixels and the model draws at 32 x 32",
+        "the image is 300 x 300 pixels and the model's size is 32 x 32",
     ),
-    "many": ({"a": picture(), "a_mask": upper()}, ["--n_samples", 2], "leave out --n-samples, --n-iter"),
-    "two ways": ({"a": picture(), "a_mask": upper()}, ["--mask", "m.png", "--strip"], "leave out --mask, --strip"),
+    "many": ({"a": make_image(), "a_mask": upper()}, ["--n_samples", 2], "leave out --n-samples, --n-iter"),
+    "two ways": ({"a": make_image(), "a_mask": upper()}, ["--mask", "m.png", "--strip"], "leave out --mask, --strip"),
 }
 
 
-@pytest.mark.parametrize(("pictures", "options", "message"), FOLDERS.values(), ids=FOLDERS)
-def test_mistakes_in_folders_are_found_before_anything_is_drawn(draw, tmp_path, pictures, options, message):
+@pytest.mark.parametrize(("images", "options", "message"), FOLDERS.values(), ids=FOLDERS)
+def test_mistakes_in_folders_are_found_before_anything_is_drawn(draw, tmp_path, images, options, message):
     (tmp_path / "pairs").mkdir()
     with pytest.raises(ValueError, match=message):
-        draw("--indir", folder(tmp_path / "pairs", **pictures), *options)
+        draw("--indir", folder(tmp_path / "pairs", **images), *options)
     assert not list(tmp_path.glob("out/*"))
 
 
 def test_damaged_pairs_are_found_before_the_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.load", None)
-    indir = folder(tmp_path / "pairs", a=picture(), a_mask=upper(), b=picture(), b_mask=upper(16, 32))
+    indir = folder(tmp_path / "pairs", a=make_image(), a_mask=upper(), b=make_image(), b_mask=upper(16, 32))
     with pytest.raises(ValueError, match="b_mask.png is 16 x 32 pixels"):
         inpaint.main(["--indir", str(indir), "--outdir", str(tmp_path / "out")])
     (indir / "b.png").write_bytes((indir / "b.png").read_bytes()[:-300])
-    with pytest.raises(ValueError, match="b.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match="b.png cannot be read as an image"):
         inpaint.main(["--indir", str(indir), "--outdir", str(tmp_path / "out")])
 
 
 def test_a_folder_is_not_written_into_itself(draw, tmp_path):
-    indir = folder(tmp_path / "out", a=picture(), a_mask=upper())
-    with pytest.raises(ValueError, match="out is --indir, where the pictures would be replaced"):
+    indir = folder(tmp_path / "out", a=make_image(), a_mask=upper())
+    with pytest.raises(ValueError, match="out is --indir, where the images would be replaced"):
         draw("--indir", indir)
-    assert np.array_equal(pixels(indir / "a.png"), np.asarray(picture()))
+    assert np.array_equal(pixels(indir / "a.png"), np.asarray(make_image()))
     with pytest.raises(FileNotFoundError):
         draw("--indir", tmp_path / "missing")
 
@@ -213,18 +219,20 @@ def test_models_trained_to_inpaint(tmp_path, pair, concat, channels):
     ldm.save(randomised(ldm.LatentDiffusion(**config)), tmp_path / "inpainting.safetensors")
     out = runner(inpaint, tmp_path / "inpainting.safetensors", tmp_path)(*pair)
     result = pixels(samples(out)[0])
-    assert np.array_equal(result[16:], np.asarray(picture())[16:]) and not np.array_equal(result, np.asarray(picture()))
+    assert np.array_equal(result[16:], np.asarray(make_image())[16:]) and not np.array_equal(
+        result, np.asarray(make_image())
+    )
 
 
 def test_mistakes(draw, pair, tmp_path):
     for part in ([], pair[:2], pair[2:]):
-        with pytest.raises(ValueError, match="--init-img FILE and --mask FILE name a picture"):
+        with pytest.raises(ValueError, match="needs --init-img FILE and --mask FILE"):
             draw(*part)
     small = saved(tmp_path / "small.png", upper(16, 16))
-    with pytest.raises(ValueError, match="the mask .*small.png is 16 x 16 pixels and the picture .*five.png 32 x 32"):
+    with pytest.raises(ValueError, match="the mask .*small.png is 16 x 16 pixels and the image .*five.png 32 x 32"):
         draw(*pair[:2], "--mask", small)
     (tmp_path / "notes.png").write_text("notes")
-    with pytest.raises(ValueError, match="notes.png is no picture"):
+    with pytest.raises(ValueError, match="notes.png is not an image"):
         draw(*pair[:2], "--mask", tmp_path / "notes.png")
 
 
@@ -232,11 +240,15 @@ def test_as_a_program(tiny_checkpoint, tmp_path, pair):
     options = ["--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out"]
     done = run_program("inpaint", *pair, *options)
     assert done.returncode == 0 and done.stderr == ""
-    indir = folder(tmp_path / "pairs", a=picture(), a_mask=upper())
+    indir = folder(tmp_path / "pairs", a=make_image(), a_mask=upper())
     done = run_program("inpaint", "--indir", indir, *options)
     assert done.returncode == 0 and done.stdout == f"{tmp_path}/out/a.png\n"
     done = run_program("inpaint", *pair[:2], *options)
-    assert done.returncode == 2 and done.stderr.startswith("error: --init-img FILE") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: inpaint.py needs --init-img FILE")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_imports(tiny_checkpoint, tmp_path, pair):

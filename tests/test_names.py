@@ -19,7 +19,7 @@ PENDING = {
     "data": "batches classify nearest",
     "evaluation": "FRAMES Objective compare draw measure read_folder",
     "finetune": "DEFAULTS TARGETS check_model loop_settings",
-    "inference": "EVERYWHERE autoguidance classifier load load_network perturbed_attention save",
+    "inference": "autoguidance classifier load_network perturbed_attention save",
 }
 
 

@@ -18,7 +18,7 @@ from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.lora import detach
 from ldm.finetune.lora_files import merge_lora, save_lora
 from ldm.inference import offload, precision
-from ldm.inference.draw import draw, own_recipe
+from ldm.inference.generate import default_recipe, generate_run
 from ldm.inference.options import LOADING, add_model_options, load_model
 from ldm.inference.recipe import plan
 from ldm.models import kernels
@@ -90,8 +90,9 @@ def test_loras_at_their_strengths_and_learned_words(load, tiny_checkpoint, tmp_p
     apply_embedding(model, word)
     loras = ["--lora", f"{tmp_path / 'a.safetensors'}:0.5", "--lora", tmp_path / "b.safetensors"]
     found = load(*loras, "--embedding", word)
-    assert [change.rsplit(" ", 1)[1] for change in found.changes[:2]] == ["0.5", "1"] and len(found.changes) == 3
-    assert found.changes[0].startswith("lora a ") and found.changes[2].startswith("words <it> ")
+    assert [str(change) for change in found.all_changes()] == [str(change) for change in model.all_changes()]
+    kinds = [(change.kind, change.name, change.strength) for change in found.all_changes()]
+    assert kinds == [("lora", "a", 0.5), ("lora", "b", 1.0), ("words", "<it>", None)]
     prompts = ["a <it>", "a one"]
     images = [np.stack(one.generate(prompts, steps=3)).astype(int) for one in (model, found)]
     assert abs(images[0] - images[1]).max() <= 1
@@ -115,9 +116,9 @@ def test_a_broken_model_is_reported(tiny_model, tmp_path):
     model = load_model(parse("--ckpt", tmp_path / "broken.safetensors", "--device", "cpu"))
     with pytest.raises(ValueError, match=r"an image is not finite"):
         model.generate(["a one"], steps=2)
-    (recipe,) = plan(own_recipe(model, "broken", steps=2), ["a one"], 1, 1)
+    (recipe,) = plan(default_recipe(model, "broken", steps=2), ["a one"], 1, 1)
     with pytest.raises(ValueError, match=r"began in model.diffusion_model.out.2; its weights are not finite"):
-        list(draw(model, [recipe]))
+        list(generate_run(model, [recipe]))
 
 
 def test_what_is_offloaded_is_not_on_the_device(load, tiny_checkpoint):

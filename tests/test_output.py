@@ -5,8 +5,8 @@ import os
 import pytest
 from PIL import Image
 
-from ldm.inference.output import OutputFolder
-from ldm.inference.png import read_png_text
+from ldm.inference.recipe import read_png_text
+from ldm.inference.run import OutputFolder
 
 PICTURE = Image.new("L", (8, 8), 255)
 

@@ -13,7 +13,7 @@ from ldm.diffusion.denoiser import split_variance
 from ldm.diffusion.loss import loss_weight
 from ldm.diffusion.schedule import q_sample, training_timesteps
 from ldm.diffusion.training_noise import training_noise
-from ldm.inference.draw import changed_recipe, own_recipe
+from ldm.inference.generate import change_recipe, default_recipe
 from ldm.loading import save
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.order import collate
@@ -94,9 +94,9 @@ def test_auto_draws_by_as_many_steps_as_there_are():
     assert (
         pixels(model, [5], steps=3, sampler="auto", eta=1.0) == pixels(model, [5], steps=3, sampler="euler_a")
     ).all()
-    recipe = own_recipe(model, "tiny", sampler="auto", steps=6)
+    recipe = default_recipe(model, "tiny", sampler="auto", steps=6)
     assert (recipe.sampler, recipe.eta) == ("ddpm", 1.0)
-    assert changed_recipe(recipe, model, sampler="auto", steps=3).sampler == "ddim"
+    assert change_recipe(recipe, model, sampler="auto", steps=3).sampler == "ddim"
 
 
 def test_clipping_is_that_of_x0_after_guidance():
@@ -161,9 +161,9 @@ def test_classes_without_one_that_says_nothing():
     with pytest.raises(ValueError, match="class_dropout 0.1 needs a class that says nothing, and the model has none"):
         PixelDiffusionStage(config, 1e-3)
     params = {**config["params"], "defaults": {**PIXEL["defaults"], "scale": 2.0}}
-    with pytest.raises(ValueError, match="^the model's defaults: scale 2.0 has nothing to steer away from"):
+    with pytest.raises(ValueError, match="^the model's defaults: guidance scale 2 needs a null or negative"):
         PixelDiffusionStage({**config, "params": params}, 1e-3, class_dropout=0.0)
-    with pytest.raises(ValueError, match="scale 2.0 has nothing to steer away from"):
+    with pytest.raises(ValueError, match="guidance scale 2 needs a null or negative"):
         stage.latent_diffusion.generate([3], scale=2.0)
 
 

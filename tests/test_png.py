@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, PngImagePlugin
 
-from ldm.inference.png import read_png_text, save_png
+from ldm.inference.recipe import read_png_text, save_png
 
 PICTURE = Image.linear_gradient("L").resize((32, 32))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ldm
-from ldm.inference.draw import draw, draw_again, own_recipe
+from ldm.inference.generate import default_recipe, generate_again, generate_run
 from ldm.inference.precision import DTYPES, precision_of, set_precision
 
 WORDS = "zero one two three four five six seven eight nine".split()
@@ -90,10 +90,10 @@ def test_what_is_refused(model):
 def test_a_recipe_says_the_precision_and_brings_it_back(model, name):
     rounded = copy.deepcopy(model)
     set_precision(rounded, name)
-    recipe = own_recipe(rounded, "tiny", prompt="a one", steps=3)
-    assert recipe.precision == name and own_recipe(model, "tiny").precision == "full"
-    ((_, image, _),) = draw(rounded, [recipe])
-    ((_, again, _),) = draw_again(model, recipe)  # which is in full precision until then
+    recipe = default_recipe(rounded, "tiny", prompt="a one", steps=3)
+    assert recipe.precision == name and default_recipe(model, "tiny").precision == "full"
+    ((_, image, _),) = generate_run(rounded, [recipe])
+    ((_, again, _),) = generate_again(model, recipe)  # which is in full precision until then
     assert np.array_equal(np.asarray(image), np.asarray(again))
     assert precision_of(model) == name
 

@@ -6,9 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldm.inference.recipe import NEGATIVE, Recipe, plan, read_prompts, refill
+from ldm.changes import Change
+from ldm.inference.recipe import ALL_SIGMAS, NEGATIVE, Recipe, plan, read_prompts, refill
 
-FIVE = Recipe("a handwritten digit five", "", 20, "ddim", 1.5, 3, 32, 32, model_hash="0123456789", model_name="digits")
+FIVE = Recipe(
+    prompt="a handwritten digit five", steps=20, sampler="ddim", scale=1.5, seed=3, width=32, height=32,
+    model_hash="0123456789", model_name="digits",
+)  # fmt: skip
 
 
 def test_text_is_what_web_ui_users_know():
@@ -40,7 +44,8 @@ numbers = st.floats(-1e6, 1e6)
 )
 def test_text_gives_the_recipe_back(prompt, negative, steps, scale, seed, spacing, eta, interval, fixed, name):
     recipe = Recipe(
-        prompt, negative, steps, "ddpm", scale, seed, 64, 32, spacing=spacing, eta=eta, interval=interval,
+        prompt=prompt, negative=negative, steps=steps, sampler="ddpm", scale=scale, seed=seed, width=64, height=32,
+        spacing=spacing, eta=eta, interval=interval,
         fixed_code=fixed, plain=fixed, clip_skip=steps, rescale=0.7, index=5, batch_size=16, batch_position=5,
         batch_prompts=4, prompt_position=2, model_name=name, precision="autocast",
     )  # fmt: skip
@@ -152,3 +157,38 @@ def test_prompt_file_that_is_no_text(tmp_path):
         read_prompts(path)
     with pytest.raises(OSError):
         read_prompts(tmp_path / "missing.txt")
+
+
+OLD = {  # texts of before guidance and changes were structured
+    ' "Steps: 5", ö 五\nNegative prompt: a: b, c\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 1, Size: 32x32, '
+    "Model hash: b1be4534fc, Model: digits, Index: 1, Spacing: trailing, Eta: 0.0, Guidance interval: 0.3 to 2.5, "
+    "Precision: full, Batch size: 2, Batch pos: 1, Version: ldm 0.1.0": {"interval": (0.3, 2.5), "batch_position": 1},
+    "five\nSteps: 4, Sampler: ddpm, CFG scale: 3.0, Seed: 10, Size: 32x40, Model hash: b1be4534fc, Model: digits, "
+    "Index: 1, Spacing: leading, Eta: 0.5, Guidance rescale: 0.5, Fixed code: True, Plain prompt: True, "
+    "Precision: autocast, Batch size: 2, Batch pos: 1, Version: ldm 0.1.0": {
+        "rescale": 0.5, "fixed_code": True, "plain": True, "precision": "autocast", "height": 40,
+        "interval": ALL_SIGMAS,
+    },
+    "\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 0, Size: 32x32, Denoising strength: 0.5, Init image hash: "
+    "767fa49e25, Model hash: b1be4534fc, Changes: lora a b 0123456789 at 0.5; vae 0123456789, Model: digits, "
+    "Index: 0, Spacing: trailing, Eta: 0.0, Precision: full, Batch size: 1, Batch pos: 0, Version: ldm 0.1.0": {
+        "strength": 0.5, "init_hash": "767fa49e25",
+        "changes": (Change("lora", "a b", "0123456789", 0.5), Change("vae", hash="0123456789")),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), OLD.items())
+def test_texts_of_earlier_versions_read_and_are_written_the_same(text, expected):
+    made = Recipe.from_text(text)
+    assert {name: getattr(made, name) for name in expected} == expected
+    assert made.to_text() == text
+
+
+def test_guidance_of_earlier_versions_was_among_the_changes():
+    changes = "prediction v; autoguide b1be4534fc at 1.5; pag 2 middle_block output_blocks.1; threshold 0.95"
+    made = Recipe.from_text(f"five\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 0, Size: 32x32, Changes: {changes}")
+    assert made.changes == (Change("prediction", "v"),)
+    assert (made.autoguide_hash, made.autoguide_scale, made.threshold) == ("b1be4534fc", 1.5, 0.95)
+    assert (made.pag, made.pag_layers) == (2.0, ("middle_block", "output_blocks.1"))
+    assert Recipe.from_text(made.to_text()) == made

@@ -50,7 +50,7 @@ def test_a_model_without_a_class_that_says_nothing(tmp_path):
     draw = runner(load_script("sample"), tmp_path / "model.safetensors", tmp_path)
     with pytest.raises(ValueError, match="no class is said, and this model has none for that: say which, 0 to 10"):
         draw()
-    with pytest.raises(ValueError, match="scale 2.0 has nothing to steer away from"):
+    with pytest.raises(ValueError, match="guidance scale 2 needs a null or negative condition"):
         draw("--class", 5, "--scale", 2)
     out = draw("--class", 5, "--scale", 2, "--negative-prompt", 3)
     assert recipe(out / "samples" / "00000.png").negative == "3"
@@ -59,7 +59,7 @@ def test_a_model_without_a_class_that_says_nothing(tmp_path):
 def test_mistakes(draw, draw_alone):
     with pytest.raises(ValueError, match="class 'five' does not exist: this model's are 0 to 10"):
         draw("--class", "five")
-    with pytest.raises(ValueError, match="--class 5 cannot be asked of a model that is told nothing: .* --classifier"):
+    with pytest.raises(ValueError, match="--class needs a class-conditional model, or --classifier"):
         draw_alone("--class", 5)
-    with pytest.raises(ValueError, match="scale 2.0 has nothing to steer away from"):
+    with pytest.raises(ValueError, match="guidance scale 2 needs a null or negative condition"):
         draw_alone("--scale", 2)

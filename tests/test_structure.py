@@ -17,12 +17,12 @@ FLOORS = (
     ("pixel_diffusion",),
     ("latent_diffusion",),
     ("generation",),
-    ("source",),
+    ("init_image",),
     ("conditioning",),
     ("checkpoint", "data"),
     ("diffusion", "models"),
-    ("util", "images", "cli", "batching"),
-    ("legacy_paths",),
+    ("util", "images", "cli", "batching", "settings"),
+    ("legacy_paths", "changes"),
 )
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted((ROOT / "ldm").rglob("*.py"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from omegaconf import OmegaConf
 from PIL import Image
@@ -28,7 +29,7 @@ from script_runs import (
 )
 
 import ldm
-from ldm.inference.png import read_png_text
+from ldm.inference.recipe import read_png_text, save_png
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import save
 
@@ -239,7 +240,6 @@ MISTAKES = {
     "width": (["--W", "7"], "width 7"),
     "channels": (["--C", "77"], "--C 77 does not fit this model"),
     "factor": (["--f", "77"], "--f 77 does not fit this model"),
-    "eta": (["--eta", "1.5"], "eta.*1.5"),
     "clip skip": (["--clip-skip", "9"], "clip_skip 9 does not exist"),
     "device": (["--device", "gpu"], "device 'gpu' is not available"),
     "checkpoint": (["--ckpt", "missing.safetensors"], "missing.safetensors"),
@@ -285,6 +285,7 @@ OPTION_MISTAKES = {
     "negative seed": (["--seed", "-1"], "-1 is out of range"),
     "no images": (["--n_samples", "0"], "0 is out of range"),
     "no batch": (["--batch-size", "0"], "0 is out of range"),
+    "eta": (["--eta", "1.5"], "1.5 is out of range: it must be at most 1"),
     "nan": (["--scale", "nan"], "not a finite number"),
     "precision": (["--precision", "double"], "choose from"),
     "prompt and file": (["--prompt", "a", "--from-file", "b"], "not allowed with"),
@@ -401,18 +402,55 @@ def test_start_up_time(tmp_path):
     assert whole <= 1.6 * torch_alone
 
 
-def test_other_guidance_is_written_down_and_drawn_again(draw):
-    """PAG and thresholds are no part of the recipe's settings, but of what was changed in the model."""
-    options = ("--pag", "3", "--pag-layers", "output_blocks", "--threshold", "0.9")
-    first = samples(draw(*options, out="guided"))[0]
-    assert not np.array_equal(pixels(first), pixels(samples(draw())[0]))
-    assert "pag 3 output_blocks; threshold 0.9" in Image.open(first).text["parameters"]
-    assert np.array_equal(pixels(samples(draw("--from-png", first, *options, out="again"))[0]), pixels(first))
-    with pytest.raises(ValueError, match="give the same options"):
-        draw("--from-png", first)
+def test_guidance_is_part_of_the_recipe(draw):
+    """`--from-png X` alone makes the image again, and `--from-png X --pag 2` changes the scale alone."""
+    options = ["--pag", 3, "--pag-layers", "output_blocks", "--threshold", 0.9]
+    (first,), (plain,) = samples(draw(*options, out="guided")), samples(draw())
+    assert not np.array_equal(pixels(first), pixels(plain))
+    assert "PAG scale: 3.0, PAG layers: output_blocks, Dynamic threshold: 0.9" in read_png_text(first)
+    assert "PAG" not in read_png_text(plain)
+    (again,) = samples(draw("--from-png", first, out="again", steps=None))
+    assert np.array_equal(pixels(again), pixels(first)) and recipe(again) == recipe(first)
+    (weaker,) = samples(draw("--from-png", first, "--pag", 2, out="weaker", steps=None))
+    (direct,) = samples(draw("--pag", 2, *options[2:], out="direct"))
+    assert np.array_equal(pixels(weaker), pixels(direct)) and not np.array_equal(pixels(weaker), pixels(first))
+    (off,) = samples(draw("--from-png", plain, "--pag", 3, *options[2:], out="on", steps=None))
+    assert np.array_equal(pixels(off), pixels(first))  # what an image was made without can be added
+    with pytest.raises(ValueError, match="--pag-layers has no effect without --pag"):
+        draw("--pag-layers", "output_blocks")
 
 
-def test_a_model_that_is_told_nothing(tmp_path, capsys):
+def test_a_weaker_model_is_part_of_the_recipe(draw, tmp_path, tiny_model):
+    weak = copy.deepcopy(tiny_model)
+    for p in weak.model.parameters():
+        p.data += 0.1 * p.std(correction=0)
+    ldm.save(weak, tmp_path / "weak.safetensors")
+    file = ["--autoguide", tmp_path / "weak.safetensors"]
+    (first,), (plain,) = samples(draw(*file, "--autoguide-scale", 3, out="guided")), samples(draw())
+    (again,) = samples(draw("--from-png", first, *file, out="again", steps=None))
+    assert np.array_equal(pixels(again), pixels(first)) and not np.array_equal(pixels(first), pixels(plain))
+    (other,) = samples(draw("--from-png", first, *file, "--autoguide-scale", 2, out="other", steps=None))
+    assert recipe(other).autoguide_scale == 2 and not np.array_equal(pixels(other), pixels(first))
+    (off,) = samples(draw("--from-png", first, "--autoguide-scale", 1, out="off", steps=None))
+    assert np.array_equal(pixels(off), pixels(plain))
+    ldm.save(tiny_model, tmp_path / "weak.safetensors", torch.float16)
+    for again in (file, []):
+        with pytest.raises(ValueError, match="with a file of hash .* for --autoguide: give that file again"):
+            draw("--from-png", first, *again)
+    with pytest.raises(ValueError, match="--autoguide-scale has no effect without --autoguide"):
+        draw("--autoguide-scale", 3)
+
+
+def test_recipes_of_the_version_that_kept_guidance_among_the_changes(draw, tmp_path):
+    (plain,) = samples(draw())
+    text = read_png_text(plain).replace(", Model: ", ", Changes: pag 3 output_blocks; threshold 0.9, Model: ")
+    save_png(Image.open(plain), tmp_path / "old.png", text)
+    (again,) = samples(draw("--from-png", tmp_path / "old.png", out="again", steps=None))
+    (now,) = samples(draw("--pag", 3, "--pag-layers", "output_blocks", "--threshold", 0.9, out="now"))
+    assert np.array_equal(pixels(again), pixels(now)) and recipe(again) == recipe(now)
+
+
+def test_an_unconditional_model(tmp_path, capsys):
     alone = {**TINY, "unet_config": {**TINY["unet_config"], "params": {**TINY["unet_config"]["params"]}}}
     for name in ("num_classes", "adm_in_channels", "context_dim", "use_spatial_transformer"):
         alone["unet_config"]["params"].pop(name)
@@ -420,4 +458,4 @@ def test_a_model_that_is_told_nothing(tmp_path, capsys):
     save(model, tmp_path / "alone.safetensors")
     out = runner(txt2img, tmp_path / "alone.safetensors", tmp_path)("--prompt", "a five", "--scale", 1)
     assert recipe(out / "samples" / "00000.png").prompt == ""
-    assert "this model is told nothing: the prompt is left out" in capsys.readouterr().err
+    assert "this model is unconditional: the prompt is ignored" in capsys.readouterr().err

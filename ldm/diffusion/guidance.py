@@ -17,7 +17,6 @@ With D(cond) for the denoised prediction under a conditioning, and for each guid
 D(cond) is evaluated once: `Prediction.unguided` hands it on.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +25,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, scalings, to_vp
 from ldm.diffusion.schedule import Schedule
-
-ALL_SIGMAS = (0.0, math.inf)  # the guidance interval that excludes no noise level
+from ldm.settings import ALL_SIGMAS
 
 # (denoise, cond, prompts) -> denoise: guidance to add, given the conditioning of these prompts (texts or classes)
 Guide = Callable[[BoundDenoise, Cond, Sequence[Any]], BoundDenoise]

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ldm.changes import Change
+from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import BREAK
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
@@ -81,6 +83,8 @@ class WordEmbedding(nn.Embedding):
 def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None = None) -> list[str]:
     """Teach a loaded model the words of a file -> these words. `word` is what to call a single one.
 
+    `model.changes` and `model.notes` name them.
+
     Raises FileNotFoundError, and ValueError for a file that holds no learned words or words for another model.
     """
     found = read_words(path, word)
@@ -89,7 +93,10 @@ def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None =
             add_word(model, learned.word, learned.vectors)
         except ValueError as error:
             raise ValueError(f"embedding {str(path)!r}: {error}") from None
-    return [learned.word for learned in found]
+    words = [learned.word for learned in found]
+    model.changes.append(Change("words", " ".join(words), file_hash(Path(path))))
+    model.notes.append(f"learned words of {path}: {' '.join(words)}")
+    return words
 
 
 def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:

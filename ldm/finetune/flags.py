@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import whole
+from ldm.cli import int_range
 
 if TYPE_CHECKING:  # it imports torch
     from ldm.latent_diffusion import LatentDiffusion
@@ -54,23 +54,23 @@ def many(kind: Any, metavar: str) -> dict[str, Any]:
 
 # names, the key that they set, how they are parsed, help: what both scripts have
 TRAINING = [
-    ("--max_train_steps", "loop.steps", number(whole(1)), "optimizer steps"),
+    ("--max_train_steps", "loop.steps", number(int_range(1)), "optimizer steps"),
     ("--lr_scheduler", "loop.lr_schedule", choose({name: {"name": name} for name in ("constant", "linear", "cosine")}),
      "how the learning rates fall, from the start on"),
-    ("--lr_warmup_steps", "loop.lr_schedule.warmup", number(whole(0)), "(0)"),
-    ("--seed", "seed", number(whole(0)), "of everything but the class images (0)"),
-    ("--resolution", "stage.params.resolution", number(whole(1), "PIXELS"),
+    ("--lr_warmup_steps", "loop.lr_schedule.warmup", number(int_range(0)), "(0)"),
+    ("--seed", "seed", number(int_range(0)), "of everything but the class images (0)"),
+    ("--resolution", "stage.params.resolution", number(int_range(1), "PIXELS"),
      "side of the squares to train on (the model's own)"),
 ]  # fmt: skip
 MEMORY = [
-    ("--gradient_accumulation_steps", "loop.accumulate", number(whole(1)), "batches to an optimizer step (1)"),
+    ("--gradient_accumulation_steps", "loop.accumulate", number(int_range(1)), "batches to an optimizer step (1)"),
     ("--gradient_checkpointing", "stage.params.gradient_checkpointing", const(True), "less memory, a third more work"),
     ("--mixed_precision", "loop.precision", choose(PRECISIONS), "auto: bf16 where it is fast (auto)"),
 ]
 OUTPUT = [
     ("--output_dir", "output_dir", {"type": Path, "metavar": "DIR"}, "(outputs/, the script's name)"),
-    ("--checkpointing_steps", "loop.save_every", number(whole(1)), "steps between saved states (500)"),
-    ("--validation_steps", "loop.preview_every", number(whole(1)), "steps between previews (100)"),
+    ("--checkpointing_steps", "loop.save_every", number(int_range(1)), "steps between saved states (500)"),
+    ("--validation_steps", "loop.preview_every", number(int_range(1)), "steps between previews (100)"),
     ("--report_to", "loop.tensorboard", choose({"tensorboard": True, "none": False}),
      "metrics.jsonl is always written (tensorboard)"),
     ("--resume_from_checkpoint --resume", "resume", {"nargs": "?", "const": "latest", "metavar": "DIR"},

@@ -70,6 +70,7 @@ class Adapter(nn.Module):
         self.alpha = alpha
         self.strength = strength
         self._remove: Callable[[], None] | None = None  # takes it off its layer
+        self.merged: float | None = None  # the strength at which it is in the layer's weights
 
     @property
     def rank(self) -> int:
@@ -78,6 +79,11 @@ class Adapter(nn.Module):
     @property
     def scale(self) -> float:
         return self.strength * self.alpha / self.rank
+
+    @property
+    def applied(self) -> float | None:
+        """The strength at which it changes its layer now, merged or not; None if it does not."""
+        return self.strength if self._remove is not None else self.merged
 
     def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
         """Return what is added to the layer's output, computed in the adapter's dtype, or autocast's.
@@ -205,17 +211,28 @@ def detach(adapters: Mapping[str, Adapter]) -> None:
         adapter.disconnect()
 
 
+class Replaced(dict[str, Tensor]):
+    """The weights that a `merge` replaced, by parameter, and the adapters that it merged."""
+
+    def __init__(self, weights: Mapping[str, Tensor], adapters: Sequence[Adapter]) -> None:
+        super().__init__(weights)
+        self.adapters = list(adapters)
+
+    def __or__(self, other: "Replaced") -> "Replaced":
+        return Replaced(super().__or__(other), self.adapters + other.adapters)
+
+
 @torch.no_grad()
-def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
     """Adds adapters to the weights, at their strengths, and takes them off their layers.
 
     Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once. Returns the weights
     that it replaced, by parameter: not copies, but the tensors of before, which `restore` puts back.
     """
     detach(adapters)
-    found, kept = places(network), {}
+    found, kept = places(network), Replaced({}, list(adapters.values()))
     for name, adapter in adapters.items():
-        place = found[name]
+        place, adapter.merged = found[name], adapter.strength
         parameter = network.get_parameter(place.parameter)
         if place.parameter not in kept:
             kept[place.parameter] = parameter.data
@@ -225,11 +242,13 @@ def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Tens
     return kept
 
 
-def restore(network: nn.Module, kept: Mapping[str, Tensor]) -> None:
+def restore(network: nn.Module, kept: Replaced) -> None:
     """Undoes `merge`, bit for bit; after several, the last one first (or all at once with `last | ... | first`)."""
     for name, original in kept.items():
         parameter = network.get_parameter(name)
         parameter.data = original.to(parameter.device, parameter.dtype)
+    for adapter in kept.adapters:
+        adapter.merged = None
 
 
 class Resized(NamedTuple):

@@ -16,9 +16,10 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from ldm.checkpoint.file import save_file
+from ldm.changes import Change
+from ldm.checkpoint.file import file_hash, save_file
 from ldm.checkpoint.tensors import read_tensors
-from ldm.finetune.lora import Adapter, connect, merge, places, resized
+from ldm.finetune.lora import Adapter, Replaced, connect, merge, places, resized
 from ldm.finetune.lora_names import (
     PARTS,
     XL,
@@ -180,17 +181,29 @@ def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) 
     adapters, notes = load_lora(path, model, strength)
     connect(model, adapters)
     model.notes += notes
+    model.changes.append(AppliedLora(Path(path).stem, file_hash(Path(path)), next(iter(adapters.values()))))
     return adapters
 
 
-def merge_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> dict[str, Tensor]:
+def merge_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> Replaced:
     """Adds a file's adapters to the model's weights; the result undoes it in `lora.restore`, bit for bit.
 
     Notes go to `model.notes`. Errors as `load_lora`.
     """
-    adapters, notes = load_lora(path, model, strength)
-    model.notes += notes
-    return merge(model, adapters)
+    return merge(model, apply_lora(model, path, strength))
+
+
+class AppliedLora(NamedTuple):
+    """An entry of `model.changes`: a LoRA as it is now in the model, as one of its adapters tells."""
+
+    name: str
+    hash: str
+    adapter: Adapter
+
+    def current(self) -> Change | None:
+        """Return the change, or None once the LoRA is detached or its merge undone."""
+        strength = self.adapter.applied
+        return None if strength is None else Change("lora", self.name, self.hash, strength)
 
 
 def split_strength(text: str) -> tuple[Path, float]:

@@ -20,9 +20,8 @@ from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth, Subject, as_list, choices, identifiers, notes_on_images, subjects
 from ldm.data.folder import find_images
 from ldm.finetune.parts import known_prompts
-from ldm.inference.draw import draw, own_recipe
-from ldm.inference.png import read_png_text, save_png
-from ldm.inference.recipe import Recipe, plan
+from ldm.inference.generate import default_recipe, generate_run
+from ldm.inference.recipe import Recipe, plan, read_png_text, save_png
 from ldm.latent_diffusion import LatentDiffusion
 
 DRAWN = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
@@ -194,7 +193,7 @@ def draw_class_images(
     """
     from tqdm import tqdm
 
-    first = own_recipe(model, "" if model.path is None else model.path.stem, scale=scale, height=size, width=size)
+    first = default_recipe(model, "" if model.path is None else model.path.stem, scale=scale, height=size, width=size)
     runs = [plan(first, [share.prompt], share.count, batch_size) for share in shares]
     paths = [[share.folder / _name(recipe) for recipe in run] for share, run in zip(shares, runs, strict=True)]
     rows = list(zip(runs, paths, strict=True))
@@ -218,8 +217,8 @@ def _draw_missing(
         return
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     start = places[0] - recipes[places[0]].batch_position  # whole batches, so that the recipes say what was done
-    for drawn in draw(model, recipes[start:]):
-        path = paths[start + drawn.place]
+    for drawn in generate_run(model, recipes[start:]):
+        path = paths[start + drawn.index]
         if path in missing:
             save_png(drawn.image, path, drawn.recipe.to_text())
             yield path

@@ -1,21 +1,118 @@
-"""The options about the model that all drawing scripts share, and the model that they describe.
-
-Imports nothing heavy, so that `--help` and mistakes in options are quick.
+"""The options that the scripts share, and the model that they describe. It imports nothing heavy, so that `--help` and
+mistakes in options are quick.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import whole
+from ldm.cli import Parser, finite_float, int_range
+from ldm.settings import FLAG, INT, INTERVAL, NAMES, STR, Setting, Settings, help_text, setting_rows
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # they import torch
     from ldm.latent_diffusion import LatentDiffusion
 
 LOADING = ("config", "vae", "unet", "ema", "prediction", "vocab", "variant")  # those that are arguments of `ldm.load`
 PRECISIONS = ("full", "bf16", "fp16", "autocast")  # of ldm/inference/precision.py, which imports torch
+
+
+def image_parser(description: str, prompt: str, outdir: str, classes: bool = False) -> Parser:
+    """Return the parser of a script that generates images. A setting left None is the checkpoint's own, or the
+    --from-png image's.
+
+    Args:
+        prompt, outdir: the defaults of these options.
+        classes: whether images are asked for by the numbers of classes instead of by texts.
+    """
+    parser = Parser(description=description)
+    add = parser.add_mutually_exclusive_group().add_argument
+    if classes:
+        add("--class", nargs="+", dest="prompts", default=[prompt], metavar="N", help="classes to generate (any)")
+    else:
+        text = f"text prompt ({prompt or 'empty'})"
+        add("--prompt", nargs=1, dest="prompts", default=[prompt], metavar="TEXT", help=text)
+    add("--from-file", type=Path, metavar="FILE", help="a text file of prompts or classes, one per line")
+    add("--from-png", type=Path, metavar="FILE", help="make this image again, changed by the settings that are given")
+
+    group = parser.add_argument_group("images")
+    add = group.add_argument
+    add("--n_samples", type=int_range(1), default=1, metavar="N", help="images per prompt in an iteration (1)")
+    add("--n_iter", type=int_range(1), default=1, metavar="N", help="iterations, each n_samples more per prompt (1)")
+    add("--batch-size", type=int_range(1), metavar="N", help="images at a time (16): only bounds the memory")
+    add_settings(group, "seed", "fixed_code", "height", "width")
+    add("--C", type=int_range(1), metavar="N", help="latent channels; only checked, the model knows them")
+    add("--f", type=int_range(1), metavar="N", help="pixels per latent; only checked")
+
+    group = parser.add_argument_group("sampling (what is not given is the checkpoint's own)")
+    add_settings(group, "negative", *(name for name in setting_rows(Settings) if name not in NOT_SAMPLING))
+    group.add_argument("--plms", action="store_const", const="plms", dest="sampler", help="the same as --sampler plms")
+
+    group = parser.add_argument_group("more guidance")
+    add = group.add_argument
+    add_settings(group, "pag", "pag_layers", "threshold")
+    add("--autoguide", type=Path, metavar="FILE", help="guide away from this weaker model of the same latents")
+    add_settings(group, "autoguide_scale")
+    parser.set_defaults(classifier=None, classes=classes)
+    if classes:
+        add("--classifier", type=Path, metavar="FILE", help="guide to the classes by this classifier of noisy images")
+        add_settings(group, "classifier_scale")
+
+    add_model_options(parser)
+
+    add = parser.add_argument_group("files").add_argument
+    add("--outdir", type=Path, default=Path(outdir), metavar="DIR", help=f"({outdir})")
+    add("--skip_save", action="store_true", help="do not save the single images")
+    add("--skip_grid", action="store_true", help="do not save the grid")
+    add("--n_rows", type=int_range(0), default=0, metavar="N", help="images in a row of the grid (0: n_samples)")
+    add("--strip", action="store_true", help="save how each came about: forward process, x_t, predicted x0")
+    return parser
+
+
+NOT_SAMPLING = ("fixed_code", "height", "width", "strength")  # settings in other groups of `image_parser`
+
+
+def add_settings(group: argparse._ArgumentGroup | Parser, *names: str) -> None:
+    """Add the options of settings of `ldm.inference.recipe.Recipe`; what is not given is None."""
+    from ldm.inference.recipe import Recipe  # with Pillow, which scripts without these options do without
+
+    rows = setting_rows(Recipe)
+    for name in names:
+        row = rows[name]
+        main, *others = row.flags
+        options = {"dest": name, "default": None, "help": help_text(row), **_value(row)}
+        group.add_argument(main, **options)
+        if others:
+            group.add_argument(*others, **options | {"help": argparse.SUPPRESS})
+
+
+def _value(row: Setting) -> dict[str, object]:
+    """Return how argparse reads a setting's value."""
+    if row.type is FLAG:
+        return {"action": "store_true"}
+    if row.type in (STR, NAMES):
+        return {"metavar": row.metavar} | ({"nargs": "+"} if row.type is NAMES else {})
+    if row.type is INT:
+        return {"metavar": row.metavar, "type": int_range(int(row.low))}
+    number = finite_float(row.low, row.high, infinite=row.type is INTERVAL)
+    return {"metavar": row.metavar, "type": number} | ({"nargs": 2} if row.type is INTERVAL else {})
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
+    """Return the options that are settings of an image, by a Recipe's names; None where they are not given."""
+    from ldm.inference.recipe import Recipe
+
+    given = {name: getattr(args, name, None) for name, row in setting_rows(Recipe).items() if row.flags}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return given | {"precision": args.precision}
+
+
+def add_init_image_options(parser: Parser) -> None:
+    """Add the options of the scripts that start from an image."""
+    group = parser.add_argument_group("init image")
+    group.add_argument("--init-img", type=Path, metavar="FILE", help="PNG, JPEG, WebP, ..., upright by its EXIF data")
+    add_settings(group, "strength")
+    group.add_argument("--resize", action="store_true", help="scale its shorter side to that of the model's own size")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +138,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--vae-slicing", action="store_true", help="encode and decode one image at a time")
     add(
         "--vae-tiling",
-        type=whole(1),
+        type=int_range(1),
         nargs="?",
         const=128,
         metavar="SIDE",
@@ -85,11 +182,8 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     Raises FileNotFoundError and ValueError in words for the user.
     """
     import ldm
-    from ldm.inference.compile import channels_last, compile_unet
     from ldm.inference.nan_check import check_images
-    from ldm.inference.offload import offload
     from ldm.inference.precision import set_precision
-    from ldm.inference.tiling import slice_vae, tile_vae
     from ldm.models.kernels import set_attention
     from ldm.util import pick_device
 
@@ -97,36 +191,43 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     set_attention("auto" if args.attention is None else args.attention)
     # first onto the CPU, where a mapped file takes no memory: what goes to the device goes there once, in its precision
     model = ldm.load(args.ckpt, device="cpu", **loading_arguments(args))
-    change(model, args.lora, args.embedding)
+    if args.lora:
+        from ldm.finetune.lora_files import merge_lora, split_strength
+
+        for path, strength in map(split_strength, args.lora):
+            merge_lora(model, path, strength)
+    if args.embedding:
+        from ldm.finetune.embeddings import apply_embedding
+
+        for path in args.embedding:
+            apply_embedding(model, path)
     for note in model.notes:
         print(note, file=sys.stderr)
     set_precision(model, "full" if args.precision is None else args.precision, device)
     if args.channels_last:
+        from ldm.inference.compile import channels_last
+
         channels_last(model)
-    if args.vae_tiling is not None:
-        tile_vae(model, args.vae_tiling)
-    elif args.vae_slicing:
-        slice_vae(model)
+    if args.vae_tiling is not None or args.vae_slicing:
+        from ldm.inference.tiling import slice_vae, tile_vae
+
+        slice_vae(model) if args.vae_tiling is None else tile_vae(model, args.vae_tiling)
     if args.offload is None or device.type == "cpu":
         model.to(device)
     else:
+        from ldm.inference.offload import offload
+
         offload(model, args.offload, device)
     if args.compile:
+        from ldm.inference.compile import compile_unet
+
         compile_unet(model)
     check_images(model)
     return model
 
 
-def change(model: "LatentDiffusion", loras: Sequence[str], embeddings: Sequence[Path]) -> None:
-    """Put LoRAs (`FILE[:STRENGTH]`) and learned words into the model, and write down that they are there."""
-    from ldm.checkpoint.file import file_hash
-    from ldm.finetune.embeddings import apply_embedding
-    from ldm.finetune.lora_files import merge_lora, split_strength
-
-    for path, strength in map(split_strength, loras):
-        merge_lora(model, path, strength)
-        model.changes.append(f"lora {path.stem} {file_hash(path)} at {strength:g}")
-    for path in embeddings:
-        words = apply_embedding(model, path)
-        model.changes.append(f"words {' '.join(words)} {file_hash(path)}")
-        model.notes.append(f"learned words of {path}: {' '.join(words)}")
+def check_latents(model: "LatentDiffusion", channels: int | None, factor: int | None) -> None:
+    """Raise ValueError if CompVis's --C (latent channels) or --f (pixels per latent) do not agree with the model."""
+    for option, asked, own in (("--C", channels, model.channels), ("--f", factor, model.downsampling)):
+        if asked not in (None, own):
+            raise ValueError(f"{option} {asked} does not fit this model, whose own is {own}: leave it out")

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides an image, and its form as text inside the PNG.
+"""A recipe: everything that decides an image, and its form as text inside the PNG. Imports no torch.
 
 The text is that of AUTOMATIC1111's web UI in the PNG chunk `parameters`, so that its users' tools read it:
 
@@ -8,58 +8,64 @@ The text is that of AUTOMATIC1111's web UI in the PNG chunk `parameters`, so tha
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, PngImagePlugin
 
 from ldm import __version__
 from ldm.batching import batches
+from ldm.changes import Change
+from ldm.settings import ALL_SIGMAS, CHANGES, INT, STR, Guidance, Settings, setting, setting_rows
 
+if TYPE_CHECKING:
+    from ldm.inference.init_image import InitImage
+
+CHUNK = "parameters"  # the text chunk that AUTOMATIC1111's web UI writes and that its users' tools read
 NEGATIVE = "Negative prompt: "
-EVERYWHERE = (0.0, float("inf"))
-SETTING = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+_ENTRY = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+_REQUIRED = ("Width", "Height", "Steps", "Sampler", "CFG scale", "Seed")
+# Keys that come first in the text, in the web UI's order; the others follow in the order of the fields.
+_FIRST = (
+    *("Steps", "Sampler", "CFG scale", "Seed", "Size", "Denoising strength", "Init image hash", "Mask hash"),
+    *("Model hash", "Changes", "Model", "Index"),
+)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What makes one image. Raises ValueError for a text that the PNG could not give back.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Guidance, Settings):
+    """What makes one image: its settings, prompt, seed, model, and the shape of its batch.
 
     `index` is the image's place in its run, whose first seed was `seed - index`. The last of an image's bits depend
     on the shapes that it was computed in, so these are part of it: the size of its batch, its place there, how many
     different prompts the batch had, and which of those was its own.
 
-    `strength`, `init_hash` and `mask_hash` are of an image drawn over another one (`original.Original`), and otherwise
-    None and "".
+    Raises ValueError for a prompt that the PNG could not give back.
     """
 
-    prompt: str
-    negative: str
-    steps: int
-    sampler: str
-    scale: float
-    seed: int
-    width: int
-    height: int
-    spacing: str | None = None
-    eta: float | None = None
-    interval: Sequence[float] = EVERYWHERE  # (low, high) of sigma between which guidance is on
-    rescale: float = 0.0
-    fixed_code: bool = False
-    clip_skip: int = 1
-    plain: bool = False
-    precision: str = "full"
-    strength: float | None = None
-    init_hash: str = ""
-    mask_hash: str = ""
-    index: int = 0
-    batch_size: int = 1
-    batch_position: int = 0
-    batch_prompts: int = 1
-    prompt_position: int = 0
-    model_hash: str = ""
-    changes: str = ""  # what is not the model file's own: parts, settings, LoRAs, learned words
-    model_name: str = ""
+    interval: tuple[float, float] = setting(ALL_SIGMAS, *setting_rows(Settings)["interval"])
+    prompt: str = ""
+    negative: str = setting(
+        "", STR, "", "negative prompt: what guidance leads away from", ("--negative-prompt",), metavar="TEXT"
+    )
+    seed: int = setting(0, INT, "Seed", "seed of the first image", ("--seed",), "0", 0, metavar="N", always=True)
+    init_hash: str = setting("", STR, "Init image hash")
+    mask_hash: str = setting("", STR, "Mask hash")
+    model_hash: str = setting("", STR, "Model hash")
+    changes: tuple[Change, ...] = setting((), CHANGES, "Changes")  # of the model, since its file
+    model_name: str = setting("", STR, "Model")
+    index: int = setting(0, INT, "Index", always=True)
+    autoguide_hash: str = setting("", STR, "Autoguidance hash")
+    classifier_hash: str = setting("", STR, "Classifier hash")
+    precision: str = setting("full", STR, "Precision", always=True)
+    batch_size: int = setting(1, INT, "Batch size", always=True)
+    batch_position: int = setting(0, INT, "Batch pos", always=True)
+    batch_prompts: int = setting(1, INT, "Batch prompts")
+    prompt_position: int = setting(0, INT, "Prompt pos", needs="batch_prompts")
 
     def __post_init__(self) -> None:
         if f"\n{NEGATIVE}" in f"\n{self.prompt}":
@@ -68,86 +74,66 @@ class Recipe:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise ValueError(f"the prompt {text!r} is not valid UTF-8 text")
 
+    def is_default(self, name: str) -> bool:
+        """Return whether a setting has the value that it has when it is not given."""
+        return getattr(self, name) == _DEFAULTS[name]
+
     def to_text(self) -> str:
-        """The chunk `parameters`; `from_text` gives the recipe back exactly."""
-        settings: dict[str, object] = {
-            "Steps": self.steps,
-            "Sampler": self.sampler,
-            "CFG scale": self.scale,
-            "Seed": self.seed,
-            "Size": f"{self.width}x{self.height}",
-            "Denoising strength": self.strength,
-            "Init image hash": self.init_hash,
-            "Mask hash": self.mask_hash,
-            "Model hash": self.model_hash,
-            "Changes": self.changes,
-            "Model": self.model_name,
-            "Index": self.index,
-            "Spacing": self.spacing,
-            "Eta": self.eta,
-            "Guidance interval": None if self.interval == EVERYWHERE else f"{self.interval[0]} to {self.interval[1]}",
-            "Guidance rescale": self.rescale if self.rescale != 0 else None,
-            "Fixed code": True if self.fixed_code else None,
-            "Clip skip": self.clip_skip if self.clip_skip != 1 else None,
-            "Plain prompt": True if self.plain else None,
-            "Precision": self.precision,
-            "Batch size": self.batch_size,
-            "Batch pos": self.batch_position,
-            "Batch prompts": self.batch_prompts if self.batch_prompts > 1 else None,
-            "Prompt pos": self.prompt_position if self.batch_prompts > 1 else None,
-            "Version": f"ldm {__version__}",
-        }
-        line = ", ".join(f"{key}: {_quote(str(value))}" for key, value in settings.items() if value not in (None, ""))
+        """Return the chunk `parameters`; `from_text` gives the recipe back exactly."""
+        entries = {"Size": f"{self.width}x{self.height}"}
+        for name, row in _KEYS.items():
+            shown = row.always or not self.is_default(row.needs or name)
+            if shown and row.key not in ("Width", "Height") and getattr(self, name) is not None:
+                entries[row.key] = row.type.write(getattr(self, name))
+        ordered = {key: entries.pop(key) for key in _FIRST if key in entries} | entries
+        ordered["Version"] = f"ldm {__version__}"
+        line = ", ".join(f"{key}: {_quote(value)}" for key, value in ordered.items() if value != "")
         return self.prompt + (f"\n{NEGATIVE}{self.negative}" if self.negative else "") + f"\n{line}"
 
     @classmethod
     def from_text(cls, text: str) -> "Recipe":
-        """The recipe in a chunk `parameters`, ours or another program's; ValueError if it is none."""
+        """Read a chunk `parameters`, ours or another program's. Raises ValueError for anything else."""
         body, _, line = text.rpartition("\n")
         prompt, _, negative = f"\n{body}".partition(f"\n{NEGATIVE}")
-        settings = {key.strip(): _unquote(value) for key, value in SETTING.findall(line)}
-        if "Grid" in settings:
-            raise ValueError(f"it is a grid of {settings['Grid']} images: give one of the images in samples/")
+        entries = {key.strip(): _unquote(value) for key, value in _ENTRY.findall(line)}
+        if "Grid" in entries:
+            raise ValueError(f"it is a grid of {entries['Grid']} images: give one of the images in samples/")
+        if "Size" in entries:
+            entries["Width"], _, entries["Height"] = entries["Size"].partition("x")
+        for key in _REQUIRED:
+            if key not in entries:
+                missing = "Size" if key in ("Width", "Height") else key
+                raise ValueError(f"it names no {missing!r}, so the image cannot be made again")
         try:
-            width, height = settings["Size"].split("x")
-            low, high = settings.get("Guidance interval", "0 to inf").split(" to ")
-            return cls(
-                prompt=prompt[1:],
-                negative=negative,
-                steps=int(settings["Steps"]),
-                sampler=settings["Sampler"],
-                scale=float(settings["CFG scale"]),
-                seed=int(settings["Seed"]),
-                width=int(width),
-                height=int(height),
-                spacing=settings.get("Spacing"),
-                eta=float(settings["Eta"]) if "Eta" in settings else None,
-                interval=(float(low), float(high)),
-                rescale=float(settings.get("Guidance rescale", 0.0)),
-                fixed_code=settings.get("Fixed code") == "True",
-                clip_skip=int(settings.get("Clip skip", 1)),
-                plain=settings.get("Plain prompt") == "True",
-                precision=settings.get("Precision", "full"),
-                strength=float(settings["Denoising strength"]) if "Denoising strength" in settings else None,
-                init_hash=settings.get("Init image hash", ""),
-                mask_hash=settings.get("Mask hash", ""),
-                index=int(settings.get("Index", 0)),
-                batch_size=int(settings.get("Batch size", 1)),
-                batch_position=int(settings.get("Batch pos", 0)),
-                batch_prompts=int(settings.get("Batch prompts", 1)),
-                prompt_position=int(settings.get("Prompt pos", 0)),
-                model_hash=settings.get("Model hash", ""),
-                changes=settings.get("Changes", ""),
-                model_name=settings.get("Model", ""),
-            )
-        except KeyError as missing:
-            raise ValueError(f"it names no {missing.args[0]!r}, so the image cannot be made again") from None
+            values = {name: row.type.read(entries[row.key]) for name, row in _KEYS.items() if row.key in entries}
         except ValueError as error:
             raise ValueError(f"its settings do not read ({error})") from None
+        values |= _guidance_among(values.get("changes", ()))
+        return cls(prompt=prompt[1:], negative=negative, **values)
 
     def changed(self, **settings: object) -> "Recipe":
-        """This recipe with every setting that is not None put in its place; an unknown name is a TypeError."""
+        """Return a copy with every setting that is not None put in its place. TypeError for an unknown name."""
         return replace(self, **{name: value for name, value in settings.items() if value is not None})
+
+
+_KEYS = {name: row for name, row in setting_rows(Recipe).items() if row.key}
+_DEFAULTS = {f.name: f.default for f in fields(Recipe)}
+
+
+def _guidance_among(changes: Sequence[Change]) -> dict[str, Any]:
+    """Return the settings of guidance that version 0.1.0 at first kept among the changes, and the other changes."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        if change.kind == "pag":
+            scale, *layers = change.name.split()
+            found |= {"pag": float(scale), "pag_layers": tuple(layers)}
+        elif change.kind == "threshold":
+            found["threshold"] = float(change.name)
+        elif change.kind in ("autoguide", "classifier"):
+            found |= {f"{change.kind}_hash": change.hash, f"{change.kind}_scale": change.strength}
+        else:
+            found["changes"] = (*found.get("changes", ()), change)
+    return {"changes": (), **found}
 
 
 def _quote(value: str) -> str:
@@ -167,7 +153,7 @@ def _unquote(value: str) -> str:
 def plan(
     first: Recipe, prompts: Sequence[str], per_prompt: int, batch_size: int, lengths: Sequence[int] | None = None
 ) -> list[Recipe]:
-    """The recipes of a run: all images of the first prompt, then of the next; image k has seed `first.seed + k`.
+    """Return the recipes of a run: the images of the first prompt, then of the next; image k has seed `first.seed + k`.
 
     lengths: how many chunks each prompt makes, since a batch has prompts of one length (`ldm.batching`).
     """
@@ -194,7 +180,7 @@ def plan(
 
 
 def refill(recipe: Recipe, count: Callable[[str], int] = lambda prompt: 1) -> list[str]:
-    """Prompts for a batch of the recipe's shape: its own at its place, and as many different ones as the batch had.
+    """Return prompts for a batch of the recipe's shape: its own at its place, and as many different ones as it had.
 
     count: how many chunks a prompt makes; the different ones make as many as the recipe's own.
     Raises ValueError for places that do not exist.
@@ -215,7 +201,7 @@ def refill(recipe: Recipe, count: Callable[[str], int] = lambda prompt: 1) -> li
 
 
 def _another(prompt: str, number: int, count: Callable[[str], int]) -> str:
-    """Another prompt of as many chunks: with that number at its end, in place of as few words as must be."""
+    """Return another prompt of as many chunks: with that number at its end, in place of as few words as possible."""
     words = prompt.split(" ")
     shorter = (" ".join([*words[: len(words) - dropped], str(number)]) for dropped in range(len(words)))
     same = (other for other in shorter if other != prompt and count(other) == count(prompt))
@@ -223,7 +209,7 @@ def _another(prompt: str, number: int, count: Callable[[str], int]) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; blank lines are skipped. ValueError if there is none."""
+    """Read the prompts of a UTF-8 text file, one per line; blank lines are skipped. ValueError if there is none."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
@@ -232,3 +218,68 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path} holds no prompt: write one a line (blank lines are skipped)")
     return prompts
+
+
+def save_png(image: Image.Image, path: Path, text: str) -> None:
+    """Write the image with the text in its chunk `parameters`, whole or not at all.
+
+    It is written under a temporary name and renamed, so that an interruption or a full disk leaves no half image.
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_text(CHUNK, text)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_png_text(path: Path) -> str:
+    """Read the text in the chunk `parameters`. ValueError for a file that is not a PNG, or one without it; OSError."""
+    with open(path, "rb") as file:
+        try:
+            text = Image.open(file, formats=["PNG"]).info.get(CHUNK)
+        except (OSError, SyntaxError, ValueError, EOFError):  # what Pillow raises for files that are no whole PNG
+            raise ValueError(f"{path} is not a PNG image, or is damaged") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{path} carries no text chunk {CHUNK!r}, so nothing says how it was made")
+    return str(text)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read the recipe that a PNG carries. ValueError naming the file if it carries none."""
+    text = read_png_text(path)
+    try:
+        return Recipe.from_text(text)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be made again: {error}") from None
+
+
+def check_init_image(recipe: Recipe, given: "InitImage | None", path: Path) -> None:
+    """Raise ValueError unless `recipe`, which the PNG at `path` carries, was made with this init image and mask.
+
+    Recipes of other programs have no hashes, and are not checked.
+    """
+    script = "inpaint.py" if recipe.mask_hash else "img2img.py"
+    if given is None and recipe.strength is not None:
+        raise ValueError(f"{path} was made from an init image, which has to be given again: use scripts/{script}")
+    if given is None:
+        return
+    if recipe.strength is None:
+        raise ValueError(f"{path} was made from text alone: use scripts/txt2img.py")
+    if recipe.init_hash == "":
+        return
+    if (recipe.mask_hash == "") != (given.mask is None):
+        raise ValueError(f"{path} was made {'with' if recipe.mask_hash else 'without'} a mask: use scripts/{script}")
+    for what, made, now, options in (
+        ("an init image", recipe.init_hash, given.init_hash, "--init-img"),
+        ("a mask", recipe.mask_hash, given.mask_hash, "--mask, with --invert-mask if it was given then"),
+    ):
+        if made != now:
+            raise ValueError(
+                f"{path} was made from {what} with hash {made}, but the one given has {now}: "
+                f"give the same one again by {options}"
+            )

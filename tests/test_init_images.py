@@ -1,4 +1,4 @@
-"""Source: what the model sees of an image, what stays of it to the byte, sizes that do not divide, modes, mistakes."""
+"""InitImages: what the model sees, what is kept to the byte, sizes that do not divide, modes, mistakes."""
 
 from fractions import Fraction
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.source import Source, steps_taken
+from ldm.generation import steps_taken
+from ldm.init_image import InitImages
 
 RANDOM = np.random.default_rng(0)
 
@@ -54,7 +55,7 @@ def test_strengths_that_are_none(strength):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixels_are_the_images_and_come_back_exactly(channels):
     image = grey() if channels == 1 else colour()
-    source = Source(image, None, 1, channels, 8)
+    source = InitImages(image, None, 1, channels, 8)
     assert source.pixels.shape == (1, channels, 32, 32) and source.mask is None
     assert (
         np.abs(source.pixels.numpy() - (array(image).reshape(32, 32, -1).transpose(2, 0, 1) / 127.5 - 1)).max() < 1e-6
@@ -65,7 +66,7 @@ def test_pixels_are_the_images_and_come_back_exactly(channels):
 @pytest.mark.parametrize(("size", "padded"), [((28, 30), (32, 32)), ((33, 8), (40, 8)), ((40, 64), (40, 64))])
 def test_sizes_that_do_not_divide_are_padded_by_their_edge_and_cut_back(size, padded):
     image, mask = grey(*size), grey(*size)
-    source = Source(image, mask, 1, 1, 8)
+    source = InitImages(image, mask, 1, 1, 8)
     for tensor, original in ((source.pixels * 127.5 + 127.5, array(image)), (source.mask, array(mask) >= 128)):
         expected = np.pad(original, ((0, padded[1] - size[1]), (0, padded[0] - size[0])), mode="edge")
         assert np.allclose(tensor[0, 0].numpy(), expected, atol=1e-4)
@@ -75,7 +76,7 @@ def test_sizes_that_do_not_divide_are_padded_by_their_edge_and_cut_back(size, pa
 def test_what_is_black_in_the_mask_stays_and_greys_blend():
     image, mask = grey(), Image.fromarray(np.arange(1024, dtype=np.uint32).reshape(32, 32).astype(np.uint8))
     new = drawn()
-    result = Source(image, mask, 1, 1, 8).finish(new)[0, 0].numpy()
+    result = InitImages(image, mask, 1, 1, 8).finish(new)[0, 0].numpy()
     share = array(mask) / 255
     expected = array(image) * (1 - share) + levels(new)[0, :, :, 0] * share
     assert np.abs(result - expected).max() <= 0.5 + 1e-4  # rounded to the nearest level
@@ -117,7 +118,7 @@ MODES = {
 def test_unmasked_pixels_keep_colours_and_transparency_to_the_byte(make, mode, channels):
     image, mask = make(), Image.new("L", (32, 32))
     mask.paste(255, (0, 4, 32, 12))
-    source = Source(image, mask, 1, channels, 8)
+    source = InitImages(image, mask, 1, channels, 8)
     new = drawn(channels=channels)
     result = source.finish(new)[0].permute(1, 2, 0).numpy()
     result_mode = "RGB" if mode == "L" and channels == 3 else mode
@@ -135,7 +136,7 @@ def test_unmasked_pixels_keep_colours_and_transparency_to_the_byte(make, mode, c
 
 def test_the_model_sees_transparency_as_white():
     image = alpha_image()
-    seen = Source(image, None, 1, 3, 8).pixels[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
+    seen = InitImages(image, None, 1, 3, 8).pixels[0].permute(1, 2, 0).numpy() * 127.5 + 127.5
     share = array(image)[..., 3:] / 255
     # Pillow's blend rounds to a level
     assert np.abs(seen - (array(image)[..., :3] * share + 255 * (1 - share))).max() <= 1
@@ -144,9 +145,9 @@ def test_the_model_sees_transparency_as_white():
 
 def test_a_model_of_one_channel_sees_luminance_and_one_of_three_sees_grey():
     red = Image.new("RGB", (8, 8), (255, 0, 0))
-    assert np.allclose(Source(red, None, 1, 1, 8).pixels.numpy() * 127.5 + 127.5, 76)  # 0.299 of 255 (ITU-R 601)
+    assert np.allclose(InitImages(red, None, 1, 1, 8).pixels.numpy() * 127.5 + 127.5, 76)  # 0.299 of 255 (ITU-R 601)
     half = Image.new("L", (8, 8), 51)
-    assert np.allclose(Source(half, None, 1, 3, 8).pixels.numpy() * 127.5 + 127.5, 51)
+    assert np.allclose(InitImages(half, None, 1, 3, 8).pixels.numpy() * 127.5 + 127.5, 51)
 
 
 def test_masks_of_any_mode_are_white_where_they_are_bright_and_opaque():
@@ -157,7 +158,7 @@ def test_masks_of_any_mode_are_white_where_they_are_bright_and_opaque():
     clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     clear.paste((255, 255, 255, 255), (0, 0, 8, 4))
     for one in (mask, mask.convert("1"), mask.convert("RGB"), mask.convert("P"), clear):
-        assert torch.equal(Source(grey(8, 8), one, 1, 1, 8).mask, expected)
+        assert torch.equal(InitImages(grey(8, 8), one, 1, 1, 8).mask, expected)
 
 
 def test_images_and_masks_are_turned_as_the_camera_says():
@@ -166,23 +167,23 @@ def test_images_and_masks_are_turned_as_the_camera_says():
     exif = turned.getexif()
     exif[0x0112] = 6  # the camera's top is at the right: turn it clockwise
     turned.info["exif"] = exif.tobytes()
-    source = Source(turned, turned, 1, 3, 8)
-    assert torch.equal(source.pixels, Source(upright, None, 1, 3, 8).pixels)
+    source = InitImages(turned, turned, 1, 3, 8)
+    assert torch.equal(source.pixels, InitImages(upright, None, 1, 3, 8).pixels)
     assert source.mask.shape[-2:] == (8, 16)
 
 
 def test_one_for_all_or_one_each():
     images, masks = [grey() for _ in range(3)], [grey() for _ in range(3)]
     new = drawn(3)
-    each = Source(images, masks, 3, 1, 8)
+    each = InitImages(images, masks, 3, 1, 8)
     assert each.pixels.shape[0] == each.mask.shape[0] == 3
     part = each[1:3]
     assert torch.equal(part.pixels, each.pixels[1:3]) and torch.equal(part.mask, each.mask[1:3])
     assert torch.equal(part.finish(new[1:3]), each.finish(new)[1:3])
-    one = Source(images[0], masks, 3, 1, 8)
+    one = InitImages(images[0], masks, 3, 1, 8)
     assert len(one.pixels) == 1  # encoded once
     for i in range(3):
-        alone = Source(images[0], masks[i], 1, 1, 8)
+        alone = InitImages(images[0], masks[i], 1, 1, 8)
         assert torch.equal(one[i : i + 1].finish(new[i : i + 1]), alone.finish(new[i : i + 1]))
         assert torch.equal(one.finish(new)[i : i + 1], alone.finish(new[i : i + 1]))
 
@@ -190,7 +191,7 @@ def test_one_for_all_or_one_each():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((grey(5, 5), None, 1), "the image is 5 x 5 pixels, too small for this model: it draws at least 8 x 8"),
+        ((grey(5, 5), None, 1), "the image is 5 x 5 pixels, too small for this model: its minimum is 8 x 8"),
         ((grey(32, 7), None, 1), "32 x 7 pixels, too small"),
         ((grey(), grey(16, 32), 1), "the mask is 16 x 32 pixels and the image 32 x 32: they must have one size"),
         (([grey(), grey(8, 8)], None, 2), "2 results need one or 2 images of one size, got 2 of sizes"),
@@ -204,4 +205,4 @@ def test_one_for_all_or_one_each():
 )
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Source(*arguments, 1, 8)
+        InitImages(*arguments, 1, 8)

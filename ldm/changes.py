@@ -1,0 +1,73 @@
+"""What differs in a model from the file that it was loaded from, as its images' recipes name it. Imports no torch."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+
+class Change(NamedTuple):
+    """One change: another part, a setting, a LoRA, learned words.
+
+    Args:
+        kind: "lora", "words"; "vae", "unet", "config", "vocab"; or the name of a setting.
+        name: of the file or the words, or a setting's value.
+        hash: `file_hash` of the file.
+        strength: of a LoRA.
+    """
+
+    kind: str
+    name: str = ""
+    hash: str = ""
+    strength: float | None = None
+
+    def current(self) -> "Change | None":
+        """Return the change as it now is, or None if it was undone. (LoRAs that are not merged may be changed.)"""
+        return self
+
+    def __str__(self) -> str:
+        """Return its text in a recipe, such as `lora bold 0123456789 at 0.5`."""
+        strength = "" if self.strength is None else f"at {_number(self.strength)}"
+        return " ".join(filter(None, (self.kind, self.name.replace("; ", ";"), self.hash, strength)))
+
+
+_TEXT = re.compile(r"(\w+)(?: (.*?))??(?: ([0-9a-f]{10}))?(?: at (\S+))?", re.DOTALL)
+
+
+def changes_to_text(changes: Iterable[Change]) -> str:
+    return "; ".join(map(str, changes))
+
+
+def changes_from_text(text: str) -> tuple[Change, ...]:
+    """Read what `changes_to_text` wrote. Raises ValueError for any other text."""
+    found = []
+    for part in re.split(r"; (?=\w+ )", text):
+        match = _TEXT.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{part!r} is not a change of a model")
+        kind, name, digits, strength = match.groups()
+        found.append(Change(kind, name or "", digits or "", None if strength is None else float(strength)))
+    return tuple(found)
+
+
+def same_changes(first: Iterable[Change], second: Iterable[Change]) -> bool:
+    """Return whether both make the same model, whatever their order (they commute) and the names of LoRA files."""
+    keys = [
+        Counter((c.kind, "" if c.kind == "lora" else c.name, c.hash, c.strength and f"{c.strength:g}") for c in changes)
+        for changes in (first, second)
+    ]
+    return keys[0] == keys[1]
+
+
+def changed_settings(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Change]:
+    """Return the settings that have another value now."""
+    return [Change(name, _value(value)) for name, value in now.items() if value != before.get(name)]
+
+
+def _value(value: Any) -> str:
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+
+
+def _number(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

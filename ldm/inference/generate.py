@@ -1,0 +1,177 @@
+"""Generate images from recipes: a planned run of them, or one image again."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.changes import changes_to_text, same_changes
+from ldm.conditioning.prompt import count_chunks
+from ldm.conditioning.text import TextEncoder
+from ldm.diffusion.guidance import Guide
+from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
+from ldm.generation import steps_taken
+from ldm.inference.init_image import InitImage
+from ldm.inference.nan_check import generate_checked
+from ldm.inference.precision import precision_of, set_precision
+from ldm.inference.recipe import Recipe, refill
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.settings import Settings, setting_rows
+
+Callback = Callable[[Step], None]
+
+
+class Generated(NamedTuple):
+    """An image, what made it, and its index among all images that the model generated in this run."""
+
+    recipe: Recipe
+    image: Image.Image
+    index: int
+
+
+def default_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
+    """Return the recipe of the model's own defaults, with those `settings` that are not None in their place."""
+    own = {key: value for key, value in model.defaults.items() if value is not None}
+    if "interval" in own:
+        own["interval"] = tuple(map(float, own["interval"]))
+    recipe = Recipe(
+        **own,
+        precision=precision_of(model),
+        model_hash=model.hash,
+        changes=tuple(model.all_changes()),
+        model_name=name,
+    )
+    return _complete(recipe.changed(**settings), model)
+
+
+def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) -> Recipe:
+    """Return the recipe with those `settings` that are not None in their place.
+
+    Another sampler brings its own spacing and eta. With a `batch_size` the image is at the head of such a batch instead
+    of at its old place.
+    """
+    if settings.get("sampler") is not None:
+        recipe = replace(recipe, spacing=None, eta=None)
+    if settings.get("seed") is not None:
+        recipe = replace(recipe, index=0)  # an image of its own, not of the old run
+    if settings.get("batch_size") is not None:
+        recipe = replace(recipe, batch_position=0, batch_prompts=1, prompt_position=0)
+    return _complete(recipe.changed(**settings), model)
+
+
+def _complete(recipe: Recipe, model: LatentDiffusion) -> Recipe:
+    """Fill in what the sampler decides, so that the PNG tells it. ValueError for an unknown sampler."""
+    name = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T)
+    row = get_sampler(name)
+    return replace(
+        recipe,
+        sampler=name,
+        spacing=row.spacing if recipe.spacing is None else recipe.spacing,
+        eta=row.eta if recipe.eta is None else recipe.eta,
+    )
+
+
+def generate_run(
+    model: LatentDiffusion,
+    recipes: Sequence[Recipe],
+    callback: Callback | None = None,
+    init: InitImage | None = None,
+    guide: Guide | None = None,
+) -> Iterator[Generated]:
+    """Generate a planned run (`recipe.plan`), yielding each image when its batch is done, so that it can be saved then.
+
+    The init image has the recipes' size. With `fixed_code` all images come from one call, whose image 0 gives them
+    their start.
+    """
+    done = 0
+    while done < len(recipes):
+        first = recipes[done]
+        batch = recipes[done : done + first.batch_size]
+        if first.fixed_code:
+            batch = recipes[done:]
+            first = replace(first, batch_size=max(r.batch_size for r in batch))
+        images = generate_checked(
+            model,
+            [r.prompt for r in batch],
+            seeds=[r.seed for r in batch],
+            guide=guide,
+            callback=callback,
+            **_arguments(model, first, init),
+        )
+        for index, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
+            yield Generated(recipe, image if init is None else init.with_profile(image), index)
+        done += len(batch)
+
+
+def generate_again(
+    model: LatentDiffusion,
+    recipe: Recipe,
+    callback: Callback | None = None,
+    init: InitImage | None = None,
+    guide: Guide | None = None,
+) -> Iterator[Generated]:
+    """Generate that recipe's image, to the byte: at the same place of a batch of the same shape.
+
+    Raises ValueError if another model made it.
+    """
+    if recipe.model_hash not in ("", model.hash):
+        raise ValueError(
+            f"the image was made by the model {recipe.model_name} with hash {recipe.model_hash}, "
+            f"but the one loaded has hash {model.hash}: name the right checkpoint with --ckpt"
+        )
+    if not same_changes(recipe.changes, model.all_changes()):
+        made, now = (changes_to_text(changes) or "nothing" for changes in (recipe.changes, model.all_changes()))
+        raise ValueError(f"the image was made with {made} in the model, and now there is {now}: give the same options")
+    shape = recipe
+    if not isinstance(model.cond_stage_model, TextEncoder):  # others take classes, and encode each, equal or not
+        shape = replace(recipe, batch_prompts=1, prompt_position=0)
+    prompts = refill(shape, lambda prompt: chunks(model, recipe, [prompt])[0])
+    seeds, place = [recipe.seed] * recipe.batch_size, recipe.batch_position
+    if recipe.fixed_code:  # a batch of image 0 goes before, for its start noise
+        prompts, seeds = prompts * 2, [recipe.seed - recipe.index] * recipe.batch_size + seeds
+        place += recipe.batch_size
+    arguments = _arguments(model, recipe, init)
+    images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
+    yield Generated(recipe, images[place] if init is None else init.with_profile(images[place]), place)
+
+
+@contextmanager
+def progress(recipes: Sequence[Recipe], recorder: Callback | None = None) -> Iterator[Callback]:
+    """Give a callback that feeds the recorder and a progress bar, which a terminal shows after two seconds."""
+    batches = max(1, sum(recipe.batch_position == 0 for recipe in recipes))
+    with tqdm(total=batches * steps_of(recipes[0]), unit="step", delay=2, disable=None, leave=False) as bar:
+
+        def callback(step: Step) -> None:
+            bar.update()
+            if recorder is not None:
+                recorder(step)
+
+        yield callback
+
+
+def chunks(model: LatentDiffusion, recipe: Recipe, prompts: Sequence[str]) -> list[int]:
+    """Return how many chunks each prompt makes, or the recipe's negative prompt if that makes more."""
+    lengths = count_chunks(model.cond_stage_model, prompts, recipe.plain)
+    (least,) = [1] if recipe.scale == 1 else count_chunks(model.cond_stage_model, [recipe.negative], recipe.plain)
+    return [max(length, least) for length in lengths]
+
+
+def steps_of(recipe: Recipe) -> int:
+    """Return how many denoising steps the recipe's image takes."""
+    return recipe.steps if recipe.strength is None else steps_taken(recipe.strength, recipe.steps)
+
+
+def _arguments(model: LatentDiffusion, recipe: Recipe, init: InitImage | None) -> dict[str, Any]:
+    """Return the arguments of `generate` that a recipe decides, and put the model into its precision."""
+    if recipe.precision != precision_of(model):
+        set_precision(model, recipe.precision)
+    return {
+        "negative": recipe.negative,
+        "batch_size": recipe.batch_size,
+        "image": None if init is None else init.image,
+        "mask": None if init is None else init.mask,
+        **{name: getattr(recipe, name) for name in setting_rows(Settings)},
+    }

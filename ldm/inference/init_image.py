@@ -1,0 +1,90 @@
+"""The init image of a script and its mask: read, identified by their hashes, and resized. Imports no torch."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ldm.data.image_files import open_image, over
+
+
+class InitImage:
+    """An image in mode "L", "RGB" or "RGBA", and the mask ("L", of its size) of what to generate anew, or None."""
+
+    def __init__(self, image: Image.Image, mask: Image.Image | None = None) -> None:
+        self.image, self.mask = image, mask
+
+    @classmethod
+    def read(cls, path: Path, mask_path: Path | None = None, invert: bool = False) -> "InitImage":
+        """Read both from files, upright. White in the mask is generated anew (black with `invert`).
+
+        Raises FileNotFoundError, and ValueError naming the file if it is not an image, or the mask has another size.
+        """
+        image = open_image(path)
+        if mask_path is None:
+            return cls(image)
+        mask = over(open_image(mask_path), "white" if invert else "black").convert("L")
+        if mask.size != image.size:
+            raise ValueError(
+                f"the mask {mask_path} is {mask.width} x {mask.height} pixels and the image {path} "
+                f"{image.width} x {image.height}: they must have one size"
+            )
+        return cls(image, ImageOps.invert(mask) if invert else mask)
+
+    @cached_property
+    def init_hash(self) -> str:
+        """Return ten hexadecimal digits of the image's pixels, however a file stores them."""
+        return _hash(self.image)
+
+    @cached_property
+    def mask_hash(self) -> str:
+        """Return the same of the mask; "" if there is none."""
+        return "" if self.mask is None else _hash(self.mask)
+
+    def size(self, own: tuple[int, int], width: int | None, height: int | None, resize: bool) -> tuple[int, int]:
+        """Return the (width, height) to generate at, in pixels.
+
+        Args:
+            own: the model's (width, height).
+            width, height: as asked for; if one is None, it follows from the other in the image's proportions.
+            resize: bring the shorter side to the shorter one of the model's.
+
+        With none of these it is the image's own size; ValueError if that is too far from the model's.
+        """
+        own_width, own_height = self.image.size
+        if resize and (width, height) != (None, None):
+            raise ValueError("--resize sets the size, and so do --W and --H: leave one of them out")
+        if resize:
+            width, height = (round(side * min(own) / min(self.image.size)) for side in self.image.size)
+        elif width is None and height is None:
+            if min(self.image.size) * 4 < min(own) or max(self.image.size) > 4 * max(own):
+                raise ValueError(
+                    f"the image is {own_width} x {own_height} pixels and the model's size is {own[0]} x {own[1]}: "
+                    "--resize brings it to the model's size, --W and --H to one of your own"
+                )
+            width, height = self.image.size
+        elif width is None:
+            width = max(1, round(own_width * height / own_height))
+        elif height is None:
+            height = max(1, round(own_height * width / own_width))
+        return width, height
+
+    def resized(self, width: int, height: int) -> "InitImage":
+        """Scale it to fill that size, and cut off two sides evenly; return it as it is if it has the size."""
+        if self.image.size == (width, height):
+            return self
+        images = [self.image] if self.mask is None else [self.image, self.mask]
+        return InitImage(*(ImageOps.fit(one, (width, height), Image.Resampling.LANCZOS) for one in images))
+
+    def with_profile(self, image: Image.Image) -> Image.Image:
+        """Give the init image's colour profile to one that was made from it, so that equal pixels look equal."""
+        profile = self.image.info.get("icc_profile")
+        if profile is not None and image.mode == self.image.mode:
+            image.info["icc_profile"] = profile
+        return image
+
+
+def _hash(image: Image.Image) -> str:
+    head = f"{image.mode} {image.width} {image.height} ".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()[:10]

@@ -1,0 +1,217 @@
+"""A run of a sampling script, from parsed options to files. It imports torch only when the options are known good."""
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from ldm.inference.init_image import InitImage
+from ldm.inference.options import check_latents, load_model, settings_of
+from ldm.inference.recipe import Recipe, check_init_image, plan, read_prompts, read_recipe, save_png
+from ldm.settings import setting_rows
+
+if TYPE_CHECKING:  # they import torch
+    from ldm.diffusion.guidance import Guide
+    from ldm.latent_diffusion import LatentDiffusion
+
+BATCH = 16  # images at a time
+
+
+def generate_files(args: argparse.Namespace, init: InitImage | None = None) -> None:
+    """Generate and save what the options ask for, from the init image if there is one.
+
+    Whatever is wrong with options, input files or the output folder is found before torch is imported.
+    """
+    if args.from_png is not None and args.n_samples * args.n_iter != 1:
+        raise ValueError("--from-png makes one image: leave out --n_samples and --n_iter")
+    prompts = args.prompts if args.from_file is None else read_prompts(args.from_file)
+    if args.classifier is not None and args.from_png is None and not any(prompts):
+        raise ValueError("--classifier needs classes to guide to: name them by --class")
+    made = None if args.from_png is None else read_recipe(args.from_png)
+    if made is not None:
+        check_init_image(made, init, args.from_png)
+        args.precision = made.precision if args.precision is None else args.precision
+    output = OutputFolder(args.outdir)
+
+    model = load_checked(args)
+    from ldm.inference.generate import generate_again, generate_run, progress, steps_of
+
+    recipes = plan_recipes(model, args, prompts, made, init)
+    guide = build_guide(model, recipes[0], args)
+    if init is not None:
+        init = init.resized(recipes[0].width, recipes[0].height)
+    recorder, shown, saved = None, [], []
+    if args.strip and steps_of(recipes[0]) > 0:
+        from ldm.inference.strip import StripRecorder
+
+        recorder = StripRecorder(model, steps_of(recipes[0]))
+    with progress(recipes, recorder) as callback:
+        if made is None:
+            images = generate_run(model, recipes, callback, init, guide)
+        else:
+            images = generate_again(model, recipes[0], callback, init, guide)
+        for recipe, image, index in images:  # each is saved as soon as it is there
+            if not args.skip_save:
+                saved.append(output.save_sample(image, recipe.to_text()))
+            if recorder is not None:
+                saved.append(output.save_strip(recorder.strip(index), recipe.to_text()))
+            if not args.skip_grid:
+                shown.append(image)
+    if shown:
+        columns = args.n_rows if args.n_rows > 0 else args.n_samples
+        saved.append(output.save_grid(shown, columns, recipes[0].to_text()))
+    for path in saved:
+        print(path)
+
+
+def load_checked(args: argparse.Namespace) -> "LatentDiffusion":
+    """Load the model that the options name. ValueError if --C or --f do not agree with it."""
+    model = load_model(args)
+    check_latents(model, args.C, args.f)
+    return model
+
+
+def plan_recipes(
+    model: "LatentDiffusion", args: argparse.Namespace, prompts: list[str], made: Recipe | None, init: InitImage | None
+) -> list[Recipe]:
+    """Return the recipes of a run, or that of one image again with the settings that are given."""
+    from ldm.inference.generate import change_recipe, chunks, default_recipe
+
+    settings = settings_of(args) | guide_hashes(args, made)
+    if init is not None:
+        settings |= init_settings(init, args, model, made)
+    if made is not None:
+        recipes = [change_recipe(made, model, batch_size=args.batch_size, **settings)]
+    else:
+        prompts = usable_prompts(model, prompts, args)
+        first = default_recipe(model, model.path.stem, **settings)
+        batch_size = BATCH if args.batch_size is None else args.batch_size
+        lengths = chunks(model, first, prompts)
+        recipes = plan(first, prompts, args.n_samples * args.n_iter, batch_size, lengths)
+    for name, row in setting_rows(Recipe).items():
+        if row.needs and row.flags and settings.get(name) is not None and recipes[0].is_default(row.needs):
+            raise ValueError(f"{row.flags[0]} has no effect without --{row.needs.removesuffix('_hash')}")
+    return recipes
+
+
+def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:
+    """Return the prompts, or empty ones, with a warning, for an unconditional model."""
+    if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
+        return prompts
+    if args.classes:
+        raise ValueError("--class needs a class-conditional model, or --classifier")
+    print("this model is unconditional: the prompt is ignored", file=sys.stderr)
+    return [""] * len(prompts)
+
+
+def init_settings(
+    init: InitImage, args: argparse.Namespace, model: "LatentDiffusion", made: Recipe | None = None
+) -> dict[str, object]:
+    """Return the settings of an image made from an init image; size and strength are `made`'s if not given."""
+    strength, size = args.strength, (args.width, args.height)
+    if made is None and strength is None:
+        strength = model.default_strength(init.mask is not None)
+    if made is None or args.resize or size != (None, None):
+        size = init.size((model.defaults["width"], model.defaults["height"]), *size, args.resize)
+    hashes = {"init_hash": init.init_hash, "mask_hash": init.mask_hash}
+    return {"strength": strength, "width": size[0], "height": size[1], **hashes}
+
+
+def guide_hashes(args: argparse.Namespace, made: Recipe | None) -> dict[str, str]:
+    """Return the hashes of the files that guide. ValueError where the image was made with another file."""
+    found = {}
+    for name, off in (("autoguide", 1), ("classifier", 0)):
+        path, scale = getattr(args, name), getattr(args, f"{name}_scale", None)
+        before = "" if made is None else getattr(made, f"{name}_hash")
+        if path is not None:
+            from ldm.checkpoint.file import file_hash
+
+            found[f"{name}_hash"] = file_hash(path)
+        elif before == "" or scale == off:
+            continue
+        if before not in ("", found.get(f"{name}_hash")):
+            raise ValueError(
+                f"{args.from_png} was made with a file of hash {before} for --{name}: give that file again, "
+                f"or turn it off by --{name}-scale {off}"
+            )
+    return found
+
+
+def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespace) -> "Guide | None":
+    """Build the recipe's guidance besides the classifier-free one; None if it has none."""
+    if recipe.pag == 0 and recipe.threshold is None and args.autoguide is None and args.classifier is None:
+        return None
+    from ldm.inference import guiders
+
+    weak = None if args.autoguide is None else guiders.load_weak(args.autoguide, model)
+    classifier = None if args.classifier is None else guiders.load_classifier(args.classifier, model)
+    return guiders.make_guide(
+        model,
+        recipe.threshold,
+        recipe.pag,
+        recipe.pag_layers,
+        weak,
+        recipe.autoguide_scale,
+        classifier,
+        recipe.classifier_scale,
+    )
+
+
+class OutputFolder:
+    """A folder for images: samples/00000.png, grid-0000.png, strip-0000.png, numbered on from those that are there.
+
+    It is made, and tried for writing, before any work is done. Raises OSError with the folder and the reason.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.next: dict[str, int] = {}  # prefix -> next number
+        for folder in (path, path / "samples"):
+            make_writable(folder)
+
+    def save_sample(self, image: Image.Image, text: str) -> Path:
+        """Save samples/00000.png and on; return the path."""
+        return self._save(image, text, self.path / "samples", "", 5)
+
+    def save_grid(self, images: Sequence[Image.Image], columns: int, text: str) -> Path:
+        """Save grid-0000.png and on with the text of its first image and its own size; return the path."""
+        from ldm.images import image_grid  # here, because it imports torch
+
+        columns = min(columns, len(images))
+        rows = -(-len(images) // columns)
+        return self._save(image_grid(images, columns), f"{text}, Grid: {columns}x{rows}", self.path, "grid-", 4)
+
+    def save_strip(self, image: Image.Image, text: str) -> Path:
+        """Save strip-0000.png and on with the text of its image; return the path."""
+        return self._save(image, text, self.path, "strip-", 4)
+
+    def _save(self, image: Image.Image, text: str, folder: Path, prefix: str, digits: int) -> Path:
+        """Save under the next free number: one more than the highest there, so that a gap is never filled."""
+        number = self.next[prefix] if prefix in self.next else _next_number(folder, prefix)
+        while (path := folder / f"{prefix}{number:0{digits}}.png").exists():  # another run may write here too
+            number += 1
+        save_png(image, path, text)
+        self.next[prefix] = number + 1
+        return path
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder, and try to write there. OSError with the folder and the reason if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into the output folder {folder}: {error.strerror}") from None
+
+
+def _next_number(folder: Path, prefix: str) -> int:
+    """Return one more than the highest number among the folder's `PREFIXnnn.png`, 0 if there is none."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.png")
+    matches = (pattern.fullmatch(entry.name) for entry in folder.iterdir())
+    return max((int(match[1]) for match in matches if match), default=-1) + 1

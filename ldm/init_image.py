@@ -1,0 +1,109 @@
+"""Init images and masks as tensors: padded to sizes that the model supports, and the results cut and pasted back."""
+
+from collections.abc import Sequence
+from copy import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ldm.data.image_files import over, upright
+from ldm.images import to_uint8
+
+Images = Image.Image | Sequence[Image.Image]
+
+
+class InitImages:
+    """Init images of `count` results, and the masks of what to change in them.
+
+    Args:
+        image: one image for all, or `count` of one size. The model sees them in grey or RGB as its `channels` say,
+            turned as their EXIF data says, transparency over white.
+        mask: white where the image is generated anew, black (or transparent) where it is kept, of the image's size;
+            one for all or `count`; None changes all of the image. At least half white is generated; greys then blend
+            the result with the image.
+        multiple: the model's sizes are multiples of it. Other images are padded at the right and the bottom by
+            repeating the edge, and the results are cut back.
+
+    `images[i:j]` is that part of them. Raises ValueError for images or masks of other counts or sizes, and for images
+    with a side shorter than `multiple`.
+    """
+
+    def __init__(self, image: Images, mask: Images | None, count: int, channels: int, multiple: int) -> None:
+        images = _upright(image, count, "images")
+        seen = "L" if channels == 1 else "RGB"
+        # One image for all stays one, so that it is encoded once.
+        self.seen = _stack([over(one, "white").convert(seen) for one in images])  # (1 or count, channels, h, w)
+        self.height, self.width = self.seen.shape[-2:]
+        if min(self.height, self.width) < multiple:
+            raise ValueError(
+                f"the image is {self.width} x {self.height} pixels, too small for this model: "
+                f"its minimum is {multiple} x {multiple}"
+            )
+        self.padding = (0, -self.width % multiple, 0, -self.height % multiple)
+        self.kept = self.levels = None
+        if mask is not None:
+            masks = _upright(mask, count, "masks")
+            self.levels = _stack([over(one, "black").convert("L") for one in masks])  # (1 or count, 1, h, w)
+            height, width = self.levels.shape[-2:]
+            if (height, width) != (self.height, self.width):
+                raise ValueError(
+                    f"the mask is {width} x {height} pixels and the image {self.width} x {self.height}: "
+                    "they must have one size"
+                )
+            widest = max((one.mode for one in images), key=("L", "RGB", "RGBA").index)
+            self.kept = _stack([one.convert(seen if widest == "L" else widest) for one in images])
+
+    def __getitem__(self, batch: slice) -> "InitImages":
+        part = copy(self)
+        for name in ("seen", "kept", "levels"):
+            images = getattr(self, name)
+            if images is not None and len(images) > 1:
+                setattr(part, name, images[batch])
+        return part
+
+    @property
+    def pixels(self) -> Tensor:
+        """Return what the model sees: (1 or b, channels, h, w) in [-1, 1], padded."""
+        return F.pad(self.seen.float() / 127.5 - 1, self.padding, mode="replicate")
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Return (1 or b, 1, h, w), padded: 1 where the image is generated anew, 0 elsewhere; or None."""
+        return None if self.levels is None else F.pad((self.levels >= 128).float(), self.padding, mode="replicate")
+
+    def finish(self, generated: Tensor) -> Tensor:
+        """Bring generated pixels (b, channels, h, w) in [-1, 1] to the image's own size: uint8 (b, c, h, w).
+
+        Under a mask they are blended with the image: what is black there is the image's to the byte. The result then
+        has the image's colours and transparency too (c is 3 or 4), and what was generated is opaque.
+        """
+        new = to_uint8(generated)[..., : self.height, : self.width].cpu()
+        if self.levels is None:
+            return new
+        channels = self.kept.shape[1]
+        if new.shape[1] < min(channels, 3):
+            new = new.expand(-1, 3, -1, -1)  # grey in an image of colours
+        if channels == 4:
+            new = torch.cat([new, torch.full_like(new[:, :1], 255)], dim=1)
+        return torch.lerp(self.kept.float(), new.float(), self.levels / 255).round().to(torch.uint8)
+
+
+def _upright(images: Images, count: int, what: str) -> list[Image.Image]:
+    """Return the images in mode "L", "RGB" or "RGBA". ValueError unless they are one or `count`, and of one size."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if not all(isinstance(image, Image.Image) for image in images):
+        raise ValueError(f"{what} are PIL images, as PIL.Image.open reads them, got {type(images[0]).__name__}")
+    images = [upright(image) for image in images]
+    sizes = sorted({image.size for image in images})
+    if len(images) not in (1, count) or len(sizes) != 1:
+        raise ValueError(f"{count} results need one or {count} {what} of one size, got {len(images)} of sizes {sizes}")
+    return images
+
+
+def _stack(images: Sequence[Image.Image]) -> Tensor:
+    """PIL images of one size and mode -> uint8 (b, c, h, w)."""
+    arrays = np.stack([np.asarray(image) for image in images])  # (b, h, w) or (b, h, w, c)
+    return torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2)  # (b, c, h, w)

@@ -1,0 +1,53 @@
+"""Settings: written down once, and the command line, `generate`, recipes and docs agree with that."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from ldm.generation import generate
+from ldm.inference.options import add_init_image_options, image_parser
+from ldm.inference.recipe import Recipe
+from ldm.settings import Guidance, Settings, from_keywords, markdown, setting_rows
+
+
+def test_it_imports_no_torch():
+    code = "import sys, ldm.settings; print(sorted({'torch', 'numpy', 'PIL', 'difflib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", [*setting_rows(Settings), *setting_rows(Guidance)])
+def test_a_setting_is_everywhere(name):
+    row, parser = (setting_rows(Settings) | setting_rows(Guidance))[name], image_parser("", "", "out", classes=True)
+    add_init_image_options(parser)
+    (main, *_) = [action for action in parser._actions if action.dest == name]
+    assert main.option_strings == [row.flags[0]] and row.help in main.help and main.default is None
+    assert name in {f.name for f in fields(Recipe)} and (
+        row.key in ("Width", "Height") or setting_rows(Recipe)[name].key
+    )
+    assert f"| `{name}` | `{row.flags[0]}` |" in markdown()
+    assert name in setting_rows(Guidance) or f"{name}: {row.help}" in generate.__doc__
+
+
+def test_other_names_of_an_option_are_not_in_the_help():
+    text = image_parser("", "", "out").format_help()
+    assert "--steps" in text and "--ddim_steps" not in text
+    assert image_parser("", "", "out").parse_args(["--ddim_steps", "7", "--ddim-eta", "0.5"]).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"step": 5}, "unknown setting 'step'; did you mean 'steps'"),
+        ({"cfg": 5}, "unknown setting 'cfg'; the settings are steps, sampler"),
+        ({"pag": 2}, "pag is an argument of make_guide: give generate its result as guide="),
+    ],
+)
+def test_a_typo_is_named(tiny_model, given, message):
+    with pytest.raises(TypeError, match=message):
+        tiny_model.generate(["5"], **given)
+
+
+def test_none_is_not_given():
+    assert from_keywords(Settings, {"rescale": None, "steps": 3}) == Settings(steps=3)
