@@ -11,7 +11,7 @@ from PIL import Image
 from ldm.data.buckets import bucket_shapes, nearest
 from ldm.data.dreambooth import DreamBooth
 from ldm.data.folder import Folder
-from ldm.training.order import EpochBatches, batches
+from ldm.training.order import EpochBatches, training_batches
 
 
 def test_shapes_at_stable_diffusions_size():
@@ -92,7 +92,7 @@ def test_subjects_in_buckets(tmp_path, least):
         row |= {"class_dir": str(tmp_path / "cat"), "class_images": {"1.png": "a cat"}}
     data = DreamBooth(rows, 32, channels=1, least=least, buckets=bucket_shapes(32, 8))
     assert set(data.groups) == {(32, 32), (40, 24), (24, 40), (64, 16), (16, 64)} and len(data.groups) == len(data)
-    stream = batches(data, EpochBatches(len(data), least, 0, groups=data.groups), 0, workers=0)
+    stream = training_batches(data, EpochBatches(len(data), least, 0, groups=data.groups), 0, workers=0)
     epoch = [next(stream)[1] for _ in range(len(data) // least - len(set(data.groups)))]
     assert all(batch["class_image"].shape == (least, 1, 32, 32) for batch in epoch)
     shown = [level for batch in epoch for level in ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().tolist()]

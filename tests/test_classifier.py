@@ -100,12 +100,12 @@ def test_stage_learns_and_finishes_with_measured_statistics():
     batch = {"image": torch.stack([data[i]["image"] for i in range(50)]), "label": torch.arange(50) % 10}
     (optimizer,) = stage.optimizers()
     for _ in range(40):
-        loss, metrics = stage(batch)
+        loss, metrics = stage.loss(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert metrics["accuracy"] > 0.95
-    stage.eval()
+    stage.train(False)
     stage.finish(data)
     features = stage.model.features(batch["image"])
     # The 50 images are the data set's, so its running statistics are theirs.

@@ -127,7 +127,7 @@ def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
     else:
         stage, _, batch = make(checkpoints, subject, prediction, **settings)
     torch.manual_seed(5)
-    loss, values = stage(batch)
+    loss, values = stage.loss(batch)
     instance, prior = loss_by_hand(stage, batch, ["", "class_"], 5.0)
     torch.testing.assert_close(values["instance_loss"], instance, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(values["class_loss"], prior, rtol=1e-4, atol=1e-6)
@@ -138,7 +138,7 @@ def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
 def test_without_class_images_there_is_one_term(checkpoints, subject):
     stage, _, batch = make(checkpoints, subject, prior=False, noise_offset=0.2)
     torch.manual_seed(5)
-    loss, values = stage(batch)
+    loss, values = stage.loss(batch)
     assert values.keys() == {"loss", "instance_loss"} and batch.keys() == {"mean", "std", "caption"}
     torch.testing.assert_close(loss, values["instance_loss"], rtol=0, atol=0)
 
@@ -150,7 +150,7 @@ def test_caches_change_nothing(checkpoints, subject, train_text):
         stage, data, batch = make(checkpoints, subject, cache=cache, text_learning_rate=1e-4, train_text=train_text)
         assert ("mean" in batch) == cache and bool(stage.texts) == (cache and train_text == "none")
         torch.manual_seed(3)
-        loss, _ = stage(batch)
+        loss, _ = stage.loss(batch)
         loss.backward()
         losses.append((loss.detach(), stage.model.diffusion_model.out[2].weight.grad))
     for cached, fresh in zip(*losses, strict=True):
@@ -172,7 +172,7 @@ def test_only_the_chosen_layers_train(checkpoints, subject, layers):
     stage, _, batch = make(checkpoints, subject, layers=layers)
     before = copy.deepcopy(stage.latent_diffusion.state_dict())
     (optimizer,) = stage.optimizers()
-    stage(batch)[0].backward()
+    stage.loss(batch)[0].backward()
     optimizer.step()
     changed = {n for n, t in stage.latent_diffusion.state_dict().items() if not torch.equal(t, before[n])}
     fitting = {
@@ -191,7 +191,7 @@ def test_the_text_encoder_has_its_own_learning_rate(checkpoints, subject):
     assert (unet["lr"], text["lr"]) == (1e-3, 1e-5)
     assert len(text["params"]) == len(list(stage.latent_diffusion.cond_stage_model.parameters()))
     before = [p.detach().clone() for p in text["params"]]
-    stage(batch)[0].backward()
+    stage.loss(batch)[0].backward()
     optimizer.step()
     moved = [(p - q).abs().max().item() for p, q in zip(text["params"], before, strict=True)]
     assert 0.5e-5 < max(moved) < 2e-5  # Adam's first step is the learning rate
@@ -206,7 +206,7 @@ def test_words_alone_can_be_trained(checkpoints, subject):
     (optimizer,) = stage.optimizers()
     for _ in range(3):
         optimizer.zero_grad()
-        stage(batch)[0].backward()
+        stage.loss(batch)[0].backward()
         optimizer.step()
     changed = {name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, before[name])}
     (name,) = changed
@@ -223,7 +223,7 @@ def test_checkpointing_changes_memory_not_gradients(checkpoints, subject):
         stage, _, batch = make(checkpoints, subject, gradient_checkpointing=flag)
         assert any(getattr(m, "use_checkpoint", False) for m in stage.model.modules()) == flag
         torch.manual_seed(3)
-        stage(batch)[0].backward()
+        stage.loss(batch)[0].backward()
         grads.append([p.grad for p in stage.model.parameters()])
     for plain, again in zip(*grads, strict=True):
         torch.testing.assert_close(plain, again, rtol=1e-5, atol=1e-7)
@@ -275,21 +275,21 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
         return made
 
     whole, part = train(settings("whole")), settings("part")
-    stopped = DreamBoothStage.forward
+    stopped = DreamBoothStage.loss
     calls = []
 
-    def failing(self, batch, k=0):
-        calls.append(k)
+    def failing(self, batch):
+        calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return stopped(self, batch, k)
+        return stopped(self, batch)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DreamBoothStage, "forward", failing)
+        patch.setattr(DreamBoothStage, "loss", failing)
         train(part)
     state = torch.load(tmp_path / "part" / "resume.pt", weights_only=True)
     assert state["step"] == 3
-    assert {name.split(".")[0] for name in state["stage"]} == ({"trained"} if kind == "lora" else {"model", "text"})
+    assert {name.split(".")[0] for name in state["stage"]} == ({"adapters"} if kind == "lora" else {"model", "text"})
     shutil.move(tmp_path / "part", tmp_path / "elsewhere")
     move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
     resumed = train(settings("third"), resume=True)
@@ -382,17 +382,17 @@ def test_words_are_kept_apart_from_the_class(checkpoints, subject):
     encoder = stage.latent_diffusion.cond_stage_model
     own, other, null = (encoder([text]) for text in ("a sks five", "a five", ""))
     cosines = [F.cosine_similarity(*((c[k] - null[k]).flatten(1) for c in (own, other))).item() for k in null]
-    _, values = stage(batch)
+    _, values = stage.loss(batch)
     assert values["embedding_repulsion"].item() == pytest.approx(sum(max(0, c - 0.5) for c in cosines), abs=1e-5)
     assert values["embedding_repulsion"] > 0.1
     (optimizer,) = stage.optimizers()
     for _ in range(40):
         optimizer.zero_grad()
-        near = stage(batch)[1]["embedding_repulsion"]
+        near = stage.loss(batch)[1]["embedding_repulsion"]
         near.backward()
         optimizer.step()
     assert near < 0.02
-    assert "embedding_repulsion" not in make(checkpoints, subject)[0](batch)[1]
+    assert "embedding_repulsion" not in make(checkpoints, subject)[0].loss(batch)[1]
 
 
 def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, monkeypatch):

@@ -165,7 +165,7 @@ def test_scaled_gradients(scaled, tmp_path, monkeypatch):
             train(one_optimizer("parts"), device="cpu")
     assert_same(train(one_optimizer("parts"), resume=True, device="cpu"), path)
     assert scaled == whole
-    with pytest.raises(ValueError, match="fp16 is for one optimizer, and 'autoencoder' trains by 2"):
+    with pytest.raises(ValueError, match="fp16 is for one optimizer, and 'autoencoder' has 2"):
         train(config(tmp_path / "two"), device="cpu")
 
 
@@ -220,21 +220,20 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, monkeyp
     settings = config(tmp_path, **good)
     from ldm.training.autoencoder import AutoencoderStage
 
-    forward, calls = AutoencoderStage.forward, []
+    turn = AutoencoderStage.turn
 
-    def broken(self, batch, k=0):
-        loss, metrics = forward(self, batch, k)
-        calls.append(k)
-        return (loss * float("nan"), {"error": loss * float("nan")}) if len(calls) > 10 else (loss, metrics)
+    def broken(self, batch, k, number, shared):
+        loss, metrics, shared = turn(self, batch, k, number, shared)
+        return (loss * float("nan"), {"error": loss * float("nan")}, shared) if number > 4 else (loss, metrics, shared)
 
-    monkeypatch.setattr(AutoencoderStage, "forward", broken)
+    monkeypatch.setattr(AutoencoderStage, "turn", broken)
     with pytest.raises(ValueError, match="error became nan by step 6.*lower"):
         train(settings, device="cpu")
     state = torch.load(tmp_path / "autoencoder" / "resume.pt", weights_only=True)
     assert state["step"] == 4
     assert all(torch.isfinite(t).all() for t in state["stage"].values())
     # ... and the advice can be taken: these settings may change on resume
-    monkeypatch.setattr(AutoencoderStage, "forward", forward)
+    monkeypatch.setattr(AutoencoderStage, "turn", turn)
     assert train(config(tmp_path, **good, clip=0.1), resume=True, device="cpu").exists()
     steps = [json.loads(line)["step"] for line in (tmp_path / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
@@ -259,6 +258,9 @@ def test_a_damaged_state_is_refused(tmp_path):
     folder.mkdir()
     folder.joinpath("resume.pt").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(ValueError, match="cannot resume from .* damaged"):
+        train(settings, resume=True, device="cpu")
+    torch.save({"step": 1, "stage": {"batches": torch.tensor(1)}}, folder / "resume.pt")
+    with pytest.raises(ValueError, match="cannot resume from .*, which another version of ldm saved: resume with"):
         train(settings, resume=True, device="cpu")
 
 

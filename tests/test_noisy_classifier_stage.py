@@ -10,6 +10,7 @@ from ldm.checkpoint.file import load_file, save_file
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.loading import load_network
 from ldm.optional.noisy_classifier_stage import NoisyClassifierStage
+from ldm.training.stage import Trained
 
 NETWORK = {
     "target": "ldm.optional.noisy_classifier.EncoderUNetModel",
@@ -57,7 +58,7 @@ def test_the_loss_is_the_cross_entropy_of_noised_images_at_their_levels():
     training, data = stage(timesteps={"name": "logit_normal", "mean": 0.5}), batch()
     fill(training.model, 3)
     torch.manual_seed(4)
-    loss, metrics = training(data)
+    loss, metrics = training.loss(data)
     torch.manual_seed(4)
     t = training_timesteps("logit_normal", 40, 100, mean=0.5)
     noised = q_sample(data["image"], t, torch.randn(40, 1, 16, 16), make_schedule("cosine", T=100))
@@ -67,7 +68,9 @@ def test_the_loss_is_the_cross_entropy_of_noised_images_at_their_levels():
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in training.model.parameters())
     (optimizer,) = training.optimizers()
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in training.parameters()}
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in Trained(training).parameters()
+    }
 
 
 @pytest.mark.smoke
@@ -76,11 +79,11 @@ def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path
     assert training.prepare(Bars(), CPU) is not None
     (optimizer,) = training.optimizers()
     for _ in range(60):
-        loss, _ = training(data)
+        loss, _ = training.loss(data)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    training.eval()
+    training.train(False)
     found = {}
     for level in (0, 30, 99):
         t = torch.full((40,), level)

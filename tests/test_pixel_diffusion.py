@@ -18,6 +18,7 @@ from ldm.loading import save
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.order import collate
 from ldm.training.pixel_diffusion import PixelDiffusionStage
+from ldm.training.stage import Trained
 
 CLASSES = {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11}}
 PIXEL = {
@@ -130,11 +131,11 @@ def test_the_loss_by_hand(error, weight):
     stage = PixelDiffusionStage(CONFIG, 1e-3, class_dropout=0.5, error=error, weight=weight)
     model, data = stage.latent_diffusion, Digits(first=50)
     with torch.no_grad():
-        for p in stage.parameters():
+        for p in Trained(stage).parameters():
             p.add_(0.05 * torch.randn_like(p))
     batch = collate(stage.prepare(data, torch.device("cpu")).__getitems__([3, 1, 40, 41]))
     torch.manual_seed(7)
-    loss, metrics = stage(batch)
+    loss, metrics = stage.loss(batch)
     torch.manual_seed(7)
     labels = torch.where(torch.rand(4) < 0.5, 10, batch["label"])
     t, noise = training_timesteps("uniform", 4, 1000), torch.randn(4, 1, 32, 32)
@@ -148,7 +149,7 @@ def test_the_loss_by_hand(error, weight):
 def test_previews_show_every_class():
     stage = PixelDiffusionStage(CONFIG, 1e-3, previews=12)
     assert stage.preview_prompts == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert len(stage.eval().preview()) == 12
+    assert len(stage.train(False).preview()) == 12
 
 
 def test_classes_without_one_that_says_nothing():
@@ -158,7 +159,7 @@ def test_classes_without_one_that_says_nothing():
     assert stage.preview_prompts == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     labels = torch.tensor([9, 0, 9])
     assert torch.equal(stage.data({"image": torch.zeros(3, 1, 32, 32), "label": labels})[1]["c_adm"], labels)
-    with pytest.raises(ValueError, match="class_dropout 0.1 needs a class that says nothing, and the model has none"):
+    with pytest.raises(ValueError, match="class_dropout 0.1 needs a null class, which this model lacks"):
         PixelDiffusionStage(config, 1e-3)
     params = {**config["params"], "defaults": {**PIXEL["defaults"], "scale": 2.0}}
     with pytest.raises(ValueError, match="^the model's defaults: guidance scale 2 needs a null or negative"):
@@ -184,7 +185,7 @@ def test_a_single_class_is_what_previews_draw():
             "returns 2 x 1 channels, but this one returns 1",
         ),
         ({"model": {**CONFIG, "params": {**PIXEL, "self_condition": True}}}, "does not fit latents"),
-        ({"class_dropout": 2.0}, "class_dropout 2.0 is not a share"),
+        ({"class_dropout": 2.0}, "class_dropout 2.0 is not a probability"),
         ({"model": {**CONFIG, "params": {**PIXEL, "prediction": "y"}}}, "unknown prediction 'y'"),
         ({"model": {**CONFIG, "params": {**PIXEL, "channels": 3}}}, r"the network does not fit latents \(3, 32, 32\)"),
         ({"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": None}}}, "needs y"),
@@ -192,12 +193,12 @@ def test_a_single_class_is_what_previews_draw():
             {"model": {**CONFIG, "params": {**PIXEL, "defaults": {**PIXEL["defaults"], "steps": 1001}}}},
             "number of steps must be from 1 to 1000",
         ),
-        ({"previews": 0}, "previews have nothing to draw"),
+        ({"previews": 0}, "previews need at least one image"),
         (
             {"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": {**CLASSES, "params": {"n_classes": 12}}}}},
             "does not fit .* num_classes.*: index out of range",
         ),
-        ({"model": {"target": "torch.nn.Identity"}}, "torch.nn.Identity conditioned by NoneType is not what"),
+        ({"model": {"target": "torch.nn.Identity"}}, "not a torch.nn.Identity conditioned by NoneType"),
     ],
 )
 def test_mistakes_in_a_configuration(settings, message):
@@ -215,7 +216,7 @@ def test_images_of_another_size():
 def test_a_schedule_that_leaves_something_of_the_image(capsys):
     """300 unscaled linear steps leave sqrt(alpha-bar) = 0.2192; 1000 leave 0.006."""
     PixelDiffusionStage({**CONFIG, "params": {**PIXEL, "schedule": {"name": "linear", "T": 300}}}, 1e-3)
-    assert "at its last level, 299, this schedule leaves 0.219 of the image" in capsys.readouterr().err
+    assert "last noise level of this schedule, 299, still has signal level 0.219" in capsys.readouterr().err
     PixelDiffusionStage(CONFIG, 1e-3)
     assert capsys.readouterr().err == ""
 
@@ -273,7 +274,7 @@ def learning(*options: str, **settings) -> tuple[PixelDiffusionStage, dict]:
     params = {**PIXEL, **widened(*options)}
     stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3, class_dropout=0.0, **settings)
     with torch.no_grad():
-        for p in stage.parameters():
+        for p in Trained(stage).parameters():
             p.add_(0.05 * torch.randn_like(p))
     return stage, collate(Digits(first=50).__getitems__([3, 1, 40, 41]))
 
@@ -283,7 +284,7 @@ def test_the_hybrid_loss_by_hand():
     stage, batch = learning("learned_variance")
     out = stage.latent_diffusion.model.diffusion_model.out[-1]
     torch.manual_seed(7)
-    loss, _ = stage(batch)
+    loss, _ = stage.loss(batch)
     torch.manual_seed(7)
     t, noise = training_timesteps("uniform", 4, 1000), torch.randn(4, 1, 32, 32)
     model, x0 = stage.latent_diffusion, batch["image"]
@@ -296,7 +297,7 @@ def test_the_hybrid_loss_by_hand():
     of_hybrid = torch.autograd.grad(loss, out.weight)[0]
     torch.manual_seed(7)
     stage.objective.extras["bound_weight"] = 0.0
-    of_simple = torch.autograd.grad(stage(batch)[0], out.weight)[0]
+    of_simple = torch.autograd.grad(stage.loss(batch)[0], out.weight)[0]
     torch.testing.assert_close(of_hybrid[0], of_simple[0])  # the mean's
     assert of_hybrid[1].abs().max() > 0 and not of_simple[1].any()
 
@@ -310,7 +311,7 @@ def test_self_conditioned_training_is_told_of_its_guess_half_the_time():
     for seed in range(40):
         del inputs[:]
         torch.manual_seed(seed)
-        loss, _ = stage(batch)
+        loss, _ = stage.loss(batch)
         assert not inputs[0][:, 1:].any()
         if len(inputs) == 2:  # the same noised image again, and a guess within [-1, 1] of it
             told += 1
@@ -327,7 +328,7 @@ def test_noise_of_a_stage(monkeypatch):
         stage.objective, "losses", lambda z, cond, t, noise: given.append(noise) or z.flatten(1).mean(1)
     )
     torch.manual_seed(3)
-    stage(batch)
+    stage.loss(batch)
     torch.manual_seed(3)
     training_timesteps("uniform", 4, 1000)
     assert torch.equal(given[0], training_noise(batch["image"], offset=0.5, immiscible=True))

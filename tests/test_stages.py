@@ -19,6 +19,7 @@ from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.clip import CLIPStage
 from ldm.training.diffusion import DiffusionStage, LatentDataset
 from ldm.training.order import collate
+from ldm.training.stage import Trained
 
 CPU = torch.device("cpu")
 FIRST_STAGE = TINY["first_stage_config"]["params"]
@@ -57,7 +58,7 @@ def test_every_term_of_the_autoencoders_loss(judge, batch):
     stage = autoencoder(judge, kl_weight=0.3, perceptual_weight=0.7, disc_weight=0.5, reconstruction="l1")
     x = batch["image"]
     torch.manual_seed(4)
-    loss, metrics = stage(batch)
+    loss, metrics, _ = stage.turn(batch, 0, 0, None)
     torch.manual_seed(4)
     reconstruction, posterior = stage.model(x)
     error = (reconstruction - x).abs().mean()
@@ -77,18 +78,18 @@ def test_every_term_of_the_autoencoders_loss(judge, batch):
 @pytest.mark.smoke
 def test_each_loss_reaches_its_own_network_only(judge, batch):
     stage = autoencoder(judge)
-    stage(batch, 0)[0].backward()
+    stage.turn(batch, 0, 0, None)[0].backward()
     assert all(p.grad is not None for p in stage.model.parameters())
     assert all(p.grad is None and p.requires_grad for p in stage.discriminator.parameters())
-    stage.zero_grad()
-    loss, metrics = stage(batch, 1)
+    Trained(stage).zero_grad()
+    loss, metrics, _ = stage.turn(batch, 1, 0, None)
     loss.backward()
     assert metrics["discriminator"] > 0
     assert all(p.grad is None for p in stage.model.parameters())
     assert all(p.grad is not None for p in stage.discriminator.parameters())
     # the perceptual network is frozen, and neither trained nor averaged nor saved
     assert not any(p.requires_grad for p in stage.perceptual.parameters())
-    assert not any("perceptual" in name for name in [*stage.state_dict(), *dict(stage.named_parameters())])
+    assert stage.networks.keys() == {"model", "discriminator"} and stage.frozen.keys() == {"perceptual"}
     assert [len(o.param_groups[0]["params"]) for o in stage.optimizers()] == [
         len(list(stage.model.parameters())),
         len(list(stage.discriminator.parameters())),
@@ -98,14 +99,13 @@ def test_each_loss_reaches_its_own_network_only(judge, batch):
 def test_the_discriminator_counts_from_disc_start_on(batch):
     stage = autoencoder(disc_start=2, kl_weight=0.1)
     for number in range(4):
-        loss, metrics = stage(batch, 0)
+        loss, metrics, _ = stage.turn(batch, 0, number, None)
         adversarial = (loss - metrics["error"] - 0.1 * metrics["kl"]).item()
-        discriminator = stage(batch, 1)[0].item()
+        discriminator = stage.turn(batch, 1, number, None)[0].item()
         if number < 2:
             assert adversarial == pytest.approx(0, abs=1e-6) and discriminator == 0
         else:
             assert abs(adversarial) > 1e-4 and discriminator > 0.1
-    assert stage.state_dict()["batches"] == 4  # saved, so that a resumed run knows
 
 
 def test_finish_gives_standard_normal_latents_per_channel(digits):
@@ -113,7 +113,7 @@ def test_finish_gives_standard_normal_latents_per_channel(digits):
     with torch.no_grad():  # latents far from normal
         stage.model.quant_conv.weight *= torch.linspace(1, 30, 8)[:, None, None, None] / 10
         stage.model.quant_conv.bias += torch.linspace(-2, 2, 8)
-    stage.eval()
+    stage.train(False)
     images = torch.stack([digits[i]["image"] for i in range(len(digits))])
     with torch.no_grad():
         before = stage.model(images, sample_posterior=False)[0]
@@ -142,7 +142,7 @@ def test_previews_of_large_and_small_data_sets(count, shown):
     """Two rows of originals, or what there is, each with its reconstructions below it."""
     stage, data = autoencoder(), Digits(first=count)
     assert stage.prepare(data, CPU) is data
-    images = stage.eval().preview()
+    images = stage.train(False).preview()
     assert len(images) == shown and len(images) % stage.preview_columns == 0
     assert images[0].tobytes() == bytes(data.images[0].flatten().tolist())
 
@@ -183,7 +183,7 @@ def test_contrastive_loss_by_hand(clip, batch, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(8, 5, generator=generator), dim=1) for _ in range(2))
     monkeypatch.setattr(clip, "_embed", lambda batch: (images, texts, torch.tensor(250.0)))
-    loss, _ = clip(batch)
+    loss, _ = clip.loss(batch)
     true, scale = clip.positives(batch).tolist(), 100.0  # CLIP clips its temperature at 100
     similar = [[scale * sum(a * b for a, b in zip(i, t, strict=True)) for t in texts.tolist()] for i in images.tolist()]
     expected = 0.0
@@ -201,7 +201,7 @@ def test_clip_learns_and_exports_its_text_half(clip, batch):
     (optimizer,) = clip.optimizers()
     losses = []
     for _ in range(12):
-        loss, metrics = clip(batch)
+        loss, metrics = clip.loss(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -213,7 +213,7 @@ def test_clip_learns_and_exports_its_text_half(clip, batch):
     encoder.load_state_dict(state)
     prompts = [*batch["caption"], "", "an image of anything else, and longer than the context of sixteen tokens is"]
     tokens = encoder.tokenizer(prompts)
-    clip.clip.eval()
+    clip.clip.train(False)
     with torch.no_grad():
         cond = encoder.eval()(prompts)
         pooled = clip.clip.encode_text(tokens)
@@ -263,7 +263,7 @@ def diffusion(parts: dict, **settings) -> DiffusionStage:
     options = {"schedule": {"name": "cosine"}, "learning_rate": 1e-3, "defaults": TINY["defaults"], **settings}
     stage = DiffusionStage(unet_config=TINY["unet_config"], **parts, **options)
     with torch.no_grad():
-        for p in stage.parameters():
+        for p in Trained(stage).parameters():
             p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every prediction zero
     return stage
 
@@ -282,7 +282,7 @@ def test_the_diffusion_loss_by_hand(parts, digits, prediction, options):
     model, data = stage.latent_diffusion, stage.prepare(digits, CPU)
     batch = collate(data.__getitems__([3, 1, 40, 41]))
     torch.manual_seed(9)
-    loss, metrics = stage(batch)
+    loss, metrics = stage.loss(batch)
     torch.manual_seed(9)
     z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn(4, 4, 8, 8))
     kept = torch.rand(4) >= 0.5
@@ -307,7 +307,7 @@ def test_captions_are_dropped_at_their_share(parts, monkeypatch):
     monkeypatch.setattr(stage.latent_diffusion.cond_stage_model, "forward", seen.extend)
     monkeypatch.setattr(stage.latent_diffusion, "loss", lambda z, *_: z.mean((1, 2, 3)))
     captions = [f"caption {i}" for i in range(2000)]
-    stage({"mean": torch.zeros(2000, 1, 1, 1), "std": torch.ones(2000, 1, 1, 1), "caption": captions})
+    stage.loss({"mean": torch.zeros(2000, 1, 1, 1), "std": torch.ones(2000, 1, 1, 1), "caption": captions})
     assert all(said in ("", caption) for said, caption in zip(seen, captions, strict=True))
     assert seen.count("") / 2000 == pytest.approx(0.3, abs=0.041)  # 4 standard deviations of 0.0102
 
@@ -325,7 +325,7 @@ def test_cached_latents_equal_encoding_on_the_fly(parts, digits):
             batch = collate(part.__getitems__([7, 0, 63]))
             captions.append(batch["caption"])
             torch.manual_seed(5)
-            losses.append(stage(batch)[0])
+            losses.append(stage.loss(batch)[0])
         assert captions[0] == captions[1]
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)  # encoded in batches of 64 and of 3
     digits.set_epoch(0)
@@ -366,13 +366,13 @@ def test_images_that_change_cannot_be_cached(parts, digits):
 def test_only_the_unet_trains_and_the_whole_is_exported(parts, digits, tiny_model, tmp_path):
     stage = diffusion(parts, preview_prompts=["4", "", "bold 7"])
     data = stage.prepare(digits, CPU)
-    assert {name.partition(".")[0] for name, _ in stage.named_parameters()} == {"model"}
+    assert stage.networks == {"model": stage.model} and stage.frozen.keys() == {"first_stage", "cond_stage"}
     before = copy.deepcopy(stage.model.state_dict())
     (optimizer,) = stage.optimizers()
-    stage(collate(data.__getitems__([0, 1, 2, 3])))[0].backward()
+    stage.loss(collate(data.__getitems__([0, 1, 2, 3])))[0].backward()
     optimizer.step()
     assert all(not torch.equal(p, before[name]) for name, p in stage.model.state_dict().items())
-    stage.eval()
+    stage.train(False)
     config, state = stage.export()
     save_file(tmp_path / "model.safetensors", state, config)
     model = ldm.load(tmp_path / "model.safetensors", device="cpu")

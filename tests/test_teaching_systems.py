@@ -28,7 +28,7 @@ def test_a_system_trains_and_draws(name, side, classes, mnist, tmp_path, capsys)
     changes += ["stage.params.previews=2", "stage.params.model.params.defaults.steps=2"]
     changes += [f"{NETWORK}.{change}" for change in NARROW[name]]
     train.main([str(ROOT / "configs" / "pixel" / f"{name}.yaml"), *changes, "--device", "cpu"])
-    noted = "this schedule leaves 0.219 of the image" in capsys.readouterr().err
+    noted = "still has signal level 0.219" in capsys.readouterr().err
     assert noted == (name == "simple_unet")
     checkpoint, out = tmp_path / "runs" / name / "model.safetensors", tmp_path / "out"
     options = ["--ckpt", checkpoint, "--outdir", out, "--steps", 3, "--n_samples", 2, "--strip", "--device", "cpu"]

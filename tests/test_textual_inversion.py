@@ -25,6 +25,7 @@ from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding, token_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
 from ldm.training.order import collate
+from ldm.training.stage import Trained
 from ldm.util import load_yaml
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
@@ -55,9 +56,11 @@ def stage_of(checkpoint, **settings) -> TextualInversionStage:
 def test_only_the_vectors_train(tiny_checkpoint, tiny_model, subject):
     stage = stage_of(tiny_checkpoint, vectors=3)
     dataset = stage.prepare(Folder(subject, 32, 1, caption=""), CPU)
-    assert [p.shape for p in stage.parameters()] == [(3, 32)] and list(stage.state_dict()) == ["vectors"]
+    assert [p.shape for p in Trained(stage).parameters()] == [(3, 32)] and list(Trained(stage).state_dict()) == [
+        "word.0"
+    ]
     batch = collate(dataset.__getitems__([0, 4, 299, 5]))
-    loss, metrics = stage(batch)
+    loss, metrics = stage.loss(batch)
     loss.backward()
     assert (stage.vectors.grad.abs().sum(1) > 0).all() and metrics.keys() == {"loss", "moved"}
     assert not any(p.requires_grad or p.grad is not None for p in stage.latent_diffusion.parameters())
@@ -79,7 +82,7 @@ def test_the_loss_is_the_models_own(tiny_checkpoint, subject):
     batch = collate(dataset.__getitems__([1, 3]))
     model = stage.latent_diffusion
     torch.manual_seed(3)
-    loss, metrics = stage(batch)
+    loss, metrics = stage.loss(batch)
     torch.manual_seed(3)
     images = torch.stack([Folder(subject, 32, 1, caption="")[i]["image"] for i in (1, 0)])
     posterior = model.first_stage_model.encode(images)
@@ -96,7 +99,7 @@ def test_the_loss_is_the_models_own(tiny_checkpoint, subject):
     with torch.no_grad():
         stage.vectors += 2 * stage.deviation
     torch.manual_seed(3)
-    loss, metrics = stage(batch)
+    loss, metrics = stage.loss(batch)
     torch.testing.assert_close(loss - metrics["loss"], torch.tensor(0.5 * 4.0), rtol=1e-4, atol=0)
     assert metrics["moved"].item() == pytest.approx(2, rel=1e-4)
 
@@ -176,15 +179,15 @@ def test_the_page_draws_by_a_caption_that_was_trained_on():
 @pytest.mark.smoke
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_checkpoint, subject, tmp_path, monkeypatch):
     run(tiny_checkpoint, subject, tmp_path / "whole")
-    forward, calls = TextualInversionStage.forward, []
+    loss, calls = TextualInversionStage.loss, []
 
-    def killed(self, batch, k=0):
+    def killed(self, batch):
         calls.append(1)
         if len(calls) == 5:
             raise MemoryError
-        return forward(self, batch, k)
+        return loss(self, batch)
 
-    monkeypatch.setattr(TextualInversionStage, "forward", killed)
+    monkeypatch.setattr(TextualInversionStage, "loss", killed)
     with pytest.raises(MemoryError):
         run(tiny_checkpoint, subject, tmp_path / "parts", "--checkpointing_steps", 3)
     assert not (tmp_path / "parts" / "learned_embeds.safetensors").exists()
@@ -273,7 +276,7 @@ def test_the_shipped_model_learns_a_hand(tmp_path):
     def measured() -> tuple[float, float]:
         """(loss, similarity to held-out pictures over that of the five)."""
         torch.manual_seed(1)
-        losses = [stage(collate(dataset.__getitems__(list(range(50)))))[1]["loss"].item() for _ in range(4)]
+        losses = [stage.loss(collate(dataset.__getitems__(list(range(50)))))[1]["loss"].item() for _ in range(4)]
         drawn = from_pil(stage.latent_diffusion.generate(["a handwritten digit <it>"] * 48, batch_size=48))
         cosines = F.normalize(features_of(networks.features, drawn)) @ goal.T
         return sum(losses) / 4, cosines.mean().item() / real
@@ -283,7 +286,7 @@ def test_the_shipped_model_learns_a_hand(tmp_path):
     for step in range(100):
         torch.manual_seed(100 + step)
         optimizer.zero_grad()
-        stage(collate(dataset.__getitems__(torch.randint(500, (8,)).tolist())))[0].backward()
+        stage.loss(collate(dataset.__getitems__(torch.randint(500, (8,)).tolist())))[0].backward()
         optimizer.param_groups[0]["lr"] = 0.8 * (1 - step / 100)
         optimizer.step()
     loss_after, similarity_after = measured()

@@ -7,7 +7,7 @@ from torch import nn
 from ldm.training.config import read_configs
 from ldm.training.ema import EMA, ema_decay
 from ldm.training.lr_scheduler import lr_multiplier
-from ldm.training.order import EpochBatches, batches, collate, mix_seed
+from ldm.training.order import EpochBatches, collate, mix_seed, training_batches
 
 
 def test_ema_equals_the_recurrence_and_leaves_the_live_weights_alone():
@@ -92,7 +92,7 @@ def test_batches_go_on_from_any_number_with_the_epoch_set():
             return {"index": index, "epoch": self.epoch, "text": str(index)}
 
     def take(first, count):
-        stream = batches(Counting(), EpochBatches(10, 3, seed=0), first, workers=0)
+        stream = training_batches(Counting(), EpochBatches(10, 3, seed=0), first, workers=0)
         return [
             (n, b["index"].tolist(), b["epoch"].tolist(), b["text"]) for n, b in (next(stream) for _ in range(count))
         ]
@@ -114,7 +114,7 @@ def test_the_loader_does_not_move_torchs_random_state():
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    next(batches(Two(), EpochBatches(2, 2, seed=0), 0, workers=0))
+    next(training_batches(Two(), EpochBatches(2, 2, seed=0), 0, workers=0))
     assert torch.rand(1) == expected
 
 
@@ -159,7 +159,7 @@ def test_changes_apply_where_the_key_is(tmp_path):
         (YAML.replace("${outdir}", "${outdri}"), [], "does not resolve"),
         (YAML.replace("${outdir}/y", "${"), [], "is not yaml"),
         (YAML, ["loop.steps={a"], "cannot be set"),
-        (YAML, ["seed=-1"], "seed -1 must be a whole number from 0 on"),
+        (YAML, ["seed=-1"], "seed -1 must be an integer of at least 0"),
         (YAML.replace("target: c.D, ", ""), [], "data must be a mapping with a target and params"),
         (YAML.replace("name: one", "name: 5"), [], "the name 5 must be a word"),
     ],

@@ -34,7 +34,8 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.diffusion import LatentDataset
 from ldm.training.objective import Objective
-from ldm.training.stage import Stage
+from ldm.training.order import in_batches
+from ldm.training.stage import Loss, Stage
 from ldm.util import call_with
 
 # Largest cosine, measured from the empty prompt's embedding, that the text embeddings of a subject and of a class image
@@ -118,7 +119,7 @@ class DreamBoothStage(Stage):
         check_model(whole)
         self.resolution = training_size(whole, resolution)
         self.dtypes = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
-        object.__setattr__(self, "latent_diffusion", whole.float())
+        self.latent_diffusion = whole.float()
         self.objective = Objective(whole, error, weight, noise, timesteps)
         if lora is not None:
             lora = {"targets": ["attention", "text"] if train_text == "all" else ["attention"], "seed": seed, **lora}
@@ -143,20 +144,16 @@ class DreamBoothStage(Stage):
     def _choose(
         self, layers: str, train_text: bool, words: Sequence[str] | None, lora: Mapping[str, Any] | None
     ) -> None:
-        """Set what trains: weights of the UNet and the text encoder, or adapters beside them.
-
-        Networks of which nothing trains are no submodules, so that a saved state of adapters is as small as they are.
-        """
+        """Set what trains: weights of the UNet and the text encoder, or adapters beside them."""
         whole = self.latent_diffusion
+        self.model, self.text, self.first_stage = whole.model, whole.cond_stage_model, whole.first_stage_model
         self.train_text, self.words = train_text, words
-        frozen = {"first_stage": whole.first_stage_model}
-        networks = {"model": (whole.model, True), "text": (whole.cond_stage_model, train_text)}
-        for name, (network, trains) in networks.items():
+        self.freeze(first_stage=self.first_stage)
+        for name, network, trains in (("model", self.model, True), ("text", self.text, train_text)):
             if trains and lora is None:
-                self.add_module(name, network.requires_grad_())
+                self.networks[name] = network.requires_grad_()
             else:
-                frozen[name] = network
-        self.exclude_from_modules(**frozen)
+                self.freeze(**{name: network})
         self.adapters: dict[str, Adapter] = {}
         if lora is None:
             choose_layers(self.model, layers)
@@ -167,7 +164,8 @@ class DreamBoothStage(Stage):
             self.adapters = {f"model.{name}": adapter for name, adapter in own.items()}
         if words is not None and train_text:
             train_words(self.text, words)
-        self.trained = nn.ModuleList(self.adapters.values())  # as modules: moved, averaged and saved with the rest
+        if self.adapters:
+            self.networks["adapters"] = nn.ModuleList(self.adapters.values())
 
     def data_params(self, device: torch.device) -> dict[str, Any]:
         """The model, which generates class images that are missing, and what it fixes of all images."""
@@ -179,8 +177,7 @@ class DreamBoothStage(Stage):
         """Generate what the contact sheet shows of the model as it was; cache latents and text embeddings."""
         for images in dataset.instances:
             check_apart(images.root, self.sheet)
-        self.to(device)
-        self.eval()
+        self.to(device).train(False)
         self.images = [[sub[i]["image"] for i in range(min(8, len(sub)))] for sub in dataset.instances]
         if self.sheet is not None:
             self.before = self.preview()
@@ -199,7 +196,7 @@ class DreamBoothStage(Stage):
     def _encoded(self, images: Dataset) -> Dataset:
         """Return a set of images as the means and deviations of their latents, on the CPU."""
         means, stds = [], []
-        for batch in self.iterate(images, 16 if len(set(images.shapes)) == 1 else 1, "encoding latents"):
+        for batch in in_batches(images, 16 if len(set(images.shapes)) == 1 else 1, "encoding latents"):
             mean, std = posterior(self.first_stage, batch["image"].to(self.latent_diffusion.device))
             means += mean.cpu()
             stds += std.cpu()
@@ -216,7 +213,7 @@ class DreamBoothStage(Stage):
             groups.append({"params": text, "lr": self.text_learning_rate, **decay})
         return [make_optimizer(groups, **self.optimizer)]
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
         """Return the loss and its terms.
 
         Subject and class images go through the UNet as one batch of 2 b, or, where the subject's are in a bucket of

@@ -24,7 +24,7 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.diffusion import LatentDataset
 from ldm.training.objective import Objective
-from ldm.training.stage import Stage, adamw
+from ldm.training.stage import Loss, Stage, adamw
 
 # What may be said of an image whose subject alone is known. A frame says nothing else about the image.
 FRAMES = {
@@ -82,10 +82,12 @@ class TextualInversionStage(Stage):
         super().__init__()
         model = load_to_tune(ckpt, loading).float()
         check_model(model)
-        self.exclude_from_modules(latent_diffusion=model)
+        self.latent_diffusion = model
+        self.freeze(model=model)
         encoder = text_encoder(model)
         start = initial_vectors(encoder, initial, vectors)
         self.vectors = nn.Parameter(start.clone())  # (n, d)
+        self.networks["word"] = nn.ParameterList([self.vectors])
         add_word(model, word, self.vectors)
         self.word, self.initial, self.start, self.pull = word, initial, start, pull
         if (learning_rate is None) == (relative_learning_rate is None):
@@ -119,7 +121,7 @@ class TextualInversionStage(Stage):
     def optimizers(self) -> list[Optimizer]:
         return [adamw([self.vectors], self.learning_rate, weight_decay=0.0)]
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
         model = self.latent_diffusion
         z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
         t = self.objective.sample_timesteps(z)

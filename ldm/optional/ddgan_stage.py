@@ -1,4 +1,4 @@
-"""Denoising diffusion GAN: a generator of single denoising steps against a judge of them (Xiao et al. 2022)."""
+"""Denoising diffusion GAN: a generator of denoising steps against a discriminator of them (Xiao et al. 2022)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,41 +9,40 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.diffusion.posterior import q_pair, q_posterior
+from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
 from ldm.optional.ddgan import Discriminator, r1_penalty
 from ldm.optional.denoising_gan import DenoisingGAN
 from ldm.training.pixel_diffusion import PixelDiffusionStage
-from ldm.training.stage import adamw
+from ldm.training.stage import Loss, adamw
 from ldm.util import call_with
 
 
 class Steps(NamedTuple):
-    """Of a batch: x0 (b, c, h, w), the generator's x0', true and drawn x_{t-1}, x_t, t (b,), classes (b,) or None."""
+    """Pairs of a batch for the discriminator: real and fake x_{t-1}, x_t (b, c, h, w), t (b,), classes (b,) or None."""
 
-    x0: Tensor
-    generated: Tensor
-    true: Tensor
-    drawn: Tensor
+    real: Tensor
+    fake: Tensor
     x: Tensor
     t: Tensor
     y: Tensor | None
 
 
 class DenoisingGANStage(PixelDiffusionStage):
-    """True steps (x_{t-1}, x_t) of the forward chain against drawn ones, x_{t-1} ~ q(. | x_t, G(x_t, t, z)).
+    """Trains on steps (x_{t-1}, x_t): real ones of the forward process, and fake ones from q(. | x_t, G(x_t, t, z)).
 
-    Both losses are of the non-saturating GAN, in softplus (eq. 4 and 5), with an R1 penalty on the true x_{t-1}
-    (Mescheder et al. 2018) in every `r1_every`-th batch alone, as in the paper's code. The generator may also be held
-    to x0 itself, by |x0' - x0|^2 (by an L1 in Phung et al. 2023): short runs show readable digits with it, while the
+    Both losses are those of the non-saturating GAN, by softplus (eq. 4 and 5), with an R1 penalty on the real x_{t-1}
+    (Mescheder et al. 2018) in every `r1_every`-th batch only, as in the paper's code. The generator can also be trained
+    towards x0 itself, by |x0' - x0|^2 (by L1 in Phung et al. 2023): with it short runs give readable digits, while the
     discriminator is still learning to see through the noise of its pairs.
 
     Args:
         model: `{"target", "params"}` of a `DenoisingGAN`.
         discriminator: arguments of `Discriminator`.
-        learning_rate, discriminator_rate: of AdamW, without weight decay, for the two networks. betas: for both.
+        learning_rate, discriminator_rate, betas: of AdamW for the two networks, without weight decay.
         r1_weight: gamma; half of it multiplies the penalty.
         reconstruction: weight of |x0' - x0|^2, a mean over pixels; 0 is the paper's loss.
-        class_dropout, previews, preview_columns: as there.
+        class_dropout, previews, preview_columns: of `PixelDiffusionStage`.
     """
 
     def __init__(
@@ -69,20 +68,20 @@ class DenoisingGANStage(PixelDiffusionStage):
             model, learning_rate, class_dropout, betas=betas, previews=previews, preview_columns=preview_columns
         )
         self.discriminator = call_with("discriminator", Discriminator, discriminator)
+        self.networks["discriminator"] = self.discriminator
         self.rates = (learning_rate, discriminator_rate)
         self.r1_weight, self.r1_every, self.reconstruction = r1_weight, r1_every, reconstruction
-        self.register_buffer("batches", torch.zeros((), dtype=torch.long))  # saved: a resumed run knows R1's turn
         self._check_discriminator()
 
     def _check(self) -> None:
         if not isinstance(self.latent_diffusion, DenoisingGAN):
-            raise ValueError(f"{self.latent_diffusion.target} draws no x0 by a latent: use {DenoisingGAN.target}")
+            raise ValueError(f"{self.latent_diffusion.target} has no latent generator: use {DenoisingGAN.target}")
         super()._check()
 
     def _check_discriminator(self) -> None:
-        """As `_check`, which is of the generator."""
-        whole = self.latent_diffusion
-        x = torch.zeros(1, *whole.latent_size(whole.defaults["height"], whole.defaults["width"]))
+        """Raise ValueError if the discriminator does not fit the images or classes."""
+        model = self.latent_diffusion
+        x = torch.zeros(1, *model.latent_size(model.defaults["height"], model.defaults["width"]))
         try:
             with torch.no_grad():
                 self.discriminator(x, x, torch.zeros(1), y=self.dummy_conditioning().get("c_adm"))
@@ -90,46 +89,44 @@ class DenoisingGANStage(PixelDiffusionStage):
             raise ValueError(f"the discriminator does not fit {tuple(x.shape[1:])} or its classes: {error}") from None
 
     def optimizers(self) -> list[Optimizer]:
-        networks = zip((self.model, self.discriminator), self.rates, strict=True)
+        networks = zip(self.networks.values(), self.rates, strict=True)
         return [adamw(n.parameters(), rate, betas=self.betas, weight_decay=0.0) for n, rate in networks]
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        if k == 0:
-            self.steps = self._steps(batch)  # the discriminator's turn, which follows, judges the same ones
-            return self._generator_loss(self.steps)
-        return self._discriminator_loss(self.steps)
-
-    def _steps(self, batch: Mapping[str, Any]) -> Steps:
-        """True and drawn steps at random t."""
-        whole = self.latent_diffusion
+    def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """As in `Stage`; the discriminator judges the steps of the generator's turn."""
+        if k == 1:
+            return *self._discriminator_loss(shared, penalised=number % self.r1_every == 0), None
         with torch.no_grad():
             x0, cond = self.data(batch)
-        t = self.objective.sample_timesteps(x0)
-        true, x = q_pair(x0, t, torch.randn_like(x0), torch.randn_like(x0), whole.schedule)
-        generated = whole.apply_model(x, t, cond).float()
-        mean, variance = q_posterior(generated, x, t, whole.schedule)
-        drawn = mean + variance.sqrt() * torch.randn_like(x0)
-        return Steps(x0, generated, true, drawn, x, t, cond.get("c_adm"))
+        generated, steps = self._sample_steps(x0, cond)
+        return *self._generator_loss(x0, generated, steps), steps._replace(fake=steps.fake.detach())
 
-    def _generator_loss(self, steps: Steps) -> tuple[Tensor, dict[str, Tensor]]:
+    def _sample_steps(self, x0: Tensor, cond: Conditioning) -> tuple[Tensor, Steps]:
+        """Return the generator's x0' (b, c, h, w), and real and fake steps at random t."""
+        model, t = self.latent_diffusion, self.objective.sample_timesteps(x0)
+        real, x = q_pair(x0, t, torch.randn_like(x0), torch.randn_like(x0), model.schedule)
+        generated = model.apply_model(x, t, cond).float()
+        mean, variance = q_posterior(generated, x, t, model.schedule)
+        fake = mean + variance.sqrt() * torch.randn_like(x0)
+        return generated, Steps(real, fake, x, t, cond.get("c_adm"))
+
+    def _generator_loss(self, x0: Tensor, generated: Tensor, steps: Steps) -> Loss:
         self.discriminator.requires_grad_(False)
-        loss = F.softplus(-self.discriminator(steps.drawn, steps.x, steps.t, y=steps.y).float()).mean()
+        loss = F.softplus(-self.discriminator(steps.fake, steps.x, steps.t, y=steps.y).float()).mean()
         self.discriminator.requires_grad_(True)
         metrics = {"generator": loss}
         if self.reconstruction > 0:
-            metrics["reconstruction"] = F.mse_loss(steps.generated, steps.x0)
+            metrics["reconstruction"] = F.mse_loss(generated, x0)
             loss = loss + self.reconstruction * metrics["reconstruction"]
         return loss, metrics
 
-    def _discriminator_loss(self, steps: Steps) -> tuple[Tensor, dict[str, Tensor]]:
-        penalised = self.batches % self.r1_every == 0
-        self.batches += 1
-        true = steps.true.requires_grad_(bool(penalised))
-        real = self.discriminator(true, steps.x, steps.t, y=steps.y).float()
-        drawn = self.discriminator(steps.drawn.detach(), steps.x, steps.t, y=steps.y).float()
-        loss = 2 * vanilla_d_loss(real, drawn)
+    def _discriminator_loss(self, steps: Steps, penalised: bool) -> Loss:
+        x_before = steps.real.detach().requires_grad_(penalised)
+        real = self.discriminator(x_before, steps.x, steps.t, y=steps.y).float()
+        fake = self.discriminator(steps.fake, steps.x, steps.t, y=steps.y).float()
+        loss = 2 * vanilla_d_loss(real, fake)
         metrics = {"discriminator": loss}
         if penalised:
-            metrics["r1"] = r1_penalty(real, true).mean()
+            metrics["r1"] = r1_penalty(real, x_before).mean()
             loss = loss + self.r1_weight / 2 * metrics["r1"]
         return loss, metrics

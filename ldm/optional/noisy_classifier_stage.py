@@ -1,4 +1,4 @@
-"""The classifier that guides a diffusion model: it learns to name what is in noised images, at every level."""
+"""The classifier of classifier guidance, trained on images at all noise levels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,21 +13,21 @@ from torch.utils.data import Dataset
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
 from ldm.training.objective import timestep_settings
-from ldm.training.stage import Stage, adamw
+from ldm.training.stage import Loss, Stage, adamw
 from ldm.util import call_with, instantiate_from_config
 
 
 class NoisyClassifierStage(Stage):
-    """Cross-entropy of p(y | x_t) at random levels t (Dhariwal & Nichol 2021, section 4 and appendix H).
+    """Trains p(y | x_t) by cross-entropy at random timesteps t (Dhariwal & Nichol 2021, section 4 and appendix H).
 
-    The checkpoint's configuration holds the schedule beside the network: levels are numbers of that schedule, and the
-    model that is guided may have another one.
+    The checkpoint's configuration holds the schedule beside the network: timesteps belong to that schedule, and the
+    guided model may have another one.
 
     Args:
         network: `{"target", "params"}` of a network(x_t, t) -> logits, such as `EncoderUNetModel`.
         learning_rate, betas, weight_decay: of AdamW.
         schedule: arguments of `make_schedule`.
-        timesteps: arguments of `training_timesteps`: how the levels to train on are drawn.
+        timesteps: arguments of `training_timesteps`; None is uniform.
     """
 
     def __init__(
@@ -45,32 +45,33 @@ class NoisyClassifierStage(Stage):
         self.config = {"target": network["target"], "params": dict(network.get("params") or {})}
         self.config["schedule"] = dict(schedule)
         self.model = instantiate_from_config(self.config)
+        self.networks["model"] = self.model
         self.timesteps = timestep_settings(timesteps, self.schedule.T)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
         self.preview_columns = preview_columns
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Keep one image for each row of the preview. ValueError for images that do not fit the network."""
+        """Keep an image for each row of the preview; raise ValueError if images do not fit the network."""
         if "label" not in dataset[0]:
             raise ValueError(f"{type(dataset).__name__} has no labels to learn: use one of the digit sets")
         shown = [dataset[i] for i in range(min(10, len(dataset)))]
         self.shown = torch.stack([sample["image"] for sample in shown])
-        self.answers = torch.tensor([sample["label"] for sample in shown])
+        self.labels = torch.tensor([sample["label"] for sample in shown])
         try:
             with torch.no_grad():
                 logits = self.model.cpu()(self.shown[:1], torch.zeros(1))
         except RuntimeError as error:
             raise ValueError(f"the network does not fit images of {tuple(self.shown.shape[1:])}: {error}") from None
-        if self.answers.max() >= logits.shape[1]:
+        if self.labels.max() >= logits.shape[1]:
             raise ValueError(
-                f"an image has label {self.answers.max()}, and the network's classes end at {logits.shape[1] - 1}"
+                f"an image has label {self.labels.max()}, and the network's classes end at {logits.shape[1] - 1}"
             )
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
         return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
         images, labels = batch["image"], batch["label"]
         t = training_timesteps(batch=len(images), T=self.schedule.T, **self.timesteps).to(images.device)
         logits = self.model(q_sample(images, t, torch.randn_like(images), self.schedule), t).float()  # (b, classes)
@@ -79,15 +80,15 @@ class NoisyClassifierStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """An image to each row, ever noisier to the right; black where it is misread."""
+        """Return a row for each image, noisier to the right; those classified wrongly are black."""
         device, T = next(self.model.parameters()).device, self.schedule.T
-        levels = torch.linspace(0, T - 1, self.preview_columns).round().long()
-        images = self.shown.repeat_interleave(len(levels), dim=0)  # (rows columns, c, h, w)
-        t = levels.repeat(len(self.shown))
+        timesteps = torch.linspace(0, T - 1, self.preview_columns).round().long()
+        images = self.shown.repeat_interleave(len(timesteps), dim=0)  # (rows columns, c, h, w)
+        t = timesteps.repeat(len(self.shown))
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         noised = q_sample(images, t, noise, self.schedule)
-        read = self.model(noised.to(device), t.to(device)).argmax(dim=1).cpu()
-        noised[read != self.answers.repeat_interleave(len(levels))] = -1
+        predicted = self.model(noised.to(device), t.to(device)).argmax(dim=1).cpu()
+        noised[predicted != self.labels.repeat_interleave(len(timesteps))] = -1
         return to_pil(noised)
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

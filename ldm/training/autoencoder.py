@@ -1,4 +1,4 @@
-"""First stage: a KL-regularised autoencoder, optionally with a PatchGAN and a perceptual term.
+"""The first stage: a KL-regularised autoencoder, with a PatchGAN and a perceptual loss if wanted.
 
 Rombach et al. 2022, section 3.1 and appendix G; the adversarial part after Esser et al. 2021 (VQGAN), eq. 7.
 """
@@ -18,23 +18,26 @@ from ldm.loading import load_network
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
 from ldm.models.perceptual import perceptual_distance
-from ldm.training.stage import Stage, adamw
+from ldm.training.order import in_batches
+from ldm.training.stage import Loss, Stage, adamw
 from ldm.util import call_with
 
 
 class AutoencoderStage(Stage):
-    """Loss: mean squared or absolute error + kl_weight * KL (means over elements) + perceptual + adversarial terms.
+    """Trains an AutoencoderKL: error + kl_weight * KL (means over elements) + perceptual + adversarial terms.
 
     Args:
         ddconfig, embed_dim: of `AutoencoderKL`.
-        kl_weight: weight of the mean KL per latent element beside the mean error per pixel.
-        reconstruction: "l2" or "l1".
+        learning_rate: of AdamW, for both networks.
+        kl_weight: weight of the mean KL per latent element, relative to the mean error per pixel.
+        reconstruction: error of the pixels, l2 or l1.
         discriminator: arguments of `NLayerDiscriminator`; None trains without one.
-        disc_start, disc_weight: batch from which the adversarial term counts, and its weight beside the adaptive one.
-        perceptual: checkpoint of a frozen network with `maps(x) -> list of feature maps`, or None; a `Judge`, say, but
-            not the one that will judge the results. perceptual_weight multiplies its distance.
-        normalize: fold the measured mean and standard deviation of each latent channel into quant_conv and
-            post_quant_conv at the end, so that the latents are standard normal per channel and scale_factor is 1.
+        disc_start: batch at which the adversarial loss starts.
+        disc_weight: of the adversarial loss, besides its adaptive weight.
+        perceptual: checkpoint of a network with `maps(x) -> list of feature maps`, such as a `Judge` (not the one that
+            will judge the results); None is no perceptual loss. perceptual_weight multiplies its distance.
+        normalize: finally fold the measured mean and standard deviation of each latent channel into quant_conv and
+            post_quant_conv, so that each channel has mean 0 and variance 1.
     """
 
     def __init__(
@@ -56,34 +59,33 @@ class AutoencoderStage(Stage):
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
         self.model = AutoencoderKL(ddconfig=dict(ddconfig), embed_dim=embed_dim)
-        self.discriminator = None
+        self.networks["model"] = self.model
+        self.discriminator = self.perceptual = None
         if discriminator is not None:
             self.discriminator = call_with("discriminator", NLayerDiscriminator, discriminator)
+            self.networks["discriminator"] = self.discriminator
+        if perceptual is not None:
+            self.perceptual = load_network(perceptual)
+            self.freeze(perceptual=self.perceptual)
         self.learning_rate, self.kl_weight, self.error = learning_rate, kl_weight, reconstruction
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
         self.normalize, self.preview_columns = normalize, preview_columns
         self.config = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
-        self.perceptual = None
-        if perceptual is not None:
-            self.exclude_from_modules(perceptual=load_network(perceptual))
-        self.register_buffer(
-            "batches", torch.zeros((), dtype=torch.long)
-        )  # saved, so that disc_start survives a resume
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         self.preview_columns = min(self.preview_columns, len(dataset))
-        count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # whole rows
+        count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # complete rows
         self.shown = torch.stack([dataset[i * (len(dataset) // count)]["image"] for i in range(count)])
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
-        networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
-        return [adamw(network.parameters(), self.learning_rate, betas=(0.5, 0.9)) for network in networks]
+        return [adamw(network.parameters(), self.learning_rate, betas=(0.5, 0.9)) for network in self.networks.values()]
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._autoencoder_loss(batch["image"]) if k == 0 else self._discriminator_loss(batch["image"])
+    def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+        loss = self._autoencoder_loss if k == 0 else self._discriminator_loss
+        return *loss(batch["image"], number >= self.disc_start), None
 
-    def _autoencoder_loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _autoencoder_loss(self, x: Tensor, adversarial: bool) -> Loss:
         reconstruction, posterior = self.model(x)
         reconstruction = reconstruction.float()
         error = (F.mse_loss if self.error == "l2" else F.l1_loss)(reconstruction, x)
@@ -93,30 +95,28 @@ class AutoencoderStage(Stage):
             metrics["perceptual"] = perceptual_distance(self.perceptual.maps, reconstruction, x).mean()
             loss = loss + self.perceptual_weight * metrics["perceptual"]
         if self.discriminator is not None:
-            self.batches += 1
             metrics["adversarial"] = generator_loss(self._judged(reconstruction))
             last = self.model.get_last_layer()
             factor = adaptive_weight(loss, metrics["adversarial"], last) * self.disc_weight
-            loss = loss + (self.batches > self.disc_start) * factor * metrics["adversarial"]
+            loss = loss + adversarial * factor * metrics["adversarial"]
         return loss, metrics
 
     def _judged(self, x: Tensor) -> Tensor:
-        """The discriminator's logits, with its own weights held fixed."""
+        """Return the discriminator's logits, without gradients of its own weights."""
         self.discriminator.requires_grad_(False)
         logits = self.discriminator(x)
         self.discriminator.requires_grad_(True)
         return logits.float()
 
-    def _discriminator_loss(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _discriminator_loss(self, x: Tensor, adversarial: bool) -> Loss:
         with torch.no_grad():
             fake, _ = self.model(x)
-        started = self.batches > self.disc_start
-        loss = started * hinge_d_loss(self.discriminator(x).float(), self.discriminator(fake).float())
+        loss = adversarial * hinge_d_loss(self.discriminator(x).float(), self.discriminator(fake).float())
         return loss, {"discriminator": loss}
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """Rows of originals, each with its reconstructions below it."""
+        """Return rows of images, each with its reconstructions below it."""
         x = self.shown.to(next(self.model.parameters()).device)
         pairs = torch.stack([x, self.model(x, sample_posterior=False)[0]])
         rows = pairs.unflatten(1, (-1, self.preview_columns))  # (2, rows, columns, c, h, w)
@@ -127,7 +127,7 @@ class AutoencoderStage(Stage):
         if not self.normalize:
             return
         device, sums, squares, count = next(self.model.parameters()).device, 0.0, 0.0, 0
-        for batch in self.iterate(dataset, 512, "measuring latents"):
+        for batch in in_batches(dataset, 512, "measuring latents"):
             posterior = self.model.encode(batch["image"].to(device))
             mean, variance = posterior.mean.cpu().double(), posterior.var.cpu().double()
             second = mean**2 + variance

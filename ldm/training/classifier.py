@@ -1,4 +1,4 @@
-"""The judge and the feature network of the evaluation: classifiers of labelled images, bent a little every time."""
+"""The judge and the feature network of the evaluation: classifiers, trained on randomly transformed images."""
 
 import math
 from collections.abc import Mapping
@@ -12,23 +12,21 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.images import to_pil
-from ldm.training.stage import Stage, adamw
+from ldm.training.order import in_batches
+from ldm.training.stage import Loss, Stage, adamw
 from ldm.util import instantiate_from_config
 
-CALIBRATION_PICTURES = 10_000  # enough for means and variances to a percent
+CALIBRATION_IMAGES = 10_000  # enough for means and variances to a percent
 
 
 class ClassifierStage(Stage):
-    """Cross-entropy on affinely bent images.
+    """Trains a classifier by cross-entropy on images under random affine transforms.
 
     Args:
         network: `{"target", "params"}` of a classifier, images (b, c, h, w) in [-1, 1] -> logits (b, classes).
-        learning_rate: of AdamW.
-        weight_decay: of AdamW.
+        learning_rate, weight_decay: of AdamW.
         label_smoothing: probability spread over all classes (Szegedy et al. 2016, section 7).
-        rotation: largest rotation either way, in degrees.
-        shear, scale: largest shear and relative change of each axis' scale either way.
-        shift: largest translation either way, in pixels of each axis.
+        rotation, shear, scale, shift: bounds of the transforms, see `random_affine`.
     """
 
     def __init__(
@@ -47,8 +45,9 @@ class ClassifierStage(Stage):
         self.config = {"target": network["target"], "params": dict(network.get("params") or {})}
         # Channels last: a fifth faster on CPUs with oneDNN, 7 s instead of 9 s for 60 steps of 128.
         self.model = instantiate_from_config(self.config).to(memory_format=torch.channels_last)
+        self.networks["model"] = self.model
         self.learning_rate, self.weight_decay, self.label_smoothing = learning_rate, weight_decay, label_smoothing
-        self.bend = {"rotation": rotation, "shear": shear, "scale": scale, "shift": shift}
+        self.transform = {"rotation": rotation, "shear": shear, "scale": scale, "shift": shift}
         self.preview_columns = preview_columns
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
@@ -62,22 +61,22 @@ class ClassifierStage(Stage):
         options = {"betas": (0.9, 0.99), "weight_decay": self.weight_decay}
         return [adamw(self.model.parameters(), self.learning_rate, **options)]
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.model(random_affine(batch["image"], **self.bend)).float()
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        logits = self.model(random_affine(batch["image"], **self.transform)).float()
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         right = (logits.argmax(dim=1) == batch["label"]).float().mean()
         return loss, {"loss": loss, "accuracy": right}
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """Training images in the order of the class they are given, the surest of each class first."""
+        """Return training images in the order of their predicted class, the most confident of each class first."""
         images = self.shown.to(next(self.model.parameters()).device)
-        sureness, given = self.model(images).float().softmax(dim=1).max(dim=1)
-        return to_pil(images[torch.argsort(given - sureness / 2)])
+        confidence, predicted = self.model(images).float().softmax(dim=1).max(dim=1)
+        return to_pil(images[torch.argsort(predicted - confidence / 2)])
 
     @torch.no_grad()
     def finish(self, dataset: Dataset) -> None:
-        """Measure all batch statistics anew: on straight images, and for the averaged weights."""
+        """Measure all batch statistics again: on images without transforms, and for the averaged weights."""
         norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         kept = [norm.momentum for norm in norms]
         for norm in norms:
@@ -85,8 +84,8 @@ class ClassifierStage(Stage):
             norm.momentum = None  # a plain mean over all batches
         self.model.train()
         device = next(self.model.parameters()).device
-        subset = torch.utils.data.Subset(dataset, range(min(CALIBRATION_PICTURES, len(dataset))))
-        for batch in self.iterate(subset, 500, "measuring batch statistics"):
+        subset = torch.utils.data.Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
+        for batch in in_batches(subset, 500, "measuring batch statistics"):
             self.model(batch["image"].to(device))
         for norm, momentum in zip(norms, kept, strict=True):
             norm.momentum = momentum
@@ -97,11 +96,10 @@ class ClassifierStage(Stage):
 
 
 def random_affine(images: Tensor, rotation: float, shear: float, scale: float, shift: float) -> Tensor:
-    """Each of images (b, c, h, w) in [-1, 1] rotated, sheared, scaled and shifted at random on a background of -1.
+    """Return images (b, c, h, w) in [-1, 1], each under its own random affine transform, on a background of -1.
 
-    Bilinear. Each amount is uniform between its bounds either way: rotation in degrees, shear and scale (each axis)
-    as ratios, shift in pixels (each axis). Draws 6 b numbers from torch's random state on the CPU, whatever the
-    images' device.
+    Bilinear. Each amount is uniform in plus or minus its bound: rotation in degrees, shear and scale (of each axis) as
+    ratios, shift (of each axis) in pixels. Takes 6 b numbers from torch's CPU random state on every device.
     """
     size = images.new_tensor([images.shape[3], images.shape[2]])  # (w, h), as grid_sample orders its axes
     bounds = torch.tensor([math.radians(rotation), shear, scale, scale, shift, shift])

@@ -1,8 +1,8 @@
 """A small CLIP, trained contrastively on the data's own captions and then frozen (Radford et al. 2021, figure 3).
 
-The network is open_clip's class. The loss differs in one point: captions of the same thing are no negatives of each
-other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batch holds many fives. Of several
-processes each has the negatives of its own part of the batch only.
+The network is open_clip's class. The loss differs in one point: captions of the same thing are not negatives of each
+other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batch holds many fives. With several
+processes, each compares its own part of the batch only.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
-from ldm.training.stage import Stage, adamw
+from ldm.training.stage import Loss, Stage, adamw
 
 
 class CLIPStage(Stage):
@@ -26,9 +26,10 @@ class CLIPStage(Stage):
     Args:
         width, layers, heads, context_length, projection_dim: of the text tower.
         vision: open_clip's vision_cfg, with the data's image_size.
+        learning_rate, weight_decay: of AdamW.
         merges_first: how many of CLIP's byte-pair merges to keep besides those that the captions need.
-        agreement: weight of captions that are wholly true of an image (label and stated style), beside weight 1 of
-            those that only name its label.
+        agreement: weight of a caption that is entirely true of an image (label and stated style), where one that only
+            names its label has weight 1.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class CLIPStage(Stage):
 
         merges = reduce(dataset.texts(), self.merges_first, cleaning="openclip")
         vocab_size = 512 + len(merges) + 2
-        # The encoder that will be exported; its tower holds the same parameters as the CLIP in training.
+        # Exported in the end; its tower has the same parameters as the text half of the CLIP that trains.
         self.params = {
             **self.text, "layout": "openclip", "activation": "gelu", "vocab_size": vocab_size,
             "projection_dim": self.projection_dim, "pooled": True, "tokenizer": {"merges": merges},
         }  # fmt: skip
-        object.__setattr__(self, "encoder", TextEncoder(**self.params))
+        self.encoder = TextEncoder(**self.params)
         self.clip = CLIP(self.projection_dim, self.vision, {**self.text, "vocab_size": vocab_size})
+        self.networks["clip"] = self.clip
         count = min(50, len(dataset))
         self.shown = [dataset[i * (len(dataset) // count)] for i in range(count)]
         self.preview_columns = min(self.preview_columns, count)
@@ -72,7 +74,7 @@ class CLIPStage(Stage):
     def optimizers(self) -> list[Optimizer]:
         return [adamw(self.clip.parameters(), self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)]
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
         images, texts, scale = self._embed(batch)
         logits = scale.clamp(max=100.0) * images @ texts.T  # (images, captions)
         true = self.positives(batch).to(logits.device)
@@ -83,13 +85,13 @@ class CLIPStage(Stage):
         return loss, {"loss": loss, "accuracy": accuracy}
 
     def _embed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        image = batch["image"].expand(-1, 3, -1, -1)  # open_clip's towers see three channels
+        image = batch["image"].expand(-1, 3, -1, -1)  # open_clip's towers have three input channels
         tokens = self.encoder.tokenizer(batch["caption"]).to(image.device)
         images, texts, scale = self.clip(image, tokens)
         return images.float(), texts.float(), scale.float()
 
     def positives(self, batch: Mapping[str, Any]) -> Tensor:
-        """How true caption j is of image i, (b, b): 0, 1 (its label) or `agreement` (everything it says)."""
+        """Return how true caption j is of image i, (b, b): 0, 1 (its label) or `agreement` (label and style)."""
         if "label" not in batch:
             captions = batch["caption"]
             return torch.tensor([[float(a == b) for b in captions] for a in captions])
@@ -100,7 +102,7 @@ class CLIPStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """For each of a few captions (rows), the images closest to it."""
+        """Return, for each of a few captions (rows), the images closest to it."""
         batch = {
             "image": torch.stack([sample["image"] for sample in self.shown]).to(self.clip.logit_scale.device),
             "caption": [sample["caption"] for sample in self.shown],

@@ -1,4 +1,4 @@
-"""Configurations of training: yaml files and `key=value` changes -> plain dicts, with every mistake named."""
+"""Training configurations: yaml files and `key=value` changes, read into plain dicts and checked."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +9,11 @@ KEYS = ("name", "outdir", "seed", "stage", "data", "loop")
 
 
 def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """One resolved configuration per file. A change applies where its key exists, and must exist somewhere.
+    """Return a resolved configuration for each file.
 
-    Raises FileNotFoundError for a missing file, ValueError for a file that is not a configuration, a change that is not
-    key=value, a key that no configuration has, and one that must be given (`???`).
+    Args:
+        changes: `key=value`, applied to every configuration that has the key, or `NAME.key=value`, to that one only.
+            A key that no configuration has is an error, and so is a value that stays `???`.
     """
     if not paths:
         raise ValueError(
@@ -33,15 +34,15 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
                 except (OmegaConfBaseException, yaml.YAMLError) as error:
                     raise ValueError(f"{change!r} cannot be set: {' '.join(str(error).split())}") from None
                 used.add(change)
-    for path, config in zip(paths, configs, strict=True):
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise ValueError(f"configuration {path!r} needs {', '.join(f'{key}=...' for key in missing)}")
     for change in changes:
         if change not in used:
             raise ValueError(
                 f"{change!r} changes nothing: no given configuration has that key; they have {_keys(configs)}"
             )
     try:
+        for path, config in zip(paths, configs, strict=True):
+            if missing := sorted(OmegaConf.missing_keys(config)):
+                raise ValueError(f"configuration {path!r} needs {', '.join(f'{key}=...' for key in missing)}")
         plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
     except OmegaConfBaseException as error:
         raise ValueError(f"a configuration does not resolve: {error}") from None
@@ -64,7 +65,7 @@ def _read(path: str) -> Any:
 
 
 def _check_values(path: str, config: dict[str, Any]) -> None:
-    """ValueError for parts that are not what the loop takes them for."""
+    """Raise ValueError for parts of the wrong type."""
     for part in ("stage", "data"):
         value = config[part]
         if not isinstance(value, dict) or "target" not in value or not isinstance(value.get("params", {}), dict):
@@ -72,11 +73,11 @@ def _check_values(path: str, config: dict[str, Any]) -> None:
     if not isinstance(config["loop"], dict):
         raise ValueError(f"configuration {path!r}: loop must be a mapping with settings")
     if not isinstance(config["seed"], int) or config["seed"] < 0:
-        raise ValueError(f"configuration {path!r}: seed {config['seed']!r} must be a whole number from 0 on")
+        raise ValueError(f"configuration {path!r}: seed {config['seed']!r} must be an integer of at least 0")
 
 
 def _has(config: Any, key: str) -> bool:
-    """Whether a dotted key exists. Parameters that a yaml leaves at their defaults count: a stage checks its own."""
+    """Return whether a dotted key exists; parameters that the yaml leaves out count, since a stage checks its own."""
     from omegaconf import OmegaConf
 
     parent, _, last = key.rpartition(".")

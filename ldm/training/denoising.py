@@ -1,4 +1,4 @@
-"""What all stages have in common in which a network learns to denoise."""
+"""The part that all stages share in which a network learns to denoise."""
 
 import math
 import sys
@@ -15,18 +15,18 @@ from ldm.diffusion.schedule import Schedule
 from ldm.generation import plan_guidance, plan_sampling
 from ldm.latent_diffusion import Conditioning
 from ldm.training.objective import Objective
-from ldm.training.stage import Stage, adamw
+from ldm.training.stage import Loss, Stage, adamw
 
-MAX_TERMINAL_SIGNAL = 0.05  # above it, sampling suffers from starting at pure noise, which training never shows
+MAX_TERMINAL_SIGNAL = 0.05  # sqrt(alpha-bar) at the last noise level, above which a note is printed
 
 
 class DenoisingStage(Stage):
-    """The network of a model learns its prediction at random levels.
+    """Trains the network of a model to denoise at random noise levels; everything else of the model is frozen.
 
     Args:
-        objective: the loss, with its model; the model's network is what trains.
+        objective: the loss, with its model.
         learning_rate, betas, weight_decay: of AdamW.
-        preview_prompts: prompts or classes, one for each preview image.
+        preview_prompts: a prompt or class for each preview image.
     """
 
     def __init__(
@@ -39,47 +39,53 @@ class DenoisingStage(Stage):
         preview_columns: int,
     ) -> None:
         super().__init__()
-        self.objective = objective
-        self.model = objective.model.model  # the only network that trains
-        object.__setattr__(self, "latent_diffusion", objective.model)
+        model = objective.model
+        self.objective, self.latent_diffusion, self.model = objective, model, model.model
+        self.networks = {"model": model.model}
+        self.freeze(first_stage=model.first_stage_model)
+        if model.cond_stage_model is not None:
+            self.freeze(cond_stage=model.cond_stage_model)
         self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
         self.preview_prompts, self.preview_columns = list(preview_prompts), preview_columns
         self._check()
 
     def _check(self) -> None:
-        """Show mistakes now that would otherwise show in the first batch or, after many, in the first preview."""
-        whole = self.latent_diffusion
-        plan_sampling(whole)
+        """Raise ValueError for mistakes that would otherwise show in the first batch, or in the first preview."""
+        model = self.latent_diffusion
+        plan_sampling(model)
         try:
-            plan_guidance(whole)
+            plan_guidance(model)
         except ValueError as error:
             raise ValueError(f"the model's defaults: {error}") from None
         if not self.preview_prompts:
-            raise ValueError("previews have nothing to draw: name at least one prompt, or at least 1 of `previews`")
-        size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
-        state = self.model.training
+            raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")
+        size = model.latent_size(model.defaults["height"], model.defaults["width"])
+        training = self.model.training
+        self.train(False)  # batch statistics need more than one image
         try:
-            with torch.no_grad():  # and without batch statistics, which want more than one image
-                denoise = self.eval().latent_diffusion.denoiser([0])
-                denoise(torch.zeros(1, *size), 1.0, self.dummy_conditioning())
+            with torch.no_grad():
+                model.denoiser([0])(torch.zeros(1, *size), 1.0, self.dummy_conditioning())
         except (RuntimeError, AssertionError, IndexError) as error:
             raise ValueError(
                 f"the network does not fit latents {size} or the conditioner's widths (a UNet's context_dim, "
                 f"adm_in_channels and num_classes): {error}"
             ) from None
-        self.train(state)
-        warn_nonzero_terminal_snr(whole.schedule)
+        self.train(training)
+        warn_nonzero_terminal_snr(model.schedule)
 
     def dummy_conditioning(self) -> Conditioning:
-        """Conditioning to try a network with: nothing said, which of classes has the largest number, or the last's."""
-        whole = self.latent_diffusion
-        return whole.condition(self.preview_prompts[-1:] if whole.null is None else [whole.null])
+        """Return conditioning to try a network with: the null condition, or else the last preview's.
+
+        The null class has the largest number, which shows an embedding that is too small.
+        """
+        model = self.latent_diffusion
+        return model.condition(self.preview_prompts[-1:] if model.null is None else [model.null])
 
     def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
-        """The latents (or pixels) (b, c, h, w) of a batch, and what the network is told of them; without gradients."""
+        """Return the latents (or pixels) (b, c, h, w) of a batch and their conditioning, without gradients."""
         raise NotImplementedError
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
         with torch.no_grad():
             z, cond = self.data(batch)
             t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
@@ -91,35 +97,35 @@ class DenoisingStage(Stage):
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
-        """The preview prompts, drawn with seeds from 0 on and the model's own settings."""
-        with tqdm(desc="drawing a preview", unit="step", delay=2, leave=False) as bar:
+        """Return an image for each preview prompt, sampled with seeds from 0 on and the model's own settings."""
+        with tqdm(desc="sampling a preview", unit="step", delay=2, leave=False) as bar:
             return self.latent_diffusion.generate(
                 self.preview_prompts, batch_size=64, callback=lambda step: bar.update()
             )
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        whole = self.latent_diffusion
-        return {"target": whole.target, "params": whole.config}, whole.state_dict()
+        model = self.latent_diffusion
+        return {"target": model.target, "params": model.config}, model.state_dict()
 
 
-def check_share(name: str, value: float) -> float:
-    """The value, if it is one from 0 to 1; else ValueError."""
+def check_probability(name: str, value: float) -> float:
+    """Return the value; raise ValueError unless it is from 0 to 1."""
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} {value} is not a share: it must be from 0 to 1")
+        raise ValueError(f"{name} {value} is not a probability: it must be from 0 to 1")
     return value
 
 
 def warn_nonzero_terminal_snr(schedule: Schedule) -> None:
-    """Say on stderr when the schedule's last level is far from pure noise, from which every image is drawn.
+    """Print a note if the last noise level still contains much of the image.
 
-    Training then never shows a network what it starts from (Lin et al. 2024, section 3.1): betas from 1e-4 to 0.02 over
-    300 steps, say, leave sqrt(alpha-bar) = 0.22 of the image.
+    Sampling starts from pure noise, which such a schedule never shows the network in training (Lin et al. 2024, section
+    3.1): betas from 1e-4 to 0.02 over 300 steps, for example, end at sqrt(alpha-bar) = 0.22.
     """
-    left = math.sqrt(schedule.alphas_cumprod[-1])
-    if left > MAX_TERMINAL_SIGNAL:
+    signal = math.sqrt(schedule.alphas_cumprod[-1])
+    if signal > MAX_TERMINAL_SIGNAL:
         print(
-            f"note: at its last level, {schedule.T - 1}, this schedule leaves {left:.3f} of the image "
-            "(sqrt(alpha-bar)), and images are drawn from noise alone: more steps or larger betas would take it "
-            "away, or zero_terminal_snr with prediction v or x0",
+            f"note: the last noise level of this schedule, {schedule.T - 1}, still has signal level {signal:.3f} "
+            "(sqrt(alpha-bar)), but sampling starts from pure noise: use more steps or larger betas, or "
+            "zero_terminal_snr with prediction v or x0",
             file=sys.stderr,
         )

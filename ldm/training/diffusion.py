@@ -1,4 +1,4 @@
-"""Second stage: the UNet learns to denoise latents under text (Rombach et al. 2022, eq. 3), for eps, x0 or v."""
+"""The third stage: a UNet learns to denoise latents, conditioned on text (Rombach et al. 2022, eq. 3)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,20 +9,21 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.denoising import DenoisingStage, check_share
+from ldm.training.denoising import DenoisingStage, check_probability
 from ldm.training.objective import Objective
+from ldm.training.order import in_batches
 
 
 class DiffusionStage(DenoisingStage):
-    """A latent diffusion model over two trained stages, which stay frozen.
+    """Trains the UNet of a latent diffusion model; its autoencoder and text encoder are trained before and frozen.
 
     Args:
         unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's.
-        first_stage, cond_stage: checkpoints of the two stages before this one.
+        first_stage, cond_stage: checkpoints of the autoencoder and the text encoder.
         learning_rate: of AdamW.
         schedule, prediction, defaults: of `LatentDiffusion`.
-        caption_dropout: share of captions replaced by the empty prompt, for classifier-free guidance.
-        cache_latents: encode the data set once; only for data sets that show every image always alike.
+        caption_dropout: probability of the empty prompt instead of the caption, for classifier-free guidance.
+        cache_latents: encode the data set once; not for data sets that augment their images.
         error, weight, noise, timesteps: of `Objective`.
         betas, weight_decay, preview_prompts, preview_columns: of `DenoisingStage`.
     """
@@ -48,26 +49,26 @@ class DiffusionStage(DenoisingStage):
         preview_columns: int = 10,
     ) -> None:
         configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
-        whole = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
-        whole.first_stage_model.load_state_dict(weights[0])
-        whole.cond_stage_model.load_state_dict(weights[1])
-        objective = Objective(whole, error, weight, noise, timesteps)
+        model = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
+        model.first_stage_model.load_state_dict(weights[0])
+        model.cond_stage_model.load_state_dict(weights[1])
+        objective = Objective(model, error, weight, noise, timesteps)
         super().__init__(objective, learning_rate, betas, weight_decay, preview_prompts, preview_columns)
-        self.exclude_from_modules(first_stage=whole.first_stage_model, cond_stage=whole.cond_stage_model)
-        self.caption_dropout, self.cache_latents = check_share("caption_dropout", caption_dropout), cache_latents
+        self.caption_dropout = check_probability("caption_dropout", caption_dropout)
+        self.cache_latents = cache_latents
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Measure the scale factor (1 / deviation of the latents) and cache the latents' mean and deviation."""
+        """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         if self.cache_latents and getattr(dataset, "augments", False):
             raise ValueError(
-                f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so that their latents "
+                f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
         self.to(device)
         means, stds = [], []
-        for batch in self.iterate(dataset, 256, "encoding latents"):
-            posterior = self.first_stage.encode(batch["image"].to(device))
+        for batch in in_batches(dataset, 256, "encoding latents"):
+            posterior = self.latent_diffusion.first_stage_model.encode(batch["image"].to(device))
             means.append(posterior.mean.cpu())
             stds.append(posterior.std.cpu())
             if not self.cache_latents:
@@ -85,7 +86,7 @@ class DiffusionStage(DenoisingStage):
             z = model.encode(batch["image"])
         dropped = torch.rand(len(z)) < self.caption_dropout
         captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
-        return z, model.cond_stage_model(captions)  # literally, and cut to one length
+        return z, model.cond_stage_model(captions)  # taken literally, and cut to the context length
 
 
 class LatentDataset(Dataset):
@@ -105,7 +106,7 @@ class LatentDataset(Dataset):
         return [{"caption": self._caption(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
 
     def _caption(self, index: int) -> str:
-        """A data set of ours tells a caption without reading the image; any other has it in its samples."""
+        """Return a caption; our own data sets have a method for it, which does not read the image."""
         if hasattr(self.dataset, "caption"):
             return self.dataset.caption(index).text
         return self.dataset[index]["caption"]

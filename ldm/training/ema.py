@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def ema_decay(update: int, decay: float) -> float:
-    """min(decay, (1 + n) / (10 + n)) for update number n from 1: early averages forget the start."""
+    """Return min(decay, (1 + n) / (10 + n)) for update n from 1, so that early averages forget the initial weights."""
     return min(decay, (1 + update) / (10 + update))
 
 
@@ -17,9 +17,9 @@ def wide(x: Tensor) -> Tensor:
 
 
 class EMA:
-    """Averages of a module's trainable parameters, in float32 or wider. Buffers are not averaged.
+    """Averages of a module's trainable parameters, in float32 or wider; buffers are not averaged.
 
-    With decay 0 the average is the weights themselves, and no copy of them is kept.
+    With decay 0 the average is the weights themselves, without a copy.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
@@ -30,7 +30,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """shadow <- decay * shadow + (1 - decay) * live; call once per optimizer step."""
+        """Set shadow to decay * shadow + (1 - decay) * live; called once per training step."""
         self.updates += 1
         if not self.live:
             return
@@ -39,7 +39,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the module holds the averages; afterwards the live weights again, bit for bit."""
+        """Give the module the averages within the block, and afterwards its own weights again, bit for bit."""
         kept = {name: p.detach().clone() for name, p in self.live.items()}
         self._write(self.shadow)
         try:

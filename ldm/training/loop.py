@@ -1,8 +1,8 @@
 """THE training loop. Every stage is trained by it: one process on a laptop, or many under torchrun.
 
 Exact resume: the data order is a function of (seed, epoch), captions and augmentation of (seed, epoch, index), and all
-other randomness of (seed, batch number); state is saved between optimizer steps. So a run that was interrupted and
-resumed ends with the same weights as one left alone (bit for bit on a CPU with the same number of threads).
+other randomness of (seed, batch number); state is saved between training steps. So a run that was interrupted and
+resumed ends with the same weights as an uninterrupted one (bit for bit on a CPU with the same number of threads).
 """
 
 import math
@@ -18,21 +18,21 @@ import torch
 
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
-from ldm.training.order import EpochBatches, batches, mix_seed
+from ldm.training.order import EpochBatches, mix_seed, training_batches
 from ldm.training.run_folder import RunFolder
-from ldm.training.stage import Stage
+from ldm.training.stage import Stage, Trained
 from ldm.util import call_with, instantiate_from_config, pick_device
 
 
 @dataclass
 class LoopSettings:
-    """The `loop:` part of a configuration; `steps` are optimizer steps, `batch_size` is per process and micro-batch."""
+    """The `loop:` part of a configuration; ``batch_size` is per process, `accumulate` batches make a training step."""
 
     steps: int
     batch_size: int
     accumulate: int = 1
     precision: str = "auto"  # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
-    clip: float = 1.0  # largest gradient norm
+    clip: float = 1.0  # maximum gradient norm
     ema: float = 0.999
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     log_every: int = 50
@@ -44,7 +44,7 @@ class LoopSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "save_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"loop.{name} is {getattr(self, name)!r}: it must be a whole number of at least 1")
+                raise ValueError(f"loop.{name} is {getattr(self, name)!r}: it must be an integer of at least 1")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32, bf16 or fp16")
         if not 0 <= self.ema < 1 or not self.clip > 0:
@@ -53,15 +53,21 @@ class LoopSettings:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the state was saved; the message says how to go on."""
+    """Ctrl-C, after the state was saved; the message says how to resume."""
 
 
 def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **stage_params: Any) -> Path:
-    """Train one stage from its resolved configuration (name, outdir, seed, stage, data, loop) -> its checkpoint's path.
+    """Train one stage and return the path of its checkpoint.
 
-    stage_params: arguments of the stage in place of the configuration's, such as a model that is already loaded.
+    Args:
+        config: resolved, with name, outdir, seed, stage, data and loop.
+        resume: continue an interrupted run; a finished one is left as it is.
+        device: auto, cpu, cuda or mps.
+        stage_params: arguments of the stage instead of the configuration's, such as a model that is already loaded.
 
-    Raises ValueError for bad settings and when the loss stops being finite, Interrupted after Ctrl-C.
+    Raises:
+        ValueError: for bad settings, and when the loss is no longer finite.
+        Interrupted: after Ctrl-C.
     """
     from accelerate.utils import send_to_device
 
@@ -76,28 +82,29 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     with accelerator.main_process_first():  # it writes files that the others then find
         dataset = instantiate_from_config(config["data"], **stage.data_params(accelerator.device))
     dataset = stage.prepare(dataset, accelerator.device)
-    average = EMA(stage.to(accelerator.device), settings.ema)
-    model, *optimizers = accelerator.prepare(stage, *stage.optimizers())
+    trained = Trained(stage.to(accelerator.device))
+    average = EMA(trained, settings.ema)
+    model, *optimizers = accelerator.prepare(trained, *stage.optimizers())
     scaler = accelerator.scaler  # of gradients in fp16, else None
-    if scaler is not None and len(optimizers) > 1:  # each moves the scale, which the others' gradients have already
-        raise ValueError(f"precision fp16 is for one optimizer, and {name!r} trains by {len(optimizers)}: use bf16")
+    if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
+        raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     ranks, groups = (accelerator.process_index, accelerator.num_processes), getattr(dataset, "groups", None)
     order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, groups)
-    step = load_state(folder, stage, average, optimizers, scaler) if resume else 0
-    accelerator.wait_for_everyone()  # every process has looked at the folder as it was
+    step = load_state(folder, trained, average, optimizers, scaler) if resume else 0
+    accelerator.wait_for_everyone()  # until every process has read the folder
     folder.begin(config)
     metrics = Metrics(name, folder)
 
     with InterruptFlag() as interrupted, closing(folder), folder.progress(name, step, settings.steps) as progress:
-        for number, batch in batches(dataset, order, step * settings.accumulate, settings.workers):
+        for number, batch in training_batches(dataset, order, step * settings.accumulate, settings.workers):
             if step >= settings.steps:
                 break
             torch.manual_seed(mix_seed(seed, number, accelerator.process_index))
-            batch = send_to_device(batch, accelerator.device)
+            batch, shared = send_to_device(batch, accelerator.device), None
             with accelerator.accumulate(model):
                 for k, optimizer in enumerate(optimizers):
-                    loss, values = model(batch, k)
+                    loss, values, shared = model(batch, k, number, shared)
                     accelerator.backward(loss)
                     metrics.add(values)
                     for group, rate in zip(optimizer.param_groups, rates[k], strict=True):
@@ -105,7 +112,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
                     if accelerator.sync_gradients:
                         parameters = [p for group in optimizer.param_groups for p in group["params"]]
                         norm = accelerator.clip_grad_norm_(parameters, settings.clip)
-                        if scaler is None or norm.isfinite():  # where it is not, the scaler skips the step
+                        if scaler is None or norm.isfinite():  # otherwise the scaler skips the step
                             metrics.add({f"grad_norm_{k}": norm})
                     optimizer.step()
                     optimizer.zero_grad()
@@ -121,15 +128,15 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
                 preview(stage, average, folder, step)
             stop = agreed(accelerator, interrupted.is_set())
             if stop or (not last and step % settings.save_every == 0):
-                metrics.report(step)  # what is not finite is not saved
-                save_state(folder, step, stage, average, optimizers, scaler)
+                metrics.report(step)  # raises before a state that is not finite is saved
+                save_state(folder, step, trained, average, optimizers, scaler)
             if stop:
                 raise Interrupted(
-                    f"stopped at step {step}, saved in {folder.state}: the same command with --resume goes on"
+                    f"stopped at step {step}, saved in {folder.state}: resume by the same command with --resume"
                 )
 
     with average.applied():
-        stage.eval()
+        stage.train(False)
         stage.finish(dataset)
         folder.finish(*stage.export())
     accelerator.wait_for_everyone()  # the next stage reads what the main process writes
@@ -138,7 +145,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
 
 
 def loop_settings(config: dict[str, Any]) -> LoopSettings:
-    """The `loop:` part, checked; ValueError for a key that it does not have."""
+    """Return the checked `loop:` part of a configuration."""
     known = LoopSettings.__dataclass_fields__
     unknown = sorted(set(config["loop"]) - set(known))
     missing = [name for name in ("steps", "batch_size") if name not in config["loop"]]
@@ -150,18 +157,18 @@ def loop_settings(config: dict[str, Any]) -> LoopSettings:
 
 
 def make_accelerator(settings: LoopSettings, device: torch.device) -> Any:
-    """accelerate's front for the device, precision and accumulation; ValueError if it cannot be had on that device."""
+    """Return accelerate's front end for these settings; raise ValueError if it uses another device."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    AcceleratorState._reset_state()  # accelerate keeps the last stage's precision and accumulation in the process
+    AcceleratorState._reset_state()  # accelerate keeps those of the stage before in the process
     GradientState._reset_state()
     accelerator = Accelerator(
         mixed_precision=mixed_precision(settings.precision, device),
         gradient_accumulation_steps=settings.accumulate,
         cpu=device.type == "cpu",
-        # With several processes: the loss of one optimizer does not use the other's network.
+        # With several processes: the loss for one optimizer does not use the network of the other.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
@@ -170,7 +177,7 @@ def make_accelerator(settings: LoopSettings, device: torch.device) -> Any:
 
 
 def agreed(accelerator: Any, flag: bool) -> bool:
-    """Whether any process has its flag set: processes that disagreed about stopping would wait for each other."""
+    """Return whether any process has set its flag; if only some stopped, the others would wait for them."""
     if accelerator.num_processes == 1:
         return flag
     if flag:
@@ -179,7 +186,7 @@ def agreed(accelerator: Any, flag: bool) -> bool:
 
 
 class Metrics:
-    """Means over the (main) process's batches since the last report, one JSON line and one TensorBoard point each."""
+    """Means over the main process's batches since the last report, logged as a JSON line and TensorBoard points."""
 
     def __init__(self, stage: str, folder: RunFolder) -> None:
         self.stage, self.folder, self.values = stage, folder, {}
@@ -189,15 +196,15 @@ class Metrics:
             self.values.setdefault(name, []).append(value.detach())
 
     def report(self, step: int) -> dict[str, str]:
-        """Log the means and give the first few for the progress bar; ValueError if one is not finite."""
+        """Log the means and return the first few for the progress bar; raise ValueError if one is not finite."""
         means = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
         self.values = {}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise ValueError(
                     f"{self.stage}: {name} became {mean} by step {step}, so training stopped; the last saved state is "
-                    f"kept in {str(self.folder.path)!r}: go on with --resume and a lower "
-                    "learning rate, or loop.precision=fp32"
+                    f"in {str(self.folder.path)!r}: continue with --resume and a lower learning rate, or "
+                    "loop.precision=fp32"
                 )
         if means:
             self.folder.log(step, means)
@@ -205,13 +212,13 @@ class Metrics:
 
 
 def save_state(
-    folder: RunFolder, step: int, stage: Stage, average: EMA, optimizers: Sequence[Any], scaler: Any
+    folder: RunFolder, step: int, trained: Trained, average: EMA, optimizers: Sequence[Any], scaler: Any
 ) -> None:
-    """Everything that a resumed run needs: randomness and data order are functions of the step, so this is all."""
+    """Save all that a resumed run needs; randomness and data order are functions of the step."""
     folder.save_state(
         {
             "step": step,
-            "stage": stage.state_dict(),
+            "stage": trained.state_dict(),
             "ema": average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -219,15 +226,21 @@ def save_state(
     )
 
 
-def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequence[Any], scaler: Any) -> int:
-    """Put a saved state back -> the step it was saved at; 0 when nothing was saved yet.
+def load_state(folder: RunFolder, trained: Trained, average: EMA, optimizers: Sequence[Any], scaler: Any) -> int:
+    """Load a saved state and return its step; 0 if nothing is saved yet.
 
-    A run that goes on in fp16 and was not in it begins with the scaler's own scale.
+    A run that is resumed in fp16 but was saved in another precision begins with the scaler's initial scale.
     """
     state = folder.load_state()
     if state is None:
         return 0
-    stage.load_state_dict(state["stage"])
+    try:
+        trained.load_state_dict(state["stage"])
+    except RuntimeError:
+        raise ValueError(
+            f"cannot resume from {str(folder.state)!r}, which another version of ldm saved: resume with that version, "
+            "or start again in another outdir"
+        ) from None
     average.load_state_dict(state["ema"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
@@ -238,17 +251,17 @@ def load_state(folder: RunFolder, stage: Stage, average: EMA, optimizers: Sequen
 
 @torch.no_grad()
 def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
-    """Write the averaged weights' images, in eval mode."""
+    """Write the preview of the averaged weights, in eval mode."""
     with average.applied():
-        stage.eval()
+        stage.train(False)
         folder.preview(step, stage.preview(), stage.preview_columns)
         stage.train()
 
 
 def mixed_precision(precision: str, device: torch.device) -> str:
-    """accelerate's name for a precision; `auto` takes bf16 only where the hardware computes in it.
+    """Return accelerate's name for a precision; `auto` is bf16 only where the hardware computes in it.
 
-    Raises ValueError for fp16 without a GPU: there it is slower than float32, and accelerate refuses it.
+    Raises ValueError for fp16 without a GPU, where it is slower than float32 and accelerate refuses it.
     """
     if precision == "fp16" and device.type != "cuda":
         raise ValueError(f"precision fp16 trains on CUDA GPUs, not on {str(device)!r}: use bf16 or fp32")
@@ -256,14 +269,14 @@ def mixed_precision(precision: str, device: torch.device) -> str:
         return {"fp32": "no"}.get(precision, precision)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # torch tells it of CPUs by names that it keeps to itself, and not in all versions
+    else:  # torch has private functions for CPUs, in some versions
         names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
         native = any(getattr(torch.cpu, name, lambda: False)() for name in names)
     return "bf16" if native else "no"
 
 
 class InterruptFlag:
-    """Within the block the first Ctrl-C sets the flag, to stop between steps; a second one interrupts at once."""
+    """In the block, the first Ctrl-C sets the flag, to stop between training steps; a second one interrupts at once."""
 
     def __enter__(self) -> threading.Event:
         self.event, self.previous = threading.Event(), None

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no scheduler state."""
+"""Learning-rate schedules: pure functions of the training step, so that a resumed run needs no scheduler state."""
 
 import math
 
@@ -6,11 +6,13 @@ import math
 def lr_multiplier(
     step: int, steps: int, name: str = "constant", warmup: int = 0, decay: float = 1.0, low: float = 0.1
 ) -> float:
-    """What the base learning rate is multiplied by at `step` (from 0) of `steps`.
+    """Return the factor of the learning rate at `step` (from 0) of `steps`.
 
-    Linear warm-up over `warmup` steps; then 1 until the last share `decay` of the run, over which it falls to zero
-    along `linear` or half a `cosine` (Loshchilov & Hutter 2017, eq. 5, one cycle), or is `low` throughout (`step`).
-    `constant` never falls.
+    Args:
+        name: constant; or how the factor falls in the last part of the run: to zero by `linear` or half a `cosine`
+            (Loshchilov & Hutter 2017, eq. 5, one cycle), or to `low` at once (`step`).
+        warmup: steps over which the factor first rises to 1.
+        decay: the last part, as a share of the run.
     """
     if name not in ("constant", "linear", "cosine", "step"):
         raise ValueError(f"learning-rate schedule {name!r} is unknown: use constant, linear, cosine or step")

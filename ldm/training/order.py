@@ -1,4 +1,4 @@
-"""The order in which a data set is seen: a function of (seed, epoch), so that training resumes mid-epoch exactly."""
+"""The order of a data set in training: a function of (seed, epoch), so that training resumes mid-epoch exactly."""
 
 import signal
 from collections import Counter, defaultdict
@@ -6,15 +6,17 @@ from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 
 class EpochBatches(Sampler):
-    """Index batches of one epoch, shuffled by (seed, epoch), from number `start`; the ragged last batch is dropped.
+    """Index batches of one epoch, shuffled by (seed, epoch), from number `start` on; an incomplete last one is dropped.
 
-    With several processes, `batch_size` counts images per process, and each takes its own part of every global batch.
-
-    groups: what an image has in common with all of its batch (its shape, say); None: nothing. Each group's ragged last
-    batch is dropped. Raises ValueError where a whole group would be.
+    Args:
+        length: of the data set.
+        batch_size: images for each process; each takes its own part of every global batch.
+        groups: for each image, a key that all images of a batch share, such as their shape; None is one group. The
+            incomplete last batch of each group is dropped, and a group smaller than a batch is refused.
     """
 
     def __init__(
@@ -26,26 +28,26 @@ class EpochBatches(Sampler):
         processes: int = 1,
         groups: Sequence[Hashable] | None = None,
     ) -> None:
-        self.length, self.batch_size, self.seed, self.rank, self.processes = length, batch_size, seed, rank, processes
-        self.whole, self.groups = batch_size * processes, [None] * length if groups is None else groups
+        self.length, self.batch_size, self.seed, self.rank = length, batch_size, seed, rank
+        self.global_size, self.groups = batch_size * processes, [None] * length if groups is None else groups
         self.counts = Counter(self.groups)
         least = min(self.counts.values(), default=0)
-        if least < self.whole:
+        if least < self.global_size:
             of = "" if groups is None else " of one shape"
-            raise ValueError(f"the data set has {least} images{of}, fewer than one batch of {self.whole}")
+            raise ValueError(f"the data set has {least} images{of}, fewer than one batch of {self.global_size}")
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        return sum(count // self.whole for count in self.counts.values())
+        return sum(count // self.global_size for count in self.counts.values())
 
     def __iter__(self) -> Iterator[list[int]]:
-        """A batch comes where the shuffled order fills it: with one group these are consecutive parts of it."""
+        """Yield each group's batch as soon as the shuffled order has filled it."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         filling, number = defaultdict(list), 0
         for index in torch.randperm(self.length, generator=generator).tolist():
             batch = filling[self.groups[index]]
             batch.append(index)
-            if len(batch) == self.whole:
+            if len(batch) == self.global_size:
                 if number >= self.start:
                     yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
                 number += 1
@@ -53,7 +55,7 @@ class EpochBatches(Sampler):
 
 
 def mix_seed(*numbers: int) -> int:
-    """One 63-bit seed out of several integers, far apart for near ones (splitmix64: Steele et al. 2014)."""
+    """Return a 63-bit seed from several integers, unrelated for neighbouring ones (splitmix64: Steele et al. 2014)."""
     mask, state = (1 << 64) - 1, 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & mask
@@ -63,14 +65,14 @@ def mix_seed(*numbers: int) -> int:
     return state >> 1
 
 
-def batches(dataset: Dataset, order: EpochBatches, first: int, workers: int) -> Iterator[tuple[int, dict]]:
-    """Endless (number, batch) from batch number `first` of the whole run on; each batch a dict of stacked fields."""
+def training_batches(dataset: Dataset, order: EpochBatches, first: int, workers: int) -> Iterator[tuple[int, dict]]:
+    """Yield (number, batch) without end, from batch number `first` of the run on, as dicts of stacked fields."""
     number = first
     while True:
         order.epoch, order.start = divmod(number, len(order))
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(order.epoch)  # captions and augmentation are functions of (seed, epoch, index)
-        # A generator of its own: DataLoader draws a seed per epoch, which must not move torch's global random state.
+        # Its own generator: DataLoader takes a seed each epoch, which must not change torch's global random state.
         generator = torch.Generator().manual_seed(order.seed)
         loader = DataLoader(
             dataset,
@@ -85,13 +87,20 @@ def batches(dataset: Dataset, order: EpochBatches, first: int, workers: int) -> 
             number += 1
 
 
+def in_batches(dataset: Dataset, batch_size: int, label: str) -> Iterator[dict]:
+    """Yield the whole data set once, in order, with a progress bar."""
+    fetch = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])
+    for first in tqdm(range(0, len(dataset), batch_size), desc=label, unit="batch", leave=False):
+        yield collate(fetch(list(range(first, min(first + batch_size, len(dataset))))))
+
+
 def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C is for the main process, which still needs the workers' batches to end its step."""
+    """Leave Ctrl-C to the main process, which still needs the workers' batches to complete its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: list[dict]) -> dict:
-    """Stack tensors, make tensors of integers and of tuples of them, keep everything else (captions) as lists."""
+    """Stack tensors, turn integers and tuples of them into tensors, and keep everything else (captions) as lists."""
     batch: dict = {}
     for key, first in samples[0].items():
         values = [sample[key] for sample in samples]

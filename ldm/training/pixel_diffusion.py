@@ -1,4 +1,4 @@
-"""Training of diffusion in pixels: of classes, or of images alone."""
+"""Diffusion in pixels, class-conditional or unconditional."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,22 +9,22 @@ from torch.utils.data import Dataset
 
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
-from ldm.training.denoising import DenoisingStage, check_share
+from ldm.training.denoising import DenoisingStage, check_probability
 from ldm.training.objective import Objective
 from ldm.util import instantiate_from_config
 
 
 class PixelDiffusionStage(DenoisingStage):
-    """A PixelDiffusion, from nothing.
+    """Trains a PixelDiffusion from random weights.
 
     Args:
         model: `{"target", "params"}` of a PixelDiffusion.
         learning_rate: of AdamW.
-        class_dropout: share of labels replaced by the class that says nothing, for classifier-free guidance.
+        class_dropout: probability of the null class instead of the label, for classifier-free guidance.
         error, weight, noise, timesteps: of `Objective`.
-        bound_weight: of the variational bound, where the model learns the variance (Nichol & Dhariwal 2021, eq. 16).
+        bound_weight: of the variational bound, for a model that learns the variance (Nichol & Dhariwal 2021, eq. 16).
         betas, weight_decay, preview_columns: of `DenoisingStage`.
-        previews: how many images previews draw; of each class in turn, where there are classes.
+        previews: images in a preview, of each class in turn for a class-conditional model.
     """
 
     def __init__(
@@ -42,37 +42,37 @@ class PixelDiffusionStage(DenoisingStage):
         previews: int = 20,
         preview_columns: int = 10,
     ) -> None:
-        whole = instantiate_from_config(model)
-        cond = getattr(whole, "cond_stage_model", None)
-        if not isinstance(whole, PixelDiffusion) or (cond is not None and not hasattr(cond, "n_classes")):
+        built = instantiate_from_config(model)
+        cond = getattr(built, "cond_stage_model", None)
+        if not isinstance(built, PixelDiffusion) or (cond is not None and not hasattr(cond, "n_classes")):
             raise ValueError(
-                f"{model['target']} conditioned by {type(cond).__name__} is not what this stage trains: it takes a "
-                "PixelDiffusion of classes or of nothing"
+                f"this stage trains a class-conditional or unconditional PixelDiffusion, not a {model['target']} "
+                f"conditioned by {type(cond).__name__}"
             )
-        # all but the last, if that one says nothing; an embedder of one class has no other to draw
+        # all but the null class, which is the last; an embedder of one class has no other to show
         classes = [""] if cond is None else range(cond.null or cond.n_classes)
         if cond is not None and cond.null is None and class_dropout != 0:
             raise ValueError(
-                f"class_dropout {class_dropout} needs a class that says nothing, and the model has none: set it to 0, "
-                "or give the model's cond_stage_config null: true and one class more"
+                f"class_dropout {class_dropout} needs a null class, which this model lacks: set it to 0, or give the "
+                "model's cond_stage_config null: true and one more class"
             )
         shown = [classes[i % len(classes)] for i in range(previews)]
         if not bound_weight >= 0:
             raise ValueError(f"bound_weight {bound_weight} must not be below 0 (the paper takes 0.001)")
-        objective = Objective(whole, error, weight, noise, timesteps, bound_weight=bound_weight)
+        objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
         super().__init__(objective, learning_rate, betas, weight_decay, shown, preview_columns)
-        self.class_dropout = check_share("class_dropout", class_dropout)
+        self.class_dropout = check_probability("class_dropout", class_dropout)
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Checks that the data set has what the model is told of, in its size."""
-        whole, sample = self.latent_diffusion, dataset[0]
-        size = whole.latent_size(whole.defaults["height"], whole.defaults["width"])
+        """Check that the data set has images of the model's size, and labels if it needs them."""
+        model, sample = self.latent_diffusion, dataset[0]
+        size = model.latent_size(model.defaults["height"], model.defaults["width"])
         if tuple(sample["image"].shape) != size:
             raise ValueError(
                 f"the images of {type(dataset).__name__} are {tuple(sample['image'].shape)} and the model's, by its "
                 f"channels and its defaults' height and width, {size}: make them equal"
             )
-        if whole.cond_stage_model is not None and "label" not in sample:
+        if model.cond_stage_model is not None and "label" not in sample:
             raise ValueError(f"{type(dataset).__name__} has no labels: use one of the digit sets")
         return dataset
 

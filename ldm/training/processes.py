@@ -1,4 +1,4 @@
-"""Several processes of one run, as torchrun and `accelerate launch` start them (the latter not on a CPU)."""
+"""The processes of one run, as torchrun and (on GPUs) `accelerate launch` start them."""
 
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def processes(device: str) -> "PartialState":
-    """accelerate's view of them: which is the main one, how many there are, and waiting for each other.
+    """Return accelerate's state: which process is the main one, how many there are, and how to wait for each other.
 
-    To be asked before `train` is called, since accelerate keeps its first answer. device: as `train` takes it.
+    Call it before `train`, because accelerate keeps its first state. device: as `train` takes it.
     """
     from accelerate import PartialState
 
-    # Drawing a large model's class images, for which the others wait, takes longer than torch's usual patience.
+    # The others wait while one generates class images, which takes longer than torch's default timeout.
     return PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(hours=12))

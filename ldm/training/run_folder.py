@@ -15,13 +15,13 @@ from tqdm import tqdm
 from ldm.checkpoint.file import atomic, save_file
 from ldm.images import image_grid
 
-# Settings that a resumed run may change: they change the training from there on, not what was done, nor the data.
+# Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = tuple(f"loop.{name}" for name in ("steps", "precision", "clip", "lr_schedule", "log_every", "preview_every"))
 FREE += ("loop.save_every", "loop.workers", "loop.tensorboard", "stage.params.learning_rate")
 
 
 class RunFolder:
-    """Raises ValueError when the folder holds another run, or a run of its own that was not asked to be resumed."""
+    """A run's files; refuses a folder that holds another run, or this one without `resume`."""
 
     def __init__(
         self, path: Path, config: dict[str, Any], resume: bool, tensorboard: bool = True, writes: bool = True
@@ -39,46 +39,46 @@ class RunFolder:
             return
         if not resume:
             raise ValueError(
-                f"{str(self.path)!r} already holds a run: go on with it by --resume, or choose another outdir"
+                f"{str(self.path)!r} already holds a run: continue it with --resume, or choose another outdir"
             )
         before, now = flatten(OmegaConf.to_container(OmegaConf.load(saved))), flatten(config)
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         fixed = [key for key in changed if not key.startswith(FREE)]
         if fixed:
             raise ValueError(
-                f"{str(self.path)!r} was begun with other settings of {', '.join(fixed)}: resume with these, or "
+                f"{str(self.path)!r} was started with other settings of {', '.join(fixed)}: resume with those, or "
                 "choose another outdir"
             )
         if changed and not self.finished:
-            print(f"{self.path}: going on with other settings of {', '.join(changed)} than it was begun with")
+            print(f"{self.path}: resumed with other settings of {', '.join(changed)} than it was started with")
 
     def begin(self, config: dict[str, Any]) -> None:
-        """Make the folder a run's: called when the stage and its data are built, so that a mistake leaves no run."""
+        """Write the configuration, once the stage and its data are built: a mistake leaves no run behind."""
         from omegaconf import OmegaConf
 
         if not self.writes:
             return
         with atomic(self.path / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(config), temporary)
-        for left in self.path.glob(f".{self.state.name}.*.tmp"):  # by runs that were killed while saving
-            left.unlink()
+        for temporary in self.path.glob(f".{self.state.name}.*.tmp"):  # of runs that were killed while saving
+            temporary.unlink()
 
     @property
     def finished(self) -> bool:
         return self.model.exists()
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Written whole or not at all; the old state goes only then."""
+        """Replace the saved state, atomically."""
         if not self.writes:
             return
         with atomic(self.state) as temporary:
             try:
                 torch.save(state, temporary)
-            except RuntimeError as error:  # what torch makes of a full disk
+            except RuntimeError as error:  # torch's error for a full disk
                 raise OSError(f"cannot write {str(self.state)!r}: {error}") from None
 
     def load_state(self) -> dict[str, Any] | None:
-        """The saved state, with the metrics cut back to it; None when there is none. No pickled code is run."""
+        """Return the saved state, or None, and cut the metrics back to it; no pickled code is run."""
         state = None
         if self.state.exists():
             try:
@@ -90,7 +90,7 @@ class RunFolder:
         return state
 
     def _cut_metrics(self, step: int) -> None:
-        """Drop the lines beyond `step`, and one that was being written when the run was killed."""
+        """Drop the lines after `step`, and an incomplete one of a run that was killed."""
         if not self.metrics.exists():
             return
         kept = []
@@ -104,7 +104,7 @@ class RunFolder:
             temporary.write_text("".join(kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """One JSON line and one TensorBoard point per value."""
+        """Write a JSON line, and a TensorBoard point for each value."""
         if not self.writes:
             return
         with open(self.metrics, "a") as file:
@@ -114,7 +114,7 @@ class RunFolder:
                 self._writer(step).add_scalar(name, value, step)
 
     def preview(self, step: int, images: list[Image.Image], columns: int) -> None:
-        """The images on a grid, as a PNG and in TensorBoard."""
+        """Write the images on a grid, as a PNG and to TensorBoard."""
         if not self.writes:
             return
         path = self.path / "previews" / f"{step:06d}.png"
@@ -131,28 +131,28 @@ class RunFolder:
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(self.path, purge_step=step)  # drops what an interrupted run wrote beyond this
+            self.writer = SummaryWriter(self.path, purge_step=step)  # drops what an interrupted run wrote after this
         return self.writer
 
     def progress(self, name: str, step: int, steps: int) -> tqdm:
-        """A bar with rate and estimate, silent in all but the main process."""
+        """Return a progress bar, which only the main process shows."""
         return tqdm(initial=step, total=steps, desc=name, unit="step", mininterval=1, disable=not self.writes)
 
     def finish(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write the finished checkpoint; only then is the state to resume from superfluous."""
+        """Write the finished checkpoint, then remove the state to resume from."""
         if not self.writes:
             return
         save_file(self.model, tensors, config)
         self.state.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Flush what TensorBoard has not written yet."""
+        """Flush TensorBoard's events."""
         if self.writer is not None:
             self.writer.close()
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts and lists -> {"a.b.0": value}."""
+    """Flatten nested dicts and lists to {"a.b.0": value}."""
     if not isinstance(config, dict | list) or not config:
         return {prefix: config}
     items = config.items() if isinstance(config, dict) else enumerate(config)

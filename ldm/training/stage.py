@@ -1,6 +1,6 @@
-"""What the loop asks of a stage."""
+"""What the training loop asks of a stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,62 +9,98 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 
+Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar, and detached scalars to report
 
-class Stage(nn.Module):
-    """One stage of training. Its trainable networks are its submodules; frozen ones are kept outside `modules()`."""
+
+class Stage:
+    """One stage of training: which networks train, which are frozen, and the loss.
+
+    Attributes (complete once `prepare` has returned):
+        networks: the networks that train. The loop averages them, saves them in resume.pt and wraps them for several
+            processes.
+        frozen: the networks that the loss only uses, in eval mode and without gradients.
+        preview_columns: images in a row of the preview.
+    """
+
+    preview_columns: int
+
+    def __init__(self) -> None:
+        self.networks: dict[str, nn.Module] = {}
+        self.frozen: dict[str, nn.Module] = {}
+
+    def freeze(self, **networks: nn.Module) -> None:
+        """Add networks to `frozen`."""
+        self.frozen |= {name: network.eval().requires_grad_(False) for name, network in networks.items()}
+
+    def to(self, device: torch.device) -> "Stage":
+        """Move all networks to a device."""
+        for network in (*self.networks.values(), *self.frozen.values()):
+            network.to(device)
+        return self
+
+    def train(self, mode: bool = True) -> "Stage":
+        """Put the networks that train into training mode, or into eval mode."""
+        for network in self.networks.values():
+            network.train(mode)
+        return self
 
     def data_params(self, device: torch.device) -> dict[str, Any]:
         """Return arguments of the data set that follow from the stage's model, which is moved to `device`."""
         return {}
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """What to train on instead of the data set itself (cached latents, say). Called once, before anything else."""
+        """Return the data set to train on, such as cached latents. The loop calls this first, and once."""
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
-        """The optimizers, in the order in which `forward` is asked for their losses."""
+        """Return the optimizers, in the order of their turns on each batch."""
         raise NotImplementedError
 
-    def forward(self, batch: Mapping[str, Any], k: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of optimizer k on a batch, and detached scalars to report."""
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        """Return the loss of a batch, for a stage with one optimizer."""
         raise NotImplementedError
+
+    def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """Return the loss for optimizer k, scalars to report, and what the next optimizer needs of this batch.
+
+        The loop calls this for each optimizer in turn, and lets it step before the next turn. Stages with several
+        optimizers override it.
+
+        Args:
+            batch: the same for all turns.
+            k: the optimizer.
+            number: of the batch in the whole run, from 0.
+            shared: what the turn before this one returned, detached; None for k = 0.
+        """
+        return *self.loss(batch), None
 
     def preview(self) -> list[Image.Image]:
-        """Images that show what has been learnt, `preview_columns` to a row."""
+        """Return images that show what the networks have learned, `preview_columns` to a row."""
         raise NotImplementedError
 
     def finish(self, dataset: Dataset) -> None:
-        """Last touches on the averaged weights before they are exported, such as measured statistics."""
+        """Complete the averaged weights before they are exported, for example by measured statistics."""
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """(configuration, tensors) of the checkpoint that this stage is for."""
+        """Return (configuration, tensors) of the stage's checkpoint."""
         raise NotImplementedError
 
-    def exclude_from_modules(self, **networks: nn.Module) -> None:
-        """Keep frozen networks as plain attributes: out of parameters(), of the averages and of the saved state."""
-        for name, network in networks.items():
-            object.__setattr__(self, name, network.eval().requires_grad_(False))
-            self.__dict__.setdefault("_frozen", []).append(network)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stage":
-        """Move the frozen networks along with `.to(device)`."""
-        for network in self.__dict__.get("_frozen", []):
-            network._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+class Trained(nn.Module):
+    """The networks of a stage that train, as one module whose forward is the loss: what accelerate and DDP wrap."""
 
-    def iterate(self, dataset: Dataset, batch_size: int, label: str) -> Iterator[dict]:
-        """The whole data set once, in order, with a progress bar."""
-        from tqdm import tqdm
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+        for name, network in stage.networks.items():
+            self.add_module(name, network)
 
-        from ldm.training.order import collate
-
-        fetch = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])
-        for first in tqdm(range(0, len(dataset), batch_size), desc=label, unit="batch", leave=False):
-            yield collate(fetch(list(range(first, min(first + batch_size, len(dataset))))))
+    def forward(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict, Any]:
+        return self.stage.turn(batch, k, number, shared)
 
 
 def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, **options: Any) -> AdamW:
-    """AdamW over what is trainable, as one fused kernel per step where torch has one."""
+    """Return AdamW over the parameters that train, as one fused kernel per step where torch has one."""
     trainable = [p for p in parameters if p.requires_grad]
     fused = trainable[0].device.type in ("cpu", "cuda")
     return AdamW(trainable, lr=learning_rate, fused=fused, **options)
