@@ -1,4 +1,4 @@
-"""Classifier guidance of a whole model: through `generate`, from a classifier's file, and by the scripts' options."""
+"""Classifier guidance of a model through `generate`, by a classifier from a file."""
 
 import copy
 
@@ -9,7 +9,7 @@ from conftest import randomised
 
 from ldm.checkpoint.file import save_file
 from ldm.diffusion.schedule import make_schedule
-from ldm.inference.guiders import classifier, load_classifier
+from ldm.inference.guiders import classifier_guidance, load_classifier
 from ldm.optional.noisy_classifier import EncoderUNetModel
 
 PARAMS = {
@@ -28,7 +28,7 @@ TARGET = "ldm.optional.noisy_classifier.EncoderUNetModel"
 
 
 def write(path, schedule=None, **changes):
-    """A classifier's file, with random weights."""
+    """Write a classifier's file, with random weights."""
     torch.manual_seed(0)
     network = randomised(EncoderUNetModel(**PARAMS | changes))
     config = {"target": TARGET, "params": PARAMS | changes} | ({} if schedule is None else {"schedule": schedule})
@@ -53,46 +53,46 @@ def pixels(images):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])
 def test_it_moves_images_under_every_sampler_and_by_its_class(model, file, sampler):
     """Common mistakes: guidance that DDIM accepts and ignores (row 26 of the reference)."""
-    told = load_classifier(file, model)
+    noisy = load_classifier(file, model)
 
-    def draw(guide):
+    def generate(guide):
         return pixels(model.generate(["5", "5", "6", ""], sampler=sampler, guide=guide, scale=1))
 
-    plain, guided = draw(None), draw(classifier(told, 30.0))
-    assert np.array_equal(draw(classifier(told, 0.0)), plain)  # to the bit
+    plain, guided = generate(None), generate(classifier_guidance(noisy, 30.0))
+    assert np.array_equal(generate(classifier_guidance(noisy, 0.0)), plain)  # to the bit
     assert [np.array_equal(*pair) for pair in zip(guided, plain, strict=True)] == [False, False, False, True]
 
 
-def test_a_image_is_guided_alone_as_in_a_batch(model, file):
-    guide = classifier(load_classifier(file, model), 10.0)
+def test_an_image_is_guided_alone_as_in_a_batch(model, file):
+    guide = classifier_guidance(load_classifier(file, model), 10.0)
     both = pixels(model.generate(["3", "5"], guide=guide))
     alone = pixels(model.generate(["5"], guide=guide, seed=1))
     assert np.abs(both[1] - alone[0]).max() <= 1
 
 
 def test_the_classifier_has_its_own_schedule(model, tmp_path):
-    """The same noise is another number of another schedule."""
-    told = load_classifier(write(tmp_path / "a.safetensors", {"name": "linear", "T": 300}), model)
-    assert told.schedule.T == 300 and told.classes == 10
-    assert torch.equal(told.schedule.alphas_cumprod, make_schedule("linear", 300).alphas_cumprod)
+    """One noise level is another timestep of another schedule."""
+    noisy = load_classifier(write(tmp_path / "a.safetensors", {"name": "linear", "T": 300}), model)
+    assert noisy.schedule.T == 300 and noisy.classes == 10
+    assert torch.equal(noisy.schedule.alphas_cumprod, make_schedule("linear", 300).alphas_cumprod)
     seen = []
-    network = told.network.forward
-    told.network.forward = lambda x, t: seen.append(t[0].item()) or network(x, t)
-    model.generate(["1"], steps=4, guide=classifier(told, 1.0))
+    network = noisy.network.forward
+    noisy.network.forward = lambda x, t: seen.append(t[0].item()) or network(x, t)
+    model.generate(["1"], steps=4, guide=classifier_guidance(noisy, 1.0))
     sigmas = [model.schedule.sigmas[t] for t in (999, 749, 499, 249)]
-    assert seen == pytest.approx([told.schedule.t_at(float(sigma)) for sigma in sigmas])
+    assert seen == pytest.approx([noisy.schedule.t_at(float(sigma)) for sigma in sigmas])
 
 
-def test_what_is_no_such_classifier_is_refused(model, file, tmp_path):
+def test_unfit_classifiers_and_prompts_are_refused(model, file, tmp_path):
     with pytest.raises(ValueError, match="class 'a five' does not exist"):
-        model.generate(["a five"], guide=classifier(load_classifier(file, model), 1.0))
+        model.generate(["a five"], guide=classifier_guidance(load_classifier(file, model), 1.0))
     with pytest.raises(ValueError, match="class 10 does not exist: this model's are 0 to 9"):
-        model.generate(["10"], guide=classifier(load_classifier(file, model), 1.0))
+        model.generate(["10"], guide=classifier_guidance(load_classifier(file, model), 1.0))
     with pytest.raises(ValueError, match="no schedule"):
         load_classifier(write(tmp_path / "a.safetensors"), model)
     with pytest.raises(ValueError, match=r"^schedule of .*a.safetensors: .*'nam'; it takes"):
         load_classifier(write(tmp_path / "a.safetensors", {"nam": "cosine"}), model)
-    with pytest.raises(ValueError, match=r"does not fit this model, which draws \(4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"does not fit this model, whose latents are \(4, 8, 8\)"):
         load_classifier(write(tmp_path / "b.safetensors", {"name": "cosine"}, in_channels=1), model)
     with pytest.raises(ValueError, match=r"does not fit this model.*8 x 8, and got 4 x 4"):
         load_classifier(write(tmp_path / "c.safetensors", {"name": "cosine"}, image_size=16), model)

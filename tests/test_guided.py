@@ -23,8 +23,8 @@ def draw(mnist, tmp_path):
 
     def run(*options, guided=True):
         runs.append(tmp_path / f"out{len(runs)}")
-        teller = ["--classifier", classifier] if guided else []
-        argv = ["--ckpt", model, "--outdir", runs[-1], "--device", "cpu", *teller, *options]
+        guidance = ["--classifier", classifier] if guided else []
+        argv = ["--ckpt", model, "--outdir", runs[-1], "--device", "cpu", *guidance, *options]
         sample.main([str(option) for option in argv])
         return samples(runs[-1])
 

@@ -1,4 +1,4 @@
-"""Perturbed attention and weaker models: against attention with the identity as its map, diffusers, and nothing."""
+"""Perturbed attention and autoguidance, against attention with the identity as its map, and diffusers."""
 
 import copy
 import re
@@ -71,7 +71,7 @@ def hooks(module):
 
 
 def to_itself(q, k, v, causal=False, mask=None):
-    """Attention in which every query may look at its own position alone: what is left is the identity as the map."""
+    """Compute attention in which every query sees its own position alone, so that the identity is the map."""
     if q.shape[-2] == k.shape[-2]:  # the texts of these tests are of other lengths
         mask = torch.eye(q.shape[-2], dtype=torch.bool)
     return attention(q, k, v, mask=mask)
@@ -100,7 +100,7 @@ def test_identity_attention_is_attention_with_the_identity_as_its_map(make, monk
     with identity_attention([module]):
         got = module(x)
     torch.testing.assert_close(got, with_identity_maps(monkeypatch, module, x), atol=1e-6, rtol=1e-5)
-    assert (got - module(x)).abs().max() > 0.01  # and that is not what it usually does
+    assert (got - module(x)).abs().max() > 0.01  # and that is not its usual output
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_by_hand_with_the_identity_written_out():
 
 @pytest.mark.parametrize("transformer", [True, False])
 @torch.no_grad()
-def test_a_whole_unet_with_all_its_self_attention_perturbed(monkeypatch, transformer):
+def test_a_unet_with_all_its_self_attention_perturbed(monkeypatch, transformer):
     own = TINY["unet_config"]["params"] | {"attention_resolutions": [1, 2]}
     if not transformer:
         own |= {"use_spatial_transformer": False, "context_dim": None}
@@ -187,7 +187,7 @@ def test_two_threads_may_perturb_the_same_module_and_end_in_any_order():
 
 
 @pytest.mark.parametrize("scale, cfg", [(3.0, 1.0), (2.0, 4.0)])
-def test_diffusers_draws_the_same_with_perturbed_attention(stable_diffusion, tmp_path, monkeypatch, scale, cfg):
+def test_diffusers_generates_the_same_with_perturbed_attention(stable_diffusion, tmp_path, monkeypatch, scale, cfg):
     """With classifier-free guidance and without: eps + (cfg - 1) (eps - eps_uncond) + scale (eps - eps_perturbed)."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from diffusers import StableDiffusionPAGPipeline
@@ -204,11 +204,11 @@ def test_diffusers_draws_the_same_with_perturbed_attention(stable_diffusion, tmp
         cond = model.condition(PROMPTS)
         plain = guidance.classifier_free(model.denoiser(), cond, model.condition([""] * 2), cfg)
 
-        def draw(denoise):
+        def sample(denoise):
             *_, step = get_sampler("ddim")(denoise, x * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
             return step.x
 
-        ours, unperturbed = draw(perturbed_attention(model, scale)(plain, cond, PROMPTS)), draw(plain)
+        ours, unperturbed = sample(perturbed_attention(model, scale)(plain, cond, PROMPTS)), sample(plain)
     # float32 and other kernels over 4 steps
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert (unperturbed - ours).abs().max() > 0.01
@@ -227,28 +227,28 @@ def test_a_guide_acts_inside_the_interval_alone(model):
     batches = []
     model.model.diffusion_model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     guide = perturbed_attention(model, 2.0)
-    draw = partial(model.generate, ["five"] * 3, steps=4)
-    guided = pixels(draw(interval=(0.5, 2.5), guide=guide))
+    generate = partial(model.generate, ["five"] * 3, steps=4)
+    guided = pixels(generate(interval=(0.5, 2.5), guide=guide))
     assert batches == [3, 6, 3, 6, 3, 3]
-    assert not np.array_equal(guided, pixels(draw(interval=(0.5, 2.5))))
+    assert not np.array_equal(guided, pixels(generate(interval=(0.5, 2.5))))
     batches.clear()
-    assert np.array_equal(pixels(draw(interval=(5, 6), guide=guide)), pixels(draw(scale=1.0)))
+    assert np.array_equal(pixels(generate(interval=(5, 6), guide=guide)), pixels(generate(scale=1.0)))
     assert batches == [3] * 8
 
 
 def test_compiled_and_autocast_models_are_perturbed_too(model):
     guide = perturbed_attention(model, 3.0)
-    draw = partial(model.generate, ["five"], steps=3, scale=1.0)
-    usual, guided = pixels(draw()), pixels(draw(guide=guide))
+    generate = partial(model.generate, ["five"], steps=3, scale=1.0)
+    usual, guided = pixels(generate()), pixels(generate(guide=guide))
     assert abs(guided - usual).max() > 20
     with compile_unet(model, backend="eager"):
-        assert abs(pixels(draw()) - usual).max() <= 1
-        assert abs(pixels(draw(guide=guide)) - guided).max() <= 1
+        assert abs(pixels(generate()) - usual).max() <= 1
+        assert abs(pixels(generate(guide=guide)) - guided).max() <= 1
     set_precision(model, "autocast")
-    assert abs(pixels(draw(guide=guide)) - guided).mean() < 0.2 * abs(guided - usual).mean()
+    assert abs(pixels(generate(guide=guide)) - guided).mean() < 0.2 * abs(guided - usual).mean()
 
 
-def test_no_hook_is_left_when_drawing_fails(model):
+def test_no_hook_remains_when_sampling_fails(model):
     def fail(step):
         raise KeyboardInterrupt
 
@@ -267,15 +267,15 @@ def weaker(model, seed=5):
 
 
 def test_autoguidance_by_the_model_itself_changes_nothing_and_by_a_weaker_one_is_its_formula(model):
-    draw = partial(model.generate, ["five", "six"], steps=3)
+    generate = partial(model.generate, ["five", "six"], steps=3)
     same = autoguidance(model, model, 3.0)
-    assert np.array_equal(pixels(draw(scale=1.0, guide=same)), pixels(draw(scale=1.0)))
-    assert abs(pixels(draw(guide=same)) - pixels(draw())).max() <= 1  # a batch of 4 and one of 2 round differently
+    assert np.array_equal(pixels(generate(scale=1.0, guide=same)), pixels(generate(scale=1.0)))
+    assert abs(pixels(generate(guide=same)) - pixels(generate())).max() <= 1  # batches of 4 and 2 round differently
     weak = weaker(model)
     with torch.inference_mode():
         cond, uncond = model.condition(["five", "six"]), model.condition([""] * 2)
         x = 2 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-        u, c, w = (m.denoiser()(x, 1.5, told).x0 for m, told in ((model, uncond), (model, cond), (weak, cond)))
+        u, c, w = (m.denoiser()(x, 1.5, c).x0 for m, c in ((model, uncond), (model, cond), (weak, cond)))
         guided = guidance.classifier_free(model.denoiser(), cond, uncond, 4.0)
         got = autoguidance(model, weak, 2.5)(guided, cond, ["five", "six"])(x, 1.5).x0
     torch.testing.assert_close(got, c + 3 * (c - u) + 1.5 * (c - w), atol=1e-4, rtol=1e-4)
@@ -283,7 +283,7 @@ def test_autoguidance_by_the_model_itself_changes_nothing_and_by_a_weaker_one_is
 
 
 def test_a_weaker_model_may_have_another_scale_factor_schedule_and_prediction(model):
-    """The weak one knows latents 1.5 times as large; both denoise N(0, 0.4^2) exactly, each in its own units."""
+    """The weak one has latents 1.5 times as large; both denoise N(0, 0.4^2) exactly, each in its own units."""
     weak = copy.deepcopy(model)
     weak.scale_factor = 1.5 * model.scale_factor
 
@@ -296,8 +296,8 @@ def test_a_weaker_model_may_have_another_scale_factor_schedule_and_prediction(mo
     torch.testing.assert_close(found, gaussian(0.4)(x, 0.9).x0, atol=1e-6, rtol=1e-5)
 
 
-def test_the_pages_code_runs(model, tmp_path, monkeypatch):
-    """docs/explanation/guidance.md's, on the tiny model."""
+def test_the_code_of_the_page_runs(model, tmp_path, monkeypatch):
+    """Of docs/explanation/guidance.md, on the tiny model."""
     save(weaker(model), tmp_path / "weak.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ldm, "load", lambda: model, raising=False)
@@ -316,17 +316,18 @@ def test_load_weak(model, tmp_path):
     loaded = load_weak(path, model)
     assert torch.equal(loaded.model.diffusion_model.out[2].weight, weak.model.diffusion_model.out[2].weight)
     assert loaded.first_stage_model is None and loaded.cond_stage_model is None and precision_of(loaded) == "full"
-    draw = partial(model.generate, ["five"], steps=3)
-    got = pixels(draw(guide=make_guide(model, weak=loaded, autoguide_scale=3.0)))
-    assert np.array_equal(got, pixels(draw(guide=autoguidance(model, weak, 3.0))))
-    assert not np.array_equal(got, pixels(draw()))
+    generate = partial(model.generate, ["five"], steps=3)
+    got = pixels(generate(guide=make_guide(model, weak=path, autoguide_scale=3.0)))
+    assert np.array_equal(got, pixels(generate(guide=make_guide(model, weak=loaded, autoguide_scale=3.0))))
+    assert np.array_equal(got, pixels(generate(guide=autoguidance(model, weak, 3.0))))
+    assert not np.array_equal(got, pixels(generate()))
     set_precision(model, "autocast")
     assert precision_of(load_weak(path, model)) == "autocast"
 
 
 @pytest.mark.parametrize(
     "part, words",
-    [("first_stage_model.encoder.conv_in", "makes other latents"), ("cond_stage_model", "text encoder has other")],
+    [("first_stage_model.encoder.conv_in", "has other latents"), ("cond_stage_model", "text encoder has other")],
 )
 def test_what_cannot_guide_is_refused(model, part, words):
     other = copy.deepcopy(model)
@@ -340,24 +341,23 @@ def test_what_cannot_guide_is_refused(model, part, words):
 def test_another_concatenation_is_refused(model):
     other = copy.deepcopy(model)
     other.concat = "latents"
-    with pytest.raises(ValueError, match="given latents beside the latents, this one no image"):
+    with pytest.raises(ValueError, match="takes latents beside the latents, this model's no image"):
         check_weak(other, model)
 
 
-def test_models_of_classes_guide_those_of_the_same_ones():
+def test_class_conditional_models_guide_those_of_the_same_classes():
     model, cond = build(), {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 10}}
     check_weak(build(), model)
-    with pytest.raises(ValueError, match="it knows 10 classes, this one 11"):
+    with pytest.raises(ValueError, match="it has 10 classes, this model 11"):
         check_weak(build(cond_stage_config=cond), model)
-    with pytest.raises(ValueError, match="makes other latents"):
+    with pytest.raises(ValueError, match="has other latents"):
         check_weak(build(channels=3), model)
 
 
 def test_a_denoising_gan_is_not_guided_by_itself():
-    """Its two predictions would have latents of their own, which no seed decides."""
     gan = stage().latent_diffusion
     for options in ({"pag": 1.0, "pag_layers": ["unet"]}, {"weak": gan}):
-        with pytest.raises(ValueError, match="a denoising GAN, which draws its x0"):
+        with pytest.raises(ValueError, match="a denoising GAN samples its x0 at random"):
             make_guide(gan, **options)
 
 

@@ -1,6 +1,7 @@
-"""Guidance that needs more than the network's own predictions: perturbed attention, a weaker model, a classifier.
+"""Guides for `generate`: perturbed attention, autoguidance by a weaker model, guidance by a classifier, thresholding.
 
-Each function gives what `LatentDiffusion.generate` takes as `guide`; `diffusion.guidance` has the formulas.
+Each function returns a `Guide`, the `guide` argument of `LatentDiffusion.generate`; `diffusion.guidance` has the
+formulas.
 """
 
 import re
@@ -35,42 +36,55 @@ def make_guide(
     threshold: float | None = None,
     pag: float = 0.0,
     pag_layers: Sequence[str] = PAG_LAYERS,
-    weak: LatentDiffusion | None = None,
+    weak: LatentDiffusion | str | Path | None = None,
     autoguide_scale: float = 2.0,
-    teller: "NoisyClassifier | None" = None,
+    classifier: "NoisyClassifier | str | Path | None" = None,
     classifier_scale: float = 1.0,
 ) -> Guide | None:
-    """All that the options ask for as one guide, or None where they ask for nothing.
+    """Return one guide for all kinds of guidance that are asked for, or None without any.
 
-    threshold: the percentile, a fraction, of `dynamic_threshold`, which comes last. pag, pag_layers: of
-    `perturbed_attention`. weak, autoguide_scale: of `autoguidance`. teller, classifier_scale: of `classifier`.
-    Raises ValueError for layers without self-attention.
+    Args:
+        model: The model to guide.
+        threshold: The percentile, a fraction, of `guidance.dynamic_threshold`, which comes last.
+        pag, pag_layers: The scale and layers of `perturbed_attention`; scale 0 is off.
+        weak, autoguide_scale: The weaker model, or its checkpoint, and scale of `autoguidance`; scale 1 is off.
+        classifier, classifier_scale: The classifier, or its checkpoint, and scale of `classifier_guidance`; scale 0 is
+            off.
+
+    Raises:
+        ValueError: A checkpoint that does not fit the model, or layers without self-attention.
     """
     guides: list[Guide] = []
     if weak is not None:
+        weak = load_weak(weak, model) if isinstance(weak, str | Path) else weak
         guides.append(autoguidance(model, weak, autoguide_scale))
     if pag != 0:
         guides.append(perturbed_attention(model, pag, pag_layers))
-    if teller is not None:
-        guides.append(classifier(teller, classifier_scale))
+    if classifier is not None:
+        classifier = load_classifier(classifier, model) if isinstance(classifier, str | Path) else classifier
+        guides.append(classifier_guidance(classifier, classifier_scale))
     if threshold is not None:
         guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, threshold, limit=model.clip))
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
-        for more in guides:
-            denoise = more(denoise, cond, prompts)
+        for add in guides:
+            denoise = add(denoise, cond, prompts)
         return denoise
 
     return guide if guides else None
 
 
 def perturbed_attention(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_LAYERS) -> Guide:
-    """Away from the model with the identity for the self-attention of these layers (Ahn et al. 2024).
+    """Guide away from the model with the identity as attention map in these layers (Ahn et al. 2024).
 
-    layers: names in the UNet, as for `self_attention`. Costs one evaluation more for each step. Raises ValueError as
-    that, and for a model that draws latents of its own.
+    It costs one more evaluation of the model in each step.
+
+    Args:
+        model: The model to guide; not a denoising GAN.
+        scale: 0 is off.
+        layers: Names in the UNet, as in `self_attention`.
     """
-    _check_no_latent(model)
+    _check_deterministic(model)
     modules = self_attention(model.model.diffusion_model, layers)
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
@@ -86,9 +100,10 @@ def perturbed_attention(model: LatentDiffusion, scale: float, layers: Sequence[s
 
 
 def self_attention(unet: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
-    """The self-attention modules in these layers: "middle_block", "input_blocks.4", or a module's whole name.
+    """Return the self-attention modules of these layers: "middle_block", "input_blocks.4", or a module's full name.
 
-    Raises ValueError for a layer without any.
+    Raises:
+        ValueError: A layer without any.
     """
     found: dict[str, nn.Module] = {}
     for name, module in unet.named_modules():
@@ -108,10 +123,12 @@ def self_attention(unet: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 
 @contextmanager
 def identity_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """While it lasts, every token attends to itself alone in these modules, when this thread computes them.
+    """Let every token attend only to itself in these modules, in this thread, inside the `with` block.
 
-    They are `CrossAttention` used as self-attention, or `AttentionBlock`. A forward hook replaces their output, so that
-    nothing in them changes, other threads see nothing of it, and it ends with the block, whatever is raised in it.
+    A forward hook replaces the modules' output, so that nothing in them changes and other threads are not affected.
+
+    Args:
+        modules: `CrossAttention` used as self-attention, or `AttentionBlock`.
     """
     thread = get_ident()
 
@@ -131,12 +148,12 @@ def identity_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _identity(attention: nn.Module, x: Tensor) -> Tensor:
-    """CrossAttention whose map is the identity: x (b, n, d) -> (b, n, d)."""
+    """Compute a CrossAttention with the identity as its map: x (b, n, d) -> (b, n, d)."""
     return attention.to_out(attention.to_v(x))
 
 
 def _identity_block(block: AttentionBlock, x: Tensor) -> Tensor:
-    """AttentionBlock whose map is the identity: x (b, c, h, w) -> (b, c, h, w)."""
+    """Compute an AttentionBlock with the identity as its map: x (b, c, h, w) -> (b, c, h, w)."""
     order = "three h d" if block.use_new_attention_order else "h three d"
     qkv = block.qkv(block.norm(x).flatten(2))  # (b, 3c, n)
     values = rearrange(qkv, f"b ({order}) n -> three b (h d) n", three=3, h=block.num_heads)[2]  # (b, c, n)
@@ -144,18 +161,23 @@ def _identity_block(block: AttentionBlock, x: Tensor) -> Tensor:
 
 
 def autoguidance(model: LatentDiffusion, weak: LatentDiffusion, scale: float) -> Guide:
-    """Away from a weaker model (Karras et al. 2024): its UNet, told the same by the model's own text encoder.
+    """Guide away from a weaker model (Karras et al. 2024), under the same conditioning.
 
-    weak: of the same latents and texts, as `load_weak` gives it; its schedule, prediction and scale factor are its own.
-    Costs one evaluation of it more for each step. Raises ValueError for a model that draws latents of its own.
+    It costs one evaluation of the weaker model in each step.
+
+    Args:
+        model: The model to guide; not a denoising GAN. Its text encoder serves both.
+        weak: A model of the same latents and texts, as `load_weak` returns it, with its own schedule, prediction and
+            scale factor.
+        scale: 1 is off.
     """
-    _check_no_latent(model, weak)
+    _check_deterministic(model, weak)
     ratio = weak.scale_factor / model.scale_factor
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         network = weak.denoiser()
 
-        def weaker(x: Tensor, sigma: float) -> Prediction:  # the same latents, in the units that it was trained in
+        def weaker(x: Tensor, sigma: float) -> Prediction:  # the same latents in the weak model's units
             return Prediction(network(x * ratio, sigma * ratio, cond).x0 / ratio)
 
         return guidance.autoguidance(denoise, weaker, scale)
@@ -163,18 +185,21 @@ def autoguidance(model: LatentDiffusion, weak: LatentDiffusion, scale: float) ->
     return guide
 
 
-def _check_no_latent(*models: LatentDiffusion) -> None:
-    """ValueError for a denoising GAN: two predictions for one image would differ by their latents alone."""
-    for model in models:
-        if isinstance(model, DenoisingGAN):
-            raise ValueError("a denoising GAN, which draws its x0, has no two predictions of it to steer away from")
+def _check_deterministic(*models: LatentDiffusion) -> None:
+    """Raise ValueError for a denoising GAN, two predictions of which differ by their random latents alone."""
+    if any(isinstance(model, DenoisingGAN) for model in models):
+        raise ValueError("a denoising GAN samples its x0 at random, so it cannot be guided by a second prediction")
 
 
 def load_weak(path: str | Path, model: LatentDiffusion) -> LatentDiffusion:
-    """The model of another checkpoint, or an earlier state of this one, for `autoguidance`.
+    """Load the weaker model for `autoguidance`, on the model's device and in its precision.
 
-    It is on the model's device and in its precision. Raises ValueError where it does not fit (`check_weak`), and as
-    `ldm.load` does.
+    Args:
+        path: Another checkpoint, or an earlier one of the same training.
+        model: The model to guide.
+
+    Raises:
+        ValueError: The checkpoint does not fit (`check_weak`), or cannot be loaded.
     """
     from ldm.loading import load
 
@@ -186,77 +211,82 @@ def load_weak(path: str | Path, model: LatentDiffusion) -> LatentDiffusion:
 
 
 def check_weak(weak: LatentDiffusion, model: LatentDiffusion) -> None:
-    """ValueError unless both have the same latents, conditioning and concatenated input.
+    """Raise ValueError unless both have the same latents, conditioning and concatenated input.
 
-    The latents are the encoder's: first stages may differ in their decoders. Rounding to half precision is no
-    difference.
+    Latents are the encoder's: the decoders may differ. Rounding to half precision is not a difference.
     """
     latents = [_part(m.first_stage_model, "encoder.", "quant_conv.") for m in (weak, model)]
-    if weak.channels != model.channels or not _alike(*latents):
-        raise ValueError(f"{weak.path} cannot guide this model: its first stage makes other latents")
+    if weak.channels != model.channels or not _similar(*latents):
+        raise ValueError(f"{weak.path} cannot guide this model: its first stage has other latents")
     texts = [_part(m.cond_stage_model) for m in (weak, model)]
-    if not _alike(*texts):
+    if not _similar(*texts):
         raise ValueError(f"{weak.path} cannot guide this model: its text encoder has other weights")
     classes = [getattr(m.cond_stage_model, "n_classes", 0) for m in (weak, model)]
     if classes[0] != classes[1]:
-        raise ValueError(f"{weak.path} cannot guide this model: it knows {classes[0]} classes, this one {classes[1]}")
+        raise ValueError(f"{weak.path} cannot guide this model: it has {classes[0]} classes, this model {classes[1]}")
     if weak.concat != model.concat:
         raise ValueError(
-            f"{weak.path} cannot guide this model: it is given {weak.concat or 'no image'} beside the latents, "
-            f"this one {model.concat or 'no image'}"
+            f"{weak.path} cannot guide this model: its UNet takes {weak.concat or 'no image'} beside the latents, "
+            f"this model's {model.concat or 'no image'}"
         )
 
 
 class NoisyClassifier(NamedTuple):
-    """network(x_t, t) -> logits (b, classes) of noised images (or latents); t is a level of this schedule."""
+    """network(x_t, t) -> logits (b, classes) of noised images or latents, at timestep t of this schedule."""
 
     network: nn.Module
     schedule: Schedule
     classes: int
 
 
-def classifier(teller: NoisyClassifier, scale: float) -> Guide:
-    """Towards images of the classes that the prompts name (Dhariwal & Nichol 2021), told to the model or not.
+def classifier_guidance(classifier: NoisyClassifier, scale: float) -> Guide:
+    """Guide towards the classes that the prompts name (Dhariwal & Nichol 2021), for any model.
 
-    Prompts are numbers of classes from 0, or texts that say such; the empty one names none and is not guided. Costs the
-    classifier forwards and backwards for each step. The guide raises ValueError for other prompts.
+    It costs a forward and a backward pass of the classifier in each step. Prompts are class numbers from 0, as int or
+    text; an image with the empty prompt is not guided; the guide raises ValueError for others.
     """
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
-        numbers = class_numbers(prompts, teller.classes, null=-1) % (teller.classes + 1)  # -1: the one behind all
-        return guidance.classifier(denoise, guidance.noisy_log_prob(teller.network, teller.schedule, numbers), scale)
+        network, schedule, classes = classifier
+        numbers = class_numbers(prompts, classes, null=-1) % (classes + 1)  # of no class: `classes`
+        return guidance.classifier(denoise, guidance.noisy_log_prob(network, schedule, numbers), scale)
 
     return guide
 
 
 def load_classifier(path: str | Path, model: LatentDiffusion) -> NoisyClassifier:
-    """The classifier of a checkpoint (`ldm.optional.noisy_classifier_stage`) for `classifier`, on the model's device.
+    """Load the classifier of `classifier_guidance` on the model's device.
 
-    Raises ValueError where it was not trained on noised images or does not fit what the model draws.
+    Args:
+        path: A checkpoint of `ldm.optional.noisy_classifier_stage`.
+        model: The model to guide.
+
+    Raises:
+        ValueError: It was not trained on noised images, or does not fit the model's latents.
     """
     from ldm.checkpoint.file import load_file
     from ldm.loading import load_network
 
     schedule = load_file(path)[0].get("schedule")
     if not isinstance(schedule, dict):
-        raise ValueError(f"{path} is no classifier of noisy images: its configuration has no schedule")
+        raise ValueError(f"{path} is not a classifier of noised images: its configuration has no schedule")
     network, own = load_network(path, str(model.device)), model.defaults
     size = model.latent_size(own["height"], own["width"])
     try:
         logits = network(torch.zeros(1, *size, device=model.device), torch.zeros(1, device=model.device))
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit this model, which draws {tuple(size)}: {error}") from None
+        raise ValueError(f"{path} does not fit this model, whose latents are {tuple(size)}: {error}") from None
     return NoisyClassifier(network, call_with(f"schedule of {path}", make_schedule, schedule), logits.shape[1])
 
 
 def _part(network: nn.Module | None, *prefixes: str) -> dict[str, Tensor]:
-    """The tensors of a network, or those with these prefixes; none of no network."""
+    """Return the tensors of a network, or those with these prefixes; {} without a network."""
     state = {} if network is None else network.state_dict()
     return {name: tensor for name, tensor in state.items() if name.startswith(prefixes or "")}
 
 
-def _alike(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    """Whether both have the same tensors, each within 1 % of its norm (bfloat16 rounds by 0.2 %)."""
+def _similar(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Return whether both have the same tensors, each within 1 % of its norm (bfloat16 rounds by 0.2 %)."""
     if {name: t.shape for name, t in first.items()} != {name: t.shape for name, t in second.items()}:
         return False
     for name, tensor in first.items():

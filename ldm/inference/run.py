@@ -146,18 +146,16 @@ def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespa
     """Build the recipe's guidance besides the classifier-free one; None if it has none."""
     if recipe.pag == 0 and recipe.threshold is None and args.autoguide is None and args.classifier is None:
         return None
-    from ldm.inference import guiders
+    from ldm.inference.guiders import make_guide
 
-    weak = None if args.autoguide is None else guiders.load_weak(args.autoguide, model)
-    classifier = None if args.classifier is None else guiders.load_classifier(args.classifier, model)
-    return guiders.make_guide(
+    return make_guide(
         model,
         recipe.threshold,
         recipe.pag,
         recipe.pag_layers,
-        weak,
+        args.autoguide,
         recipe.autoguide_scale,
-        classifier,
+        args.classifier,
         recipe.classifier_scale,
     )
 
