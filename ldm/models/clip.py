@@ -6,6 +6,7 @@ both models were trained without a mask, and the tokens after the end of text ar
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -107,28 +108,30 @@ class OpenCLIPBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+@dataclass(eq=False, repr=False)
 class TextTower(nn.Module):
-    """What the two layouts share. Every size is an argument, as the number of heads cannot be read from the weights.
+    """What the two layouts share; the fields are the constructor's arguments.
 
-    Args:
-        vocab_size: rows of the token embedding.
-        width: features d per token.
-        layers: number of blocks.
-        heads: number of attention heads; it must divide width.
-        context_length: maximum number of tokens per prompt.
-        activation: "quick_gelu" (OpenAI's CLIP, Stable Diffusion 1) or "gelu" (exact; open_clip, Stable Diffusion 2).
-        projection_dim: features p of the pooled text. None: no projection (transformers) or width (open_clip).
+    Every size is an argument: the number of heads cannot be read from the weights.
 
     Raises:
         ValueError: the activation is unknown, or the heads do not divide width.
     """
 
-    def __init__(self, width: int, heads: int, activation: str):
+    vocab_size: int  # rows of the token embedding
+    width: int  # features d per token
+    layers: int  # number of blocks
+    heads: int  # number of attention heads
+    context_length: int  # maximum number of tokens per prompt
+    activation: str  # "quick_gelu" (OpenAI's CLIP, Stable Diffusion 1) or "gelu" (exact; open_clip, Stable Diffusion 2)
+    projection_dim: int | None = None  # features p of the pooled text; None: no projection, or width (open_clip)
+
+    def __post_init__(self) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is unknown: it is one of {', '.join(ACTIVATIONS)}")
-        if width % heads:
-            raise ValueError(f"text width {width} does not split into {heads} heads: heads must divide it")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is unknown: it is one of {', '.join(ACTIVATIONS)}")
+        if self.width % self.heads:
+            raise ValueError(f"text width {self.width} does not split into {self.heads} heads: heads must divide it")
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return token plus position embeddings, (b, n) -> (b, n, d)."""
@@ -170,30 +173,22 @@ class TextTower(nn.Module):
 class CLIPTextModel(TextTower):
     """The tower with transformers' parameter names: `text_model.*` and, with a projection, `text_projection.*`."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        context_length: int,
-        activation: str,
-        projection_dim: int | None = None,
-    ):
-        super().__init__(width, heads, activation)
-        blocks = nn.ModuleList(CLIPBlock(width, heads, activation) for _ in range(layers))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        blocks = nn.ModuleList(CLIPBlock(self.width, self.heads, self.activation) for _ in range(self.layers))
         embeddings = {
-            "token_embedding": nn.Embedding(vocab_size, width),
-            "position_embedding": nn.Embedding(context_length, width),
+            "token_embedding": nn.Embedding(self.vocab_size, self.width),
+            "position_embedding": nn.Embedding(self.context_length, self.width),
         }
         self.text_model = nn.ModuleDict(
             {
                 "embeddings": nn.ModuleDict(embeddings),
                 "encoder": nn.ModuleDict({"layers": blocks}),
-                "final_layer_norm": nn.LayerNorm(width),
+                "final_layer_norm": nn.LayerNorm(self.width),
             }
         )
-        self.text_projection = None if projection_dim is None else nn.Linear(width, projection_dim, bias=False)
+        projected = self.projection_dim is not None
+        self.text_projection = nn.Linear(self.width, self.projection_dim, bias=False) if projected else None
         for embedding in embeddings.values():
             nn.init.normal_(embedding.weight, std=0.02)
 
@@ -215,28 +210,19 @@ class CLIPTextModel(TextTower):
 class OpenCLIPTextModel(TextTower):
     """The tower with open_clip's parameter names, which are those of its CLIP class without `visual.*`."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        context_length: int,
-        activation: str,
-        projection_dim: int | None = None,
-    ):
-        super().__init__(width, heads, activation)
-        blocks = nn.ModuleList(OpenCLIPBlock(width, heads, activation) for _ in range(layers))
-        projection_dim = width if projection_dim is None else projection_dim
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.text_projection = nn.Parameter(torch.empty(width, projection_dim))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        blocks = nn.ModuleList(OpenCLIPBlock(self.width, self.heads, self.activation) for _ in range(self.layers))
+        projection_dim = self.width if self.projection_dim is None else self.projection_dim
+        self.positional_embedding = nn.Parameter(torch.empty(self.context_length, self.width))
+        self.text_projection = nn.Parameter(torch.empty(self.width, projection_dim))
         self.logit_scale = nn.Parameter(torch.tensor(0.0))  # not used by the tower, but in every public file
         self.transformer = nn.ModuleDict({"resblocks": blocks})
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.ln_final = nn.LayerNorm(width)
+        self.token_embedding = nn.Embedding(self.vocab_size, self.width)
+        self.ln_final = nn.LayerNorm(self.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
+        nn.init.normal_(self.text_projection, std=self.width**-0.5)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
