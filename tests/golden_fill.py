@@ -40,6 +40,10 @@ def fill(module: nn.Module, seed: int) -> nn.Module:
     return module.eval()
 
 
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
 @cache
 def _state_dicts() -> dict[str, dict[str, list[int]]]:
     return json.loads(gzip.decompress((GOLDEN / "state_dict_keys.json.gz").read_bytes()))

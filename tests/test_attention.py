@@ -1,14 +1,10 @@
 import pytest
 import torch
-from golden_fill import fill
+from golden_fill import fill, randn
 from torch import nn
 
 from ldm.models import blocks
 from ldm.models.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_cross_attention_equals_torchs_multihead_attention():

@@ -37,15 +37,16 @@ def tokens_with_eos(vocab_size: int, context_length: int, pad: int) -> torch.Ten
     return tokens
 
 
-def hugging(sizes: dict, activation: str, projection_dim: int):
+def hugging(sizes: dict, activation: str, projection_dim: int | None):
     """transformers' text model, and its weights under the public files' names, whatever this version calls them."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    # every size: transformers' config fills what is left out with CLIP-B's
     config = CLIPTextConfig(
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["width"],
         intermediate_size=4 * sizes["width"],
-        projection_dim=projection_dim,
+        projection_dim=projection_dim or 512,
         num_hidden_layers=sizes["layers"],
         num_attention_heads=sizes["heads"],
         max_position_embeddings=sizes["context_length"],
@@ -54,7 +55,7 @@ def hugging(sizes: dict, activation: str, projection_dim: int):
         eos_token_id=sizes["vocab_size"] - 1,
         pad_token_id=sizes["vocab_size"] - 1,
     )
-    model = CLIPTextModelWithProjection(config).eval()
+    model = (CLIPTextModel if projection_dim is None else CLIPTextModelWithProjection)(config).eval()
     scramble(model)
     weights = {}
     for key, value in model.state_dict().items():
@@ -77,12 +78,12 @@ def open_clip_model(sizes: dict, embed_dim: int, quick_gelu: bool = False):
     return model, {key: value for key, value in model.state_dict().items() if not key.startswith("visual.")}
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("activation, projection_dim", [("quick_gelu", 24), ("gelu", 24), ("quick_gelu", None)])
 @pytest.mark.parametrize("sizes", [TINY, VIT_L], ids=["tiny", "vit-l"])
 @torch.no_grad()
-def test_equals_transformers(sizes, activation):
-    theirs, weights = hugging(sizes, activation, projection_dim=24)
-    ours = CLIPTextModel(**sizes, activation=activation, projection_dim=24)
+def test_equals_transformers(sizes, activation, projection_dim):
+    theirs, weights = hugging(sizes, activation, projection_dim)
+    ours = CLIPTextModel(**sizes, activation=activation, projection_dim=projection_dim)
     ours.load_state_dict(weights)
     eos = sizes["vocab_size"] - 1
     tokens = tokens_with_eos(sizes["vocab_size"], sizes["context_length"], pad=eos)
@@ -93,35 +94,8 @@ def test_equals_transformers(sizes, activation):
         torch.testing.assert_close(state, expected, **TOLERANCE)
     last = ours.final_norm(states[-1])
     torch.testing.assert_close(last, want.last_hidden_state, **TOLERANCE)
-    torch.testing.assert_close(ours.pool(last, tokens, eos), want.text_embeds, **TOLERANCE)
-
-
-@torch.no_grad()
-def test_equals_transformers_text_model_without_projection():
-    from transformers import CLIPTextConfig
-    from transformers import CLIPTextModel as Theirs
-
-    # Every size again: transformers' config fills what is left out with CLIP-B's.
-    config = CLIPTextConfig(
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        eos_token_id=98,
-    )
-    theirs = Theirs(config).eval()
-    scramble(theirs)
-    weights = {"text_model." + k.removeprefix("text_model."): v for k, v in theirs.state_dict().items()}
-    weights.pop("text_model.embeddings.position_ids", None)
-    ours = CLIPTextModel(**TINY, activation="quick_gelu")
-    ours.load_state_dict(weights)
-    tokens = tokens_with_eos(99, 16, pad=98)
-    want = theirs(input_ids=tokens)
-    last = ours.final_norm(ours.hidden_states(tokens)[-1])
-    torch.testing.assert_close(last, want.last_hidden_state, **TOLERANCE)
-    torch.testing.assert_close(ours.pool(last, tokens, 98), want.pooler_output, **TOLERANCE)
+    pooled = want.pooler_output if projection_dim is None else want.text_embeds
+    torch.testing.assert_close(ours.pool(last, tokens, eos), pooled, **TOLERANCE)
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])

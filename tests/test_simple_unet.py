@@ -1,6 +1,6 @@
 import pytest
 import torch
-from golden_fill import fill
+from golden_fill import fill, randn
 from torch import nn
 
 from ldm.models.blocks import timestep_embedding
@@ -11,10 +11,6 @@ SMALL = {"channels": 1, "widths": [8, 16, 24], "time_channels": 8}
 
 def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shared_norm, parameters", [(False, 62_438_883), (True, 62_433_123)])

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_fill import fill
+from golden_fill import fill, randn
 from torch import nn
 
 from ldm.models.blocks import normalization, timestep_embedding
@@ -13,10 +13,6 @@ from ldm.optional.unet2d import ResidualBlock, SelfAttention, UNet2D, UpsampleTo
 
 TAUGHT = {"num_classes": 10, "order": "post", "attention": "bare"}
 SMALL = {"widths": (8, 16, 8), "norm_groups": 4, "head_channels": 4, "num_classes": 10}
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def count(module: nn.Module) -> int:
@@ -270,15 +266,7 @@ def test_group_normalisations_gain_learns_from_the_normalised_values():
     torch.testing.assert_close(norm.bias.grad, upstream.sum((0, 2, 3)))
     wrong = (upstream * norm(x).detach()).sum((0, 2, 3))
     assert float((wrong - norm.weight.grad).abs().min()) > 0.1
-    numeric = []
-    for channel in range(4):
-        ends = []
-        for step in (1e-5, -1e-5):
-            gain = norm.weight.detach().clone()
-            gain[channel] += step
-            ends.append(float((upstream * F.group_norm(x, 2, gain, norm.bias.detach())).sum()))
-        numeric.append((ends[0] - ends[1]) / 2e-5)
-    torch.testing.assert_close(norm.weight.grad, torch.tensor(numeric).double(), rtol=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda *affine: F.group_norm(x, 2, *affine), (norm.weight, norm.bias))
 
 
 # Convolution as a product of matrices.
