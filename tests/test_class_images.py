@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import ldm
-from ldm.inference.class_images import Class, Share, collect, draw_class_images, users_images
+from ldm.inference.class_images import Class, Share, collect, generate_class_images, users_images
 from ldm.inference.recipe import Recipe, read_png_text
 
 
@@ -18,21 +18,21 @@ def pixels(path):
     return np.asarray(Image.open(path), dtype=int)
 
 
-def draw(model, folder, count, batch_size, prompt="a five", size=32, scale=1.0):
+def generate(model, folder, count, batch_size, prompt="a five", size=32, scale=1.0):
     """Names of the images of one share."""
-    (names,) = draw_class_images(model, [Share(folder, prompt, count)], size, scale, batch_size)
+    (names,) = generate_class_images(model, [Share(folder, prompt, count)], size, scale, batch_size)
     return names
 
 
-def take(model, *classes, known=(), usual=3):
+def images_of(model, *classes, known=(), default_count=3):
     """The images and captions of classes, given as arguments of `Class`."""
-    return collect(model, [Class(*one) for one in classes], usual, 32, 1.0, batch_size=2, known=known)
+    return collect(model, [Class(*one) for one in classes], default_count, 32, 1.0, batch_size=2, known=known)
 
 
 def test_one_seed_per_image_in_any_batch(model, tmp_path):
-    """Images of another batch size agree to rounding; those that are there are not drawn again."""
-    first = draw(model, tmp_path / "a", 3, 2)
-    second = draw(model, tmp_path / "b", 5, 4)
+    """Images of another batch size agree to rounding; those that are there are not generated again."""
+    first = generate(model, tmp_path / "a", 3, 2)
+    second = generate(model, tmp_path / "b", 5, 4)
     assert second[:3] == first and len(set(second)) == 5
     for i, name in enumerate(first):
         assert abs(pixels(tmp_path / "a" / name) - pixels(tmp_path / "b" / name)).max() <= 1
@@ -43,16 +43,16 @@ def test_one_seed_per_image_in_any_batch(model, tmp_path):
     assert abs(np.asarray(alone, dtype=int) - pixels(tmp_path / "b" / second[2])).max() <= 1
 
 
-def test_what_is_there_is_kept_and_what_is_damaged_is_drawn_anew(model, tmp_path, monkeypatch):
-    names = draw(model, tmp_path, 4, 2)
+def test_what_is_there_is_kept_and_what_is_damaged_is_generated_again(model, tmp_path, monkeypatch):
+    names = generate(model, tmp_path, 4, 2)
     written = {name: (tmp_path / name).read_bytes() for name in names}
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in names}
     (tmp_path / names[3]).write_bytes(written[names[3]][:40])
-    assert draw(model, tmp_path, 4, 2) == names
+    assert generate(model, tmp_path, 4, 2) == names
     assert {name: (tmp_path / name).read_bytes() for name in names} == written
     assert {name for name in names if (tmp_path / name).stat().st_mtime_ns != times[name]} == {names[3]}
-    monkeypatch.setattr(type(model), "generate", None)  # nothing is left to draw
-    assert draw(model, tmp_path, 4, 3) == names
+    monkeypatch.setattr(type(model), "generate", None)  # nothing remains to generate
+    assert generate(model, tmp_path, 4, 3) == names
 
 
 def test_another_model_prompt_size_or_scale_makes_new_ones(model, tiny_checkpoint, tmp_path):
@@ -60,10 +60,10 @@ def test_another_model_prompt_size_or_scale_makes_new_ones(model, tiny_checkpoin
     other.hash = "0123456789"
     settings = [(model, "a five", 32, 1.0), (other, "a five", 32, 1.0), (model, "a six", 32, 1.0)]
     settings += [(model, "a five", 16, 1.0), (model, "a five", 32, 2.0)]
-    names = [draw(m, tmp_path, 1, 1, *setting)[0] for m, *setting in settings]
+    names = [generate(m, tmp_path, 1, 1, *setting)[0] for m, *setting in settings]
     assert len(set(names)) == 5 == len(list(tmp_path.iterdir()))
     with pytest.raises(ValueError, match="cannot be made by this model"):
-        draw(model, tmp_path, 1, 1, size=33)
+        generate(model, tmp_path, 1, 1, size=33)
 
 
 def test_a_users_images_come_first(model, tmp_path, capsys):
@@ -73,20 +73,20 @@ def test_a_users_images_come_first(model, tmp_path, capsys):
     (tmp_path / "readme.txt").write_text("mine")
 
     def some(count):
-        return take(model, (tmp_path, ["a five"], count))[0]
+        return images_of(model, (tmp_path, ["a five"], count))[0]
 
     assert some(None) == {"a.png": "a five", "b.jpg": "a five"} and list(some(1)) == ["a.png"]
     four = some(4)
     assert list(four)[:2] == ["a.png", "b.jpg"] and len(four) == 4 and set(four.values()) == {"a five"}
-    assert f"class images in {tmp_path}: 2; the model draws 2 more" in capsys.readouterr().out
-    assert some(4) == four and list(some(None)) == ["a.png", "b.jpg"]  # what was drawn is not taken for the user's
-    assert len(take(model, (tmp_path / "new", ["a five"]))[0]) == 3
+    assert f"class images in {tmp_path}: 2; the model generates 2 more" in capsys.readouterr().out
+    assert some(4) == four and list(some(None)) == ["a.png", "b.jpg"]  # generated images are not taken for the user's
+    assert len(images_of(model, (tmp_path / "new", ["a five"]))[0]) == 3
 
 
-def test_several_prompts_share_what_is_drawn(model, tmp_path):
+def test_several_prompts_share_the_images(model, tmp_path):
     """Evenly, each with seeds from 0 on; images of one's own have to say which they are."""
     prompts = ["a five", "a six", "a seven"]
-    (found,) = take(model, (tmp_path, prompts, 5))
+    (found,) = images_of(model, (tmp_path, prompts, 5))
     recipes = [Recipe.from_text(read_png_text(tmp_path / name)) for name in found]
     assert [(recipe.prompt, recipe.seed) for recipe in recipes] == [
         ("a five", 0),
@@ -97,7 +97,7 @@ def test_several_prompts_share_what_is_drawn(model, tmp_path):
     ]
     assert list(found.values()) == [recipe.prompt for recipe in recipes]
     Image.new("L", (32, 32), 99).save(tmp_path / "own.png")
-    assert take(model, (tmp_path, prompts, 2)) == [{"own.png": None, next(iter(found)): "a five"}]
+    assert images_of(model, (tmp_path, prompts, 2)) == [{"own.png": None, next(iter(found)): "a five"}]
 
 
 def test_what_else_is_kept(model, tmp_path):
@@ -106,7 +106,7 @@ def test_what_else_is_kept(model, tmp_path):
     known = ["a five", "a six", "a seven", "an eight"]
 
     def captions(name, keep=None):
-        (found,) = take(model, (tmp_path / name, ["a five"], None, keep), known=known, usual=2)
+        (found,) = images_of(model, (tmp_path / name, ["a five"], None, keep), known=known, default_count=2)
         return sorted(found.values())
 
     assert captions("a") == ["a five", "a five", "a seven", "a six"]
@@ -119,17 +119,17 @@ def test_what_else_is_kept(model, tmp_path):
 
 
 def test_one_bar_over_all_that_is_missing(model, tmp_path, capsys):
-    """Whatever the number of prompts and subjects; what is there, or asked for twice, is counted and drawn once."""
+    """Whatever the number of prompts and subjects; what is there, or asked for twice, is counted and generated once."""
     first, second = (tmp_path, ["a five"], 2, ["a six", "a seven"]), (tmp_path, ["a six"], 3, ["a five"])
-    take(model, (tmp_path, ["a seven"], 1, []))
+    images_of(model, (tmp_path, ["a seven"], 1, []))
     capsys.readouterr()
-    fives, sixes, nothing = take(model, first, second, (tmp_path, []))
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "| 6/6 [" in said  # a bar ends its line; fives 0 to 2, sixes 0 to 2
+    fives, sixes, nothing = images_of(model, first, second, (tmp_path, []))
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "| 6/6 [" in shown  # a bar ends its line; fives 0 to 2, sixes 0 to 2
     assert list(fives.values()) == ["a five", "a five", "a six", "a seven"] and nothing == {}
     assert list(sixes.values()) == ["a six"] * 3 + ["a five"] * 3
     assert len(list(tmp_path.iterdir())) == 7 == len({*fives, *sixes})
-    assert take(model, first, second) == [fives, sixes] and capsys.readouterr().err == ""
+    assert images_of(model, first, second) == [fives, sixes] and capsys.readouterr().err == ""
 
 
 def test_a_full_disk_leaves_whole_images_only(model, tmp_path, monkeypatch):
@@ -144,6 +144,6 @@ def test_a_full_disk_leaves_whole_images_only(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        draw(model, tmp_path, 3, 3)
+        generate(model, tmp_path, 3, 3)
     assert len(list(tmp_path.iterdir())) == 1
-    assert len(draw(model, tmp_path, 3, 3)) == 3
+    assert len(generate(model, tmp_path, 3, 3)) == 3

@@ -119,7 +119,7 @@ def test_fewer_class_images_than_asked(tiny_checkpoint, subject, tmp_path, capsy
     Image.new("L", (32, 32), 99).save(own / "a.png")
     before = (own / "a.png").read_bytes()
     dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", "--class_data_dir", own))
-    assert f"class images in {own}: 1; the model draws 2 more" in capsys.readouterr().out
+    assert f"class images in {own}: 1; the model generates 2 more" in capsys.readouterr().out
     (kept,) = images_of(tiny_checkpoint, tmp_path / "out").classes
     assert kept.paths[0] == own / "a.png" and len(kept) == 3 == len(list(own.iterdir()))
     assert (own / "a.png").read_bytes() == before

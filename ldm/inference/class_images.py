@@ -1,8 +1,8 @@
-"""Class images: what the model itself generates for the class's prompt before tuning (Ruiz et al. 2022, sec. 3.3).
+"""Class images: images of the class's prompt from the model itself, generated before tuning (Ruiz et al. 2022, 3.3).
 
-They are PNG files named class-KEY-SEED.png, where the key stands for everything that decides them (model, prompt, size,
-sampling) but the seed, and each carries its recipe. So a folder can hold those of many models and prompts, and a second
-run finds its own; any other image there is the user's.
+They are PNG files class-KEY-SEED.png; the key is a hash of everything that decides them (model, prompt, size, sampling)
+except the seed, and each file carries its recipe. So one folder can hold those of several models and prompts, and a
+second run finds its own. Any other image in the folder is the user's.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from ldm.conditioning.prompt import count_chunks
 from ldm.data.buckets import bucket_shapes
@@ -24,23 +25,23 @@ from ldm.inference.generate import default_recipe, generate_run
 from ldm.inference.recipe import Recipe, plan, read_png_text, save_png
 from ldm.latent_diffusion import LatentDiffusion
 
-DRAWN = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
+GENERATED = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
 
 
 def users_images(folder: Path) -> list[str]:
-    """Names of the images below the folder that were not drawn for a class; none if there is no such folder."""
+    """Return the names of the images below the folder that were not generated here."""
     try:
         paths = find_images(folder)
-    except FileNotFoundError:
+    except FileNotFoundError:  # no folder, or an empty one
         return []
-    return [path.relative_to(folder).as_posix() for path in paths if not DRAWN.fullmatch(path.name)]
+    return [path.relative_to(folder).as_posix() for path in paths if not GENERATED.fullmatch(path.name)]
 
 
 class SubjectImages(DreamBooth):
     """DreamBooth's data by folders and prompts; class images that are missing are generated.
 
     Args:
-        model: what generates them: the one that will be tuned. It is given by the stage, as `size` and `channels` are.
+        model: the model to tune, which generates them; given by the stage, as `size` and `channels` are.
         instance_data_dir, instance_prompt, class_prompt: one, or a list with one for each subject. Without a class
             there are no class images. A class prompt may have choices (`ldm.data.dreambooth.choices`).
         class_data_dir: the class images' folder, one for all or a list with one for each subject.
@@ -116,21 +117,24 @@ def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
 
 
 class Class(NamedTuple):
-    """A class whose images are wanted in a folder.
+    """The class images that a subject needs.
 
-    count: None takes all that are not ours, or draws the usual number where there are none.
-    keep: prompts besides the class's, of which as many images are drawn. None takes those known of the model where
-    all of the class's are drawn; who brings his own has chosen what is kept.
+    Attributes:
+        folder: Where they are.
+        prompts: Of the class; none: no images either.
+        count: How many images. None: all of the user's, or the default number where there are none.
+        keep: Other prompts, of which as many images are generated. None: those that the model is known to have
+            learned, unless the folder has images of the user's.
     """
 
     folder: Path
-    prompts: Sequence[str]  # none: no images either
+    prompts: Sequence[str]
     count: int | None = None
     keep: Sequence[str] | None = None
 
 
 class Share(NamedTuple):
-    """So many images of a prompt, with seeds from 0 on."""
+    """A number of images of one prompt, with seeds from 0 on."""
 
     folder: Path
     prompt: str
@@ -140,102 +144,112 @@ class Share(NamedTuple):
 def collect(
     model: LatentDiffusion,
     classes: Sequence[Class],
-    usual: int,
+    default_count: int,
     size: int,
     scale: float,
     batch_size: int,
     known: Sequence[str] = (),
 ) -> list[dict[str, str | None]]:
-    """Of each class, names of its images and their captions: those that are not ours first, the rest drawn.
+    """Return {name of image: caption} for each class: the user's images first; the missing ones are generated.
 
-    The prompts share what is drawn evenly. Images that are not ours are captioned with the prompt if there is one
-    alone; if there are several, they need captions of their own, and have none here.
+    The prompts of a class share the generated images evenly. The user's images have the class's prompt as caption; None
+    where there are several prompts, since then they need captions of their own.
 
-    usual: how many of a class where nobody says. known: prompts of what the model can draw.
+    Args:
+        model: The model to tune.
+        classes: One for each subject.
+        default_count: Images of a class that gives no count.
+        size, scale, batch_size: As in `generate_class_images`.
+        known: Prompts that the model is known to have learned.
     """
-    found, shares = zip(*(_wanted(one, usual, known) for one in classes), strict=True)
-    names = iter(draw_class_images(model, [share for row in shares for share in row], size, scale, batch_size))
+    found, shares = zip(*(_plan(one, default_count, known) for one in classes), strict=True)
+    names = iter(generate_class_images(model, [share for row in shares for share in row], size, scale, batch_size))
     for images, row in zip(found, shares, strict=True):
         for share in row:
             images |= dict.fromkeys(next(names), share.prompt)
     return list(found)
 
 
-def _wanted(one: Class, usual: int, known: Sequence[str]) -> tuple[dict[str, str | None], list[Share]]:
-    """The images of a class that are not ours with their captions, and what is to be drawn besides."""
-    if not one.prompts:
-        return {}, []
+def _plan(one: Class, default_count: int, known: Sequence[str]) -> tuple[dict[str, str | None], list[Share]]:
+    """Return the user's images of a class with their captions, and what to generate besides."""
     folder, prompts, count, keep = one
+    if not prompts:
+        return {}, []
     own = users_images(folder)
     if count is None:
-        count = len(own) if own else usual
-    found = dict.fromkeys(own[:count], prompts[0]) if len(prompts) == 1 else dict.fromkeys(own[:count])
+        count = len(own) if own else default_count
     missing = count - len(own)
     if own and missing > 0:
-        print(f"class images in {folder}: {len(own)}; the model draws {missing} more")
+        print(f"class images in {folder}: {len(own)}; the model generates {missing} more")
     if keep is None:
         keep = () if own else known
     shares = []
-    for asked, number in ((prompts, missing), ([prompt for prompt in keep if prompt not in prompts], count)):
-        counts = [len(range(i, number, len(asked))) for i in range(len(asked))]
-        shares += [Share(folder, prompt, part) for prompt, part in zip(asked, counts, strict=True) if part]
-    return found, shares
+    for group, number in ((prompts, missing), ([prompt for prompt in keep if prompt not in prompts], count)):
+        counts = [len(range(i, number, len(group))) for i in range(len(group))]
+        shares += [Share(folder, prompt, part) for prompt, part in zip(group, counts, strict=True) if part]
+    return dict.fromkeys(own[:count], prompts[0] if len(prompts) == 1 else None), shares
 
 
-def draw_class_images(
+def generate_class_images(
     model: LatentDiffusion, shares: Sequence[Share], size: int, scale: float, batch_size: int
 ) -> list[list[str]]:
-    """Names of the images of each share, size x size pixels; those that are not in its folder are drawn.
+    """Return the names of each share's images; those that its folder lacks are generated.
 
-    They are written one by one, whole or not at all, so that an interrupted run goes on.
+    Each file is written whole or not at all, so that an interrupted run can go on.
 
-    scale: of guidance. Raises ValueError for a size that the model cannot make, OSError when a file cannot be written.
+    Args:
+        model: The model to tune.
+        shares: What to generate.
+        size: Height and width in pixels.
+        scale: The guidance scale.
+        batch_size: Images at a time.
+
+    Raises:
+        ValueError: A size that the model does not support.
+        OSError: A file cannot be written.
     """
-    from tqdm import tqdm
-
     first = default_recipe(model, "" if model.path is None else model.path.stem, scale=scale, height=size, width=size)
     runs = [plan(first, [share.prompt], share.count, batch_size) for share in shares]
-    paths = [[share.folder / _name(recipe) for recipe in run] for share, run in zip(shares, runs, strict=True)]
-    rows = list(zip(runs, paths, strict=True))
-    # A set, because shares may overlap: what a subject's class is may be kept beside another subject.
-    missing = {path for row in rows for recipe, path in zip(*row, strict=True) if not _is_there(path, recipe)}
-    if missing:
-        with tqdm(total=len(missing), desc="class images", unit="image") as bar:
-            for row in rows:
-                for path in _draw_missing(model, *row, missing):
-                    missing.remove(path)
-                    bar.update()
-    return [[path.name for path in row] for row in paths]
+    rows = [[(recipe, share.folder / _name(recipe)) for recipe in run] for share, run in zip(shares, runs, strict=True)]
+    # A set, because shares may overlap: one subject's class may be kept beside another subject.
+    missing = {path for row in rows for recipe, path in row if not _is_there(path, recipe)}
+    with tqdm(total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
+        for row in rows:
+            for path in _generate_missing(model, row, missing):
+                missing.remove(path)
+                bar.update()
+    return [[path.name for _, path in row] for row in rows]
 
 
-def _draw_missing(
-    model: LatentDiffusion, recipes: Sequence[Recipe], paths: Sequence[Path], missing: Collection[Path]
+def _generate_missing(
+    model: LatentDiffusion, row: Sequence[tuple[Recipe, Path]], missing: Collection[Path]
 ) -> Iterator[Path]:
-    """Draw a share's images from the first missing one on, and write the missing ones, each yielded when written."""
-    places = [i for i, path in enumerate(paths) if path in missing]
-    if not places:
+    """Generate a share's images from the first missing one on; write and yield the missing ones."""
+    recipes, paths = zip(*row, strict=True)
+    first = next((i for i, path in enumerate(paths) if path in missing), None)
+    if first is None:
         return
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    start = places[0] - recipes[places[0]].batch_position  # whole batches, so that the recipes say what was done
-    for drawn in generate_run(model, recipes[start:]):
-        path = paths[start + drawn.index]
+    start = first - recipes[first].batch_position  # whole batches, as the recipes say
+    for recipe, image, index in generate_run(model, recipes[start:]):
+        path = paths[start + index]
         if path in missing:
-            save_png(drawn.image, path, drawn.recipe.to_text())
+            save_png(image, path, recipe.to_text())
             yield path
 
 
 def _name(recipe: Recipe) -> str:
-    key = hashlib.sha256(_whatever_the_batch(recipe).to_text().encode()).hexdigest()[:8]
+    key = hashlib.sha256(_without_batch(recipe).to_text().encode()).hexdigest()[:8]
     return f"class-{key}-{recipe.seed:05}.png"
 
 
-def _whatever_the_batch(recipe: Recipe) -> Recipe:
-    """The recipe without its place in a batch, which moves the last bits of an image only, and without its seed."""
+def _without_batch(recipe: Recipe) -> Recipe:
+    """Return the recipe without its seed and its place in a batch, which changes only the last bits of an image."""
     return replace(recipe, seed=0, index=0, batch_size=1, batch_position=0, batch_prompts=1, prompt_position=0)
 
 
 def _is_there(path: Path, recipe: Recipe) -> bool:
     try:
-        return _whatever_the_batch(Recipe.from_text(read_png_text(path))) == _whatever_the_batch(recipe)
-    except (FileNotFoundError, ValueError):  # none, or damaged: drawn anew
+        return _without_batch(Recipe.from_text(read_png_text(path))) == _without_batch(recipe)
+    except (FileNotFoundError, ValueError):  # missing, or damaged
         return False
