@@ -10,7 +10,7 @@ from torch import Tensor
 from ldm.finetune import lora
 from ldm.latent_diffusion import LatentDiffusion
 
-ALL_SIGMAS = tuple(lora.TARGETS)
+EVERY_TARGET = tuple(lora.TARGETS)
 
 
 def tiny(kind: str) -> LatentDiffusion:
@@ -18,7 +18,7 @@ def tiny(kind: str) -> LatentDiffusion:
     return randomised(LatentDiffusion(**KINDS[kind])).eval().requires_grad_(False)
 
 
-def learned(model, rank: int = 3, alpha: float | None = 2.0, targets=ALL_SIGMAS, seed: int = 0):
+def learned(model, rank: int = 3, alpha: float | None = 2.0, targets=EVERY_TARGET, seed: int = 0):
     """Adapters as training might leave them, at the model's layers: of an effect about as large as the weights'."""
     adapters = lora.attach(model, rank, alpha, targets, seed)
     generator = torch.Generator().manual_seed(seed + 1)

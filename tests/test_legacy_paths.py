@@ -3,7 +3,6 @@
 `python tests/test_legacy_paths.py` writes the table of names into docs/reference/compvis.md.
 """
 
-import ast
 import importlib
 import inspect
 import re
@@ -83,14 +82,6 @@ def test_no_folder_has_the_name_of_an_old_package():
     """A leftover one, even with nothing in it but `__pycache__`, would win as a namespace package."""
     for package in PACKAGES - {"ldm.models.teaching"}:  # nothing imports that one itself
         assert not ROOT.joinpath(*package.split(".")).exists(), package
-
-
-def test_nothing_imports_compvis():
-    for path in [*(ROOT / "ldm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
-        if path.parent.name != "compvis":
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [node.module] if isinstance(node, ast.ImportFrom) else getattr(node, "names", [])
-                assert not any("compvis" in str(getattr(n, "name", n)).split(".")[1:2] for n in names), path
 
 
 def test_an_old_name_is_the_home_itself():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_models import ALL_SIGMAS, distance, inputs, learned, outputs, tiny
+from lora_models import EVERY_TARGET, distance, inputs, learned, outputs, tiny
 from tiny_stable_diffusion import SD1, changed
 from torch import nn
 
@@ -214,7 +214,7 @@ def loss(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_all_adapters_and_nothing_else(kind):
     model = tiny(kind)
-    adapters = lora.attach(model, 3, targets=ALL_SIGMAS)
+    adapters = lora.attach(model, 3, targets=EVERY_TARGET)
     loss(model).backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, adapter in adapters.items():

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import peers
-from lora_models import ALL_SIGMAS, distance, file_of, inputs, learned, outputs, tiny
+from lora_models import EVERY_TARGET, distance, file_of, inputs, learned, outputs, tiny
 from safetensors.torch import save_file
 
 import ldm
@@ -149,7 +149,7 @@ def test_what_pefts_own_model_writes_loads_here(models, pipelines, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_we_write_loads_in_diffusers(kind, format, models, pipelines, tmp_path):
     model = models[kind]
-    adapters = learned(model, targets=[*ALL_SIGMAS, "emb_layers", "time_embed", r"input_blocks\.0\.0$", r"\bout\.2$"])
+    adapters = learned(model, targets=[*EVERY_TARGET, "emb_layers", "time_embed", r"input_blocks\.0\.0$", r"\bout\.2$"])
     wanted = outputs(model)
     lora.detach(adapters)
     save_lora(tmp_path / "ours.safetensors", adapters, model, format)

@@ -17,6 +17,7 @@ With D(cond) for the denoised prediction under a conditioning, and for each guid
 D(cond) is evaluated once: `Prediction.unguided` hands it on.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, scalings, to_vp
 from ldm.diffusion.schedule import Schedule
-from ldm.settings import ALL_SIGMAS
 
 # (denoise, cond, prompts) -> denoise: guidance to add, given the conditioning of these prompts (texts or classes)
 Guide = Callable[[BoundDenoise, Cond, Sequence[Any]], BoundDenoise]
@@ -37,7 +37,7 @@ def classifier_free(
     cond: Cond,
     uncond: Cond | None = None,
     scale: float = 1.0,
-    interval: tuple[float, float] = ALL_SIGMAS,
+    interval: tuple[float, float] = (0.0, math.inf),
     rescale: float = 0.0,
     prediction: str | None = None,
 ) -> BoundDenoise:
