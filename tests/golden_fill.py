@@ -44,6 +44,22 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def unet_params(**changes) -> dict:
+    """Arguments of a tiny UNet of two levels, 32 and 64 channels wide, with attention at both."""
+    params = {"image_size": 8, "in_channels": 4, "model_channels": 32, "out_channels": 4, "num_res_blocks": 1}
+    return params | {"attention_resolutions": [1, 2], "channel_mult": [1, 2]} | changes
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def untrained(*modules: nn.Module) -> list[str]:
+    """The names of the parameters that a backward pass gave no gradient, or zeros alone."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    return [name for name, parameter in named if parameter.grad is None or not parameter.grad.any()]
+
+
 @cache
 def _state_dicts() -> dict[str, dict[str, list[int]]]:
     return json.loads(gzip.decompress((GOLDEN / "state_dict_keys.json.gz").read_bytes()))

@@ -2,35 +2,13 @@
 
 import pytest
 import torch
-from golden_fill import fill, randn
+from golden_fill import count, fill, randn, unet_params, untrained
 from torch.nn import functional as F
 
 from ldm.optional.noisy_classifier import POOLS, AttentionPool2d, EncoderUNetModel
 from ldm.util import get_obj_from_str
 
-SMALL = {
-    "image_size": 8,
-    "in_channels": 1,
-    "model_channels": 32,
-    "out_channels": 10,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2],
-    "channel_mult": [1, 2],
-    "num_head_channels": 16,
-}
-ADM_64 = {
-    "image_size": 64,
-    "in_channels": 3,
-    "model_channels": 128,
-    "out_channels": 1000,
-    "num_res_blocks": 4,
-    "attention_resolutions": [2, 4, 8],
-    "channel_mult": [1, 2, 3, 4],
-    "num_head_channels": 64,
-    "use_scale_shift_norm": True,
-    "resblock_updown": True,
-    "pool": "attention",
-}
+SMALL = unet_params(in_channels=1, out_channels=10, attention_resolutions=[2], num_head_channels=16)
 
 
 @pytest.mark.parametrize("pool", ["spatial", "spatial_v2"])
@@ -67,8 +45,9 @@ def test_attention_pooling_of_one_head_is_the_formula():
 
 def test_size_of_adms_classifier_of_64_pixels():
     with torch.device("meta"):
-        model = EncoderUNetModel(**ADM_64)
-    assert sum(p.numel() for p in model.parameters()) == 65_438_568
+        size = {"channel_mult": [1, 2, 3, 4], "num_head_channels": 64, "use_scale_shift_norm": True}
+        model = EncoderUNetModel(64, 3, 128, 1000, 4, [2, 4, 8], resblock_updown=True, pool="attention", **size)
+    assert count(model) == 65_438_568
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -79,8 +58,7 @@ def test_every_parameter_trains_and_images_and_levels_count(pool):
     assert logits.shape == (2, 10) and not torch.allclose(logits, model(x, t.flip(0)))
     F.cross_entropy(logits, torch.tensor([1, 9])).backward()
     assert x.grad.abs().amax(dim=(1, 2, 3)).min() > 0
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    assert untrained(model) == []
 
 
 def test_an_untrained_adaptive_head_says_nothing():

@@ -1,16 +1,12 @@
 import pytest
 import torch
-from golden_fill import fill, randn
+from golden_fill import count, fill, randn, untrained
 from torch import nn
 
 from ldm.models.blocks import timestep_embedding
 from ldm.optional.simple_unet import Block, SimpleUNet
 
 SMALL = {"channels": 1, "widths": [8, 16, 24], "time_channels": 8}
-
-
-def count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("shared_norm, parameters", [(False, 62_438_883), (True, 62_433_123)])
@@ -44,8 +40,7 @@ def test_sizes(channels, height, width):
 def test_every_parameter_learns(shared_norm):
     model = SimpleUNet(**SMALL, shared_norm=shared_norm)
     model(randn(4, 1, 8, 8), torch.tensor([0, 5, 100, 299])).square().mean().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert silent == []
+    assert untrained(model) == []
 
 
 def test_block_is_convolution_relu_normalisation_and_time_between():
