@@ -80,8 +80,8 @@ def test_batches_are_of_one_group_and_lose_little():
         EpochBatches(20, 5, seed=3, groups=groups)
 
 
-@pytest.mark.parametrize("least", [1, 8])
-def test_subjects_in_buckets(tmp_path, least):
+@pytest.mark.parametrize("min_samples", [1, 8])
+def test_subjects_in_buckets(tmp_path, min_samples):
     """All samples of a batch stack; every image, of a bucket of its own too, is in about as many batches."""
     for name, sizes in (("dog", [(32, 32), (64, 32), (70, 30), (30, 50), (20, 60)]), ("cat", [(60, 20), (32, 32)])):
         (tmp_path / name).mkdir()
@@ -90,11 +90,11 @@ def test_subjects_in_buckets(tmp_path, least):
     rows = [{"instance_dir": str(tmp_path / name), "instance_prompt": name} for name in ("dog", "cat")]
     for row in rows:
         row |= {"class_dir": str(tmp_path / "cat"), "class_images": {"1.png": "a cat"}}
-    data = DreamBooth(rows, 32, channels=1, least=least, buckets=bucket_shapes(32, 8))
+    data = DreamBooth(rows, 32, channels=1, min_samples=min_samples, buckets=bucket_shapes(32, 8))
     assert set(data.groups) == {(32, 32), (40, 24), (24, 40), (64, 16), (16, 64)} and len(data.groups) == len(data)
-    stream = training_batches(data, EpochBatches(len(data), least, 0, groups=data.groups), 0, workers=0)
-    epoch = [next(stream)[1] for _ in range(len(data) // least - len(set(data.groups)))]
-    assert all(batch["class_image"].shape == (least, 1, 32, 32) for batch in epoch)
+    stream = training_batches(data, EpochBatches(len(data), min_samples, 0, groups=data.groups), 0, workers=0)
+    epoch = [next(stream)[1] for _ in range(len(data) // min_samples - len(set(data.groups)))]
+    assert all(batch["class_image"].shape == (min_samples, 1, 32, 32) for batch in epoch)
     shown = [level for batch in epoch for level in ((batch["image"][:, 0, 0, 0] + 1) * 127.5).round().tolist()]
     counts = [shown.count(level) for level in (5, 15, 25, 35, 45)]
     assert min(counts) > 0.8 * len(data) / 10 and max(counts) <= len(data) / 10

@@ -75,7 +75,7 @@ def in_buckets(subject, tmp_path_factory) -> dict:
         "subjects": [row],
         "size": 32,
         "channels": 1,
-        "least": 2,
+        "min_samples": 2,
         "buckets": [list(shape) for shape in bucket_shapes(32, 8)],
     }
 
@@ -271,7 +271,7 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
         images = in_buckets["subjects"][0] if kind == "buckets" else subject
         made = config(checkpoints, images, tmp_path / name, lora=lora, **text)
         made["loop"] |= {"save_every": 3, "steps": 5}
-        made["data"]["params"] |= {"buckets": kind == "buckets", "least": 2}
+        made["data"]["params"] |= {"buckets": kind == "buckets", "min_samples": 2}
         return made
 
     whole, part = train(settings("whole")), settings("part")

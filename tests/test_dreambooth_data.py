@@ -44,7 +44,7 @@ def test_pairs_run_through_all_images(tmp_path):
 
 
 def test_without_a_class_there_are_no_pairs(tmp_path):
-    data = DreamBooth([subject(tmp_path, "dog", 3)], 8, least=8)
+    data = DreamBooth([subject(tmp_path, "dog", 3)], 8, min_samples=8)
     assert len(data) == 8 and data[0].keys() == {"image", "caption"} and data[0]["image"].shape == (3, 8, 8)
 
 
@@ -119,7 +119,7 @@ def test_bad_images_are_named(tmp_path):
         DreamBooth([row], 8)
     with pytest.raises(FileNotFoundError, match="holds no images"):
         DreamBooth([{"instance_dir": str(empty(tmp_path)), "instance_prompt": "x"}], 8)
-    with pytest.raises(ValueError, match="there is no subject"):
+    with pytest.raises(ValueError, match="DreamBooth needs a subject"):
         DreamBooth([], 8)
 
 

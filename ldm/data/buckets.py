@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: shapes of about one area, so that images that are not square need not be cut to squares."""
+"""Aspect-ratio buckets: shapes of about one area, so that images need not be cropped to squares."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ Shape = tuple[int, int]  # width, height in pixels
 
 
 def bucket_shapes(size: int, multiple: int) -> list[Shape]:
-    """Shapes of at most size x size pixels in all, with sides from size / 2 to 2 size that are multiples of `multiple`.
+    """Return shapes of at most size * size pixels, with sides from size / 2 to 2 size, multiples of `multiple`.
 
-    `size` is one itself. Raises ValueError where there is nothing but the square.
+    The square is the first. Raises ValueError if it is the only one.
     """
     shapes = [(size, size)]
     for short in range(size - multiple, (size - 1) // 2, -multiple):
@@ -24,6 +24,6 @@ def bucket_shapes(size: int, multiple: int) -> list[Shape]:
 
 
 def nearest(shapes: Sequence[Sequence[int]], width: int, height: int) -> Shape:
-    """That with the aspect ratio nearest to width / height, as a factor; the first of several."""
+    """Return the shape whose aspect ratio is nearest to width / height, as a factor."""
     wide, high = min(shapes, key=lambda shape: abs(math.log(shape[0] * height / (shape[1] * width))))
     return wide, high

@@ -16,20 +16,21 @@ CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
 
 class DreamBooth(Dataset):
-    """Pairs: sample i is an image of a subject and, where there are class images, one of the same subject's class.
+    """Pairs of a subject's image and, with prior preservation, an image of its class.
 
-    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str} and, of the class image, the same
-    as "class_image" and "class_caption". Sample i belongs to subject i modulo their number, and runs through its
-    images in turn, so that subjects weigh the same, however many images they have. An epoch holds every image at
-    least once, and at least `least` samples.
+    A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str} and, for the class image, the same
+    as "class_image" and "class_caption". Sample i belongs to subject i modulo their number, and takes its images in
+    turn, so that subjects weigh the same however many images they have. An epoch holds every image at least once.
 
-    subjects: for each, {"instance_dir", "instance_prompt"} and, with prior preservation, {"class_dir",
-        "class_images": {file in that folder: caption}}; all of them have class images, or none. The prompt and the
-        captions are those of images that come without one of their own (NAME.txt, NAME.caption, metadata.jsonl).
-    size, channels, crop, flip, seed: as in `Folder`.
-    buckets: as in `Folder`, of the subjects' images; images of the class are squares always, as the model draws
-        them. Then `groups` says which samples may go into one batch, and an epoch holds every image at least
-        8 x `least` times, so that little is lost with the last, ragged batch of a bucket.
+    Args:
+        subjects: for each, {"instance_dir", "instance_prompt"} and, with prior preservation, {"class_dir",
+            "class_images": {file in that folder: caption}}; all of them have class images, or none. Prompt and captions
+            are for images without a caption of their own (NAME.txt, NAME.caption, metadata.jsonl).
+        size, channels, crop, flip, seed: as in `Folder`.
+        min_samples: smallest number of samples in an epoch.
+        buckets: as in `Folder`, for the subjects' images; class images are square, as they are generated. `groups` then
+            says which samples may be in one batch, and an epoch holds every image at least 8 * `min_samples` times, so
+            that little is lost with a bucket's last, incomplete batch.
 
     Raises what `Folder` raises, and ValueError for a damaged image (all are read once), no subject, or class images
     of some subjects only.
@@ -43,11 +44,11 @@ class DreamBooth(Dataset):
         crop: str = "center",
         flip: bool = False,
         seed: int = 0,
-        least: int = 1,
+        min_samples: int = 1,
         buckets: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if not subjects:
-            raise ValueError("there is no subject: give a folder with images of one.")
+            raise ValueError("DreamBooth needs a subject: give a folder with its images")
         settings = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
         self.instances: list[Any] = [
             Folder(one["instance_dir"], caption=one["instance_prompt"], buckets=buckets, **settings) for one in subjects
@@ -64,7 +65,7 @@ class DreamBooth(Dataset):
         ]
         if self.classes and len(self.classes) != len(self.instances):
             raise ValueError(f"only {len(self.classes)} of {len(subjects)} subjects have class images: all, or none.")
-        self.least, self.augments = least, flip or crop == "random"
+        self.min_samples, self.augments = min_samples, flip or crop == "random"
         self.shapes = None if buckets is None else [folder.shapes for folder in self.instances]
         for folder in [*self.instances, *self.classes]:
             for path in folder.paths:
@@ -73,8 +74,8 @@ class DreamBooth(Dataset):
     def __len__(self) -> int:
         longest, subjects = max(len(images) for images in [*self.instances, *self.classes]), len(self.instances)
         if self.shapes is None:
-            return max(longest * subjects, self.least)
-        return max(longest, 8 * self.least * max(map(len, self.instances))) * subjects
+            return max(longest * subjects, self.min_samples)
+        return max(longest, 8 * self.min_samples * max(map(len, self.instances))) * subjects
 
     @property
     def groups(self) -> list[Shape] | None:
@@ -95,7 +96,7 @@ class DreamBooth(Dataset):
         return list(dict.fromkeys(texts))
 
     def map(self, cached: Callable[[Any], Any]) -> None:
-        """Replace each set of images by `cached(set)`: latents instead of pixels, say."""
+        """Replace each set of images by `cached(set)`, such as latents instead of pixels."""
         self.instances = [cached(images) for images in self.instances]
         self.classes = [cached(images) for images in self.classes]
 

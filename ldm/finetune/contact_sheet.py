@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from ldm.checkpoint.file import atomic
 
-LEAST = 64  # pixels: smaller images are magnified by whole numbers
+MINIMUM = 64  # pixels of height; smaller images are enlarged by an integer factor
 GAP, LINE = 4, 16  # pixels between images, and of a label's line
 
 
@@ -20,8 +20,8 @@ class Row(NamedTuple):
 
 
 def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """All rows below each other, each under its label, on white."""
-    shown = [Row(row.label, [_magnified(image) for image in row.images]) for row in rows]
+    """Return all rows below each other, each under its label, on white."""
+    shown = [Row(row.label, [_enlarged(image) for image in row.images]) for row in rows]
     width = max(sum(image.width + GAP for image in row.images) for row in shown) + GAP
     height = sum(LINE + GAP + max(image.height for image in row.images) for row in shown) + GAP
     sheet = Image.new("RGB", (max(width, 320), height), "white")
@@ -37,11 +37,11 @@ def contact_sheet(rows: Sequence[Row]) -> Image.Image:
 
 
 def save_contact_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Write it as a PNG file, whole or not at all."""
+    """Write the contact sheet as a PNG file, atomically."""
     with atomic(path) as temporary:
         contact_sheet(rows).save(temporary, format="PNG")
 
 
-def _magnified(image: Image.Image) -> Image.Image:
-    factor = max(1, -(-LEAST // image.height))
+def _enlarged(image: Image.Image) -> Image.Image:
+    factor = max(1, -(-MINIMUM // image.height))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

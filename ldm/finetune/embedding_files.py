@@ -1,4 +1,4 @@
-"""Files of learned words, in the three formats that there are; nothing in them is executed.
+"""Files of learned words, in their three formats; nothing in them is executed.
 
     diffusers   learned_embeds.safetensors or .bin: {word: vectors}
     a1111       WORD.pt of AUTOMATIC1111's web UI: {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors},
@@ -6,8 +6,8 @@
     compvis     embeddings.pt of the textual inversion code: {"string_to_token": {word: token}, "string_to_param":
                 nn.ParameterDict of {word: vectors}}, of one word or several
 
-Vectors are (n, d), or (d) for a single one. "*" in the last two is no name: the word is the "name", or else, as
-AUTOMATIC1111's web UI always does it, the file's name.
+Vectors are (n, d), or (d) for a single one. "*" in the last two is a placeholder: the word is the "name", or else, as
+always in AUTOMATIC1111's web UI, the file's name.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,12 @@ from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, read_tensors
 from ldm.checkpoint.torch_file import TorchFile
 
 FORMATS = ("diffusers", "a1111", "compvis")
-ANY, ANY_TOKEN = "*", 265  # the placeholder of files that tell no word, and its token in all of CLIP's vocabularies
+ANY, ANY_TOKEN = "*", 265  # the placeholder, and its token in CLIP's vocabularies
 TABLE = "string_to_param"
 
 
 class LearnedWord(NamedTuple):
-    """A word, its vectors (n, d) in float32, and the number of steps that it was trained for, if known."""
+    """A word, its vectors (n, d) in float32, and the training steps that it took, if known."""
 
     word: str
     vectors: Tensor
@@ -36,9 +36,9 @@ class LearnedWord(NamedTuple):
 
 
 def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
-    """The learned words of a file of any of the formats; `word` is what to call a single one.
+    """Read the learned words of a file in any of the formats; `word` renames a single one.
 
-    Raises FileNotFoundError, and ValueError, in one sentence with the file's name, for what holds no learned words.
+    Raises FileNotFoundError, and ValueError, with the file's name, for a file without learned words.
     """
     path = Path(path)
     try:
@@ -52,7 +52,7 @@ def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
 
 
 def read_table(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
-    """(vectors by word, the word that "*" stands for, step). Raises as `read_words`, without the file's name."""
+    """Return vectors by word, the word that "*" stands for, and the step. Raises as `read_words`."""
     if not path.is_file():
         raise FileNotFoundError(f"embedding {str(path)!r} does not exist")
     with open(path, "rb") as opened:
@@ -93,10 +93,10 @@ def _vectors(word: str, value: Tensor) -> Tensor:
 
 
 def write_words(path: str | Path, learned: LearnedWord, format: str) -> None:
-    """Write one word, atomically: a1111 and diffusers as safetensors or torch's file, as the path's suffix says.
+    """Write one word atomically; a1111's and diffusers' as safetensors or torch's file, by the path's suffix.
 
-    The word is "*" where compvis's format would need it to be a token of its vocabulary. Raises OSError when the file
-    cannot be written, and ValueError for an unknown format.
+    In compvis's format the word is "*", as it would have to be a token of the vocabulary. Raises OSError, and
+    ValueError for an unknown format.
     """
     word, vectors = learned.word, learned.vectors.detach().cpu().clone()
     safe = Path(path).suffix == ".safetensors"

@@ -1,9 +1,9 @@
 """Learned words in a model (textual inversion, Gal et al. 2022, https://arxiv.org/abs/2208.01618, section 3).
 
-A learned word is a name and the vectors that the text encoder's first layer gives for it: one or several, each taking
-the place of a token. They lie beside the model: its token embedding keeps its weight, its names and its size, its
-vocabulary stays, and whatever prompt does not contain the word is tokenized as before. `ldm.save` writes the model
-without them; their own files are read and written by `embedding_files`.
+A learned word is a name and one or several vectors, each in the place of a token's embedding. They are kept beside the
+model: the token embedding keeps its weight, its parameters' names and its size, the vocabulary stays, and prompts
+without the word are tokenized as before. `ldm.save` writes the model without them; `embedding_files` reads and writes
+them.
 """
 
 import re
@@ -26,10 +26,10 @@ WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "Stable D
 
 
 class WordTokenizer(Tokenizer):
-    """A tokenizer and learned words: their ids follow the vocabulary's, and all other text gets what it gets from it.
+    """A tokenizer with learned words, whose ids follow the vocabulary's; other text is tokenized as by the base.
 
-    A word is found wherever it stands, in capitals or not; one that begins or ends with a letter or digit only where
-    no other letter or digit is next to it.
+    Words are matched anywhere in a prompt, ignoring case; at a word's end that is a letter or digit, only where no
+    other letter or digit is next to it.
     """
 
     def __init__(self, base: Tokenizer) -> None:
@@ -37,14 +37,14 @@ class WordTokenizer(Tokenizer):
         self.words: dict[str, list[int]] = {}
 
     def add(self, word: str, count: int) -> None:
-        """From now on `word` is `count` tokens."""
+        """Add a word of `count` tokens."""
         first = self.vocab_size + sum(map(len, self.words.values()))
         self.words[word] = list(range(first, first + count))
-        self.order = sorted(self.words, key=len, reverse=True)  # of two that begin alike, the longer is meant
+        self.order = sorted(self.words, key=len, reverse=True)  # the longest match first
         self.found = re.compile("|".join(map(_pattern, self.order)), re.IGNORECASE)
 
     def divides(self, tokens: Sequence[int], at: int) -> bool:
-        """Whether the cut would be within a learned word."""
+        """Return whether a cut at this position would divide a learned word."""
         firsts = {ids[0] for ids in self.words.values()}
         return tokens[at] == tokens[at - 1] + 1 and tokens[at] > self.vocab_size and tokens[at] not in firsts
 
@@ -62,10 +62,9 @@ def _pattern(word: str) -> str:
 
 
 class WordEmbedding(nn.Embedding):
-    """A token embedding whose ids go on behind its weight, (v, d), with the rows of `vectors`.
+    """A token embedding in which ids from v on are rows of `vectors`, beside the base's own weight (v, d).
 
-    The weight is that of the embedding in whose place it stands. The vectors are no parameters of it, so that names,
-    sizes and what is saved stay the same.
+    The vectors are not parameters, so that names, sizes and saved files stay the same.
     """
 
     def __init__(self, base: nn.Embedding) -> None:
@@ -81,7 +80,7 @@ class WordEmbedding(nn.Embedding):
 
 
 def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None = None) -> list[str]:
-    """Teach a loaded model the words of a file -> these words. `word` is what to call a single one.
+    """Add the words of a file to a loaded model, and return them. `word` renames a single one.
 
     `model.changes` and `model.notes` name them.
 
@@ -100,9 +99,9 @@ def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None =
 
 
 def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:
-    """Teach a loaded model one word. The vectors (n, d) are used as they are, so that they may be in training.
+    """Add one word to a loaded model. The vectors (n, d) are used without a copy, so that they can be trained.
 
-    Raises ValueError for a word that cannot be one, vectors that do not fit, or a model without CLIP's text encoder.
+    Raises ValueError for a word that is not allowed, vectors that do not fit, or a model without CLIP's text encoder.
     """
     encoder = text_encoder(model)
     check_word(encoder, word)
@@ -123,7 +122,7 @@ def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:
 
 
 def text_encoder(model: LatentDiffusion) -> TextEncoder:
-    """The model's text encoder. ValueError where it has none of CLIP's kind."""
+    """Return the model's text encoder. ValueError if it is not CLIP's."""
     encoder = model.cond_stage_model
     if not isinstance(encoder, TextEncoder):
         kind = "nothing" if encoder is None else type(encoder).__name__
@@ -132,13 +131,13 @@ def text_encoder(model: LatentDiffusion) -> TextEncoder:
 
 
 def token_embedding(encoder: TextEncoder) -> nn.Embedding:
-    """The text tower's first layer, in either layout."""
+    """Return the text tower's token embedding, in either layout."""
     tower = encoder.tower
     return tower.text_model.embeddings.token_embedding if encoder.layout == "transformers" else tower.token_embedding
 
 
 def check_word(encoder: TextEncoder, word: str) -> None:
-    """ValueError for a word that prompts could not contain, or that means something to the text encoder already."""
+    """Raise ValueError for a word that prompts cannot contain, or that the text encoder has already."""
     if not word or not word.isprintable() or any(map(str.isspace, word)):
         raise ValueError(f"{word!r} cannot be a learned word: it must be of visible characters, without spaces")
     if set(word) & set("()[]\\") or BREAK.search(word):
@@ -154,7 +153,7 @@ def check_word(encoder: TextEncoder, word: str) -> None:
 
 
 def initial_vectors(encoder: TextEncoder, text: str, count: int | None = None) -> Tensor:
-    """The token vectors (count, d) of a text to start from: its own, or each several times in order, to make `count`.
+    """Return the token vectors (count, d) of a text, each repeated in order to make `count`.
 
     Raises ValueError for a text without tokens, or of more tokens than `count`.
     """
@@ -168,7 +167,7 @@ def initial_vectors(encoder: TextEncoder, text: str, count: int | None = None) -
 
 
 def deviation(encoder: TextEncoder) -> float:
-    """Of the numbers in the text encoder's own token vectors: the scale of what learned ones differ by."""
+    """Return the standard deviation of the text encoder's token embedding: the scale on which vectors differ."""
     return float(token_embedding(encoder).weight.detach().float().std())
 
 

@@ -1,4 +1,4 @@
-"""Optimizers for fine-tuning large models, by how much memory their state takes beside a weight's 4 bytes."""
+"""Optimizers for fine-tuning large models, whose state takes less memory than AdamW's."""
 
 import math
 from collections.abc import Sequence
@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-# name -> bytes of state for each weight that trains
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 
 
 def make_optimizer(groups: list[dict[str, Any]], name: str, betas: Sequence[float], weight_decay: float) -> Optimizer:
-    """The optimizer of that name over parameter groups, each with its own "lr".
+    """Return the optimizer of that name over parameter groups, each with its own "lr".
 
-    adamw: fused where torch has that. adamw8bit: its moments in 8 bits (Dettmers et al. 2021), by bitsandbytes.
-    adafactor: the second moment as sums over rows and columns, no first one (Shazeer & Stern 2018); its learning rate
-    is relative to the size of the weights, so it is larger.
+    adamw keeps 8 bytes of state for each weight. adamw8bit keeps 2, by bitsandbytes (Dettmers et al. 2021). adafactor
+    keeps sums over rows and columns (Shazeer & Stern 2018); its learning rate is relative to the size of the weights.
 
     Raises ValueError for another name, a learning rate that is not a positive number, and without bitsandbytes.
     """
@@ -29,7 +27,7 @@ def make_optimizer(groups: list[dict[str, Any]], name: str, betas: Sequence[floa
     if name == "adafactor":
         return torch.optim.Adafactor(groups, weight_decay=weight_decay)
     if name != "adamw8bit":
-        raise ValueError(f"optimizer {name!r} is unknown: use {', '.join(STATE_BYTES)}")
+        raise ValueError(f"optimizer {name!r} is unknown: use {', '.join(OPTIMIZERS)}")
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -51,7 +51,7 @@ class SubjectImages(DreamBooth):
         num_class_images: of each subject; None: your own images in its folder, or, where there are none,
             `default_class_images`.
         class_guidance_scale, sample_batch_size: how class images are generated.
-        least: samples in an epoch at least, for each process.
+        min_samples: smallest number of samples in an epoch, for each process.
         buckets: cut the subjects' images to the nearest of `bucket_shapes`.
         crop, flip, seed: as in `Folder`.
     """
@@ -74,7 +74,7 @@ class SubjectImages(DreamBooth):
         crop: str = "center",
         flip: bool = False,
         seed: int = 0,
-        least: int = 1,
+        min_samples: int = 1,
         buckets: bool = False,
     ) -> None:
         found = subjects(instance_data_dir, instance_prompt, class_prompt, class_data_dir)
@@ -99,7 +99,7 @@ class SubjectImages(DreamBooth):
             if own:
                 row |= {"class_dir": one.class_dir, "class_images": own}
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        super().__init__(rows, size, channels, crop, flip, seed, least * processes, shapes)
+        super().__init__(rows, size, channels, crop, flip, seed, min_samples * processes, shapes)
 
 
 def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
