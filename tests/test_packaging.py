@@ -104,7 +104,8 @@ def test_distribution_and_version():
 def test_every_import_is_a_dependency():
     project = PROJECT["project"]
     run, test = modules(project["dependencies"]), modules(project["optional-dependencies"]["test"])
-    optional = {m for name in ("xformers", "8bit", "plots") for m in modules(project["optional-dependencies"][name])}
+    extras = project["optional-dependencies"]
+    optional = {module for name in extras.keys() - {"test"} for module in modules(extras[name])}
     compared = {ROOT / "scripts/benchmark_dreambooth.py"}  # beside a loop over diffusers' classes: needs the test extra
     code = [path for path in PYTHON_FILES if "tests" not in path.parts]
     by_package = {p for path in code if path not in compared for p in imported(path)} - {"ldm"}
