@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.diffusion.denoiser import target
-from ldm.diffusion.loss import WEIGHTS, loss_weight, mean_error
+from ldm.diffusion.loss import WEIGHTINGS, loss_weight, mean_error
 from ldm.diffusion.schedule import make_schedule, q_sample
 
 # The weight of x0's error.
@@ -46,7 +46,7 @@ def test_equal_networks_get_equal_losses(name, prediction):
 def test_finite_at_zero_terminal_snr():
     """diffusers' eps weights divide by SNR and become nan there."""
     zero, found = torch.zeros(1), {}
-    for name in WEIGHTS:
+    for name in WEIGHTINGS:
         found[name] = [loss_weight(name, prediction, zero).item() for prediction in ("eps", "x0", "v")]
     assert found == {
         "none": [1, 1, 1],

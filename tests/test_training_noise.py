@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ldm.diffusion.training_noise import nearest, training_noise
+from ldm.diffusion.training_noise import assign_noise, training_noise
 
 
 def test_plain_noise_is_torchs_own():
@@ -37,12 +37,12 @@ def test_immiscible_noise_is_the_assignment_of_least_distance():
         return float((x0 - noise[list(order)]).square().sum())
 
     best = min(itertools.permutations(range(5)), key=distance)
-    assert nearest(x0, noise).tolist() == list(best) != [0, 1, 2, 3, 4]
+    assert assign_noise(x0, noise).tolist() == list(best) != [0, 1, 2, 3, 4]
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as in training
-        assert nearest(x0, noise).tolist() == list(best)
+        assert assign_noise(x0, noise).tolist() == list(best)
     torch.manual_seed(1)
-    dealt = training_noise(x0, immiscible=True)
+    assigned = training_noise(x0, immiscible=True)
     torch.manual_seed(1)
     plain = torch.randn_like(x0)
-    assert {tuple(row) for row in dealt.flatten(1).tolist()} == {tuple(row) for row in plain.flatten(1).tolist()}
-    assert (x0 - dealt).square().sum() < (x0 - plain).square().sum()
+    assert {tuple(row) for row in assigned.flatten(1).tolist()} == {tuple(row) for row in plain.flatten(1).tolist()}
+    assert (x0 - assigned).square().sum() < (x0 - plain).square().sum()

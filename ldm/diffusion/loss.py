@@ -9,7 +9,7 @@ from torch import Tensor
 from ldm.diffusion.denoiser import check_prediction, target
 
 ERRORS = ("l2", "l1")
-WEIGHTS = ("none", "snr", "truncated_snr", "min_snr")
+WEIGHTINGS = ("none", "snr", "truncated_snr", "min_snr")
 
 
 def prediction_loss(
@@ -65,8 +65,8 @@ def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: flo
         infinite.
     """
     check_prediction(prediction)
-    if name not in WEIGHTS:
-        raise ValueError(f"unknown loss weight {name!r}; choose from {', '.join(WEIGHTS)}")
+    if name not in WEIGHTINGS:
+        raise ValueError(f"unknown loss weight {name!r}; choose from {', '.join(WEIGHTINGS)}")
     if not gamma > 0:
         raise ValueError(f"the gamma of min-SNR must be above 0 (the paper takes 5), not {gamma}")
     ab = alphas_cumprod_t.double()
