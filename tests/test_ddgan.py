@@ -29,12 +29,12 @@ def pair(b: int = 3, c: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return before, x, torch.tensor([0, 2, 3])[:b]
 
 
-def test_generator_draws_images_of_any_fitting_size():
+def test_generator_returns_images_of_any_fitting_size():
     network = generator()
     assert network.downsampling == 4
     for size in ((16, 16), (8, 12)):
-        drawn = network(torch.randn(2, 1, *size), torch.tensor([0, 3]), torch.randn(2, 6))
-        assert drawn.shape == (2, 1, *size) and drawn.abs().max() <= 1
+        images = network(torch.randn(2, 1, *size), torch.tensor([0, 3]), torch.randn(2, 6))
+        assert images.shape == (2, 1, *size) and images.abs().max() <= 1
     unet = {**UNET, "in_channels": 3, "out_channels": 3, "patch": 1}
     assert Generator(unet, mapped=8)(torch.randn(2, 3, 8, 8), torch.zeros(2), torch.randn(2, 100)).shape == (2, 3, 8, 8)
 
@@ -60,7 +60,7 @@ def test_pixel_norm():
     torch.testing.assert_close(pixel_norm(z), expected)
 
 
-def test_discriminator_judges_steps():
+def test_logits_depend_on_both_images_and_the_timestep():
     """Each logit depends on x_{t-1}, on x_t and on t (systems.md's E19)."""
     network = discriminator()
     before, x, t = pair()
@@ -75,8 +75,8 @@ def test_discriminator_judges_steps():
 def test_classes_reach_both():
     _, x, t = pair()
     z = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
-    draws, judges = generator(classes=10), discriminator(classes=10)
-    for call in (lambda y: draws(x, t, z, y=y), lambda y: judges(x, x, t, y=y)[:, None]):
+    g, d = generator(classes=10), discriminator(classes=10)
+    for call in (lambda y: g(x, t, z, y=y), lambda y: d(x, x, t, y=y)[:, None]):
         with torch.no_grad():
             change = (call(torch.tensor([1, 2, 3])) - call(torch.tensor([1, 2, 4]))).abs()
         change = change.flatten(1).amax(1)
@@ -91,9 +91,9 @@ def test_classes_reach_both():
 def test_no_parameter_is_without_gradient(classes):
     before, x, t = pair()
     y = None if classes is None else torch.tensor([0, 1, 2])
-    draws, judges = generator(classes=classes), discriminator(classes=classes)
-    judges(draws(x, t, torch.randn(3, 6), y=y), x, t, y=y).sum().backward()
-    assert untrained(draws, judges) == []
+    g, d = generator(classes=classes), discriminator(classes=classes)
+    d(g(x, t, torch.randn(3, 6), y=y), x, t, y=y).sum().backward()
+    assert untrained(g, d) == []
 
 
 def test_batch_deviation():

@@ -1,4 +1,4 @@
-"""The whole model: its latents are a function of each image's seed, and sampling is the posterior, step by step."""
+"""DenoisingGAN: its latents are a function of each image's seed, and sampling is the posterior, step by step."""
 
 import copy
 
@@ -32,18 +32,18 @@ def test_its_parts(model):
 
 
 def test_generate_is_the_papers_sampling(model):
-    """Algorithm: from unit noise, four times x0' = G(x, t, z) and a draw from the posterior; the last is x0' itself."""
+    """Algorithm: from unit noise, four times x0' = G(x, t, z) and a sample of the posterior; the last is x0' itself."""
     seeds, y = [7, 8], torch.tensor([3, 4])
-    drawn = pixels(model.generate(y.tolist(), seeds=seeds))
+    found = pixels(model.generate(y.tolist(), seeds=seeds))
     noise, latents = SeededNoise(seeds, (1, 32, 32)), SeededNoise([latent_seed(seed) for seed in seeds], (6,))
     x = noise()
     for t in (3, 2, 1, 0):
         t = torch.full((2,), t)
         mean, variance = q_posterior(model.apply_model(x, t, {"c_adm": y}, latents()), x, t, model.schedule)
         x = mean + variance.sqrt() * noise() if t[0] > 0 else mean
-    # float32 in two frames, and rounding to whole values
-    assert np.abs(drawn - pixels(to_pil(x))).max() <= 1
-    assert drawn.std() > 1
+    # float32 in two frames, and rounding to integers
+    assert np.abs(found - pixels(to_pil(x))).max() <= 1
+    assert found.std() > 1
 
 
 def test_it_predicts_x0_and_nothing_else(model, tmp_path):
@@ -53,7 +53,7 @@ def test_it_predicts_x0_and_nothing_else(model, tmp_path):
         ldm.load(tmp_path / "gan.safetensors", device="cpu", prediction="eps")
 
 
-def test_a_image_is_the_same_alone_and_in_any_batch(model):
+def test_an_image_is_the_same_alone_and_in_any_batch(model):
     together = pixels(model.generate([1, 2, 3], seed=5))
     alone = pixels([model.generate([1 + i], seed=5 + i)[0] for i in range(3)])
     split = pixels(model.generate([1, 2, 3], seed=5, batch_size=2))
@@ -79,7 +79,7 @@ def test_latents_are_fresh_at_each_call_and_follow_the_seeds(model):
 def test_latents_are_no_images_noise():
     """One stream for both would tie z to the start: 100 numbers of it would be the image's first 100."""
     seeds = [latent_seed(seed) for seed in range(1000)]
-    assert len({seed % 2**32 for seed in seeds}) == 1000  # torch's CPU generator heeds 32 bits
+    assert len({seed % 2**32 for seed in seeds}) == 1000  # torch's CPU generator uses 32 bits
     assert all(0 <= seed < 2**64 for seed in seeds) and not set(seeds) & set(range(10**6))
 
 

@@ -13,8 +13,8 @@ FEW = {
 
 
 @pytest.fixture
-def draw(mnist, tmp_path):
-    """Train both networks, then `draw("--class", 5)` -> the single images' files."""
+def generate(mnist, tmp_path):
+    """Train both networks, then `generate("--class", 5)` -> the single images' files."""
     for name, few in FEW.items():
         changes = [*SHORT, *few, f"data.params.root={mnist}", f"outdir={tmp_path / 'runs'}"]
         train.main([str(ROOT / "configs" / "pixel" / f"{name}.yaml"), *changes, "--device", "cpu"])
@@ -31,24 +31,25 @@ def draw(mnist, tmp_path):
     return run
 
 
-def test_train_and_draw(draw):
-    plain = draw("--n_samples", 4, guided=False)
-    guided = draw("--class", 3, 8, "--n_samples", 2, "--classifier-scale", 500)  # two steps have taught it very little
-    off = draw("--class", 3, 8, "--n_samples", 2, "--classifier-scale", 0)
+def test_train_and_generate(generate):
+    plain = generate("--n_samples", 4, guided=False)
+    strong = ["--classifier-scale", 500]  # after two training steps the classifier's gradients are tiny
+    guided = generate("--class", 3, 8, "--n_samples", 2, *strong)
+    off = generate("--class", 3, 8, "--n_samples", 2, "--classifier-scale", 0)
     for a, b, c in zip(plain, guided, off, strict=True):
         assert np.array_equal(pixels(a), pixels(c)) and not np.array_equal(pixels(a), pixels(b))
     assert recipe(guided[0]).prompt in ("3", "8") and recipe(guided[0]).classifier_scale == 500
     assert len(recipe(guided[0]).classifier_hash) == 10 and recipe(plain[0]).classifier_hash == ""
     for sampler in ("ddim", "ddpm"):
-        (again,) = draw("--from-png", draw("--class", 3, "--sampler", sampler)[0])
-        (other,) = draw("--class", 3, "--sampler", sampler, "--classifier-scale", 500)
+        (again,) = generate("--from-png", generate("--class", 3, "--sampler", sampler)[0])
+        (other,) = generate("--class", 3, "--sampler", sampler, "--classifier-scale", 500)
         assert recipe(again).sampler == sampler and not np.array_equal(pixels(again), pixels(other))
 
     with pytest.raises(ValueError, match="name them by --class"):
-        draw()
+        generate()
     with pytest.raises(ValueError, match="class 'five' does not exist"):
-        draw("--class", "five")
-    (again,) = draw("--from-png", guided[0])
+        generate("--class", "five")
+    (again,) = generate("--from-png", guided[0])
     assert np.array_equal(pixels(again), pixels(guided[0]))
     with pytest.raises(ValueError, match="for --classifier: give that file again"):
-        draw("--from-png", guided[0], guided=False)
+        generate("--from-png", guided[0], guided=False)

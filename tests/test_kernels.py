@@ -39,8 +39,8 @@ def test_attention_equals_its_definition(case, dtype, tolerance):
     out.double().sin().sum().backward()
     grads = [t.grad.double() for t in (q, k, v)]
     expected_grads = torch.autograd.grad(expected.sin().sum(), [q, k, v])
-    for grad, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, wanted.double(), atol=2 * tolerance, rtol=0)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad.double(), atol=2 * tolerance, rtol=0)
 
 
 def used_fused(monkeypatch, call) -> bool:
@@ -155,7 +155,7 @@ def test_backends_that_are_not_there(monkeypatch):
         set_attention("xformers")
 
 
-def test_all_draw_the_same_digit():
+def test_all_generate_the_same_digit():
     import ldm
 
     model = ldm.load(device="cpu")

@@ -61,7 +61,7 @@ def test_every_parameter_trains_and_images_and_levels_count(pool):
     assert untrained(model) == []
 
 
-def test_an_untrained_adaptive_head_says_nothing():
+def test_an_untrained_adaptive_head_gives_zeros():
     assert torch.equal(EncoderUNetModel(**SMALL)(randn(2, 1, 8, 8), torch.tensor([0, 9])), torch.zeros(2, 10))
 
 

@@ -31,11 +31,11 @@ def test_nearest_entries():
 
 def test_many_latents_are_compared_in_parts(monkeypatch):
     module, z = quantizer(), latents()
-    whole = module(z)[2][2]
+    expected = module(z)[2][2]
     monkeypatch.setattr(quantize, "MAX_DISTANCES", 37 * 9)  # 9 latents at a time, the last time 7
-    assert torch.equal(module(z)[2][2], whole)
+    assert torch.equal(module(z)[2][2], expected)
     monkeypatch.setattr(quantize, "MAX_DISTANCES", 1)
-    assert torch.equal(module(z)[2][2], whole)
+    assert torch.equal(module(z)[2][2], expected)
 
 
 @pytest.mark.parametrize(("legacy", "of_z", "of_codebook"), [(True, 1.0, 0.25), (False, 0.25, 1.0)])

@@ -11,7 +11,7 @@ from torch import nn
 from ldm.models.blocks import normalization, timestep_embedding
 from ldm.optional.unet2d import ResidualBlock, SelfAttention, UNet2D, UpsampleTo
 
-TAUGHT = {"num_classes": 10, "order": "post", "attention": "bare"}
+COURSE = {"num_classes": 10, "order": "post", "attention": "bare"}
 SMALL = {"widths": (8, 16, 8), "norm_groups": 4, "head_channels": 4, "num_classes": 10}
 
 
@@ -20,19 +20,19 @@ SMALL = {"widths": (8, 16, 8), "norm_groups": 4, "head_channels": 4, "num_classe
 
 def test_parameters_and_tensors_are_as_many_as_published():
     with torch.device("meta"):
-        model = UNet2D(**TAUGHT)
+        model = UNet2D(**COURSE)
         assert (count(model), len(list(model.parameters()))) == (991_201, 231)
         assert isinstance(model.class_embed, nn.Embedding) and model.class_embed.weight.shape == (10, 128)
         # group normalisation of the attention; a kernel of 16 places for one of 9 in both upsamplings
-        assert count(UNet2D(**TAUGHT | {"attention": "residual"})) == 991_201 + 64
-        assert count(UNet2D(**TAUGHT | {"upsample": "transpose"})) == 991_201 + (16 - 9) * (32**2 + 64**2)
+        assert count(UNet2D(**COURSE | {"attention": "residual"})) == 991_201 + 64
+        assert count(UNet2D(**COURSE | {"upsample": "transpose"})) == 991_201 + (16 - 9) * (32**2 + 64**2)
         norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
         assert {(norm.num_groups, norm.eps) for norm in norms} == {(32, 1e-5)}
 
 
 @pytest.mark.parametrize("upsample", ["interpolate", "transpose"])
 def test_seventeen_blocks_nine_skips_and_the_sizes_14_7_4_7_14(upsample):
-    model = UNet2D(**TAUGHT, upsample=upsample)
+    model = UNet2D(**COURSE, upsample=upsample)
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     decoding = [module for module in model.decoder if isinstance(module, ResidualBlock)]
     assert (len(blocks), 1 + len(model.encoder), len(decoding)) == (17, 9, 9)
@@ -221,9 +221,9 @@ def test_every_parameter_learns(order, attention, upsample):
     # a key's bias adds the same to all scores of a query, which the softmax takes out: rounding alone is left
     assert [name for name in untrained(model) if not name.endswith("to_k.bias")] == []
     with torch.device("meta"):
-        taught = UNet2D(**TAUGHT)
-    idle = [block.emb[1] for block in taught.modules() if isinstance(block, ResidualBlock)]
-    idle += [layer.conv for layer in taught.decoder if isinstance(layer, UpsampleTo)]
+        published = UNet2D(**COURSE)
+    idle = [block.emb[1] for block in published.modules() if isinstance(block, ResidualBlock)]
+    idle += [layer.conv for layer in published.decoder if isinstance(layer, UpsampleTo)]
     assert (2 * len(idle), sum(map(count, idle))) == (38, 136_992)
 
 

@@ -1,10 +1,10 @@
-"""The variational bound on the bits that an image costs (Ho et al. 2020, eq. 5), for 8-bit pixels in [-1, 1].
+"""The variational bound on an image's negative log-likelihood (Ho et al. 2020, eq. 5), for 8-bit pixels in [-1, 1].
 
-    L = KL(q(x_T | x0) | N(0, I)) + sum_t KL(q(x_{t-1} | x_t, x0) | p(x_{t-1} | x_t)) - log p(x0 | x_first level)
-        `prior_bits`                `step_bits`, for t from 1 on                        `step_bits`, for t = 0
+    L = KL(q(x_T | x0) || N(0, I)) + sum_t KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)) - log p(x0 | x at t = 0)
+        `prior_bits`                 `step_bits`, for t from 1 on                         `step_bits`, for t = 0
 
-All in bits per dimension. p(x_{t-1} | x_t) is the posterior with the predicted x0 in place of x0, and a variance from
-the small to the large one (Nichol & Dhariwal 2021, eq. 15).
+All in bits per dimension. p(x_{t-1} | x_t) is the posterior with the predicted x0 in place of x0, and a variance
+between the small and the large one (Nichol & Dhariwal 2021, eq. 15).
 """
 
 import math
@@ -15,15 +15,23 @@ from torch import Tensor
 from ldm.diffusion.posterior import levels, q_posterior
 from ldm.diffusion.schedule import Schedule
 
-HALF_BIN = 1 / 255  # half the distance of two of 256 values in [-1, 1]
-SMALLEST = 1e-12  # probability of a bin: what is less is no number in float32, nor has it a gradient
+HALF_BIN = 1 / 255  # half the distance between two of 256 values in [-1, 1]
+SMALLEST = 1e-12  # probability of a bin, so that its logarithm is finite and has a gradient in float32
 
 
 def log_variances(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Logarithms of the small and the large variance of the step from t: log posterior variance, log beta_t.
+    """Return the logarithms of the small and the large variance of a step: log posterior variance, log beta_t.
 
-    float64 (b,) on the CPU. At t = 0, where the posterior has no variance, the small one is that of t = 1, as in the
-    code of both papers: the decoder needs one. Raises ValueError for a schedule of one level.
+    At t = 0, where the posterior's variance is 0, the small one is that of t = 1, as in the code of both papers.
+
+    Args:
+        t: (b,).
+
+    Returns:
+        float64 (b,) on the CPU, each.
+
+    Raises:
+        ValueError: The schedule has a single timestep.
     """
     if schedule.T < 2:
         raise ValueError(f"the variational bound needs a schedule of at least 2 levels, got T={schedule.T}")
@@ -34,10 +42,18 @@ def log_variances(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor | float, schedule: Schedule) -> Tensor:
-    """The bound's term of level t of each image: (b,) bits per dimension.
+    """Return the bound's term at timestep t of each image, in bits per dimension.
 
-    x0: (b, ...), the image; x: at level t, (b,), in the variance-preserving frame; predicted: x0 as the network has
-    it; share: of the variance, 0 the small, 1 the large (Ho et al.'s two), or (b, ...) as learned.
+    Args:
+        x0: (b, ...), the image.
+        x: (b, ...), at timestep t, in DDPM's variance-preserving scaling.
+        t: (b,).
+        predicted: (b, ...), the network's x0.
+        share: Where the log variance lies between the small (0) and the large one (1), Ho et al.'s two; (b, ...) if
+            learned.
+
+    Returns:
+        (b,).
     """
     shape = [-1, *[1] * (x.ndim - 1)]
     small, large = (log.reshape(shape).to(x) for log in log_variances(t, schedule))  # (b, 1, ...)
@@ -51,7 +67,7 @@ def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor
 
 
 def prior_bits(x0: Tensor, schedule: Schedule) -> Tensor:
-    """KL(q(x_T | x0) | N(0, I)) of each image: (b, ...) -> (b,) bits per dimension."""
+    """Return KL(q(x_T | x0) || N(0, I)) of each image (b, ...), in bits per dimension: (b,)."""
     ab = float(schedule.alphas_cumprod[-1])
     mean, log_variance = math.sqrt(ab) * x0, torch.full_like(x0, math.log1p(-ab))
     zero = torch.zeros_like(x0)
@@ -65,10 +81,10 @@ def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor, logvar2: Tensor) ->
 
 
 def log_bin(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """log of what N(mean, variance) gives each number's bin of 256, the outer ones open (Ho et al. 2020, eq. 13)."""
+    """Return the log probability of each value's bin of 256 under a normal; the outer bins are open (eq. 13)."""
     precision = (-log_variance / 2).exp()
     above, below = ((x - mean + side * HALF_BIN) * precision for side in (1, -1))
-    # Where both are far up, the difference of two numbers near 1 would be lost: mirrored, they are near 0.
+    # In the upper tail both probabilities are near 1 and their difference would be lost; mirrored, they are near 0.
     mirrored = below > 0
     top, bottom = torch.where(mirrored, -below, above), torch.where(mirrored, -above, below)
     probability = torch.where(x < -1 + HALF_BIN, _normal_below(above), _normal_below(top) - _normal_below(bottom))
@@ -77,5 +93,5 @@ def log_bin(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def _normal_below(x: Tensor) -> Tensor:
-    """The share of N(0, 1) below x; torch's own `ndtr` has no tail in float32."""
+    """Return the standard normal's distribution function; torch's `ndtr` loses the tail in float32."""
     return torch.erfc(x * -(0.5**0.5)) / 2
