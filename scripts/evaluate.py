@@ -114,10 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_model(args: argparse.Namespace, networks: "Measuring") -> "tuple[dict, Image]":
     """Draw and measure: the report, and a sheet of drawn pictures beside real ones."""
     from ldm.evaluation.datasets import find_reference
-    from ldm.evaluation.draw import ask, draw
     from ldm.evaluation.networks import classify
     from ldm.evaluation.report import report_model
-    from ldm.evaluation.samples import by_class, side_by_side
+    from ldm.evaluation.samples import ask, by_class, draw, side_by_side
 
     model = load_model(args)
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)

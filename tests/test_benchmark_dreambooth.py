@@ -1,16 +1,15 @@
-"""scripts/benchmark_dreambooth.py: both sides run on a tiny model of Stable Diffusion 1's kind; the table."""
+"""benchmarks/dreambooth.py: both sides run on a tiny model of Stable Diffusion 1's kind; the table."""
 
 import json
 
 import pytest
 from PIL import Image
-from script_runs import load_script, run_program
+from script_runs import run_program
 from tiny_stable_diffusion import SD1
 
 import ldm
+from benchmarks import dreambooth as benchmark
 from ldm.latent_diffusion import LatentDiffusion
-
-benchmark = load_script("benchmark_dreambooth")
 
 
 def test_the_table():
@@ -30,7 +29,7 @@ def test_both_sides_run(tmp_path):
     ldm.save(LatentDiffusion(**SD1), tmp_path / "tiny.safetensors")
     out, rows = tmp_path / "cost.jsonl", ["lora, checkpointing", "adafactor", "full"]
     options = ["--images", tmp_path / "images", "--ckpt", tmp_path / "tiny.safetensors", "--rows", *rows]
-    done = run_program("benchmark_dreambooth", *options, "--resolution", 32, "--steps", 2, "--out", out)
+    done = run_program("../benchmarks/dreambooth", *options, "--resolution", 32, "--steps", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["row"], row["who"]) for row in found] == [

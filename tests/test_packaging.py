@@ -106,10 +106,10 @@ def test_every_import_is_a_dependency():
     run, test = modules(project["dependencies"]), modules(project["optional-dependencies"]["test"])
     extras = project["optional-dependencies"]
     optional = {module for name in extras.keys() - {"test"} for module in modules(extras[name])}
-    compared = {ROOT / "scripts/benchmark_dreambooth.py"}  # beside a loop over diffusers' classes: needs the test extra
+    compared = {ROOT / "benchmarks/dreambooth.py"}  # beside a loop over diffusers' classes: needs the test extra
     code = [path for path in PYTHON_FILES if "tests" not in path.parts]
-    by_package = {p for path in code if path not in compared for p in imported(path)} - {"ldm"}
-    by_comparison = {p for path in compared for p in imported(path)} - {"ldm"}
+    by_package = {p for path in code if path not in compared for p in imported(path)} - {"ldm", "benchmarks"}
+    by_comparison = {p for path in compared for p in imported(path)} - {"ldm", "benchmarks"}
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     by_tests = {p for path in PYTHON_FILES if "tests" in path.parts for p in imported(path)}
     by_tests -= {"ldm", "tomli", "tomllib", "packaging"}

@@ -33,7 +33,7 @@ SCRIPTS = {
     f"{name}: {' '.join(words)}": words
     for name, page in PAGES.items()
     for words in commands(page)
-    if any(word.startswith("scripts/") for word in words)
+    if any(word.startswith(("scripts/", "benchmarks/")) for word in words)
 }
 
 
@@ -50,7 +50,7 @@ def load_script(name: str):
 
 @pytest.mark.parametrize("words", SCRIPTS.values(), ids=SCRIPTS)
 def test_script_exists_and_its_options_parse(words, monkeypatch):
-    at = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+    at = next(i for i, word in enumerate(words) if word.startswith(("scripts/", "benchmarks/")))
     parse = Parser.parse_args
 
     def parse_and_stop(self, args=None, namespace=None):
@@ -76,7 +76,7 @@ def test_the_two_promised_commands():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_names_exist(page):
-    for name in set(re.findall(r"`((?:ldm|configs|docs|scripts|tests)/[\w/.-]+\.\w+)", PAGES[page])):
+    for name in set(re.findall(r"`((?:ldm|configs|docs|scripts|benchmarks|tests)/[\w/.-]+\.\w+)", PAGES[page])):
         assert (ROOT / name).is_file(), name
 
 

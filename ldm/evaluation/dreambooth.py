@@ -18,10 +18,9 @@ from ldm.data.folder import find_images
 from ldm.data.image_files import read_image
 from ldm.data.measure import MNIST_THRESHOLDS
 from ldm.evaluation.diversity import mean_pairwise_distance
-from ldm.evaluation.draw import draw
 from ldm.evaluation.networks import Measuring, classify, features_of
 from ldm.evaluation.prompt import accuracy
-from ldm.evaluation.samples import from_pil
+from ldm.evaluation.samples import draw, from_pil
 from ldm.evaluation.style import style_accuracy
 
 COLUMNS = 9  # images of a row on the sheet

@@ -12,7 +12,7 @@ from ldm.diffusion.bound import prior_bits, step_bits
 from ldm.diffusion.denoiser import from_vp
 from ldm.diffusion.guidance import classifier_free, clip_x0
 from ldm.diffusion.schedule import q_sample
-from ldm.evaluation.draw import ask
+from ldm.evaluation.samples import ask
 from ldm.pixel_diffusion import PixelDiffusion
 
 VARIANCES = {"small": 0.0, "large": 1.0}  # the share of log beta_t in the log variance of a step

@@ -1,42 +1,18 @@
-"""The generative learning trilemma (Xiao et al. 2022, figure 1): quality, coverage and speed of several generators.
-
-Quality is the Fréchet distance over that of as many real images, coverage the recall, speed the seconds an image.
-"""
+"""What the benchmarks of generators share: how often they call their network, one row of figures, and matplotlib."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ldm.data.captions import Caption
-from ldm.diffusion.sampling.noise import SeededNoise
-from ldm.evaluation.draw import ask, draw
+from ldm.cli import check_writable
 from ldm.evaluation.networks import Measuring, classify, features_of
 from ldm.evaluation.reference import Reference
 from ldm.evaluation.report import report_distribution
-from ldm.evaluation.samples import quantise
 from ldm.generation import plan_sampling
-
-
-@torch.inference_mode()
-def draw_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
-    """uint8 (n, 28, 28): a model's first stage as a VAE (Kingma & Welling 2014), unit normal latents decoded.
-
-    Its scaled latents have unit variance, so that the unit normal is the prior that suits them best.
-    """
-    size = model.latent_size(model.defaults["height"], model.defaults["width"])
-    images = []
-    for first in range(0, n, batch_size):
-        seeds = range(seed + first, seed + min(first + batch_size, n))
-        images.append(quantise(model.decode(SeededNoise(seeds, size)().to(model.device)).cpu()))
-    return torch.cat(images)
-
-
-def draw_asked(model: Any, captions: Sequence[Caption], batch_size: int, seed: int = 0, **settings: Any) -> Tensor:
-    """uint8 (n, 28, 28): an image for what the model takes of each caption."""
-    return draw(model, ask(model, captions)[0], seed, batch_size, **settings)
 
 
 def evaluations(model: Any, **settings: Any) -> int:
@@ -72,3 +48,19 @@ def measure(
         "cpu_seconds": cpu / len(images),
         "n": len(images),
     }
+
+
+def import_pyplot() -> ModuleType:
+    """ValueError where matplotlib is not installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    return pyplot
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise ValueError or OSError where a plot is asked for and cannot be made, before minutes of work."""
+    if path is not None:
+        import_pyplot()
+        check_writable(path)

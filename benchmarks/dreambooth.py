@@ -1,7 +1,7 @@
 """Seconds a step and peak memory of scripts/dreambooth.py, beside a loop over diffusers' classes.
 
-python scripts/benchmark_dreambooth.py --images photographs --out cost.jsonl    # Stable Diffusion 1 at full size
-python scripts/benchmark_dreambooth.py --images photographs --rows lora --ckpt model.safetensors
+python benchmarks/dreambooth.py --images photographs --out cost.jsonl    # Stable Diffusion 1 at full size
+python benchmarks/dreambooth.py --images photographs --rows lora --ckpt model.safetensors
 
 Every row is a fresh process: --steps optimizer steps on pairs of an image and a class image (the same images,
 which cost as much), after one that is not counted. Seconds are the median between two ends of a step, of wall clock and
@@ -78,7 +78,7 @@ def prepare(path: Path | None, folder: Path) -> Path:
     import ldm
 
     if path is None:
-        from benchmark import make_stable_diffusion  # beside this script
+        from benchmarks.loading import make_stable_diffusion
 
         path, _ = make_stable_diffusion(folder)
     model = ldm.load(path, device="cpu")

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.evaluation import objectives
+from benchmarks import objectives
 from ldm.training.config import read_configs
 from ldm.util import instantiate_from_config
-from scripts import benchmark
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "objectives.yaml"
 
@@ -53,16 +52,16 @@ def test_every_objective_changes_what_it_says(name, tiny):
 
 def test_rows_go_on_where_they_stopped(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(objectives, "STEPS", 1)
-    monkeypatch.setattr(benchmark, "OBJECTIVES", tiny)
+    monkeypatch.setattr(objectives, "CONFIG", tiny)
     out = tmp_path / "rows.jsonl"
-    command = ["objectives", "--out", str(out), "--n", "100", "--device", "cpu", "--names"]
-    benchmark.main([*command, "learned variance"])
+    command = ["--out", str(out), "--n", "100", "--device", "cpu", "--names"]
+    objectives.main([*command, "learned variance"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["objective"], row["sampler"]) for row in rows] == [("learned variance", s) for s in ("ddim", "ddpm")]
     assert all(row["n"] == 100 and row["training_steps"] == 2 and row["training_cpu_seconds"] > 0 for row in rows)
     out.write_text(json.dumps(rows[0]) + "\n")  # stopped between the two
     capsys.readouterr()
-    benchmark.main([*command, "self-conditioning", "learned variance"])
+    objectives.main([*command, "self-conditioning", "learned variance"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     found = [(row["objective"], row["sampler"], row["training_cpu_seconds"] is None) for row in rows]
     assert found[1:] == [("self-conditioning", "ddim", False), ("learned variance", "ddpm", True)]
@@ -73,10 +72,10 @@ def test_rows_go_on_where_they_stopped(tiny, tmp_path, monkeypatch, capsys):
         ["| self-conditioning", "ddim"],
     ]
     with pytest.raises(ValueError, match=r"rows of other numbers of images or steps than \(50, 2\)"):
-        benchmark.main(["objectives", "--out", str(out), "--n", "50", "--names", "self-conditioning"])
+        objectives.main(["--out", str(out), "--n", "50", "--names", "self-conditioning"])
 
 
 def test_an_unknown_objective_is_told_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="unknown objective 'eps'; choose from v, cosine; eps, cosine"):
-        benchmark.main(["objectives", "--out", str(tmp_path / "rows.jsonl"), "--names", "eps"])
+        objectives.main(["--out", str(tmp_path / "rows.jsonl"), "--names", "eps"])
     assert not (tmp_path / "rows.jsonl").exists()

@@ -1,4 +1,9 @@
-"""What a choice of schedule or objective does: the same small network trained under each, and measured."""
+"""Train one small network under each schedule, prediction, loss weight ..., and measure the digits that it generates.
+
+python benchmarks/objectives.py --out objectives.jsonl
+
+The network is configs/pixel/objectives.yaml's, on MNIST. Rows that --out has already are kept.
+"""
 
 import json
 import sys
@@ -9,13 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ldm
+from benchmarks.common import evaluations, measure
+from ldm.cli import Parser, int_range, run
 from ldm.evaluation.datasets import find_reference
-from ldm.evaluation.draw import draw
 from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
-from ldm.evaluation.trilemma import evaluations, measure
+from ldm.evaluation.samples import draw
 from ldm.training.config import read_configs
 from ldm.training.loop import train
 
+CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "objectives.yaml"
 STEPS = 50  # of drawing
 WEIGHT, NOISE = "stage.params.weight.name", "stage.params.noise"
 MODEL = "stage.params.model.params"
@@ -47,6 +54,19 @@ OBJECTIVES = {  # each is one change from the first
     "offset noise": Objective([f"{NOISE}.offset=0.1"]),
     "eps, linear": Objective([f"{MODEL}.prediction=eps", f"{MODEL}.schedule.name=linear"]),  # two: Ho et al. 2020's
 }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON lines; rows that are there are kept")
+    add("--names", nargs="*", metavar="NAME", help="(all; an unknown one lists them)")
+    add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to the configuration")
+    add("--n", type=int_range(10), default=1000, metavar="N", help="images of each (1000)")
+    add("--batch-size", type=int_range(1), default=100, metavar="N", help="images at a time (100)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps; figures are computed on the CPU")
+    args = parser.parse_args(argv)
+    print(table(compare(CONFIG, args.out, args.names, args.set, args.n, args.batch_size, args.device)))
 
 
 def compare(
@@ -122,3 +142,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         figures = [f"{row['accuracy']:.1%}", f"{row['ratio']:.1f}", f"{row['recall']:.2f}", trained]
         lines.append(f"| {' | '.join([row['objective'], row['sampler'], *figures])} |")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

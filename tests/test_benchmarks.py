@@ -1,4 +1,4 @@
-"""scripts/benchmark.py, and by it that loading maps files: at a size that shows it, and in full."""
+"""benchmarks/: what they measure, and by loading.py that loading maps files, at a size that shows it and in full."""
 
 import json
 import sys
@@ -8,10 +8,13 @@ import torch
 from meta_models import TINY_1
 
 import ldm
+from benchmarks import common, loading, samplers, trilemma
 from ldm.checkpoint.compvis import single_file
+from ldm.evaluation.networks import Measuring
+from ldm.evaluation.reference import load_reference
+from ldm.evaluation.samples import from_pil, quantise
 from ldm.inference import precision
 from ldm.latent_diffusion import LatentDiffusion
-from scripts import benchmark
 
 WIDE = {"width": 512, "layers": 4, "heads": 8}  # 38 million parameters of text, 150 MB
 
@@ -40,8 +43,8 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_loading_maps_the_file(files, suffix):
     folder, weights = files
-    ours = benchmark.measure(*benchmark.OURS, folder / f"model{suffix}", folder / "config.json")
-    naive = benchmark.measure(*benchmark.NAIVE[suffix], folder / f"model{suffix}", folder / "config.json")
+    ours = loading.measure(*loading.OURS, folder / f"model{suffix}", folder / "config.json")
+    naive = loading.measure(*loading.NAIVE[suffix], folder / f"model{suffix}", folder / "config.json")
     # the tokenizer's vocabulary and the modules take 33 MB, which is a fifth of these weights
     assert ours["private_GiB"] < 0.3 * weights and ours["peak_GiB"] < 0.4 * weights
     assert naive["private_GiB"] > 0.9 * weights and naive["peak_GiB"] > 1.5 * weights  # the measure can tell
@@ -50,32 +53,37 @@ def test_loading_maps_the_file(files, suffix):
 @pytest.mark.full
 def test_stable_diffusion_at_full_size(tmp_path):
     """Issue 3: private memory at most 0.1 times the weights, peak at most 1.15, no second copy when casting."""
-    files = benchmark.make_stable_diffusion(tmp_path)
+    files = loading.make_stable_diffusion(tmp_path)
     weights = files[0].stat().st_size / 2**30
     for path in files:
-        found = benchmark.measure(*benchmark.OURS, path, tmp_path / "config.json")
+        found = loading.measure(*loading.OURS, path, tmp_path / "config.json")
         assert found["private_GiB"] < 0.1 * weights and found["peak_GiB"] < 1.15 * weights
         half = ("import ldm.loading", "model = ldm.load({path!r}, device='cpu', dtype=torch.float16)")
-        found = benchmark.measure(*half, path, tmp_path / "config.json")
+        found = loading.measure(*half, path, tmp_path / "config.json")
         assert found["private_GiB"] < 0.6 * weights  # half the bytes, and nothing of the mapped file
 
 
-def test_what_cannot_be_compared_is_told_before_any_work(files, tmp_path):
+def test_what_cannot_be_compared_is_said_before_any_work(files, tmp_path):
     folder, _ = files
     (tmp_path / "rows.jsonl").write_text(json.dumps({"sampler": "ddim", "steps": 5, "n": 100}) + "\n")
-    for options, message in (
-        (["load", "--ckpt", folder], f"{folder} is a folder"),
-        (["samplers", "--out", tmp_path / "rows.jsonl"], "rows.jsonl has rows of 100 images each"),
-        (["samplers", "--out", tmp_path / "none" / "rows.jsonl"], "No such file"),
+    for benchmark, options, message in (
+        (loading, ["--ckpt", folder], f"{folder} is a folder"),
+        (samplers, ["--out", tmp_path / "rows.jsonl"], "rows.jsonl has rows of 100 images each"),
+        (samplers, ["--out", tmp_path / "none" / "rows.jsonl"], "No such file"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             benchmark.main([str(option) for option in options])
 
 
-@pytest.mark.parametrize("command", [["samplers", "--out={}/rows.jsonl"], ["trilemma", "--ddgan={}", "--ddpm={}"]])
-def test_what_cannot_be_plotted_is_told_before_any_work(command, tmp_path, monkeypatch):
-    for name in ("compare_samplers", "compare_generators"):
-        monkeypatch.setattr(benchmark, name, lambda args: pytest.fail("it works before it looks"))
+@pytest.mark.parametrize(
+    ("benchmark", "work", "command"),
+    [
+        (samplers, "compare_samplers", ["--out={}/rows.jsonl"]),
+        (trilemma, "compare_generators", ["--ddgan={}", "--ddpm={}"]),
+    ],
+)
+def test_what_cannot_be_plotted_is_said_before_any_work(benchmark, work, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, work, lambda args: pytest.fail("it works before it looks"))
     command = [option.format(tmp_path) for option in command]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
@@ -91,13 +99,13 @@ def test_sampler_table_and_plot(tmp_path):
         for name in ("ddim", "unipc")
         for s in (5, 10)
     ]
-    table = benchmark.sampler_table(rows[:-1]).splitlines()
+    table = samplers.sampler_table(rows[:-1]).splitlines()
     assert (
         table[0] == "| sampler | 5 steps | 10 steps |"
         and table[2] == "| `ddim` | 99.5%, 2.00, 0.80 | 99.5%, 1.50, 0.80 |"
     )
     assert table[3] == "| `unipc` | 99.5%, 2.00, 0.80 | - |"
-    benchmark.plot_samplers(rows, tmp_path / "plot.png")
+    samplers.plot_samplers(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
@@ -111,7 +119,7 @@ def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(precision, "set_precision", watched)
     files = [f"--{kind}={tiny_checkpoint}" for kind in ("vae", "ddgan", "ddpm")]
     options = ["--n=10", "--ddim-steps", "3", f"--plot={tmp_path / 'plot.png'}", "--device=cpu", "--precision=bf16"]
-    benchmark.main(["trilemma", *files, *options])
+    trilemma.main([*files, *options])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
         ["| VAE", "1"],
@@ -129,9 +137,47 @@ def test_trilemma_table_and_plot(tmp_path):
         | {"seconds": s, "cpu_seconds": s}
         for name, n, a, s in (("VAE", 1, None, 0.001), ("DDGAN", 4, 0.995, 0.0123))
     ]
-    assert benchmark.trilemma_table(rows).splitlines()[2:] == [
+    assert trilemma.trilemma_table(rows).splitlines()[2:] == [
         "| VAE | 1 | - | 2.50 | 0.75 | 0.80 | 0.001 | 0.001 |",
         "| DDGAN | 4 | 99.5% | 2.50 | 0.75 | 0.80 | 0.012 | 0.012 |",
     ]
-    benchmark.plot_trilemma(rows, tmp_path / "plot.png")
+    trilemma.plot_trilemma(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_prior_is_decoded_seed_by_seed(tiny_model):
+    images = trilemma.draw_prior(tiny_model, 5, batch_size=2, seed=3)
+    assert images.shape == (5, 28, 28) and images.dtype == torch.uint8
+    latents = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(4))
+    expected = quantise(tiny_model.decode(latents[None]))[0]  # the second one's seed
+    assert (images[1].int() - expected.int()).abs().max() <= 1
+
+
+def test_models_are_asked_for_the_reference(tiny_model):
+    captions = load_reference().captions(3, "train")
+    drawn = trilemma.draw_asked(tiny_model, captions, batch_size=2, seed=1, scale=1, steps=2)
+    expected = from_pil(tiny_model.generate([captions[2].text], seed=3, scale=1, steps=2))
+    assert drawn.shape == (3, 28, 28) and (drawn[2].int() - expected[0].int()).abs().max() <= 1
+
+
+def test_evaluations(tiny_model):
+    assert common.evaluations(tiny_model) == 4
+    assert common.evaluations(tiny_model, sampler="ddpm", steps=10) == 10
+    calls = []
+    hook = tiny_model.model.register_forward_hook(lambda *_: calls.append(1))
+    for own in ({"sampler": "heun", "steps": 10}, {"sampler": "dpm2", "steps": 5, "spacing": "leading"}):
+        tiny_model.generate(["a"], scale=1, **own)
+        assert common.evaluations(tiny_model, **own) == len(calls) > 1.5 * own["steps"]  # most steps take two
+        calls.clear()
+    hook.remove()
+
+
+def test_a_row_of_real_images_is_near_the_floor():
+    reference, networks = load_reference(), Measuring.load()
+    labels = reference.image_labels[:300]
+    row = common.measure("real", 0, lambda: reference.pictures[:300], reference, networks, labels)
+    assert (row["name"], row["evaluations"], row["n"]) == ("real", 0, 300)
+    assert 0.5 < row["ratio"] < 2 and row["recall"] > 0.7  # the first ones are no fair sample: cleaner than the rest
+    assert 0 <= row["cpu_seconds"] < 1 and row["accuracy"] > 0.98
+    noise = common.measure("noise", 0, lambda: torch.randint(0, 256, (300, 28, 28)).byte(), reference, networks)
+    assert noise["ratio"] > 20 and noise["recall"] < 0.05 and noise["accuracy"] is None

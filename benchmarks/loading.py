@@ -1,0 +1,129 @@
+"""Compare ways to load a checkpoint: `ldm.load`, and building the model, reading the file, `load_state_dict`.
+
+python benchmarks/loading.py                      # Stable Diffusion 1 at full size, random weights (8.5 GB of disk)
+python benchmarks/loading.py --ckpt model.safetensors --repeat 3
+
+Each way runs in a fresh process, with the file in the page cache. Seconds are wall clock and CPU time of loading alone,
+without imports. Memory is the process's growth while it loads: its peak, and what is private to it afterwards (not the
+pages of a mapped file that nobody changed).
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldm.cli import Parser, int_range, run
+
+# What a fresh process runs: it prepares, then measures `work()`.
+MEASURE = """
+import json, resource, sys, time
+import torch
+{prepare}
+
+def memory():
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    with open("/proc/self/smaps_rollup") as file:
+        next(file)
+        maps = dict(line.split(":", 1) for line in file)
+    kib = lambda text: int(text.split()[0]) / 2**20
+    return kib(fields["VmHWM"]), kib(maps["Private_Dirty"]) + kib(maps["Swap"]), kib(fields["VmRSS"])
+
+def reset_peak():
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+reset_peak()
+_, private, resident = memory()
+wall, cpu = time.perf_counter(), time.process_time()
+{work}
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+peak, after, _ = memory()
+print(json.dumps({{"seconds": wall, "cpu_seconds": cpu, "peak_GiB": peak - resident, "private_GiB": after - private}}))
+"""
+OURS = ("import ldm, ldm.loading", "model = ldm.load({path!r}, device='cpu')")
+BUILD = "from ldm.latent_diffusion import LatentDiffusion; config = json.load(open({config!r}))"
+NAIVE = {
+    ".safetensors": (
+        BUILD + "; from safetensors.torch import load_file",
+        "model = LatentDiffusion(**config); model.load_state_dict(load_file({path!r}), strict=False)",
+    ),
+    ".ckpt": (
+        BUILD,
+        "model = LatentDiffusion(**config)\n"
+        "state = torch.load({path!r}, map_location='cpu', weights_only=True)['state_dict']\n"
+        "model.load_state_dict(state, strict=False)",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--ckpt", type=Path, metavar="FILE", help="(random weights at Stable Diffusion 1's full size)")
+    parser.add_argument("--repeat", type=int_range(1), default=3, metavar="N", help="best of N (3)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [args.ckpt] if args.ckpt is not None else make_stable_diffusion(Path(folder))
+        compare_loading(files, Path(folder) / "config.json", args.repeat)
+
+
+def make_stable_diffusion(folder: Path) -> list[Path]:
+    """Stable Diffusion 1 with random weights, as a single file in both formats."""
+    import torch
+    from safetensors.torch import save_file
+
+    from ldm.checkpoint.compvis import single_file
+    from ldm.checkpoint.compvis_config import from_compvis
+    from ldm.latent_diffusion import LatentDiffusion
+    from ldm.util import read_yaml
+
+    yaml = Path(__file__).parents[1] / "configs" / "stable-diffusion" / "v1-inference.yaml"
+    config = from_compvis(read_yaml(yaml))
+    with torch.device("meta"):
+        model = LatentDiffusion(**config["params"])
+    random = {name: torch.empty(t.shape, dtype=t.dtype).uniform_(-0.05, 0.05) for name, t in model.state_dict().items()}
+    state, metadata = single_file(random, config)
+    files = [folder / "model.safetensors", folder / "model.ckpt"]
+    save_file(state, files[0], metadata)
+    torch.save({"state_dict": state, "global_step": 0}, files[1])
+    return files
+
+
+def compare_loading(files: Sequence[Path], config: Path, repeat: int) -> None:
+    """Print the table, one row for each file and way, the weights' size first."""
+    import ldm
+
+    rows = []
+    for path in files:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: the naive way that is compared reads single files")
+        model = ldm.load(path, device="cpu")
+        config.write_text(json.dumps(model.config))
+        weights = sum(p.numel() * p.element_size() for p in model.state_dict().values()) / 2**30
+        del model
+        for way, (prepare, work) in (("ldm.load", OURS), ("naive", NAIVE.get(path.suffix, NAIVE[".ckpt"]))):
+            best = min((measure(prepare, work, path, config) for _ in range(repeat)), key=lambda row: row["seconds"])
+            rows.append({"file": path.suffix, "way": way, "weights_GiB": weights, **best})
+    print("| file | way | s | CPU s | peak / weights | private / weights |\n|---|---|---|---|---|---|")
+    for row in rows:
+        shares = [f"{row[key] / row['weights_GiB']:.2f}" for key in ("peak_GiB", "private_GiB")]
+        cells = [row["file"], row["way"], f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}", *shares]
+        print(f"| {' | '.join(cells)} |")
+    print(f"weights: {rows[0]['weights_GiB']:.2f} GiB")
+
+
+def measure(prepare: str, work: str, path: Path, config: Path) -> dict[str, float]:
+    """What MEASURE prints, of a fresh process."""
+    parts = (text.format(path=str(path), config=str(config)) for text in (prepare, work))
+    code = MEASURE.format(**dict(zip(("prepare", "work"), parts, strict=True)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"loading {path} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""Measure every sampler at several numbers of steps on the model that ships, or another.
+
+python benchmarks/samplers.py --out samplers.jsonl --plot samplers.png --precision autocast
+
+Each row generates the captions of held-out MNIST images (--data or LDM_DATA), with the model's own settings otherwise,
+and measures prompt accuracy, the Fréchet distance over that between as many real images, and recall. Rows that --out
+has already are kept, so an interrupted run continues.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.common import check_plot, evaluations, import_pyplot
+from ldm.cli import Parser, int_range, run
+from ldm.inference.options import add_model_options, load_model
+
+ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON lines; rows that are there are kept")
+    add("--plot", type=Path, metavar="FILE", help="plot the table (needs matplotlib)")
+    add("--samplers", nargs="*", metavar="NAME", help="(all but aliases)")
+    add("--steps", nargs="*", type=int_range(1), default=[5, 10, 20, 50], metavar="N", help="(5 10 20 50)")
+    add("--n", type=int_range(1), default=2000, metavar="N", help="images of each (2000)")
+    add("--batch-size", type=int_range(1), default=100, metavar="N", help="images at a time (100)")
+    add("--data", metavar="DIR", help="folder of MNIST (LDM_DATA, or ./data)")
+    args = parser.parse_args(argv)
+    check_plot(args.plot)
+    rows = compare_samplers(args)
+    print(sampler_table(rows))
+    if args.plot is not None:
+        plot_samplers(rows, args.plot)
+
+
+def compare_samplers(args: argparse.Namespace) -> list[dict]:
+    """Measure what the output file does not have yet, adding a line to it each time; all its rows."""
+    from ldm.diffusion.sampling import SAMPLERS, get_sampler
+    from ldm.evaluation.datasets import find_reference
+    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
+    from ldm.evaluation.report import report_model
+    from ldm.evaluation.samples import draw
+
+    with open(args.out, "a"):  # tried now, not after minutes of drawing
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+    if any(row["n"] != args.n for row in rows):
+        raise ValueError(f"{args.out} has rows of {rows[0]['n']} images each: name another --out, or the same --n")
+    done = {(row["sampler"], row["steps"]) for row in rows}
+    names = [name for name in SAMPLERS if name not in ALIASES] if args.samplers is None else args.samplers
+    wanted = [(steps, name) for steps in args.steps for name in names if (name, steps) not in done]
+    for _, name in wanted:
+        get_sampler(name)  # an unknown name is told before anything is drawn
+    model, networks = load_model(args), Measuring.load(JUDGE, FEATURES)
+    reference, _ = find_reference("mnist", "heldout", args.data, networks, args.n)
+    captions = reference.captions(args.n, "train")
+    for steps, name in wanted:
+        print(f"{name}, {steps} steps", file=sys.stderr)
+        start = time.perf_counter()
+        images = draw(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
+        seconds = time.perf_counter() - start
+        report = report_model(images, captions, "train", reference, networks, None)
+        found = {
+            "sampler": name,
+            "steps": steps,
+            "evaluations": evaluations(model, sampler=name, steps=steps),
+            "accuracy": report["prompt_accuracy"]["accuracy"],
+            "ratio": report["frechet"]["ratio"],
+            "recall": report["precision_recall"]["recall"],
+            "diversity": report["diversity"]["ratio"],
+            "n": args.n,
+            "seconds": seconds,
+        }
+        rows.append(found)
+        with open(args.out, "a") as file:
+            file.write(json.dumps(found) + "\n")
+    return rows
+
+
+def sampler_table(rows: Sequence[dict]) -> str:
+    """Markdown: a row for each sampler, a column for each number of steps: accuracy, distance / floor, recall."""
+    steps = sorted({row["steps"] for row in rows})
+    cells = {(r["sampler"], r["steps"]): f"{r['accuracy']:.1%}, {r['ratio']:.2f}, {r['recall']:.2f}" for r in rows}
+    lines = ["| sampler | " + " | ".join(f"{s} steps" for s in steps) + " |", "|---" * (len(steps) + 1) + "|"]
+    for name in dict.fromkeys(row["sampler"] for row in rows):
+        lines.append(f"| `{name}` | " + " | ".join(cells.get((name, s), "-") for s in steps) + " |")
+    return "\n".join(lines)
+
+
+def plot_samplers(rows: Sequence[dict], path: Path) -> None:
+    """Distance over the floor against network evaluations, a line for each sampler; both axes logarithmic."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+        own = sorted((row["evaluations"], row["ratio"]) for row in rows if row["sampler"] == name)
+        axes.plot(*zip(*own, strict=True), "o-" if i < 10 else "s--", label=name, markersize=4, linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance / floor")
+    for axis, ticks in ((axes.xaxis, (5, 10, 20, 50, 100)), (axes.yaxis, (0.8, 1, 1.5, 2, 3))):
+        axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+    axes.legend(fontsize=8, ncols=2)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run(main)

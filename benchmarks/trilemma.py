@@ -1,0 +1,123 @@
+"""Compare generators on the generative learning trilemma (Xiao et al. 2022, figure 1): quality, coverage and speed.
+
+python benchmarks/trilemma.py --ddgan ddgan.safetensors --ddpm ddpm.safetensors --plot trilemma.png
+
+A VAE (the first stage of the model that ships, sampled from a unit normal prior), a denoising diffusion GAN, and a
+pixel-space diffusion model by its own ancestral sampler and by DDIM generate digits. Quality is the Fréchet distance
+over that between as many real images, coverage the recall, speed the seconds per image.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import check_plot, evaluations, import_pyplot, measure
+from ldm.cli import Parser, int_range, run
+from ldm.data.captions import Caption
+from ldm.diffusion.sampling.noise import SeededNoise
+from ldm.evaluation.samples import ask, draw, quantise
+from ldm.inference.options import PRECISIONS
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--ddgan", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddgan.yaml")
+    add("--ddpm", type=Path, required=True, metavar="FILE", help="of configs/pixel/ddpm.yaml, say")
+    add("--vae", type=Path, metavar="FILE", help="model whose first stage is sampled (the model that ships)")
+    add("--ddim-steps", nargs="*", type=int_range(1), default=[4, 20, 50], metavar="N", help="(4 20 50)")
+    add("--n", type=int_range(10), default=1000, metavar="N", help="images of each (1000)")
+    add("--batch-size", type=int_range(1), default=100, metavar="N", help="images at a time (100)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps; figures are computed on the CPU")
+    add("--precision", choices=PRECISIONS, default="full", help="of the networks (full)")
+    add("--plot", type=Path, metavar="FILE", help="plot the table (needs matplotlib)")
+    args = parser.parse_args(argv)
+    check_plot(args.plot)
+    rows = compare_generators(args)
+    print(trilemma_table(rows))
+    if args.plot is not None:
+        plot_trilemma(rows, args.plot)
+
+
+def compare_generators(args: argparse.Namespace) -> list[dict]:
+    """A row for each generator; a line on standard error as each is done."""
+    import ldm
+    from ldm.evaluation.datasets import find_reference
+    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
+    from ldm.inference.precision import set_precision
+
+    networks = Measuring.load(JUDGE, FEATURES)
+    reference, _ = find_reference("mnist", "test", None, networks, args.n)
+    captions, rows = reference.captions(args.n, "train"), []
+    vae, ddgan, ddpm = models = [ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm)]
+    for model in models:
+        set_precision(model, args.precision, model.device)
+    asked = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
+    asked |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
+    ways = [("VAE", 1, partial(draw_prior, vae, args.n, args.batch_size), None)]
+    for name, (model, settings) in asked.items():
+        images = partial(draw_asked, model, captions, args.batch_size, **settings)
+        ways.append((name, evaluations(model, **settings), images, reference.labels[: args.n]))
+    for name, calls, images, labels in ways:
+        rows.append(measure(name, calls, images, reference, networks, labels))
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    return rows
+
+
+@torch.inference_mode()
+def draw_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
+    """uint8 (n, 28, 28): a model's first stage as a VAE (Kingma & Welling 2014), unit normal latents decoded.
+
+    Its scaled latents have unit variance, so that the unit normal is the prior that suits them best.
+    """
+    size = model.latent_size(model.defaults["height"], model.defaults["width"])
+    images = []
+    for first in range(0, n, batch_size):
+        seeds = range(seed + first, seed + min(first + batch_size, n))
+        images.append(quantise(model.decode(SeededNoise(seeds, size)().to(model.device)).cpu()))
+    return torch.cat(images)
+
+
+def draw_asked(model: Any, captions: Sequence[Caption], batch_size: int, seed: int = 0, **settings: Any) -> Tensor:
+    """uint8 (n, 28, 28): an image for what the model takes of each caption."""
+    return draw(model, ask(model, captions)[0], seed, batch_size, **settings)
+
+
+def trilemma_table(rows: Sequence[dict]) -> str:
+    """Markdown, a row for each generator."""
+    titles = ("", "evaluations", "class accuracy", "distance / floor", "recall", "precision", "s an image", "CPU s")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
+        figures = [accuracy, f"{row['ratio']:.2f}", f"{row['recall']:.2f}", f"{row['precision']:.2f}"]
+        times = [f"{row['seconds']:.2g}", f"{row['cpu_seconds']:.2g}"]
+        lines.append(f"| {' | '.join([row['name'], str(row['evaluations']), *figures, *times])} |")
+    return "\n".join(lines)
+
+
+def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
+    """Distance against CPU seconds an image, both logarithmic; larger discs recall more."""
+    figure, axes = import_pyplot().subplots(figsize=(8, 5), layout="constrained")
+    for row in rows:
+        axes.scatter(row["cpu_seconds"], row["ratio"], s=40 + 900 * row["recall"], alpha=0.5)
+        label = f"{row['name']}\nrecall {row['recall']:.2f}"
+        axes.annotate(label, (row["cpu_seconds"], row["ratio"]), ha="center", va="center", fontsize=8)
+    axes.set(xscale="log", yscale="log", xlabel="CPU seconds an image", ylabel="Fréchet distance / floor")
+    axes.margins(0.15)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run(main)
+
+
+if __name__ == "__main__":
+    run(main)
