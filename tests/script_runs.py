@@ -14,18 +14,6 @@ from PIL import Image
 from ldm.inference.recipe import Recipe, read_png_text
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {
-    "torch._dynamo",
-    "sympy",
-    "transformers",
-    "open_clip",
-    "torchvision",
-    "sklearn",
-    "accelerate",
-    "diffusers",
-    "tensorboard",
-    "scipy",
-}
 
 
 def script_path(name: str) -> Path:
@@ -71,19 +59,3 @@ def run_program(name: str, *options: object) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this tree, installed or not
     argv = [sys.executable, script_path(name), *map(str, options)]
     return subprocess.run(argv, capture_output=True, text=True, env=environment)
-
-
-def imported_by_help(name: str) -> tuple[bool, str]:
-    """Whether `--help` imports torch, and what it prints."""
-    code = f"import sys, runpy; sys.argv = ['x', '--help']; runpy.run_path({str(script_path(name))!r})['parse'](None)"
-    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); {code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    return done.stderr != "False\n", done.stdout
-
-
-def heavy_imports(name: str, *options: object) -> str:
-    """The last line that a run prints with the heavy modules that it imported; "[]" if none."""
-    argv, script = [str(option) for option in options], str(script_path(name))
-    code = f"import sys, runpy; runpy.run_path({script!r})['main']({argv}); print(sorted({HEAVY} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    return (done.stdout + done.stderr).splitlines()[-1]

@@ -5,7 +5,7 @@ from inspect import signature
 
 import pytest
 from PIL import Image
-from script_runs import imported_by_help, load_script, recipe, samples
+from script_runs import load_script, recipe, samples
 
 import ldm
 from ldm.cli import run
@@ -230,8 +230,3 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         last = [text for text in said.splitlines() if text.startswith("error: ")]
         assert ended.value.code == 2 and len(last) == 1 and message in last[0], f"{message}: {said}"
     assert not (tmp_path / "no" / "model.safetensors").exists()
-
-
-def test_help_is_quick():
-    imported, text = imported_by_help("dreambooth")
-    assert not imported and "--prior_loss_weight" in text

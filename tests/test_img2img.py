@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 from script_runs import (
-    heavy_imports,
-    imported_by_help,
     load_script,
     names,
     pixels,
     recipe,
-    run_program,
     runner,
     samples,
 )
@@ -271,22 +268,6 @@ def test_strengths_that_are_none(strength, message, capsys):
         img2img.main(["--init-img", "x.png", "--strength", strength])
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
-
-
-def test_as_a_program(tiny_checkpoint, tmp_path, five):
-    options = ["--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out"]
-    done = run_program("img2img", "--init-img", five, *options)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.split("\n") == [f"{tmp_path}/out/samples/00000.png", f"{tmp_path}/out/grid-0000.png", ""]
-    done = run_program("img2img", "--init-img", tmp_path / "none.png", *options)
-    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/none.png: No such file or directory\n"
-
-
-def test_imports(tiny_checkpoint, tmp_path, five):
-    torch, text = imported_by_help("img2img")
-    assert not torch and "--strength" in text
-    options = ["--init-img", five, "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out"]
-    assert heavy_imports("img2img", *options) == "[]"
 
 
 def test_recipes_carry_what_they_were_drawn_over():

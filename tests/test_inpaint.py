@@ -9,13 +9,10 @@ import torch
 from conftest import TINY, randomised
 from PIL import Image
 from script_runs import (
-    heavy_imports,
-    imported_by_help,
     load_script,
     names,
     pixels,
     recipe,
-    run_program,
     runner,
     samples,
 )
@@ -234,26 +231,3 @@ def test_mistakes(draw, pair, tmp_path):
     (tmp_path / "notes.png").write_text("notes")
     with pytest.raises(ValueError, match="notes.png is not an image"):
         draw(*pair[:2], "--mask", tmp_path / "notes.png")
-
-
-def test_as_a_program(tiny_checkpoint, tmp_path, pair):
-    options = ["--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out"]
-    done = run_program("inpaint", *pair, *options)
-    assert done.returncode == 0 and done.stderr == ""
-    indir = folder(tmp_path / "pairs", a=make_image(), a_mask=upper())
-    done = run_program("inpaint", "--indir", indir, *options)
-    assert done.returncode == 0 and done.stdout == f"{tmp_path}/out/a.png\n"
-    done = run_program("inpaint", *pair[:2], *options)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: inpaint.py needs --init-img FILE")
-        and done.stderr.count("\n") == 1
-    )
-
-
-def test_imports(tiny_checkpoint, tmp_path, pair):
-    torch, text = imported_by_help("inpaint")
-    assert not torch and "--invert-mask" in text
-    assert (
-        heavy_imports("inpaint", *pair, "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path / "out") == "[]"
-    )

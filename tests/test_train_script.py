@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -164,10 +162,3 @@ def test_every_mistake_is_one_sentence(tmp_path, capsys):
         assert ended.value.code == 2, f"{name}: {said}"
         assert said.startswith("error: ") and said.count("\n") == 1 and message in said, f"{name}: {said}"
     assert not (tmp_path / "hit").exists() and not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_a_mistake_in_a_process_of_its_own():
-    command = [sys.executable, str(SCRIPT), "nowhere.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: configuration 'nowhere.yaml' does not exist\n"

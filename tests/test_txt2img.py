@@ -1,10 +1,6 @@
 """txt2img: counts, seeds, numbers, what each PNG says, making it again; every mistake is one sentence."""
 
 import copy
-import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +11,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from script_runs import (
-    ROOT,
-    heavy_imports,
-    imported_by_help,
     load_script,
     names,
     pixels,
     recipe,
-    run_program,
     runner,
     samples,
-    script_path,
 )
 
 import ldm
@@ -366,40 +357,6 @@ def test_what_was_drawn_before_an_interruption_is_there(draw, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         draw("--n_samples", 6, "--batch-size", 2)
     assert names(tmp_path / "out" / "samples") == [f"{i:05}.png" for i in range(4)]
-
-
-@pytest.mark.smoke
-def test_as_a_program(tiny_checkpoint, tmp_path):
-    done = run_program("txt2img", "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.split("\n") == [f"{tmp_path}/samples/00000.png", f"{tmp_path}/grid-0000.png", ""]
-    done = run_program("txt2img", "--ckpt", tiny_checkpoint, "--sampler", "none", "--outdir", tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown sampler") and done.stderr.count("\n") == 1
-
-
-def test_help_does_without_torch():
-    torch, text = imported_by_help("txt2img")
-    assert not torch and "--negative-prompt" in text
-
-
-def test_drawing_imports_nothing_heavy(tiny_checkpoint, tmp_path):
-    assert heavy_imports("txt2img", "--ckpt", tiny_checkpoint, "--steps", 2, "--outdir", tmp_path) == "[]"
-
-
-@pytest.mark.full
-def test_start_up_time(tmp_path):
-    """One image of the shipped model, as a whole process, against `import torch` alone, in CPU seconds."""
-
-    def cpu_seconds(*argv: object) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, *map(str, argv)], check=True, capture_output=True, cwd=ROOT, env=environment)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    torch_alone = sorted(cpu_seconds("-c", "import torch") for _ in range(5))[2]
-    whole = sorted(cpu_seconds(script_path("txt2img"), "--outdir", tmp_path) for _ in range(5))[2]
-    assert whole <= 1.6 * torch_alone
 
 
 def test_guidance_is_part_of_the_recipe(draw):

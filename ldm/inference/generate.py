@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -14,12 +14,14 @@ from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
 from ldm.generation import steps_taken
-from ldm.inference.init_image import InitImage
 from ldm.inference.nan_check import generate_checked
 from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import Recipe, refill
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.settings import Settings, setting_rows
+
+if TYPE_CHECKING:
+    from ldm.inference.init_image import InitImage
 
 Callback = Callable[[Step], None]
 
@@ -78,7 +80,7 @@ def generate_run(
     model: LatentDiffusion,
     recipes: Sequence[Recipe],
     callback: Callback | None = None,
-    init: InitImage | None = None,
+    init: "InitImage | None" = None,
     guide: Guide | None = None,
 ) -> Iterator[Generated]:
     """Generate a planned run (`recipe.plan`), yielding each image when its batch is done, so that it can be saved then.
@@ -110,7 +112,7 @@ def generate_again(
     model: LatentDiffusion,
     recipe: Recipe,
     callback: Callback | None = None,
-    init: InitImage | None = None,
+    init: "InitImage | None" = None,
     guide: Guide | None = None,
 ) -> Iterator[Generated]:
     """Generate that recipe's image, to the byte: at the same place of a batch of the same shape.
@@ -164,7 +166,7 @@ def steps_of(recipe: Recipe) -> int:
     return recipe.steps if recipe.strength is None else steps_taken(recipe.strength, recipe.steps)
 
 
-def _arguments(model: LatentDiffusion, recipe: Recipe, init: InitImage | None) -> dict[str, Any]:
+def _arguments(model: LatentDiffusion, recipe: Recipe, init: "InitImage | None") -> dict[str, Any]:
     """Return the arguments of `generate` that a recipe decides, and put the model into its precision."""
     if recipe.precision != precision_of(model):
         set_precision(model, recipe.precision)

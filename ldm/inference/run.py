@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ldm.inference.init_image import InitImage
 from ldm.inference.options import check_latents, load_model, settings_of
 from ldm.inference.recipe import Recipe, check_init_image, plan, read_prompts, read_recipe, save_png
 from ldm.settings import setting_rows
 
 if TYPE_CHECKING:  # they import torch
     from ldm.diffusion.guidance import Guide
+    from ldm.inference.init_image import InitImage
     from ldm.latent_diffusion import LatentDiffusion
 
 BATCH = 16  # images at a time
 
 
-def generate_files(args: argparse.Namespace, init: InitImage | None = None) -> None:
+def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) -> None:
     """Generate and save what the options ask for, from the init image if there is one.
 
     Whatever is wrong with options, input files or the output folder is found before torch is imported.
@@ -77,7 +77,11 @@ def load_checked(args: argparse.Namespace) -> "LatentDiffusion":
 
 
 def plan_recipes(
-    model: "LatentDiffusion", args: argparse.Namespace, prompts: list[str], made: Recipe | None, init: InitImage | None
+    model: "LatentDiffusion",
+    args: argparse.Namespace,
+    prompts: list[str],
+    made: Recipe | None,
+    init: "InitImage | None",
 ) -> list[Recipe]:
     """Return the recipes of a run, or that of one image again with the settings that are given."""
     from ldm.inference.generate import change_recipe, chunks, default_recipe
@@ -110,7 +114,7 @@ def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.
 
 
 def init_settings(
-    init: InitImage, args: argparse.Namespace, model: "LatentDiffusion", made: Recipe | None = None
+    init: "InitImage", args: argparse.Namespace, model: "LatentDiffusion", made: Recipe | None = None
 ) -> dict[str, object]:
     """Return the settings of an image made from an init image; size and strength are `made`'s if not given."""
     strength, size = args.strength, (args.width, args.height)

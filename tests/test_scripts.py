@@ -1,0 +1,138 @@
+"""Scripts as programs: `--help` without torch, mistakes in one sentence, few imports, few calls to `generate`."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from script_runs import ROOT, load_script, run_program, script_path
+from test_pixel_diffusion import build
+
+import ldm
+
+HEAVY = {
+    *("torch._dynamo", "sympy", "transformers", "open_clip", "torchvision", "sklearn", "accelerate", "diffusers"),
+    *("tensorboard", "scipy"),
+}
+SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
+# Scripts that generate images: their options besides the checkpoint's, and what they print.
+FILES = ["samples/00000.png", "grid-0000.png"]
+RUNS = {
+    "txt2img": ([], FILES),
+    "img2img": (["--init-img", "a.png"], FILES),
+    "inpaint": (["--init-img", "a.png", "--mask", "a_mask.png"], FILES),
+    "inpaint a folder": (["--indir", "."], ["a.png"]),
+    "sample": (["--class", 5], FILES),
+}
+MISTAKES = {
+    "train": (["nowhere.yaml"], "configuration 'nowhere.yaml' does not exist"),
+    "txt2img": (["--sampler", "none"], "unknown sampler 'none'"),
+    "img2img": (["--init-img", "none.png"], "none.png: No such file or directory"),
+    "inpaint": (["--init-img", "a.png"], "inpaint.py needs --init-img FILE and --mask FILE"),
+    "sample": (["--class", "five"], "class 'five' does not exist"),
+}
+
+
+@pytest.fixture
+def argv(tiny_checkpoint, tmp_path, monkeypatch):
+    """`argv("txt2img")` gives options for a run of two steps in a folder with an image and a mask."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)).save("a.png")
+    Image.new("L", (32, 32), 255).save("a_mask.png")
+
+    def options(name: str, table: dict = RUNS) -> list[str]:
+        if name == "sample":
+            ldm.save(build(), "classes.safetensors")
+        checkpoint = "classes.safetensors" if name == "sample" else tiny_checkpoint
+        if name == "train":
+            return table[name][0]
+        given = ["--ckpt", checkpoint, "--device", "cpu", "--steps", 2, "--outdir", "out", *table[name][0]]
+        return [str(option) for option in given]
+
+    return options
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_imports_no_torch(name):
+    """It prints the script's own description."""
+    path = str(script_path(name))
+    code = f"import runpy, sys; main = runpy.run_path({path!r})['main']"
+    code += "\ntry: main(['--help'])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "False\n" and load_script(name).__doc__.strip().split("\n")[0] in done.stdout
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", RUNS)
+def test_as_a_program(argv, name):
+    done = run_program(name.split()[0], *argv(name))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [f"out/{file}" for file in RUNS[name][1]]
+    assert all(Path(file).is_file() for file in done.stdout.split())
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence(argv, name):
+    done = run_program(name, *argv(name, MISTAKES))
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and MISTAKES[name][1] in done.stderr
+    assert not list(Path("out").rglob("*.png"))
+
+
+def imported(name: str, argv: list[str]) -> set[str]:
+    """The modules that a run imports; of ours, their files."""
+    code = f"""import json, runpy, sys
+runpy.run_path({str(script_path(name))!r})["main"]({argv})
+print(json.dumps([getattr(m, "__file__", None) if n.split(".")[0] == "ldm" else n for n, m in sys.modules.items()]))"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_imports_nothing_heavy(argv, name):
+    assert imported(name.split()[0], argv(name)) & HEAVY == set()
+
+
+def test_txt2img_imports_what_it_needs(argv):
+    """By files and lines: no format but our own, no init images, guiders, LoRAs, offloading, tiling, training."""
+    files = [Path(file) for file in imported("txt2img", argv("txt2img")) if file and str(ROOT / "ldm") in file]
+    assert len(files) <= 47 and sum(len(file.read_text().splitlines()) for file in files) <= 6800
+
+
+@pytest.mark.parametrize("name", ["txt2img", "img2img", "inpaint", "sample"])
+def test_four_calls_from_main_to_generate(argv, name, monkeypatch):
+    calls = []
+
+    def generate(self, prompts, **settings):
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(ROOT)]
+        names = [frame.name for frame in frames if "tests" not in Path(frame.filename).parts]
+        calls.append(names[names.index("main") + 1 :])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ldm.LatentDiffusion, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        load_script(name).main(argv(name))
+    assert calls == [["generate_files", "generate_run", "generate_checked"]]  # and generate itself
+
+
+@pytest.mark.full
+def test_start_up_time(tmp_path):
+    """One image of the shipped model, as a whole process, against `import torch` alone, in CPU seconds."""
+
+    def cpu_seconds(*argv: object) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, *map(str, argv)], check=True, capture_output=True, cwd=ROOT, env=environment)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    torch_alone = sorted(cpu_seconds("-c", "import torch") for _ in range(5))[2]
+    whole = sorted(cpu_seconds(script_path("txt2img"), "--outdir", tmp_path) for _ in range(5))[2]
+    assert whole <= 1.6 * torch_alone
