@@ -22,7 +22,10 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHON_FILES = sorted(
-    path for folder in ("ldm", "scripts", "tests") for path in (ROOT / folder).rglob("*.py") if path.is_file()
+    path
+    for folder in ("ldm", "scripts", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+    if path.is_file()
 )
 # distribution -> module, where they differ
 MODULES = {"open_clip_torch": "open_clip", "Pillow": "PIL", "scikit-learn": "sklearn", "PyYAML": "yaml"}
@@ -113,7 +116,7 @@ def test_every_import_is_a_dependency():
     scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
     by_tests = {p for path in PYTHON_FILES if "tests" in path.parts for p in imported(path)}
     by_tests -= {"ldm", "tomli", "tomllib", "packaging"}
-    helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "conftest", "scripts"}
+    helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "conftest", "scripts", "benchmarks"}
     assert by_package - run - optional == set()
     assert run - by_package == {"tensorboard"}  # by torch.utils.tensorboard; what tests alone import is in their extra
     assert by_comparison - run - test - scripts == set()
