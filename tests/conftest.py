@@ -1,7 +1,7 @@
 """Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint; a tiny MNIST."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +68,12 @@ TINY = {
     "prediction": "v",
     "defaults": {"height": 32, "width": 32, "steps": 4, "scale": 2.0},
 }
+
+
+def refused(match: str, function: Callable, *args, error: type[Exception] = ValueError, **options) -> None:
+    """Check that the call raises `error` with a message in which `match` is found."""
+    with pytest.raises(error, match=match):
+        function(*args, **options)
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

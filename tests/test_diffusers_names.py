@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomised
+from conftest import randomised, refused
 from torch import Tensor
 
 from ldm.checkpoint import diffusers_names as names
@@ -277,16 +277,14 @@ def test_attention_of_the_autoencoder_in_either_rank_and_on_both_sides():
 
 def test_names_without_a_place_are_listed():
     state = {"conv_in.weight": torch.zeros(1), "add_embedding.linear_1.weight": torch.zeros(1), "x": torch.zeros(1)}
-    with pytest.raises(ValueError, match="UNet has 2 weights .*: add_embedding.linear_1.weight, x$"):
-        names.unet_from_diffusers(state, SD_LEVELS)
+    refused("UNet has 2 weights .*: add_embedding.linear_1.weight, x$", names.unet_from_diffusers, state, SD_LEVELS)
     attention = "encoder.mid_block.attentions.0."  # under its old and its new name at once
     with pytest.raises(ValueError, match=f"autoencoder has 1 weights .*: {attention}query.bias$"):
         names.vae_from_diffusers(
             {attention + "to_q.bias": torch.zeros(1), attention + "query.bias": torch.zeros(1)}, 1, 1
         )
     state = {f"encoder.layers.0.self_attn.{part}_proj.weight": torch.zeros(1, 1) for part in "qv"}
-    with pytest.raises(ValueError, match="not all three of .*k_proj.weight"):
-        names.openclip_from_transformers(state, layers=1)
+    refused("not all three of .*k_proj.weight", names.openclip_from_transformers, state, layers=1)
 
 
 def test_heads_are_a_number_or_a_width():
@@ -298,8 +296,7 @@ def test_heads_are_a_number_or_a_width():
         ([2, 9, 4], None),
     ):
         if expected is None:
-            with pytest.raises(ValueError, match="one number of heads, or one width of a head"):
-                read_unet(config | {"attention_head_dim": heads})
+            refused("one number of heads, or one width of a head", read_unet, config | {"attention_head_dim": heads})
         else:
             params = read_unet(config | {"attention_head_dim": heads})
             assert {key: value for key, value in params.items() if "head" in key} == expected

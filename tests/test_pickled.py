@@ -19,6 +19,7 @@ import numpy as np
 import pickle_files
 import pytest
 import torch
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -162,8 +163,7 @@ def test_tensors_are_descriptions():
     ],
 )
 def test_bad_persistent_ids(value):
-    with pytest.raises(ValueError, match="its pickle is damaged: (it|PERSID) "):
-        read(program(value))
+    refused("its pickle is damaged: (it|PERSID) ", read, program(value))
     assert isinstance(read(program(storage() + storage() + storage(key="1"))), Storage)
 
 
@@ -292,16 +292,14 @@ def test_bombs(value, fine):
     if fine:
         read(program(value))
     else:
-        with pytest.raises(ValueError, match="its pickle is damaged"):
-            read(program(value))
+        refused("its pickle is damaged", read, program(value))
     assert memory() - before < 100 * 2**20 and time.perf_counter() - start < 10
 
 
 def test_the_number_of_instructions_is_limited(monkeypatch):
     monkeypatch.setattr(pickled, "MAX_INSTRUCTIONS", 1000)
     assert len(read(program(b"(" + b"N" * 996 + b"t"))) == 996  # with PROTO and STOP
-    with pytest.raises(ValueError, match="has more than 1000 instructions"):
-        read(program(b"(" + b"N" * 997 + b"t"))
+    refused("has more than 1000 instructions", read, program(b"(" + b"N" * 997 + b"t"))
 
 
 def test_truncated_and_flipped_anywhere():
@@ -310,8 +308,7 @@ def test_truncated_and_flipped_anywhere():
     for protocol in range(6):
         content = pickle.dumps(values, protocol)
         for length in range(len(content)):
-            with pytest.raises(ValueError, match="its pickle is damaged"):
-                read(content[:length])
+            refused("its pickle is damaged", read, content[:length])
         draw = random.Random(protocol)
         for _ in range(1500):
             damaged = bytearray(content)

@@ -12,6 +12,7 @@ from contextlib import suppress
 import pickle_files
 import pytest
 import torch
+from conftest import refused
 from pickle_files import call, mapping, name, storage, tensor, write_legacy, write_zip
 from safetensors.torch import save_file as save_safetensors
 from torch import nn
@@ -78,11 +79,9 @@ def test_nesting_and_facts(tmp_path, zipped):
 def test_unread_tensors_are_not_missed_in_silence(tmp_path):
     quantized = call(name("torch._utils", "_rebuild_qtensor"), storage())
     write_zip(tmp_path / "a", mapping(w=tensor(), q=quantized))
-    with pytest.raises(ValueError, match="its tensor 'q' is of an unsupported kind \\('torch._utils._rebuild_q"):
-        read_tensors(tmp_path / "a")
+    refused("its tensor 'q' is of an unsupported kind \\('torch._utils._rebuild_q", read_tensors, tmp_path / "a")
     write_zip(tmp_path / "a", mapping(w=tensor(), wrong=tensor(offset=1)))
-    with pytest.raises(ValueError, match="^checkpoint '.*a' cannot be read: its tensor 'wrong' is damaged: its size "):
-        read_tensors(tmp_path / "a")
+    refused("^checkpoint '.*a' cannot be read: its tensor 'wrong' is damaged: its size ", read_tensors, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -126,15 +125,12 @@ def test_files_without_named_tensors(tmp_path, value, sentence):
 )
 def test_other_files_are_named(tmp_path, content, sentence):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ValueError, match=f"^checkpoint '{tmp_path / 'a'}' {sentence}"):
-        read_tensors(tmp_path / "a")
+    refused(f"^checkpoint '{tmp_path / 'a'}' {sentence}", read_tensors, tmp_path / "a")
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="^checkpoint '.*nowhere' does not exist$"):
-        read_tensors(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"^checkpoint '{tmp_path}' is a folder, not a file$"):
-        read_tensors(tmp_path)
+    refused("^checkpoint '.*nowhere' does not exist$", read_tensors, tmp_path / "nowhere", error=FileNotFoundError)
+    refused(f"^checkpoint '{tmp_path}' is a folder, not a file$", read_tensors, tmp_path)
 
 
 def test_damaged_safetensors(tmp_path):
@@ -143,8 +139,7 @@ def test_damaged_safetensors(tmp_path):
     content = (tmp_path / "a").read_bytes()
     for length in range(len(content)):
         (tmp_path / "b").write_bytes(content[:length])
-        with pytest.raises(ValueError, match="^checkpoint '.*b' is (empty|neither|not a complete safetensors file)"):
-            read_tensors(tmp_path / "b")
+        refused("^checkpoint '.*b' is (empty|neither|not a complete safetensors file)", read_tensors, tmp_path / "b")
     draw = random.Random(0)
     for _ in range(600):
         damaged, place = bytearray(content), draw.randrange(len(content))
@@ -175,8 +170,7 @@ def header(path, **tensors) -> None:
 )
 def test_absurd_safetensors(tmp_path, entry):
     header(tmp_path / "a", w=entry)
-    with pytest.raises(ValueError, match="^checkpoint '.*a' is not a complete safetensors file \\([^\n]+\\)$"):
-        read_tensors(tmp_path / "a")
+    refused("^checkpoint '.*a' is not a complete safetensors file \\([^\n]+\\)$", read_tensors, tmp_path / "a")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -202,8 +196,7 @@ def test_shards(tmp_path, kind):
 
     index["weight_map"]["more"] = f"model-1.{kind}"
     path.write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="^the shards of '.*index.json' lack 1 of its tensors \\(more\\)$"):
-        read_sharded(path)
+    refused("^the shards of '.*index.json' lack 1 of its tensors \\(more\\)$", read_sharded, path)
     index["weight_map"]["more"] = f"model-3.{kind}"
     path.write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=f"'.*index.json' names the shard 'model-3.{kind}', which is missing"):
@@ -211,8 +204,7 @@ def test_shards(tmp_path, kind):
     for elsewhere in ("../a", str(tmp_path / f"model-1.{kind}"), "", 7):
         index["weight_map"]["more"] = elsewhere
         path.write_text(json.dumps(index))
-        with pytest.raises((ValueError, FileNotFoundError), match="^index '.*index.json' names "):
-            read_sharded(path)
+        refused("^index '.*index.json' names ", read_sharded, path, error=(ValueError, FileNotFoundError))
 
 
 @pytest.mark.parametrize(
@@ -220,10 +212,8 @@ def test_shards(tmp_path, kind):
 )
 def test_damaged_indices(tmp_path, content):
     (tmp_path / "a.index.json").write_text(content)
-    with pytest.raises(ValueError, match="^index '.*a.index.json' is damaged, or not an index of shards"):
-        read_sharded(tmp_path / "a.index.json")
-    with pytest.raises(FileNotFoundError, match="^index '.*b.index.json' does not exist$"):
-        read_sharded(tmp_path / "b.index.json")
+    refused("^index '.*a.index.json' is damaged, or not an index of shards", read_sharded, tmp_path / "a.index.json")
+    refused("^index '.*b.index.json' does not exist$", read_sharded, tmp_path / "b.index.json", error=FileNotFoundError)
 
 
 AUDITED = """
