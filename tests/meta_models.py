@@ -28,7 +28,7 @@ def on_meta(sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def built(config: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the network of a configuration; a whole model's with the three prefixes."""
+    """Names and shapes of the network of a configuration; a complete model's with the three prefixes."""
     return dict(_built(json.dumps(config)))
 
 

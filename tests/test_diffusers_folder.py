@@ -1,4 +1,4 @@
-"""Folders of diffusers: ours draw there what they draw here, theirs here what they draw there, and back again exactly.
+"""Folders of diffusers: ours generate there what they generate here, theirs here what they generate there, and back.
 
 Both sides compute in float32 with different kernels; outputs are of order 1, so 1e-5 is a hundred roundings.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomised, refused
-from tiny_stable_diffusion import KINDS, MERGES, PROMPTS, SD1, SD2, TEXT, VAE, built, changed, edit, whole
+from tiny_stable_diffusion import KINDS, MERGES, PROMPTS, SD1, SD2, TEXT, VAE, built, changed, edit, model_config
 
 from ldm.checkpoint.diffusers_config import read_vae
 from ldm.checkpoint.diffusers_folder import read_pipeline
@@ -45,7 +45,7 @@ def folders(models, tmp_path_factory):
     found = {}
     for name, model in models.items():
         found[name] = tmp_path_factory.mktemp("ours") / name
-        write_pipeline(found[name], whole(model.config), model.state_dict())
+        write_pipeline(found[name], model_config(model.config), model.state_dict())
     return found
 
 
@@ -74,46 +74,26 @@ def theirs(tmp_path_factory):
         root = tmp_path_factory.mktemp("theirs")
         write_tokenizer(root / "tokenizer", MERGES, pad=0 if second else 513 + len(MERGES), context_length=24)
         vae = AutoencoderKL(
-            block_out_channels=(8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            norm_num_groups=4,
-            sample_size=32,
+            **{"block_out_channels": (8, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 3},
+            **{"up_block_types": ("UpDecoderBlock2D",) * 3, "norm_num_groups": 4, "sample_size": 32},
         )
         unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=2,
-            norm_num_groups=8,
-            cross_attention_dim=32,
+            **{"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 2, "norm_num_groups": 8},
+            **{"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 32},
+            **{"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "use_linear_projection": second},
             attention_head_dim=(2, 4) if second else 4,
-            use_linear_projection=second,
         )
         text = CLIPTextConfig(
-            vocab_size=514 + len(MERGES),
-            hidden_size=32,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            hidden_act="gelu" if second else "quick_gelu",
-            bos_token_id=512 + len(MERGES),
-            eos_token_id=513 + len(MERGES),
-            pad_token_id=0,
+            **{"vocab_size": 514 + len(MERGES), "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "max_position_embeddings": 24, "bos_token_id": 512 + len(MERGES)},
+            **{"eos_token_id": 513 + len(MERGES), "pad_token_id": 0, "hidden_act": "gelu" if second else "quick_gelu"},
         )
         kinds = {"clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"}
         scheduler = DDIMScheduler(**schedule, **kinds) if second else PNDMScheduler(**schedule, skip_prk_steps=True)
         pipe = StableDiffusionPipeline(
-            vae=vae,
-            unet=unet,
-            text_encoder=randomised(CLIPTextModel(text)),
+            **{"vae": vae, "unet": unet, "text_encoder": randomised(CLIPTextModel(text)), "scheduler": scheduler},
             tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer", local_files_only=True),
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         )
         for module in (vae, unet):
             randomised(module.eval())
@@ -124,7 +104,7 @@ def theirs(tmp_path_factory):
 
 @torch.no_grad()
 def assert_same_numbers(model: LatentDiffusion, pipe) -> None:
-    """Each network, and a picture of four DDIM steps with guidance."""
+    """Each network, and an image of four DDIM steps with guidance."""
     generator = torch.Generator().manual_seed(1)
     x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([7, 801])
     pixels = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
@@ -145,7 +125,7 @@ def assert_same_numbers(model: LatentDiffusion, pipe) -> None:
     torch.testing.assert_close(model.decode(x), decoded, **CLOSE)
 
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe(
+    theirs = pipe(
         PROMPTS, negative_prompt=[""] * 2, num_inference_steps=4, guidance_scale=3.0, latents=x, output_type="np"
     )
     spacing = model.defaults["spacing"]
@@ -157,11 +137,11 @@ def assert_same_numbers(model: LatentDiffusion, pipe) -> None:
     latents = step.x / (1 + sigmas[-1] ** 2).sqrt().float()
     ours = (model.decode(latents) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert 0.02 < ours.std() and ours.gt(0).logical_and(ours.lt(1)).float().mean() > 0.5
-    np.testing.assert_allclose(ours.numpy(), drawn.images, atol=1e-5)
+    np.testing.assert_allclose(ours.numpy(), theirs.images, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_diffusers_draws_what_we_draw(models, folders, kind):
+def test_diffusers_generates_what_we_generate(models, folders, kind):
     files = {p.relative_to(folders[kind]).as_posix() for p in folders[kind].rglob("*") if p.is_file()}
     assert WRITTEN - files <= {"tokenizer/special_tokens_map.json"} and files <= WRITTEN  # transformers 5 has no such
     pipe = pipeline(folders[kind])
@@ -196,7 +176,7 @@ def test_ours_to_diffusers_to_ours_is_exact(models, folders, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_we_draw_what_diffusers_draws(theirs, kind):
+def test_we_generate_what_diffusers_generates(theirs, kind):
     from diffusers import DDIMScheduler
 
     pipe, folder = theirs[kind]
@@ -237,7 +217,7 @@ def test_every_form_of_the_weights(theirs, tmp_path, how, variant, files):
     for part in ("unet", "vae", "text_encoder"):
         getattr(pipe, part).save_pretrained(tmp_path / "x" / part, **how)
     found = {file.relative_to(tmp_path / "x").as_posix() for file in (tmp_path / "x").rglob("*")}
-    if "safe_serialization" in how:  # transformers 5 writes safetensors whatever it is told
+    if "safe_serialization" in how:  # transformers 5 writes safetensors whatever it is asked
         (tmp_path / "x/text_encoder/model.safetensors").unlink()
         torch.save(pipe.text_encoder.state_dict(), tmp_path / "x/text_encoder/pytorch_model.bin")
         files = files - {"text_encoder/pytorch_model.bin"}
@@ -283,17 +263,14 @@ def test_what_is_assumed_is_said(folder):
 
 @pytest.mark.parametrize(
     ("concat", "channels", "pipeline"),
-    [
-        ("mask_latents", 9, "StableDiffusionInpaintPipeline"),
-        ("latents", 8, "StableDiffusionInstructPix2PixPipeline"),
-    ],
+    [("mask_latents", 9, "StableDiffusionInpaintPipeline"), ("latents", 8, "StableDiffusionInstructPix2PixPipeline")],
 )
 def test_models_that_change_images(tmp_path, concat, channels, pipeline):
     import diffusers
 
     params = changed(SD1, "unet", in_channels=channels) | {"concat": concat}
     model = LatentDiffusion(**params)
-    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict())
+    write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict())
     pipe = getattr(diffusers, pipeline).from_pretrained(tmp_path / "x", local_files_only=True)
     assert pipe.unet.config.in_channels == channels
     config, state, notes = read_pipeline(tmp_path / "x")
@@ -304,7 +281,7 @@ def test_models_that_change_images(tmp_path, concat, channels, pipeline):
 
 def test_nothing_is_lost(models, tmp_path, monkeypatch):
     model, path = models["sd1"], tmp_path / "a" / "out"
-    config, state = whole(model.config), model.state_dict()
+    config, state = model_config(model.config), model.state_dict()
     path.mkdir(parents=True)
     write_pipeline(path, config, state)  # an empty folder is filled
     before = (path / "unet/diffusion_pytorch_model.safetensors").read_bytes()
@@ -343,7 +320,7 @@ def test_writing_over_the_folder_it_was_read_from(folder):
 
 def test_half_precision(models, tmp_path):
     model = models["sd2"]
-    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict(), torch.float16)
+    write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict(), torch.float16)
     _, state, _ = read_pipeline(tmp_path / "x")
     expected = model.state_dict()
     name = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
@@ -357,15 +334,15 @@ def test_half_precision(models, tmp_path):
 def test_another_pad_token_is_kept(tmp_path, pad):
     params = changed(SD2, "cond_stage", tokenizer={"merges": MERGES, "pad": pad})
     model = LatentDiffusion(**params)
-    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict())
+    write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict())
     assert read_pipeline(tmp_path / "x")[0]["params"]["cond_stage_config"] == params["cond_stage_config"]
 
 
-def test_the_whole_vocabulary_does_not_travel_in_the_configuration(models, tmp_path):
+def test_the_full_vocabulary_does_not_travel_in_the_configuration(models, tmp_path):
     text = {key: value for key, value in TEXT.items() if key != "tokenizer"} | {"vocab_size": 49408}
     params = SD1 | {"cond_stage_config": SD1["cond_stage_config"] | {"params": text}}
     model = LatentDiffusion(**params)
-    write_pipeline(tmp_path / "x", whole(model.config), model.state_dict())
+    write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict())
     config, _, _ = read_pipeline(tmp_path / "x")
     assert config["params"]["cond_stage_config"]["params"] == text
     assert json.loads((tmp_path / "x/vae/config.json").read_text())["sample_size"] == 32

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import randomised, refused
+from tiny_stable_diffusion import LINEAR, UNET, VAE
 from torch import Tensor
 
 from ldm.checkpoint import diffusers_names as names
@@ -20,12 +21,7 @@ GOLDEN = json.loads(gzip.decompress((Path(__file__).parent / "golden" / "state_d
 SD_LEVELS = [UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, False)]
 # The parts of the published configurations (stable-diffusion-v1-5, stable-diffusion-2-1) that are not defaults
 SD1_UNET = {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64}
-SD2_UNET = {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "sample_size": 96,
-    "use_linear_projection": True,
-}
+SD2_UNET = {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True}
 SD_VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -33,32 +29,14 @@ SD_VAE = {
     "layers_per_block": 2,
     "sample_size": 512,
 }
-TINY_UNET = {
-    "image_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 16,
-    "num_res_blocks": 1,
-    "attention_resolutions": [1, 2],
-    "channel_mult": [1, 2],
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "context_dim": 24,
-    "legacy": False,
-    "norm_groups": 8,
-}
+TINY_UNET = UNET | {"attention_resolutions": [1, 2], "channel_mult": [1, 2], "context_dim": 24}
 UNETS = {
     "one level": {"channel_mult": [1], "attention_resolutions": [1]},
     "attention in the middle alone": {"attention_resolutions": []},
     "attention below": {"attention_resolutions": [4], "channel_mult": [1, 1, 2]},
     "attention above": {"attention_resolutions": [1, 2], "channel_mult": [1, 2, 2, 4], "num_res_blocks": 3},
     "unlike levels": {"num_res_blocks": [1, 3, 2], "channel_mult": [1, 2, 3], "transformer_depth": [1, 2, 3]},
-    "deep and linear": {
-        "transformer_depth": 2,
-        "use_linear_in_transformer": True,
-        "num_heads": -1,
-        "num_head_channels": 8,
-    },
+    "deep and linear": LINEAR | {"transformer_depth": 2},
     "inpainting": {"in_channels": 9},
     "scale and shift": {"use_scale_shift_norm": True, "dropout": 0.1},
     "first attention to the text too": {"disable_self_attentions": [True, False]},
@@ -156,8 +134,8 @@ def test_openclip_there_and_back_is_exact_for_what_is_used():
         elif name not in made_up:
             assert torch.equal(tensor, ours[name]), name
     assert torch.equal(back["text_projection"], torch.eye(32)) and back["logit_scale"] == 0
-    whole = names.openclip_from_transformers(names.openclip_to_transformers(ours, layers=4), layers=4)
-    assert all(torch.equal(whole[name], ours[name]) for name in ours.keys() - made_up)
+    complete = names.openclip_from_transformers(names.openclip_to_transformers(ours, layers=4), layers=4)
+    assert all(torch.equal(complete[name], ours[name]) for name in ours.keys() - made_up)
 
 
 @pytest.mark.parametrize("changes", UNETS.values(), ids=UNETS)
@@ -222,17 +200,7 @@ def test_class_embeddings(ours, theirs):
 def test_autoencoders_of_any_structure(changes):
     from diffusers import AutoencoderKL as Theirs
 
-    ddconfig = {
-        "z_channels": 3,
-        "resolution": 16,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 8,
-        "ch_mult": [1, 2, 4],
-        "num_res_blocks": 1,
-        "attn_resolutions": [],
-        "norm_groups": 4,
-    }
+    ddconfig = VAE["ddconfig"] | {"z_channels": 3, "resolution": 16, "ch_mult": [1, 2, 4]}
     params = {"embed_dim": 3, "ddconfig": ddconfig | changes}
     config = write_vae(params, scale_factor=0.5, sample_size=16)
     own, scale_factor = read_vae(config)

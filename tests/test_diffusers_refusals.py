@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import refused
-from tiny_stable_diffusion import MERGES, SD1, VAE, changed, edit, whole
+from tiny_stable_diffusion import MERGES, SD1, VAE, changed, edit, model_config
 
 from ldm.checkpoint.diffusers_folder import read_pipeline
 from ldm.checkpoint.diffusers_writer import write_pipeline
@@ -22,7 +22,7 @@ def state():
 
 @pytest.fixture
 def folder(state, tmp_path):
-    write_pipeline(tmp_path / "sd1", whole(SD1), state)
+    write_pipeline(tmp_path / "sd1", model_config(SD1), state)
     return tmp_path / "sd1"
 
 
@@ -163,16 +163,16 @@ def test_tokens_that_were_added_are_named(folder):
     ],
 )
 def test_what_diffusers_cannot_say_is_named_and_nothing_written(state, tmp_path, params, sentence):
-    refused(f"cannot express this model: .*{sentence}", write_pipeline, tmp_path / "out", whole(params), state)
+    refused(f"cannot express this model: .*{sentence}", write_pipeline, tmp_path / "out", model_config(params), state)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_of_no_network_is_named(state, tmp_path):
     state = state | {"model_ema.decay": torch.zeros(())}
-    refused("model_ema.decay is not a weight of", write_pipeline, tmp_path / "out", whole(SD1), state)
+    refused("model_ema.decay is not a weight of", write_pipeline, tmp_path / "out", model_config(SD1), state)
 
 
 def test_a_missing_package_is_named(state, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as when it is not installed
-    refused("needs diffusers: pip install diffusers", write_pipeline, tmp_path / "out", whole(SD1), state)
+    refused("needs diffusers: pip install diffusers", write_pipeline, tmp_path / "out", model_config(SD1), state)
     assert not list(tmp_path.iterdir())

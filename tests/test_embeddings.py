@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pickle_files import payloads, prepare, write_zip
 from safetensors.torch import save_file
-from tiny_stable_diffusion import KINDS, built, whole
+from tiny_stable_diffusion import KINDS, built, model_config
 from torch import nn
 
 import ldm
@@ -33,7 +33,7 @@ EXACT = {"rtol": 0, "atol": 0}
 
 def make(kind: str) -> LatentDiffusion:
     torch.manual_seed(0)
-    return instantiate_network(whole(copy.deepcopy(KINDS[kind]))).eval().requires_grad_(False)
+    return instantiate_network(model_config(copy.deepcopy(KINDS[kind]))).eval().requires_grad_(False)
 
 
 @pytest.fixture(params=KINDS)
@@ -179,7 +179,7 @@ def test_vectors_of_another_text_encoder(model, tmp_path, tiny_model):
     with pytest.raises(ValueError, match="'<sks>' has 23 vectors, and a prompt of this model has room for 22"):
         add_word(model, "<sks>", torch.zeros(23, 32))
     assert not isinstance(model.cond_stage_model.tokenizer, WordTokenizer)
-    other = built(whole(KINDS["sd1"]), make("sd1").state_dict())
+    other = built(model_config(KINDS["sd1"]), make("sd1").state_dict())
     other.cond_stage_model = None
     with pytest.raises(ValueError, match="conditioned by nothing"):
         add_word(other, "<sks>", VECTORS)

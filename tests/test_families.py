@@ -401,10 +401,10 @@ def test_sdxl_is_refused_with_and_without_what_surrounds_it():
     with torch.device("meta"):
         sizes = shapes(UNetModel(**unet))
     refused("Stable Diffusion XL, which is not supported", recognise, on_meta(sizes))
-    whole = {UNET + name: shape for name, shape in sizes.items()} | {
+    complete = {UNET + name: shape for name, shape in sizes.items()} | {
         "conditioner.embedders.1.model.ln_final.bias": (8,)
     }
-    refused("Stable Diffusion XL, which is not supported", recognise, on_meta(whole))
+    refused("Stable Diffusion XL, which is not supported", recognise, on_meta(complete))
 
 
 def test_models_of_unknown_make_say_what_was_seen():
@@ -422,19 +422,19 @@ def test_models_of_unknown_make_say_what_was_seen():
 
 def test_damaged_files_end_in_a_sentence():
     """Whatever is missing or misshapen: a ValueError, or a configuration that the strict loader can hold against it."""
-    draw, outcomes = random.Random(0), {"refused": 0, "read": 0}
+    rng, outcomes = random.Random(0), {"refused": 0, "read": 0}
     configs = [published_shapes("ldm-cin256-v2"), built(TINY_1), built(TINY_2)]
     for trial in range(150):
         sizes = dict(configs[trial % len(configs)])
-        for name in draw.sample(sorted(sizes), draw.choice((1, 5, len(sizes) // 2))):
-            kind = draw.choice(("drop", "reshape", "flatten", "renumber"))
+        for name in rng.sample(sorted(sizes), rng.choice((1, 5, len(sizes) // 2))):
+            kind = rng.choice(("drop", "reshape", "flatten", "renumber"))
             shape = sizes.pop(name)
             if kind == "reshape":
-                sizes[name] = tuple(draw.choice((0, 1, 3, 32, 7)) for _ in shape)
+                sizes[name] = tuple(rng.choice((0, 1, 3, 32, 7)) for _ in shape)
             elif kind == "flatten":
                 sizes[name] = shape[:1]
             elif kind == "renumber":
-                sizes[".".join(draw.choice((p, "99999999999")) if p.isdigit() else p for p in name.split("."))] = shape
+                sizes[".".join(rng.choice((p, "99999999999")) if p.isdigit() else p for p in name.split("."))] = shape
         try:
             recognise(on_meta({name: shape for name, shape in sizes.items()}))
             outcomes["read"] += 1

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, randomised
 from test_ddgan_stage import stage
 from test_pixel_diffusion import build
-from tiny_stable_diffusion import PROMPTS, SD1, whole
+from tiny_stable_diffusion import PROMPTS, SD1, model_config
 
 import ldm
 from ldm.checkpoint.diffusers_writer import write_pipeline
@@ -193,7 +193,7 @@ def test_diffusers_generates_the_same_with_perturbed_attention(stable_diffusion,
     from diffusers import StableDiffusionPAGPipeline
 
     model = stable_diffusion
-    write_pipeline(tmp_path / "sd", whole(model.config), model.state_dict())
+    write_pipeline(tmp_path / "sd", model_config(model.config), model.state_dict())
     pipe = StableDiffusionPAGPipeline.from_pretrained(tmp_path / "sd", local_files_only=True, pag_applied_layers="mid")
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -130,21 +130,21 @@ def test_names_that_vary(model, theirs, tmp_path):
 
 
 def test_another_first_stage_and_unet(model, theirs, tmp_path):
-    """From a file of the part alone, from a whole model, and where the checkpoint has none of its own."""
+    """From a file of the part alone, from a complete model, and where the checkpoint has none of its own."""
     other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in theirs.items()}
-    whole = write("zip", tmp_path / "model.ckpt", theirs)
+    complete = write("zip", tmp_path / "model.ckpt", theirs)
     for option, prefix in (("vae", "first_stage_model."), ("unet", "model.diffusion_model.")):
         bare = {name.removeprefix(prefix): t for name, t in other.items() if name.startswith(prefix)}
         wanted = {n: t + 1 if n.startswith(prefix) else t for n, t in model.state_dict().items()}
         for part in (write("safetensors", tmp_path / f"{option}.safetensors", bare),
                      write("zip", tmp_path / "other.ckpt", other)):  # fmt: skip
-            loaded = ldm.load(whole, device="cpu", **{option: part})
+            loaded = ldm.load(complete, device="cpu", **{option: part})
             assert same_weights(loaded, wanted)
             assert any(str(part) in note for note in loaded.notes)
     without = {name: t for name, t in theirs.items() if not name.startswith("first_stage_model.")}
     path = write("zip", tmp_path / "without.ckpt", without)
     refused("has no first stage.*vae", ldm.load, path, device="cpu")
-    assert "first_stage_model.post_quant_conv.bias" in ldm.load(path, device="cpu", vae=whole).state_dict()
+    assert "first_stage_model.post_quant_conv.bias" in ldm.load(path, device="cpu", vae=complete).state_dict()
     with pytest.raises(
         ValueError, match="holds a ldm.models.autoencoder.AutoencoderKL, not a complete model: load.*--vae"
     ):
@@ -153,18 +153,18 @@ def test_another_first_stage_and_unet(model, theirs, tmp_path):
 
 def test_a_first_stage_as_a_folder_of_diffusers(model, theirs, tmp_path):
     """As VAEs are published: config.json and weights, in a folder of their own."""
-    ldm.save(model, tmp_path / "whole", format="diffusers")
+    ldm.save(model, tmp_path / "complete", format="diffusers")
     without = {name: t for name, t in theirs.items() if not name.startswith("first_stage_model.")}
-    loaded = ldm.load(write("zip", tmp_path / "a.ckpt", without), device="cpu", vae=tmp_path / "whole" / "vae")
+    loaded = ldm.load(write("zip", tmp_path / "a.ckpt", without), device="cpu", vae=tmp_path / "complete" / "vae")
     assert same_weights(loaded, model.state_dict())
 
 
 def test_a_first_stage_for_other_latents_is_refused(model, theirs, tmp_path):
-    ldm.save(model, tmp_path / "whole", format="diffusers")
-    config = tmp_path / "whole" / "vae" / "config.json"
+    ldm.save(model, tmp_path / "complete", format="diffusers")
+    config = tmp_path / "complete" / "vae" / "config.json"
     config.write_text(config.read_text().replace("0.18215", "0.5"))
     path = write("zip", tmp_path / "a.ckpt", theirs)
-    for vae in (tmp_path / "whole" / "vae", tmp_path / "whole"):
+    for vae in (tmp_path / "complete" / "vae", tmp_path / "complete"):
         refused("scale factor 0.5 and the model 0.18215", ldm.load, path, device="cpu", vae=vae)
 
 
@@ -206,22 +206,22 @@ def test_compvis_yaml_as_configuration(theirs, model, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_the_scripts_draw_with_it_and_again_from_the_image(model, theirs, tmp_path, form):
+def test_the_scripts_generate_with_it_and_again_from_the_image(model, theirs, tmp_path, form):
     """A folder has no bytes of its own to hash: its parts' files are."""
     path = tmp_path / "model"
     if form == "file":
         write("zip", path, theirs)
     else:
         ldm.save(model, path, format="diffusers")
-    draw = runner(load_script("txt2img"), path, tmp_path)
-    first, *_ = samples(draw("--H", 32, "--W", 32, out="first"))
-    (again,) = samples(draw("--from-png", first, out="again", steps=None))
+    generate = runner(load_script("txt2img"), path, tmp_path)
+    first, *_ = samples(generate("--H", 32, "--W", 32, out="first"))
+    (again,) = samples(generate("--from-png", first, out="again", steps=None))
     assert np.array_equal(script_pixels(first), script_pixels(again))
     assert len(recipe(first).model_hash) == 10
     if form == "folder":
         ldm.save(model, path, dtype=torch.float16, format="diffusers")
         with pytest.raises(ValueError, match=f"made by the model model with hash {recipe(first).model_hash}, but"):
-            draw("--from-png", first, out="other", steps=None)
+            generate("--from-png", first, out="other", steps=None)
 
 
 def test_what_would_change_nothing_is_refused(model, theirs, tmp_path):
@@ -296,14 +296,14 @@ def test_what_is_no_model(tmp_path, theirs):
             ldm.load(write("safetensors", tmp_path / "a.safetensors", content), device="cpu")
     (tmp_path / "empty").mkdir()
     refused("model_index.json", ldm.load, tmp_path / "empty", device="cpu")
-    whole = write("zip", tmp_path / "whole.ckpt", theirs).read_bytes()
-    for size in (0, 1000, len(whole) // 2, len(whole) - 30):
-        (tmp_path / "cut.ckpt").write_bytes(whole[:size])
+    complete = write("zip", tmp_path / "complete.ckpt", theirs).read_bytes()
+    for size in (0, 1000, len(complete) // 2, len(complete) - 30):
+        (tmp_path / "cut.ckpt").write_bytes(complete[:size])
         refused("checkpoint '.*cut.ckpt'", ldm.load, tmp_path / "cut.ckpt", device="cpu")
 
 
 def test_a_file_of_ours_in_diffusers(model, tmp_path, monkeypatch):
-    """from_single_file, offline, with the folder that we write as its configuration: the same picture to 1e-5."""
+    """from_single_file, offline, with the folder that we write as its configuration: the same image to 1e-5."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from diffusers import StableDiffusionPipeline
 

@@ -1,4 +1,4 @@
-"""`ldm.load` on files of latent diffusion's models before Stable Diffusion: tiny ones of each family, drawn from."""
+"""`ldm.load` on files of latent diffusion's models before Stable Diffusion: tiny ones of each family."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def random_images(*shape: int) -> torch.Tensor:
     return torch.rand(2, *shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-# title -> UNet, first stage, conditioner, concat, and what two pictures are drawn from
+# title -> UNet, first stage, conditioner, concat, and the conditions of two images
 FAMILIES = {
     "LDM text-to-image (1.45B)": (unet(4, 4, num_heads=8, legacy=False, **CROSS), KL, bert(30522, 77), None,
                                   random_ids(30522, 77)),
@@ -78,7 +78,7 @@ REFUSED = {  # by scripts, which give words and numbers
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request, tmp_path_factory) -> tuple:
-    """(title, model, its file as CompVis's code would write it, what to draw from)"""
+    """(title, model, its file as CompVis's code would write it, what to condition on)"""
     networks, first_stage, conditioner, concat, given = FAMILIES[request.param]
     torch.manual_seed(0)
     model = LatentDiffusion(
@@ -101,27 +101,27 @@ def pixels(model, given) -> np.ndarray:
 
 
 @pytest.mark.smoke
-def test_each_family_is_recognised_and_draws_the_same(family):
+def test_each_family_is_recognised_and_generates_the_same(family):
     title, model, path, given = family
     loaded = ldm.load(path, device="cpu")
     assert loaded.notes[0].startswith(f"recognised {title}: ")
     found, expected = loaded.state_dict(), model.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    drawn = pixels(loaded, given)
-    assert np.array_equal(drawn, pixels(model, given)) and drawn.std() > 5  # levels of 255
+    generated = pixels(loaded, given)
+    assert np.array_equal(generated, pixels(model, given)) and generated.std() > 5  # levels of 255
 
 
-def test_scripts_draw_with_each_or_say_what_it_needs(family, tmp_path):
+def test_scripts_generate_with_each_or_say_what_it_needs(family, tmp_path):
     title, model, path, given = family
-    draw = runner(load_script("txt2img"), path, tmp_path)
+    generate = runner(load_script("txt2img"), path, tmp_path)
     options = ["--H", 32, "--W", 32, "--scale", 1, "--prompt", "7"]
-    refused = REFUSED.get(title)
-    if refused is not None:
-        refused(refused, draw, *options)
+    message = REFUSED.get(title)
+    if message is not None:
+        refused(message, generate, *options)
         return
-    (drawn,) = samples(draw(*options, steps=2))
+    (generated,) = samples(generate(*options, steps=2))
     expected = model.generate(["7"] if given == [3, "7"] else [""], steps=2, scale=1, height=32, width=32)
-    assert np.array_equal(script_pixels(drawn), np.asarray(expected[0]))
+    assert np.array_equal(script_pixels(generated), np.asarray(expected[0]))
 
 
 def test_words_by_a_vocabulary_are_its_ids(family, tmp_path):

@@ -156,8 +156,8 @@ def test_flipped_bits_in_the_header_end_in_a_sentence(tiny_checkpoint, tmp_path)
     """Whatever bit of the header is flipped: a ValueError, or a model (a default, say, with another value)."""
     content = tiny_checkpoint.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    draw, refused = random.Random(0), 0
-    bits = [*range(0, 64, 5), *(draw.randrange(64, 8 * (8 + length)) for _ in range(40))]
+    rng, failures = random.Random(0), 0
+    bits = [*range(0, 64, 5), *(rng.randrange(64, 8 * (8 + length)) for _ in range(40))]
     for bit in bits:
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -165,8 +165,8 @@ def test_flipped_bits_in_the_header_end_in_a_sentence(tiny_checkpoint, tmp_path)
         try:
             ldm.load(tmp_path / "a", device="cpu")
         except ValueError:
-            refused += 1
-    assert refused > 30
+            failures += 1
+    assert failures > 30
 
 
 def test_nothing_is_initialised_on_the_way(monkeypatch):

@@ -309,11 +309,11 @@ def test_truncated_and_flipped_anywhere():
         content = pickle.dumps(values, protocol)
         for length in range(len(content)):
             refused("its pickle is damaged", read, content[:length])
-        draw = random.Random(protocol)
+        rng = random.Random(protocol)
         for _ in range(1500):
             damaged = bytearray(content)
-            for _ in range(draw.choice((1, 1, 3))):
-                damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            for _ in range(rng.choice((1, 1, 3))):
+                damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             with suppress(ValueError):
                 read(bytes(damaged))
 

@@ -1,4 +1,4 @@
-"""Tensors by name from a file of any kind, told apart by content, and what is none of them by what it is."""
+"""Tensors by name from a file of any kind, recognised by content, and other files named."""
 
 import json
 import os
@@ -140,10 +140,12 @@ def test_damaged_safetensors(tmp_path):
     for length in range(len(content)):
         (tmp_path / "b").write_bytes(content[:length])
         refused("^checkpoint '.*b' is (empty|neither|not a complete safetensors file)", read_tensors, tmp_path / "b")
-    draw = random.Random(0)
+    (tmp_path / "b").write_bytes(content + b"\0")
+    refused("is not a complete safetensors file", read_tensors, tmp_path / "b")
+    rng = random.Random(0)
     for _ in range(600):
-        damaged, place = bytearray(content), draw.randrange(len(content))
-        damaged[place] = draw.choice((damaged[place] ^ 1 << draw.randrange(8), draw.randrange(256), ord('"'), ord("9")))
+        damaged, place = bytearray(content), rng.randrange(len(content))
+        damaged[place] = rng.choice((damaged[place] ^ 1 << rng.randrange(8), rng.randrange(256), ord('"'), ord("9")))
         (tmp_path / "b").write_bytes(damaged)
         with suppress(ValueError):
             read_tensors(tmp_path / "b")

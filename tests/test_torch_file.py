@@ -83,7 +83,7 @@ def test_tensors_of_one_storage_share_it(tmp_path, zipped):
     found["a"][1] = 7
     assert found["row"].tolist() == [7] * 4 and torch.equal(found["again"], found["a"])
     assert not found["b"].any()
-    assert found["a"].untyped_storage().nbytes() == 48  # not the whole file, which torch.save would write again
+    assert found["a"].untyped_storage().nbytes() == 48  # not the file, which torch.save would write again
     assert not tensors(tmp_path / "a")["a"].any()  # and none of it is in the file
 
 
@@ -174,7 +174,7 @@ BAD_TENSORS = {
     "an absurd expansion of nothing": tensor(size=(0, 2**40), stride=(0, 0)),
     "fewer strides than sizes": tensor(stride=(1,)),
     "too many dimensions": tensor(size=(1,) * 70, stride=(1,) * 70),
-    "a size that is no tuple": tensor().replace(row(2, 3), b"N"),
+    "a size that is not a tuple": tensor().replace(row(2, 3), b"N"),
     "a size of texts": tensor().replace(row(2, 3), b"(" + text("2") + text("3") + b"t"),
     "a size of fractions": tensor().replace(row(2, 3), b"(G" + struct.pack(">d", 2.0) + number(3) + b"t"),
     "a size of truths": tensor().replace(row(2, 3), b"(\x88\x88t"),
@@ -305,7 +305,7 @@ def test_other_pickles(tmp_path):
 
 
 def samples(folder: Path) -> dict[str, bytes]:
-    """Small whole files of every kind, as bytes."""
+    """Small complete files of every kind, as bytes."""
     state = {"state_dict": OrderedDict(a=torch.randn(2, 3), b=torch.zeros(0), c=torch.tensor(1)), "global_step": 3}
     found = {}
     for zipped, protocol in ((True, 2), (True, 4), (False, 2), (False, 4)):
@@ -335,12 +335,12 @@ def test_truncated_anywhere(tmp_path):
 
 def test_flipped_anywhere(tmp_path):
     """Any byte with any bit flipped: read (the flip is in a number, or unused), or ValueError."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     for content in samples(tmp_path).values():
         places = [i for i in range(len(content)) if content[i]]  # zeros are padding, mostly
-        for place in places[:: max(1, len(places) // 150)] + draw.choices(range(len(content)), k=50):
+        for place in places[:: max(1, len(places) // 150)] + rng.choices(range(len(content)), k=50):
             damaged = bytearray(content)
-            damaged[place] ^= 1 << draw.randrange(8)
+            damaged[place] ^= 1 << rng.randrange(8)
             (tmp_path / "a").write_bytes(damaged)
             with suppress(ValueError):
                 everything(tmp_path / "a")
@@ -349,12 +349,12 @@ def test_flipped_anywhere(tmp_path):
 def test_a_flip_in_the_pickle_is_told(tmp_path):
     """Names, sizes and strides have a checksum beside them, unlike the numbers, which stay mapped."""
     torch.save({"a": torch.ones(4, 4), "b": torch.zeros(4, 4)}, tmp_path / "a")
-    whole = (tmp_path / "a").read_bytes()
+    content = (tmp_path / "a").read_bytes()
     with zipfile.ZipFile(tmp_path / "a") as archive:
         size = len(archive.read("a/data.pkl"))
-    start = whole.index(b"\x80\x02")
+    start = content.index(b"\x80\x02")
     for place in range(start, start + size):
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         (tmp_path / "b").write_bytes(damaged)
         with pytest.raises(
@@ -365,11 +365,11 @@ def test_a_flip_in_the_pickle_is_told(tmp_path):
 
 def test_random_damage(tmp_path):
     """Runs of bytes removed, repeated, or replaced by others."""
-    draw = random.Random(1)
+    rng = random.Random(1)
     for content in samples(tmp_path).values():
         for _ in range(120):
-            start, length = draw.randrange(len(content)), draw.choice((1, 2, 4, 8, 64))
-            filler = draw.choice((b"", draw.randbytes(length), b"\xff" * length, content[start : start + length] * 2))
+            start, length = rng.randrange(len(content)), rng.choice((1, 2, 4, 8, 64))
+            filler = rng.choice((b"", rng.randbytes(length), b"\xff" * length, content[start : start + length] * 2))
             (tmp_path / "a").write_bytes(content[:start] + filler + content[start + length :] or b"x")
             with suppress(ValueError):
                 everything(tmp_path / "a")

@@ -12,46 +12,20 @@ from ldm.util import instantiate_network
 PROMPTS = ["a photo of a cat", "An astronaut, riding a horse: 4K; don't blink"]
 MERGES = reduce(PROMPTS, merges_first=50)
 UNET = {
-    "image_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 16,
-    "num_res_blocks": 1,
-    "attention_resolutions": [2, 1],
-    "channel_mult": [1, 2, 2],
-    "num_heads": 2,
-    "use_spatial_transformer": True,
-    "transformer_depth": 1,
-    "context_dim": 32,
-    "legacy": False,
-    "norm_groups": 8,
+    **{"image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 16, "channel_mult": [1, 2, 2]},
+    **{"num_res_blocks": 1, "attention_resolutions": [2, 1], "num_heads": 2, "use_spatial_transformer": True},
+    **{"transformer_depth": 1, "context_dim": 32, "legacy": False, "norm_groups": 8},
 }
 VAE = {
     "embed_dim": 4,
     "ddconfig": {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 32,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 8,
-        "ch_mult": [1, 2, 2],
-        "num_res_blocks": 1,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-        "norm_groups": 4,
+        **{"double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 8},
+        **{"ch_mult": [1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "norm_groups": 4},
     },
 }
 TEXT = {
-    "layout": "transformers",
-    "width": 32,
-    "layers": 2,
-    "heads": 2,
-    "activation": "quick_gelu",
-    "vocab_size": 514 + len(MERGES),
-    "context_length": 24,
-    "layer": "last",
-    "tokenizer": {"merges": MERGES},
+    **{"layout": "transformers", "width": 32, "layers": 2, "heads": 2, "activation": "quick_gelu", "layer": "last"},
+    **{"vocab_size": 514 + len(MERGES), "context_length": 24, "tokenizer": {"merges": MERGES}},
 }
 SD1 = {
     "unet_config": {"target": "ldm.models.unet.UNetModel", "params": UNET},
@@ -78,7 +52,7 @@ def changed(params: dict, part: str, **changes) -> dict:
     return params | {f"{part}_config": config | {"params": config["params"] | changes}}
 
 
-def whole(params: dict) -> dict:
+def model_config(params: dict) -> dict:
     return {"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}
 
 
