@@ -81,33 +81,12 @@ def load(
     replacements = {
         part: _take(part, Path(file), ema and part == "unet") for part, file in given.items() if file is not None
     }
-    found = _open(path, config, ema and unet is None, prediction, variant, replacements)
-    target = found.config.get("target")
-    if not _is_model(target):
-        option = OPTIONS.get(PART_OF.get(target))
-        hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
-        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a complete model{hint}")
-    params = deepcopy(found.config["params"])
-    if replacements and target != networks.MODEL_TARGET:
-        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, whose parts cannot be exchanged")
-    for part, new in replacements.items():
-        params[f"{part}_config"] = new.config
-        if new.scale_factor not in (None, params["scale_factor"]):
-            raise ValueError(
-                f"the first stage of {str(vae)!r} has scale factor {new.scale_factor:g} and the model "
-                f"{params['scale_factor']:g}: they are not for the same latents"
-            )
-        found = found._replace(state=_swapped(found.state, part, new), notes=[*found.notes, *new.notes])
+    found = _complete(path, _open(path, config, ema and unet is None, prediction, variant, replacements), replacements)
     if prediction is not None:
-        if "prediction" not in signature(get_obj_from_str(target)).parameters:  # a DenoisingGAN, of x0 alone
-            raise ValueError(
-                f"checkpoint {str(path)!r} holds a {target}, which has no choice of what it predicts: load it without "
-                "prediction (--prediction)"
-            )
-        params["prediction"] = prediction
+        _set_prediction(path, found.config, prediction)
     if vocab is not None:
-        _set_vocabulary(params, Path(vocab))
-    model = _build(path, {"target": target, "params": params}, found.state, pick_device(device), dtype)
+        _set_vocabulary(found.config["params"], Path(vocab))
+    model = _build(path, found.config, found.state, pick_device(device), dtype)
     try:
         check_prediction(model.prediction)
         model.schedule  # noqa: B018 - made on first use; a damaged one is an error of the file, not of sampling
@@ -125,6 +104,36 @@ def load(
 def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load any network saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
     return _build(path, *load_file(path), pick_device(device), dtype)
+
+
+def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Found:
+    """Return a copy of a complete model with its parts exchanged; ValueError for anything else than such a model."""
+    target = found.config.get("target")
+    if not _is_model(target):
+        option = OPTIONS.get(PART_OF.get(target))
+        hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
+        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a complete model{hint}")
+    if replacements and target != networks.MODEL_TARGET:
+        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, whose parts cannot be exchanged")
+    params, state, notes = deepcopy(found.config["params"]), found.state, found.notes
+    for part, new in replacements.items():
+        if new.scale_factor not in (None, params["scale_factor"]):
+            raise ValueError(
+                f"the model {str(path)!r} has scale factor {params['scale_factor']:g}, and the first stage given has "
+                f"{new.scale_factor:g}: they are not for the same latents ({new.notes[0]})"
+            )
+        params[f"{part}_config"] = new.config
+        state, notes = _swapped(state, part, new), [*notes, *new.notes]
+    return Found({"target": target, "params": params}, state, notes)
+
+
+def _set_prediction(path: Path, config: Config, prediction: str) -> None:
+    if "prediction" not in signature(get_obj_from_str(config["target"])).parameters:  # a DenoisingGAN, of x0 alone
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds a {config['target']}, which has no choice of what it predicts: load it "
+            "without prediction (--prediction)"
+        )
+    config["params"]["prediction"] = prediction
 
 
 def _is_model(target: str | None) -> bool:

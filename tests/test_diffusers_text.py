@@ -31,8 +31,10 @@ def test_transformers_reads_our_tokenizer(tmp_path, files, vocabulary, cleaning)
 
     ours = Tokenizer(merges=MERGES if vocabulary == "reduced" else None, context_length=24, cleaning=cleaning)
     write_tokenizer(tmp_path, ours.merges, ours.pad, ours.context_length)
+    if files == "fast" and not (tmp_path / "tokenizer.json").exists():
+        pytest.skip("transformers before 5 writes no tokenizer.json")
     for name in {"all": (), "slow": ("tokenizer.json",), "fast": ("vocab.json", "merges.txt")}[files]:
-        (tmp_path / name).unlink()
+        (tmp_path / name).unlink(missing_ok=True)
     own = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert (own.model_max_length, own.pad_token_id, own.bos_token_id, own.eos_token_id) == (
         24,

@@ -165,7 +165,7 @@ def test_a_first_stage_for_other_latents_is_refused(model, theirs, tmp_path):
     config.write_text(config.read_text().replace("0.18215", "0.5"))
     path = write("zip", tmp_path / "a.ckpt", theirs)
     for vae in (tmp_path / "complete" / "vae", tmp_path / "complete"):
-        refused("scale factor 0.5 and the model 0.18215", ldm.load, path, device="cpu", vae=vae)
+        refused("has scale factor 0.18215, and the first stage given has 0.5", ldm.load, path, device="cpu", vae=vae)
 
 
 def test_what_is_not_the_files_own_is_written_down(model, theirs, tmp_path):

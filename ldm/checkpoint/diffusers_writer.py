@@ -29,6 +29,7 @@ from ldm.checkpoint.diffusers_config import (
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json
 from ldm.checkpoint.diffusers_folder import PIPELINES
 from ldm.checkpoint.diffusers_text import TEXT_KEYS, TOKENIZER_FILES, vocabulary
+from ldm.checkpoint.file import save_file
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State
 from ldm.diffusion.sampling import choose_sampler, get_sampler
@@ -85,11 +86,9 @@ def write_pipeline(
     given = sum(name.startswith(networks.PREFIXES["text"]) for name in state)
     if encoder.layout == "openclip" or len(weights["text_encoder"]) < given:
         notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
-    downsampling = 2 ** (len(vae["ddconfig"]["ch_mult"]) - 1)
-    height, width = (params["defaults"][key] // downsampling for key in ("height", "width"))
     text_config = transformers.CLIPTextConfig(**write_text(encoder, text))
     classes = {
-        "unet": (diffusers.UNet2DConditionModel, write_unet(unet, height if height == width else [height, width])),
+        "unet": (diffusers.UNet2DConditionModel, write_unet(unet, _latent_size(params["defaults"], vae["ddconfig"]))),
         "vae": (diffusers.AutoencoderKL, write_vae(vae, params["scale_factor"], params["defaults"]["height"])),
         "text_encoder": (transformers.CLIPTextModel, {"config": text_config}),
     }
@@ -104,14 +103,27 @@ def write_pipeline(
             requires_safety_checker=False,
         )
         pipeline.register_to_config(**MARK)
-        try:
-            pipeline.save_pretrained(folder)
-        except SafetensorError as error:
-            raise OSError(f"cannot write folder {str(path)!r}: {error}") from None
-        config = folder / "text_encoder" / "config.json"
-        content = read_json(config)  # of half precision, transformers writes so, and would compute so beside the others
-        config.write_text(json.dumps(content | {key: "float32" for key in content.keys() & {"dtype", "torch_dtype"}}))
+        _save(pipeline, folder, weights["text_encoder"], dtype)
     return notes
+
+
+def _save(pipeline: Any, folder: Path, text: State, dtype: torch.dtype | None) -> None:
+    """Save the pipeline, and its text encoder so that every version of transformers reads it as it is meant."""
+    try:
+        pipeline.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"cannot write folder {str(folder)!r}: {error}") from None
+    # Versions from 5.6 on leave `text_model.` out of names; older ones then take random weights, in silence.
+    save_file(folder / "text_encoder" / "model.safetensors", text, dtype=dtype, metadata={"format": "pt"})
+    config = folder / "text_encoder" / "config.json"
+    content = read_json(config)  # a dtype of half precision would be computed in, beside the other parts' float32
+    config.write_text(json.dumps(content | {key: "float32" for key in content.keys() & {"dtype", "torch_dtype"}}))
+
+
+def _latent_size(defaults: Config, ddconfig: Config) -> int | list[int]:
+    """Return height and width in latents of the images that the model generates by default; one number if equal."""
+    downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
+    return one_if_equal([defaults["height"] // downsampling, defaults["width"] // downsampling])
 
 
 def _networks(params: Config) -> tuple[Config, Config, Config, nn.Module]:
