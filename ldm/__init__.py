@@ -1,4 +1,35 @@
-"""Latent diffusion with text: `model = ldm.load(); images = model.generate(["a handwritten digit five"])`."""
+"""Latent diffusion with text: `model = ldm.load(); images = model.generate(["a handwritten digit five"])`.
+
+The reading path: all that it takes to train the digits model and to sample from it, in this order (with lines).
+
+How an image is sampled:
+    diffusion/schedule.py            346  noise levels: betas, alpha-bar, sigma; the timesteps to visit
+    diffusion/denoiser.py            188  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
+    diffusion/guidance.py            268  denoise -> denoise: classifier-free guidance and others
+    diffusion/sampling/              531  first_order explains DDIM and DDPM; the others refine it
+    latent_diffusion.py              271  first stage + text encoder + UNet + schedule
+    generation.py                    236  generate: prompts -> images
+The networks:
+    models/unet.py                   302  the UNet
+    models/blocks.py                 325  its residual blocks, and its plan of levels (levels.py)
+    models/attention.py              189  attention to the image and to the text
+    models/autoencoder.py            370  the first stage, with its Gaussian latents (distributions.py)
+    models/clip.py                   247  the text encoder
+    conditioning/text.py             318  prompts -> tokens (tokenizer.py) -> conditioning
+How the model is trained:
+    diffusion/loss.py                117  errors and their weights; the noise (training_noise.py)
+    training/stage.py                169  what a stage of training is, and its loss (objective.py)
+    training/autoencoder.py          140  stage 1: the first stage
+    training/clip.py                 117  stage 2: the text encoder
+    training/diffusion.py            243  stage 3: the UNet (with denoising.py)
+    training/loop.py                 491  the training loop, its EMA, learning rate and data order
+    data/captions.py                 261  the captions of digits (with captioned.py)
+    data/mnist.py                    307  MNIST, scikit-learn's digits, and their measured style (measure.py)
+    loading.py                       437  load and save, our own file format (checkpoint/file.py)
+
+Everything else is optional: other models and samplers' settings, fine-tuning, evaluation, the command line, CompVis's
+interface. `tests/test_reading_path.py` keeps this list complete.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -14,7 +45,7 @@ legacy_paths.install()
 
 
 def __getattr__(name: str) -> Any:
-    """Import the home of a public name when it is first asked for, so that `import ldm` costs nothing."""
+    """Import a public name when it is first used, so that `import ldm` is fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'ldm' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)
