@@ -8,11 +8,11 @@ from golden_fill import fill, load_golden, published_shapes, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.conditioning.bert import SPECIAL, BERTEncoder, WordPiece, read_vocab
+from ldm.conditioning.bert import BERT_SPECIAL, BERTEncoder, WordPiece, read_vocab
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789ßøæ.,:;!?'\"()-_/#&@日本語猫ñ"
 WORDS = ["cat", "dog", "##s", "paint", "##ing", "##ed", "a", "of", "the", "five", "cafe", "un", "##want", "\u2028x"]
-VOCAB = list(dict.fromkeys([*SPECIAL, *LETTERS, *("##" + letter for letter in LETTERS), *WORDS]))
+VOCAB = list(dict.fromkeys([*BERT_SPECIAL, *LETTERS, *("##" + letter for letter in LETTERS), *WORDS]))
 PROMPTS = [
     "a painting of the CATS",
     "",
@@ -93,7 +93,7 @@ def test_a_vocabulary_file(tmp_path, vocab_file):
     (tmp_path / "other.txt").write_text("hello\nworld\n")
     with pytest.raises(ValueError, match=r"other.txt' is not BERT's: its 2 tokens lack \[PAD\]"):
         read_vocab(tmp_path / "other.txt")
-    (tmp_path / "twice.txt").write_text("\n".join([*SPECIAL, "cat", "dog", "cat"]))
+    (tmp_path / "twice.txt").write_text("\n".join([*BERT_SPECIAL, "cat", "dog", "cat"]))
     with pytest.raises(ValueError, match="1 of its 8 tokens appear twice"):
         read_vocab(tmp_path / "twice.txt")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))

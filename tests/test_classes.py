@@ -39,13 +39,13 @@ def test_labels_are_handed_on_as_numbers():
 def test_without_a_class_that_says_nothing_there_is_no_empty_text():
     model = ClassLabels(10, null=False)
     assert model(["9", 0])["c_adm"].tolist() == [9, 0] and model.null is None
-    with pytest.raises(ValueError, match="no class is said, and this model has none for that: say which, 0 to 9"):
+    with pytest.raises(ValueError, match="this model has no null class: name a class, 0 to 9"):
         model([""])
 
 
 def test_labels_of_no_class_are_refused():
     assert ClassLabels(1, null=False)([0])["c_adm"].tolist() == [0] and ClassLabels(2).null == 1
-    with pytest.raises(ValueError, match="n_classes 1 leaves no class beside the one that says nothing: count it, too"):
+    with pytest.raises(ValueError, match="n_classes 1 leaves no class besides the null class: count it too"):
         ClassLabels(1)
     with pytest.raises(ValueError, match="n_classes 0 leaves no class$"):
         ClassLabels(0, null=False)

@@ -9,7 +9,7 @@ from conftest import randomised
 
 from ldm.checkpoint.file import save_file
 from ldm.diffusion.schedule import make_schedule
-from ldm.inference.guiders import classifier_guidance, load_classifier
+from ldm.inference.guiders import classifier_guide, load_classifier
 from ldm.optional.noisy_classifier import EncoderUNetModel
 
 PARAMS = {
@@ -58,13 +58,13 @@ def test_it_moves_images_under_every_sampler_and_by_its_class(model, file, sampl
     def generate(guide):
         return pixels(model.generate(["5", "5", "6", ""], sampler=sampler, guide=guide, scale=1))
 
-    plain, guided = generate(None), generate(classifier_guidance(noisy, 30.0))
-    assert np.array_equal(generate(classifier_guidance(noisy, 0.0)), plain)  # to the bit
+    plain, guided = generate(None), generate(classifier_guide(noisy, 30.0))
+    assert np.array_equal(generate(classifier_guide(noisy, 0.0)), plain)  # to the bit
     assert [np.array_equal(*pair) for pair in zip(guided, plain, strict=True)] == [False, False, False, True]
 
 
 def test_an_image_is_guided_alone_as_in_a_batch(model, file):
-    guide = classifier_guidance(load_classifier(file, model), 10.0)
+    guide = classifier_guide(load_classifier(file, model), 10.0)
     both = pixels(model.generate(["3", "5"], guide=guide))
     alone = pixels(model.generate(["5"], guide=guide, seed=1))
     assert np.abs(both[1] - alone[0]).max() <= 1
@@ -78,16 +78,16 @@ def test_the_classifier_has_its_own_schedule(model, tmp_path):
     seen = []
     network = noisy.network.forward
     noisy.network.forward = lambda x, t: seen.append(t[0].item()) or network(x, t)
-    model.generate(["1"], steps=4, guide=classifier_guidance(noisy, 1.0))
+    model.generate(["1"], steps=4, guide=classifier_guide(noisy, 1.0))
     sigmas = [model.schedule.sigmas[t] for t in (999, 749, 499, 249)]
     assert seen == pytest.approx([noisy.schedule.t_at(float(sigma)) for sigma in sigmas])
 
 
 def test_unfit_classifiers_and_prompts_are_refused(model, file, tmp_path):
     with pytest.raises(ValueError, match="class 'a five' does not exist"):
-        model.generate(["a five"], guide=classifier_guidance(load_classifier(file, model), 1.0))
+        model.generate(["a five"], guide=classifier_guide(load_classifier(file, model), 1.0))
     with pytest.raises(ValueError, match="class 10 does not exist: this model's are 0 to 9"):
-        model.generate(["10"], guide=classifier_guidance(load_classifier(file, model), 1.0))
+        model.generate(["10"], guide=classifier_guide(load_classifier(file, model), 1.0))
     with pytest.raises(ValueError, match="no schedule"):
         load_classifier(write(tmp_path / "a.safetensors"), model)
     with pytest.raises(ValueError, match=r"^schedule of .*a.safetensors: .*'nam'; it takes"):

@@ -1,4 +1,4 @@
-"""Perturbed attention and autoguidance, against attention with the identity as its map, and diffusers."""
+"""Perturbed attention and autoguide, against attention with the identity as its map, and diffusers."""
 
 import copy
 import re
@@ -22,12 +22,12 @@ from ldm.diffusion.sampling import get_sampler
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.inference.compile import compile_unet
 from ldm.inference.guiders import (
-    autoguidance,
+    autoguide,
     check_weak,
     identity_attention,
     load_weak,
     make_guide,
-    perturbed_attention,
+    pag_guide,
     self_attention,
 )
 from ldm.inference.precision import precision_of, set_precision
@@ -147,10 +147,10 @@ def test_layers_are_named_and_those_without_self_attention_refused(stable_diffus
 def test_attention_to_the_context_is_no_self_attention():
     model = changed(TINY, disable_middle_self_attn=True)
     with pytest.raises(ValueError, match="in input_blocks.3, output_blocks.0, output_blocks.1$"):
-        perturbed_attention(model, 1.0)
+        pag_guide(model, 1.0)
     alone = changed(TINY, disable_middle_self_attn=True, disable_self_attentions=[True, True])
     with pytest.raises(ValueError, match="has it in none"):
-        perturbed_attention(alone, 1.0)
+        pag_guide(alone, 1.0)
 
 
 def test_it_ends_on_an_error_and_stays_in_its_thread():
@@ -208,7 +208,7 @@ def test_diffusers_generates_the_same_with_perturbed_attention(stable_diffusion,
             *_, step = get_sampler("ddim")(denoise, x * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
             return step.x
 
-        ours, unperturbed = sample(perturbed_attention(model, scale)(plain, cond, PROMPTS)), sample(plain)
+        ours, unperturbed = sample(pag_guide(model, scale)(plain, cond, PROMPTS)), sample(plain)
     # float32 and other kernels over 4 steps
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert (unperturbed - ours).abs().max() > 0.01
@@ -217,7 +217,7 @@ def test_diffusers_generates_the_same_with_perturbed_attention(stable_diffusion,
 def test_scale_0_is_off_and_costs_nothing(model, monkeypatch):
     usual = pixels(model.generate(["five"], steps=3))
     monkeypatch.setattr(torch.nn.Module, "register_forward_hook", None)  # nothing is ever perturbed
-    guide = perturbed_attention(model, 0.0)
+    guide = pag_guide(model, 0.0)
     assert np.array_equal(pixels(model.generate(["five"], steps=3, guide=guide)), usual)
     assert make_guide(model) is None
 
@@ -226,7 +226,7 @@ def test_a_guide_acts_inside_the_interval_alone(model):
     """3 images at sigma 2^12, 2.41, 1 and 0.41: unconditional and conditional in one call, then perturbed."""
     batches = []
     model.model.diffusion_model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    guide = perturbed_attention(model, 2.0)
+    guide = pag_guide(model, 2.0)
     generate = partial(model.generate, ["five"] * 3, steps=4)
     guided = pixels(generate(interval=(0.5, 2.5), guide=guide))
     assert batches == [3, 6, 3, 6, 3, 3]
@@ -237,7 +237,7 @@ def test_a_guide_acts_inside_the_interval_alone(model):
 
 
 def test_compiled_and_autocast_models_are_perturbed_too(model):
-    guide = perturbed_attention(model, 3.0)
+    guide = pag_guide(model, 3.0)
     generate = partial(model.generate, ["five"], steps=3, scale=1.0)
     usual, guided = pixels(generate()), pixels(generate(guide=guide))
     assert abs(guided - usual).max() > 20
@@ -253,7 +253,7 @@ def test_no_hook_remains_when_sampling_fails(model):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        model.generate(["five"], steps=2, guide=perturbed_attention(model, 1.0), callback=fail)
+        model.generate(["five"], steps=2, guide=pag_guide(model, 1.0), callback=fail)
     assert hooks(model.model) == 0
 
 
@@ -268,7 +268,7 @@ def weaker(model, seed=5):
 
 def test_autoguidance_by_the_model_itself_changes_nothing_and_by_a_weaker_one_is_its_formula(model):
     generate = partial(model.generate, ["five", "six"], steps=3)
-    same = autoguidance(model, model, 3.0)
+    same = autoguide(model, model, 3.0)
     assert np.array_equal(pixels(generate(scale=1.0, guide=same)), pixels(generate(scale=1.0)))
     assert abs(pixels(generate(guide=same)) - pixels(generate())).max() <= 1  # batches of 4 and 2 round differently
     weak = weaker(model)
@@ -277,7 +277,7 @@ def test_autoguidance_by_the_model_itself_changes_nothing_and_by_a_weaker_one_is
         x = 2 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         u, c, w = (m.denoiser()(x, 1.5, c).x0 for m, c in ((model, uncond), (model, cond), (weak, cond)))
         guided = guidance.classifier_free(model.denoiser(), cond, uncond, 4.0)
-        got = autoguidance(model, weak, 2.5)(guided, cond, ["five", "six"])(x, 1.5).x0
+        got = autoguide(model, weak, 2.5)(guided, cond, ["five", "six"])(x, 1.5).x0
     torch.testing.assert_close(got, c + 3 * (c - u) + 1.5 * (c - w), atol=1e-4, rtol=1e-4)
     assert (c - w).abs().max() > 0.05
 
@@ -292,7 +292,7 @@ def test_a_weaker_model_may_have_another_scale_factor_schedule_and_prediction(mo
 
     weak.denoiser = lambda: gaussian(0.6)
     x = torch.randn(2, 4, 8, 8)
-    found = autoguidance(model, weak, 7.0)(gaussian(0.4), {}, ["", ""])(x, 0.9).x0
+    found = autoguide(model, weak, 7.0)(gaussian(0.4), {}, ["", ""])(x, 0.9).x0
     torch.testing.assert_close(found, gaussian(0.4)(x, 0.9).x0, atol=1e-6, rtol=1e-5)
 
 
@@ -319,7 +319,7 @@ def test_load_weak(model, tmp_path):
     generate = partial(model.generate, ["five"], steps=3)
     got = pixels(generate(guide=make_guide(model, weak=path, autoguide_scale=3.0)))
     assert np.array_equal(got, pixels(generate(guide=make_guide(model, weak=loaded, autoguide_scale=3.0))))
-    assert np.array_equal(got, pixels(generate(guide=autoguidance(model, weak, 3.0))))
+    assert np.array_equal(got, pixels(generate(guide=autoguide(model, weak, 3.0))))
     assert not np.array_equal(got, pixels(generate()))
     set_precision(model, "autocast")
     assert precision_of(load_weak(path, model)) == "autocast"
@@ -369,8 +369,8 @@ def test_all_at_once_are_the_guides_in_turn(model):
         x = 2 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
         plain = guidance.classifier_free(model.denoiser(), cond, uncond, 4.0)
         got = guide(plain, cond, ["five"])(x, 1.5)
-        denoise = perturbed_attention(model, 2.0, ["input_blocks.3", "middle_block"])(plain, cond, ["five"])
-        denoise = autoguidance(model, weak, 3.0)(denoise, cond, ["five"])
+        denoise = pag_guide(model, 2.0, ["input_blocks.3", "middle_block"])(plain, cond, ["five"])
+        denoise = autoguide(model, weak, 3.0)(denoise, cond, ["five"])
         unlimited = denoise(x, 1.5).x0
         expected = guidance.dynamic_threshold(denoise, 0.9, limit=None)(x, 1.5).x0
     torch.testing.assert_close(got.x0, expected, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import ldm
-from ldm.conditioning.prompt import MOST_CHUNKS, Piece, count_chunks, cut, encode_prompts, parse, weigh
+from ldm.conditioning.prompt import MAX_CHUNKS, Piece, count_chunks, cut, encode_prompts, parse_prompt, weigh
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer, reduce
 from ldm.models.kernels import attention
@@ -84,7 +84,7 @@ def spied(table, context_length=6):
     ],
 )
 def test_syntax(prompt, pieces):
-    have = [piece for section in parse(prompt) for piece in (None, *section)][1:]  # None: BREAK
+    have = [piece for section in parse_prompt(prompt) for piece in (None, *section)][1:]  # None: BREAK
     assert [piece and piece.text for piece in have] == [piece and piece[0] for piece in pieces]
     weights = [piece[1] for piece in pieces if piece is not None]
     assert [piece.weight for piece in have if piece is not None] == pytest.approx(weights, rel=1e-15)
@@ -96,12 +96,12 @@ SENTENCE = r"the weight \S+ of .* must be from -1000 to 1000; round brackets .* 
 @pytest.mark.parametrize("prompt", ["(a:1e400)", "(a:-1e400)", "(a:nan)", "(a:inf)", "((a:999):999)", "((a:1e400):0)"])
 def test_weights_that_cannot_be_meant(prompt):
     with pytest.raises(ValueError, match=SENTENCE):
-        parse(prompt)
+        parse_prompt(prompt)
 
 
 def test_a_weight_is_refused_only_where_it_acts():
-    assert parse("((a:5000):0.1)") == [[Piece("a", 500.0)]]
-    assert parse("(BREAK:1e400) a") == [[], [Piece(" a", 1.0)]]
+    assert parse_prompt("((a:5000):0.1)") == [[Piece("a", 500.0)]]
+    assert parse_prompt("(BREAK:1e400) a") == [[], [Piece(" a", 1.0)]]
 
 
 SYNTAX = st.sampled_from([*"()[]\\:., ", "BREAK", "1.3", "1e400", "nan", "-2", "a", "cat"])
@@ -113,7 +113,7 @@ SYNTAX = st.sampled_from([*"()[]\\:., ", "BREAK", "1.3", "1e400", "nan", "-2", "
 @example("[" * 20000)
 def test_no_text_breaks_the_parser(prompt):
     try:
-        sections = parse(prompt)
+        sections = parse_prompt(prompt)
     except ValueError as error:
         assert re.fullmatch(SENTENCE, str(error), re.DOTALL)
         return
@@ -152,7 +152,7 @@ def letters(tree, weight=1.0) -> list[tuple[str, float]]:
 @given(st.lists(TREES, max_size=4).map(lambda trees: ("%s", trees)))
 def test_every_nesting_is_the_product_of_its_brackets(tree):
     want = letters(tree)
-    (section,) = parse(written(tree))
+    (section,) = parse_prompt(written(tree))
     have = [(c, piece.weight) for piece in section for c in piece.text if c != " "]
     assert [c for c, _ in have] == [c for c, _ in want]
     assert [w for _, w in have] == pytest.approx([w for _, w in want], rel=1e-12)
@@ -231,9 +231,9 @@ def test_plain_prompts_are_literal():
     assert len(cut(BYTES, "(" + "a " * 80, plain=True)) == 2
 
 
-@pytest.mark.parametrize("prompt", ["a " * 75 * MOST_CHUNKS + "a", "a BREAK " * MOST_CHUNKS + "a"])
+@pytest.mark.parametrize("prompt", ["a " * 75 * MAX_CHUNKS + "a", "a BREAK " * MAX_CHUNKS + "a"])
 def test_absurdly_many_chunks_are_refused(prompt):
-    assert len(cut(BYTES, prompt[:-1])) == MOST_CHUNKS
+    assert len(cut(BYTES, prompt[:-1])) == MAX_CHUNKS
     with pytest.raises(ValueError, match="more than 32 chunks of 75 tokens"):
         cut(BYTES, prompt)
     with pytest.raises(ValueError, match="chunks of 0 tokens"):
@@ -354,7 +354,7 @@ def test_other_conditioners_are_called_as_they_are():
     assert torch.equal(encode_prompts(model, [3, 5], chunks=1)["c_crossattn"], model([3, 5])["c_crossattn"])
     assert count_chunks(model, [3, 5]) == [1, 1]
     for arguments in ({"clip_skip": 2}, {"chunks": 2}):
-        with pytest.raises(ValueError, match="cannot be had: .* conditioned by Classes"):
+        with pytest.raises(ValueError, match="need CLIP's text encoder, .* conditioned by Classes"):
             encode_prompts(model, [3], **arguments)
     tokens = encoder().tokenizer(["a (cat)", "dog"])  # nor are ids of tokens read
     assert torch.equal(encode_prompts(encoder(), tokens)["c_crossattn"], encoder()(tokens)["c_crossattn"])
@@ -394,6 +394,6 @@ def test_bad_arguments_are_named():
             call(model, "a cat")
         with pytest.raises(ValueError, match="the weight inf of 'a'"):
             call(model, ["(a:1e400)"])
-    for chunks in (0, 1, MOST_CHUNKS + 1):
-        with pytest.raises(ValueError, match=f"a prompt of 2 chunks cannot be padded to {chunks}; the most are 32"):
+    for chunks in (0, 1, MAX_CHUNKS + 1):
+        with pytest.raises(ValueError, match=f"a prompt of 2 chunks cannot be padded to {chunks}; the maximum is 32"):
             encode_prompts(model, ["a BREAK b"], chunks=chunks)

@@ -48,7 +48,7 @@ def test_a_model_without_a_class_that_says_nothing(tmp_path):
     cond = {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11, "null": False}}
     save(build(cond_stage_config=cond), tmp_path / "model.safetensors")
     draw = runner(load_script("sample"), tmp_path / "model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match="no class is said, and this model has none for that: say which, 0 to 10"):
+    with pytest.raises(ValueError, match="this model has no null class: name a class, 0 to 10"):
         draw()
     with pytest.raises(ValueError, match="guidance scale 2 needs a null or negative condition"):
         draw("--class", 5, "--scale", 2)

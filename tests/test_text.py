@@ -210,7 +210,7 @@ def test_a_copy_gives_the_same():
         ({"layer": "first"}, "layer 'first'"),
         ({"layer": "hidden"}, "layer_index None must be one of -4 .. 3"),
         ({"layer": "hidden", "layer_index": 4}, "layer_index 4 must be one of -4 .. 3"),
-        ({"layer_index": 1}, "only with layer 'hidden'"),
+        ({"layer_index": 1}, "only for layer 'hidden'"),
         ({"vocab_size": 49408}, "49408 tokens and context 16, its tokenizer"),
         ({"tokenizer": {"merges": MERGES, "context_length": 20}}, "and 20; they must be equal"),
     ],

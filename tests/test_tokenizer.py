@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.conditioning.tokenizer import PLAIN, Tokenizer, clip_merges, openclip_clean, reduce
+from ldm.conditioning.tokenizer import PLAIN_TEXT, Tokenizer, clip_merges, openclip_clean, reduce
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True)
 CAPTIONS = ["a handwritten digit five", "a bold handwritten digit 7 leaning right", "the number zero, please"]
@@ -185,13 +185,13 @@ def test_ids_can_be_framed_without_text(clip, openclip):
 @given(st.lists(st.sampled_from([*(chr(i) for i in range(128)), "&amp;", "\x1b[1m"])).map("".join))
 def test_plain_text_needs_no_ftfy(text):
     fixed = html.unescape(html.unescape(ftfy.fix_text(text)))
-    if PLAIN.fullmatch(text):
+    if PLAIN_TEXT.fullmatch(text):
         assert fixed.split() == text.split()
     assert openclip_clean(text) == " ".join(fixed.split()).lower()
 
 
 def test_every_pair_of_plain_characters_needs_no_ftfy():
-    plain = [chr(i) for i in range(128) if PLAIN.fullmatch(chr(i))]
+    plain = [chr(i) for i in range(128) if PLAIN_TEXT.fullmatch(chr(i))]
     assert len(plain) == 95 - 1 + 4  # printable ASCII without "&"; tab, line feed, carriage return, form feed
     for first in plain:  # one long text per first character; ftfy works line by line
         text = "".join(f"{first}{second}a {first}{second} " for second in plain)

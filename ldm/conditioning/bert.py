@@ -1,5 +1,5 @@
-"""Prompts -> the conditioning dict with a BERT-style transformer, as in latent diffusion's own text-to-image model
-(Rombach et al. 2022, section 4.3.1); and BERT's tokenizer."""
+"""Encode prompts with a BERT-style transformer, as in latent diffusion's own text-to-image model (Rombach et al. 2022,
+section 4.3.1); and BERT's tokenizer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from ldm.models.transformer import Encoder, TransformerWrapper
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # bert-base-uncased: how many tokens its vocab.txt has, and which of them begins, ends and pads a text
 BERT_TOKENS, BERT_CLS, BERT_SEP, BERT_PAD = 30522, 101, 102, 0
 
 
 def read_vocab(path: str | Path) -> list[str]:
-    """BERT's tokens in the order of their ids, from a `vocab.txt` (one per line).
+    """Read BERT's tokens in the order of their ids from a `vocab.txt`, one per line.
 
-    Raises FileNotFoundError without that file and ValueError when it is no such vocabulary.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not BERT's vocabulary.
     """
     path = Path(path)
     if not path.is_file():
@@ -35,11 +37,11 @@ def read_vocab(path: str | Path) -> list[str]:
 
 
 class WordPiece:
-    """BERT's uncased tokenizer: prompts -> token ids (b, max_length), framed by [CLS] and [SEP], then [PAD].
+    """BERT's uncased tokenizer: prompts to token ids (b, max_length), framed by [CLS] and [SEP], then [PAD].
 
     Text is cleaned of control characters, lowered and stripped of accents, split at white space and punctuation and
-    around Chinese characters, and each word spelled with the longest pieces there are (Wu et al. 2016,
-    arXiv:1609.08144); a word that has none is [UNK]. Long prompts are cut.
+    around Chinese characters, and each word split into the longest pieces of the vocabulary (Wu et al. 2016,
+    arXiv:1609.08144), or [UNK]. Long prompts are cut.
 
     Args:
         vocab: tokens in the order of their ids, as `read_vocab` gives them.
@@ -63,13 +65,13 @@ class WordPiece:
         self._pipeline = Pipeline(Pieces(vocab=ids, unk_token="[UNK]"))
         self._pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
         self._pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self._pipeline.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL])
+        self._pipeline.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in BERT_SPECIAL])
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of a list of prompts, int64 (b, max_length)."""
+        """Return the token ids of a list of prompts, int64 (b, max_length)."""
         rows = torch.full((len(prompts), self.max_length), self.pad, dtype=torch.long)
         for row, prompt in zip(rows, prompts, strict=True):
-            # a lone surrogate is no text and has no bytes: U+FFFD
+            # a lone surrogate has no bytes: U+FFFD
             prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             pieces = self._pipeline.encode(prompt, add_special_tokens=False).ids
             ids = [self.cls, *pieces[: self.max_length - 2], self.sep]
@@ -108,24 +110,25 @@ class BERTEncoder(nn.Module):
         self.vocab_size = vocab_size
         self.max_seq_len = max_seq_len
         self.tokenizer = None if vocab is None else WordPiece(vocab, max_seq_len)
-        self.null = "" if vocab is not None or vocab_size == BERT_TOKENS else None  # the prompt that says nothing
+        self.null = "" if vocab is not None or vocab_size == BERT_TOKENS else None  # the null condition
         self.transformer = TransformerWrapper(vocab_size, max_seq_len, Encoder(n_embed, n_layer), embedding_dropout)
 
     def forward(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> dict[str, Tensor]:
-        """{"c_crossattn": encode(prompts)}."""
+        """Return {"c_crossattn": encode(prompts)}."""
         return {"c_crossattn": self.encode(prompts)}
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Prompts, or their tokens int64 (b, n) -> normed embeddings (b, n, d); equal prompts are encoded once.
+        """Encode prompts, or their tokens int64 (b, n), as normed embeddings (b, n, d); equal prompts once.
 
-        Raises ValueError for strings when there is no vocabulary, and for tokens of another kind, size or range.
+        Raises:
+            ValueError: Strings without a vocabulary, or tokens of another type, size or range.
         """
         tokens, which = torch.unique(self.tokens(prompts), dim=0, return_inverse=True)
         device = self.transformer.token_emb.weight.device
         return self.transformer(tokens.to(device), return_embeddings=True)[which.to(device)]
 
     def tokens(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Token ids int64 (b, n) of prompts; ids themselves are only checked. Errors as `encode`."""
+        """Return the token ids int64 (b, n) of prompts; given ids are only checked. Errors as `encode`."""
         if isinstance(prompts, str):
             raise ValueError(f"the text encoder takes a list of prompts, not one string ({prompts[:40]!r})")
         if not isinstance(prompts, Tensor) and all(isinstance(prompt, str) for prompt in prompts):
@@ -161,7 +164,7 @@ class BERTEncoder(nn.Module):
 
 
 def _require_special(vocab: Sequence[str]) -> None:
-    missing = [token for token in SPECIAL if token not in vocab]
+    missing = [token for token in BERT_SPECIAL if token not in vocab]
     if missing:
         raise ValueError(f"its {len(vocab)} tokens lack {', '.join(missing)}")
     if len(set(vocab)) != len(vocab):

@@ -1,16 +1,16 @@
-r"""Weighted and long prompts, as users of AUTOMATIC1111's web UI ("A1111") write them -> the conditioning dict.
+r"""Encode weighted and long prompts in the syntax of AUTOMATIC1111's web UI ("A1111").
 
     a (red) car          weight 1.1; ((red)) has 1.1 ** 2, and so on
     a (red:1.3) car      weight 1.3; brackets in brackets multiply
     a [red] car          weight 1 / 1.1
-    \( \) \[ \] \\       these characters themselves; a backslash before any other character is dropped
+    \( \) \[ \] \\       these characters; a backslash before any other character is dropped
     a car BREAK a tree   the word in capitals ends the chunk: what follows begins a new one
 
-Brackets that do not match are read as A1111 reads them: one that is never closed acts to the end of the prompt, as if
-closed there (by 1.1 or 1 / 1.1), one that was never opened is text, and round and square ones may cross.
+Brackets that do not match are read as in A1111: one that is never closed acts to the end of the prompt (by 1.1 or
+1 / 1.1), one that was never opened is text, and round and square ones may cross.
 
-A prompt of more tokens than the encoder holds is cut into chunks of `context_length` - 2 (75 for CLIP), each framed and
-padded as a prompt of its own; their hidden states follow one another. As in A1111, a cut within a phrase moves back to
+A prompt of more tokens than the encoder's context is cut into chunks of `context_length` - 2 (75 for CLIP), each framed
+and padded like a prompt; their hidden states are concatenated. As in A1111, a cut within a phrase moves back to
 the last comma if that is among the last 20 of 75 tokens (of other lengths: the same share). A learned word of several
 tokens is never cut: it begins the next chunk.
 
@@ -38,8 +38,8 @@ from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}  # of a bracket without a number
-LARGEST_WEIGHT = 1000.0  # float16 still holds CLIP's largest features, about 30, times this
-MOST_CHUNKS = 32
+MAX_WEIGHT = 1000.0  # float16 still holds CLIP's largest features, about 30, times this
+MAX_CHUNKS = 32
 TOKENS = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)"
     r"|:\s*(?P<number>[+-]?(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?|(?i:inf|nan)))\s*\)"
@@ -63,10 +63,13 @@ class Chunk(NamedTuple):
     weights: list[float]
 
 
-def parse(prompt: str) -> list[list[Piece]]:
-    """The pieces of a prompt, neighbours of equal weight joined; a new list after each BREAK.
+def parse_prompt(prompt: str) -> list[list[Piece]]:
+    """Parse a prompt into pieces, neighbours of equal weight joined, in a new list after each BREAK.
 
-    Text without any syntax is one piece of weight 1. Raises ValueError for a weight that is not finite or beyond 1000.
+    Text without syntax is one piece of weight 1.
+
+    Raises:
+        ValueError: A weight that is not finite or beyond 1000.
     """
     texts: list[str | None] = []  # None: BREAK
     weights: list[float] = []
@@ -104,9 +107,9 @@ def _joined(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[
         section = sections[-1]
         if text is None:
             sections.append([])
-        elif text and not abs(weight) <= LARGEST_WEIGHT:  # nan too
+        elif text and not abs(weight) <= MAX_WEIGHT:  # nan too
             raise ValueError(
-                f"the weight {weight:g} of {text[:40]!r} must be from {-LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}; round "
+                f"the weight {weight:g} of {text[:40]!r} must be from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}; round "
                 r"brackets in prompts are weights: write \( \) for the characters"
             )
         elif text and section and section[-1].weight == weight:
@@ -117,21 +120,22 @@ def _joined(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[
 
 
 def cut(tokenizer: Tokenizer, prompt: str, plain: bool = False) -> list[Chunk]:
-    """The chunks of a prompt, at least one. A section of `parse` begins a chunk; an empty last one adds none.
+    """Cut a prompt into chunks, at least one. Each BREAK begins a new one; a BREAK at the end adds none.
 
-    Raises ValueError for a bad weight (see `parse`) or more than 32 chunks.
+    Raises:
+        ValueError: A bad weight (see `parse_prompt`), or more than 32 chunks.
     """
     room = tokenizer.context_length - 2
     (comma,) = tokenizer.encode(",")
     chunks: list[Chunk] = []
-    sections = [[Piece(prompt, 1.0)]] if plain else parse(prompt)
+    sections = [[Piece(prompt, 1.0)]] if plain else parse_prompt(prompt)
     for i, section in enumerate(sections):
         tokens, weights = [], []
         for text, weight in section:
             ids = tokenizer.encode(text)
             tokens += ids
             weights += [weight] * len(ids)
-        while len(tokens) > room and len(chunks) < MOST_CHUNKS:
+        while len(tokens) > room and len(chunks) < MAX_CHUNKS:
             end = _end(tokens, room, comma)
             while tokenizer.divides(tokens, end):
                 end -= 1
@@ -139,22 +143,22 @@ def cut(tokenizer: Tokenizer, prompt: str, plain: bool = False) -> list[Chunk]:
             tokens, weights = tokens[end:], weights[end:]
         if tokens or i + 1 < len(sections) or not chunks:
             chunks.append(Chunk(tokens, weights))
-        if len(chunks) > MOST_CHUNKS:
+        if len(chunks) > MAX_CHUNKS:
             raise ValueError(
-                f"the prompt {prompt[:40]!r}... is too long: it makes more than {MOST_CHUNKS} chunks of {room} tokens"
+                f"the prompt {prompt[:40]!r}... is too long: it makes more than {MAX_CHUNKS} chunks of {room} tokens"
             )
     return chunks
 
 
 def _end(tokens: list[int], room: int, comma: int) -> int:
-    """Where to cut: after the last comma near the end of the first `room` tokens, else after them all."""
+    """Return where to cut: after the last comma near the end of the first `room` tokens, else after all of them."""
     near = range(room - 1, room - 1 - 20 * room // 75, -1)  # A1111: 20 of 75
-    # a comma that is itself the first token without room begins the next chunk
+    # a comma that is the first token beyond the chunk begins the next one
     return room if tokens[room] == comma else next((i + 1 for i in near if tokens[i] == comma), room)
 
 
 def count_chunks(encoder: nn.Module, prompts: Sequence[Any], plain: bool = False) -> list[int]:
-    """How many chunks each prompt makes; 1 for whatever an encoder other than TextEncoder is given."""
+    """Return the number of chunks of each prompt: 1 for encoders other than TextEncoder."""
     if not _weighs(encoder, prompts):
         return [1] * len(prompts)
     return [len(cut(encoder.tokenizer, prompt, plain)) for prompt in prompts]
@@ -163,36 +167,40 @@ def count_chunks(encoder: nn.Module, prompts: Sequence[Any], plain: bool = False
 def encode_prompts(
     encoder: nn.Module, prompts: Sequence[Any], chunks: int | None = None, clip_skip: int = 1, plain: bool = False
 ) -> dict[str, Tensor]:
-    """Prompts -> {"c_crossattn": (b, k n, d)} of k chunks of n tokens and, if pooled, "c_adm": (b, p).
+    """Encode prompts into the conditioning dict.
 
-    Of one chunk and without syntax, a prompt gives what `encoder(prompts)` gives, bit for bit. Each distinct prompt is
-    encoded once, all in one call: its shape depends on the number of different prompts and of chunks alone, and so do
-    the last bits of the result.
+    A prompt of one chunk without syntax is encoded as by `encoder(prompts)`, bit for bit. All distinct prompts are
+    encoded once, in one call, so that the last bits of the result depend only on the number of distinct prompts and of
+    chunks.
 
     Args:
-        encoder: a TextEncoder; any other conditioner is called as it is, with no syntax read.
-        chunks: k, to which shorter prompts are padded with empty chunks. None: the longest prompt's own, which makes a
-            prompt's conditioning depend on what else is in its batch: see `count_chunks`.
-        clip_skip: as in TextEncoder.forward. The pooled text is always of the last layer.
-        plain: take prompts literally: no brackets, no BREAK.
+        encoder: A TextEncoder; any other conditioner is called as it is, without reading syntax.
+        prompts: Texts; classes or images for other conditioners.
+        chunks: k, to which shorter prompts are padded with empty chunks. None: the longest prompt's number, so that a
+            prompt's conditioning depends on the others in its batch; see `count_chunks`.
+        clip_skip: As in TextEncoder.forward. The pooled text is always of the last layer.
+        plain: Take prompts literally: no brackets, no BREAK.
 
-    "c_adm" is that of the first chunk, unweighted, as in A1111.
+    Returns:
+        {"c_crossattn": (b, k n, d)} of k chunks of n tokens and, if pooled, "c_adm": (b, p), that of the first chunk,
+        unweighted, as in A1111.
 
-    Raises ValueError as `cut`, for `chunks` that a prompt exceeds, and for a clip_skip that does not exist.
+    Raises:
+        ValueError: As `cut`; `chunks` that a prompt exceeds; a clip_skip that does not exist.
     """
     if not _weighs(encoder, prompts):
         if clip_skip != 1 or chunks not in (None, 1):
             raise ValueError(
-                f"clip_skip {clip_skip} or {chunks} chunks cannot be had: only texts for CLIP are cut into chunks and "
-                f"have layers to skip, and this model is conditioned by {type(encoder).__name__}"
+                f"clip_skip {clip_skip} and {chunks} chunks need CLIP's text encoder, "
+                f"and this model is conditioned by {type(encoder).__name__}"
             )
         return encoder(prompts)
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     parts = [cut(encoder.tokenizer, prompt, plain) for prompt in distinct]
     longest = max(map(len, parts), default=1)
     k = longest if chunks is None else chunks
-    if not longest <= k <= MOST_CHUNKS:
-        raise ValueError(f"a prompt of {longest} chunks cannot be padded to {k}; the most are {MOST_CHUNKS}")
+    if not longest <= k <= MAX_CHUNKS:
+        raise ValueError(f"a prompt of {longest} chunks cannot be padded to {k}; the maximum is {MAX_CHUNKS}")
     rows = [chunk for part in parts for chunk in part + [Chunk([], [])] * (k - len(part))]
     cond = encoder(encoder.tokenizer.frame([row.tokens for row in rows]), clip_skip)
     states = cond["c_crossattn"]
@@ -210,7 +218,7 @@ def encode_prompts(
 
 
 def weigh(states: Tensor, weights: Tensor) -> Tensor:
-    """Hidden states (b, n, d) times weights (b, n), each row then scaled to its former mean where that is sound."""
+    """Multiply hidden states (b, n, d) by weights (b, n); scale each row to its former mean where that is valid."""
     exact = states.to(torch.promote_types(states.dtype, torch.float32))
     weighted = exact * weights[..., None].to(exact)
     before, after = exact.mean((1, 2)), weighted.mean((1, 2))  # (b,)
@@ -222,7 +230,7 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weighs(encoder: nn.Module, prompts: Sequence[Any]) -> bool:
-    """Whether chunks and weights have a meaning: for texts to a TextEncoder, but not for token ids made elsewhere."""
+    """Return whether chunks and weights apply: to texts for a TextEncoder, but not to token ids."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of prompts, not one string ({prompts[:40]!r})")
     return isinstance(encoder, TextEncoder) and not isinstance(prompts, Tensor)

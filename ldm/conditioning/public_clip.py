@@ -1,7 +1,7 @@
-"""Public CLIP text encoders by name: transformers' folders, the Hugging Face hub, and open_clip's weights.
+"""Load public CLIP text encoders by name: transformers' folders, the Hugging Face hub, and open_clip's weights.
 
-Sizes, heads, activation and padding come from the configuration beside the weights: none of them can be trusted to a
-default, and the head count and the activation cannot be seen in the weights.
+Sizes, heads, activation and padding are read from the configuration beside the weights: no default fits all, and the
+number of heads and the activation cannot be seen in the weights.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from ldm.checkpoint.tensors import read_tensors
 from ldm.conditioning.text import TextEncoder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What public files hold beside the text tower: the image tower, the heads that compare the two, and old buffers.
+# What public files hold besides the text tower: the image tower, the heads that compare the two, and old buffers.
 NOT_TEXT = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 NOT_TEXT_OPENCLIP = ("visual.", "logit_bias", "attn_mask", "input_resolution", "context_length", "vocab_size")
 
@@ -27,7 +27,7 @@ NOT_TEXT_OPENCLIP = ("visual.", "logit_bias", "attn_mask", "input_resolution", "
 def load_text_encoder(
     name: str, layer: str = "last", layer_index: int | None = None, dtype: torch.dtype = torch.float32
 ) -> TextEncoder:
-    """The text encoder of that name with its public weights, frozen, in eval mode, on the CPU.
+    """Load a text encoder with its public weights, frozen, in eval mode, on the CPU.
 
     Args:
         name: a local folder in transformers' layout (CLIPModel or CLIPTextModel: config.json with model.safetensors or
@@ -38,7 +38,7 @@ def load_text_encoder(
         dtype: of the weights; those that have it already stay mapped from their file.
 
     Raises:
-        ValueError: no such model here or on the hub, or one whose configuration or weights are no CLIP text tower's.
+        ValueError: no such model here or on the hub, or its configuration or weights are not a CLIP text tower's.
         FileNotFoundError: a part of it is missing.
     """
     params, state = read_text_encoder(name)
@@ -60,7 +60,7 @@ def load_text_encoder(
 
 
 def read_text_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """TextEncoder's arguments, all but the layer, and its parameters, mapped; `name` and errors as above."""
+    """Return TextEncoder's arguments except the layer, and its parameters, mapped; errors as `load_text_encoder`."""
     architecture, _, weights = name.partition("/")
     if Path(name).is_dir():
         return _from_transformers(name, Path(name))
@@ -82,9 +82,10 @@ def _from_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dict[st
 
 
 def transformers_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """TextEncoder's arguments from a config.json of transformers' CLIPModel or CLIPTextModel.
+    """Return TextEncoder's arguments from a config.json of transformers' CLIPModel or CLIPTextModel.
 
-    Raises ValueError for another model, and for what our text tower has not.
+    Raises:
+        ValueError: Another model, or a setting that our text tower does not have.
     """
     kind = config.get("model_type")
     if kind not in ("clip", "clip_text_model"):
@@ -95,7 +96,7 @@ def transformers_params(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _download(repository: str) -> Path:
-    """The folder of a model of the hub in the local cache, with the files that are needed; missing ones are fetched."""
+    """Return the folder of a hub model in the local cache; missing files are downloaded."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -115,14 +116,14 @@ def _download(repository: str) -> Path:
                 fetch(shard)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"text encoder {repository!r} is no folder here, no model of open_clip, and cannot be had from the Hugging "
-            f"Face hub or its local cache: {_first_line(error)}"
+            f"text encoder {repository!r} is not a folder, not a model of open_clip, and cannot be loaded from the "
+            f"Hugging Face hub or its local cache: {_first_line(error)}"
         ) from None
     return folder
 
 
 def _open_clip_models() -> Path:
-    """The folder of open_clip's architectures, NAME.json each; the package itself is not imported."""
+    """Return the folder of open_clip's architectures, NAME.json each, without importing the package."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:
         return Path("open_clip is not installed")
@@ -151,7 +152,7 @@ def _from_open_clip(
 
 
 def _open_clip_weights(name: str, architecture: str, weights: str) -> tuple[Path, bool]:
-    """The file, and whether it is known to have been trained with quick GELU (open_clip's list of weights says so)."""
+    """Return the file, and whether open_clip's list of weights says that it was trained with quick GELU."""
     if Path(weights).is_file():
         return Path(weights), False
     from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
@@ -159,7 +160,7 @@ def _open_clip_weights(name: str, architecture: str, weights: str) -> tuple[Path
     known = get_pretrained_cfg(architecture, weights)
     if not known:
         tags = ", ".join(list_pretrained_tags_by_model(architecture)) or "none"
-        raise ValueError(f"text encoder {name!r}: {weights!r} is no file, nor one of {architecture}'s tags ({tags})")
+        raise ValueError(f"text encoder {name!r}: {weights!r} is neither a file nor a tag of {architecture} ({tags})")
     try:
         return Path(download_pretrained(known)), known.get("quick_gelu", False)
     except (OSError, RuntimeError, ValueError) as error:

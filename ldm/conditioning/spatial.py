@@ -13,7 +13,7 @@ class SpatialRescaler(nn.Module):
     `channel_mapper`, with or without `bias`. Raises ValueError for an unknown method or no stages.
     """
 
-    null = None  # there is no image that says nothing
+    null = None  # there is no null condition
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class SpatialRescaler(nn.Module):
         self.channel_mapper = None if out_channels is None else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """{"c_concat": encode(x)}."""
+        """Return {"c_concat": encode(x)}."""
         return {"c_concat": self.encode(x)}
 
     def encode(self, x: Tensor) -> Tensor:

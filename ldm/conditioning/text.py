@@ -1,4 +1,4 @@
-"""Prompts -> the conditioning dict: CLIP's hidden states for cross-attention and, if asked, its pooled text."""
+"""Encode prompts with CLIP: its hidden states for cross-attention and, if asked, its pooled text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.models.clip import CLIPTextModel, OpenCLIPTextModel, TextTower
 
-LAYERS = ("last", "penultimate", "hidden")
+CONTEXT_LAYERS = ("last", "penultimate", "hidden")
 
 
 class TextEncoder(nn.Module):
@@ -30,7 +30,7 @@ class TextEncoder(nn.Module):
         ValueError: an unknown layout or layer, a layer_index out of range, or a vocab_size unlike the tokenizer's.
     """
 
-    null = ""  # the prompt that says nothing
+    null = ""  # the null condition
 
     def __init__(
         self,
@@ -72,21 +72,27 @@ class TextEncoder(nn.Module):
 
     @property
     def tower(self) -> TextTower:
-        """The text tower, whatever its layout calls it."""
+        """Return the text tower of either layout."""
         return self.transformer if self.layout == "transformers" else self.model
 
     def forward(self, prompts: Sequence[str] | Tensor, clip_skip: int = 1) -> dict[str, Tensor]:
-        """Prompts, or their tokens int64 (b, n), -> {"c_crossattn": (b, n, d)} and, if pooled, "c_adm": (b, p).
+        """Encode prompts; each distinct one of a list is encoded once.
 
-        Each distinct prompt of a list is encoded once, since a batch is often one prompt many times. Prompts are taken
-        literally and cut at the context length, as in CompVis's code; `ldm.conditioning.prompt` reads weights and long
-        ones.
+        Prompts are taken literally and cut at the context length, as in CompVis's code; `ldm.conditioning.prompt` reads
+        weights and long prompts.
 
-        clip_skip: 1 takes the context from the encoder's own layer, 2 from one block before it, and so on to the first
-            block, and treats it alike (final norm or none). For Stable Diffusion 1 that is A1111's "Clip skip"; for
-            Stable Diffusion 2, whose own layer is the last but one, 2 is the last but two (A1111 ignores it there). It
-            is diffusers' clip_skip plus 1 for both. The pooled text stays that of the last layer. ValueError for a
-            block that does not exist.
+        Args:
+            prompts: Texts, or their tokens int64 (b, n).
+            clip_skip: 1 takes the context from the encoder's own layer, 2 from one block before it, and so on, with the
+                same final norm or none. For Stable Diffusion 1 that is A1111's "Clip skip"; for Stable Diffusion 2,
+                whose own layer is the last but one, 2 is the last but two (A1111 ignores it there). It is diffusers'
+                clip_skip plus 1 for both.
+
+        Returns:
+            {"c_crossattn": (b, n, d)} and, if pooled, "c_adm": (b, p), always of the last layer.
+
+        Raises:
+            ValueError: A block that does not exist.
         """
         device = next(self.parameters()).device
         if isinstance(prompts, Tensor):
@@ -116,12 +122,12 @@ class TextEncoder(nn.Module):
 
 
 def _state_number(layer: str, layer_index: int | None, layers: int) -> int:
-    """Which of the layers + 1 hidden states is the context, counted from 0."""
-    if layer not in LAYERS:
-        raise ValueError(f"text layer {layer!r} is unknown; it is one of {', '.join(LAYERS)}")
+    """Return which of the layers + 1 hidden states is the context, counted from 0."""
+    if layer not in CONTEXT_LAYERS:
+        raise ValueError(f"text layer {layer!r} is unknown; it is one of {', '.join(CONTEXT_LAYERS)}")
     if layer != "hidden":
         if layer_index is not None:
-            raise ValueError(f"layer_index {layer_index} has a meaning only with layer 'hidden', not {layer!r}")
+            raise ValueError(f"layer_index {layer_index} is only for layer 'hidden', not {layer!r}")
         return layers if layer == "last" else layers - 1
     if layer_index is None or not -layers - 1 <= layer_index <= layers:
         raise ValueError(f"layer_index {layer_index} must be one of {-layers - 1} .. {layers}")

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, over all of its 49,408 tokens or over a reduced vocabulary that travels with a model.
+"""CLIP's byte-pair tokenizer, with all of its 49,408 tokens or a reduced vocabulary that is saved with a model.
 
 A prompt is cleaned, split into words, and every word is written as bytes and merged pair by pair, lowest rank first
 (Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019, GPT-2; this vocabulary: Radford et al. 2021,
@@ -17,16 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CLIP_MERGES = 48_894  # 49,408 tokens less 2 x 256 bytes, start and end; the file lists more, which CLIP does not use
+NUM_CLIP_MERGES = (
+    48_894  # 49,408 tokens less 2 x 256 bytes, start and end; the file lists more, which CLIP does not use
+)
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-SPECIAL = {"clip": ("<|startoftext|>", "<|endoftext|>"), "openclip": ("<start_of_text>", "<end_of_text>")}
+CLIP_SPECIAL = {"clip": ("<|startoftext|>", "<|endoftext|>"), "openclip": ("<start_of_text>", "<end_of_text>")}
 # Text in which ftfy and html.unescape find nothing to do: printable ASCII without "&", and white space that ftfy keeps.
-PLAIN = re.compile(r"[ -%'-~\t\n\r\f]*")
+PLAIN_TEXT = re.compile(r"[ -%'-~\t\n\r\f]*")
 
 
 class Tokenizer:
-    """Prompts -> token ids, (b, context_length), framed by start and end of text.
+    """Convert prompts to token ids (b, context_length), framed by start and end of text.
 
     Args:
         merges: the byte pairs in order of rank, each "left right", as `reduce` makes them; None takes CLIP's own list
@@ -52,8 +54,8 @@ class Tokenizer:
         cleaning: str = "clip",
         pad: int | str | None = None,
     ):
-        if cleaning not in SPECIAL:
-            raise ValueError(f"tokenizer cleaning {cleaning!r} is unknown; it is one of {', '.join(SPECIAL)}")
+        if cleaning not in CLIP_SPECIAL:
+            raise ValueError(f"tokenizer cleaning {cleaning!r} is unknown; it is one of {', '.join(CLIP_SPECIAL)}")
         if context_length < 2:
             raise ValueError(f"context_length {context_length} is too short: start and end of text need 2 tokens")
         self.merges = clip_merges() if merges is None else tuple(merges)
@@ -69,26 +71,26 @@ class Tokenizer:
         self.pipeline = _pipeline(self.merges, cleaning)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of a list of prompts, int64 (b, context_length)."""
+        """Return the token ids of a list of prompts, int64 (b, context_length)."""
         if isinstance(prompts, str):
             raise ValueError(f"the tokenizer takes a list of prompts, not one string ({prompts[:40]!r})")
         return self.frame([self.encode(prompt)[: self.context_length - 2] for prompt in prompts])
 
     def frame(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Ids of at most context_length - 2 tokens each -> int64 (b, context_length) with start, end and padding."""
+        """Add start, end and padding to ids, at most context_length - 2 each: int64 (b, context_length)."""
         rows = torch.full((len(texts), self.context_length), self.pad, dtype=torch.long)
         for row, ids in zip(rows, texts, strict=True):
             row[: len(ids) + 2] = torch.tensor([self.sot, *ids, self.eos])
         return rows
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt, of any length and without start, end or padding."""
-        # A lone surrogate is no text and has no bytes: U+FFFD, as ftfy writes it.
+        """Return the token ids of one prompt, of any length, without start, end or padding."""
+        # A lone surrogate has no bytes: U+FFFD, as ftfy writes it.
         prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self.cleaning == "clip":
             return self.pipeline.encode(prompt, add_special_tokens=False).ids
         prompt = openclip_clean(prompt)
-        special = dict(zip(SPECIAL["openclip"], (self.sot, self.eos), strict=True))
+        special = dict(zip(CLIP_SPECIAL["openclip"], (self.sot, self.eos), strict=True))
         if not any(name in prompt for name in special):
             return self.pipeline.encode(prompt, add_special_tokens=False).ids
         # In open_clip the name of a special token is that token only where the word pattern isolates it.
@@ -96,22 +98,22 @@ class Tokenizer:
         return [i for word in words for i in ([special[word]] if word in special else self.pipeline.encode(word).ids)]
 
     def divides(self, tokens: Sequence[int], at: int) -> bool:
-        """Whether a cut before tokens[at] would part what belongs together; of CLIP's own tokens none does."""
+        """Return whether a cut before tokens[at] would divide a learned word; never with CLIP's own tokens."""
         return False
 
 
 def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") -> list[str]:
-    """The part of CLIP's merges that a small model needs: `Tokenizer(merges=reduce(...))`.
+    """Reduce CLIP's merges to those that a small model needs: `Tokenizer(merges=reduce(...))`.
 
     Args:
         texts: prompts that must be tokenized as the full vocabulary does, token for token.
-        merges_first: how many of CLIP's first merges to keep besides, for other prompts' sake.
+        merges_first: how many of CLIP's first merges to keep as well, for other prompts.
         cleaning: as in Tokenizer.
 
     Returns:
         Merges "left right" in CLIP's order. All bytes stay in the vocabulary, so that any other prompt still tokenizes,
-        into shorter pieces. Every merge behind a token of `texts` is kept; the merges dropped were never chosen while
-        those words were put together, so they are put together in the same way without them.
+        into shorter pieces. Every merge behind a token of `texts` is kept; the dropped ones were never chosen for those
+        words, so the words are merged in the same way without them.
     """
     full = Tokenizer(cleaning=cleaning)
     parts = dict(zip(("".join(merge.split(" ")) for merge in full.merges), full.merges, strict=True))
@@ -130,8 +132,8 @@ def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") 
 
 
 def openclip_clean(text: str) -> str:
-    """open_clip's cleaning: ftfy, HTML entities twice, single spaces, lower case."""
-    if PLAIN.fullmatch(text) is None:
+    """Clean text as open_clip does: ftfy, HTML entities twice, single spaces, lower case."""
+    if PLAIN_TEXT.fullmatch(text) is None:
         import html  # both imported only for text that they can change: ftfy costs 70 ms
 
         import ftfy
@@ -142,19 +144,19 @@ def openclip_clean(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def clip_merges() -> tuple[str, ...]:
-    """CLIP's 48,894 merges, read from the file in open_clip's installed package."""
+    """Read CLIP's 48,894 merges from the file in open_clip's installed package."""
     spec = importlib.util.find_spec("open_clip")  # finds the folder; importing the package would cost seconds
     folders = [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
     for folder in folders:
         path = Path(folder) / VOCABULARY_FILE
         if path.is_file():
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-            return tuple(lines[1 : 1 + CLIP_MERGES])  # the first line is a version
+            return tuple(lines[1 : 1 + NUM_CLIP_MERGES])  # the first line is a version
     raise ValueError(f"CLIP's vocabulary, {VOCABULARY_FILE} of the package open_clip_torch, is not installed")
 
 
 def _pipeline(merges: Sequence[str], cleaning: str):
-    """A `tokenizers.Tokenizer`: clean (only "clip"; "openclip" is cleaned in Python), split into words, merge bytes."""
+    """Build a `tokenizers.Tokenizer`: clean (only "clip"; "openclip" does it in Python), split words, merge bytes."""
     from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Pipeline
     from tokenizers.models import BPE
@@ -162,7 +164,7 @@ def _pipeline(merges: Sequence[str], cleaning: str):
     split = [tuple(merge.split(" ")) for merge in merges]
     names = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character per byte, in CLIP's order
     names += [name + "</w>" for name in names]
-    names += ["".join(pair) for pair in split] + list(SPECIAL[cleaning])
+    names += ["".join(pair) for pair in split] + list(CLIP_SPECIAL[cleaning])
     vocabulary = {name: i for i, name in enumerate(names)}
     if len(vocabulary) != len(names):
         raise ValueError("the tokenizer's merges name a token twice; every merge must make a new one")
@@ -170,12 +172,14 @@ def _pipeline(merges: Sequence[str], cleaning: str):
         pipeline = Pipeline(BPE(vocab=vocabulary, merges=split, end_of_word_suffix="</w>"))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"the tokenizer's merges are not a byte-pair list: {error}") from error
-    special = "|".join(re.escape(name) for name in SPECIAL[cleaning])
+    special = "|".join(re.escape(name) for name in CLIP_SPECIAL[cleaning])
     if cleaning == "clip":
         pipeline.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
-        pipeline.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in SPECIAL[cleaning]])
+        pipeline.add_special_tokens(
+            [AddedToken(name, normalized=False, special=True) for name in CLIP_SPECIAL[cleaning]]
+        )
         words = special + "|" + WORDS
     else:
         # open_clip ignores case after lower(): of all its pattern only s has another lower-case form, the long s

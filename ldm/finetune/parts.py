@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioning.tokenizer import CLIP_MERGES, Tokenizer
+from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
 from ldm.data.captions import NUMBER_WORDS, TRAIN_FRAMES, render
 from ldm.finetune.embeddings import token_embedding
 from ldm.latent_diffusion import LatentDiffusion
@@ -48,7 +48,7 @@ def posterior(first_stage: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 def knows_only_digits(tokenizer: object) -> bool:
     """Return whether the vocabulary was reduced to the digits' captions: then nothing else can have been learned."""
     words = {part for frame in TRAIN_FRAMES for part in re.findall(r"[a-z]+", render(frame, "five"))}
-    reduced = isinstance(tokenizer, Tokenizer) and len(tokenizer.merges) < CLIP_MERGES
+    reduced = isinstance(tokenizer, Tokenizer) and len(tokenizer.merges) < NUM_CLIP_MERGES
     return reduced and all(len(tokenizer.encode(word)) == 1 for word in words)
 
 

@@ -46,9 +46,9 @@ def make_guide(
     Args:
         model: The model to guide.
         threshold: The percentile, a fraction, of `guidance.dynamic_threshold`, which comes last.
-        pag, pag_layers: The scale and layers of `perturbed_attention`; scale 0 is off.
-        weak, autoguide_scale: The weaker model, or its checkpoint, and scale of `autoguidance`; scale 1 is off.
-        classifier, classifier_scale: The classifier, or its checkpoint, and scale of `classifier_guidance`; scale 0 is
+        pag, pag_layers: The scale and layers of `pag_guide`; scale 0 is off.
+        weak, autoguide_scale: The weaker model, or its checkpoint, and scale of `autoguide`; scale 1 is off.
+        classifier, classifier_scale: The classifier, or its checkpoint, and scale of `classifier_guide`; scale 0 is
             off.
 
     Raises:
@@ -57,12 +57,12 @@ def make_guide(
     guides: list[Guide] = []
     if weak is not None:
         weak = load_weak(weak, model) if isinstance(weak, str | Path) else weak
-        guides.append(autoguidance(model, weak, autoguide_scale))
+        guides.append(autoguide(model, weak, autoguide_scale))
     if pag != 0:
-        guides.append(perturbed_attention(model, pag, pag_layers))
+        guides.append(pag_guide(model, pag, pag_layers))
     if classifier is not None:
         classifier = load_classifier(classifier, model) if isinstance(classifier, str | Path) else classifier
-        guides.append(classifier_guidance(classifier, classifier_scale))
+        guides.append(classifier_guide(classifier, classifier_scale))
     if threshold is not None:
         guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, threshold, limit=model.clip))
 
@@ -74,7 +74,7 @@ def make_guide(
     return guide if guides else None
 
 
-def perturbed_attention(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_LAYERS) -> Guide:
+def pag_guide(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_LAYERS) -> Guide:
     """Guide away from the model with the identity as attention map in these layers (Ahn et al. 2024).
 
     It costs one more evaluation of the model in each step.
@@ -160,7 +160,7 @@ def _identity_block(block: AttentionBlock, x: Tensor) -> Tensor:
     return x + block.proj_out(values).view(x.shape)
 
 
-def autoguidance(model: LatentDiffusion, weak: LatentDiffusion, scale: float) -> Guide:
+def autoguide(model: LatentDiffusion, weak: LatentDiffusion, scale: float) -> Guide:
     """Guide away from a weaker model (Karras et al. 2024), under the same conditioning.
 
     It costs one evaluation of the weaker model in each step.
@@ -192,7 +192,7 @@ def _check_deterministic(*models: LatentDiffusion) -> None:
 
 
 def load_weak(path: str | Path, model: LatentDiffusion) -> LatentDiffusion:
-    """Load the weaker model for `autoguidance`, on the model's device and in its precision.
+    """Load the weaker model for `autoguide`, on the model's device and in its precision.
 
     Args:
         path: Another checkpoint, or an earlier one of the same training.
@@ -239,7 +239,7 @@ class NoisyClassifier(NamedTuple):
     classes: int
 
 
-def classifier_guidance(classifier: NoisyClassifier, scale: float) -> Guide:
+def classifier_guide(classifier: NoisyClassifier, scale: float) -> Guide:
     """Guide towards the classes that the prompts name (Dhariwal & Nichol 2021), for any model.
 
     It costs a forward and a backward pass of the classifier in each step. Prompts are class numbers from 0, as int or
@@ -255,7 +255,7 @@ def classifier_guidance(classifier: NoisyClassifier, scale: float) -> Guide:
 
 
 def load_classifier(path: str | Path, model: LatentDiffusion) -> NoisyClassifier:
-    """Load the classifier of `classifier_guidance` on the model's device.
+    """Load the classifier of `classifier_guide` on the model's device.
 
     Args:
         path: A checkpoint of `ldm.optional.noisy_classifier_stage`.
