@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NUM_CLIP_MERGES = (
-    48_894  # 49,408 tokens less 2 x 256 bytes, start and end; the file lists more, which CLIP does not use
-)
+NUM_CLIP_MERGES = 48_894  # 49,408 tokens less 2 x 256 bytes, start and end; the rest of the file is not used
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CLIP_SPECIAL = {"clip": ("<|startoftext|>", "<|endoftext|>"), "openclip": ("<start_of_text>", "<end_of_text>")}
