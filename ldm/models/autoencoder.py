@@ -233,7 +233,27 @@ def require_unset(**settings: Any) -> None:
             raise ValueError(f"{name} {value!r} has no counterpart here: leave it out (ldm.load reads checkpoints)")
 
 
-class AutoencoderKL(nn.Module):
+class Autoencoder(nn.Module):
+    """What the KL and the VQ autoencoder share."""
+
+    def __init__(self, ddconfig: dict[str, Any], embed_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.encoder = Encoder(**ddconfig)
+        self.decoder = Decoder(**ddconfig)
+        self.image_channels = self.encoder.conv_in.in_channels
+        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return pixels (b, c, h, w), not clamped to [-1, 1], in the parameters' dtype, of z (b, embed_dim, ...)."""
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+
+    def get_last_layer(self) -> nn.Parameter:
+        """Return the decoder's last weight, at which the gradients of the losses are compared."""
+        return self.decoder.conv_out.weight
+
+
+class AutoencoderKL(Autoencoder):
     """Pixels in [-1, 1] <-> raw (unscaled) latents, with a Gaussian posterior.
 
     Args:
@@ -259,17 +279,12 @@ class AutoencoderKL(nn.Module):
         ema_decay: float | None = None,
         learn_logvar: bool = False,
     ) -> None:
-        super().__init__()
         require_unset(ckpt_path=ckpt_path, colorize_nlabels=colorize_nlabels)
         if embed_dim is None:
             raise ValueError("embed_dim is missing: it is the number of latent channels")
         if not ddconfig.get("double_z", True):
             raise ValueError("ddconfig has double_z false: a KL autoencoder needs it true, for means and log variances")
-        self.embed_dim = embed_dim
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
-        self.image_channels = self.encoder.conv_in.in_channels
-        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
+        super().__init__(ddconfig, embed_dim)
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
@@ -277,19 +292,11 @@ class AutoencoderKL(nn.Module):
         """Pixels (b, c, h, w) -> the posterior over latents (b, embed_dim, h / f, w / f), in float32 or wider."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Return pixels (b, c, h, w), not clamped to [-1, 1], in the parameters' dtype, of z (b, embed_dim, ...)."""
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
-
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Return the reconstruction (b, c, h, w) from a sample of the posterior, or its mode, and the posterior."""
         posterior = self.encode(x)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
-
-    def get_last_layer(self) -> nn.Parameter:
-        """Return the decoder's last weight, at which the gradients of the losses are compared."""
-        return self.decoder.conv_out.weight
 
     @torch.no_grad()
     def fold_latent_statistics(self, mean: Tensor, std: Tensor) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.models.autoencoder import Decoder, Encoder, require_unset
+from ldm.models.autoencoder import Autoencoder, require_unset
 from ldm.models.quantize import VectorQuantizer
 
 Info = tuple[None, None, Tensor]  # of VectorQuantizer; the last entry is the codebook indices, int64 (b h w)
 
 
-class VQModel(nn.Module):
+class VQModel(Autoencoder):
     """Pixels in [-1, 1] <-> latents from a codebook of `n_embed` vectors of width `embed_dim`: the form that trains.
 
     Args:
@@ -42,16 +42,11 @@ class VQModel(nn.Module):
         sane_index_shape: bool = False,
         use_ema: bool = False,
     ) -> None:
-        super().__init__()
         require_unset(ckpt_path=ckpt_path, colorize_nlabels=colorize_nlabels)
         require_unset(batch_resize_range=batch_resize_range, remap=remap, sane_index_shape=sane_index_shape)
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig needs double_z false: a VQ autoencoder's encoder gives no log variances")
-        self.embed_dim = embed_dim
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
-        self.image_channels = self.encoder.conv_in.in_channels
-        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
+        super().__init__(ddconfig, embed_dim)
         self.quantize = VectorQuantizer(n_embed, embed_dim)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
@@ -64,18 +59,10 @@ class VQModel(nn.Module):
         """Pixels (b, c, h, w) -> quantized latents (b, embed_dim, h / f, w / f), the codebook loss () and indices."""
         return self.quantize(self.encode_to_prequant(x))
 
-    def decode(self, quantized: Tensor) -> Tensor:
-        """Quantized latents -> pixels (b, c, h, w), not clamped to [-1, 1], in the parameters' dtype."""
-        return self.decoder(self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype)))
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reconstruction (b, c, h, w) of pixels x, and the codebook loss ()."""
         quantized, loss, _ = self.quantize(self.encode_to_prequant(x))
-        return VQModel.decode(self, quantized), loss  # not the subclass's, which quantizes
-
-    def get_last_layer(self) -> nn.Parameter:
-        """Return the decoder's last weight, at which the gradients of the losses are compared."""
-        return self.decoder.conv_out.weight
+        return Autoencoder.decode(self, quantized), loss  # not the subclass's, which quantizes
 
 
 class VQModelInterface(VQModel):
