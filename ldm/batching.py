@@ -1,14 +1,14 @@
-"""How a run of images is cut into batches; free of torch, because recipes are planned before it is imported."""
+"""How a run of images is split into batches. It imports no torch: recipes are planned before that is imported."""
 
 from collections.abc import Sequence
 from itertools import groupby
 
 
 def batches(lengths: Sequence[int], size: int) -> list[slice]:
-    """Consecutive batches of at most `size` images, a new one wherever the length of the prompts changes.
+    """Return consecutive batches of up to `size` images, a new one wherever the length of the prompts changes.
 
-    lengths: how many chunks each image's prompt (or negative prompt) makes. Images of one batch share it, so that
-    no image's prompt is padded because of another's.
+    lengths: how many chunks each image's prompt (or negative prompt) has. It is the same in a batch, so that no
+    image's prompt is padded because of another's.
     """
     found, start = [], 0
     for _, run in groupby(lengths):

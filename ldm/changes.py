@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 
@@ -59,9 +60,17 @@ def same_changes(first: Iterable[Change], second: Iterable[Change]) -> bool:
     return keys[0] == keys[1]
 
 
-def changed_settings(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[Change]:
-    """Return the settings that have another value now."""
-    return [Change(name, _value(value)) for name, value in now.items() if value != before.get(name)]
+def settings_of_model(model: Any) -> dict[str, Any]:
+    """Return what decides a model's images beside its networks and defaults: schedule, prediction, scale factor ..."""
+    return {n: deepcopy(v) for n, v in model.config.items() if not n.endswith("_config") and n != "defaults"}
+
+
+def changes_of(model: Any) -> tuple[Change, ...]:
+    """Return what differs in a model from its file: what was recorded, and settings set on the object since."""
+    recorded = [change for entry in model.changes if (change := entry.current()) is not None]
+    before, now = model.loaded_settings, settings_of_model(model)
+    changed = () if before is None else (name for name in now if now[name] != before[name])
+    return (*recorded, *(Change(name, _value(now[name])) for name in changed))
 
 
 def _value(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What scripts share: the option parser, types and checks of options, and one way to end. Imports nothing heavy."""
+"""What scripts share: the option parser, option types, and how a program ends. It imports nothing heavy."""
 
 import argparse
 import math
@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in which `-` and `_` are the same letter of a long option, and every mistake is one sentence, exit 2.
+    """An argparse parser in which `-` and `_` are the same in long options, and a mistake is one sentence, status 2.
 
-    Options are spelled out in full: an abbreviation that works today would change its meaning with the next option.
+    Options cannot be abbreviated: an abbreviation could change its meaning with a new option.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -22,14 +22,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """As argparse's, with every long option in the spelling in which it was added."""
+        """Parse as argparse does, with every long option in the spelling in which it was added."""
         args = sys.argv[1:] if args is None else list(args)
         options = args.index("--") if "--" in args else len(args)  # what follows `--` are values
         spelled = {_canonical(name): name for name in self._option_string_actions}
         return super().parse_known_args([_respell(arg, spelled) for arg in args[:options]] + args[options:], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """As argparse's, with options and positional arguments in any order.
+        """Parse as argparse does, with options and positional arguments in any order.
 
         An unknown option ends the program with the nearest known one in the message.
         """
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
     def _known_options(self) -> set[str]:
-        """The long options of this parser and of its sub-commands."""
+        """Return the long options of this parser and of its sub-commands."""
         known = {name for name in self._option_string_actions if name.startswith("--")}
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -58,7 +58,7 @@ def _canonical(option: str) -> str:
 
 
 def _respell(arg: str, spelled: dict[str, str]) -> str:
-    """`--n-samples=4` -> `--n_samples=4` if that is how the option was added; anything unknown stays as it is."""
+    """Turn `--n-samples=4` into `--n_samples=4` if the option was added so; keep anything unknown."""
     if not arg.startswith("--"):
         return arg
     name, equals, value = arg.partition("=")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.changes import Change, changed_settings
+from ldm.changes import Change
 from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import encode_prompts
 from ldm.diffusion.denoiser import Denoise, make_denoiser
@@ -24,19 +24,12 @@ from ldm.util import call_with, instantiate_network
 
 Conditioning = dict[str, Tensor]
 # The settings of a model without its own; spacing None is the sampler's, interval None everywhere.
-DEFAULTS = {
-    "height": 512,
-    "width": 512,
-    "steps": 50,
-    "scale": 7.5,
-    "sampler": "ddim",
-    "spacing": None,
-    "interval": None,
-}
+DEFAULTS = {"height": 512, "width": 512, "steps": 50, "scale": 7.5}
+DEFAULTS |= {"sampler": "ddim", "spacing": None, "interval": None}
 
 
 class DiffusionWrapper(nn.Module):
-    """Hands the conditioning dict to the UNet, which checkpoints know as `model.diffusion_model`."""
+    """Pass the conditioning dict to the UNet, whose name in checkpoints is `model.diffusion_model`."""
 
     def __init__(self, diffusion_model: nn.Module) -> None:
         super().__init__()
@@ -63,7 +56,7 @@ class DiffusionWrapper(nn.Module):
             return self.diffusion_model(x, t, **given)
 
 
-# What a UNet's input holds beside the noised latents: see `LatentDiffusion.concat_image`.
+# What a UNet has in its input channels beside the noised latents: see `LatentDiffusion.concat_image`.
 CONCATS = (None, "mask_latents", "latents_mask", "latents")
 
 
@@ -72,17 +65,17 @@ class LatentDiffusion(nn.Module):
 
     Args:
         unet_config, first_stage_config, cond_stage_config: `{"target": class, "params": {...}}` of the three networks;
-            no cond_stage_config for an unconditional model.
+            cond_stage_config is None for an unconditional model.
         schedule: arguments of `make_schedule`, e.g. `{"name": "cosine"}`.
         prediction: what the UNet predicts: "eps", "x0" or "v".
-        scale_factor: latents are multiplied by it after encoding, so that they have unit variance.
+        scale_factor: factor of the latents after encoding, which gives them unit variance.
         defaults: this model's own sampling settings: height, width (pixels), steps, scale, sampler, spacing, interval.
-        concat: what the UNet is given of an image to change, in its input channels: "mask_latents" (Stable Diffusion's
-            inpainting), "latents_mask" (that of Rombach et al. 2022), "latents" (InstructPix2Pix), or nothing.
+        concat: what the UNet has of an init image in its input channels: "mask_latents" (Stable Diffusion's
+            inpainting), "latents_mask" (that of Rombach et al. 2022), "latents" (InstructPix2Pix), or None.
     """
 
-    target = "ldm.latent_diffusion.LatentDiffusion"  # what a checkpoint names to be rebuilt
-    clip: float | None = None  # how far x0 reaches, where it is to be kept to that: 1 for pixels
+    target = "ldm.latent_diffusion.LatentDiffusion"  # the class that a checkpoint names
+    clip: float | None = None  # limit of |x0| in sampling: 1 for pixels
 
     def __init__(
         self,
@@ -113,8 +106,8 @@ class LatentDiffusion(nn.Module):
         self.scale_factor = scale_factor
         self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
-        self.changes: list[Change] = []  # made to it since that file, by whatever made them; see `all_changes`
-        self.loaded_settings: dict[str, Any] | None = None  # `settings` of that file
+        self.changes: list[Change] = []  # to it since that file, each recorded by what made it: see `ldm.changes`
+        self.loaded_settings: dict[str, Any] | None = None  # `ldm.changes.settings_of_model` of that file
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.channels = self.first_stage_model.embed_dim
         self.image_channels = self.first_stage_model.image_channels
@@ -122,7 +115,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as the attributes stand now: what a checkpoint stores to rebuild the model."""
+        """The constructor's arguments, from the attributes as they are now: what a checkpoint stores."""
         return {
             "unet_config": self.unet_config,
             "first_stage_config": self.first_stage_config,
@@ -135,7 +128,7 @@ class LatentDiffusion(nn.Module):
         }
 
     def _config_without(self, **fixed: Any) -> dict[str, Any]:
-        """`config` for a subclass that fixes these arguments. ValueError where one was changed on the object."""
+        """Return `config` for a subclass that fixes these arguments. ValueError where one was changed."""
         config = LatentDiffusion.config.fget(self)
         for name, value in fixed.items():
             if config.pop(name) != value:
@@ -143,21 +136,10 @@ class LatentDiffusion(nn.Module):
         return config
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The part of `config` that decides images beside the networks and `defaults`: schedule, prediction ..."""
-        return {n: deepcopy(v) for n, v in self.config.items() if not n.endswith("_config") and n != "defaults"}
-
-    def all_changes(self) -> list[Change]:
-        """Return what differs from the file at `path`: recorded changes, and settings set on the object since."""
-        recorded = [change for entry in self.changes if (change := entry.current()) is not None]
-        before = self.loaded_settings
-        return recorded if before is None else recorded + changed_settings(self.settings, before)
-
-    @property
     def schedule(self) -> Schedule:
-        """The noise schedule of `schedule_params`."""
-        if self._schedule is None or self._schedule[0] != self.schedule_params:  # on first use: a model may be
-            made = call_with("schedule", make_schedule, self.schedule_params)  # built on the meta device
+        """The noise schedule of `schedule_params`, made on first use: a model may be built on the meta device."""
+        if self._schedule is None or self._schedule[0] != self.schedule_params:
+            made = call_with("schedule", make_schedule, self.schedule_params)
             self._schedule = deepcopy(self.schedule_params), made
         return self._schedule[1]
 
@@ -171,14 +153,14 @@ class LatentDiffusion(nn.Module):
         return next(self.model.parameters()).device
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None, mode: bool = False) -> Tensor:
-        """Pixels (b, c, h, w) in [-1, 1] -> scaled latents (b, z, h/f, w/f): a sample of the posterior, or its mode."""
+        """Encode pixels (b, c, h, w) in [-1, 1] to scaled latents (b, z, h/f, w/f): a posterior sample, or its mode."""
         code = self.first_stage_model.encode(images.to(self.device))
         if isinstance(code, Tensor):  # of a VQ autoencoder, or pixels: there is no posterior
             return self.scale_factor * code.to(self.device)  # it may have been offloaded
         return self.scale_factor * (code.mode() if mode else code.sample(generator)).to(self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (b, z, h/f, w/f) -> pixels (b, c, h, w), nominally in [-1, 1]."""
+        """Decode scaled latents (b, z, h/f, w/f) to pixels (b, c, h, w), nominally in [-1, 1]."""
         return self.first_stage_model.decode(latents / self.scale_factor).to(self.device).float()
 
     @property
@@ -189,9 +171,9 @@ class LatentDiffusion(nn.Module):
     def condition(
         self, prompts: Sequence[Any], chunks: int | None = None, clip_skip: int = 1, plain: bool = False
     ) -> Conditioning:
-        """Prompts, or whatever else the model is conditioned on, -> the conditioning dict; empty if unconditional.
+        """Encode prompts (or classes or images) to the conditioning dict, which is empty for an unconditional model.
 
-        The other arguments are those of `conditioning.prompt.encode_prompts`, which reads long and weighted prompts.
+        chunks, clip_skip, plain: of `conditioning.prompt.encode_prompts`, which reads long and weighted prompts.
         """
         if self.cond_stage_model is None:
             return {}
@@ -223,7 +205,7 @@ class LatentDiffusion(nn.Module):
         return {"c_concat": torch.cat(parts, dim=1)}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The UNet's own prediction (eps, x0 or v) for noised latents x (b, z, h, w) at timesteps t (b,) in 0..T-1."""
+        """Return the UNet's prediction (eps, x0 or v) for noised latents x (b, z, h, w) at timesteps t (b,)."""
         return self.model(x, t, **cond)
 
     def loss(
@@ -244,19 +226,19 @@ class LatentDiffusion(nn.Module):
         return prediction_loss(self.prediction, output, z, noise, ab, error, weight)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
-        """`denoise(x, sigma, cond) -> Prediction`, in the frame x = x0 + sigma * noise.
+        """Return `denoise(x, sigma, cond) -> Prediction`, for x = x0 + sigma * noise.
 
-        seeds: of the images of the batch, for networks with noise of their own, which this one has not.
+        seeds: of the images of the batch, for networks with noise of their own; not used here.
         """
         return make_denoiser(self.apply_model, self.schedule, self.prediction, next(self.model.parameters()).dtype)
 
     @property
     def multiple(self) -> int:
-        """Height and width of images, in pixels, are multiples of this."""
+        """The number of pixels of which the height and width of images are multiples."""
         return self.downsampling * self.model.diffusion_model.downsampling
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """(z, h, w) of the latents of an image of that size in pixels; ValueError if the model cannot make it."""
+        """Return the (z, h, w) of the latents of an image of that size in pixels; ValueError if it does not fit."""
         for name, size in (("height", height), ("width", width)):
             if size < self.multiple or size % self.multiple:
                 raise ValueError(

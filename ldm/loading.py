@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ldm.changes import Change
+from ldm.changes import Change, settings_of_model
 from ldm.checkpoint import networks
 from ldm.checkpoint.file import CONFIG_KEY, file_hash, load_file, read_config, save_file
 from ldm.checkpoint.networks import Config
@@ -97,7 +97,7 @@ def load(
     words = {"ema": "ema" if ema else None, "prediction": prediction, "variant": variant}
     model.changes = [Change(name, hash=file_hash(Path(file))) for name, file in files.items() if file is not None]
     model.changes += [Change(name, word) for name, word in words.items() if word is not None]
-    model.loaded_settings = model.settings
+    model.loaded_settings = settings_of_model(model)
     return model
 
 

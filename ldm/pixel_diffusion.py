@@ -28,12 +28,13 @@ class PixelDiffusion(LatentDiffusion):
     Args:
         unet_config: the network: (x_t (b, c, h, w), t (b,), and y or context where there is conditioning) -> eps, x0 or
             v of x's shape; with a `downsampling` of which sizes must be multiples.
-        channels: of an image.
+        channels: of the images.
         cond_stage_config, schedule, prediction, defaults: as in LatentDiffusion.
-        clip: keep x0 within [-1, 1] while drawing, as pixels are (Ho et al. 2020, in their code).
-        learned_variance: the network gives the variance of `ddpm`'s steps too, in as many channels more
+        clip: clamp x0 to [-1, 1] in sampling (Ho et al. 2020, in their code).
+        learned_variance: the network also predicts the variance of `ddpm`'s steps, in as many output channels again
             (Nichol & Dhariwal 2021, section 3.1).
-        self_condition: the network is given its last x0 too, in as many channels more (Chen et al. 2022, section 3).
+        self_condition: the network also takes its last x0, in as many input channels again (Chen et al. 2022,
+            section 3).
     """
 
     target = "ldm.pixel_diffusion.PixelDiffusion"
@@ -66,7 +67,7 @@ class PixelDiffusion(LatentDiffusion):
         }
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """The network's eps, x0 or v (b, c, h, w) in float32 for x at timesteps t, and its variance's share, if any."""
+        """Return the network's eps, x0 or v (b, c, h, w) in float32 for x at timesteps t, and the variance's share."""
         output = self.apply_model(x, t, cond).float()
         return split_variance(output, x.shape[1]) if self.learned_variance else (output, None)
 
@@ -108,7 +109,7 @@ class PixelDiffusion(LatentDiffusion):
         return self_cond_input(predicted_x0(self.prediction, predicted, x, self.schedule.sigmas[t.cpu()]))
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
-        """As everywhere. seeds: of the batch's images, so many; for guidance of a self-conditioned network."""
+        """Return `denoise` as LatentDiffusion does. seeds: as many as images; a self-conditioned network needs them."""
         dtype = next(self.model.parameters()).dtype
         denoise = make_denoiser(self.apply_model, self.schedule, self.prediction, dtype, self.learned_variance)
         return self_conditioned(denoise, len(seeds or ())) if self.self_condition else denoise

@@ -8,7 +8,7 @@ from lora_models import learned
 from script_runs import load_script, pixels, recipe, runner, samples
 
 import ldm
-from ldm.changes import Change, changes_from_text, changes_to_text, same_changes
+from ldm.changes import Change, changes_from_text, changes_of, changes_to_text, same_changes
 from ldm.finetune.embedding_files import LearnedWord, write_words
 from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.lora import detach, merge, restore
@@ -30,42 +30,42 @@ def loras(model, tmp_path):
     return tmp_path / "a.safetensors", tmp_path / "b.safetensors"
 
 
-def told(model) -> list[tuple]:
-    return [(change.kind, change.name, change.strength) for change in model.all_changes()]
+def listed(model) -> list[tuple]:
+    return [(change.kind, change.name, change.strength) for change in changes_of(model)]
 
 
 def test_a_lora_is_there_while_it_is(model, loras):
     """Merged and merged back in any order, or hooked on at a strength that is set later."""
-    assert told(model) == []
+    assert listed(model) == []
     first, second = merge_lora(model, loras[0], 0.5), merge_lora(model, loras[1])
-    assert told(model) == [("lora", "a", 0.5), ("lora", "b", 1.0)]
+    assert listed(model) == [("lora", "a", 0.5), ("lora", "b", 1.0)]
     restore(model, second)
-    assert told(model) == [("lora", "a", 0.5)]
+    assert listed(model) == [("lora", "a", 0.5)]
     second = merge_lora(model, loras[1], 2.0)
     restore(model, second | first)
-    assert told(model) == []
+    assert listed(model) == []
     adapters = apply_lora(model, loras[0], 0.25)
     for adapter in adapters.values():
         adapter.strength = 0.75
-    assert told(model) == [("lora", "a", 0.75)] == told(copy.deepcopy(model))
+    assert listed(model) == [("lora", "a", 0.75)] == listed(copy.deepcopy(model))
     merge(model, adapters)
-    assert told(model) == [("lora", "a", 0.75)]
+    assert listed(model) == [("lora", "a", 0.75)]
     adapters = apply_lora(model, loras[1])
     detach(adapters)
-    assert told(model) == [("lora", "a", 0.75)]
+    assert listed(model) == [("lora", "a", 0.75)]
 
 
 def test_words_parts_and_settings(model, tiny_checkpoint, tmp_path):
     write_words(tmp_path / "word.safetensors", LearnedWord("<it>", torch.randn(1, 32)), "diffusers")
     apply_embedding(model, tmp_path / "word.safetensors")
-    assert told(model) == [("words", "<it>", None)]
+    assert listed(model) == [("words", "<it>", None)]
     model.prediction, model.schedule_params = "eps", {"name": "linear", "T": 500}
-    assert told(model)[1:] == [("schedule", "name=linear T=500", None), ("prediction", "eps", None)]
+    assert listed(model)[1:] == [("schedule", "name=linear T=500", None), ("prediction", "eps", None)]
     model.prediction = "v"
-    assert told(model)[1:] == [("schedule", "name=linear T=500", None)]
+    assert listed(model)[1:] == [("schedule", "name=linear T=500", None)]
     loaded = ldm.load(tiny_checkpoint, device="cpu", vae=tiny_checkpoint, prediction="eps")
-    assert told(loaded) == [("vae", "", None), ("prediction", "eps", None)]
-    assert loaded.all_changes()[0].hash == loaded.hash
+    assert listed(loaded) == [("vae", "", None), ("prediction", "eps", None)]
+    assert changes_of(loaded)[0].hash == loaded.hash
 
 
 def test_the_library_and_the_script_say_the_same_and_order_does_not_matter(model, loras, tiny_checkpoint, tmp_path):
@@ -74,7 +74,7 @@ def test_the_library_and_the_script_say_the_same_and_order_does_not_matter(model
     (first,) = samples(draw(*options, out="first"))
     for path, strength in zip(loras, (0.5, 1.0), strict=True):
         merge_lora(model, path, strength)
-    assert recipe(first).changes == tuple(model.all_changes())
+    assert recipe(first).changes == changes_of(model)
     (again,) = samples(draw("--from-png", first, *options[2:], *options[:2], out="again", steps=None))
     assert abs(pixels(again).astype(int) - pixels(first)).max() <= 1  # sums in another order
     for other in (options[:2], [], ["--lora", loras[0], "--lora", loras[1]]):

@@ -11,6 +11,7 @@ import torch
 from lora_models import learned
 
 import ldm
+from ldm.changes import changes_of
 from ldm.cli import Parser
 from ldm.diffusion.denoiser import PREDICTIONS
 from ldm.finetune.embedding_files import LearnedWord, write_words
@@ -90,8 +91,8 @@ def test_loras_at_their_strengths_and_learned_words(load, tiny_checkpoint, tmp_p
     apply_embedding(model, word)
     loras = ["--lora", f"{tmp_path / 'a.safetensors'}:0.5", "--lora", tmp_path / "b.safetensors"]
     found = load(*loras, "--embedding", word)
-    assert [str(change) for change in found.all_changes()] == [str(change) for change in model.all_changes()]
-    kinds = [(change.kind, change.name, change.strength) for change in found.all_changes()]
+    assert [str(change) for change in changes_of(found)] == [str(change) for change in changes_of(model)]
+    kinds = [(change.kind, change.name, change.strength) for change in changes_of(found)]
     assert kinds == [("lora", "a", 0.5), ("lora", "b", 1.0), ("words", "<it>", None)]
     prompts = ["a <it>", "a one"]
     images = [np.stack(one.generate(prompts, steps=3)).astype(int) for one in (model, found)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.changes import changes_to_text, same_changes
+from ldm.changes import changes_of, changes_to_text, same_changes
 from ldm.conditioning.prompt import count_chunks
 from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.guidance import Guide
@@ -43,7 +43,7 @@ def default_recipe(model: LatentDiffusion, name: str, **settings: object) -> Rec
         **own,
         precision=precision_of(model),
         model_hash=model.hash,
-        changes=tuple(model.all_changes()),
+        changes=changes_of(model),
         model_name=name,
     )
     return _complete(recipe.changed(**settings), model)
@@ -124,8 +124,8 @@ def generate_again(
             f"the image was made by the model {recipe.model_name} with hash {recipe.model_hash}, "
             f"but the one loaded has hash {model.hash}: name the right checkpoint with --ckpt"
         )
-    if not same_changes(recipe.changes, model.all_changes()):
-        made, now = (changes_to_text(changes) or "nothing" for changes in (recipe.changes, model.all_changes()))
+    if not same_changes(recipe.changes, changes_of(model)):
+        made, now = (changes_to_text(changes) or "nothing" for changes in (recipe.changes, changes_of(model)))
         raise ValueError(f"the image was made with {made} in the model, and now there is {now}: give the same options")
     shape = recipe
     if not isinstance(model.cond_stage_model, TextEncoder):  # others take classes, and encode each, equal or not
