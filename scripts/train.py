@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm import util
     from ldm.training.config import read_configs
-    from ldm.training.loop import loop_settings, train
+    from ldm.training.loop import LoopSettings, train
     from ldm.training.processes import processes
 
     util.ALLOWED_PACKAGES.update(args.allow)
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     changes = [argument for argument in args.arguments if "=" in argument]
     configs = read_configs(paths, changes)
     for config in configs:  # a mistake in the last stage should not show after hours of the first
-        loop_settings(config)
+        LoopSettings.of(config)
         util.get_obj_from_str(config["stage"]["target"])
         util.get_obj_from_str(config["data"]["target"])
     is_main = processes(args.device).is_main_process

@@ -289,7 +289,7 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
         train(part)
     state = torch.load(tmp_path / "part" / "resume.pt", weights_only=True)
     assert state["step"] == 3
-    assert {name.split(".")[0] for name in state["stage"]} == ({"adapters"} if kind == "lora" else {"model", "text"})
+    assert {name.split(".")[0] for name in state["networks"]} == ({"adapters"} if kind == "lora" else {"model", "text"})
     shutil.move(tmp_path / "part", tmp_path / "elsewhere")
     move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
     resumed = train(settings("third"), resume=True)

@@ -231,7 +231,7 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, monkeyp
         train(settings, device="cpu")
     state = torch.load(tmp_path / "autoencoder" / "resume.pt", weights_only=True)
     assert state["step"] == 4
-    assert all(torch.isfinite(t).all() for t in state["stage"].values())
+    assert all(torch.isfinite(t).all() for t in state["networks"].values())
     # ... and the advice can be taken: these settings may change on resume
     monkeypatch.setattr(AutoencoderStage, "turn", turn)
     assert train(config(tmp_path, **good, clip=0.1), resume=True, device="cpu").exists()
@@ -259,7 +259,7 @@ def test_a_damaged_state_is_refused(tmp_path):
     folder.joinpath("resume.pt").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(ValueError, match="cannot resume from .* damaged"):
         train(settings, resume=True, device="cpu")
-    torch.save({"step": 1, "stage": {"batches": torch.tensor(1)}}, folder / "resume.pt")
+    torch.save({"step": 1, "stage": {}}, folder / "resume.pt")
     with pytest.raises(ValueError, match="cannot resume from .*, which another version of ldm saved: resume with"):
         train(settings, resume=True, device="cpu")
 
@@ -276,7 +276,7 @@ def test_a_damaged_state_is_refused(tmp_path):
             "loop.lr_schedule: .*'warmpu'; it takes .'name', 'warmup', 'decay'",
         ),
         ({"ema": 1.5}, "loop.ema 1.5 must be from 0 to below 1"),
-        ({"stepz": 1}, "unknown settings \\['stepz'\\]"),
+        ({"stepz": 1}, "loop of 'autoencoder': .*'stepz'; it takes .'steps', 'batch_size', 'accumulate'"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, settings, message):

@@ -103,16 +103,10 @@ class DreamBoothStage(Stage):
         loading: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(preview_columns)
         if not prior_weight >= 0:
             raise ValueError(f"prior_weight {prior_weight} must not be below 0")
-        if weight is not None and snr_gamma is not None or noise is not None and noise_offset:
-            raise ValueError(
-                f"give weight {weight} or snr_gamma {snr_gamma}, and noise {noise} or noise_offset {noise_offset}: "
-                "they are two names of one setting"
-            )
-        weight = weight if snr_gamma is None else {"name": "min_snr", "gamma": snr_gamma}
-        noise = {"offset": noise_offset} if noise is None else noise
+        weight, noise = diffusers_names(weight, snr_gamma, noise, noise_offset)
         words, prompts = words_and_prompts(instance_prompt, class_prompt)
         train_text = choose_text(train_text, words, lora is not None)
         whole = load_to_tune(ckpt, loading)
@@ -134,8 +128,7 @@ class DreamBoothStage(Stage):
             part = train_text if lora is None else "lora"
             self.text_learning_rate = rate_for("text_learning_rate", text_learning_rate, part)
         self.optimizer = {"name": optimizer, "betas": tuple(betas), "weight_decay": weight_decay}
-        self.cache, self.preview_columns = cache, preview_columns
-        self.previews = prompts if previews is None else list(previews)
+        self.cache, self.previews = cache, prompts if previews is None else list(previews)
         self.sheet = None if sheet is None else Path(sheet)
         self.texts: dict[str, Conditioning] = {}  # cached
         self.class_directions: Conditioning = {}  # of the class images' captions, where words are trained
@@ -293,6 +286,19 @@ class DreamBoothStage(Stage):
         state = {name: tensor.to(self.dtypes[name]) for name, tensor in model.state_dict().items()}
         config = {name: value for name, value in model.config.items() if value is not None or name not in OPTIONAL}
         return {"target": MODEL_TARGET, "params": config}, state
+
+
+def diffusers_names(
+    weight: Mapping[str, Any] | None, snr_gamma: float | None, noise: Mapping[str, Any] | None, noise_offset: float
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """Return the weight and noise of `Objective`, which diffusers' options may name instead."""
+    if (weight is not None and snr_gamma is not None) or (noise is not None and noise_offset):
+        raise ValueError(
+            f"give weight {weight} or snr_gamma {snr_gamma}, and noise {noise} or noise_offset {noise_offset}: they "
+            "are two names of one setting"
+        )
+    weight = weight if snr_gamma is None else {"name": "min_snr", "gamma": snr_gamma}
+    return weight, {"offset": noise_offset} if noise is None else noise
 
 
 def embedding_repulsion(texts: Conditioning, others: Conditioning, count: int) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.conditioning.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.diffusion import LatentDataset
 from ldm.training.objective import Objective
-from ldm.training.stage import Loss, Stage, adamw
+from ldm.training.stage import Loss, Stage
 
 # What may be said of an image whose subject alone is known. A frame says nothing else about the image.
 FRAMES = {
@@ -79,7 +78,7 @@ class TextualInversionStage(Stage):
         previews: int = 8,
         sheet: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(previews, weight_decay=0.0)
         model = load_to_tune(ckpt, loading).float()
         check_model(model)
         self.latent_diffusion = model
@@ -93,10 +92,10 @@ class TextualInversionStage(Stage):
         if (learning_rate is None) == (relative_learning_rate is None):
             raise ValueError("give either learning_rate or relative_learning_rate")
         self.deviation = deviation(encoder)
-        self.learning_rate = relative_learning_rate * self.deviation if learning_rate is None else learning_rate
+        self.adam["lr"] = relative_learning_rate * self.deviation if learning_rate is None else learning_rate
         self.captions = captions(encoder.tokenizer, word, len(start), frames)
         self.objective = Objective(model, error, weight, noise, timesteps)
-        self.resolution, self.preview_columns = training_size(model, resolution), previews
+        self.resolution = training_size(model, resolution)
         self.sheet = None if sheet is None else Path(sheet)
         if gradient_checkpointing:
             checkpoint_blocks(model.model)
@@ -117,9 +116,6 @@ class TextualInversionStage(Stage):
         means, stds = zip(*(posterior(first_stage, image[None].to(device)) for image in self.pixels), strict=True)
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
         return Repeated(LatentDataset(dataset, torch.cat(means).cpu(), torch.cat(stds).cpu()))
-
-    def optimizers(self) -> list[Optimizer]:
-        return [adamw([self.vectors], self.learning_rate, weight_decay=0.0)]
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         model = self.latent_diffusion

@@ -64,9 +64,8 @@ class DenoisingGANStage(PixelDiffusionStage):
                 f"r1_every {r1_every} must be at least 1, r1_weight {r1_weight} and reconstruction {reconstruction} "
                 "at least 0"
             )
-        super().__init__(
-            model, learning_rate, class_dropout, betas=betas, previews=previews, preview_columns=preview_columns
-        )
+        options = {"betas": betas, "weight_decay": 0.0, "previews": previews, "preview_columns": preview_columns}
+        super().__init__(model, learning_rate, class_dropout, **options)
         self.discriminator = call_with("discriminator", Discriminator, discriminator)
         self.networks["discriminator"] = self.discriminator
         self.rates = (learning_rate, discriminator_rate)
@@ -90,7 +89,7 @@ class DenoisingGANStage(PixelDiffusionStage):
 
     def optimizers(self) -> list[Optimizer]:
         networks = zip(self.networks.values(), self.rates, strict=True)
-        return [adamw(n.parameters(), rate, betas=self.betas, weight_decay=0.0) for n, rate in networks]
+        return [adamw(n.parameters(), **self.adam | {"lr": rate}) for n, rate in networks]
 
     def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """As in `Stage`; the discriminator judges the steps of the generator's turn."""

@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
 from ldm.training.objective import timestep_settings
-from ldm.training.stage import Loss, Stage, adamw
+from ldm.training.stage import Loss, Stage
 from ldm.util import call_with, instantiate_from_config
 
 
@@ -40,15 +39,13 @@ class NoisyClassifierStage(Stage):
         weight_decay: float = 0.05,
         preview_columns: int = 10,
     ) -> None:
-        super().__init__()
+        super().__init__(preview_columns, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay)
         self.schedule = call_with("schedule", make_schedule, schedule)
         self.config = {"target": network["target"], "params": dict(network.get("params") or {})}
         self.config["schedule"] = dict(schedule)
         self.model = instantiate_from_config(self.config)
         self.networks["model"] = self.model
         self.timesteps = timestep_settings(timesteps, self.schedule.T)
-        self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
-        self.preview_columns = preview_columns
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         """Keep an image for each row of the preview; raise ValueError if images do not fit the network."""
@@ -67,9 +64,6 @@ class NoisyClassifierStage(Stage):
                 f"an image has label {self.labels.max()}, and the network's classes end at {logits.shape[1] - 1}"
             )
         return dataset
-
-    def optimizers(self) -> list[Optimizer]:
-        return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         images, labels = batch["image"], batch["label"]

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.images import to_pil
@@ -19,7 +18,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
 from ldm.models.perceptual import perceptual_distance
 from ldm.training.order import in_batches
-from ldm.training.stage import Loss, Stage, adamw
+from ldm.training.stage import Loss, Stage
 from ldm.util import call_with
 
 
@@ -55,7 +54,7 @@ class AutoencoderStage(Stage):
         normalize: bool = True,
         preview_columns: int = 8,
     ) -> None:
-        super().__init__()
+        super().__init__(preview_columns, lr=learning_rate, betas=(0.5, 0.9))
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
         self.model = AutoencoderKL(ddconfig=dict(ddconfig), embed_dim=embed_dim)
@@ -67,9 +66,8 @@ class AutoencoderStage(Stage):
         if perceptual is not None:
             self.perceptual = load_network(perceptual)
             self.freeze(perceptual=self.perceptual)
-        self.learning_rate, self.kl_weight, self.error = learning_rate, kl_weight, reconstruction
+        self.kl_weight, self.error, self.normalize = kl_weight, reconstruction, normalize
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
-        self.normalize, self.preview_columns = normalize, preview_columns
         self.config = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
@@ -77,9 +75,6 @@ class AutoencoderStage(Stage):
         count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # complete rows
         self.shown = torch.stack([dataset[i * (len(dataset) // count)]["image"] for i in range(count)])
         return dataset
-
-    def optimizers(self) -> list[Optimizer]:
-        return [adamw(network.parameters(), self.learning_rate, betas=(0.5, 0.9)) for network in self.networks.values()]
 
     def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         loss = self._autoencoder_loss if k == 0 else self._discriminator_loss

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
-from ldm.training.stage import Loss, Stage, adamw
+from ldm.training.stage import Loss, Stage
 
 
 class CLIPStage(Stage):
@@ -46,11 +45,10 @@ class CLIPStage(Stage):
         weight_decay: float = 0.05,
         preview_columns: int = 10,
     ) -> None:
-        super().__init__()
-        self.vision, self.learning_rate, self.weight_decay = dict(vision), learning_rate, weight_decay
+        super().__init__(preview_columns, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+        self.vision = dict(vision)
         self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
         self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement
-        self.preview_columns = preview_columns
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         """Choose the vocabulary from the data set's captions and build the two towers."""
@@ -70,9 +68,6 @@ class CLIPStage(Stage):
         self.shown = [dataset[i * (len(dataset) // count)] for i in range(count)]
         self.preview_columns = min(self.preview_columns, count)
         return dataset
-
-    def optimizers(self) -> list[Optimizer]:
-        return [adamw(self.clip.parameters(), self.learning_rate, betas=(0.9, 0.98), weight_decay=self.weight_decay)]
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         images, texts, scale = self._embed(batch)

@@ -37,7 +37,8 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
     for change in changes:
         if change not in used:
             raise ValueError(
-                f"{change!r} changes nothing: no given configuration has that key; they have {_keys(configs)}"
+                f"{change!r} changes nothing: no given configuration has that key; they have name, outdir, seed, "
+                "stage.*, data.* and loop.*"
             )
     try:
         for path, config in zip(paths, configs, strict=True):
@@ -85,14 +86,3 @@ def _has(config: Any, key: str) -> bool:
         return OmegaConf.is_dict(OmegaConf.select(config, parent))
     node = OmegaConf.select(config, parent) if parent else config
     return OmegaConf.is_dict(node) and last in node
-
-
-def _keys(configs: Sequence[Any]) -> str:
-    return ", ".join(dict.fromkeys(f"{key}.*" if isinstance(value, dict) else str(key)
-                                   for config in configs for key, value in _items(config)))  # fmt: skip
-
-
-def _items(config: Any) -> list:
-    from omegaconf import OmegaConf
-
-    return list(OmegaConf.to_container(config).items())

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import plan_guidance, plan_sampling
 from ldm.latent_diffusion import Conditioning
 from ldm.training.objective import Objective
-from ldm.training.stage import Loss, Stage, adamw
+from ldm.training.stage import Loss, Stage
 
 MAX_TERMINAL_SIGNAL = 0.05  # sqrt(alpha-bar) at the last noise level, above which a note is printed
 
@@ -38,15 +37,14 @@ class DenoisingStage(Stage):
         preview_prompts: Sequence[Any],
         preview_columns: int,
     ) -> None:
-        super().__init__()
+        super().__init__(preview_columns, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay)
         model = objective.model
         self.objective, self.latent_diffusion, self.model = objective, model, model.model
         self.networks = {"model": model.model}
         self.freeze(first_stage=model.first_stage_model)
         if model.cond_stage_model is not None:
             self.freeze(cond_stage=model.cond_stage_model)
-        self.learning_rate, self.betas, self.weight_decay = learning_rate, tuple(betas), weight_decay
-        self.preview_prompts, self.preview_columns = list(preview_prompts), preview_columns
+        self.preview_prompts = list(preview_prompts)
         self._check()
 
     def _check(self) -> None:
@@ -91,9 +89,6 @@ class DenoisingStage(Stage):
             t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
         loss = self.objective.losses(z, cond, t, noise).mean()
         return loss, {"loss": loss}
-
-    def optimizers(self) -> list[Optimizer]:
-        return [adamw(self.model.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)]
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:

@@ -8,7 +8,7 @@ resumed ends with the same weights as an uninterrupted one (bit for bit on a CPU
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,11 @@ class LoopSettings:
             raise ValueError(f"loop.ema {self.ema} must be from 0 to below 1, and loop.clip {self.clip} above 0")
         call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "LoopSettings":
+        """Return the checked `loop:` part of a configuration."""
+        return call_with(f"loop of {config['name']!r}", cls, config["loop"])
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after the state was saved; the message says how to resume."""
@@ -71,7 +76,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     """
     from accelerate.utils import send_to_device
 
-    name, seed, settings = config["name"], config["seed"], loop_settings(config)
+    name, seed, settings = config["name"], config["seed"], LoopSettings.of(config)
     accelerator = make_accelerator(settings, pick_device(device))
     folder = RunFolder(Path(config["outdir"]) / name, config, resume, settings.tensorboard, accelerator.is_main_process)
     if folder.finished:
@@ -91,7 +96,9 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     ranks, groups = (accelerator.process_index, accelerator.num_processes), getattr(dataset, "groups", None)
     order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, groups)
-    step = load_state(folder, trained, average, optimizers, scaler) if resume else 0
+    parts = {"networks": trained, "ema": average} | {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
+    parts |= {} if scaler is None else {"scaler": scaler}
+    step = load_state(folder, parts) if resume else 0
     accelerator.wait_for_everyone()  # until every process has read the folder
     folder.begin(config)
     metrics = Metrics(name, folder)
@@ -129,7 +136,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
             stop = agreed(accelerator, interrupted.is_set())
             if stop or (not last and step % settings.save_every == 0):
                 metrics.report(step)  # raises before a state that is not finite is saved
-                save_state(folder, step, trained, average, optimizers, scaler)
+                folder.save_state({"step": step} | {key: part.state_dict() for key, part in parts.items()})
             if stop:
                 raise Interrupted(
                     f"stopped at step {step}, saved in {folder.state}: resume by the same command with --resume"
@@ -142,18 +149,6 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     accelerator.wait_for_everyone()  # the next stage reads what the main process writes
     accelerator.free_memory()
     return folder.model
-
-
-def loop_settings(config: dict[str, Any]) -> LoopSettings:
-    """Return the checked `loop:` part of a configuration."""
-    known = LoopSettings.__dataclass_fields__
-    unknown = sorted(set(config["loop"]) - set(known))
-    missing = [name for name in ("steps", "batch_size") if name not in config["loop"]]
-    if unknown or missing:
-        raise ValueError(
-            f"loop of {config['name']!r} lacks {missing} and has unknown settings {unknown}: they are {list(known)}"
-        )
-    return LoopSettings(**config["loop"])
 
 
 def make_accelerator(settings: LoopSettings, device: torch.device) -> Any:
@@ -211,41 +206,24 @@ class Metrics:
         return {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]}
 
 
-def save_state(
-    folder: RunFolder, step: int, trained: Trained, average: EMA, optimizers: Sequence[Any], scaler: Any
-) -> None:
-    """Save all that a resumed run needs; randomness and data order are functions of the step."""
-    folder.save_state(
-        {
-            "step": step,
-            "stage": trained.state_dict(),
-            "ema": average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-    )
+def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:
+    """Load a saved state into the parts of a run and return its step; 0 if nothing is saved yet.
 
-
-def load_state(folder: RunFolder, trained: Trained, average: EMA, optimizers: Sequence[Any], scaler: Any) -> int:
-    """Load a saved state and return its step; 0 if nothing is saved yet.
-
-    A run that is resumed in fp16 but was saved in another precision begins with the scaler's initial scale.
+    Randomness and data order are functions of the step. A run that was saved in another precision than the fp16 it is
+    resumed in begins with the scaler's initial scale.
     """
     state = folder.load_state()
     if state is None:
         return 0
     try:
-        trained.load_state_dict(state["stage"])
-    except RuntimeError:
+        for key, part in parts.items():
+            if key in state or key != "scaler":
+                part.load_state_dict(state[key])
+    except (KeyError, ValueError, RuntimeError):
         raise ValueError(
             f"cannot resume from {str(folder.state)!r}, which another version of ldm saved: resume with that version, "
             "or start again in another outdir"
         ) from None
-    average.load_state_dict(state["ema"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    if scaler is not None and state.get("scaler") is not None:
-        scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 

@@ -15,18 +15,19 @@ Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar, and detached scalars to rep
 class Stage:
     """One stage of training: which networks train, which are frozen, and the loss.
 
-    Attributes (complete once `prepare` has returned):
-        networks: the networks that train. The loop averages them, saves them in resume.pt and wraps them for several
-            processes.
-        frozen: the networks that the loss only uses, in eval mode and without gradients.
+    Args:
         preview_columns: images in a row of the preview.
+        adam: options of AdamW for all networks that train.
+
+    Attributes (complete once `prepare` has returned):
+        networks: what trains. The loop averages them, saves them in resume.pt and wraps them for several processes.
+        frozen: networks that the loss only uses, in eval mode and without gradients.
     """
 
-    preview_columns: int
-
-    def __init__(self) -> None:
+    def __init__(self, preview_columns: int, **adam: Any) -> None:
         self.networks: dict[str, nn.Module] = {}
         self.frozen: dict[str, nn.Module] = {}
+        self.preview_columns, self.adam = preview_columns, adam
 
     def freeze(self, **networks: nn.Module) -> None:
         """Add networks to `frozen`."""
@@ -53,8 +54,8 @@ class Stage:
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
-        """Return the optimizers, in the order of their turns on each batch."""
-        raise NotImplementedError
+        """Return the optimizers, in the order of their turns on each batch: an AdamW for each network."""
+        return [adamw(network.parameters(), **self.adam) for network in self.networks.values()]
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """Return the loss of a batch, for a stage with one optimizer."""
@@ -63,14 +64,11 @@ class Stage:
     def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """Return the loss for optimizer k, scalars to report, and what the next optimizer needs of this batch.
 
-        The loop calls this for each optimizer in turn, and lets it step before the next turn. Stages with several
-        optimizers override it.
+        Each optimizer steps before the turn of the next. Stages with several optimizers override this.
 
         Args:
-            batch: the same for all turns.
-            k: the optimizer.
-            number: of the batch in the whole run, from 0.
-            shared: what the turn before this one returned, detached; None for k = 0.
+            number: of the batch in the run, from 0.
+            shared: what the turn before returned, detached; None for k = 0.
         """
         return *self.loss(batch), None
 
@@ -99,8 +97,7 @@ class Trained(nn.Module):
         return self.stage.turn(batch, k, number, shared)
 
 
-def adamw(parameters: Iterable[nn.Parameter], learning_rate: float, **options: Any) -> AdamW:
+def adamw(parameters: Iterable[nn.Parameter], **options: Any) -> AdamW:
     """Return AdamW over the parameters that train, as one fused kernel per step where torch has one."""
     trainable = [p for p in parameters if p.requires_grad]
-    fused = trainable[0].device.type in ("cpu", "cuda")
-    return AdamW(trainable, lr=learning_rate, fused=fused, **options)
+    return AdamW(trainable, fused=trainable[0].device.type in ("cpu", "cuda"), **options)
