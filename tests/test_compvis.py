@@ -153,9 +153,8 @@ def test_what_others_leave_out_of_openclip_is_supplied():
     )
     found, _ = normalise({name: tensor.half() for name, tensor in state.items()})
     blocks = [found[f"{tower}transformer.resblocks.{i}.ln_1.bias"] for i in range(3)]
-    assert (
-        torch.equal(blocks[2], blocks[1]) and blocks[2].data_ptr() != blocks[1].data_ptr()
-    )  # or no file could be saved
+    # or no file could be saved
+    assert torch.equal(blocks[2], blocks[1]) and blocks[2].data_ptr() != blocks[1].data_ptr()
     assert torch.equal(found[f"{tower}text_projection"], torch.eye(4).half())
     assert found[f"{tower}logit_scale"].dtype == torch.float16
 

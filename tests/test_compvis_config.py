@@ -51,10 +51,7 @@ def vq_f4(**changes) -> dict:
 def unet(channels: int, out: int, width: int, mult: list[int], attention: list[int], **others) -> dict:
     sizes = {"image_size": 64, "in_channels": channels, "out_channels": out, "model_channels": width}
     levels = {"channel_mult": mult, "attention_resolutions": attention, "num_res_blocks": 2}
-    return {
-        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-        "params": sizes | levels | others,
-    }
+    return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": sizes | levels | others}
 
 
 def cross(context_dim: int, depth: int = 1) -> dict:
@@ -216,10 +213,7 @@ YAMLS = {
     "semantic_synthesis": (
         model(
             *(0.0015, 0.0205, unet(6, 3, 128, [1, 4, 8], [32, 16, 8], num_heads=8), vq_f4()),
-            {
-                "target": f"{ENCODERS}.SpatialRescaler",
-                "params": {"n_stages": 2, "in_channels": 182, "out_channels": 3},
-            },
+            {"target": f"{ENCODERS}.SpatialRescaler", "params": {"n_stages": 2, "in_channels": 182, "out_channels": 3}},
             **{"concat_mode": True, "cond_stage_trainable": True, "cond_stage_key": "segmentation"},
         ),
         "ldm-semantic-synthesis256",

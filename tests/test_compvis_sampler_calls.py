@@ -14,11 +14,7 @@ from test_compvis_samplers import CLASSES, GOLDEN, SHAPE, UC, X_T, C, Toy, draw,
 def test_conditioning_of_any_form(name):
     wanted, _ = draw(CLASSES[name](Toy()))
     model = Toy()
-    for wrap in (
-        lambda c: {"c_crossattn": [c], "c_concat": [c, c]},
-        lambda c: {"c_crossattn": c},
-        lambda c: [c],
-    ):
+    for wrap in (lambda c: {"c_crossattn": [c], "c_concat": [c, c]}, lambda c: {"c_crossattn": c}, lambda c: [c]):
         got, _ = draw(CLASSES[name](model), conditioning=wrap(C), unconditional_conditioning=wrap(UC))
         assert torch.equal(got, wanted)
     both = model.conds[0]["c_concat"][1]

@@ -154,9 +154,8 @@ def test_the_second_half_of_the_channels_is_the_variances_share():
     assert found.x0.flatten().tolist() == pytest.approx([0.3, 0.5])
     assert found.variance_share.flatten().tolist() == [0, 1]
     guided = classifier_free(denoise, {}, {}, 3.0)(torch.zeros(1, 1, 1, 1), 1.0)
-    assert (
-        guided.x0.item() == pytest.approx(0.3 + 3 * 0.2) and guided.variance_share.item() == 1
-    )  # the conditioned one's
+    # the conditioned one's
+    assert guided.x0.item() == pytest.approx(0.3 + 3 * 0.2) and guided.variance_share.item() == 1
     assert make_denoiser(lambda *_: output[:, :1], make_schedule(), "x0")(torch.zeros(2, 1, 1, 1), 1.0, {})[1] is None
     with pytest.raises(ValueError, match="returns 2 x 1 channels, but this one returns 3: set out_channels to 2"):
         split_variance(torch.zeros(1, 3, 2, 2), 1)

@@ -221,9 +221,8 @@ def test_real_files_win(extra_files):
     assert importlib.import_module("ldm.lr_scheduler").mine == 1
     assert importlib.import_module("ldm.modules").__path__ != []
     hint = importlib.import_module("ldm.modules.hint")
-    assert (
-        hint.CrossAttention is importlib.import_module("ldm.models.attention").CrossAttention
-    )  # the others are found as before
+    # the others are found as before
+    assert hint.CrossAttention is importlib.import_module("ldm.models.attention").CrossAttention
 
 
 def test_a_home_reloads_under_its_old_name():

@@ -87,9 +87,8 @@ def test_classes_and_their_limits() -> None:
     assert styles.weight.tolist() == [0, 1, 2, -1]
     assert styles.slant.tolist() == [0, 1, 2, -1]
     value = stroke_weight(bar(3.0)).item()
-    assert (
-        classify_styles(bar(3.0), Thresholds((value, value), (0, 0))).weight.item() == 1
-    )  # limits belong to the middle
+    # limits belong to the middle
+    assert classify_styles(bar(3.0), Thresholds((value, value), (0, 0))).weight.item() == 1
     assert stroke_weight(images[3:]).isnan().all() and slant(images[3:]).isnan().all()
 
 
