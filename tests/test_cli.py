@@ -146,8 +146,3 @@ def test_fast_exit_keeps_output_and_status():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "drawn\n", "error: not saved\n")
-
-
-def test_import_is_light():
-    code = "import sys, ldm.cli; print(sorted({'torch', 'numpy', 'PIL', 'difflib'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

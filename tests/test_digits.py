@@ -1,8 +1,6 @@
 """scikit-learn's digits at 32 x 32."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -69,9 +67,3 @@ def test_captions_and_epochs() -> None:
     assert sample["label"] == 3 and sample["caption"] == data.caption(3).text and max(sample["stated"]) >= 0
     data.set_epoch(1)
     assert data.caption(3).text != sample["caption"]
-
-
-def test_sklearn_is_imported_only_by_use() -> None:
-    code = "import sys, ldm.data.digits; print('sklearn' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"

@@ -2,8 +2,6 @@
 
 import argparse
 import copy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -51,9 +49,7 @@ def load(tiny_checkpoint):
     return lambda *options: load_model(parse("--ckpt", tiny_checkpoint, "--device", "cpu", *options))
 
 
-def test_options_cost_nothing_to_import_and_name_what_there_is():
-    code = "import sys, ldm.inference.options; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_options_name_what_there_is():
     parser = Parser()
     add_model_options(parser)
     choices = {action.dest: action.choices for action in parser._actions if action.choices is not None}

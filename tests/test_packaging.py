@@ -131,12 +131,6 @@ def test_shipped_files_are_package_data():
 
 
 @pytest.mark.smoke
-def test_importing_the_package_is_light():
-    code = "import sys, ldm; print('torch' in sys.modules, ldm.__version__ != '')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "False True\n"
-
-
 def test_ci_is_bash_that_parses_and_runs():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
