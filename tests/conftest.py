@@ -101,6 +101,11 @@ def peers(*names: str) -> Iterator[None]:
         pytest.skip(f"{' and '.join(f'{name} {version(name)}' for name in names)} do not work together: {error}")
 
 
+def pixels(images) -> np.ndarray:
+    """The 8-bit levels of PIL images of one size, in a type with room for differences: (b, h, w) or (b, h, w, c)."""
+    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
+
+
 @pytest.fixture(scope="session")
 def tiny_model():
     from ldm.latent_diffusion import LatentDiffusion

@@ -1,4 +1,4 @@
-"""What tests of the drawing scripts share: running a script in this process or as a program, and looking at files."""
+"""What tests of the sampling scripts share: running a script in this process or as a program, and looking at files."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ def load_script(name: str) -> ModuleType:
 
 
 def runner(script: ModuleType, checkpoint: Path, folder: Path) -> Callable[..., Path]:
-    """`draw("--n_samples", 2)` runs the script on the checkpoint, 3 steps, and gives the output folder."""
+    """`generate("--n_samples", 2)` runs the script on the checkpoint, 3 steps, and gives the output folder."""
 
     def run(*options: object, out: str = "out", steps: int | None = 3) -> Path:
         fixed = ["--ckpt", checkpoint, "--device", "cpu", "--outdir", folder / out]
@@ -53,6 +53,20 @@ def samples(folder: Path) -> list[Path]:
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def check_reproduced(generate: Callable[..., Path], paths: list[Path], *options: object) -> None:
+    """Each PNG makes its image again by --from-png and these options, to the byte, with the same recipe."""
+    for path in paths:
+        (again,) = samples(generate("--from-png", path, *options, out=f"again-{path.stem}", steps=None))
+        assert np.array_equal(pixels(again), pixels(path))
+        assert read_png_text(again) == read_png_text(path)
+
+
+def saved(path: Path, image: Image.Image, **options: object) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    image.save(path, **options)
+    return path
 
 
 def run_program(name: str, *options: object) -> subprocess.CompletedProcess:

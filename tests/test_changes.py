@@ -69,17 +69,17 @@ def test_words_parts_and_settings(model, tiny_checkpoint, tmp_path):
 
 
 def test_the_library_and_the_script_say_the_same_and_order_does_not_matter(model, loras, tiny_checkpoint, tmp_path):
-    draw = runner(load_script("txt2img"), tiny_checkpoint, tmp_path)
+    generate = runner(load_script("txt2img"), tiny_checkpoint, tmp_path)
     options = ["--lora", f"{loras[0]}:0.5", "--lora", loras[1]]
-    (first,) = samples(draw(*options, out="first"))
+    (first,) = samples(generate(*options, out="first"))
     for path, strength in zip(loras, (0.5, 1.0), strict=True):
         merge_lora(model, path, strength)
     assert recipe(first).changes == changes_of(model)
-    (again,) = samples(draw("--from-png", first, *options[2:], *options[:2], out="again", steps=None))
+    (again,) = samples(generate("--from-png", first, *options[2:], *options[:2], out="again", steps=None))
     assert abs(pixels(again).astype(int) - pixels(first)).max() <= 1  # sums in another order
     for other in (options[:2], [], ["--lora", loras[0], "--lora", loras[1]]):
         with pytest.raises(ValueError, match="made with lora a .* at 0.5; lora b .* in the model, and now there is"):
-            draw("--from-png", first, *other)
+            generate("--from-png", first, *other)
 
 
 CHANGES = (

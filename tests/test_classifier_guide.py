@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import randomised
+from conftest import pixels, randomised
 
 from ldm.checkpoint.file import save_file
 from ldm.diffusion.schedule import make_schedule
@@ -44,10 +44,6 @@ def file(tmp_path_factory):
 @pytest.fixture
 def model(tiny_model):
     return copy.deepcopy(tiny_model)
-
-
-def pixels(images):
-    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])

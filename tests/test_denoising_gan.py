@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import randomised
+from conftest import pixels, randomised
 from test_ddgan_stage import MODEL
 
 import ldm
@@ -20,10 +20,6 @@ from ldm.optional.denoising_gan import DenoisingGAN, latent_seed
 def model() -> DenoisingGAN:
     torch.manual_seed(0)
     return randomised(DenoisingGAN(**copy.deepcopy(MODEL))).eval().requires_grad_(False)
-
-
-def pixels(images) -> np.ndarray:
-    return np.stack([np.asarray(image).astype(int) for image in images])
 
 
 def test_its_parts(model):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomised
+from conftest import TINY, pixels, randomised
 from test_ddgan_stage import stage
 from test_pixel_diffusion import build
 from tiny_stable_diffusion import PROMPTS, SD1, model_config
@@ -60,10 +60,6 @@ def stable_diffusion():
 @pytest.fixture
 def model(tiny_model):
     return copy.deepcopy(tiny_model)
-
-
-def pixels(images):
-    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
 
 
 def hooks(module):

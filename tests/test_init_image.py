@@ -1,11 +1,11 @@
-"""LatentDiffusion.generate over a image: levels, noise, what a mask keeps, models that are told of it, mistakes."""
+"""LatentDiffusion.generate over an image: levels, noise, what a mask keeps, models that are told of it, mistakes."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomised
+from conftest import TINY, pixels, randomised
 from PIL import Image
 
 from ldm.diffusion.denoiser import Prediction, from_vp, to_vp
@@ -14,10 +14,6 @@ from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 
 PROMPTS = ["five", "a thin 3", "", "an eight leaning left"]
-
-
-def pixels(images) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
 
 
 def make_image(seed=0, width=32, height=32, mode="L") -> Image.Image:
@@ -34,7 +30,7 @@ def top_half(width=32, height=32) -> Image.Image:
 
 
 def seen_latents(model, image) -> torch.Tensor:
-    """The first stage's latents (1, 4, h, w) of a image, most likely ones."""
+    """The first stage's latents (1, 4, h, w) of an image, most likely ones."""
     x = torch.tensor(pixels([image.convert("L")]), dtype=torch.float32)[:, None] / 127.5 - 1
     return model.scale_factor * model.first_stage_model.encode(x).mode()
 
@@ -113,7 +109,7 @@ def test_its_default_strength_is_three_quarters_and_all_under_a_mask(tiny_model)
 
 
 @pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
-def test_over_a_image_seeds_and_batches_are_as_from_text(tiny_model, mask):
+def test_over_an_image_seeds_and_batches_are_as_from_text(tiny_model, mask):
     options = {"sampler": "ddpm", "steps": 4, "image": make_image(), "mask": mask, "strength": 0.8}
     whole = pixels(tiny_model.generate(PROMPTS, seed=20, **options))
     for size in (1, 3):
@@ -126,7 +122,7 @@ def test_over_a_image_seeds_and_batches_are_as_from_text(tiny_model, mask):
     assert np.array_equal(fixed[0], fixed[1])
 
 
-def test_a_image_and_a_mask_for_each_prompt(tiny_model):
+def test_an_image_and_a_mask_for_each_prompt(tiny_model):
     images, masks = (
         [make_image(1), make_image(2), make_image(3)],
         [top_half(), top_half().rotate(180), top_half().rotate(90)],
@@ -196,7 +192,7 @@ def test_a_mask_that_is_all_white_or_all_black(tiny_model):
     assert np.array_equal(np.asarray(black), np.asarray(make_image()))
 
 
-def test_a_image_whose_size_does_not_divide(tiny_model):
+def test_an_image_whose_size_does_not_divide(tiny_model):
     original, mask = make_image(width=29, height=35), top_half(29, 35)
     model, notes = spied(tiny_model)
     (image,) = model.generate(["five"], image=original, steps=1)
@@ -231,7 +227,7 @@ def test_colours_for_a_grey_model_and_grey_for_one_of_colours(tiny_model, colour
 
 
 @pytest.mark.parametrize("mask", [None, top_half()], ids=["whole", "masked"])
-def test_over_a_image_with_half_precision_weights(tiny_model, mask):
+def test_over_an_image_with_half_precision_weights(tiny_model, mask):
     model, steps = copy.deepcopy(tiny_model).to(torch.bfloat16), []
     options = {"image": make_image(), "mask": mask, "steps": 4}
     half = pixels(model.generate(["five"], callback=steps.append, **options))
@@ -323,7 +319,7 @@ def test_models_with_concat_are_given_image_and_mask_in_their_order(concat, chan
 
 @pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
 def test_models_with_concat_draw_from_text_alone(concat, channels):
-    """A image that is masked everywhere; for InstructPix2Pix the zeros that stand for no image."""
+    """An image that is masked everywhere; for InstructPix2Pix the zeros that stand for no image."""
     model = concat_model(concat, channels)
     inputs = Inputs(model)
     model.generate(["five", "six"], steps=1, scale=1.0)

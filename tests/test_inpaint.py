@@ -8,14 +8,7 @@ import pytest
 import torch
 from conftest import TINY, randomised
 from PIL import Image
-from script_runs import (
-    load_script,
-    names,
-    pixels,
-    recipe,
-    runner,
-    samples,
-)
+from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples, saved
 
 import ldm
 from ldm.inference.recipe import read_png_text
@@ -24,13 +17,13 @@ inpaint = load_script("inpaint")
 
 
 @pytest.fixture
-def draw(tiny_checkpoint, tmp_path):
+def generate(tiny_checkpoint, tmp_path):
     return runner(inpaint, tiny_checkpoint, tmp_path)
 
 
 @pytest.fixture
 def pair(tmp_path) -> list:
-    """The options that name a image and a mask, white in the upper half."""
+    """The options that name an image and a mask, white in the upper half."""
     return ["--init-img", saved(tmp_path / "five.png", make_image()), "--mask", saved(tmp_path / "mask.png", upper())]
 
 
@@ -45,20 +38,14 @@ def upper(width=32, height=32) -> Image.Image:
     return mask
 
 
-def saved(path: Path, image: Image.Image) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    image.save(path)
-    return path
-
-
 def folder(path: Path, **images: Image.Image) -> Path:
     for name, image in images.items():
         saved(path / f"{name}.png", image)
     return path
 
 
-def test_the_image_is_that_of_the_library_and_says_how_it_was_made(draw, pair, tiny_checkpoint):
-    out = draw(*pair, "--prompt", "a seven", "--seed", 5)
+def test_the_image_is_that_of_the_library_and_says_how_it_was_made(generate, pair, tiny_checkpoint):
+    out = generate(*pair, "--prompt", "a seven", "--seed", 5)
     assert names(out) == ["grid-0000.png", "samples"]
     model = ldm.load(tiny_checkpoint, device="cpu")
     (image,) = model.generate(["a seven"], image=make_image(), mask=upper(), steps=3, seed=5)
@@ -71,10 +58,13 @@ def test_the_image_is_that_of_the_library_and_says_how_it_was_made(draw, pair, t
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(32, 32), (45, 31)])
-def test_what_the_mask_keeps_is_in_the_file_to_the_byte(draw, tmp_path, mode, size):
+def test_what_the_mask_keeps_is_in_the_file_to_the_byte(generate, tmp_path, mode, size):
     original = make_image(*size, mode)
     files = ["--init-img", saved(tmp_path / "a.png", original), "--mask", saved(tmp_path / "m.png", upper(*size))]
-    out, inverse = draw(*files, "--n_samples", 2), draw(*files, "--invert-mask", "--strength", 0.5, out="inverse")
+    out, inverse = (
+        generate(*files, "--n_samples", 2),
+        generate(*files, "--invert-mask", "--strength", 0.5, out="inverse"),
+    )
     half = size[1] // 2
     for path, kept in [*((path, slice(half, None)) for path in samples(out)), (samples(inverse)[0], slice(None, half))]:
         result = Image.open(path)
@@ -83,12 +73,12 @@ def test_what_the_mask_keeps_is_in_the_file_to_the_byte(draw, tmp_path, mode, si
         assert not np.array_equal(np.asarray(result), np.asarray(original))
 
 
-def test_greys_blend(draw, tmp_path):
+def test_greys_blend(generate, tmp_path):
     ramp = Image.fromarray(np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None], 32, 0))
     files = ["--init-img", saved(tmp_path / "a.png", make_image())]
-    soft = pixels(samples(draw(*files, "--mask", saved(tmp_path / "soft.png", ramp)))[0])
+    soft = pixels(samples(generate(*files, "--mask", saved(tmp_path / "soft.png", ramp)))[0])
     hard_mask = ramp.point(lambda level: 255 if level >= 128 else 0)
-    hard = pixels(samples(draw(*files, "--mask", saved(tmp_path / "hard.png", hard_mask), out="hard"))[0])
+    hard = pixels(samples(generate(*files, "--mask", saved(tmp_path / "hard.png", hard_mask), out="hard"))[0])
     share = np.asarray(ramp)[:, 16:] / 255
     expected = share * hard[:, 16:] + (1 - share) * np.asarray(make_image())[:, 16:]
     assert np.abs(soft[:, 16:] - expected).max() <= 0.501
@@ -104,41 +94,38 @@ VARIETY = {
 
 
 @pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
-def test_every_image_can_be_made_again_to_the_byte(draw, pair, options):
+def test_every_image_can_be_made_again_to_the_byte(generate, pair, options):
     again = [*pair, "--invert-mask"] if "--invert-mask" in options else pair
-    for path in samples(draw(*pair, *options)):
-        (made,) = samples(draw("--from-png", path, *again, out=f"again-{path.stem}", steps=None))
-        assert np.array_equal(pixels(made), pixels(path))
-        assert read_png_text(made) == read_png_text(path)
+    check_reproduced(generate, samples(generate(*pair, *options)), *again)
 
 
-def test_making_again_needs_the_same_image_and_mask(draw, pair, tmp_path, tiny_checkpoint):
-    (path,) = samples(draw(*pair))
+def test_making_again_needs_the_same_image_and_mask(generate, pair, tmp_path, tiny_checkpoint):
+    (path,) = samples(generate(*pair))
     other = saved(tmp_path / "other.png", make_image(seed=1))
     with pytest.raises(ValueError, match="from an init image with hash .*--init-img"):
-        draw("--from-png", path, "--init-img", other, *pair[2:])
+        generate("--from-png", path, "--init-img", other, *pair[2:])
     for change in (["--mask", other], [*pair[2:], "--invert-mask"]):
         with pytest.raises(ValueError, match="from a mask with hash .*--mask, with --invert-mask"):
-            draw("--from-png", path, *pair[:2], *change)
+            generate("--from-png", path, *pair[:2], *change)
     img2img = runner(load_script("img2img"), tiny_checkpoint, tmp_path)
     with pytest.raises(ValueError, match="was made with a mask: use scripts/inpaint.py"):
         img2img("--from-png", path, *pair[:2])
     (plain,) = samples(img2img(*pair[:2], out="plain"))
     with pytest.raises(ValueError, match="was made without a mask: use scripts/img2img.py"):
-        draw("--from-png", plain, *pair)
+        generate("--from-png", plain, *pair)
     with pytest.raises(ValueError, match="made from an init image.* use scripts/inpaint.py"):
         runner(load_script("txt2img"), tiny_checkpoint, tmp_path)("--from-png", path)
 
 
-def test_masks_may_be_painted_on_transparency(draw, pair, tmp_path):
+def test_masks_may_be_painted_on_transparency(generate, pair, tmp_path):
     clear = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     clear.paste((255, 255, 255, 255), (0, 0, 32, 16))
-    out = draw(*pair[:2], "--mask", saved(tmp_path / "clear.png", clear), out="clear")
-    assert np.array_equal(pixels(samples(out)[0]), pixels(samples(draw(*pair))[0]))
+    out = generate(*pair[:2], "--mask", saved(tmp_path / "clear.png", clear), out="clear")
+    assert np.array_equal(pixels(samples(out)[0]), pixels(samples(generate(*pair))[0]))
 
 
-def test_a_folder_of_pairs(draw, tmp_path, tiny_model):
-    """b has another size; c is no pair; each is drawn as it would be alone, with a seed of its own."""
+def test_a_folder_of_pairs(generate, tmp_path, tiny_model):
+    """b has another size; c is no pair; each is generated as it would be alone, with a seed of its own."""
     pairs = {
         "b": make_image(24, 40, "RGB"),
         "b_mask": upper(24, 40),
@@ -147,18 +134,18 @@ def test_a_folder_of_pairs(draw, tmp_path, tiny_model):
         "c": make_image(),
     }
     indir = folder(tmp_path / "pairs", **pairs)
-    out = draw("--indir", indir, "--seed", 3, "--prompt", "a nine")
+    out = generate("--indir", indir, "--seed", 3, "--prompt", "a nine")
     assert names(out) == ["a.png", "b.png"]
     for i, name in enumerate("ab"):
         files = ["--init-img", indir / f"{name}.png", "--mask", indir / f"{name}_mask.png"]
-        (alone,) = samples(draw(*files, "--seed", 3 + i, "--prompt", "a nine", out=f"alone-{name}"))
+        (alone,) = samples(generate(*files, "--seed", 3 + i, "--prompt", "a nine", out=f"alone-{name}"))
         assert np.array_equal(pixels(out / f"{name}.png"), pixels(alone))
         assert Image.open(out / f"{name}.png").mode == pairs[name].mode
         assert (recipe(out / f"{name}.png").seed, recipe(out / f"{name}.png").index) == (3 + i, i)
-        (again,) = samples(draw("--from-png", out / f"{name}.png", *files, out=f"again-{name}", steps=None))
+        (again,) = samples(generate("--from-png", out / f"{name}.png", *files, out=f"again-{name}", steps=None))
         assert np.array_equal(pixels(out / f"{name}.png"), pixels(again))
     before = pixels(out / "a.png")
-    draw("--indir", indir, "--seed", 9)
+    generate("--indir", indir, "--seed", 9)
     assert names(out) == ["a.png", "b.png"] and not np.array_equal(pixels(out / "a.png"), before)
 
 
@@ -182,10 +169,10 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize(("images", "options", "message"), FOLDERS.values(), ids=FOLDERS)
-def test_mistakes_in_folders_are_found_before_anything_is_drawn(draw, tmp_path, images, options, message):
+def test_mistakes_in_folders_are_found_before_anything_is_generated(generate, tmp_path, images, options, message):
     (tmp_path / "pairs").mkdir()
     with pytest.raises(ValueError, match=message):
-        draw("--indir", folder(tmp_path / "pairs", **images), *options)
+        generate("--indir", folder(tmp_path / "pairs", **images), *options)
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -199,13 +186,13 @@ def test_damaged_pairs_are_found_before_the_model_is_loaded(tmp_path, monkeypatc
         inpaint.main(["--indir", str(indir), "--outdir", str(tmp_path / "out")])
 
 
-def test_a_folder_is_not_written_into_itself(draw, tmp_path):
+def test_a_folder_is_not_written_into_itself(generate, tmp_path):
     indir = folder(tmp_path / "out", a=make_image(), a_mask=upper())
     with pytest.raises(ValueError, match="out is --indir, where the images would be replaced"):
-        draw("--indir", indir)
+        generate("--indir", indir)
     assert np.array_equal(pixels(indir / "a.png"), np.asarray(make_image()))
     with pytest.raises(FileNotFoundError):
-        draw("--indir", tmp_path / "missing")
+        generate("--indir", tmp_path / "missing")
 
 
 @pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
@@ -221,13 +208,13 @@ def test_models_trained_to_inpaint(tmp_path, pair, concat, channels):
     )
 
 
-def test_mistakes(draw, pair, tmp_path):
+def test_mistakes(generate, pair, tmp_path):
     for part in ([], pair[:2], pair[2:]):
         with pytest.raises(ValueError, match="needs --init-img FILE and --mask FILE"):
-            draw(*part)
+            generate(*part)
     small = saved(tmp_path / "small.png", upper(16, 16))
     with pytest.raises(ValueError, match="the mask .*small.png is 16 x 16 pixels and the image .*five.png 32 x 32"):
-        draw(*pair[:2], "--mask", small)
+        generate(*pair[:2], "--mask", small)
     (tmp_path / "notes.png").write_text("notes")
     with pytest.raises(ValueError, match="notes.png is not an image"):
-        draw(*pair[:2], "--mask", tmp_path / "notes.png")
+        generate(*pair[:2], "--mask", tmp_path / "notes.png")

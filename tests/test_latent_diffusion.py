@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, pixels
 
 import ldm
 from ldm.diffusion import guidance
@@ -17,10 +17,6 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.pixel_diffusion import PixelDiffusion
 
 PROMPTS = ["five", "a thin 3", "", "an eight leaning left"]
-
-
-def pixels(images) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=np.int16) for image in images])
 
 
 class Calls:
@@ -68,7 +64,7 @@ def test_the_models_own_defaults_are_what_is_not_given(tiny_model):
     assert np.array_equal(pixels(tiny_model.generate(["5"])), pixels(tiny_model.generate(["5"], **own)))
 
 
-def test_a_image_is_the_same_alone_and_in_any_batch(tiny_model):
+def test_an_image_is_the_same_alone_and_in_any_batch(tiny_model):
     options = {"sampler": "ddpm", "steps": 3}
     whole = pixels(tiny_model.generate(PROMPTS, seed=20, **options))
     for size in (1, 3):

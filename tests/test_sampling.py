@@ -393,7 +393,7 @@ def test_how_often_the_network_is_evaluated_is_known_before(name, expected):
     assert SAMPLERS["heun"].evaluations(sampling_sigmas(make_schedule("cosine"), 4)) == [1, 2, 2, 1]
 
 
-def test_a_image_has_the_same_noise_alone_and_in_a_batch():
+def test_an_image_has_the_same_noise_alone_and_in_a_batch():
     batch = SeededNoise([5, 6, 7], (4, 8, 8))
     alone = SeededNoise([6], (4, 8, 8))
     for _ in range(3):

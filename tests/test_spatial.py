@@ -45,7 +45,7 @@ def test_the_mapper_is_a_matrix_over_channels():
     assert model.half().encode(x).dtype == torch.float16
 
 
-def test_a_image_stays_as_it_is():
+def test_an_image_stays_as_it_is():
     x = images(2, 3, 4, 4)
     assert ConcatImage()(x)["c_concat"] is x and ConcatImage().null is None and not shapes(ConcatImage())
 

@@ -10,14 +10,7 @@ from conftest import TINY
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
-from script_runs import (
-    load_script,
-    names,
-    pixels,
-    recipe,
-    runner,
-    samples,
-)
+from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples
 
 import ldm
 from ldm.inference.recipe import read_png_text, save_png
@@ -28,13 +21,13 @@ txt2img = load_script("txt2img")
 
 
 @pytest.fixture
-def draw(tiny_checkpoint, tmp_path):
+def generate(tiny_checkpoint, tmp_path):
     return runner(txt2img, tiny_checkpoint, tmp_path)
 
 
 @pytest.mark.smoke
-def test_one_image_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_model):
-    out = draw(steps=None)
+def test_one_image_and_its_grid_from_the_checkpoints_own_settings(generate, tiny_model):
+    out = generate(steps=None)
     assert names(out) == ["grid-0000.png", "samples"] and names(out / "samples") == ["00000.png"]
     own, made = tiny_model.defaults, recipe(out / "samples" / "00000.png")
     assert (made.prompt, made.negative, made.seed, made.index) == ("a handwritten digit five", "", 0, 0)
@@ -44,73 +37,75 @@ def test_one_image_and_its_grid_from_the_checkpoints_own_settings(draw, tiny_mod
     assert len(made.model_hash) == 10 and int(made.model_hash, 16) >= 0
 
 
-def test_the_image_is_that_of_the_library(draw, tiny_checkpoint):
-    out = draw("--prompt", "a seven", "--negative-prompt", "bold", "--scale", 2, "--seed", 5)
+def test_the_image_is_that_of_the_library(generate, tiny_checkpoint):
+    out = generate("--prompt", "a seven", "--negative-prompt", "bold", "--scale", 2, "--seed", 5)
     (image,) = ldm.load(tiny_checkpoint, device="cpu").generate(
         ["a seven"], negative="bold", steps=3, scale=2.0, seed=5
     )
     assert np.array_equal(pixels(samples(out)[0]), np.asarray(image))
 
 
-def test_sampling_as_latent_diffusions_paper_shows_it(draw):
+def test_sampling_as_latent_diffusions_paper_shows_it(generate):
     """200 steps of DDIM, eta 1, scale 10 (Rombach et al. 2022, figure 5): with eta 1 it is the ancestral chain."""
     options = ("--scale", 10, "--sampler")
-    ddim = draw(*options, "ddim", "--eta", 1, steps=200, out="ddim")
-    ancestral, plain = (draw(*options, name, steps=200, out=name) for name in ("ddpm", "euler"))
+    ddim = generate(*options, "ddim", "--eta", 1, steps=200, out="ddim")
+    ancestral, plain = (generate(*options, name, steps=200, out=name) for name in ("ddpm", "euler"))
     ddim, ancestral, plain = (pixels(samples(out)[0]).astype(int) for out in (ddim, ancestral, plain))
     assert np.abs(ddim - ancestral).max() <= 1 < np.abs(ddim - plain).max()
 
 
-def test_counts_seeds_and_numbers_go_on_across_samples_iterations_and_runs(draw):
-    out = draw("--n_samples", 2, "--n_iter", 2, "--seed", 7, "--batch-size", 3)
+def test_counts_seeds_and_numbers_go_on_across_samples_iterations_and_runs(generate):
+    out = generate("--n_samples", 2, "--n_iter", 2, "--seed", 7, "--batch-size", 3)
     assert [(r.seed, r.index) for r in map(recipe, samples(out))] == [(7, 0), (8, 1), (9, 2), (10, 3)]
     assert len({pixels(path).tobytes() for path in samples(out)}) == 4
-    draw("--n_samples", 2)
+    generate("--n_samples", 2)
     assert names(out / "samples") == [f"{i:05}.png" for i in range(6)]
     assert names(out) == ["grid-0000.png", "grid-0001.png", "samples"]
 
 
-def test_batch_size_only_bounds_the_memory(draw, tiny_model, monkeypatch):
+def test_batch_size_only_bounds_the_memory(generate, tiny_model, monkeypatch):
     sizes = []
     decode = ldm.LatentDiffusion.decode
     monkeypatch.setattr(ldm.LatentDiffusion, "decode", lambda self, z: sizes.append(len(z)) or decode(self, z))
-    whole, parts = draw("--n_samples", 5, out="whole"), draw("--n_samples", 5, "--batch-size", 2, out="parts")
+    whole, parts = generate("--n_samples", 5, out="whole"), generate("--n_samples", 5, "--batch-size", 2, out="parts")
     assert sizes == [5, 2, 2, 1]
     for one, other in zip(samples(whole), samples(parts), strict=True):
         # float32 sums in another order: at most one level where a value falls on the edge between two
         assert np.abs(pixels(one).astype(int) - pixels(other)).max() <= 1
 
 
-def test_a_image_of_a_run_can_be_drawn_alone(draw):
-    run, alone = draw("--n_samples", 3, "--seed", 4, out="run"), draw("--seed", 6, out="alone")
+def test_an_image_of_a_run_can_be_generated_alone(generate):
+    run, alone = generate("--n_samples", 3, "--seed", 4, out="run"), generate("--seed", 6, out="alone")
     assert np.abs(pixels(samples(run)[2]).astype(int) - pixels(samples(alone)[0])).max() <= 1
 
 
-def test_prompt_file(draw, tmp_path):
+def test_prompt_file(generate, tmp_path):
     (tmp_path / "prompts.txt").write_text("a one\n\n  a two  \n\n")
-    out = draw("--from_file", tmp_path / "prompts.txt", "--n_samples", 2)
+    out = generate("--from_file", tmp_path / "prompts.txt", "--n_samples", 2)
     made = [recipe(path) for path in samples(out)]
     assert [r.prompt for r in made] == ["a one", "a one", "a two", "a two"]
     assert [r.seed for r in made] == [0, 1, 2, 3]
     assert read_png_text(out / "grid-0000.png").endswith("Grid: 2x2")
 
 
-def test_grid_columns(draw):
-    out = draw("--n_samples", 4, "--n_rows", 3)
+def test_grid_columns(generate):
+    out = generate("--n_samples", 4, "--n_rows", 3)
     assert read_png_text(out / "grid-0000.png").endswith("Grid: 3x2")
     width, height = Image.open(out / "grid-0000.png").size
     assert width > height
 
 
-def test_skipping(draw):
-    assert names(draw("--skip-save", out="grid") / "samples") == []
-    assert names(draw("--skip_grid", out="samples")) == ["samples"]
+def test_skipping(generate):
+    assert names(generate("--skip-save", out="grid") / "samples") == []
+    assert names(generate("--skip_grid", out="samples")) == ["samples"]
 
 
 @pytest.mark.parametrize("eta", [0, 1])
-def test_fixed_code_starts_all_images_from_the_first_ones_noise(draw, tmp_path, eta):
+def test_fixed_code_starts_all_images_from_the_first_ones_noise(generate, tmp_path, eta):
     (tmp_path / "prompts.txt").write_text("a one\na two\na one\n")
-    out = draw("--from-file", tmp_path / "prompts.txt", "--fixed-code", "--eta", eta, "--batch-size", 2, "--seed", 3)
+    out = generate(
+        "--from-file", tmp_path / "prompts.txt", "--fixed-code", "--eta", eta, "--batch-size", 2, "--seed", 3
+    )
     first, second, third = map(pixels, samples(out))
     assert not np.array_equal(first, second)
     # without fresh noise, the same prompt from the same start is the same image, in another batch too
@@ -129,13 +124,8 @@ VARIETY = {
 
 
 @pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
-def test_every_image_can_be_made_again_to_the_byte(draw, options):
-    out = draw(*options)
-    for path in samples(out):
-        again = draw("--from-png", path, "--skip_grid", out=f"again-{path.stem}", steps=None)
-        (made,) = samples(again)
-        assert np.array_equal(pixels(made), pixels(path))
-        assert read_png_text(made) == read_png_text(path)
+def test_every_image_can_be_made_again_to_the_byte(generate, options):
+    check_reproduced(generate, samples(generate(*options)), "--skip_grid")
 
 
 LENGTHS = {
@@ -148,49 +138,50 @@ LENGTHS = {
 
 @pytest.mark.parametrize(("options", "sizes"), LENGTHS.values(), ids=LENGTHS)
 def test_prompts_of_several_lengths_can_be_made_again_in_batches_of_the_same_shape(
-    draw, tmp_path, monkeypatch, options, sizes
+    generate, tmp_path, monkeypatch, options, sizes
 ):
     """Of 1, 2, 2, 1, 1 chunks: the tiny model's hold 14 tokens, mostly letters, and the last prompt is full."""
     decode, decoded = ldm.LatentDiffusion.decode, []
     monkeypatch.setattr(ldm.LatentDiffusion, "decode", lambda self, z: decoded.append(len(z)) or decode(self, z))
     prompts = ["(a one:1.3)", "a bold handwritten two", "three BREAK [four] five", "a seven", "1234567 one four"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 3, *options)
+    out = generate("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 3, *options)
     assert decoded == sizes
     made = [recipe(path) for path in samples(out)]
     assert [r.batch_size for r in made] == [size for size in sizes for _ in range(size)]
     for path, one in zip(samples(out), made, strict=True):
         decoded.clear()
-        (again,) = samples(draw("--from-png", path, out=f"again-{path.stem}", steps=None))
+        (again,) = samples(generate("--from-png", path, out=f"again-{path.stem}", steps=None))
         assert np.array_equal(pixels(again), pixels(path)) and set(decoded) == {one.batch_size}
 
 
-def test_prompts_taken_literally(draw, tmp_path):
-    weighted, literal = draw("--prompt", "(a one:1.4)", out="weighted"), draw("--prompt", "(a one:1.4)", "--plain")
+def test_prompts_taken_literally(generate, tmp_path):
+    weighted, literal = (
+        generate("--prompt", "(a one:1.4)", out="weighted"),
+        generate("--prompt", "(a one:1.4)", "--plain"),
+    )
     assert not np.array_equal(pixels(samples(weighted)[0]), pixels(samples(literal)[0]))
     assert recipe(samples(literal)[0]).plain and "Plain prompt: True" in read_png_text(samples(literal)[0])
-    (again,) = samples(draw("--from-png", samples(literal)[0], out="again", steps=None))
+    (again,) = samples(generate("--from-png", samples(literal)[0], out="again", steps=None))
     assert np.array_equal(pixels(samples(literal)[0]), pixels(again))
 
 
 @pytest.mark.parametrize("options", [[], ["--fixed_code"]], ids=["plain", "fixed"])
-def test_every_image_of_many_prompts_can_be_made_again_to_the_byte(draw, tmp_path, options):
+def test_every_image_of_many_prompts_can_be_made_again_to_the_byte(generate, tmp_path, options):
     (tmp_path / "prompts.txt").write_text("a one\na two\na three\na one\n")
-    out = draw("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 5, *options)
-    for path in samples(out):
-        (made,) = samples(draw("--from-png", path, out=f"again-{path.stem}", steps=None))
-        assert np.array_equal(pixels(made), pixels(path))
+    out = generate("--from-file", tmp_path / "prompts.txt", "--n_samples", 2, "--batch-size", 5, *options)
+    check_reproduced(generate, samples(out))
 
 
-def test_a_image_made_again_with_a_change(draw):
-    out = draw("--n_samples", 2, "--sampler", "ddpm", "--prompt", "a one")
-    again = draw("--from-png", samples(out)[1], "--scale", 4, "--sampler", "ddim", out="changed", steps=None)
+def test_an_image_made_again_with_a_change(generate):
+    out = generate("--n_samples", 2, "--sampler", "ddpm", "--prompt", "a one")
+    again = generate("--from-png", samples(out)[1], "--scale", 4, "--sampler", "ddim", out="changed", steps=None)
     made = recipe(samples(again)[0])
     assert (made.prompt, made.seed, made.scale, made.sampler, made.eta, made.steps) == ("a one", 1, 4.0, "ddim", 0.0, 3)
 
 
-def test_what_each_png_says(draw):
-    out = draw("--prompt", "a one", "--negative-prompt", "bold", "--scale", 2.5, "--seed", 9, "--n_samples", 2)
+def test_what_each_png_says(generate):
+    out = generate("--prompt", "a one", "--negative-prompt", "bold", "--scale", 2.5, "--seed", 9, "--n_samples", 2)
     prompt, negative, settings = read_png_text(samples(out)[1]).split("\n")
     assert (prompt, negative) == ("a one", "Negative prompt: bold")
     pairs = dict(pair.split(": ") for pair in settings.split(", "))
@@ -199,8 +190,8 @@ def test_what_each_png_says(draw):
     assert {"Size", "Model hash", "Model", "Spacing"} <= pairs.keys()
 
 
-def test_strip(draw, tiny_model):
-    out = draw("--strip", "--n_samples", 3, "--batch-size", 2, steps=4)
+def test_strip(generate, tiny_model):
+    out = generate("--strip", "--n_samples", 3, "--batch-size", 2, steps=4)
     assert names(out) == ["grid-0000.png", "samples", "strip-0000.png", "strip-0001.png", "strip-0002.png"]
     side = tiny_model.defaults["width"]
     for i, sample in enumerate(samples(out)):
@@ -217,8 +208,8 @@ def test_strip(draw, tiny_model):
         assert read_png_text(out / f"strip-{i:04}.png") == read_png_text(sample)
 
 
-def test_long_runs_show_ten_columns(draw, tiny_model):
-    out = draw("--strip", steps=25)
+def test_long_runs_show_ten_columns(generate, tiny_model):
+    out = generate("--strip", steps=25)
     assert abs(Image.open(out / "strip-0000.png").width - 10 * tiny_model.defaults["width"]) < 40
 
 
@@ -240,34 +231,34 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_found_before_anything_is_drawn(draw, tmp_path, options, message):
+def test_mistakes_are_found_before_anything_is_generated(generate, tmp_path, options, message):
     with pytest.raises((ValueError, OSError), match=message):
-        draw(*options)
+        generate(*options)
     assert not list(tmp_path.glob("out/**/*.png"))
 
 
-def test_a_yaml_in_place_of_what_the_checkpoint_says(draw, tmp_path, tiny_model):
+def test_a_yaml_in_place_of_what_the_checkpoint_says(generate, tmp_path, tiny_model):
     path = tmp_path / "model.yaml"
     config = {"model": {"target": "ldm.latent_diffusion.LatentDiffusion", "params": tiny_model.config}}
     OmegaConf.save(config, path)
-    drawn = samples(draw("--config", path, "--C", tiny_model.channels, "--f", tiny_model.downsampling))
-    assert len(drawn) == 1 and "Changes: config" in Image.open(drawn[0]).text["parameters"]
+    generated = samples(generate("--config", path, "--C", tiny_model.channels, "--f", tiny_model.downsampling))
+    assert len(generated) == 1 and "Changes: config" in Image.open(generated[0]).text["parameters"]
     with pytest.raises(ValueError, match="made with config .* in the model, and now there is nothing"):
-        draw("--from-png", drawn[0])
+        generate("--from-png", generated[0])
     for content in ("a: [", "just text", "other: 1", "model: 3", "${nothing"):
         path.write_text(content)
         with pytest.raises(ValueError, match="configuration"):
-            draw("--config", path)
+            generate("--config", path)
     with pytest.raises(OSError, match="missing.yaml"):
-        draw("--config", tmp_path / "missing.yaml")
+        generate("--config", tmp_path / "missing.yaml")
 
 
-def test_a_yaml_describes_a_checkpoint_that_does_not_describe_itself(draw, tmp_path, tiny_model):
+def test_a_yaml_describes_a_checkpoint_that_does_not_describe_itself(generate, tmp_path, tiny_model):
     save_file(tiny_model.state_dict(), tmp_path / "bare.safetensors")
     config = {"model": {"target": "ldm.latent_diffusion.LatentDiffusion", "params": tiny_model.config}}
     OmegaConf.save(config, tmp_path / "model.yaml")
-    out = draw("--ckpt", tmp_path / "bare.safetensors", "--config", tmp_path / "model.yaml", out="bare")
-    assert np.array_equal(pixels(samples(out)[0]), pixels(samples(draw())[0]))
+    out = generate("--ckpt", tmp_path / "bare.safetensors", "--config", tmp_path / "model.yaml", out="bare")
+    assert np.array_equal(pixels(samples(out)[0]), pixels(samples(generate())[0]))
 
 
 OPTION_MISTAKES = {
@@ -309,42 +300,42 @@ def test_prompt_files_that_hold_nothing(tmp_path, content):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", None])
-def test_checkpoints_that_are_none(draw, tmp_path, content):
+def test_checkpoints_that_are_none(generate, tmp_path, content):
     path = tmp_path / "broken.safetensors"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises((ValueError, OSError), match="broken.safetensors"):
-        draw("--ckpt", path)
+        generate("--ckpt", path)
 
 
-def test_a_truncated_checkpoint(draw, tmp_path, tiny_checkpoint):
+def test_a_truncated_checkpoint(generate, tmp_path, tiny_checkpoint):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(Path(tiny_checkpoint).read_bytes()[:-100])
     with pytest.raises(ValueError, match="cut.safetensors"):
-        draw("--ckpt", path)
+        generate("--ckpt", path)
 
 
-def test_images_that_cannot_be_made_again(draw, tmp_path):
-    out = draw()
+def test_images_that_cannot_be_made_again(generate, tmp_path):
+    out = generate()
     Image.new("L", (32, 32)).save(tmp_path / "plain.png")
     with pytest.raises(ValueError, match="plain.png carries no text"):
-        draw("--from-png", tmp_path / "plain.png")
+        generate("--from-png", tmp_path / "plain.png")
     with pytest.raises(ValueError, match="grid-0000.png cannot be made again: it is a grid"):
-        draw("--from-png", out / "grid-0000.png")
+        generate("--from-png", out / "grid-0000.png")
     with pytest.raises(OSError):
-        draw("--from-png", tmp_path / "missing.png")
+        generate("--from-png", tmp_path / "missing.png")
 
 
-def test_a_image_of_another_model(draw, tmp_path, tiny_model):
-    (path,) = samples(draw())
+def test_an_image_of_another_model(generate, tmp_path, tiny_model):
+    (path,) = samples(generate())
     other = copy.deepcopy(tiny_model)
     next(other.parameters()).data += 0.1
     ldm.save(other, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="made by the model .* --ckpt"):
-        draw("--from-png", path, "--ckpt", tmp_path / "other.safetensors")
+        generate("--from-png", path, "--ckpt", tmp_path / "other.safetensors")
 
 
-def test_what_was_drawn_before_an_interruption_is_there(draw, tmp_path, monkeypatch):
+def test_what_was_generated_before_an_interruption_is_there(generate, tmp_path, monkeypatch):
     decode, calls = ldm.LatentDiffusion.decode, []
 
     def interrupted(self, z):
@@ -355,55 +346,55 @@ def test_what_was_drawn_before_an_interruption_is_there(draw, tmp_path, monkeypa
 
     monkeypatch.setattr(ldm.LatentDiffusion, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        draw("--n_samples", 6, "--batch-size", 2)
+        generate("--n_samples", 6, "--batch-size", 2)
     assert names(tmp_path / "out" / "samples") == [f"{i:05}.png" for i in range(4)]
 
 
-def test_guidance_is_part_of_the_recipe(draw):
+def test_guidance_is_part_of_the_recipe(generate):
     """`--from-png X` alone makes the image again, and `--from-png X --pag 2` changes the scale alone."""
     options = ["--pag", 3, "--pag-layers", "output_blocks", "--threshold", 0.9]
-    (first,), (plain,) = samples(draw(*options, out="guided")), samples(draw())
+    (first,), (plain,) = samples(generate(*options, out="guided")), samples(generate())
     assert not np.array_equal(pixels(first), pixels(plain))
     assert "PAG scale: 3.0, PAG layers: output_blocks, Dynamic threshold: 0.9" in read_png_text(first)
     assert "PAG" not in read_png_text(plain)
-    (again,) = samples(draw("--from-png", first, out="again", steps=None))
+    (again,) = samples(generate("--from-png", first, out="again", steps=None))
     assert np.array_equal(pixels(again), pixels(first)) and recipe(again) == recipe(first)
-    (weaker,) = samples(draw("--from-png", first, "--pag", 2, out="weaker", steps=None))
-    (direct,) = samples(draw("--pag", 2, *options[2:], out="direct"))
+    (weaker,) = samples(generate("--from-png", first, "--pag", 2, out="weaker", steps=None))
+    (direct,) = samples(generate("--pag", 2, *options[2:], out="direct"))
     assert np.array_equal(pixels(weaker), pixels(direct)) and not np.array_equal(pixels(weaker), pixels(first))
-    (off,) = samples(draw("--from-png", plain, "--pag", 3, *options[2:], out="on", steps=None))
+    (off,) = samples(generate("--from-png", plain, "--pag", 3, *options[2:], out="on", steps=None))
     assert np.array_equal(pixels(off), pixels(first))  # what an image was made without can be added
     with pytest.raises(ValueError, match="--pag-layers has no effect without --pag"):
-        draw("--pag-layers", "output_blocks")
+        generate("--pag-layers", "output_blocks")
 
 
-def test_a_weaker_model_is_part_of_the_recipe(draw, tmp_path, tiny_model):
+def test_a_weaker_model_is_part_of_the_recipe(generate, tmp_path, tiny_model):
     weak = copy.deepcopy(tiny_model)
     for p in weak.model.parameters():
         p.data += 0.1 * p.std(correction=0)
     ldm.save(weak, tmp_path / "weak.safetensors")
     file = ["--autoguide", tmp_path / "weak.safetensors"]
-    (first,), (plain,) = samples(draw(*file, "--autoguide-scale", 3, out="guided")), samples(draw())
-    (again,) = samples(draw("--from-png", first, *file, out="again", steps=None))
+    (first,), (plain,) = samples(generate(*file, "--autoguide-scale", 3, out="guided")), samples(generate())
+    (again,) = samples(generate("--from-png", first, *file, out="again", steps=None))
     assert np.array_equal(pixels(again), pixels(first)) and not np.array_equal(pixels(first), pixels(plain))
-    (other,) = samples(draw("--from-png", first, *file, "--autoguide-scale", 2, out="other", steps=None))
+    (other,) = samples(generate("--from-png", first, *file, "--autoguide-scale", 2, out="other", steps=None))
     assert recipe(other).autoguide_scale == 2 and not np.array_equal(pixels(other), pixels(first))
-    (off,) = samples(draw("--from-png", first, "--autoguide-scale", 1, out="off", steps=None))
+    (off,) = samples(generate("--from-png", first, "--autoguide-scale", 1, out="off", steps=None))
     assert np.array_equal(pixels(off), pixels(plain))
     ldm.save(tiny_model, tmp_path / "weak.safetensors", torch.float16)
     for again in (file, []):
         with pytest.raises(ValueError, match="with a file of hash .* for --autoguide: give that file again"):
-            draw("--from-png", first, *again)
+            generate("--from-png", first, *again)
     with pytest.raises(ValueError, match="--autoguide-scale has no effect without --autoguide"):
-        draw("--autoguide-scale", 3)
+        generate("--autoguide-scale", 3)
 
 
-def test_recipes_of_the_version_that_kept_guidance_among_the_changes(draw, tmp_path):
-    (plain,) = samples(draw())
+def test_recipes_of_the_version_that_kept_guidance_among_the_changes(generate, tmp_path):
+    (plain,) = samples(generate())
     text = read_png_text(plain).replace(", Model: ", ", Changes: pag 3 output_blocks; threshold 0.9, Model: ")
     save_png(Image.open(plain), tmp_path / "old.png", text)
-    (again,) = samples(draw("--from-png", tmp_path / "old.png", out="again", steps=None))
-    (now,) = samples(draw("--pag", 3, "--pag-layers", "output_blocks", "--threshold", 0.9, out="now"))
+    (again,) = samples(generate("--from-png", tmp_path / "old.png", out="again", steps=None))
+    (now,) = samples(generate("--pag", 3, "--pag-layers", "output_blocks", "--threshold", 0.9, out="now"))
     assert np.array_equal(pixels(again), pixels(now)) and recipe(again) == recipe(now)
 
 

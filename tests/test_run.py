@@ -8,7 +8,7 @@ from PIL import Image
 from ldm.inference.recipe import read_png_text
 from ldm.inference.run import OutputFolder
 
-PICTURE = Image.new("L", (8, 8), 255)
+IMAGE = Image.new("L", (8, 8), 255)
 
 
 def names(folder) -> list[str]:
@@ -17,32 +17,32 @@ def names(folder) -> list[str]:
 
 def test_numbers_go_on_after_the_highest(tmp_path):
     output = OutputFolder(tmp_path / "new" / "out")
-    assert [output.save_sample(PICTURE, "t").name for _ in range(2)] == ["00000.png", "00001.png"]
+    assert [output.save_sample(IMAGE, "t").name for _ in range(2)] == ["00000.png", "00001.png"]
     samples = tmp_path / "new" / "out" / "samples"
     (samples / "00000.png").unlink()  # a gap is not filled: 00001.png would be the next to be overwritten by a count
     for other in ("100000.png.txt", "x00009.png", "notes.txt"):
         (samples / other).touch()
-    assert OutputFolder(tmp_path / "new" / "out").save_sample(PICTURE, "t").name == "00002.png"
+    assert OutputFolder(tmp_path / "new" / "out").save_sample(IMAGE, "t").name == "00002.png"
     (samples / "99999.png").touch()
-    assert OutputFolder(tmp_path / "new" / "out").save_sample(PICTURE, "t").name == "100000.png"
+    assert OutputFolder(tmp_path / "new" / "out").save_sample(IMAGE, "t").name == "100000.png"
 
 
 def test_two_runs_at_once_do_not_overwrite_each_other(tmp_path):
     one, two = OutputFolder(tmp_path), OutputFolder(tmp_path)
-    paths = [output.save_sample(PICTURE, "t") for output in (one, two, one, two)]
+    paths = [output.save_sample(IMAGE, "t") for output in (one, two, one, two)]
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png", "00003.png"]
 
 
 def test_grids_and_strips_count_for_themselves(tmp_path):
     output = OutputFolder(tmp_path)
-    output.save_sample(PICTURE, "a")
-    grid = output.save_grid([PICTURE] * 5, 2, "text of image 0")
-    strip = output.save_strip(PICTURE, "text")
+    output.save_sample(IMAGE, "a")
+    grid = output.save_grid([IMAGE] * 5, 2, "text of image 0")
+    strip = output.save_strip(IMAGE, "text")
     assert names(tmp_path) == ["grid-0000.png", "samples", "strip-0000.png"]
     assert read_png_text(grid) == "text of image 0, Grid: 2x3"
     width, height = Image.open(grid).size
     assert width < height  # two columns, three rows
-    assert output.save_grid([PICTURE], 4, "t").name == "grid-0001.png"
+    assert output.save_grid([IMAGE], 4, "t").name == "grid-0001.png"
     assert read_png_text(strip) == "text"
 
 
