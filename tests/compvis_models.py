@@ -115,7 +115,7 @@ def ours(model, **changes) -> core.LatentDiffusion:
     return twin.eval().requires_grad_(False)
 
 
-def drawn(twin, cond, null, start, steps, scale, spacing="compvis", final="sigma_min") -> torch.Tensor:
+def sampled(twin, cond, null, start, steps, scale, spacing="compvis", final="sigma_min") -> torch.Tensor:
     """DDIM by our own sampler on CompVis's levels: latents."""
     sigmas = sampling_sigmas(twin.schedule, steps, spacing, final).tolist()
     denoise = guidance.classifier_free(twin.denoiser(), {"c_crossattn": cond}, {"c_crossattn": null}, scale)

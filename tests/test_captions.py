@@ -25,7 +25,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
-def draw(captioner: Captioner, count: int, epoch: int = 0) -> list[tuple[tuple[int, int, int], Caption]]:
+def sampled(captioner: Captioner, count: int, epoch: int = 0) -> list[tuple[tuple[int, int, int], Caption]]:
     facts = [(n % 10, n // 10 % 3, n // 30 % 3) for n in range(count)]
     return [(fact, captioner.caption(epoch, n, *fact)) for n, fact in enumerate(facts)]
 
@@ -34,7 +34,7 @@ def draw(captioner: Captioner, count: int, epoch: int = 0) -> list[tuple[tuple[i
 @pytest.mark.parametrize("filler", [0.0, 0.7])
 def test_text_and_assertions_agree(frames: str, filler: float) -> None:
     """Read back from its words, every caption names its digit once and states a style if and only if it reports it."""
-    for (digit, weight, slant), caption in draw(Captioner(3, frames, 0.6, filler), 3000):
+    for (digit, weight, slant), caption in sampled(Captioner(3, frames, 0.6, filler), 3000):
         said = words(caption.text)
         assert [word for word in said if word in NUMBERS] in ([str(digit)], [NUMBER_WORDS[digit]]), caption
         assert caption.digit == digit
@@ -47,7 +47,7 @@ def test_text_and_assertions_agree(frames: str, filler: float) -> None:
 
 
 def test_shares() -> None:
-    captions = [caption for _, caption in draw(Captioner(0), 6000)]
+    captions = [caption for _, caption in sampled(Captioner(0), 6000)]
     kinds = Counter((c.weight is not None, c.slant is not None) for c in captions)
     # Half without style, a sixth each with weight, slant, both. Standard error of a share of 6,000: 0.0065 at most.
     assert kinds[False, False] / 6000 == pytest.approx(1 / 2, abs=0.03)
@@ -56,16 +56,16 @@ def test_shares() -> None:
     numerals = sum(any(ch.isdigit() for ch in c.text) for c in captions)
     assert numerals / 6000 == pytest.approx(1 / 2, abs=0.03)
     assert {c.frame for c in captions} == set(range(len(TRAIN_FRAMES)))
-    assert all(c.weight is None and c.slant is None for _, c in draw(Captioner(0, styled=0.0), 300))
-    assert all(c.weight is not None or c.slant is not None for _, c in draw(Captioner(0, styled=1.0), 300))
+    assert all(c.weight is None and c.slant is None for _, c in sampled(Captioner(0, styled=0.0), 300))
+    assert all(c.weight is not None or c.slant is not None for _, c in sampled(Captioner(0, styled=1.0), 300))
 
 
 def test_pure_function_of_seed_epoch_index() -> None:
-    first = draw(Captioner(5, filler=0.3), 200, epoch=2)
-    assert first == draw(Captioner(5, filler=0.3), 200, epoch=2)
+    first = sampled(Captioner(5, filler=0.3), 200, epoch=2)
+    assert first == sampled(Captioner(5, filler=0.3), 200, epoch=2)
     backwards = [Captioner(5, filler=0.3).caption(2, n, *first[n][0]) for n in reversed(range(200))]
     assert backwards == [caption for _, caption in reversed(first)]
-    for other in (draw(Captioner(6, filler=0.3), 200, epoch=2), draw(Captioner(5, filler=0.3), 200, epoch=3)):
+    for other in (sampled(Captioner(6, filler=0.3), 200, epoch=2), sampled(Captioner(5, filler=0.3), 200, epoch=3)):
         same = sum(a == b for a, b in zip(first, other, strict=True))
         assert same < 20  # chance repeats only
     # Fixed for ever, in every version of Python: a resumed run must go on with the same captions.
@@ -92,7 +92,7 @@ def test_unseen_frames_are_unseen() -> None:
     for frame in TRAIN_FRAMES + UNSEEN_FRAMES:
         assert frame.count("{n}") == frame.count("{weight}") == frame.count("{slant}") == 1
     # Noise must not turn a training caption into a bare number either.
-    assert all(len(words(c.text)) > 2 for _, c in draw(Captioner(1, styled=0.0, filler=1.0), 2000))
+    assert all(len(words(c.text)) > 2 for _, c in sampled(Captioner(1, styled=0.0, filler=1.0), 2000))
 
 
 def test_every_frame_reads_well() -> None:
@@ -115,7 +115,7 @@ def test_filler_words_say_nothing() -> None:
 
 
 def test_filler() -> None:
-    plain, noisy = draw(Captioner(2), 2000), draw(Captioner(2, filler=0.4), 2000)
+    plain, noisy = sampled(Captioner(2), 2000), sampled(Captioner(2, filler=0.4), 2000)
     changed = [(a, b) for (_, a), (_, b) in zip(plain, noisy, strict=True) if a.text != b.text]
     assert len(changed) / 2000 == pytest.approx(0.4, abs=0.05)
     for before, after in changed:

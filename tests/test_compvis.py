@@ -170,7 +170,7 @@ def test_linear_attention_of_a_first_stage_becomes_convolutional():
 
 
 def test_a_first_stage_in_diffusers_names():
-    """The form in which most VAEs are shared alone: as a part, drawing what diffusers draws with it."""
+    """The form in which most VAEs are shared alone: as a part, and gives diffusers' images."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

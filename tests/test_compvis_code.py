@@ -7,7 +7,7 @@ import outsiders
 import pytest
 import torch
 import torch.nn as nn
-from compvis_models import a_batch, built, clip_folder, config, drawn, ours, randn, same
+from compvis_models import a_batch, built, clip_folder, config, ours, randn, same, sampled
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
@@ -148,7 +148,7 @@ def test_custom_diffusion(clip, model, twin, monkeypatch):
     trained = {name for name, p in custom.named_parameters() if p.grad is not None and p.grad.any()}
     expected = {n for n, _ in custom.named_parameters() if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
     assert trained == expected and custom.logged["global_step"] == 0
-    torch.manual_seed(0)  # what was drawn: the posterior's sample, levels, noise
+    torch.manual_seed(0)  # the same random numbers: the posterior's sample, levels, noise
     z, _ = model.get_input(batch, "jpg")
     t, noise = torch.randint(0, 1000, (2,)), torch.randn_like(z)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_a_denoiser_of_k_diffusion(clip, parameterization):
         uncond, denoised = denoiser(torch.cat([x, x]), sigma.expand(4), **both).chunk(2)
         denoised = uncond + 3.0 * (denoised - uncond)
         x = x + (x - denoised) / sigma * (after - sigma)
-    same(x, drawn(twin, cond, null, start, 6, 3.0, "trailing", "zero"))
+    same(x, sampled(twin, cond, null, start, 6, 3.0, "trailing", "zero"))
 
 
 @torch.no_grad()
@@ -229,7 +229,7 @@ def test_text_to_image(files, twin, scale):
         )  # fmt: skip
         x_samples_ddim = model.decode_first_stage(samples_ddim)
         null = twin.condition([""] * 2)["c_crossattn"]
-        latents = drawn(twin, twin.condition(PROMPTS)["c_crossattn"], null, start_code, 5, scale)
+        latents = sampled(twin, twin.condition(PROMPTS)["c_crossattn"], null, start_code, 5, scale)
         same(samples_ddim, latents)
         same(x_samples_ddim, twin.decode(latents))
     image = torch.clamp((x_samples_ddim + 1.0) / 2.0, min=0.0, max=1.0)
@@ -242,16 +242,16 @@ def test_text_to_image_in_half_precision(files):
     start = randn(2, 4, 8, 8)
     settings = {"S": 3, "batch_size": 2, "shape": [4, 8, 8], "verbose": False, "eta": 0.0, "x_T": start}
 
-    def draw():
+    def sample():
         c, uc = model.get_learned_conditioning(PROMPTS), model.get_learned_conditioning([""] * 2)
         guided = {"unconditional_guidance_scale": 2.0, "unconditional_conditioning": uc}
         return model.decode_first_stage(DDIMSampler(model).sample(conditioning=c, **guided, **settings)[0]).float()
 
     with torch.no_grad():
-        full = draw()
+        full = sample()
         with torch.autocast("cpu", torch.bfloat16):
-            mixed = draw()
-        half = model.bfloat16() and draw()
+            mixed = sample()
+        half = model.bfloat16() and sample()
     assert model.alphas_cumprod.dtype == torch.float32 and model.model.diffusion_model.dtype == torch.bfloat16
     for found in (mixed, half):  # 8 bits, through three steps and a decoder
         assert (found - full).abs().mean() < 0.1 * full.abs().mean() and not torch.equal(found, full)

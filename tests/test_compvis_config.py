@@ -242,7 +242,7 @@ def weights(name: str) -> tuple[dict, dict]:
 
 
 def comparable(params: dict) -> dict:
-    """What of a configuration decides what is drawn; some settings can be said in two ways, or have no effect."""
+    """What of a configuration decides the images; some settings can be written in two ways, or have no effect."""
     params = copy.deepcopy(params)
     unet = params["unet_config"]["params"]
     factors = range(len(unet["channel_mult"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import outsiders
 import pytest
 import torch
-from compvis_models import a_batch, built, clip_folder, config, drawn, ours, randn, same
+from compvis_models import a_batch, built, clip_folder, config, ours, randn, same, sampled
 from golden_fill import fill
 from omegaconf import OmegaConf
 
@@ -118,7 +118,7 @@ def test_controlnet_logs_images(controlled, twin):
     controlled.get_input(hinted(), "jpg")  # draws the posterior's sample, as log_images did
     start = torch.randn(2, 4, 8, 8)
     cond, null = (twin.condition(prompts)["c_crossattn"] for prompts in (PROMPTS, [""] * 2))
-    same(log["samples_cfg_scale_3.00"], twin.decode(drawn(twin, cond, null, start, 4, 3.0)))
+    same(log["samples_cfg_scale_3.00"], twin.decode(sampled(twin, cond, null, start, 4, 3.0)))
 
 
 CREATE_MODEL = """

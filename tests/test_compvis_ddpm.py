@@ -196,7 +196,7 @@ def test_batches_of_images_classes_and_what_is_trained(clip, model):
     assert torch.isfinite(none.training_step(batch)) and len(none.generate([None], steps=2, scale=1)) == 1
 
 
-# drawing
+# sampling
 
 
 def ancestral(model, cond, x, levels, noises):

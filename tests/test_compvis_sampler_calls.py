@@ -7,15 +7,15 @@ import torch
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from test_compvis_samplers import CLASSES, GOLDEN, SHAPE, UC, X_T, C, Toy, draw, relative_error
+from test_compvis_samplers import CLASSES, GOLDEN, SHAPE, UC, X_T, C, Toy, relative_error, run
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_conditioning_of_any_form(name):
-    wanted, _ = draw(CLASSES[name](Toy()))
+    wanted, _ = run(CLASSES[name](Toy()))
     model = Toy()
     for wrap in (lambda c: {"c_crossattn": [c], "c_concat": [c, c]}, lambda c: {"c_crossattn": c}, lambda c: [c]):
-        got, _ = draw(CLASSES[name](model), conditioning=wrap(C), unconditional_conditioning=wrap(UC))
+        got, _ = run(CLASSES[name](model), conditioning=wrap(C), unconditional_conditioning=wrap(UC))
         assert torch.equal(got, wanted)
     both = model.conds[0]["c_concat"][1]
     assert torch.equal(both, torch.cat([UC, C]))  # uncond first
@@ -39,7 +39,7 @@ def test_subclasses_override_the_whole_chain():
             x_prev, x0 = super().p_sample_ddim(x, c, t, index)
             return x_prev * 0 + index, x0
 
-    samples, _ = draw(Mine(Toy()), 5)
+    samples, _ = run(Mine(Toy()), 5)
     assert calls == ["sampling", 4, 3, 2, 1, 0] and (samples == 0).all()
     calls.clear()
     sampler = Mine(Toy())
@@ -56,8 +56,8 @@ def test_subclasses_override_the_whole_chain():
             return super().p_sample_plms(x, c, t, index, old_eps=old_eps, t_next=t_next, **kwargs)
 
     calls.clear()
-    samples, _ = draw(MyPLMS(Toy()), 5)
-    assert torch.equal(samples, draw(PLMSSampler(Toy()), 5)[0])
+    samples, _ = run(MyPLMS(Toy()), 5)
+    assert torch.equal(samples, run(PLMSSampler(Toy()), 5)[0])
     assert calls == ["sampling", (4, 0, 601), (3, 1, 401), (2, 2, 201), (1, 3, 1), (0, 3, 1)]
 
     class Tables(DDIMSampler):
@@ -66,7 +66,7 @@ def test_subclasses_override_the_whole_chain():
             self.ddim_timesteps = self.ddim_timesteps[:2]  # what is set there is what is used
 
     model = Toy()
-    draw(Tables(model), 5)
+    run(Tables(model), 5)
     assert model.levels == [201, 1]
 
 
@@ -82,15 +82,15 @@ def test_masks_keep_x0_noised_to_every_level():
             return super().p_sample_ddim(x, c, t, index, **kwargs)
 
     torch.manual_seed(0)
-    draw(Watched(Toy()), 5, mask=mask, x0=z0)
+    run(Watched(Toy()), 5, mask=mask, x0=z0)
     torch.manual_seed(0)
     model = Toy()
     for x, t in steps:
         assert torch.equal(x[..., :4], model.q_sample(z0, torch.tensor([t, t]))[..., :4])
-        torch.randn(X_T.shape)  # the step's own draw, for eta 0 too
+        torch.randn(X_T.shape)  # the step's own noise, for eta 0 too
     assert torch.equal(steps[0][0][..., 4:], X_T[..., 4:])
     for name in ("ddim", "plms"):  # the end is not blended, as in CompVis's
-        assert draw(CLASSES[name](Toy()), 5, mask=mask, x0=z0)[0].isfinite().all()
+        assert run(CLASSES[name](Toy()), 5, mask=mask, x0=z0)[0].isfinite().all()
 
 
 def test_random_numbers_are_drawn_as_often_as_in_compvis():
@@ -107,7 +107,7 @@ def test_random_numbers_are_drawn_as_often_as_in_compvis():
 
 def test_callbacks_and_intermediates():
     seen, images = [], []
-    samples, kept = draw(
+    samples, kept = run(
         DDIMSampler(Toy()), 10, callback=seen.append, img_callback=lambda x0, i: images.append((i, x0)), log_every_t=4
     )
     assert seen == list(range(10)) and [i for i, _ in images] == seen
@@ -119,11 +119,11 @@ def test_callbacks_and_intermediates():
 
 
 def test_guidance_per_step():
-    constant, _ = draw(DDIMSampler(Toy()), 5, unconditional_guidance_scale=3.0)
-    scheduled, _ = draw(DDIMSampler(Toy()), 5, unconditional_guidance_scale=9.0, ucg_schedule=[3.0] * 5)
+    constant, _ = run(DDIMSampler(Toy()), 5, unconditional_guidance_scale=3.0)
+    scheduled, _ = run(DDIMSampler(Toy()), 5, unconditional_guidance_scale=9.0, ucg_schedule=[3.0] * 5)
     assert torch.equal(constant, scheduled)
     model = Toy()
-    draw(DDIMSampler(model), 5, ucg_schedule=[1.0, 1.0, 4.0, 4.0, 1.0])
+    run(DDIMSampler(model), 5, ucg_schedule=[1.0, 1.0, 4.0, 4.0, 1.0])
     assert [len(c) for c in model.conds] == [2, 2, 4, 4, 2]
 
 
@@ -189,13 +189,13 @@ def test_signatures_of_both_generations():
     ]
     for cls in CLASSES.values():
         assert list(inspect.signature(cls.sample).parameters) == names
-        assert draw(cls(Toy()), 2, verbose=False, features_adapter=None)[0].shape == (2, *SHAPE)  # unknown: swallowed
+        assert run(cls(Toy()), 2, verbose=False, features_adapter=None)[0].shape == (2, *SHAPE)  # unknown: swallowed
     for method in ("decode", "encode", "stochastic_encode"):
         assert not hasattr(PLMSSampler, method)
 
 
 def test_half_precision_and_wide_latents():
     for dtype in (torch.float16, torch.float64):
-        samples, _ = draw(DDIMSampler(Toy()), 5, x_T=X_T.to(dtype))
+        samples, _ = run(DDIMSampler(Toy()), 5, x_T=X_T.to(dtype))
         assert samples.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)  # as CompVis's tables do
         assert relative_error(samples, GOLDEN["toy/ddim/S5/cfg7.5"]) < (5e-3 if dtype == torch.float16 else 5e-6)

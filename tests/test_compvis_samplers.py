@@ -54,7 +54,7 @@ def relative_error(got, wanted):
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def draw(sampler, S=10, **more):
+def run(sampler, S=10, **more):
     settings = {"conditioning": C, "x_T": X_T, "unconditional_conditioning": UC, "unconditional_guidance_scale": 7.5}
     return sampler.sample(S, 2, SHAPE, **settings | more)
 
@@ -64,7 +64,7 @@ def draw(sampler, S=10, **more):
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 def test_golden(name, S, scale):
     model = Toy()
-    samples, _ = draw(CLASSES[name](model), S, unconditional_guidance_scale=scale)
+    samples, _ = run(CLASSES[name](model), S, unconditional_guidance_scale=scale)
     # the goldens are float32 runs: 5e-6 of the largest is their rounding (golden/README.md)
     assert relative_error(samples, GOLDEN[f"toy/{name}/S{S}/cfg{scale}"]) < 5e-6
     assert model.calls == S + (name == "plms")  # both halves of guidance in one call; PLMS looks ahead once
@@ -128,12 +128,12 @@ def test_good_grids_are_bit_for_bit_and_the_others_run():
         steps = sampler.ddim_timesteps
         assert len(steps) == S and steps.min() >= 0 and steps.max() <= 999 and (np.diff(steps) > 0).all(), S
     for S in (3, 9, 27, 501):
-        assert draw(DDIMSampler(Toy()), S)[0].isfinite().all()
+        assert run(DDIMSampler(Toy()), S)[0].isfinite().all()
     for name in CLASSES:
         for S in (1, 2):
-            assert draw(CLASSES[name](Toy()), S)[0].isfinite().all(), (name, S)
+            assert run(CLASSES[name](Toy()), S)[0].isfinite().all(), (name, S)
     with pytest.raises(ValueError, match="steps must be from 1 to 1000"):
-        draw(DDIMSampler(Toy()), 1001)
+        run(DDIMSampler(Toy()), 1001)
 
 
 def test_quad_and_unknown_grids():
@@ -154,7 +154,7 @@ def test_strength_1_and_all_of_the_steps():
     z = sampler.stochastic_encode(z0, torch.tensor([20, 20]), noise=noise)  # CompVis: index out of bounds
     a = float(sampler.ddim_alphas[-1])
     assert torch.allclose(z, a**0.5 * z0 + (1 - a) ** 0.5 * noise, atol=1e-6)
-    assert torch.equal(sampler.decode(z, C, 20, 7.5, UC), draw(sampler, 20, x_T=z)[0])
+    assert torch.equal(sampler.decode(z, C, 20, 7.5, UC), run(sampler, 20, x_T=z)[0])
 
 
 def compvis_step(sampler, x, eps, index, noise, temperature=1.0, x0=None):
@@ -214,7 +214,7 @@ def test_quantized_and_thresholded_x0_keep_the_eps():
     got, pred_x0 = sampler.p_sample_ddim(X_T, C, t, 5, dynamic_threshold=0.5)
     assert torch.allclose(pred_x0.square().mean(dim=(1, 2, 3)).sqrt(), torch.tensor([0.5, 0.5]))  # both are louder
     assert relative_error(got, compvis_step(sampler, X_T, eps, 5, 0, x0=pred_x0.double())[0]) < 2e-6
-    samples, seen = draw(DDIMSampler(model), 5, quantize_x0=True, log_every_t=1)
+    samples, seen = run(DDIMSampler(model), 5, quantize_x0=True, log_every_t=1)
     assert all(torch.equal(x0, x0.round()) for x0 in seen["pred_x0"][1:])
 
 
@@ -236,8 +236,8 @@ def test_score_corrector():
 @pytest.mark.parametrize("parameterization", ["v", "x0"])
 def test_what_the_network_predicts_does_not_matter(name, parameterization):
     """CompVis's PLMS and v1 classes know eps alone. The bound is float32 rounding through 1 / sqrt(a), at most 15."""
-    wanted, _ = draw(CLASSES[name](Toy()), unconditional_guidance_scale=3.0)
-    got, _ = draw(CLASSES[name](Toy(parameterization)), unconditional_guidance_scale=3.0)
+    wanted, _ = run(CLASSES[name](Toy()), unconditional_guidance_scale=3.0)
+    got, _ = run(CLASSES[name](Toy(parameterization)), unconditional_guidance_scale=3.0)
     if name == "dpm_solver":  # asks between the levels, where the toy's v is that of the level below
         assert got.isfinite().all() and got.shape == wanted.shape
     else:
@@ -275,4 +275,4 @@ def test_plms_multistep_weights():
         wanted_x, wanted_x0 = compvis_step(sampler, X_T, mean, 5, 0)
         assert relative_error(x, wanted_x) < 2e-6 and relative_error(x0, wanted_x0) < 2e-6
     with pytest.raises(ValueError, match="ddim_eta must be 0 for PLMS, got 0.5"):
-        draw(sampler, eta=0.5)
+        run(sampler, eta=0.5)

@@ -258,8 +258,8 @@ def test_data_module():
     module.setup()
     assert [batch.tolist() for batch in module.val_dataloader()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     torch.manual_seed(0)
-    drawn = [i for batch in module.train_dataloader() for i in batch.tolist()]
-    assert sorted(drawn) == list(range(10)) != drawn
+    order = [i for batch in module.train_dataloader() for i in batch.tolist()]
+    assert sorted(order) == list(range(10)) != order
     assert get_obj_from_str("main.DataModuleFromConfig")(3).num_workers == 6
 
     class Endless(Txt2ImgIterableBaseDataset):

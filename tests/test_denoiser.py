@@ -136,13 +136,13 @@ def test_each_image_at_its_own_level(prediction):
     schedule, t = make_schedule("cosine"), torch.tensor([0, 300, 700, 990])
     x0, noise = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(2))
     ab = schedule.alphas_cumprod[t]
-    told, x_vp = target(prediction, x0, noise, ab), q_sample(x0, t, noise, schedule)
-    back = predicted_x0(prediction, told, x_vp, schedule.sigmas[t])
+    output, x_vp = target(prediction, x0, noise, ab), q_sample(x0, t, noise, schedule)
+    back = predicted_x0(prediction, output, x_vp, schedule.sigmas[t])
     limit = 1e-6 * (1 + schedule.sigmas[t]).view(-1, 1, 1, 1) if prediction == "eps" else torch.full((4, 1, 1, 1), 1e-6)
     assert ((back - x0).abs() <= limit * (1 + x0.abs())).all()
     for i, level in enumerate(t.tolist()):
         sigma = schedule.sigma_at(level)
-        denoise = make_denoiser(lambda *_, i=i: told[i : i + 1], schedule, prediction)
+        denoise = make_denoiser(lambda *_, i=i: output[i : i + 1], schedule, prediction)
         one = denoise(from_vp(x_vp[i : i + 1], sigma), sigma, {}).x0
         torch.testing.assert_close(back[i : i + 1], one, rtol=1e-5, atol=1e-5 * sigma)
 
@@ -161,12 +161,12 @@ def test_the_second_half_of_the_channels_is_the_variances_share():
         split_variance(torch.zeros(1, 3, 2, 2), 1)
 
 
-def test_self_conditioning_is_told_of_its_own_last_x0():
+def test_self_conditioning_gets_its_own_last_x0():
     """Under guidance each half of its own; from one call to the other where guidance begins or ends."""
-    told = []
+    received = []
 
     def denoise(x, sigma, cond):
-        told.append(cond["c_concat"].flatten().tolist())
+        received.append(cond["c_concat"].flatten().tolist())
         return Prediction(x + cond["y"].view(-1, 1))
 
     two = self_conditioned(denoise, 2)
@@ -176,6 +176,6 @@ def test_self_conditioning_is_told_of_its_own_last_x0():
     for sigma in (4.0, 3.0, 2.0, 1.0, 0.4):
         guided(x, sigma)
     once, both = pytest.approx([0.6, 1.0]), pytest.approx([0.4, 1.0, 0.6, 1.0])  # clamped to 1
-    assert told == [[0, 0], once, pytest.approx([0.6, 1.0, 0.6, 1.0]), both, once]
+    assert received == [[0, 0], once, pytest.approx([0.6, 1.0, 0.6, 1.0]), both, once]
     self_conditioned(denoise, 2)(x, 1.0, cond)
-    assert told[-1] == [0, 0]  # another run knows nothing of it
+    assert received[-1] == [0, 0]  # a new wrapper starts from zeros

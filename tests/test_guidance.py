@@ -83,11 +83,11 @@ def test_every_scale_gives_the_update_and_in_one_form(scale):
     u, c = Prediction(torch.full((2, 1), -1.0)), Prediction(torch.tensor([[3.0], [5.0]]))
 
     def denoise(x, sigma, cond):
-        rows = [c.x0[i % 2] if told else u.x0[i % 2] for i, told in enumerate(cond["told"].tolist())]
+        rows = [c.x0[i % 2] if is_cond else u.x0[i % 2] for i, is_cond in enumerate(cond["is_cond"].tolist())]
         return Prediction(torch.stack(rows))
 
-    told, not_told = {"told": torch.tensor([1, 1])}, {"told": torch.tensor([0, 0])}
-    guided = classifier_free(denoise, told, not_told, scale)
+    cond, uncond = {"is_cond": torch.tensor([1, 1])}, {"is_cond": torch.tensor([0, 0])}
+    guided = classifier_free(denoise, cond, uncond, scale)
     for found in (
         guided(torch.zeros(2, 1), 1.0),
         autoguidance(guided, lambda x, sigma: c, 3.0)(torch.zeros(2, 1), 1.0),

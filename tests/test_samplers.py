@@ -258,12 +258,12 @@ def test_eps_x0_and_v_networks_give_the_same_image(name, spacing):
         sigmas = sampling_sigmas(schedule, 7, spacing)
         for prediction in predictions:
             denoise = make_denoiser(network_of(two_points, schedule, prediction), schedule, prediction)
-            draw = torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(0)
             *_, end = SAMPLERS[name](
                 lambda x, sigma, d=denoise: d(x, sigma, {}),
                 from_vp(start, float(sigmas[0])),
                 sigmas,
-                noise=lambda g=draw: torch.randn(9, generator=g),
+                noise=lambda g=generator: torch.randn(9, generator=g),
             )
             ends[prediction] = end.x
         for prediction in predictions:
@@ -280,10 +280,10 @@ def test_float32_does_not_cancel_at_zero_terminal_snr(name, steps):
 
     def run(dtype):
         denoise = make_denoiser(lambda x_vp, t, cond: 0.8 * torch.sin(x_vp), schedule, "v")
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         x = from_vp(start.to(dtype), float(sigmas[0]))
         *_, end = SAMPLERS[name](
-            lambda x, sigma: denoise(x, sigma, {}), x, sigmas, noise=lambda: torch.randn(2, 500, generator=draw)
+            lambda x, sigma: denoise(x, sigma, {}), x, sigmas, noise=lambda: torch.randn(2, 500, generator=generator)
         )
         assert end.x.dtype == dtype
         return end.x
@@ -328,12 +328,12 @@ def test_the_state_is_wider_than_a_half_precision_network(name, dtype):
             return 0.8 * torch.sin(x_vp)
 
         denoise = make_denoiser(network, SD, "v", network_dtype)
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         for step in SAMPLERS[name](
             lambda x, sigma, d=denoise: d(x, sigma, {}),
             from_vp(start.to(network_dtype), float(sigmas[0])),  # a start in half precision is widened
             sigmas,
-            noise=lambda g=draw: torch.randn(1, 400, generator=g),
+            noise=lambda g=generator: torch.randn(1, 400, generator=g),
         ):
             assert step.x.dtype == step.x0.dtype == torch.float32
         assert seen == {network_dtype}

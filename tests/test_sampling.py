@@ -176,7 +176,7 @@ def test_ddpm_is_the_textbooks(steps, spacing):
 def test_ddpm_is_the_tutorials_update():
     """x <- (x - beta eps / sqrt(1 - ab)) / sqrt(1 - beta) + sqrt(posterior variance) z, and no z at the last step.
 
-    z is fresh: a second draw from the same prediction differs by it alone.
+    z is fresh: a second sample from the same prediction differs by it alone.
     """
     schedule, generator = make_schedule("linear", 300), torch.Generator().manual_seed(0)
     x, eps, z = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64, generator=generator)
@@ -206,15 +206,15 @@ def test_auto_is_ddpm_for_all_levels_and_ddim_for_fewer():
 @pytest.mark.parametrize("share, other", [(None, euler), (0.0, euler), (1.0, ddpm_large)])
 @pytest.mark.parametrize("eta", [1.0, 0.5])
 def test_learned_variance_runs_from_the_small_to_the_large_one(share, other, eta):
-    grid, draw = [14.6, 3.0, 0.4, 0.0], torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    grid, noise = [14.6, 3.0, 0.4, 0.0], torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
 
     def denoise(x, sigma):
         return Prediction(torch.tanh(x), None if share is None else torch.full_like(x, share))
 
     ends = []
     for step in (ddpm, other):
-        noises = iter(draw)
-        ends.append(last(sample(denoise, draw[0] * 14.6, grid, step, eta, lambda n=noises: next(n))).x)
+        noises = iter(noise)
+        ends.append(last(sample(denoise, noise[0] * 14.6, grid, step, eta, lambda n=noises: next(n))).x)
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-14)
 
 

@@ -1,4 +1,4 @@
-"""Which classes a configuration may name, how mistakes in it are told, and the choice of a device."""
+"""Which classes a configuration may name, how mistakes in it are reported, and the choice of a device."""
 
 import importlib
 import sys

@@ -157,7 +157,7 @@ def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def self_conditioned(denoise: Denoise, images: int = 0) -> Denoise:
     """Give a network its previous x0 of the same images as `c_concat` (Chen et al. 2022, arXiv 2208.04202).
 
-    The first call gets zeros; x0 is clamped as in training (`self_cond_input`). Wrap anew for every batch of images.
+    The first call gets zeros; x0 is clamped as in training (`self_cond_input`). Wrap again for every batch.
 
     Args:
         denoise: Of a self-conditioned network.

@@ -110,7 +110,7 @@ def alphas_cumprod(beta: Tensor) -> Tensor:
 def rescale_zero_terminal_snr(ab: Tensor) -> Tensor:
     """Shift and scale sqrt(ab) so that the last one is 0 and the first one stays (Lin et al. 2024, algorithm 1).
 
-    Use it with v or x0 prediction: at ab = 0 the noisy image is the noise, so predicting eps says nothing about x0.
+    Use it with v or x0 prediction: at ab = 0 the noisy image is pure noise, and a predicted eps does not determine x0.
     """
     if len(ab) < 2:
         raise ValueError(f"zero terminal SNR needs a schedule of at least 2 steps, got T={len(ab)}")
