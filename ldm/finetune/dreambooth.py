@@ -109,12 +109,12 @@ class DreamBoothStage(Stage):
         weight, noise = diffusers_names(weight, snr_gamma, noise, noise_offset)
         words, prompts = words_and_prompts(instance_prompt, class_prompt)
         train_text = choose_text(train_text, words, lora is not None)
-        whole = load_to_tune(ckpt, loading)
-        check_model(whole)
-        self.resolution = training_size(whole, resolution)
-        self.dtypes = {name: tensor.dtype for name, tensor in whole.state_dict().items()}
-        self.latent_diffusion = whole.float()
-        self.objective = Objective(whole, error, weight, noise, timesteps)
+        model = load_to_tune(ckpt, loading)
+        check_model(model)
+        self.resolution = training_size(model, resolution)
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        self.latent_diffusion = model.float()
+        self.objective = Objective(model, error, weight, noise, timesteps)
         if lora is not None:
             lora = {"targets": ["attention", "text"] if train_text == "all" else ["attention"], "seed": seed, **lora}
         self._choose(layers, train_text != "none", words if train_text == "words" else None, lora)
@@ -138,8 +138,8 @@ class DreamBoothStage(Stage):
         self, layers: str, train_text: bool, words: Sequence[str] | None, lora: Mapping[str, Any] | None
     ) -> None:
         """Set what trains: weights of the UNet and the text encoder, or adapters beside them."""
-        whole = self.latent_diffusion
-        self.model, self.text, self.first_stage = whole.model, whole.cond_stage_model, whole.first_stage_model
+        self.model, self.text = self.latent_diffusion.model, self.latent_diffusion.cond_stage_model
+        self.first_stage = self.latent_diffusion.first_stage_model
         self.train_text, self.words = train_text, words
         self.freeze(first_stage=self.first_stage)
         for name, network, trains in (("model", self.model, True), ("text", self.text, train_text)):
@@ -151,7 +151,7 @@ class DreamBoothStage(Stage):
         if lora is None:
             choose_layers(self.model, layers)
         elif train_text:
-            self.adapters = call_with("lora", attach, lora, network=whole)
+            self.adapters = call_with("lora", attach, lora, network=self.latent_diffusion)
         else:
             own = call_with("lora", attach, lora, network=self.model)
             self.adapters = {f"model.{name}": adapter for name, adapter in own.items()}
@@ -161,8 +161,9 @@ class DreamBoothStage(Stage):
             self.networks["adapters"] = nn.ModuleList(self.adapters.values())
 
     def data_params(self, device: torch.device) -> dict[str, Any]:
-        """The model, which generates class images that are missing, and what it fixes of all images."""
-        model = self.latent_diffusion.to(device)
+        """Return the model, which generates missing class images, and the images' size and channels."""
+        self.to(device).train(False)
+        model = self.latent_diffusion
         return {"model": model, "size": self.resolution, "channels": model.image_channels}
 
     @torch.no_grad()

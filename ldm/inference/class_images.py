@@ -92,7 +92,6 @@ class SubjectImages(DreamBooth):
             for one in found
         ]
         known = known_prompts(model.cond_stage_model.tokenizer)
-        model.eval()
         images = collect(model, classes, default_class_images, size, class_guidance_scale, sample_batch_size, known)
         rows = [{"instance_dir": one.instance_dir, "instance_prompt": one.instance_prompt} for one in found]
         for row, one, own in zip(rows, found, images, strict=True):
