@@ -18,12 +18,14 @@ def tiny(kind: str) -> LatentDiffusion:
     return randomised(LatentDiffusion(**KINDS[kind])).eval().requires_grad_(False)
 
 
-def learned(model, rank: int = 3, alpha: float | None = 2.0, targets=EVERY_TARGET, seed: int = 0):
+def learned(model, rank=3, alpha=2.0, targets=EVERY_TARGET, seed=0, attached=True):
     """Adapters as training might leave them, at the model's layers: of an effect about as large as the weights'."""
     adapters = lora.attach(model, rank, alpha, targets, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for adapter in adapters.values():
         adapter.up.data = 0.1 * torch.randn(adapter.up.shape, generator=generator)
+    if not attached:
+        lora.detach(adapters)
     return adapters
 
 

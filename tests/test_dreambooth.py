@@ -29,6 +29,7 @@ from ldm.training.order import collate
 
 CPU = torch.device("cpu")
 PROMPT = {"instance_prompt": "a sks five"}
+MIN_SNR = {"name": "min_snr", "gamma": 5.0}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
     """Both terms are weighted sample by sample, which diffusers' script gets wrong; instances and class images may
     be of different shapes."""
     prediction, *buckets = prediction.split(" in ")
-    settings = {"prior_weight": 0.3, "snr_gamma": 5.0, "noise_offset": 0.2}
+    settings = {"prior_weight": 0.3, "weight": MIN_SNR, "noise": {"offset": 0.2}}
     if buckets:
         stage, data, _ = make(checkpoints, in_buckets["subjects"][0], prediction, data=in_buckets, **settings)
         batch = collate([data[0], data[3]])
@@ -136,7 +137,7 @@ def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
 
 
 def test_without_class_images_there_is_one_term(checkpoints, subject):
-    stage, _, batch = make(checkpoints, subject, prior=False, noise_offset=0.2)
+    stage, _, batch = make(checkpoints, subject, prior=False, noise={"offset": 0.2})
     torch.manual_seed(5)
     loss, values = stage.loss(batch)
     assert values.keys() == {"loss", "instance_loss"} and batch.keys() == {"mean", "std", "caption"}
@@ -418,10 +419,8 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
         ({"layers": "attn7"}, "layers 'attn7' match no weight"),
         ({"layers": "("}, "use all, attention"),
         ({"prior_weight": -1.0}, r"prior_weight -1\.0"),
-        ({"snr_gamma": 0.0}, "gamma of min-SNR"),
-        ({"snr_gamma": 5.0, "weight": {"name": "snr"}}, "two names of one setting"),
-        ({"noise_offset": 0.1, "noise": {"offset": 0.2}}, "two names of one setting"),
-        ({"noise_offset": -0.1}, "offset -0.1 must not be below 0"),
+        ({"weight": {"name": "min_snr", "gamma": 0.0}}, "gamma of min-SNR"),
+        ({"noise": {"offset": -0.1}}, "offset -0.1 must not be below 0"),
         ({"train_text": "word"}, "train_text 'word' is unknown: use none, words, all or auto"),
         ({"train_text": "all", "text_learning_rate": {"words": 1e-3}}, "a mapping with one for 'all'"),
         ({"lora": {"rnk": 4}}, r"^lora: .*'rnk'; it takes \['rank', 'alpha', 'targets', 'seed'\]$"),

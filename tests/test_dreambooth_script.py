@@ -76,6 +76,8 @@ def test_diffusers_names_and_resuming_a_finished_run(tiny_checkpoint, subject, t
     assert shapes == [[(32, 32), (40, 24), (32, 32), (32, 32)]]
     before, after = ldm.load(tiny_checkpoint).state_dict(), ldm.load(out / "model.safetensors").state_dict()
     assert all((before[n] == after[n]).all() for n in before if n.startswith("cond_stage_model."))
+    stage = read_yaml(out / "config.yaml")["stage"]["params"]
+    assert stage["weight"] == {"name": "min_snr", "gamma": 5.0} and stage["noise"] == {"offset": 0.1}
     dreambooth.main([*line, "--resume_from_checkpoint", "latest"])
     assert (out / "model.safetensors").stat().st_mtime_ns == written
 
@@ -192,7 +194,12 @@ def test_every_flag_sets_a_key_that_exists(script):
             assert config[part]["params"].keys() <= takes.keys()
             known |= {f"{part}.params.{name}" for name in takes}
         keys = {key for _, key, _, _ in rows if key.startswith(("loop.", "stage.", "data."))}
-        nested = {"loop.lr_schedule.warmup", "stage.params.betas.0", "stage.params.betas.1"}
+        nested = {
+            "loop.lr_schedule.warmup",
+            "stage.params.noise.offset",
+            "stage.params.betas.0",
+            "stage.params.betas.1",
+        }
         nested |= {f"stage.params.lora.{name}" for name in ("rank", "alpha", "targets")}
         assert keys <= known | nested and len(keys) > 15
 

@@ -42,8 +42,7 @@ def second():
 @pytest.fixture(scope="module")
 def adapters(model):
     targets = [f"^{re.escape(name)}$" for name in LAYERS]
-    found = learned(model, RANK, alpha=2.0, targets=targets)
-    lora.detach(found)
+    found = learned(model, RANK, alpha=2.0, targets=targets, attached=False)
     assert found.keys() == LAYERS.keys()
     return found
 
@@ -80,8 +79,7 @@ def test_pickled_files_are_read_without_being_run(name, adapters, model, tmp_pat
 
 
 def test_names_of_stable_diffusion_2_are_openclip_s_thirds(second, tmp_path):
-    adapters = learned(second, RANK, targets=["text", "text_feed_forward"])
-    lora.detach(adapters)
+    adapters = learned(second, RANK, targets=["text", "text_feed_forward"], attached=False)
     save_lora(tmp_path / "x.safetensors", adapters, second)
     names = {name.partition(".")[0] for name in load_file(tmp_path / "x.safetensors")}
     layer = "lora_te_text_model_encoder_layers_{}_{}"
@@ -116,8 +114,7 @@ def test_each_layer_has_one_name_that_can_be_taken_apart(kind):
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_a_round_trip_keeps_every_bit_and_alpha(kind, format, tmp_path):
     model = tiny(kind)
-    adapters = learned(model, RANK, alpha=2.5)
-    lora.detach(adapters)
+    adapters = learned(model, RANK, alpha=2.5, attached=False)
     first = next(iter(adapters))
     adapters[first] = lora.resized(adapters[first], 1).adapter  # ranks and alphas may differ
     adapters[first].alpha = 0.3125
@@ -232,8 +229,7 @@ def test_apply_and_merge_a_file_at_a_strength(model, adapters, written):
 
 def test_the_model_that_ships_is_adapted_saved_and_loaded(tmp_path):
     model = ldm.load(device="cpu")
-    adapters = learned(model, 4, targets=lora.DEFAULT_TARGETS)
-    lora.detach(adapters)
+    adapters = learned(model, 4, targets=lora.DEFAULT_TARGETS, attached=False)
     sizes = {}
     for format in ("kohya", "peft"):
         path = tmp_path / f"{format}.safetensors"

@@ -181,8 +181,7 @@ def test_ranks_and_alphas_that_differ_by_layer_load_in_diffusers(kind, models, p
 def test_old_namings_mean_to_diffusers_what_they_mean_here(naming, models, pipelines, tmp_path):
     """The namings that no installed version writes any more, checked by diffusers reading them."""
     model = models["sd1"]
-    adapters = learned(model, targets=["attention", "text"])
-    lora.detach(adapters)
+    adapters = learned(model, targets=["attention", "text"], attached=False)
     state = file_of(adapters, naming)
     assert len(state) >= 10
     save_file(state, tmp_path / "x.safetensors")
@@ -196,8 +195,7 @@ def test_old_namings_mean_to_diffusers_what_they_mean_here(naming, models, pipel
 
 def test_our_merged_folder_is_diffusers_with_the_lora_fused(models, folders, pipelines, tmp_path):
     model = models["sd1"]
-    adapters = learned(model)
-    lora.detach(adapters)
+    adapters = learned(model, attached=False)
     save_lora(tmp_path / "ours.safetensors", adapters, model)
     kept = merge_lora(model, tmp_path / "ours.safetensors", 0.7)
     ldm.save(model, tmp_path / "merged", format="diffusers")
@@ -218,8 +216,7 @@ def test_the_header_is_what_diffusers_writes(models, pipelines, tmp_path):
     pipeline = pipelines("sd1")
     teach(pipeline)
     headers = []
-    adapters = learned(models["sd1"])
-    lora.detach(adapters)
+    adapters = learned(models["sd1"], attached=False)
     save_lora(tmp_path / "ours.safetensors", adapters, models["sd1"], "peft")
     for path in (tmp_path / "ours.safetensors", write(pipeline, tmp_path, settings=True)):
         with safe_open(path, "pt") as file:

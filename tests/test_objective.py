@@ -97,10 +97,3 @@ def test_no_weight_is_a_weight_of_one():
     plain = prediction_loss("eps", output, x0, noise, ab)
     assert torch.equal(plain, (output - noise).square().mean(1))
     assert torch.equal(plain, prediction_loss("eps", output, x0, noise, ab, weight={"name": "none"}))
-
-
-def test_the_old_names_of_dreambooth_mean_the_new_ones(build):
-    stage = "finetune.dreambooth.DreamBoothStage"
-    old = build(stage, snr_gamma=3.0, noise_offset=0.1).objective
-    new = build(stage, weight={"name": "min_snr", "gamma": 3.0}, noise={"offset": 0.1}).objective
-    assert (old.weight, old.noise) == (new.weight, new.noise) == ({"name": "min_snr", "gamma": 3.0}, {"offset": 0.1})

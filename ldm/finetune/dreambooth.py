@@ -61,8 +61,6 @@ class DreamBoothStage(Stage):
         lora_file, lora_format: where the adapters are written, besides being merged into the model, and how.
         prior_weight: lambda.
         error, weight, noise, timesteps: of `Objective`, for both terms.
-        snr_gamma: diffusers' name for `weight: {name: min_snr, gamma: ...}`.
-        noise_offset: diffusers' name for `noise: {offset: ...}`.
         optimizer, betas, weight_decay: see `make_optimizer`.
         gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
         cache: keep latents and text embeddings in memory where nothing changes them.
@@ -90,8 +88,6 @@ class DreamBoothStage(Stage):
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
-        snr_gamma: float | None = None,
-        noise_offset: float = 0.0,
         optimizer: str = "adamw",
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
@@ -106,7 +102,6 @@ class DreamBoothStage(Stage):
         super().__init__(preview_columns)
         if not prior_weight >= 0:
             raise ValueError(f"prior_weight {prior_weight} must not be below 0")
-        weight, noise = diffusers_names(weight, snr_gamma, noise, noise_offset)
         words, prompts = words_and_prompts(instance_prompt, class_prompt)
         train_text = choose_text(train_text, words, lora is not None)
         model = load_to_tune(ckpt, loading)
@@ -287,19 +282,6 @@ class DreamBoothStage(Stage):
         state = {name: tensor.to(self.dtypes[name]) for name, tensor in model.state_dict().items()}
         config = {name: value for name, value in model.config.items() if value is not None or name not in OPTIONAL}
         return {"target": MODEL_TARGET, "params": config}, state
-
-
-def diffusers_names(
-    weight: Mapping[str, Any] | None, snr_gamma: float | None, noise: Mapping[str, Any] | None, noise_offset: float
-) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-    """Return the weight and noise of `Objective`, which diffusers' options may name instead."""
-    if (weight is not None and snr_gamma is not None) or (noise is not None and noise_offset):
-        raise ValueError(
-            f"give weight {weight} or snr_gamma {snr_gamma}, and noise {noise} or noise_offset {noise_offset}: they "
-            "are two names of one setting"
-        )
-    weight = weight if snr_gamma is None else {"name": "min_snr", "gamma": snr_gamma}
-    return weight, {"offset": noise_offset} if noise is None else noise
 
 
 def embedding_repulsion(texts: Conditioning, others: Conditioning, count: int) -> Tensor:
