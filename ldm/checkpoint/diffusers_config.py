@@ -87,10 +87,9 @@ def read_unet(config: Mapping[str, Any]) -> Config:
     attended = [name == ATTENDED[0] for name in own["down_block_types"]]
     _check_blocks(own, unet_blocks(attended), len(widths), "the UNet", f"{ATTENDED[0]} and {PLAIN[0]}")
     depths, contexts = own["transformer_layers_per_block"], own["cross_attention_dim"]
-    if not isinstance(contexts, int):
-        if len(set(contexts)) != 1:
-            raise ValueError(f"the UNet's cross_attention_dim is {list(contexts)}: it must be one for all levels")
-        contexts = contexts[0]
+    contexts = one_if_equal(contexts)
+    if isinstance(contexts, list):
+        raise ValueError(f"the UNet's cross_attention_dim is {contexts}: it must be one for all levels")
     if not isinstance(depths, int) and not all(isinstance(depth, int) for depth in depths):
         raise ValueError(f"the UNet's transformer_layers_per_block is {depths}: one number per level is supported")
     if own["resnet_time_scale_shift"] not in ("default", "scale_shift"):

@@ -22,6 +22,8 @@ from ldm.checkpoint.diffusers_config import (
     VAE_KEYS,
     arguments,
     one_if_equal,
+    read_unet,
+    read_vae,
     unet_blocks,
     unet_levels,
     vae_blocks,
@@ -45,6 +47,12 @@ WRITTEN = {  # all files that any version writes
     *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
     *(f"{part}/config.json" for part in WEIGHT_FILES),
     *(f"{part}/{'.'.join(kinds[0])}" for part, kinds in WEIGHT_FILES.items()),
+}
+CANNOT_EXPRESS = "diffusers' Stable Diffusion cannot express this model"
+# Arguments that change no number of a trained network of this kind, or not beside the others.
+NO_EFFECT = {
+    *("image_size", "resolution", "dropout", "use_checkpoint", "use_fp16", "use_bf16", "num_heads_upsample"),
+    *("use_new_attention_order", "adm_in_channels", "legacy", "double_z"),
 }
 # Ours -> theirs. Stable Diffusion's "leading" has steps_offset 1, which the pipeline insists on: ours, to the digit.
 SPACINGS = {"leading": "leading", "compvis": "leading", "linspace": "linspace", "trailing": "trailing"}
@@ -186,64 +194,64 @@ def write_unet(params: Config, sample_size: int | list[int]) -> Config:
     """Return UNet2DConditionModel's arguments from UNetModel's; sample_size: of the latents."""
     own = arguments(UNetModel, params)
     widths = [own["model_channels"] * mult for mult in own["channel_mult"]]
-    levels = unet_levels(params)
+    down, up = unet_blocks([level.attention for level in unet_levels(params)])
     by_width = own["num_head_channels"] != -1
-    # each width with attention: the middle's is the last level's
-    used = {width for width, level in zip(widths, levels, strict=True) if level.attention} | {widths[-1]}
-    contexts = own["context_dim"] if isinstance(own["context_dim"], Sequence) else [own["context_dim"]]
-    _refuse(
-        {
-            "num_classes, a class or vector beside the text": own["num_classes"] is not None,
-            "n_embed": own["n_embed"] is not None,
-            "attention without text (use_spatial_transformer false)": not own["use_spatial_transformer"],
-            "resblock_updown": own["resblock_updown"],
-            "conv_resample false": not own["conv_resample"],
-            "disable_middle_self_attn": own["disable_middle_self_attn"],
-            "num_attention_blocks": own["num_attention_blocks"] is not None,
-            f"channel_mult {list(own['channel_mult'])}, which does not begin with 1": own["channel_mult"][0] != 1,
-            f"context_dim {contexts}, of several widths": len(set(contexts)) != 1,
-            f"num_head_channels {own['num_head_channels']}, which does not divide every width": by_width
-            and any(width % own["num_head_channels"] for width in used),
-        }
-    )
-    disabled = own["disable_self_attentions"]
-    down, up = unet_blocks([level.attention for level in levels])
-    return {
+    config = {
         "sample_size": sample_size,
         **{theirs: own[ours] for ours, theirs in UNET_KEYS.items()},
         **{theirs: one_if_equal(own[ours]) for ours, theirs in PER_LEVEL.items()},
         **{"down_block_types": down, "up_block_types": up, "block_out_channels": widths},
         # which diffusers reads as the number of heads
         "attention_head_dim": [max(1, w // own["num_head_channels"]) for w in widths] if by_width else own["num_heads"],
-        "cross_attention_dim": contexts[0],
-        "only_cross_attention": False if disabled is None else one_if_equal([bool(flag) for flag in disabled]),
+        "cross_attention_dim": one_if_equal(own["context_dim"]),
+        "only_cross_attention": one_if_equal(own["disable_self_attentions"] or False),
         # Stable Diffusion 2's attention overflows in half precision with old versions; no effect otherwise
         "upcast_attention": own["use_linear_in_transformer"],
         "resnet_time_scale_shift": "scale_shift" if own["use_scale_shift_norm"] else "default",
     }
+    own |= {"num_heads": -1} if by_width else {}
+    with _expressing():
+        again = read_unet(config)
+    again = arguments(UNetModel, again) | {"attention_resolutions": unet_levels(again)}
+    _check_lossless(own | {"attention_resolutions": unet_levels(params)}, again)
+    return config
 
 
 def write_vae(params: Config, scale_factor: float, sample_size: int) -> Config:
     """Return the arguments of diffusers' AutoencoderKL from ours; sample_size: of the images."""
-    own = arguments(Encoder, params["ddconfig"])
-    mults, mid = list(own["ch_mult"]), own["attn_type"] != "none"
-    attended = [own["resolution"] // 2**i in own["attn_resolutions"] for i in range(len(mults))]
-    _refuse(
-        {
-            f"embed_dim {params['embed_dim']} beside z_channels {own['z_channels']}": params["embed_dim"]
-            != own["z_channels"],
-            "resamp_with_conv false": not own["resamp_with_conv"],
-            "tanh_out": own["tanh_out"],
-            "attn_type none with attn_resolutions": any(attended) and not mid,
-            f"ch_mult {mults}, which does not begin with 1": mults[0] != 1,
-        }
-    )
-    down, up = vae_blocks(attended)
-    return {
+    own = _vae_arguments(params)
+    down, up = vae_blocks(own["attn_resolutions"])
+    config = {
         **{theirs: own[ours] for ours, theirs in VAE_KEYS.items()},
-        **{"down_block_types": down, "up_block_types": up, "block_out_channels": [own["ch"] * mult for mult in mults]},
-        **{"sample_size": sample_size, "scaling_factor": scale_factor, "mid_block_add_attention": mid},
+        **{"down_block_types": down, "up_block_types": up, "sample_size": sample_size, "scaling_factor": scale_factor},
+        **{"block_out_channels": [own["ch"] * m for m in own["ch_mult"]], "mid_block_add_attention": own["attn_type"]},
     }
+    with _expressing():
+        again, _ = read_vae(config)
+    _check_lossless(own, _vae_arguments(again))
+    return config
+
+
+def _vae_arguments(params: Config) -> Config:
+    """Return our autoencoder's arguments, attn_resolutions as a flag per level and attn_type as one for the middle."""
+    own = arguments(Encoder, params["ddconfig"])
+    middle = own["attn_type"] != "none"
+    attended = [middle and own["resolution"] // 2**i in own["attn_resolutions"] for i in range(len(own["ch_mult"]))]
+    return own | {"embed_dim": params["embed_dim"], "attn_type": middle, "attn_resolutions": attended}
+
+
+@contextmanager
+def _expressing() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{CANNOT_EXPRESS}: {error}") from None
+
+
+def _check_lossless(own: Config, again: Config) -> None:
+    """Raise ValueError naming the arguments that are not the same when the configuration is read again."""
+    values = {key: [one_if_equal(part[key]) or None for part in (own, again)] for key in own.keys() - NO_EFFECT}
+    _refuse({f"{key} {own[key]}": before != after for key, (before, after) in sorted(values.items())})
 
 
 def write_text(encoder: nn.Module, own: Config) -> Config:
@@ -321,7 +329,7 @@ def _refuse(reasons: Mapping[str, bool]) -> None:
     """Raise ValueError naming those that hold."""
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
-        raise ValueError(f"diffusers' Stable Diffusion cannot express this model: {'; '.join(found)}")
+        raise ValueError(f"{CANNOT_EXPRESS}: {'; '.join(found)}")
 
 
 @contextmanager
