@@ -24,8 +24,10 @@ from ldm.util import call_with, instantiate_network
 
 Conditioning = dict[str, Tensor]
 # The settings of a model without its own; spacing None is the sampler's, interval None everywhere.
-DEFAULTS = {"height": 512, "width": 512, "steps": 50, "scale": 7.5}
-DEFAULTS |= {"sampler": "ddim", "spacing": None, "interval": None}
+DEFAULTS: dict[str, Any] = {
+    **{"height": 512, "width": 512, "steps": 50, "scale": 7.5, "sampler": "ddim"},
+    **{"spacing": None, "interval": None},
+}
 
 
 class DiffusionWrapper(nn.Module):

@@ -152,7 +152,7 @@ class Guidance:
     )  # fmt: skip
 
 
-def setting_rows(of: type) -> dict[str, Setting]:
+def setting_rows(of: Any) -> dict[str, Setting]:
     """Return the settings of a dataclass by name."""
     return {f.name: f.metadata["setting"] for f in fields(of) if "setting" in f.metadata}
 

@@ -1,1 +1,1 @@
-"""Making images with a loaded model: recipes, drawing, and the files that come out."""
+"""Generating images with a loaded model: options, recipes, runs from options to files, and faster forms of a model."""

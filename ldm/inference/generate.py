@@ -36,7 +36,7 @@ class Generated(NamedTuple):
 
 def default_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
     """Return the recipe of the model's own defaults, with those `settings` that are not None in their place."""
-    own = {key: value for key, value in model.defaults.items() if value is not None}
+    own: dict[str, Any] = {key: value for key, value in model.defaults.items() if value is not None}
     if "interval" in own:
         own["interval"] = tuple(map(float, own["interval"]))
     recipe = Recipe(

@@ -5,7 +5,7 @@ mistakes in options are quick.
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ldm.cli import Parser, finite_float, int_range
 from ldm.settings import FLAG, INT, INTERVAL, NAMES, STR, Setting, Settings, help_text, setting_rows
@@ -80,13 +80,13 @@ def add_settings(group: argparse._ArgumentGroup | Parser, *names: str) -> None:
     for name in names:
         row = rows[name]
         main, *others = row.flags
-        options = {"dest": name, "default": None, "help": help_text(row), **_value(row)}
+        options: dict[str, Any] = {"dest": name, "default": None, "help": help_text(row), **_value(row)}
         group.add_argument(main, **options)
         if others:
             group.add_argument(*others, **options | {"help": argparse.SUPPRESS})
 
 
-def _value(row: Setting) -> dict[str, object]:
+def _value(row: Setting) -> dict[str, Any]:
     """Return how argparse reads a setting's value."""
     if row.type is FLAG:
         return {"action": "store_true"}
