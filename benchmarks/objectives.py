@@ -29,7 +29,7 @@ MODEL = "stage.params.model.params"
 UNET = f"{MODEL}.unet_config.params"
 
 
-class Objective(NamedTuple):
+class Change(NamedTuple):
     """What it changes in configs/pixel/objectives.yaml, and by which samplers it is drawn."""
 
     changes: Sequence[str] = ()
@@ -37,22 +37,22 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES = {  # each is one change from the first
-    "v, cosine": Objective(samplers=("ddim", "ddpm")),
-    "eps, cosine": Objective([f"{MODEL}.prediction=eps"]),
-    "x0, cosine": Objective([f"{MODEL}.prediction=x0"]),
-    "v, linear": Objective([f"{MODEL}.schedule.name=linear"]),
-    "v, scaled_linear": Objective([f"{MODEL}.schedule.name=scaled_linear"]),
-    "v, sigmoid_alphabar": Objective([f"{MODEL}.schedule.name=sigmoid_alphabar"]),
-    "v, sigmoid_beta": Objective([f"{MODEL}.schedule.name=sigmoid_beta"]),
-    "v, weight min_snr": Objective([f"{WEIGHT}=min_snr"]),
-    "v, weight snr": Objective([f"{WEIGHT}=snr"]),
-    "v, weight truncated_snr": Objective([f"{WEIGHT}=truncated_snr"]),
-    "learned variance": Objective([f"{MODEL}.learned_variance=true", f"{UNET}.out_channels=2"], ("ddim", "ddpm")),
-    "self-conditioning": Objective([f"{MODEL}.self_condition=true", f"{UNET}.in_channels=2"]),
-    "linear attention": Objective([f"{UNET}.attention_type=linear", f"{UNET}.attention_memory=4"]),
-    "immiscible noise": Objective([f"{NOISE}.immiscible=true"]),
-    "offset noise": Objective([f"{NOISE}.offset=0.1"]),
-    "eps, linear": Objective([f"{MODEL}.prediction=eps", f"{MODEL}.schedule.name=linear"]),  # two: Ho et al. 2020's
+    "v, cosine": Change(samplers=("ddim", "ddpm")),
+    "eps, cosine": Change([f"{MODEL}.prediction=eps"]),
+    "x0, cosine": Change([f"{MODEL}.prediction=x0"]),
+    "v, linear": Change([f"{MODEL}.schedule.name=linear"]),
+    "v, scaled_linear": Change([f"{MODEL}.schedule.name=scaled_linear"]),
+    "v, sigmoid_alphabar": Change([f"{MODEL}.schedule.name=sigmoid_alphabar"]),
+    "v, sigmoid_beta": Change([f"{MODEL}.schedule.name=sigmoid_beta"]),
+    "v, weight min_snr": Change([f"{WEIGHT}=min_snr"]),
+    "v, weight snr": Change([f"{WEIGHT}=snr"]),
+    "v, weight truncated_snr": Change([f"{WEIGHT}=truncated_snr"]),
+    "learned variance": Change([f"{MODEL}.learned_variance=true", f"{UNET}.out_channels=2"], ("ddim", "ddpm")),
+    "self-conditioning": Change([f"{MODEL}.self_condition=true", f"{UNET}.in_channels=2"]),
+    "linear attention": Change([f"{UNET}.attention_type=linear", f"{UNET}.attention_memory=4"]),
+    "immiscible noise": Change([f"{NOISE}.immiscible=true"]),
+    "offset noise": Change([f"{NOISE}.offset=0.1"]),
+    "eps, linear": Change([f"{MODEL}.prediction=eps", f"{MODEL}.schedule.name=linear"]),  # two: Ho et al. 2020's
 }
 
 

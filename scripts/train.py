@@ -3,7 +3,7 @@
     python scripts/train.py configs/digits/*.yaml [key=value ...] [--resume]
 
 key=value changes a setting in every configuration that has it (loop.steps=100, outdir=runs/mine); NAME.key=value only
-in the stage of that name (diffusion.loop.steps=100). An interrupted run goes on with the same command and --resume.
+in the stage of that name (diffusion.loop.steps=100). The same command with --resume continues an interrupted run.
 """
 
 from ldm.cli import Parser, run
@@ -12,7 +12,7 @@ from ldm.cli import Parser, run
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="yaml files, then settings to change")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, skip finished stages")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run, skip finished stages")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument(
         "--allow", action="append", default=[], metavar="PACKAGE", help="package whose classes may be built"
@@ -21,8 +21,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm import util
     from ldm.training.config import read_configs
-    from ldm.training.loop import LoopSettings, train
-    from ldm.training.processes import processes
+    from ldm.training.loop import LoopSettings, processes, train
 
     util.ALLOWED_PACKAGES.update(args.allow)
     paths = [argument for argument in args.arguments if "=" not in argument]

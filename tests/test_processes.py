@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm.training.processes import processes
+from ldm.training.loop import processes
 
 ROOT = Path(__file__).parent.parent
 

@@ -114,10 +114,9 @@ class DreamBoothStage(Stage):
             lora = {"targets": ["attention", "text"] if train_text == "all" else ["attention"], "seed": seed, **lora}
         self._choose(layers, train_text != "none", words if train_text == "words" else None, lora)
         self.lora_file = None if lora is None or lora_file is None else Path(lora_file)
-        self.lora_format = lora_format
         if gradient_checkpointing:
             checkpoint_blocks(self.model)
-        self.prior_weight = prior_weight
+        self.prior_weight, self.lora_format = prior_weight, lora_format
         self.learning_rate = rate_for("learning_rate", learning_rate, "weights" if lora is None else "lora")
         if self.train_text:
             part = train_text if lora is None else "lora"

@@ -99,7 +99,7 @@ def begin(
         loading: arguments of `ldm.load` besides the path.
     """
     import ldm
-    from ldm.training.processes import processes
+    from ldm.training.loop import processes
 
     these = processes(args.device)
     if args.resume is not None and these.is_main_process:

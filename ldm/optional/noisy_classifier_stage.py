@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
 from ldm.training.objective import timestep_settings
-from ldm.training.stage import Loss, Stage
+from ldm.training.stage import Loss, Stage, check_labels
 from ldm.util import call_with, instantiate_from_config
 
 
@@ -49,8 +49,7 @@ class NoisyClassifierStage(Stage):
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
         """Keep an image for each row of the preview; raise ValueError if images do not fit the network."""
-        if "label" not in dataset[0]:
-            raise ValueError(f"{type(dataset).__name__} has no labels to learn: use one of the digit sets")
+        check_labels(dataset)
         shown = [dataset[i] for i in range(min(10, len(dataset)))]
         self.shown = torch.stack([sample["image"] for sample in shown])
         self.labels = torch.tensor([sample["label"] for sample in shown])

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import Dataset, Subset
 
 from ldm.images import to_pil
 from ldm.training.order import in_batches
-from ldm.training.stage import Loss, Stage
+from ldm.training.stage import Loss, Stage, check_labels
 from ldm.util import instantiate_from_config
 
 CALIBRATION_IMAGES = 10_000  # enough for means and variances to a percent
@@ -49,8 +50,7 @@ class ClassifierStage(Stage):
         self.transform = {"rotation": rotation, "shear": shear, "scale": scale, "shift": shift}
 
     def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        if "label" not in dataset[0]:
-            raise ValueError(f"{type(dataset).__name__} has no labels to learn: use one of the digit sets")
+        check_labels(dataset)
         shown = [dataset[i]["image"] for i in range(min(self.preview_columns**2, len(dataset)))]
         self.shown = torch.stack(shown)
         return dataset
@@ -71,19 +71,9 @@ class ClassifierStage(Stage):
     @torch.no_grad()
     def finish(self, dataset: Dataset) -> None:
         """Measure all batch statistics again: on images without transforms, and for the averaged weights."""
-        norms = [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        kept = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over all batches
-        self.model.train()
-        device = next(self.model.parameters()).device
-        subset = torch.utils.data.Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
-        for batch in in_batches(subset, 500, "measuring batch statistics"):
-            self.model(batch["image"].to(device))
-        for norm, momentum in zip(norms, kept, strict=True):
-            norm.momentum = momentum
-        self.model.eval()
+        subset = Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
+        batches = in_batches(subset, 500, "measuring batch statistics")
+        update_bn((batch["image"] for batch in batches), self.model, next(self.model.parameters()).device)
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return self.config, self.model.state_dict()

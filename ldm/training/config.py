@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from ldm.util import load_yaml
 
-KEYS = ("name", "outdir", "seed", "stage", "data", "loop")
+SECTIONS = ("name", "outdir", "seed", "stage", "data", "loop")
 
 
 def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -19,10 +23,6 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
         raise ValueError(
             "no configuration is given: name at least one yaml file, such as configs/digits/autoencoder.yaml"
         )
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
     configs, used = [_read(path) for path in paths], set()
     for config in configs:
         for change in changes:
@@ -53,13 +53,13 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
 
 
 def _read(path: str) -> Any:
-    from omegaconf import OmegaConf
-
     config = load_yaml(path)
     found = set(config) if OmegaConf.is_dict(config) else set()
-    missing, unknown = [k for k in KEYS if k not in found], sorted(found - set(KEYS))
+    missing, unknown = [k for k in SECTIONS if k not in found], sorted(found - set(SECTIONS))
     if missing or unknown:
-        raise ValueError(f"configuration {path!r} lacks {missing} and has unknown keys {unknown}: the keys are {KEYS}")
+        raise ValueError(
+            f"configuration {path!r} lacks {missing} and has unknown keys {unknown}: the keys are {SECTIONS}"
+        )
     if not isinstance(config.name, str):
         raise ValueError(f"configuration {path!r}: the name {config.name!r} must be a word")
     return config
@@ -79,8 +79,6 @@ def _check_values(path: str, config: dict[str, Any]) -> None:
 
 def _has(config: Any, key: str) -> bool:
     """Return whether a dotted key exists; parameters that the yaml leaves out count, since a stage checks its own."""
-    from omegaconf import OmegaConf
-
     parent, _, last = key.rpartition(".")
     if parent == "loop" or parent.endswith("params"):
         return OmegaConf.is_dict(OmegaConf.select(config, parent))

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,9 @@ from ldm.training.order import EpochBatches, mix_seed, training_batches
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage, Trained
 from ldm.util import call_with, instantiate_from_config, pick_device
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass
@@ -149,6 +153,17 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     accelerator.wait_for_everyone()  # the next stage reads what the main process writes
     accelerator.free_memory()
     return folder.model
+
+
+def processes(device: str) -> "PartialState":
+    """Return accelerate's state of the run's processes: which is the main one, and how to wait for each other.
+
+    Call it before `train`, because accelerate keeps its first state. device: as `train` takes it.
+    """
+    from accelerate import PartialState
+
+    # The others wait while one generates class images, which takes longer than torch's default timeout.
+    return PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(hours=12))
 
 
 def make_accelerator(settings: LoopSettings, device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.denoising import DenoisingStage, check_probability
 from ldm.training.objective import Objective
+from ldm.training.stage import check_labels
 from ldm.util import instantiate_from_config
 
 
@@ -72,8 +73,8 @@ class PixelDiffusionStage(DenoisingStage):
                 f"the images of {type(dataset).__name__} are {tuple(sample['image'].shape)} and the model's, by its "
                 f"channels and its defaults' height and width, {size}: make them equal"
             )
-        if model.cond_stage_model is not None and "label" not in sample:
-            raise ValueError(f"{type(dataset).__name__} has no labels: use one of the digit sets")
+        if model.cond_stage_model is not None:
+            check_labels(dataset)
         return dataset
 
     def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:

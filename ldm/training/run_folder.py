@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -32,8 +33,6 @@ class RunFolder:
         self._check(config, resume)
 
     def _check(self, config: dict[str, Any], resume: bool) -> None:
-        from omegaconf import OmegaConf
-
         saved = self.path / "config.yaml"
         if not saved.exists():
             return
@@ -54,8 +53,6 @@ class RunFolder:
 
     def begin(self, config: dict[str, Any]) -> None:
         """Write the configuration, once the stage and its data are built: a mistake leaves no run behind."""
-        from omegaconf import OmegaConf
-
         if not self.writes:
             return
         with atomic(self.path / "config.yaml") as temporary:

@@ -97,6 +97,12 @@ class Trained(nn.Module):
         return self.stage.turn(batch, k, number, shared)
 
 
+def check_labels(dataset: Dataset) -> None:
+    """Raise ValueError unless the data set has labels."""
+    if "label" not in dataset[0]:
+        raise ValueError(f"{type(dataset).__name__} has no labels: use one of the digit sets")
+
+
 def adamw(parameters: Iterable[nn.Parameter], **options: Any) -> AdamW:
     """Return AdamW over the parameters that train, as one fused kernel per step where torch has one."""
     trainable = [p for p in parameters if p.requires_grad]
