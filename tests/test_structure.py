@@ -35,9 +35,8 @@ LONG_FUNCTIONS = {"ldm/training/loop.py:train", "ldm/generation.py:generate"}
 COMPVIS_NAMES = {"LatentDiffusion", "DiffusionWrapper", "ClassEmbedder", "SpatialRescaler", "IdentityFirstStage"}
 COMPVIS_NAMES |= {"PersonalizedBase", "Encoder", "Downsample", "Upsample"}
 # What the rules below do not hold for yet; only fewer from now on.
-STILL_LONG = {"ldm/loading.py:load"}
-STILL_LONG |= {"ldm/checkpoint/diffusers_writer.py:write_pipeline"}
-STILL_TWICE = {"FORMATS", "FRAMES", "PRECISIONS", "TEXT_KEYS"}
+STILL_LONG: set[str] = set()
+STILL_TWICE = {"FORMATS", "FRAMES", "PRECISIONS"}
 STILL_TWICE |= {"check_model", "compare", "load_network", "measure", "nearest"}
 
 

@@ -15,7 +15,7 @@ TEXT_DEFAULTS = {
     **{"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12},
     **{"num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
 }
-TEXT_KEYS = {  # our arguments -> theirs with the same values
+CLIP_KEYS = {  # our arguments -> theirs with the same values
     **{"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"},
     **{"activation": "hidden_act", "vocab_size": "vocab_size", "context_length": "max_position_embeddings"},
 }
@@ -59,7 +59,7 @@ def read_text_sizes(config: Mapping[str, Any]) -> Config:
     for key, values in known.items():
         if own[key] not in values:
             raise ValueError(f"the text encoder has {key} {own[key]!r}: known is {' or '.join(map(str, values))}")
-    return {ours: own[theirs] for ours, theirs in TEXT_KEYS.items()}
+    return {ours: own[theirs] for ours, theirs in CLIP_KEYS.items()}
 
 
 def vocabulary(merges: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ from ldm.checkpoint.diffusers_config import (
 )
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json
 from ldm.checkpoint.diffusers_folder import PIPELINES
-from ldm.checkpoint.diffusers_text import TEXT_KEYS, TOKENIZER_FILES, vocabulary
+from ldm.checkpoint.diffusers_text import CLIP_KEYS, TOKENIZER_FILES, vocabulary
 from ldm.checkpoint.file import save_file
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State
@@ -258,7 +258,7 @@ def write_text(encoder: nn.Module, own: Config) -> Config:
     """Return the arguments of transformers' CLIPTextConfig from all of TextEncoder's, for the blocks that are run."""
     tokenizer = encoder.tokenizer
     return {
-        **{theirs: own[ours] for ours, theirs in TEXT_KEYS.items()},
+        **{theirs: own[ours] for ours, theirs in CLIP_KEYS.items()},
         **{"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad},
         **{"intermediate_size": 4 * own["width"], "projection_dim": own["width"], "num_hidden_layers": encoder.state},
     }
