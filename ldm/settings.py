@@ -44,7 +44,7 @@ class Setting(NamedTuple):
         unset: what is used when it is not given, in words.
         low, high: its range.
         needs: the setting without which it has no effect.
-        always: whether a PNG tells it when it has the default value too.
+        always: whether the PNG has it with the default value too.
     """
 
     type: Type

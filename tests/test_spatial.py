@@ -52,7 +52,7 @@ def test_an_image_stays_as_it_is():
 
 @pytest.mark.parametrize("model", [ConcatImage(), SpatialRescaler()])
 def test_what_is_no_image_is_refused(model):
-    with pytest.raises(ValueError, match="was given a list: draw with it from Python, by model.generate"):
+    with pytest.raises(ValueError, match="got a list: call model.generate"):
         model(["a cat"])
     with pytest.raises(ValueError, match=r"given \(3, 4, 4\) of torch.float32"):
         model(images(3, 4, 4))

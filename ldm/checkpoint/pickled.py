@@ -45,7 +45,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A view of a storage, as the pickle describes it; without `dtype`, the storage's kind tells it."""
+    """A view of a storage, as the pickle describes it; without `dtype`, it is that of the storage."""
 
     storage: Any
     offset: Any

@@ -103,7 +103,7 @@ class TorchFile:
             raise ValueError(f"its records unpack to absurd sizes for a file of {len(self.bytes)} bytes")
         if record.entry is None:
             return self.bytes[record.start : record.start + record.size]
-        record.entry.CRC = record.entry.CRC or None  # 0 if torch was told to leave checksums out; None is not checked
+        record.entry.CRC = record.entry.CRC or None  # 0 where torch wrote no checksums; None is not checked
         try:
             with self.archive.open(record.entry) as packed:
                 content = packed.read(record.size)

@@ -1,1 +1,1 @@
-"""What the UNet is told: prompts as tokens, tokens as CLIP's hidden states."""
+"""Conditions for the UNet: prompts to tokens, tokens to CLIP's hidden states; classes and images."""

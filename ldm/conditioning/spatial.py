@@ -66,7 +66,7 @@ def _checked(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
         what = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(
-            f"this model is conditioned on images, floats (b, c, h, w), and was given {what}: draw with it from "
-            "Python, by model.generate(images), as scripts have only words and numbers to give"
+            f"this model is conditioned on images, floats (b, c, h, w), got {what}: call "
+            "model.generate(images) from Python, since the scripts only take texts and numbers"
         )
     return x

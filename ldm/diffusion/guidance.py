@@ -111,7 +111,7 @@ def autoguidance(denoise: BoundDenoise, weak: BoundDenoise, scale: float) -> Bou
         denoise: The model's, its conditioning bound.
         weak: Of a model with the same faults to a higher degree (smaller, or trained for fewer steps), under the same
             conditioning. It is called once a step, and not at all at scale 1.
-        scale: The paper's w: 1 is no guidance.
+        scale: The paper's w: 1 means no guidance.
     """
     if scale == 1:
         return denoise

@@ -176,7 +176,7 @@ def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) 
     """Hooks a file's adapters onto the model; several files' changes add up. Notes go to `model.notes`.
 
     The weights stay as they are, and each adapter's `strength` may change at any time; `lora.detach` takes them off.
-    Where the strength is settled, `merge_lora` draws faster. Errors as `load_lora`.
+    Where the strength is settled, the model samples faster after `merge_lora`. Errors as `load_lora`.
     """
     adapters, notes = load_lora(path, model, strength)
     connect(model, adapters)

@@ -25,7 +25,7 @@ from ldm.training.diffusion import LatentDataset
 from ldm.training.objective import Objective
 from ldm.training.stage import Loss, Stage
 
-# What may be said of an image whose subject alone is known. A frame says nothing else about the image.
+# Captions that fit any image of the subject: they mention nothing but the subject.
 FRAMES = {
     "object": (
         *("a photo of a {}", "a photo of the {}", "a photo of one {}", "a picture of a {}", "an image of the {}"),

@@ -65,7 +65,7 @@ def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) ->
 
 
 def _complete(recipe: Recipe, model: LatentDiffusion) -> Recipe:
-    """Fill in what the sampler decides, so that the PNG tells it. ValueError for an unknown sampler."""
+    """Fill in what the sampler decides, so that the PNG has it. ValueError for an unknown sampler."""
     name = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T)
     row = get_sampler(name)
     return replace(

@@ -108,7 +108,7 @@ def _level(x: "_Bands", level: nn.Module) -> None:
     for j, block in enumerate(level.block):
         _residual(x, block)
         if len(level.attn) > 0:
-            x.apply_whole(level.attn[j])
+            x.apply_untiled(level.attn[j])
 
 
 def _residual(x: "_Bands", block: ResnetBlock) -> None:
@@ -180,7 +180,7 @@ class _Bands:
         for i, window in self.windows(halo):
             self[i] = window.cut(layer(window.rows), scale)
 
-    def apply_whole(self, layer: Callable[[Tensor], Tensor]) -> None:
+    def apply_untiled(self, layer: Callable[[Tensor], Tensor]) -> None:
         """Replace the map by layer(map), computed at once."""
         self.bands = type(self).of(layer(self.joined()), self.bands[0].shape[2], self.store).bands
 
