@@ -54,7 +54,7 @@ def test_an_image_stays_as_it_is():
 def test_what_is_no_image_is_refused(model):
     with pytest.raises(ValueError, match="got a list: call model.generate"):
         model(["a cat"])
-    with pytest.raises(ValueError, match=r"given \(3, 4, 4\) of torch.float32"):
+    with pytest.raises(ValueError, match=r"got \(3, 4, 4\) of torch.float32"):
         model(images(3, 4, 4))
     with pytest.raises(ValueError, match="of torch.uint8"):
         model(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
