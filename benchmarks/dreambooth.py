@@ -138,7 +138,7 @@ def peak_memory() -> int:
 
 def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
     """scripts/dreambooth.py itself, as it is started by a user."""
-    import dreambooth  # beside this script
+    from scripts import dreambooth
 
     with tempfile.TemporaryDirectory() as out:
         argv = ["--ckpt", checkpoint / "model.safetensors", "--output_dir", Path(out, "run"), "--device", args.device]

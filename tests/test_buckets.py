@@ -19,7 +19,7 @@ def test_shapes_at_stable_diffusions_size():
     shapes = bucket_shapes(512, 64)
     upright = [(256, 1024), (320, 768), (384, 640), (448, 576)]
     assert sorted(shapes) == sorted([(512, 512), *upright, *((high, wide) for wide, high in upright)])
-    with pytest.raises(ValueError, match="no bucket but the square.*multiples of 64.*at least 128, not 64"):
+    with pytest.raises(ValueError, match="the square is the only bucket.*multiples of 64.*at least 128, not 64"):
         bucket_shapes(64, 64)
 
 
@@ -59,9 +59,9 @@ def test_images_are_cut_as_little_as_can_be(tmp_path):
     assert wide[0, 0, [0, -1]].numpy() == pytest.approx([-1, 1], abs=0.05)
     assert wide[1, [0, -1], 0].numpy() == pytest.approx([2 * 4 / 31 - 1, 2 * 27 / 31 - 1], abs=0.05)
     assert np.array_equal(((data[3]["image"] + 1) * 127.5).round().numpy().transpose(1, 2, 0), np.asarray(ramp(64, 16)))
-    drawn = Folder(tmp_path, 32, caption="", crop="random", buckets=bucket_shapes(32, 8))
-    drawn.set_epoch(1)
-    assert drawn[0]["image"].shape == (3, 16, 64) and not drawn[0]["image"].equal(wide)
+    random = Folder(tmp_path, 32, caption="", crop="random", buckets=bucket_shapes(32, 8))
+    random.set_epoch(1)
+    assert random[0]["image"].shape == (3, 16, 64) and not random[0]["image"].equal(wide)
 
 
 def test_batches_are_of_one_group_and_lose_little():

@@ -133,7 +133,7 @@ def test_the_loss_by_hand(checkpoints, subject, in_buckets, prediction):
     torch.testing.assert_close(values["instance_loss"], instance, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(values["class_loss"], prior, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss, instance + 0.3 * prior, rtol=1e-4, atol=1e-6)
-    assert abs(instance - prior) > 1e-3  # they could be told apart
+    assert abs(instance - prior) > 1e-3  # the two terms differ
 
 
 def test_without_class_images_there_is_one_term(checkpoints, subject):
@@ -203,7 +203,7 @@ def test_words_alone_can_be_trained(checkpoints, subject):
     stage, _, batch = make(checkpoints, subject, text_learning_rate=1e-2, train_text="words", weight_decay=0.1)
     encoder = stage.latent_diffusion.cond_stage_model
     before = copy.deepcopy(encoder.state_dict())
-    told = encoder(["a five"])["c_crossattn"].detach()
+    other = encoder(["a five"])["c_crossattn"].detach()
     (optimizer,) = stage.optimizers()
     for _ in range(3):
         optimizer.zero_grad()
@@ -213,7 +213,7 @@ def test_words_alone_can_be_trained(checkpoints, subject):
     (name,) = changed
     rows = (encoder.state_dict()[name] != before[name]).any(1).nonzero()[:, 0].tolist()
     assert name == "model.token_embedding.weight" and rows == sorted(set(encoder.tokenizer.encode("sks")))
-    assert torch.equal(encoder(["a five"])["c_crossattn"], told)
+    assert torch.equal(encoder(["a five"])["c_crossattn"], other)
     with pytest.raises(ValueError, match="there are no words to train"):
         make(checkpoints, subject, text_learning_rate=1e-2, train_text="words", class_prompt=None)
 
@@ -330,7 +330,7 @@ def test_a_full_disk_loses_nothing(checkpoints, subject, tmp_path, full_at):
 
 @pytest.mark.parametrize("train_text", [False, True])
 def test_lora_trains_adapters_alone(checkpoints, subject, tmp_path, train_text):
-    """The adapters' file on the model as it was, and the merged model, draw alike."""
+    """The original model with the adapters' file computes what the merged model does."""
     lora = {"rank": 2, "targets": ["attention", "text"] if train_text else ["attention"]}
     settings = {"lora": lora, "lora_file": str(tmp_path / "run" / "lora.safetensors")}
     settings |= {"train_text": "all" if train_text else "none", "text_learning_rate": 1e-2}

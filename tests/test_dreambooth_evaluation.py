@@ -1,4 +1,4 @@
-"""The measures of DreamBooth: closed forms, the rule that finds the printed ones, and what is told of two models."""
+"""The measures of DreamBooth: closed forms, the rule that finds the printed ones, and the comparison of two models."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from ldm.evaluation.dreambooth import Detector, compare, read_folder, similarity
 from ldm.evaluation.subjects import FOOT, ORDINARY, foot, star, stars, write_images
 
 
-def drawn(rows: list[str]) -> torch.Tensor:
+def image_of(rows: list[str]) -> torch.Tensor:
     """An image of 28 x 28 from rows of marks."""
     image = torch.zeros(28, 28, dtype=torch.uint8)
     for y, row in enumerate(rows, start=4):
@@ -33,7 +33,7 @@ def test_the_foot_of_drawn_ones():
         [stem] * 6 + [wide] * 2 + [stem] * 8,
         [stem] * 5 + [wide],
     ]
-    assert foot(torch.stack([drawn(rows) for rows in ones])).tolist() == [7, 0, 1, 0, 0]
+    assert foot(torch.stack([image_of(rows) for rows in ones])).tolist() == [7, 0, 1, 0, 0]
     assert foot(torch.zeros(1, 28, 28, dtype=torch.uint8)).tolist() == [0]
     assert ORDINARY < FOOT <= 7
 

@@ -1,4 +1,4 @@
-"""scripts/dreambooth.py as a user runs it: from images to a file that draws, LoRA, several subjects, mistakes."""
+"""scripts/dreambooth.py as a user runs it: from images to a model that generates, LoRA, several subjects, mistakes."""
 
 import json
 from inspect import signature
@@ -22,7 +22,7 @@ SHORT += ["--num_class_images", "3", "--mixed_precision", "fp32", "--device", "c
 
 @pytest.fixture
 def subject(tmp_path):
-    """Four images as they come: grey, colour with an odd size, with transparency, turned; and what is no image."""
+    """Four images as they come: grey, colour with an odd size, with transparency, turned; and another file."""
     folder = tmp_path / "subject"
     folder.mkdir()
     Image.new("L", (32, 32), 200).save(folder / "a.png")
@@ -44,7 +44,7 @@ def images_of(checkpoint, out) -> SubjectImages:
     return SubjectImages(model, 32, 1, **read_yaml(out / "config.yaml")["data"]["params"])
 
 
-def test_from_images_to_a_file_that_draws(tiny_checkpoint, subject, tmp_path, capsys):
+def test_from_images_to_a_model_that_generates(tiny_checkpoint, subject, tmp_path, capsys):
     out = tmp_path / "out"
     dreambooth.main(options(tiny_checkpoint, subject, out))
     said = capsys.readouterr()
@@ -56,9 +56,9 @@ def test_from_images_to_a_file_that_draws(tiny_checkpoint, subject, tmp_path, ca
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["instance_loss"] + lines[-1]["class_loss"], rel=1e-5)
     result = out / "model.safetensors"
     assert result.stat().st_size <= tiny_checkpoint.stat().st_size
-    drawn = tmp_path / "drawn"
-    txt2img.main(["--ckpt", str(result), "--prompt", "a sks five", "--steps", "2", "--outdir", str(drawn)])
-    assert len(samples(drawn)) >= 1
+    images = tmp_path / "images"
+    txt2img.main(["--ckpt", str(result), "--prompt", "a sks five", "--steps", "2", "--outdir", str(images)])
+    assert len(samples(images)) >= 1
     with pytest.raises(ValueError, match="already holds a run"):
         dreambooth.main(options(tiny_checkpoint, subject, out))
 
@@ -89,11 +89,11 @@ def test_lora_and_a_model_that_it_is_not_for(tiny_checkpoint, subject, tmp_path,
     assert f"lora: {out / 'lora.safetensors'} (" in capsys.readouterr().out
     assert 0 < (out / "lora.safetensors").stat().st_size < tiny_checkpoint.stat().st_size / 2
     assert (out / "model.safetensors").stat().st_size <= tiny_checkpoint.stat().st_size
-    line = ["--lora", str(out / "lora.safetensors"), "--prompt", "a five", "--outdir", str(tmp_path / "drawn")]
+    line = ["--lora", str(out / "lora.safetensors"), "--prompt", "a five", "--outdir", str(tmp_path / "images")]
     with pytest.raises(SystemExit) as ended:  # the model that ships
         run(lambda: txt2img.main(line))
     assert ended.value.code == 2 and "another architecture" in capsys.readouterr().err.splitlines()[-1]
-    assert not list((tmp_path / "drawn").rglob("*.png"))
+    assert not list((tmp_path / "images").rglob("*.png"))
 
 
 def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):
@@ -115,7 +115,7 @@ def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tin
 
 
 def test_fewer_class_images_than_asked(tiny_checkpoint, subject, tmp_path, capsys):
-    """The model draws the rest; what is the user's stays first, and as it was."""
+    """The model generates the missing ones; the user's come first, and stay as they were."""
     own = tmp_path / "own"
     own.mkdir()
     Image.new("L", (32, 32), 99).save(own / "a.png")
@@ -223,7 +223,7 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         "keep them apart": line("--output_dir", str(subject / "out")),
         f"{subject} lies in {tmp_path}": line("--class_data_dir", str(tmp_path)),
         "cannot be made by this model": line("--resolution", "33"),
-        "no bucket but the square": line("--resolution", "8", "--buckets"),
+        "the square is the only bucket": line("--resolution", "8", "--buckets"),
         "match no weight": line("--train_layers", "attn9"),
         "bitsandbytes, which is not installed": line("--use_8bit_adam"),
         "adafactor's learning rate is relative": line("--optimizer", "adafactor"),

@@ -62,8 +62,8 @@ def test_it_begins_as_nothing_as_in_the_paper_and_by_a_seed(model):
     for name, adapter in adapters.items():
         assert torch.equal(adapter.down, again[name].down) and not torch.equal(adapter.down, other[name].down)
         assert not adapter.up.any() and adapter.alpha == adapter.rank == 4
-    drawn = torch.cat([adapter.down.detach().flatten() for adapter in adapters.values()])
-    assert abs(drawn.std().item() - 1 / 4) < 5 * 0.25 / (2 * len(drawn)) ** 0.5 and drawn.mean().abs() < 0.02
+    values = torch.cat([adapter.down.detach().flatten() for adapter in adapters.values()])
+    assert abs(values.std().item() - 1 / 4) < 5 * 0.25 / (2 * len(values)) ** 0.5 and values.mean().abs() < 0.02
     for each in (adapters, again, other):
         lora.detach(each)
 

@@ -85,7 +85,7 @@ def write(pipeline, folder, settings: bool):
     return folder / "pytorch_lora_weights.safetensors"
 
 
-def drawn_here(model, path, strength=1.0):
+def outputs_here(model, path, strength=1.0):
     kept = merge_lora(model, path, strength)
     found = outputs(model)
     lora.restore(model, kept)
@@ -101,14 +101,14 @@ def test_what_diffusers_writes_loads_here(kind, models, pipelines, tmp_path):
     path = write(pipeline, tmp_path, settings=True)
     adapters, notes = load_lora(path, models[kind])
     assert notes == [] and {adapter.alpha for adapter in adapters.values()} == {2.0, 5.0}
-    assert distance(wanted, plain) > 0.1 and distance(drawn_here(models[kind], path), wanted) < CLOSE
+    assert distance(wanted, plain) > 0.1 and distance(outputs_here(models[kind], path), wanted) < CLOSE
 
 
 def test_without_settings_alpha_is_the_rank_as_in_diffusers(models, pipelines, tmp_path):
     pipeline = pipelines("sd1")
     teach(pipeline, alpha=3.0, text_alpha=3.0)
     path = write(pipeline, tmp_path, settings=False)
-    assert distance(drawn_here(models["sd1"], path), theirs(pipeline)) < CLOSE
+    assert distance(outputs_here(models["sd1"], path), theirs(pipeline)) < CLOSE
 
 
 def test_a_strength_is_what_it_is_in_diffusers(models, pipelines, tmp_path):
@@ -118,7 +118,7 @@ def test_a_strength_is_what_it_is_in_diffusers(models, pipelines, tmp_path):
     fresh = pipelines("sd1")
     fresh.load_lora_weights(path, adapter_name="a")
     fresh.set_adapters(["a"], [0.6])
-    assert distance(drawn_here(models["sd1"], path, 0.6), theirs(fresh)) < CLOSE
+    assert distance(outputs_here(models["sd1"], path, 0.6), theirs(fresh)) < CLOSE
 
 
 def test_what_pefts_own_model_writes_loads_here(models, pipelines, tmp_path):
@@ -141,7 +141,7 @@ def test_what_pefts_own_model_writes_loads_here(models, pipelines, tmp_path):
     wrapped.save_pretrained(tmp_path)
     adapters, notes = load_lora(tmp_path / "adapter_model.safetensors", models["sd1"])
     assert notes == [] and {adapter.rank for adapter in adapters.values()} == {2, 4}
-    found, wanted = drawn_here(models["sd1"], tmp_path / "adapter_model.safetensors"), theirs(pipeline)
+    found, wanted = outputs_here(models["sd1"], tmp_path / "adapter_model.safetensors"), theirs(pipeline)
     assert distance(found, wanted) < CLOSE * max(1.0, wanted[0].abs().max().item())
 
 
@@ -190,7 +190,7 @@ def test_old_namings_mean_to_diffusers_what_they_mean_here(naming, models, pipel
     pipeline.load_lora_weights(tmp_path / "x.safetensors")
     wanted = theirs(pipeline)
     assert min((a - b).abs().max() for a, b in zip(plain, wanted, strict=True)) > 1e-3
-    assert distance(drawn_here(model, tmp_path / "x.safetensors"), wanted) < CLOSE
+    assert distance(outputs_here(model, tmp_path / "x.safetensors"), wanted) < CLOSE
 
 
 def test_our_merged_folder_is_diffusers_with_the_lora_fused(models, folders, pipelines, tmp_path):

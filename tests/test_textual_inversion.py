@@ -34,11 +34,11 @@ script = load_script("textual_inversion")
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
-    """Three pictures, one of them not square, and a file that is none."""
+    """Three images, one of them not square, and files that are not images."""
     folder = tmp_path_factory.mktemp("subject")
-    values = np.random.default_rng(0).integers(0, 256, (3, 32, 40), dtype=np.uint8)
-    for i, picture in enumerate(values):
-        Image.fromarray(picture[:, : 32 if i else 40]).save(folder / f"{i}.png")
+    noise = np.random.default_rng(0).integers(0, 256, (3, 32, 40), dtype=np.uint8)
+    for i, image in enumerate(noise):
+        Image.fromarray(image[:, : 32 if i else 40]).save(folder / f"{i}.png")
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "notes.pdf").write_bytes(b"x")
     return folder
@@ -167,7 +167,7 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert torch.equal(token_embedding(model.cond_stage_model).vectors[0], words[0][0].vectors)
 
 
-def test_the_page_draws_by_a_caption_that_was_trained_on():
+def test_the_page_has_a_prompt_that_was_trained_on():
     """The one that the script prints, for the model that ships."""
     tokenizer = ldm.load(device="cpu").cond_stage_model.tokenizer
     vectors = load_yaml(ROOT / "configs" / "finetune" / "textual_inversion.yaml").stage.params.vectors
@@ -242,7 +242,7 @@ def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_pat
 
 
 def unusual_sevens(networks: Measuring) -> tuple[Tensor, Tensor]:
-    """Five sevens of a hand, and ten more: uint8 (n, 28, 28), of MNIST's first 1,000 test pictures.
+    """Five sevens of a hand, and ten more: uint8 (n, 28, 28), of MNIST's first 1,000 test images.
 
     They are the seven and its 14 nearest neighbours in features that are least like all other sevens, by the ratio of
     mean cosines to these and among themselves. They are crossed, as about a quarter of all sevens.
@@ -260,11 +260,11 @@ def unusual_sevens(networks: Measuring) -> tuple[Tensor, Tensor]:
 
 def test_the_shipped_model_learns_a_hand(tmp_path):
     """From the word for another digit, a hundred steps lower the loss on noise that was not trained on, and bring what
-    is drawn to pictures that were not trained on."""
+    is generated to images that were not trained on."""
     networks = Measuring.load()
     shown, held_out = unusual_sevens(networks)
-    for i, picture in enumerate(F.pad(shown, (2,) * 4).numpy()):
-        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    for i, image in enumerate(F.pad(shown, (2,) * 4).numpy()):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
     goal = F.normalize(features_of(networks.features, held_out))
     real = (F.normalize(features_of(networks.features, shown)) @ goal.T).mean().item()
     timesteps = {"name": "logit_normal", "mean": 1.0}
@@ -274,11 +274,11 @@ def test_the_shipped_model_learns_a_hand(tmp_path):
 
     @torch.no_grad()
     def measured() -> tuple[float, float]:
-        """(loss, similarity to held-out pictures over that of the five)."""
+        """(loss, similarity to held-out images over that of the five)."""
         torch.manual_seed(1)
         losses = [stage.loss(collate(dataset.__getitems__(list(range(50)))))[1]["loss"].item() for _ in range(4)]
-        drawn = from_pil(stage.latent_diffusion.generate(["a handwritten digit <it>"] * 48, batch_size=48))
-        cosines = F.normalize(features_of(networks.features, drawn)) @ goal.T
+        generated = from_pil(stage.latent_diffusion.generate(["a handwritten digit <it>"] * 48, batch_size=48))
+        cosines = F.normalize(features_of(networks.features, generated)) @ goal.T
         return sum(losses) / 4, cosines.mean().item() / real
 
     loss, similarity = measured()

@@ -17,7 +17,7 @@ def bucket_shapes(size: int, multiple: int) -> list[Shape]:
         shapes += [(long, short), (short, long)]
     if len(shapes) == 1:
         raise ValueError(
-            f"there is no bucket but the square: sides are multiples of {multiple} here, so use a resolution of at "
+            f"the square is the only bucket: sides are multiples of {multiple} here, so use a resolution of at "
             f"least {2 * multiple}, not {size}"
         )
     return shapes

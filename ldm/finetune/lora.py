@@ -224,10 +224,10 @@ class Replaced(dict[str, Tensor]):
 
 @torch.no_grad()
 def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
-    """Adds adapters to the weights, at their strengths, and takes them off their layers.
+    """Add adapters to the weights, at their strengths, and remove them from their layers.
 
-    Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once. Returns the weights
-    that it replaced, by parameter: not copies, but the tensors of before, which `restore` puts back.
+    Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once. Return the
+    replaced weights by parameter: the former tensors themselves, which `restore` puts back.
     """
     detach(adapters)
     found, kept = places(network), Replaced({}, list(adapters.values()))
@@ -243,7 +243,7 @@ def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
 
 
 def restore(network: nn.Module, kept: Replaced) -> None:
-    """Undoes `merge`, bit for bit; after several, the last one first (or all at once with `last | ... | first`)."""
+    """Undo `merge`, bit for bit; after several, the last one first (or all at once with `last | ... | first`)."""
     for name, original in kept.items():
         parameter = network.get_parameter(name)
         parameter.data = original.to(parameter.device, parameter.dtype)

@@ -173,9 +173,9 @@ def _shaped(matrix: Tensor, ndim: int) -> Tensor:
 
 
 def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> dict[str, Adapter]:
-    """Hooks a file's adapters onto the model; several files' changes add up. Notes go to `model.notes`.
+    """Add a file's adapters to the model; several files' changes add up. Notes go to `model.notes`.
 
-    The weights stay as they are, and each adapter's `strength` may change at any time; `lora.detach` takes them off.
+    The weights stay as they are, and each adapter's `strength` may change at any time; `lora.detach` removes them.
     Where the strength is settled, the model samples faster after `merge_lora`. Errors as `load_lora`.
     """
     adapters, notes = load_lora(path, model, strength)
@@ -186,7 +186,7 @@ def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) 
 
 
 def merge_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> Replaced:
-    """Adds a file's adapters to the model's weights; the result undoes it in `lora.restore`, bit for bit.
+    """Merge a file's adapters into the model's weights; `lora.restore` undoes it with the result, bit for bit.
 
     Notes go to `model.notes`. Errors as `load_lora`.
     """
@@ -207,7 +207,7 @@ class AppliedLora(NamedTuple):
 
 
 def split_strength(text: str) -> tuple[Path, float]:
-    """`FILE[:STRENGTH]` -> (file, strength); the strength is 1 where none is given, and may be negative."""
+    """Return (file, strength) of `FILE[:STRENGTH]`; the strength is 1 if not given, and may be negative."""
     head, colon, tail = text.rpartition(":")
     if head and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", tail):
         return Path(head), float(tail)
