@@ -1,5 +1,7 @@
 """`ldm.load` on files of latent diffusion's models before Stable Diffusion: tiny ones of each family."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,21 +11,15 @@ from script_runs import load_script, runner, samples
 from script_runs import pixels as script_pixels
 
 import ldm
+from ldm.checkpoint import networks as nets
 from ldm.checkpoint.compvis import single_file
-from ldm.checkpoint.networks import (
-    BERT_TARGET,
-    CLASSES_TARGET,
-    IMAGE_TARGET,
-    MODEL_TARGET,
-    RESCALER_TARGET,
-    UNET_TARGET,
-    VQ_TARGET,
-)
 from ldm.latent_diffusion import LatentDiffusion
+
+load = partial(ldm.load, device="cpu")
 
 KL = TINY_1["params"]["first_stage_config"]
 VQ_F2 = {
-    "target": VQ_TARGET,
+    "target": nets.VQ_TARGET,
     "params": {"embed_dim": 3, "n_embed": 64, "ddconfig": DDCONFIG | {"z_channels": 3, "double_z": False}},
 }
 CROSS = {"use_spatial_transformer": True, "context_dim": 16, "transformer_depth": 1}
@@ -33,12 +29,12 @@ VOCAB = WORDS + [f"[unused{i}]" for i in range(30522 - len(WORDS))]
 
 def unet(in_channels: int, out_channels: int, **options) -> dict:
     sizes = {"image_size": 16, "in_channels": in_channels, "out_channels": out_channels, "model_channels": 32}
-    return {"target": UNET_TARGET, "params": sizes | levels([1, 2], 1, [2, 1]) | options}
+    return {"target": nets.UNET_TARGET, "params": sizes | levels([1, 2], 1, [2, 1]) | options}
 
 
 def bert(vocab_size: int, tokens: int) -> dict:
     params = {"n_embed": 16, "n_layer": 2, "vocab_size": vocab_size, "max_seq_len": tokens}
-    return {"target": BERT_TARGET, "params": params}
+    return {"target": nets.BERT_TARGET, "params": params}
 
 
 def random_ids(below: int, tokens: int) -> torch.Tensor:
@@ -56,16 +52,16 @@ FAMILIES = {
     "LDM layout-to-image": (unet(3, 3, num_head_channels=32, **CROSS), VQ_F2, bert(8192, 92), None,
                             random_ids(8192, 92)),
     "LDM class-conditional (ImageNet)": (unet(3, 3, num_heads=1, **CROSS), VQ_F2,
-                                         {"target": CLASSES_TARGET, "params": {"embed_dim": 16, "n_classes": 11}}, None,
-                                         [3, "7"]),
+                                         {"target": nets.CLASSES_TARGET, "params": {"embed_dim": 16, "n_classes": 11}},
+                                         None, [3, "7"]),
     "LDM unconditional (VQ)": (unet(3, 3, num_head_channels=32), VQ_F2, None, None, ["", ""]),
     "LDM unconditional (KL)": (unet(4, 4, num_heads=8), KL, None, None, ["", ""]),
     "LDM inpainting": (unet(7, 3, num_heads=8), VQ_F2, None, "latents_mask", ["", ""]),
     "LDM semantic synthesis": (unet(6, 3, num_heads=8), VQ_F2,
-                               {"target": RESCALER_TARGET, "params": {"in_channels": 182, "out_channels": 3}}, None,
-                               random_images(182, 32, 32)),
-    "LDM super-resolution (x4)": (unet(6, 3, num_head_channels=32), VQ_F2, {"target": IMAGE_TARGET, "params": {}}, None,
-                                  random_images(3, 16, 16)),
+                               {"target": nets.RESCALER_TARGET, "params": {"in_channels": 182, "out_channels": 3}},
+                               None, random_images(182, 32, 32)),
+    "LDM super-resolution (x4)": (unet(6, 3, num_head_channels=32), VQ_F2,
+                                  {"target": nets.IMAGE_TARGET, "params": {}}, None, random_images(3, 16, 16)),
 }  # fmt: skip
 IMAGES = "conditioned on images"
 REFUSED = {  # by scripts, which give words and numbers
@@ -90,7 +86,7 @@ def family(request, tmp_path_factory) -> tuple:
         scale_factor=0.18215 if first_stage is KL else 1.0,
     )
     model = randomised(model).eval().requires_grad_(False)
-    state, _ = single_file(model.state_dict(), {"target": MODEL_TARGET, "params": model.config})
+    state, _ = single_file(model.state_dict(), {"target": nets.MODEL_TARGET, "params": model.config})
     path = tmp_path_factory.mktemp("ldm") / "model.ckpt"
     torch.save({"state_dict": state, "global_step": 5}, path)
     return request.param, model, path, given
@@ -103,7 +99,7 @@ def pixels(model, given) -> np.ndarray:
 @pytest.mark.smoke
 def test_each_family_is_recognised_and_generates_the_same(family):
     title, model, path, given = family
-    loaded = ldm.load(path, device="cpu")
+    loaded = load(path)
     assert loaded.notes[0].startswith(f"recognised {title}: ")
     found, expected = loaded.state_dict(), model.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
@@ -130,10 +126,10 @@ def test_words_by_a_vocabulary_are_its_ids(family, tmp_path):
     vocab.write_text("\n".join(VOCAB) + "\n")
     if "text-to-image" not in title:
         message = "does not fit|tokens and the model 8192" if "layout" in title else "is not needed"
-        refused(message, ldm.load, path, device="cpu", vocab=vocab)
+        refused(message, load, path, vocab=vocab)
         return
-    loaded = ldm.load(path, device="cpu", vocab=vocab)
+    loaded = load(path, vocab=vocab)
     ids = torch.tensor([[2, 5, 6, 3, *73 * [0]]])
     assert np.array_equal(pixels(loaded, ["a Cat"]), pixels(model, ids))
     ldm.save(loaded, tmp_path / "own.safetensors")  # the words travel
-    assert np.array_equal(pixels(ldm.load(tmp_path / "own.safetensors", device="cpu"), ["a Cat"]), pixels(model, ids))
+    assert np.array_equal(pixels(load(tmp_path / "own.safetensors"), ["a Cat"]), pixels(model, ids))
