@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 TINY = {
     "unet_config": {
@@ -121,6 +122,28 @@ def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
     save(tiny_model, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tiny_model, tmp_path_factory) -> dict[str, str]:
+    """The tiny model's autoencoder and text encoder as checkpoints: arguments of `DiffusionStage`."""
+    from ldm.checkpoint.file import save_file
+
+    paths = {name: tmp_path_factory.mktemp("parts") / name for name in ("first_stage", "cond_stage")}
+    for name, path in paths.items():
+        save_file(path, getattr(tiny_model, f"{name}_model").state_dict(), TINY[f"{name}_config"])
+    return {name: str(path) for name, path in paths.items()}
+
+
+def save_noise(folder: Path) -> dict[str, str]:
+    """Three images of a subject and five of its class, of noise -> their folders, by the names of DreamBooth's data."""
+    generator = torch.Generator().manual_seed(0)
+    for name, count in (("instance", 3), ("class", 5)):
+        (folder / name).mkdir()
+        for i in range(count):
+            noise = torch.randint(0, 255, (32, 32), generator=generator, dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(folder / name / f"{i}.png")
+    return {"instance_dir": str(folder / "instance"), "class_dir": str(folder / "class")}
 
 
 @pytest.fixture

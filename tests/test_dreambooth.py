@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from conftest import save_noise
 from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
@@ -34,16 +35,8 @@ MIN_SNR = {"name": "min_snr", "gamma": 5.0}
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> dict:
-    """Three images of a subject and five of its class, of noise."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for name, count in (("instance", 3), ("class", 5)):
-        (folder / name).mkdir()
-        for i in range(count):
-            noise = torch.randint(0, 255, (32, 32), generator=generator, dtype=torch.uint8)
-            Image.fromarray(noise.numpy()).save(folder / name / f"{i}.png")
-    files = {"class_images": {f"{i}.png": "a five" for i in range(5)}}
-    return {"instance_dir": str(folder / "instance"), "class_dir": str(folder / "class"), **files, **PROMPT}
+    folders = save_noise(tmp_path_factory.mktemp("images"))
+    return folders | {"class_images": {f"{i}.png": "a five" for i in range(5)}} | PROMPT
 
 
 def by_name(subject: dict) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from safetensors.torch import load_file
 
 from ldm.training import loop
@@ -18,20 +19,8 @@ from ldm.training.loop import Interrupted, mixed_precision, train
 
 AUTOENCODER = {
     "target": "ldm.training.autoencoder.AutoencoderStage",
-    "params": {
-        "embed_dim": 4,
-        "ddconfig": {
-            "double_z": True,
-            "z_channels": 4,
-            "resolution": 32,
-            "in_channels": 1,
-            "out_ch": 1,
-            "ch": 8,
-            "ch_mult": [1, 1, 2],
-            "num_res_blocks": 1,
-            "attn_resolutions": [],
-            "norm_groups": 4,
-        },
+    "params": TINY["first_stage_config"]["params"]
+    | {
         "learning_rate": 1e-3,
         # Two optimizers, so that the resumed state of both is tested.
         "discriminator": {"input_nc": 1, "ndf": 8, "n_layers": 1},
@@ -59,6 +48,19 @@ def assert_same(a: Path, b: Path) -> None:
         assert torch.equal(first[name], second[name]), name
 
 
+def interrupt(*arguments) -> None:
+    """Press Ctrl-C; in place of the preview."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def wait_for(state: Path, process: subprocess.Popen) -> None:
+    """Wait until a run has saved its first state."""
+    deadline = time.time() + 120
+    while not state.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    assert state.exists(), "the run saved nothing within two minutes"
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """A run of 6 steps of 2 micro-batches (5 batches an epoch: it crosses epochs mid-step) that nobody disturbs."""
@@ -82,9 +84,6 @@ def test_run_folder(alone):
 
 @pytest.mark.smoke
 def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path, monkeypatch):
-    def interrupt(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-
     with monkeypatch.context() as patch:
         patch.setattr(loop, "preview", interrupt)  # Ctrl-C in step 3, in the middle of the second epoch
         with pytest.raises(Interrupted, match="stopped at step 3, saved in .*--resume"):
@@ -102,10 +101,7 @@ def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
     threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})"
     code = f"{threads}\nfrom ldm.training.loop import train; train({settings}, device='cpu')"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    state, deadline = tmp_path / "autoencoder" / "resume.pt", time.time() + 120
-    while not state.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.005)
-    assert state.exists(), "the run saved nothing within two minutes"
+    wait_for(tmp_path / "autoencoder" / "resume.pt", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_same(train(settings, resume=True, device="cpu"), alone)
@@ -160,7 +156,7 @@ def test_scaled_gradients(scaled, tmp_path, monkeypatch):
     assert weights and all(torch.equal(five[name], six[name]) for name in weights)  # the sixth step was skipped
     scaled.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "preview", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop, "preview", interrupt)
         with pytest.raises(Interrupted):
             train(one_optimizer("parts"), device="cpu")
     assert_same(train(one_optimizer("parts"), resume=True, device="cpu"), path)
@@ -188,10 +184,7 @@ def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
 
     assert launch(tmp_path / "alone", False).wait() == 0
     process = launch(tmp_path / "killed", False)
-    state, deadline = tmp_path / "killed" / "autoencoder" / "resume.pt", time.time() + 120
-    while not state.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.005)
-    assert state.exists(), "the run saved nothing within two minutes"
+    wait_for(tmp_path / "killed" / "autoencoder" / "resume.pt", process)
     workers = [int((tmp_path / "killed" / rank).read_text()) for rank in "01"]
     for pid in (process.pid, *workers):
         os.kill(pid, signal.SIGKILL)

@@ -10,6 +10,7 @@ from ldm.checkpoint.file import load_file, save_file
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.loading import load_network
 from ldm.optional.noisy_classifier_stage import NoisyClassifierStage
+from ldm.training.order import collate
 from ldm.training.stage import Trained
 
 NETWORK = {
@@ -31,16 +32,12 @@ NETWORK = {
 CPU = torch.device("cpu")
 
 
-class Bars(torch.utils.data.Dataset):
-    """Four classes of bright rows, each at its own height."""
-
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, i):
-        image = torch.full((1, 16, 16), -1.0)
-        image[:, 1 + 4 * (i % 4) : 4 + 4 * (i % 4)] = 1.0
-        return {"image": image, "label": i % 4}
+def bars(classes: int = 4, **changes) -> list[dict]:
+    """A data set of bright rows, each class at its own height."""
+    images = torch.full((40, 1, 16, 16), -1.0)
+    for i in range(40):
+        images[i, :, 1 + 4 * (i % 4) : 4 + 4 * (i % 4)] = 1.0
+    return [{"image": image, "label": i % classes} | changes for i, image in enumerate(images)]
 
 
 def stage(**changes) -> NoisyClassifierStage:
@@ -49,13 +46,8 @@ def stage(**changes) -> NoisyClassifierStage:
     return NoisyClassifierStage(**options | changes)
 
 
-def batch() -> dict[str, torch.Tensor]:
-    samples = [Bars()[i] for i in range(40)]
-    return {"image": torch.stack([s["image"] for s in samples]), "label": torch.tensor([s["label"] for s in samples])}
-
-
 def test_the_loss_is_the_cross_entropy_of_noised_images_at_their_levels():
-    training, data = stage(timesteps={"name": "logit_normal", "mean": 0.5}), batch()
+    training, data = stage(timesteps={"name": "logit_normal", "mean": 0.5}), collate(bars())
     fill(training.model, 3)
     torch.manual_seed(4)
     loss, metrics = training.loss(data)
@@ -75,8 +67,8 @@ def test_the_loss_is_the_cross_entropy_of_noised_images_at_their_levels():
 
 @pytest.mark.smoke
 def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path):
-    training, data = stage(), batch()
-    assert training.prepare(Bars(), CPU) is not None
+    training, data = stage(), collate(bars())
+    assert len(training.prepare(bars(), CPU)) == 40
     (optimizer,) = training.optimizers()
     for _ in range(60):
         loss, _ = training.loss(data)
@@ -122,28 +114,15 @@ def test_wrong_settings_are_refused(changes, message):
         stage(**changes)
 
 
-def test_images_that_do_not_fit_are_refused():
-    class Unlabelled(Bars):
-        def __getitem__(self, i):
-            return {"image": torch.zeros(1, 16, 16)}
-
-    class Coloured(Bars):
-        def __getitem__(self, i):
-            return {"image": torch.zeros(3, 16, 16), "label": 0}
-
-    class Large(Bars):
-        def __getitem__(self, i):
-            return {"image": torch.zeros(1, 32, 32), "label": 0}
-
-    class Ten(Bars):
-        def __getitem__(self, i):
-            return {**super().__getitem__(i), "label": i % 10}
-
-    for data, message in (
-        (Unlabelled(), "no labels"),
-        (Coloured(), r"does not fit images of \(3, 16, 16\)"),
-        (Large(), "8 x 8, and got 16 x 16"),
-        (Ten(), "label 9, and the network.s classes end at 3"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            stage().prepare(data, CPU)
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ([{"image": torch.zeros(1, 16, 16)}], "no labels"),
+        (bars(image=torch.zeros(3, 16, 16)), r"does not fit images of \(3, 16, 16\)"),
+        (bars(image=torch.zeros(1, 32, 32)), "8 x 8, and got 16 x 16"),
+        (bars(classes=10), "label 9, and the network.s classes end at 3"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(data, message):
+    with pytest.raises(ValueError, match=message):
+        stage().prepare(data, CPU)

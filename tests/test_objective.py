@@ -5,7 +5,6 @@ import torch
 from conftest import TINY
 from test_pixel_diffusion import CONFIG
 
-from ldm.checkpoint.file import save_file
 from ldm.diffusion.loss import prediction_loss
 from ldm.training.objective import Objective
 from ldm.util import instantiate_from_config
@@ -23,18 +22,11 @@ DENOISING = {
 
 
 @pytest.fixture(scope="module")
-def build(tiny_model, tiny_checkpoint, tmp_path_factory):
+def build(tiny_parts, tiny_checkpoint):
     """build(stage, **options) -> the stage, of a tiny model."""
-    folder = tmp_path_factory.mktemp("stages")
-    parts = {"first_stage": tiny_model.first_stage_model, "cond_stage": tiny_model.cond_stage_model}
-    for name, network in parts.items():
-        save_file(folder / name, network.state_dict(), TINY[f"{name}_config"])
-    files = {
-        "training.diffusion.DiffusionStage": {name: str(folder / name) for name in parts},
-        "finetune.dreambooth.DreamBoothStage": {"ckpt": str(tiny_checkpoint)},
-        "finetune.textual_inversion.TextualInversionStage": {"ckpt": str(tiny_checkpoint)},
-    }
-    files["training.diffusion.DiffusionStage"]["defaults"] = TINY["defaults"]
+    files = dict.fromkeys(DENOISING, {"ckpt": str(tiny_checkpoint)})
+    files["training.diffusion.DiffusionStage"] = tiny_parts | {"defaults": TINY["defaults"]}
+    files["training.pixel_diffusion.PixelDiffusionStage"] = {}
 
     def make(stage, **options):
         params = {**DENOISING.get(stage, {}), **files.get(stage, {}), "learning_rate": 1e-3, **options}

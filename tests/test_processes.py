@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from conftest import save_noise
 from safetensors.torch import load_file
 
 from ldm.training.loop import processes
@@ -30,13 +30,7 @@ train(json.loads(sys.argv[1]), device="cpu")
 
 @pytest.fixture
 def images(tmp_path):
-    """Three images of a subject and five of its class, of noise."""
-    generator = torch.Generator().manual_seed(0)
-    for name, count in (("instance", 3), ("class", 5)):
-        (tmp_path / name).mkdir()
-        for i in range(count):
-            noise = torch.randint(0, 255, (32, 32), generator=generator, dtype=torch.uint8)
-            Image.fromarray(noise.numpy()).save(tmp_path / name / f"{i}.png")
+    save_noise(tmp_path)
     return tmp_path
 
 

@@ -149,13 +149,14 @@ def test_previews_of_large_and_small_data_sets(count, shown):
 
 # --- CLIP
 
+CLIP = {"width": 16, "layers": 2, "heads": 2, "context_length": 16, "projection_dim": 12, "learning_rate": 3e-3}
+CLIP["vision"] = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
+
 
 @pytest.fixture(scope="module")
 def clip(digits) -> CLIPStage:
     torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
-    sizes = {"width": 16, "layers": 2, "heads": 2, "context_length": 16, "projection_dim": 12}
-    stage = CLIPStage(vision, learning_rate=3e-3, merges_first=20, preview_columns=5, **sizes)
+    stage = CLIPStage(**CLIP, merges_first=20, preview_columns=5)
     assert stage.prepare(digits, CPU) is digits
     return stage
 
@@ -240,8 +241,7 @@ def test_the_vocabulary_spells_everything(clip):
 
 
 def test_clip_of_fewer_images_than_a_preview_shows():
-    vision = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}
-    stage = CLIPStage(vision, 1e-3, width=16, layers=1, heads=2, projection_dim=8, merges_first=0)
+    stage = CLIPStage(**CLIP, merges_first=0)
     stage.prepare(Digits(first=3), CPU)
     assert len(stage.preview()) == 9 and stage.preview_columns == 3
 
@@ -249,19 +249,10 @@ def test_clip_of_fewer_images_than_a_preview_shows():
 # --- diffusion
 
 
-@pytest.fixture(scope="module")
-def parts(tiny_model, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("parts")
-    networks = {"first_stage": tiny_model.first_stage_model, "cond_stage": tiny_model.cond_stage_model}
-    for name, network in networks.items():
-        save_file(folder / name, network.state_dict(), TINY[f"{name}_config"])
-    return {name: str(folder / name) for name in networks}
-
-
-def diffusion(parts: dict, **settings) -> DiffusionStage:
+def diffusion(tiny_parts: dict, **settings) -> DiffusionStage:
     torch.manual_seed(0)
     options = {"schedule": {"name": "cosine"}, "learning_rate": 1e-3, "defaults": TINY["defaults"], **settings}
-    stage = DiffusionStage(unet_config=TINY["unet_config"], **parts, **options)
+    stage = DiffusionStage(unet_config=TINY["unet_config"], **tiny_parts, **options)
     with torch.no_grad():
         for p in Trained(stage).parameters():
             p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every prediction zero
@@ -275,10 +266,10 @@ def diffusion(parts: dict, **settings) -> DiffusionStage:
         ("v", {"error": "l1", "weight": {"name": "min_snr", "gamma": 2.0}}),
     ],
 )
-def test_the_diffusion_loss_by_hand(parts, digits, prediction, options):
+def test_the_diffusion_loss_by_hand(tiny_parts, digits, prediction, options):
     """Rombach et al. 2022, eq. 3 (min-SNR: Hang et al. 2023), sampling the same random numbers again."""
     levels = {"name": "logit_normal", "mean": 0.5, "std": 0.8}
-    stage = diffusion(parts, prediction=prediction, timesteps=levels, caption_dropout=0.5, **options)
+    stage = diffusion(tiny_parts, prediction=prediction, timesteps=levels, caption_dropout=0.5, **options)
     model, data = stage.latent_diffusion, stage.prepare(digits, CPU)
     batch = collate(data.__getitems__([3, 1, 40, 41]))
     torch.manual_seed(9)
@@ -302,8 +293,8 @@ def test_the_diffusion_loss_by_hand(parts, digits, prediction, options):
     assert metrics["loss"].item() == pytest.approx(loss.item()) and 0 < kept.sum() < 4
 
 
-def test_captions_are_dropped_at_their_share(parts, monkeypatch):
-    stage, seen = diffusion(parts, caption_dropout=0.3), []
+def test_captions_are_dropped_at_their_share(tiny_parts, monkeypatch):
+    stage, seen = diffusion(tiny_parts, caption_dropout=0.3), []
     monkeypatch.setattr(stage.latent_diffusion.cond_stage_model, "forward", seen.extend)
     monkeypatch.setattr(stage.latent_diffusion, "loss", lambda z, *_: z.mean((1, 2, 3)))
     captions = [f"caption {i}" for i in range(2000)]
@@ -312,8 +303,8 @@ def test_captions_are_dropped_at_their_share(parts, monkeypatch):
     assert seen.count("") / 2000 == pytest.approx(0.3, abs=0.041)  # 4 standard deviations of 0.0102
 
 
-def test_cached_latents_equal_encoding_on_the_fly(parts, digits):
-    stages = [diffusion(parts, cache_latents=cached) for cached in (True, False)]
+def test_cached_latents_equal_encoding_on_the_fly(tiny_parts, digits):
+    stages = [diffusion(tiny_parts, cache_latents=cached) for cached in (True, False)]
     data = [stage.prepare(digits, CPU) for stage in stages]
     assert isinstance(data[0], LatentDataset) and data[1] is digits and len(data[0]) == len(digits)
     factors = [stage.latent_diffusion.scale_factor for stage in stages]
@@ -334,8 +325,8 @@ def test_cached_latents_equal_encoding_on_the_fly(parts, digits):
     assert other.__getitems__([0])[0]["caption"] == "from the sample"
 
 
-def test_the_scale_factor_gives_unit_variance(parts, digits):
-    stage = diffusion(parts)
+def test_the_scale_factor_gives_unit_variance(tiny_parts, digits):
+    stage = diffusion(tiny_parts)
     data = stage.prepare(digits, CPU)
     factor = stage.latent_diffusion.scale_factor
     # total variance = variance of the means + mean of the variances
@@ -346,25 +337,17 @@ def test_the_scale_factor_gives_unit_variance(parts, digits):
     assert stage.export()[0]["params"]["scale_factor"] == factor
 
 
-def test_images_that_change_cannot_be_cached(parts, digits):
-    class Bent(torch.utils.data.Dataset):
-        augments = True
-
-        def __len__(self):
-            return len(digits)
-
-        def __getitem__(self, index):
-            return digits[index]
-
-    with pytest.raises(ValueError, match="Bent crops or mirrors .* stage.params.cache_latents=false"):
-        diffusion(parts).prepare(Bent(), CPU)
-    bent = Bent()
-    assert diffusion(parts, cache_latents=False).prepare(bent, CPU) is bent
+def test_images_that_change_cannot_be_cached(tiny_parts):
+    bent = Digits(first=64)
+    bent.augments = True
+    with pytest.raises(ValueError, match="Digits crops or mirrors .* stage.params.cache_latents=false"):
+        diffusion(tiny_parts).prepare(bent, CPU)
+    assert diffusion(tiny_parts, cache_latents=False).prepare(bent, CPU) is bent
 
 
 @pytest.mark.smoke
-def test_only_the_unet_trains_and_the_whole_is_exported(parts, digits, tiny_model, tmp_path):
-    stage = diffusion(parts, preview_prompts=["4", "", "bold 7"])
+def test_only_the_unet_trains_and_the_whole_is_exported(tiny_parts, digits, tiny_model, tmp_path):
+    stage = diffusion(tiny_parts, preview_prompts=["4", "", "bold 7"])
     data = stage.prepare(digits, CPU)
     assert stage.networks == {"model": stage.model} and stage.frozen.keys() == {"first_stage", "cond_stage"}
     before = copy.deepcopy(stage.model.state_dict())
@@ -396,6 +379,6 @@ def test_only_the_unet_trains_and_the_whole_is_exported(parts, digits, tiny_mode
         ({"defaults": {**TINY["defaults"], "height": 30}}, "height 30 "),
     ],
 )
-def test_mistakes_show_before_training(parts, settings, message):
+def test_mistakes_show_before_training(tiny_parts, settings, message):
     with pytest.raises(ValueError, match=message):
-        diffusion(parts, **settings)
+        diffusion(tiny_parts, **settings)

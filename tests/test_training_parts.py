@@ -104,17 +104,10 @@ def test_batches_go_on_from_any_number_with_the_epoch_set():
 
 
 def test_the_loader_does_not_move_torchs_random_state():
-    class Two(torch.utils.data.Dataset):
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            return {"x": torch.tensor(index)}
-
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    next(training_batches(Two(), EpochBatches(2, 2, seed=0), 0, workers=0))
+    next(training_batches([{"x": torch.tensor(i)} for i in range(2)], EpochBatches(2, 2, seed=0), 0, workers=0))
     assert torch.rand(1) == expected
 
 
