@@ -7,25 +7,25 @@ How an image is sampled:
     diffusion/denoiser.py            188  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
     diffusion/guidance.py            268  denoise -> denoise: classifier-free guidance and others
     diffusion/sampling/              531  first_order explains DDIM and DDPM; the others refine it
-    latent_diffusion.py              271  first stage + text encoder + UNet + schedule
+    latent_diffusion.py              255  first stage + text encoder + UNet + schedule
     generation.py                    236  generate: prompts -> images
 The networks:
     models/unet.py                   302  the UNet
     models/blocks.py                 325  its residual blocks, and its plan of levels (levels.py)
     models/attention.py              189  attention to the image and to the text
-    models/autoencoder.py            370  the first stage, with its Gaussian latents (distributions.py)
+    models/autoencoder.py            377  the first stage, with its Gaussian latents (distributions.py)
     models/clip.py                   247  the text encoder
-    conditioning/text.py             318  prompts -> tokens (tokenizer.py) -> conditioning
+    conditioning/text.py             326  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
-    diffusion/loss.py                117  errors and their weights; the noise (training_noise.py)
-    training/stage.py                169  what a stage of training is, and its loss (objective.py)
-    training/autoencoder.py          140  stage 1: the first stage
-    training/clip.py                 117  stage 2: the text encoder
-    training/diffusion.py            243  stage 3: the UNet (with denoising.py)
-    training/loop.py                 491  the training loop, its EMA, learning rate and data order
+    diffusion/loss.py                124  errors and their weights; the noise (training_noise.py)
+    training/stage.py                172  what a stage of training is, and its loss (objective.py)
+    training/autoencoder.py          135  stage 1: the first stage
+    training/clip.py                 112  stage 2: the text encoder
+    training/diffusion.py            238  stage 3: the UNet (with denoising.py)
+    training/loop.py                 484  the training loop, its EMA, learning rate and data order
     data/captions.py                 261  the captions of digits (with captioned.py)
     data/mnist.py                    307  MNIST, scikit-learn's digits, and their measured style (measure.py)
-    loading.py                       437  load and save, our own file format (checkpoint/file.py)
+    loading.py                       446  load and save, our own file format (checkpoint/file.py)
 
 Everything else is optional: other models and samplers' settings, fine-tuning, evaluation, the command line, CompVis's
 interface. `tests/test_reading_path.py` keeps this list complete.
