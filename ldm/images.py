@@ -1,4 +1,4 @@
-"""Between tensors of pixels and images."""
+"""Conversions between tensors of pixels and PIL images, and grids of images."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1], clipped -> uint8 of the same shape, rounded to the nearest level."""
+    """Clip pixels in [-1, 1] and round them to uint8, of the same shape."""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (b, c, h, w) in [-1, 1], or uint8, c = 1 or 3 -> b images, greyscale ("L") or "RGB"."""
+    """Convert pixels (b, c, h, w) in [-1, 1], or uint8, with c = 1 or 3, to b images in mode "L" or "RGB"."""
     levels = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
     arrays = levels.permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, c)
     return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Images of one size and mode, row by row on a grid, `gap` pixels of grey between them."""
+    """Paste images of one size and mode row by row on a grid, with `gap` pixels of grey between them."""
     if not images:
         raise ValueError("a grid needs at least one image")
     (width, height), columns = images[0].size, min(columns, len(images))

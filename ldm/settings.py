@@ -19,18 +19,19 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 class Type(NamedTuple):
-    """A type of settings: its name in the docs, and a value from and to the text in a PNG."""
+    """A type of settings: its name in the docs and in `--help`, and a value from and to the text in a PNG."""
 
     name: str
+    metavar: str | tuple[str, ...] | None
     read: Callable[[str], Any]
     write: Callable[[Any], str] = str
 
 
-INT, FLOAT, STR = Type("int", int), Type("float", float), Type("str", str)
-FLAG = Type("bool", "True".__eq__)
-INTERVAL = Type("two floats", _interval, lambda value: f"{value[0]} to {value[1]}")
-NAMES = Type("names", lambda text: tuple(text.split()), " ".join)
-CHANGES = Type("changes", changes_from_text, changes_to_text)
+INT, FLOAT, STR = Type("int", "N", int), Type("float", "X", float), Type("str", "TEXT", str)
+FLAG = Type("bool", None, "True".__eq__)
+INTERVAL = Type("two floats", ("LOW", "HIGH"), _interval, lambda value: f"{value[0]} to {value[1]}")
+NAMES = Type("names", "NAME", lambda text: tuple(text.split()), " ".join)
+CHANGES = Type("changes", None, changes_from_text, changes_to_text)
 
 
 class Setting(NamedTuple):
@@ -54,7 +55,6 @@ class Setting(NamedTuple):
     unset: str = ""
     low: float = -math.inf
     high: float = math.inf
-    metavar: str | tuple[str, ...] | None = None
     needs: str = ""
     always: bool = False
 
@@ -66,90 +66,67 @@ class Setting(NamedTuple):
         return f"at least {self.low:g}" if self.low > -math.inf else ""
 
 
-def setting(default: Any, *args: Any, **kwargs: Any) -> Any:
+def setting(default: Any, type: Type, key: str, help: str = "", flags: str = "", *args: Any, **more: Any) -> Any:
     """Declare a dataclass field with that default and a `Setting` of the other arguments."""
-    return field(default=default, metadata={"setting": Setting(*args, **kwargs)})
+    return field(default=default, metadata={"setting": Setting(type, key, help, tuple(flags.split()), *args, **more)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How `generate` samples an image."""
 
-    steps: int | None = setting(
-        None, INT, "Steps", "number of denoising steps", ("--steps", "--ddim_steps"), OWN, low=1, metavar="N"
-    )
+    # fmt: off
+    steps: int | None = setting(None, INT, "Steps", "number of denoising steps", "--steps --ddim_steps", OWN, 1)
     sampler: str | None = setting(
-        None, STR, "Sampler",
-        "ddim, ddpm, ... (an unknown name lists them), or auto: ddpm for all timesteps, else ddim",
-        ("--sampler",), OWN, metavar="NAME",
-    )  # fmt: skip
+        None, STR, "Sampler", "ddim, ddpm, ... (an unknown name lists them), or auto: ddpm for all timesteps, else "
+        "ddim", "--sampler", OWN)
     scale: float | None = setting(
-        None, FLOAT, "CFG scale", "guidance scale; 1 turns guidance off and halves the work", ("--scale",), OWN,
-        metavar="X",
-    )  # fmt: skip
-    width: int | None = setting(
-        None, INT, "Width", "width of the image", ("--W",), f"{OWN}, or the init image's", low=1, metavar="PIXELS"
-    )
-    height: int | None = setting(
-        None, INT, "Height", "height of the image", ("--H",), f"{OWN}, or the init image's", low=1, metavar="PIXELS"
-    )
+        None, FLOAT, "CFG scale", "guidance scale; 1 turns guidance off and halves the work", "--scale", OWN)
+    width: int | None = setting(None, INT, "Width", "width in pixels", "--W", f"{OWN}, or the init image's", 1)
+    height: int | None = setting(None, INT, "Height", "height in pixels", "--H", f"{OWN}, or the init image's", 1)
     strength: float | None = setting(
-        None, FLOAT, "Denoising strength",
-        "share of the steps applied to the init image: 0 keeps it, 1 keeps next to nothing of it",
-        ("--strength",), "1 with a mask or an instruction model, else 0.75", 0, 1, "X",
-    )  # fmt: skip
+        None, FLOAT, "Denoising strength", "share of the steps applied to the init image: 0 keeps it, 1 keeps next to "
+        "nothing of it", "--strength", "1 with a mask or an instruction model, else 0.75", 0, 1)
     spacing: str | None = setting(
-        None, STR, "Spacing",
-        "of the timesteps: trailing, leading, linspace, quad, compvis, karras, exponential, or noise levels of your "
-        'own: "999,749,499,249" or "sigmas 14,3.6,1.2"',
-        ("--spacing",), f"{OWN}, or the sampler's", metavar="NAME",
-    )  # fmt: skip
+        None, STR, "Spacing", "of the timesteps: trailing, leading, linspace, quad, compvis, karras, exponential, or "
+        'noise levels of your own: "999,749,499,249" or "sigmas 14,3.6,1.2"', "--spacing",
+        f"{OWN}, or the sampler's")
     eta: float | None = setting(
-        None, FLOAT, "Eta", "share of fresh noise in each step: 0 is DDIM, 1 is DDPM", ("--eta", "--ddim_eta"),
-        "the sampler's own", 0, 1, "X",
-    )  # fmt: skip
+        None, FLOAT, "Eta", "share of fresh noise in each step: 0 is DDIM, 1 is DDPM", "--eta --ddim_eta",
+        "the sampler's own", 0, 1)
     interval: tuple[float, float] | None = setting(
-        None, INTERVAL, "Guidance interval", "guidance only at noise levels sigma from LOW to HIGH", ("--interval",),
-        OWN, 0, metavar=("LOW", "HIGH"),
-    )  # fmt: skip
+        None, INTERVAL, "Guidance interval", "guidance only at noise levels sigma from LOW to HIGH", "--interval",
+        OWN, 0)
     rescale: float = setting(
-        0.0, FLOAT, "Guidance rescale", "guidance rescale (Lin et al. 2024)", ("--rescale",), "0", 0, 1, "PHI"
-    )
+        0.0, FLOAT, "Guidance rescale", "guidance rescale (Lin et al. 2024)", "--rescale", "0", 0, 1)
     fixed_code: bool = setting(
-        False, FLAG, "Fixed code", "start every image from the first image's noise", ("--fixed_code",)
-    )
+        False, FLAG, "Fixed code", "start every image from the first image's noise", "--fixed_code")
     clip_skip: int = setting(
-        1, INT, "Clip skip", "which of CLIP's layers to read, counted back from the model's own", ("--clip-skip",),
-        "1", 1, metavar="N",
-    )  # fmt: skip
+        1, INT, "Clip skip", "which of CLIP's layers to read, counted back from the model's own", "--clip-skip", "1", 1)
     plain: bool = setting(
-        False, FLAG, "Plain prompt", "take (brackets) and BREAK in prompts as words, not as syntax", ("--plain",)
-    )
+        False, FLAG, "Plain prompt", "take (brackets) and BREAK in prompts as words, not as syntax", "--plain")
+    # fmt: on
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Guidance besides the classifier-free one: arguments of `ldm.inference.guiders.make_guide`."""
 
-    pag: float = setting(
-        0.0, FLOAT, "PAG scale", "scale of perturbed-attention guidance", ("--pag",), "0, which is off", metavar="X"
-    )
+    # fmt: off
+    pag: float = setting(0.0, FLOAT, "PAG scale", "scale of perturbed-attention guidance", "--pag", "0, which is off")
     pag_layers: tuple[str, ...] = setting(
-        ("middle_block",), NAMES, "PAG layers", "layers whose self-attention is perturbed", ("--pag-layers",),
-        "middle_block", metavar="NAME", needs="pag",
-    )  # fmt: skip
+        ("middle_block",), NAMES, "PAG layers", "layers whose self-attention is perturbed", "--pag-layers",
+        "middle_block", needs="pag")
     threshold: float | None = setting(
-        None, FLOAT, "Dynamic threshold", "percentile of dynamic thresholding, as a fraction: 0.995", ("--threshold",),
-        "off", 0, 1, "P",
-    )  # fmt: skip
+        None, FLOAT, "Dynamic threshold", "percentile of dynamic thresholding, as a fraction: 0.995", "--threshold",
+        "off", 0, 1)
     autoguide_scale: float = setting(
-        2.0, FLOAT, "Autoguidance scale", "scale of autoguidance; 1 is off", ("--autoguide-scale",), "2", metavar="X",
-        needs="autoguide_hash",
-    )  # fmt: skip
+        2.0, FLOAT, "Autoguidance scale", "scale of autoguidance; 1 is off", "--autoguide-scale", "2",
+        needs="autoguide_hash")
     classifier_scale: float = setting(
-        1.0, FLOAT, "Classifier scale", "scale of classifier guidance; 0 is off", ("--classifier-scale",), "1",
-        metavar="X", needs="classifier_hash",
-    )  # fmt: skip
+        1.0, FLOAT, "Classifier scale", "scale of classifier guidance; 0 is off", "--classifier-scale", "1",
+        needs="classifier_hash")
+    # fmt: on
 
 
 def setting_rows(of: Any) -> dict[str, Setting]:

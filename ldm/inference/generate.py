@@ -1,6 +1,6 @@
 """Generate images from recipes: a planned run of them, or one image again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +46,7 @@ def default_recipe(model: LatentDiffusion, name: str, **settings: object) -> Rec
         changes=changes_of(model),
         model_name=name,
     )
-    return _complete(recipe.changed(**settings), model)
+    return _complete(recipe, model, settings)
 
 
 def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) -> Recipe:
@@ -61,11 +61,18 @@ def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) ->
         recipe = replace(recipe, index=0)  # an image of its own, not of the old run
     if settings.get("batch_size") is not None:
         recipe = replace(recipe, batch_position=0, batch_prompts=1, prompt_position=0)
-    return _complete(recipe.changed(**settings), model)
+    return _complete(recipe, model, settings)
 
 
-def _complete(recipe: Recipe, model: LatentDiffusion) -> Recipe:
-    """Fill in what the sampler decides, so that the PNG has it. ValueError for an unknown sampler."""
+def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, object]) -> Recipe:
+    """Put in the settings and what the sampler decides, so that the PNG has it.
+
+    Raises ValueError for an unknown sampler, and for a setting that has no effect without another one.
+    """
+    recipe = recipe.changed(**settings)
+    for name, row in setting_rows(Recipe).items():
+        if row.needs and row.flags and settings.get(name) is not None and recipe.is_default(row.needs):
+            raise ValueError(f"{row.flags[0]} has no effect without --{row.needs.removesuffix('_hash')}")
     name = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T)
     row = get_sampler(name)
     return replace(

@@ -90,12 +90,10 @@ def _value(row: Setting) -> dict[str, Any]:
     """Return how argparse reads a setting's value."""
     if row.type is FLAG:
         return {"action": "store_true"}
-    if row.type in (STR, NAMES):
-        return {"metavar": row.metavar} | ({"nargs": "+"} if row.type is NAMES else {})
-    if row.type is INT:
-        return {"metavar": row.metavar, "type": int_range(int(row.low))}
     number = finite_float(row.low, row.high, infinite=row.type is INTERVAL)
-    return {"metavar": row.metavar, "type": number} | ({"nargs": 2} if row.type is INTERVAL else {})
+    read = int_range(int(row.low)) if row.type is INT else str if row.type in (STR, NAMES) else number
+    count = {"nargs": 2} if row.type is INTERVAL else {"nargs": "+"} if row.type is NAMES else {}
+    return {"metavar": row.type.metavar, "type": read, **count}
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:

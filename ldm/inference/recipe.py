@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +47,10 @@ class Recipe(Guidance, Settings):
     Raises ValueError for a prompt that the PNG could not give back.
     """
 
-    interval: tuple[float, float] = setting(ALL_SIGMAS, *setting_rows(Settings)["interval"])
+    interval: tuple[float, float] = field(default=ALL_SIGMAS, metadata={"setting": setting_rows(Settings)["interval"]})
     prompt: str = ""
-    negative: str = setting(
-        "", STR, "", "negative prompt: what guidance leads away from", ("--negative-prompt",), metavar="TEXT"
-    )
-    seed: int = setting(0, INT, "Seed", "seed of the first image", ("--seed",), "0", 0, metavar="N", always=True)
+    negative: str = setting("", STR, "", "negative prompt: what guidance leads away from", "--negative-prompt")
+    seed: int = setting(0, INT, "Seed", "seed of the first image", "--seed", "0", 0, always=True)
     init_hash: str = setting("", STR, "Init image hash")
     mask_hash: str = setting("", STR, "Mask hash")
     model_hash: str = setting("", STR, "Model hash")

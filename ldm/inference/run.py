@@ -12,7 +12,6 @@ from PIL import Image
 
 from ldm.inference.options import check_latents, load_model, settings_of
 from ldm.inference.recipe import Recipe, check_init_image, plan, read_prompts, read_recipe, save_png
-from ldm.settings import setting_rows
 
 if TYPE_CHECKING:  # they import torch
     from ldm.diffusion.guidance import Guide
@@ -97,9 +96,6 @@ def plan_recipes(
         batch_size = BATCH if args.batch_size is None else args.batch_size
         lengths = chunks(model, first, prompts)
         recipes = plan(first, prompts, args.n_samples * args.n_iter, batch_size, lengths)
-    for name, row in setting_rows(Recipe).items():
-        if row.needs and row.flags and settings.get(name) is not None and recipes[0].is_default(row.needs):
-            raise ValueError(f"{row.flags[0]} has no effect without --{row.needs.removesuffix('_hash')}")
     return recipes
 
 
