@@ -45,14 +45,13 @@ class DiffusionWrapper(nn.Module):
         c_concat: Tensor | None = None,
         c_crossattn: Tensor | None = None,
         c_adm: Tensor | None = None,
-        z: Tensor | None = None,  # of networks with a latent: `ldm.optional.ddgan.Generator`
     ) -> Tensor:
         if c_concat is not None and c_concat.shape[-2:] != x.shape[-2:]:
             sizes = [f"{t.shape[-1]} x {t.shape[-2]}" for t in (c_concat, x)]
             raise ValueError(f"c_concat is {sizes[0]} latents in size, and x is {sizes[1]}: they must have one size")
         if c_concat is not None:
             x = torch.cat([x, c_concat.to(x.dtype)], dim=1)
-        given = {"context": c_crossattn, "y": c_adm, "z": z}
+        given = {"context": c_crossattn, "y": c_adm}
         given = {name: value for name, value in given.items() if value is not None}
         with torch.autocast(x.device.type) if self.autocast else nullcontext():
             return self.diffusion_model(x, t, **given)
@@ -78,6 +77,7 @@ class LatentDiffusion(nn.Module):
 
     target = "ldm.latent_diffusion.LatentDiffusion"  # the class that a checkpoint names
     clip: float | None = None  # limit of |x0| in sampling: 1 for pixels
+    random_x0 = False  # whether the network has noise of its own, so that two predictions differ by it
 
     def __init__(
         self,

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from ldm.diffusion.denoiser import Prediction, from_vp, to_vp
-from ldm.diffusion.posterior import levels, q_pair, q_posterior
+from ldm.diffusion.posterior import levels, q_posterior
 from ldm.diffusion.sampling.first_order import Point, euler
 from ldm.diffusion.schedule import make_schedule, q_sample
+from ldm.optional.ddgan import q_pair
 
 VP = make_schedule("vp", 4)
 T = torch.arange(4)

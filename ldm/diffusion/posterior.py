@@ -1,4 +1,4 @@
-"""One step of the forward process q(x_t | x_{t-1}), and its posterior q(x_{t-1} | x_t, x0).
+"""The posterior q(x_{t-1} | x_t, x0) of one step of the forward process.
 
 In DDPM's variance-preserving scaling, with ab_{-1} = 1: x_{-1} is the clean image x0. Each image of a batch has its own
 timestep; samplers, whose batches share one, do the same by `first_order.euler`.
@@ -7,26 +7,13 @@ timestep; samplers, whose batches share one, do the same by `first_order.euler`.
 import torch
 from torch import Tensor
 
-from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
+from ldm.diffusion.schedule import Schedule
 
 
 def levels(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Return (ab_t, ab_{t-1}) of timesteps t (b,) in 0..T-1, float64 (b,) each on the CPU; ab_{-1} = 1."""
     ab = torch.cat([schedule.alphas_cumprod.new_ones(1), schedule.alphas_cumprod])
     return ab[t.cpu() + 1], ab[t.cpu()]
-
-
-def q_pair(x0: Tensor, t: Tensor, noise: Tensor, fresh: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """Sample (x_{t-1}, x_t) of one forward process: q(x_{t-1} | x0), then q(x_t | x_{t-1}).
-
-    x_{t-1} = sqrt(ab_{t-1}) x0 + sqrt(1 - ab_{t-1}) noise and x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) fresh (Ho
-    et al. 2020, eq. 4 and 2). x0, noise and fresh are (b, ...), t is (b,).
-    """
-    now, before = levels(t, schedule)
-    signal_level, noise_level = signal_and_noise_levels(before, x0)
-    x_before = signal_level * x0 + noise_level * noise
-    signal_level, noise_level = signal_and_noise_levels(now / before, x0)  # of 1 - beta_t
-    return x_before, signal_level * x_before + noise_level * fresh
 
 
 def q_posterior(x0: Tensor, x: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:

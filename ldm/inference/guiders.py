@@ -25,7 +25,6 @@ from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
 from ldm.models.blocks import AttentionBlock
-from ldm.optional.denoising_gan import DenoisingGAN
 from ldm.util import call_with
 
 PAG_LAYERS = ("middle_block",)
@@ -187,7 +186,7 @@ def autoguide(model: LatentDiffusion, weak: LatentDiffusion, scale: float) -> Gu
 
 def _check_deterministic(*models: LatentDiffusion) -> None:
     """Raise ValueError for a denoising GAN, two predictions of which differ by their random latents alone."""
-    if any(isinstance(model, DenoisingGAN) for model in models):
+    if any(model.random_x0 for model in models):
         raise ValueError("a denoising GAN samples its x0 at random, so it cannot be guided by a second prediction")
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.diffusion.posterior import levels
+from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 from ldm.models.blocks import TimestepBlock, timestep_embedding, zero_module
 from ldm.models.unet import UNetModel
 from ldm.util import call_with
@@ -58,19 +60,16 @@ class Generator(nn.Module):
         self.unet = call_with("unet", UNetModel, unet, num_classes="sequential", adm_in_channels=y_width)
         self.downsampling = self.unet.downsampling  # sizes must be multiples of it
 
-    def forward(self, x: Tensor, timesteps: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict x0' (b, c, h, w) in [-1, 1].
 
         Args:
             x: (b, c, h, w), variance-preserving.
             timesteps: (b,) in 0..T-1.
-            z: unit normal (b, latent_dim).
-            y: classes (b,).
-
-        Raises:
-            ValueError: y is missing or not expected.
+            context: z, unit normal (b, latent_dim); it has the place and the name of a UNet's context.
+            y: classes (b,), if there are any.
         """
-        embedded = self.mapping(pixel_norm(z).to(self.unet.dtype))  # (b, mapped)
+        embedded = self.mapping(pixel_norm(context).to(self.unet.dtype))  # (b, mapped)
         if check_classes(self.classes, y):
             embedded = torch.cat([embedded, self.label_emb(y)], dim=1)  # (b, 2 mapped)
         return self.unet(x, timesteps, y=embedded).tanh()
@@ -195,3 +194,16 @@ def check_classes(classes: int | None, y: Tensor | None) -> bool:
         state = "needs y, the class of each image" if y is None else "takes no y"
         raise ValueError(f"a network with classes {classes} {state}")
     return classes is not None
+
+
+def q_pair(x0: Tensor, t: Tensor, noise: Tensor, fresh: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Sample (x_{t-1}, x_t) of one forward process: q(x_{t-1} | x0), then q(x_t | x_{t-1}).
+
+    x_{t-1} = sqrt(ab_{t-1}) x0 + sqrt(1 - ab_{t-1}) noise and x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) fresh (Ho
+    et al. 2020, eq. 4 and 2). x0, noise and fresh are (b, ...), t is (b,).
+    """
+    now, before = levels(t, schedule)
+    signal_level, noise_level = signal_and_noise_levels(before, x0)
+    x_before = signal_level * x0 + noise_level * noise
+    signal_level, noise_level = signal_and_noise_levels(now / before, x0)  # of 1 - beta_t
+    return x_before, signal_level * x_before + noise_level * fresh

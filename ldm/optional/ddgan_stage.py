@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.diffusion.posterior import q_pair, q_posterior
+from ldm.diffusion.posterior import q_posterior
 from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
-from ldm.optional.ddgan import Discriminator, r1_penalty
+from ldm.optional.ddgan import Discriminator, q_pair, r1_penalty
 from ldm.optional.denoising_gan import DenoisingGAN
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.stage import Loss, adamw

@@ -24,6 +24,7 @@ class DenoisingGAN(PixelDiffusion):
     """
 
     target = "ldm.optional.denoising_gan.DenoisingGAN"
+    random_x0 = True
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class DenoisingGAN(PixelDiffusion):
         """Return x0' (b, c, h, w) for noised images x at timesteps t (b,); z (b, latent_dim) is sampled by default."""
         if z is None:
             z = torch.randn(len(x), self.model.diffusion_model.latent_dim, device=x.device)
-        return self.model(x, t, **cond, z=z)
+        return self.model(x, t, **cond, c_crossattn=z)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """Return the denoiser, which samples a fresh z at each call.
