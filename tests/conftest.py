@@ -1,5 +1,6 @@
 """Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint; a tiny MNIST."""
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,11 @@ def refused(match: str, function: Callable, *args, error: type[Exception] = Valu
     """Check that the call raises `error` with a message in which `match` is found."""
     with pytest.raises(error, match=match):
         function(*args, **options)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):  # one thread each: threads of several processes slow each other
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
