@@ -1,57 +1,46 @@
-"""What the benchmarks of generators share: how often they call their network, one row of figures, and matplotlib."""
+"""What the benchmarks share: rows in a file, tables, measurements in a fresh process, and matplotlib."""
 
-import time
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
 from ldm.cli import check_writable
-from ldm.evaluation.networks import Measuring, classify, features_of
-from ldm.evaluation.reference import Reference
-from ldm.evaluation.report import report_distribution
-from ldm.generation import plan_sampling
 
 
-def evaluations(model: Any, **settings: Any) -> int:
-    """How often an image's drawing calls the network. settings: of `plan_sampling`: steps, sampler, spacing."""
-    row, sigmas = plan_sampling(model, **settings)
-    return sum(row.evaluations(sigmas))
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines, made now if missing: OSError before minutes of work, not after."""
+    with open(path, "a"):
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def measure(
-    name: str,
-    calls: int,
-    draw_images: Callable[[], Tensor],
-    reference: Reference,
-    networks: Measuring,
-    labels: Tensor | None = None,
-) -> dict[str, Any]:
-    """A row: the three axes, precision, class accuracy, and CPU seconds, in which a busy machine counts less.
+def add_row(path: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Append a row to the list and to the file, so that an interrupted run continues; print it to standard error."""
+    rows.append(row)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), file=sys.stderr)
 
-    labels: (n,), the digits asked for; None where none can be, and then the accuracy is None.
-    """
-    wall, cpu = time.perf_counter(), time.process_time()
-    images = draw_images()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    found = report_distribution(features_of(networks.features, images), reference)
-    return {
-        "name": name,
-        "evaluations": calls,
-        "ratio": found["frechet"]["ratio"],
-        "recall": found["precision_recall"]["recall"],
-        "precision": found["precision_recall"]["precision"],
-        "accuracy": None if labels is None else (classify(networks.judge, images) == labels).double().mean().item(),
-        "seconds": wall / len(images),
-        "cpu_seconds": cpu / len(images),
-        "n": len(images),
-    }
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (titles, *rows)]
+    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]])
+
+
+def run_fresh(name: str, *argv: object) -> dict[str, float]:
+    """Run Python with these arguments; return the JSON of its last line. ValueError, with its own, if it fails."""
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"{name} ended with {done.returncode}: {done.stderr.strip()[-300:] or 'killed?'}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def import_pyplot() -> ModuleType:
-    """ValueError where matplotlib is not installed."""
+    """Import matplotlib's pyplot; ValueError where it is not installed."""
     try:
         from matplotlib import pyplot
     except ImportError:

@@ -13,14 +13,13 @@ that --out has are not measured again. `full` needs 18 GiB of memory at full siz
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.common import add_row, markdown, read_rows, run_fresh
 from ldm.cli import Parser, int_range, run
 
 CHECKPOINTING = ["--gradient_checkpointing"]
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         who, name, checkpoint = args.measure
         measure(lambda: {"ldm": ours, "diffusers": peer}[who](name, Path(checkpoint), args), args.steps)
         return
-    rows = [] if not args.out.exists() else [json.loads(line) for line in args.out.read_text().splitlines()]
+    rows = read_rows(args.out)
     done = {(row["row"], row["who"]) for row in rows}
     with tempfile.TemporaryDirectory(dir=args.out.resolve().parent) as folder:
         checkpoint = prepare(args.ckpt, Path(folder))
@@ -52,10 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if (name, who) not in done and (who == "ldm" or name in PEERS):
                     found = {"row": name, "who": who, "resolution": args.resolution}
                     found |= fresh(who, name, checkpoint, args)
-                    rows.append(found)
-                    with open(args.out, "a") as file:
-                        file.write(json.dumps(found) + "\n")
-                    print(json.dumps(found), file=sys.stderr)
+                    add_row(args.out, rows, found)
     print(table(rows))
 
 
@@ -69,12 +65,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int_range(1), default=3, metavar="N", help="steps that are counted (3)")
     add("--out", type=Path, default=Path("dreambooth_cost.jsonl"), metavar="FILE", help="(dreambooth_cost.jsonl)")
     add("--device", default="cpu", help="cpu, or cuda: then memory is the device's (cpu)")
-    add("--measure", nargs=3, metavar=("WHO", "ROW", "DIR"), help=argparse.SUPPRESS)  # what a fresh process is told
+    add("--measure", nargs=3, metavar=("WHO", "ROW", "DIR"), help=argparse.SUPPRESS)  # of the fresh process for a row
     return parser.parse_args(argv)
 
 
 def prepare(path: Path | None, folder: Path) -> Path:
-    """The same model for both, in a folder: model.safetensors that draws in one step, and diffusers/."""
+    """Write the same model for both in a folder: model.safetensors, which previews in one step, and diffusers/."""
     import ldm
 
     if path is None:
@@ -89,13 +85,10 @@ def prepare(path: Path | None, folder: Path) -> Path:
 
 
 def fresh(who: str, name: str, checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
-    """What `measure` prints, of a fresh process."""
+    """Return what `measure` prints in a fresh process."""
     argv = ["--images", args.images, "--resolution", args.resolution, "--steps", args.steps]
     argv += ["--device", args.device, "--measure", who, name, checkpoint]
-    done = subprocess.run([sys.executable, __file__, *map(str, argv)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ValueError(f"{name} by {who} ended with {done.returncode}: {done.stderr.strip()[-300:] or 'killed?'}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return run_fresh(f"{name} by {who}", __file__, *argv)
 
 
 class Enough(BaseException):
@@ -130,15 +123,15 @@ def measure(work: Callable[[], None], steps: int) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes that were resident at most. (getrusage's figure is that of the process which started this one, too.)"""
+    """Return the maximum of resident bytes. (getrusage's figure includes the process which started this one.)"""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return 1024 * int(fields["VmHWM"].split()[0])
 
 
 def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
-    """scripts/dreambooth.py itself, as it is started by a user."""
-    from scripts import dreambooth
+    """Run scripts/dreambooth.py itself, as a user does."""
+    import runpy
 
     with tempfile.TemporaryDirectory() as out:
         argv = ["--ckpt", checkpoint / "model.safetensors", "--output_dir", Path(out, "run"), "--device", args.device]
@@ -146,11 +139,12 @@ def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
         argv += ["--class_data_dir", args.images, "--class_prompt", CLASS, "--train_batch_size", 1]
         argv += ["--train_text", "none", "--report_to", "none", "--num_validation_images", 1]
         argv += ["--mixed_precision", "fp32", "--max_train_steps", args.steps + 9, *OURS[name]]
-        dreambooth.main([str(option) for option in argv])
+        script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "dreambooth.py"))
+        script["main"]([str(option) for option in argv])
 
 
 def peer(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
-    """The loop of diffusers' train_dreambooth.py, in its order, over its classes."""
+    """Run the loop of diffusers' train_dreambooth.py, in its order, over its classes."""
     import torch
     import torch.nn.functional as F
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -193,10 +187,10 @@ def peer(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: seconds a step and peak memory of both, and ours over the peer's."""
+    """Return Markdown: seconds a step and peak memory of both, and ours over the peer's."""
     found = {(row["row"], row["who"]): row for row in rows}
-    lines = ["| | s a step (CPU s): ours | diffusers | ours / its | peak GiB: ours | diffusers | ours / its |"]
-    lines.append("|---" * 7 + "|")
+    sides = ("diffusers", "ours / its")
+    titles, lines = ["", "s a step (CPU s): ours", *sides, "peak GiB: ours", *sides], []
     for name in dict.fromkeys(row["row"] for row in rows):
         sides, cells = [found.get((name, who)) for who in ("ldm", "diffusers")], [name]
         for key in ("cpu_seconds", "peak_GiB"):
@@ -204,8 +198,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             cells.append("-" if None in sides else f"{sides[0][key] / sides[1][key]:.2f}")
             if key == "cpu_seconds":
                 cells[1:3] = ["-" if s is None else f"{s['seconds']:.2f} ({s[key]:.2f})" for s in sides]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(titles, lines)
 
 
 if __name__ == "__main__":

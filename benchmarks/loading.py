@@ -9,12 +9,11 @@ pages of a mapped file that nobody changed).
 """
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.common import markdown, run_fresh
 from ldm.cli import Parser, int_range, run
 
 # What a fresh process runs: it prepares, then measures `work()`.
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_stable_diffusion(folder: Path) -> list[Path]:
-    """Stable Diffusion 1 with random weights, as a single file in both formats."""
+    """Write Stable Diffusion 1 with random weights as a single file in both formats; return their paths."""
     import torch
     from safetensors.torch import save_file
 
@@ -93,7 +92,7 @@ def make_stable_diffusion(folder: Path) -> list[Path]:
 
 
 def compare_loading(files: Sequence[Path], config: Path, repeat: int) -> None:
-    """Print the table, one row for each file and way, the weights' size first."""
+    """Print the table, a row for each file and way, and the weights' size."""
     import ldm
 
     rows = []
@@ -106,23 +105,16 @@ def compare_loading(files: Sequence[Path], config: Path, repeat: int) -> None:
         del model
         for way, (prepare, work) in (("ldm.load", OURS), ("naive", NAIVE.get(path.suffix, NAIVE[".ckpt"]))):
             best = min((measure(prepare, work, path, config) for _ in range(repeat)), key=lambda row: row["seconds"])
-            rows.append({"file": path.suffix, "way": way, "weights_GiB": weights, **best})
-    print("| file | way | s | CPU s | peak / weights | private / weights |\n|---|---|---|---|---|---|")
-    for row in rows:
-        shares = [f"{row[key] / row['weights_GiB']:.2f}" for key in ("peak_GiB", "private_GiB")]
-        cells = [row["file"], row["way"], f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}", *shares]
-        print(f"| {' | '.join(cells)} |")
-    print(f"weights: {rows[0]['weights_GiB']:.2f} GiB")
+            shares = [f"{best[key] / weights:.2f}" for key in ("peak_GiB", "private_GiB")]
+            rows.append([path.suffix, way, f"{best['seconds']:.2f}", f"{best['cpu_seconds']:.2f}", *shares])
+    print(markdown(["file", "way", "s", "CPU s", "peak / weights", "private / weights"], rows))
+    print(f"weights: {weights:.2f} GiB")
 
 
 def measure(prepare: str, work: str, path: Path, config: Path) -> dict[str, float]:
-    """What MEASURE prints, of a fresh process."""
-    parts = (text.format(path=str(path), config=str(config)) for text in (prepare, work))
-    code = MEASURE.format(**dict(zip(("prepare", "work"), parts, strict=True)))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ValueError(f"loading {path} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    """Return what MEASURE prints in a fresh process."""
+    prepare, work = (text.format(path=str(path), config=str(config)) for text in (prepare, work))
+    return run_fresh(f"loading {path}", "-c", MEASURE.format(prepare=prepare, work=work))
 
 
 if __name__ == "__main__":

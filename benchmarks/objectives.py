@@ -5,7 +5,7 @@ python benchmarks/objectives.py --out objectives.jsonl
 The network is configs/pixel/objectives.yaml's, on MNIST. Rows that --out has already are kept.
 """
 
-import json
+import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -14,23 +14,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ldm
-from benchmarks.common import evaluations, measure
+from benchmarks.common import add_row, markdown, read_rows
+from benchmarks.generators import evaluations, measure
 from ldm.cli import Parser, int_range, run
 from ldm.evaluation.datasets import find_reference
-from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
-from ldm.evaluation.samples import draw
+from ldm.evaluation.networks import Measuring
+from ldm.evaluation.samples import sample_images
 from ldm.training.config import read_configs
 from ldm.training.loop import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "objectives.yaml"
-STEPS = 50  # of drawing
+STEPS = 50  # of sampling
 WEIGHT, NOISE = "stage.params.weight.name", "stage.params.noise"
 MODEL = "stage.params.model.params"
 UNET = f"{MODEL}.unet_config.params"
 
 
 class Change(NamedTuple):
-    """What it changes in configs/pixel/objectives.yaml, and by which samplers it is drawn."""
+    """What it changes in configs/pixel/objectives.yaml, and by which samplers its images are generated."""
 
     changes: Sequence[str] = ()
     samplers: Sequence[str] = ("ddim",)
@@ -65,40 +66,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--n", type=int_range(10), default=1000, metavar="N", help="images of each (1000)")
     add("--batch-size", type=int_range(1), default=100, metavar="N", help="images at a time (100)")
     add("--device", default="auto", help="auto, cpu, cuda, mps; figures are computed on the CPU")
-    args = parser.parse_args(argv)
-    print(table(compare(CONFIG, args.out, args.names, args.set, args.n, args.batch_size, args.device)))
+    print(table(compare_objectives(parser.parse_args(argv))))
 
 
-def compare(
-    config: Path,
-    out: Path,
-    names: Sequence[str] | None = None,
-    changes: Sequence[str] = (),
-    n: int = 1000,
-    batch_size: int = 100,
-    device: str = "auto",
-) -> list[dict[str, Any]]:
-    """Train and measure what `out`, JSON lines, does not have yet, adding a line for each; all its rows.
+def compare_objectives(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train and measure what --out does not have yet, adding a row to it each time; return all its rows.
 
-    config: configs/pixel/objectives.yaml; each model goes to a folder of its name under the configuration's outdir, and
-        one that is there is taken as it is. names: of OBJECTIVES; None for all. changes: further ones, for all.
-    n: images of each, of the digits of as many of MNIST's test images.
-    Raises ValueError for an unknown name, and for rows of other numbers of images or training steps.
+    Each model goes to a folder of its name under the configuration's outdir; one that is there is taken as it is.
     """
-    names = list(OBJECTIVES) if names is None else list(names)
+    names = list(OBJECTIVES) if args.names is None else args.names
     unknown = [name for name in names if name not in OBJECTIVES]
     if unknown:
         raise ValueError(f"unknown objective {unknown[0]!r}; choose from {'; '.join(OBJECTIVES)}")
-    configs = {name: _configuration(config, name, changes) for name in names}
-    with open(out, "a"):  # tried now, not after minutes of training
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
+    configs, rows = {name: _configuration(name, args.set) for name in names}, read_rows(args.out)
     for name in names:
-        expected = (n, configs[name]["loop"]["steps"])
+        expected = (args.n, configs[name]["loop"]["steps"])
         if any((row["n"], row["training_steps"]) != expected for row in rows):
-            raise ValueError(f"{out} has rows of other numbers of images or steps than {expected}: name another --out")
-    networks = Measuring.load(JUDGE, FEATURES)
-    reference, _ = find_reference("mnist", "test", None, networks, n)
-    labels = reference.labels[:n]
+            raise ValueError(
+                f"{args.out} has rows of other numbers of images or steps than {expected}: name another --out"
+            )
+    networks = Measuring.load()
+    reference, _ = find_reference("mnist", "test", None, networks, args.n)
+    labels = reference.labels[: args.n]
     done = {(row["objective"], row["sampler"]) for row in rows}
     for name in names:
         wanted = [sampler for sampler in OBJECTIVES[name].samplers if (name, sampler) not in done]
@@ -107,12 +96,12 @@ def compare(
         fresh = not (Path(configs[name]["outdir"]) / configs[name]["name"]).exists()
         print(name, file=sys.stderr)
         started = time.process_time()
-        model = ldm.load(train(configs[name], resume=True, device=device), device=device)
-        trained = time.process_time() - started if fresh else None  # of a run that went on nobody knows
+        model = ldm.load(train(configs[name], resume=True, device=args.device), device=args.device)
+        trained = time.process_time() - started if fresh else None  # not known of a resumed run
         for sampler in wanted:
             settings = {"sampler": sampler, "steps": STEPS}
-            drawing = partial(draw, model, labels.tolist(), 0, batch_size, **settings)
-            found = measure(name, evaluations(model, **settings), drawing, reference, networks, labels)
+            generate = partial(sample_images, model, labels.tolist(), 0, args.batch_size, **settings)
+            found = measure(name, evaluations(model, **settings), generate, reference, networks, labels)
             row = {
                 "objective": name,
                 "sampler": sampler,
@@ -121,27 +110,24 @@ def compare(
                 "training_cpu_seconds": trained,
                 "cpu_seconds_a_image": found["cpu_seconds"],
             }
-            rows.append(row)
-            with open(out, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(args.out, rows, row)
     return rows
 
 
-def _configuration(path: Path, name: str, changes: Sequence[str]) -> dict[str, Any]:
+def _configuration(name: str, changes: Sequence[str]) -> dict[str, Any]:
     slug = name.replace(", ", "-").replace(" ", "-")
-    (config,) = read_configs([str(path)], [*OBJECTIVES[name].changes, f"name={slug}", *changes])
+    (config,) = read_configs([str(CONFIG)], [*OBJECTIVES[name].changes, f"name={slug}", *changes])
     return config
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a row for each, as they are listed in OBJECTIVES."""
-    order = list(OBJECTIVES)
-    lines = ["| objective | sampler | accuracy | distance / floor | recall | training, CPU s |", "|---" * 6 + "|"]
+    """Return Markdown, a row for each, in the order of OBJECTIVES."""
+    order, lines = list(OBJECTIVES), []
     for row in sorted(rows, key=lambda row: order.index(row["objective"])):
         trained = "-" if row["training_cpu_seconds"] is None else f"{row['training_cpu_seconds']:.0f}"
         figures = [f"{row['accuracy']:.1%}", f"{row['ratio']:.1f}", f"{row['recall']:.2f}", trained]
-        lines.append(f"| {' | '.join([row['objective'], row['sampler'], *figures])} |")
-    return "\n".join(lines)
+        lines.append([row["objective"], row["sampler"], *figures])
+    return markdown(["objective", "sampler", "accuracy", "distance / floor", "recall", "training, CPU s"], lines)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ has already are kept, so an interrupted run continues.
 """
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import check_plot, evaluations, import_pyplot
+from benchmarks.common import add_row, check_plot, import_pyplot, markdown, read_rows
 from ldm.cli import Parser, int_range, run
 from ldm.inference.options import add_model_options, load_model
 
@@ -41,29 +39,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare_samplers(args: argparse.Namespace) -> list[dict]:
-    """Measure what the output file does not have yet, adding a line to it each time; all its rows."""
+    """Measure what the output file does not have yet, adding a row to it each time; return all its rows."""
+    from benchmarks.generators import evaluations
     from ldm.diffusion.sampling import SAMPLERS, get_sampler
     from ldm.evaluation.datasets import find_reference
-    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
+    from ldm.evaluation.networks import Measuring
     from ldm.evaluation.report import report_model
-    from ldm.evaluation.samples import draw
+    from ldm.evaluation.samples import sample_images
 
-    with open(args.out, "a"):  # tried now, not after minutes of drawing
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+    rows = read_rows(args.out)
     if any(row["n"] != args.n for row in rows):
         raise ValueError(f"{args.out} has rows of {rows[0]['n']} images each: name another --out, or the same --n")
     done = {(row["sampler"], row["steps"]) for row in rows}
     names = [name for name in SAMPLERS if name not in ALIASES] if args.samplers is None else args.samplers
     wanted = [(steps, name) for steps in args.steps for name in names if (name, steps) not in done]
     for _, name in wanted:
-        get_sampler(name)  # an unknown name is told before anything is drawn
-    model, networks = load_model(args), Measuring.load(JUDGE, FEATURES)
+        get_sampler(name)  # an unknown name is an error before anything is generated
+    model, networks = load_model(args), Measuring.load()
     reference, _ = find_reference("mnist", "heldout", args.data, networks, args.n)
     captions = reference.captions(args.n, "train")
     for steps, name in wanted:
-        print(f"{name}, {steps} steps", file=sys.stderr)
         start = time.perf_counter()
-        images = draw(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
+        images = sample_images(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
         seconds = time.perf_counter() - start
         report = report_model(images, captions, "train", reference, networks, None)
         found = {
@@ -77,20 +74,17 @@ def compare_samplers(args: argparse.Namespace) -> list[dict]:
             "n": args.n,
             "seconds": seconds,
         }
-        rows.append(found)
-        with open(args.out, "a") as file:
-            file.write(json.dumps(found) + "\n")
+        add_row(args.out, rows, found)
     return rows
 
 
 def sampler_table(rows: Sequence[dict]) -> str:
-    """Markdown: a row for each sampler, a column for each number of steps: accuracy, distance / floor, recall."""
+    """Return Markdown, a row for each sampler: accuracy, distance / floor and recall at each number of steps."""
     steps = sorted({row["steps"] for row in rows})
     cells = {(r["sampler"], r["steps"]): f"{r['accuracy']:.1%}, {r['ratio']:.2f}, {r['recall']:.2f}" for r in rows}
-    lines = ["| sampler | " + " | ".join(f"{s} steps" for s in steps) + " |", "|---" * (len(steps) + 1) + "|"]
-    for name in dict.fromkeys(row["sampler"] for row in rows):
-        lines.append(f"| `{name}` | " + " | ".join(cells.get((name, s), "-") for s in steps) + " |")
-    return "\n".join(lines)
+    names = dict.fromkeys(row["sampler"] for row in rows)
+    table = [[f"`{name}`", *(cells.get((name, s), "-") for s in steps)] for name in names]
+    return markdown(["sampler", *(f"{s} steps" for s in steps)], table)
 
 
 def plot_samplers(rows: Sequence[dict], path: Path) -> None:

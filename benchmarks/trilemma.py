@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import check_plot, evaluations, import_pyplot, measure
+from benchmarks.common import check_plot, import_pyplot, markdown
+from benchmarks.generators import evaluations, measure
 from ldm.cli import Parser, int_range, run
-from ldm.data.captions import Caption
 from ldm.diffusion.sampling.noise import SeededNoise
-from ldm.evaluation.samples import ask, draw, quantise
+from ldm.evaluation.samples import prompts_for, quantise, sample_images
 from ldm.inference.options import PRECISIONS
 
 
@@ -47,23 +47,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare_generators(args: argparse.Namespace) -> list[dict]:
-    """A row for each generator; a line on standard error as each is done."""
+    """Return a row for each generator, printed to standard error as each is done."""
     import ldm
     from ldm.evaluation.datasets import find_reference
-    from ldm.evaluation.networks import FEATURES, JUDGE, Measuring
+    from ldm.evaluation.networks import Measuring
     from ldm.inference.precision import set_precision
 
-    networks = Measuring.load(JUDGE, FEATURES)
+    networks = Measuring.load()
     reference, _ = find_reference("mnist", "test", None, networks, args.n)
     captions, rows = reference.captions(args.n, "train"), []
-    vae, ddgan, ddpm = models = [ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm)]
-    for model in models:
+    vae, ddgan, ddpm = loaded = [ldm.load(path, device=args.device) for path in (args.vae, args.ddgan, args.ddpm)]
+    for model in loaded:
         set_precision(model, args.precision, model.device)
-    asked = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
-    asked |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
-    ways = [("VAE", 1, partial(draw_prior, vae, args.n, args.batch_size), None)]
-    for name, (model, settings) in asked.items():
-        images = partial(draw_asked, model, captions, args.batch_size, **settings)
+    models = {"DDGAN": (ddgan, {}), "DDPM": (ddpm, {})}
+    models |= {f"DDIM, {steps} steps": (ddpm, {"sampler": "ddim", "steps": steps}) for steps in args.ddim_steps}
+    ways = [("VAE", 1, partial(sample_prior, vae, args.n, args.batch_size), None)]
+    for name, (model, settings) in models.items():
+        prompts, _ = prompts_for(model, captions)
+        images = partial(sample_images, model, prompts, 0, args.batch_size, **settings)
         ways.append((name, evaluations(model, **settings), images, reference.labels[: args.n]))
     for name, calls, images, labels in ways:
         rows.append(measure(name, calls, images, reference, networks, labels))
@@ -72,10 +73,10 @@ def compare_generators(args: argparse.Namespace) -> list[dict]:
 
 
 @torch.inference_mode()
-def draw_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
-    """uint8 (n, 28, 28): a model's first stage as a VAE (Kingma & Welling 2014), unit normal latents decoded.
+def sample_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
+    """Return uint8 (n, 28, 28) of a model's first stage as a VAE (Kingma & Welling 2014): unit normal latents decoded.
 
-    Its scaled latents have unit variance, so that the unit normal is the prior that suits them best.
+    Its scaled latents have unit variance, so the unit normal is the prior that fits them.
     """
     size = model.latent_size(model.defaults["height"], model.defaults["width"])
     images = []
@@ -85,21 +86,16 @@ def draw_prior(model: Any, n: int, batch_size: int, seed: int = 0) -> Tensor:
     return torch.cat(images)
 
 
-def draw_asked(model: Any, captions: Sequence[Caption], batch_size: int, seed: int = 0, **settings: Any) -> Tensor:
-    """uint8 (n, 28, 28): an image for what the model takes of each caption."""
-    return draw(model, ask(model, captions)[0], seed, batch_size, **settings)
-
-
 def trilemma_table(rows: Sequence[dict]) -> str:
-    """Markdown, a row for each generator."""
+    """Return Markdown, a row for each generator."""
     titles = ("", "evaluations", "class accuracy", "distance / floor", "recall", "precision", "s an image", "CPU s")
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    table = []
     for row in rows:
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
         figures = [accuracy, f"{row['ratio']:.2f}", f"{row['recall']:.2f}", f"{row['precision']:.2f}"]
         times = [f"{row['seconds']:.2g}", f"{row['cpu_seconds']:.2g}"]
-        lines.append(f"| {' | '.join([row['name'], str(row['evaluations']), *figures, *times])} |")
-    return "\n".join(lines)
+        table.append([row["name"], str(row["evaluations"]), *figures, *times])
+    return markdown(titles, table)
 
 
 def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
@@ -113,10 +109,6 @@ def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
     axes.margins(0.15)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
-
-
-if __name__ == "__main__":
-    run(main)
 
 
 if __name__ == "__main__":

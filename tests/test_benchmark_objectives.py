@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import refused
 from omegaconf import OmegaConf
 
 from benchmarks import objectives
@@ -71,11 +72,11 @@ def test_rows_go_on_where_they_stopped(tiny, tmp_path, monkeypatch, capsys):
         ["| learned variance", "ddpm"],
         ["| self-conditioning", "ddim"],
     ]
-    with pytest.raises(ValueError, match=r"rows of other numbers of images or steps than \(50, 2\)"):
-        objectives.main(["--out", str(out), "--n", "50", "--names", "self-conditioning"])
+    other = ["--out", str(out), "--n", "50", "--names", "self-conditioning"]
+    refused(r"rows of other numbers of images or steps than \(50, 2\)", objectives.main, other)
 
 
-def test_an_unknown_objective_is_told_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match="unknown objective 'eps'; choose from v, cosine; eps, cosine"):
-        objectives.main(["--out", str(tmp_path / "rows.jsonl"), "--names", "eps"])
+def test_an_unknown_objective_is_an_error_before_any_work(tmp_path):
+    command = ["--out", str(tmp_path / "rows.jsonl"), "--names", "eps"]
+    refused("unknown objective 'eps'; choose from v, cosine; eps, cosine", objectives.main, command)
     assert not (tmp_path / "rows.jsonl").exists()

@@ -1,4 +1,4 @@
-"""The measures of DreamBooth: closed forms, the rule that finds the printed ones, and the comparison of two models."""
+"""The measures of DreamBooth: closed forms, the rule that finds the printed ones, and the comparison of models."""
 
 import json
 import math
@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
-from script_runs import load_script
 
 from ldm.data.measure import SLANTS, STROKE_WEIGHTS
 from ldm.evaluation.dreambooth import Detector, compare, read_folder, similarity, styled
 from ldm.evaluation.subjects import FOOT, ORDINARY, foot, star, stars, write_images
+from scripts import evaluate
 
 
 def image_of(rows: list[str]) -> torch.Tensor:
@@ -23,7 +24,7 @@ def image_of(rows: list[str]) -> torch.Tensor:
     return image
 
 
-def test_the_foot_of_drawn_ones():
+def test_the_foot_of_ones():
     """A foot of 9 pixels under a stem of 2; a bare stem; a speck beside it; a bar in the middle; too low to tell."""
     stem, wide = "    ##", " #########"
     ones = [
@@ -50,14 +51,7 @@ def test_the_detector_and_its_errors():
     """On a line: the subject around 0, others around 10, one of each on the wrong side."""
     subject, others = torch.tensor([[0.0], [0.4], [0.8], [9.0]]), torch.tensor([[10.0], [10.9], [11.8], [0.55]])
     detector = Detector(subject, others)
-    assert detector.recognised(torch.tensor([[-3.0], [0.1], [8.7], [9.6], [20.0], [0.56]])) == [
-        True,
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert detector.recognised(torch.tensor([[-3.0], [0.1], [8.7], [9.6], [20.0], [0.56]])) == 3 * [True] + 3 * [False]
     errors = detector.errors()
     # 9.0 is nearer to 10 than to 0.8; 0.4 and 0.8 are nearer to 0.55 than to each other
     assert errors["missed"]["accuracy"] == 3 / 4
@@ -67,14 +61,8 @@ def test_the_detector_and_its_errors():
 
 def test_prompts_that_state_a_style():
     captions = styled("a sks one")
-    assert [caption.text for caption in captions] == [
-        "a thin sks one",
-        "a medium sks one",
-        "a bold sks one",
-        "a sks one leaning left",
-        "a sks one upright",
-        "a sks one leaning right",
-    ]
+    weights, slants = ("thin", "medium", "bold"), ("leaning left", "upright", "leaning right")
+    assert [c.text for c in captions] == [f"a {w} sks one" for w in weights] + [f"a sks one {s}" for s in slants]
     assert [STROKE_WEIGHTS[c.weight] for c in captions[:3]] == list(STROKE_WEIGHTS)
     assert [SLANTS[c.slant] for c in captions[3:]] == list(SLANTS)
 
@@ -83,7 +71,7 @@ def figures(div, pres, digits, leak):
     return {"class": {"div": div, "pres": pres, "leak": {"accuracy": leak}}, "other_digits": {"accuracy": digits}}
 
 
-def test_what_is_told_of_two_models_and_of_three():
+def test_two_and_three_models_are_compared():
     before, after, without = figures(4.0, 0.3, 0.99, 0.0), figures(3.0, 0.493, 0.98, 0.01), figures(1, 0.664, 0.9, 0.9)
     two = compare(before, after, None)
     assert two == {"div_kept": 0.75, "other_digits_lost": pytest.approx(0.01)}
@@ -95,20 +83,19 @@ def test_what_is_told_of_two_models_and_of_three():
     }
 
 
-def test_stars_are_drawn_and_kept(tmp_path):
+def test_stars_are_written_and_read(tmp_path):
     images = [np.asarray(star(seed)) for seed in range(6)]
     assert len({image.tobytes() for image in images}) == 6
     assert np.array_equal(images[3], np.asarray(star(3)))
     for image in images:
         assert image.shape == (28, 28) and image[14, 14] == 0 and 80 < (image > 102).sum() < 350
-        assert image[[0, -1]].max() == 0 and image[:, [0, -1]].max() == 0  # whole, on the canvas
+        assert image[[0, -1]].max() == 0 and image[:, [0, -1]].max() == 0  # entirely on the canvas
     parts = stars(torch.zeros(3, 28, 28, dtype=torch.uint8))
     write_images({"heldout": parts["heldout"][:4]}, tmp_path)
     with Image.open(tmp_path / "heldout" / "000.png") as image:
         assert image.size == (32, 32) and image.mode == "L"
     assert torch.equal(read_folder(tmp_path / "heldout"), parts["heldout"][:4])
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        read_folder(tmp_path / "others")
+    refused("is not a folder", read_folder, tmp_path / "others", error=FileNotFoundError)
 
 
 def test_the_command(tiny_checkpoint, tmp_path):
@@ -119,7 +106,7 @@ def test_the_command(tiny_checkpoint, tmp_path):
     prompts = ["--instance-prompt", "a sks star", "--class-prompt", "a five", "--digit", "5"]
     report, sheet = tmp_path / "report.json", tmp_path / "report.png"
     argv = ["dreambooth", *models, "--subject", str(tmp_path / "star"), *prompts, "--n", "10", "--device", "cpu"]
-    load_script("evaluate").main([*argv, "--out", str(report)])
+    evaluate.main([*argv, "--out", str(report)])
     found = json.loads(report.read_text())
     assert found["div_kept"] == 1 and found["other_digits_lost"] == 0 and found["pres_better_by"] == 0
     assert found["detector"]["missed"]["n"] == 5 and found["detector"]["false_alarms"]["n"] > 500
@@ -127,3 +114,6 @@ def test_the_command(tiny_checkpoint, tmp_path):
     assert found["after"]["subject"]["recognised"]["n"] == 10 and found["after"]["other_digits"]["n"] == 18
     with Image.open(sheet) as image:
         assert image.width > image.height
+    for path in (tmp_path / "star" / "heldout").glob("00[1-4].png"):
+        path.unlink()
+    refused("heldout has one image: give at least 2", evaluate.main, argv)

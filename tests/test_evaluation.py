@@ -1,11 +1,14 @@
-"""Accuracies, pictures, the reference and its floors, the autoencoder's figures, and scripts/evaluate.py."""
+"""Accuracies, images, the reference and its floors, the autoencoder's figures, and scripts/evaluate.py."""
 
+import copy
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
 from ldm.checkpoint.file import save_file
@@ -13,34 +16,38 @@ from ldm.conditioning.classes import ClassLabels
 from ldm.data.captions import Caption
 from ldm.data.digits import Digits
 from ldm.data.measure import MNIST_THRESHOLDS, classify_styles
-from ldm.evaluation import networks, prompt, reference, report, samples, style
+from ldm.evaluation import commands, networks, prompt, reference, report, samples, style
 from ldm.evaluation.autoencoder import pooled_psnr, psnr, reconstruct
-from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, load_network
-from ldm.evaluation.reference import Floor, load_reference, measure_reference, save_reference
+from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, load_image_network
+from ldm.evaluation.reference import load_reference, measure_reference, save_reference
 from ldm.images import to_pil
 from ldm.models.classifier import FeatureNetwork, Judge, inner
 from scripts import evaluate
 
 SIZES = (50, 100, 200)
+SHEET_HEIGHT = 2 * (10 * 30 - 2)
+
+
+def small_networks(folder, size=28):
+    """Write an untrained judge and feature network (which measures distances, too); return their options."""
+    torch.manual_seed(size)
+    options = {}
+    for kind, params in ((Judge, {"widths": [4, 4, 4]}), (FeatureNetwork, {"widths": [4, 8], "features": 16})):
+        params |= {"size": size}
+        path = options["judge" if kind is Judge else "features"] = folder / f"{kind.__name__}{size}.safetensors"
+        config = {"target": f"ldm.models.classifier.{kind.__name__}", "params": params}
+        save_file(path, kind(**params).state_dict(), config, torch.float16)
+    return options
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Untrained networks in files: a random feature network measures distances, too."""
-    folder = tmp_path_factory.mktemp("networks")
-    torch.manual_seed(0)
-    judge, features = Judge((4, 4, 4)), FeatureNetwork((4, 8), 16)
-    params = {"Judge": {"widths": [4, 4, 4]}, "FeatureNetwork": {"widths": [4, 8], "features": 16}}
-    for network, name in ((judge, "judge"), (features, "features")):
-        kind = type(network).__name__
-        config = {"target": f"ldm.models.classifier.{kind}", "params": params[kind]}
-        save_file(folder / f"{name}.safetensors", network.state_dict(), config, torch.float16)
-    return folder
+    return small_networks(tmp_path_factory.mktemp("networks"))
 
 
 @pytest.fixture(scope="module")
 def measuring(files):
-    return Measuring.load(files / "judge.safetensors", files / "features.safetensors")
+    return Measuring.load(**files)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +77,8 @@ def test_wilson_interval_holds_the_shares_that_its_test_accepts():
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_interval_refuses_what_is_no_share(successes, n):
-    with pytest.raises(ValueError, match=f"{successes} successes of {n}"):
-        prompt.wilson_interval(successes, n)
+def test_wilson_interval_refuses_what_is_not_a_share(successes, n):
+    refused(f"{successes} successes of {n}", prompt.wilson_interval, successes, n)
 
 
 def test_accuracy_by_group():
@@ -83,18 +89,16 @@ def test_accuracy_by_group():
 
 
 def test_style_accuracy_counts_only_what_was_stated():
-    drawn = inner(Digits("test").images[:3, 0])
-    weight, slant = (x.tolist() for x in classify_styles(drawn, MNIST_THRESHOLDS))
+    images = inner(Digits("test").images[:3, 0])
+    weight, slant = (x.tolist() for x in classify_styles(images, MNIST_THRESHOLDS))
     wrong = (slant[1] + 1) % 3
-    asked = [Caption("", 1, weight[0], slant[0]), Caption("", 2, weight[1], wrong), Caption("", 3)]
-    result = style.style_accuracy(drawn, asked, MNIST_THRESHOLDS)
-    assert result["weight"]["accuracy"] == 1 and result["weight"]["n"] == 2
-    assert result["slant"]["accuracy"] == 0.5
-    assert result["stated"]["accuracy"] == 0.75 and result["stated"]["n"] == 4
-    assert result["captions"]["accuracy"] == 0.5 and result["captions"]["n"] == 2
+    captions = [Caption("", 1, weight[0], slant[0]), Caption("", 2, weight[1], wrong), Caption("", 3)]
+    result = style.style_accuracy(images, captions, MNIST_THRESHOLDS)
+    for kind, share, n in (("weight", 1, 2), ("slant", 0.5, 2), ("stated", 0.75, 4), ("captions", 0.5, 2)):
+        assert (result[kind]["accuracy"], result[kind]["n"]) == (share, n)
 
 
-# Pictures
+# Images
 
 
 def test_quantised_images_are_those_that_pil_saves():
@@ -103,7 +107,7 @@ def test_quantised_images_are_those_that_pil_saves():
     assert quantised.shape == (2, 28, 28) and quantised.dtype == torch.uint8
     assert torch.equal(samples.from_pil(to_pil(images)), quantised)
     levels = torch.arange(256, dtype=torch.uint8).repeat(4)[: 28 * 28].reshape(1, 28, 28)
-    assert torch.equal(samples.quantise(samples.to_unit(levels)), levels)  # real pictures pass unchanged
+    assert torch.equal(samples.quantise(samples.to_unit(levels)), levels)  # real images pass unchanged
 
 
 def test_colours_become_grey_as_pil_does_it():
@@ -112,31 +116,35 @@ def test_colours_become_grey_as_pil_does_it():
 
 
 def test_sheet_has_a_row_per_class_and_the_blocks_beside_each_other():
-    drawn = torch.full((3, 28, 28), 200, dtype=torch.uint8)
-    block = samples.by_class(drawn, torch.tensor([0, 9, 9]), columns=2)
-    assert block.amax(dim=(2, 3)).tolist()[0] == [200, 0] and block.amax(dim=(2, 3)).tolist()[9] == [200, 200]
-    sheet = samples.side_by_side([block, block], gap=2, between=12, magnify=2)
-    assert sheet.size == (2 * (2 * 60 + 12 + 2), 2 * (10 * 30 + 2))
+    images = torch.full((3, 28, 28), 200, dtype=torch.uint8)
+    block = samples.images_by_class(images, torch.tensor([0, 9, 9]), columns=2)
+    assert block.amax(dim=(2, 3))[[0, 9]].tolist() == [[200, 0], [200, 200]]
+    sheet = samples.image_sheet([block, block], between=12, magnify=2)
+    assert sheet.size == (2 * (2 * 58 + 12), SHEET_HEIGHT)
+    assert sheet.getpixel((0, 0)) == 200 and sheet.getpixel((2 * 58 + 1, 0)) not in (0, 200)
+
+
+def test_an_image_that_is_not_finite_names_the_module(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.model.diffusion_model.time_embed[0].weight.data[0, 0] = math.nan
+    match = r"began in model\.diffusion_model\.time_embed\.0; its weights are not finite"
+    refused(match, samples.sample_images, model, ["a five"], seed=0, batch_size=1)
 
 
 # Networks
 
 
 def test_a_network_in_half_precision_computes_in_single(files):
-    network = load_network(files / "judge.safetensors")
+    network = load_image_network(files["judge"])
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in network.parameters()) and not network.training
-    drawn = torch.zeros(7, 28, 28, dtype=torch.uint8)
-    assert networks.classify(network, drawn).shape == (7,)
+    assert networks.classify(network, torch.zeros(7, 28, 28, dtype=torch.uint8)).shape == (7,)
 
 
 def test_foreign_files_are_refused(files, tmp_path):
-    with pytest.raises(ValueError, match="'features'"):
-        load_network(files / "judge.safetensors", "features")  # a judge has no features
+    refused("'features'", load_image_network, files["judge"], "features")  # a judge has no features
     save_file(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, {"something": 1})
-    with pytest.raises(ValueError, match="no target"):
-        load_network(tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="statistics"):
-        load_reference(files / "judge.safetensors")
+    refused("no target", load_image_network, tmp_path / "x.safetensors")
+    refused("statistics", load_reference, files["judge"])
 
 
 # The reference and its floors
@@ -162,8 +170,7 @@ def test_floor_falls_with_the_number_and_is_interpolated_in_its_inverse(real):
     # Linear in 1 / n: 1 / 80 lies 3 / 4 of the way from 1 / 50 to 1 / 100.
     assert real.floor(80).frechet == pytest.approx(0.25 * small + 0.75 * middle)
     for n in (49, 201):
-        with pytest.raises(ValueError, match=f"{n} pictures"):
-            real.floor(n)
+        refused(f"{n} images", real.floor, n)
 
 
 def test_reference_survives_its_file(real, tmp_path):
@@ -171,7 +178,7 @@ def test_reference_survives_its_file(real, tmp_path):
     back = load_reference(tmp_path / "s.safetensors")
     for name in ("indices", "labels", "weight", "slant", "right", "mean", "cov"):
         assert torch.equal(getattr(back, name), getattr(real, name)), name
-    assert torch.equal(back.pictures, real.pictures[:20]) and torch.equal(back.image_labels, real.image_labels[:20])
+    assert torch.equal(back.images, real.images[:20]) and torch.equal(back.image_labels, real.image_labels[:20])
     assert (back.floors, back.nearest, back.thresholds) == (real.floors, pytest.approx(real.nearest), real.thresholds)
     # Eight bits: half a step of the largest value / 127 at most.
     step = real.features.abs().amax(dim=0) / 127
@@ -179,34 +186,31 @@ def test_reference_survives_its_file(real, tmp_path):
 
 
 def test_real_training_images_score_like_real_ones(real, measuring):
-    """The whole report on other real pictures: every ratio close to 1, except accuracies (the judge is untrained)."""
+    """The complete report on other real images: every ratio close to 1, except accuracies (the judge is untrained)."""
     training = Digits("train")
     order = torch.randperm(1400, generator=torch.Generator().manual_seed(9))
-    # One picture of the asked digit for each caption.
+    # One image of the digit for each caption.
     by_digit = {d: [i for i in order.tolist() if training.labels[i] == d] for d in range(10)}
     chosen = [by_digit[d].pop() for d in real.labels[:200].tolist()]
-    drawn = inner(training.images[chosen, 0])
+    images = inner(training.images[chosen, 0])
     captions = real.captions(200, "train")
-    result = report.report_model(drawn, captions, "train", real, measuring, inner(training.images[:, 0]))
-    assert 0.4 < result["frechet"]["ratio"] < 2.5  # 200 pictures; the same digits as the reference's, which floors lack
-    assert result["precision_recall"]["precision"] == pytest.approx(
-        result["precision_recall"]["real_precision"], abs=0.15
-    )
-    assert result["precision_recall"]["recall"] == pytest.approx(result["precision_recall"]["real_recall"], abs=0.15)
+    result = report.report_model(images, captions, "train", real, measuring, inner(training.images[:, 0]))
+    assert 0.4 < result["frechet"]["ratio"] < 2.5  # 200 images; the same digits as the reference's, which floors lack
+    for kind in ("precision", "recall"):
+        figures = result["precision_recall"]
+        assert figures[kind] == pytest.approx(figures[f"real_{kind}"], abs=0.15)
     assert result["diversity"]["ratio"] == pytest.approx(1, abs=0.1)
-    assert (
-        result["memorisation"]["ratio"] == 0 and result["memorisation"]["share_below_first_percentile"] == 1
-    )  # copies
-    assert sum(group["n"] for group in result["prompt_accuracy"]["per_wording"].values()) == 200
-    assert sum(group["n"] for group in result["prompt_accuracy"]["per_digit"].values()) == 200
-    collapsed = report.report_distribution(networks.features_of(measuring.features, drawn[:10].repeat(20, 1, 1)), real)
+    copies = result["memorisation"]
+    assert (copies["ratio"], copies["share_below_first_percentile"]) == (0, 1)
+    for kind in ("per_wording", "per_digit"):
+        assert sum(group["n"] for group in result["prompt_accuracy"][kind].values()) == 200
+    collapsed = report.report_distribution(networks.features_of(measuring.features, images[:10].repeat(20, 1, 1)), real)
     assert collapsed["precision_recall"]["recall"] < 0.3
     assert collapsed["frechet"]["ratio"] > result["frechet"]["ratio"]
 
 
 def test_too_few_images_give_none_not_nan():
     assert report.without_nan({"a": [float("nan"), 1.0], "b": {"c": math.inf}}) == {"a": [None, 1.0], "b": {"c": None}}
-    assert reference.Floor(1.0, 0.5, 0.5) == Floor(1.0, 0.5, 0.5)
 
 
 # The autoencoder's figures
@@ -238,9 +242,9 @@ class Doubling(torch.nn.Module):
 
 
 def test_reconstruction_by_an_exact_autoencoder(real, measuring):
-    originals, labels = real.pictures[:200], real.image_labels[:200]
+    originals, labels = real.images[:200], real.image_labels[:200]
     result = reconstruct(Doubling(), originals, batch_size=64, scale_factor=0.5)
-    assert torch.equal(result.pictures, originals)
+    assert torch.equal(result.images, originals)
     padded = samples.to_unit(samples.pad(originals)).double()
     expected = 0.5 * (4 * padded.square() + 0.25 - 1 - math.log(0.25)).mean()
     assert result.kl_per_dimension == pytest.approx(expected.item(), rel=1e-5)
@@ -258,9 +262,10 @@ def test_reconstruction_by_an_exact_autoencoder(real, measuring):
 
 
 class Copier:
-    """Draws test pictures of scikit-learn's digits, whatever the prompt; keeps what it was asked."""
+    """Generates test images of scikit-learn's digits, whatever the prompt; keeps its prompts and settings."""
 
     defaults = {"steps": 20, "scale": 1.5, "sampler": "ddim", "spacing": None}
+    first_stage_model = SimpleNamespace(decoder=torch.nn.Identity())
 
     def __init__(self, cond_stage_model="of texts"):
         self.calls, self.prompts, self.cond_stage_model = [], [], cond_stage_model
@@ -271,98 +276,87 @@ class Copier:
         return to_pil(Digits("test", first=len(prompts)).images.float() / 127.5 - 1)
 
 
-def options(files, tmp_path, *more):
+@pytest.fixture
+def measure(files, tmp_path, monkeypatch):
+    """`measure("model", Copier(), "--n", 50)` runs the command on a model and returns its report."""
     (tmp_path / "model.safetensors").write_bytes(b"model")
-    chosen = [
-        "--ckpt",
-        tmp_path / "model.safetensors",
-        "--dataset",
-        "digits",
-        "--out",
-        tmp_path / "new" / "report.json",
-    ]
-    chosen += ["--judge", files / "judge.safetensors", "--features", files / "features.safetensors", *more]
-    return [str(value) for value in chosen]
+    fixed = ["--ckpt", tmp_path / "model.safetensors", "--out", tmp_path / "new" / "report.json"]
+    fixed += ["--dataset", "digits", "--judge", files["judge"], "--features", files["features"]]
+
+    def run(command, model, *more, fixed=fixed):
+        monkeypatch.setattr(commands, "load_model", lambda args: model)
+        monkeypatch.setattr(commands, "load_autoencoder", lambda path, device: (model, 1.0))
+        evaluate.main([command, *map(str, (*fixed, *more))])
+        return json.loads((tmp_path / "new" / "report.json").read_text())
+
+    return run
 
 
-def test_script_measures_a_model(files, tmp_path, monkeypatch):
-    model = Copier()
-    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
+def test_script_measures_a_model(measure, files, tmp_path):
+    model, given = Copier(), {"steps": 5, "scale": 2.0}
     more = ("--n", 50, "--batch-size", 20, "--seed", 7, "--steps", 5, "--scale", "2", "--wording", "unseen")
-    evaluate.main(["model", *options(files, tmp_path, *more)])
-    result = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert model.calls == [
-        (20, 7, {"steps": 5, "scale": 2.0}),
-        (20, 27, {"steps": 5, "scale": 2.0}),
-        (10, 47, {"steps": 5, "scale": 2.0}),
-    ]
+    result = measure("model", model, *more)
+    assert model.calls == [(20, 7, given), (20, 27, given), (10, 47, given)]
     assert result["n"] == 50 and result["settings"]["scale"] == 2.0 and result["settings"]["sampler"] == "ddim"
-    assert result["networks"]["judge"] == fingerprint(files / "judge.safetensors")
+    assert result["networks"]["judge"] == fingerprint(files["judge"])
     assert result["frechet"]["floor"] > 0 and result["memorisation"]["ratio"] > 0
-    assert Image.open(tmp_path / "new" / "report.png").size[1] == 2 * (10 * 30 + 2)
+    assert Image.open(tmp_path / "new" / "report.png").size[1] == SHEET_HEIGHT
 
 
-def test_a_model_of_classes_is_asked_for_classes(files, tmp_path, monkeypatch, real):
+def test_a_class_conditional_model_gets_classes(measure, real):
     model = Copier(ClassLabels(11))
-    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
-    evaluate.main(["model", *options(files, tmp_path, "--n", 30)])
-    result = json.loads((tmp_path / "new" / "report.json").read_text())
-    assert model.prompts == real.labels[:30].tolist()
-    asked = {digit: group["n"] for digit, group in result["prompt_accuracy"]["per_digit"].items()}
-    assert asked == {str(digit): model.prompts.count(digit) for digit in sorted(set(model.prompts))}
-    assert result["prompt_accuracy"]["per_wording"] == {} and result["style_accuracy"]["stated"]["n"] == 0
+    result = measure("model", model, "--n", 30)
+    accuracy = result["prompt_accuracy"]
+    assert result["style_accuracy"]["stated"]["n"] == 0
+    assert model.prompts == real.labels[:30].tolist() and accuracy["per_wording"] == {}
+    counts = {digit: group["n"] for digit, group in accuracy["per_digit"].items()}
+    assert counts == {str(digit): model.prompts.count(digit) for digit in sorted(set(model.prompts))}
 
 
-def test_a_model_that_is_told_nothing_has_no_accuracy(files, tmp_path, monkeypatch, measuring):
+def test_an_unconditional_model_has_no_accuracy(measure, measuring):
     model = Copier(None)
-    monkeypatch.setattr(evaluate, "load_model", lambda args: model)
-    evaluate.main(["model", *options(files, tmp_path, "--n", 30)])
-    result = json.loads((tmp_path / "new" / "report.json").read_text())
+    result = measure("model", model, "--n", 30)
     assert model.prompts == [""] * 30 and result["prompt_accuracy"] is None
     read = networks.classify(measuring.judge, inner(Digits("test", first=30).images[:, 0])).tolist()
     assert result["classes"] == {str(digit): read.count(digit) / 30 for digit in range(10)}
     assert result["frechet"]["ratio"] > 0
 
 
-def test_script_measures_an_autoencoder(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ldm.evaluation.autoencoder.load_autoencoder", lambda path, device: (Doubling(), 1.0))
-    evaluate.main(["autoencoder", *options(files, tmp_path, "--split", "heldout", "--n", 60)])
-    result = json.loads((tmp_path / "new" / "report.json").read_text())
+def test_script_measures_an_autoencoder(measure):
+    result = measure("autoencoder", Doubling(), "--split", "heldout", "--n", 60)
     assert result["reference"] == "digits heldout" and result["n"] == 60
     assert result["style_kept"]["weight"] == 1.0
 
 
-def test_the_image_goes_to_outputs_where_no_place_is_named(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ldm.evaluation.autoencoder.load_autoencoder", lambda path, device: (Doubling(), 1.0))
-    monkeypatch.chdir(tmp_path)
-    networks = [f"--judge={files / 'judge.safetensors'}", f"--features={files / 'features.safetensors'}"]
-    command = ["autoencoder", "--dataset=digits", "--n=60", *networks]
-    for more, place in (([], "outputs/evaluate.png"), (["--picture=mine/a.png"], "mine/a.png")):
-        evaluate.main([*command, *more])
-        told = capsys.readouterr()
-        assert json.loads(told.out)["n"] == 60 and f"picture: {place}\n" in told.err
-        assert Image.open(tmp_path / place).size[1] == 2 * (10 * 30 + 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "outputs"]
-
-
 @pytest.mark.parametrize(
-    ("more", "words"),
-    [(("--n", 500), "500 pictures are more"), (("--split", "heldout", "--n", 300), "300 pictures are more")],
+    ("more", "place"),
+    [([], "outputs/evaluate.png"), (["--image=mine/a.png"], "mine/a.png"), (["--picture=mine/b.png"], "mine/b.png")],
 )
-def test_script_refuses_more_images_than_there_are(files, tmp_path, monkeypatch, more, words):
-    monkeypatch.setattr(evaluate, "load_model", lambda args: Copier())
-    with pytest.raises(ValueError, match=words):
-        evaluate.main(["model", *options(files, tmp_path, *more)])
+def test_where_the_sheet_of_images_goes(files, tmp_path, monkeypatch, capsys, more, place):
+    """--picture is the old name of --image."""
+    monkeypatch.setattr(commands, "load_autoencoder", lambda path, device: (Doubling(), 1.0))
+    monkeypatch.chdir(tmp_path)
+    networks = [f"--judge={files['judge']}", f"--features={files['features']}"]
+    evaluate.main(["autoencoder", "--dataset=digits", "--n=60", *networks, *more])
+    output = capsys.readouterr()
+    assert json.loads(output.out)["n"] == 60 and f"image: {place}\n" in output.err
+    assert Image.open(tmp_path / place).size[1] == SHEET_HEIGHT and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(SystemExit):
+        evaluate.main(["autoencoder", "--help"])
+    assert "--image" in (text := capsys.readouterr().out) and "--picture" not in text
 
 
-def test_script_says_when_mnist_is_missing(files, tmp_path, monkeypatch):
-    """Another feature network than that of the shipped statistics needs the real pictures."""
-    monkeypatch.setattr(evaluate, "load_model", lambda args: Copier())
-    for data in (["--data", str(tmp_path)], []):
-        monkeypatch.setenv("LDM_DATA", str(tmp_path))
-        arguments = [value if value != "digits" else "mnist" for value in options(files, tmp_path)]
-        with pytest.raises(FileNotFoundError, match="LDM_DATA"):
-            evaluate.main(["model", *arguments, *data])
+@pytest.mark.parametrize("more", [("--n", 500), ("--split", "heldout", "--n", 300)])
+def test_script_refuses_more_images_than_there_are(measure, more):
+    refused(f"{more[-1]} images are more than the", measure, "model", Copier(), *more)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_script_says_when_mnist_is_missing(measure, tmp_path, monkeypatch, named):
+    """Another feature network than that of the shipped statistics needs the real images."""
+    monkeypatch.setenv("LDM_DATA", str(tmp_path))
+    data = ["--data", tmp_path] if named else []
+    refused("LDM_DATA", measure, "model", Copier(), "--dataset", "mnist", *data, error=FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -383,41 +377,30 @@ def test_shipped_files_are_under_a_megabyte(path):
 
 
 def test_shipped_statistics_are_of_the_shipped_networks():
-    shipped = load_reference()
+    shipped, order = load_reference(), torch.argsort(load_reference().indices)[:1000]
     assert shipped.networks == {"judge": fingerprint(JUDGE), "features": fingerprint(FEATURES)}
     assert shipped.right.double().mean() >= 0.995  # the judge's own ceiling
     assert shipped.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # MNIST's
-    shown, labels = shipped.pictures, shipped.image_labels
-    assert len(shown) == 1000
-    judge, network = load_network(JUDGE), load_network(FEATURES, "features")
-    assert (networks.classify(judge, shown) == labels).double().mean() >= 0.99
-    # The features in the file are those of the pictures in it, to its eight bits: steps of about 0.03 on unit variance.
-    of_shown = shipped.features[torch.argsort(shipped.indices)[:1000]]
-    assert (networks.features_of(network, shown) - of_shown).abs().max() < 0.05
-    assert (
-        classify_styles(shown, shipped.thresholds).weight.tolist()
-        == shipped.weight[torch.argsort(shipped.indices)[:1000]].tolist()
-    )
+    assert len(shipped.images) == 1000
+    judge, network = load_image_network(JUDGE), load_image_network(FEATURES, "features")
+    assert (networks.classify(judge, shipped.images) == shipped.image_labels).double().mean() >= 0.99
+    # The features in the file are those of the images in it, to its eight bits: steps of about 0.03 on unit variance.
+    assert (networks.features_of(network, shipped.images) - shipped.features[order]).abs().max() < 0.05
+    assert torch.equal(classify_styles(shipped.images, shipped.thresholds).weight, shipped.weight[order])
 
 
-def test_script_runs_on_a_machine_without_mnist(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda args: Copier())
-    monkeypatch.setattr("ldm.evaluation.autoencoder.load_autoencoder", lambda path, device: (Doubling(), 1.0))
+def test_script_runs_on_a_machine_without_mnist(measure, tmp_path, monkeypatch):
     monkeypatch.setenv("LDM_DATA", str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"model")
-    files = ["--ckpt", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "report.json")]
-    evaluate.main(["model", "--n", "100", *files])
-    result = json.loads((tmp_path / "report.json").read_text())
+    files = ["--ckpt", tmp_path / "model.safetensors", "--out", tmp_path / "new" / "report.json"]
+    result = measure("model", Copier(), "--n", 100, fixed=files)
     assert result["memorisation"] is None and result["frechet"]["ratio"] > 0
     assert result["prompt_accuracy"]["ceiling"]["n"] == 10_000
-    evaluate.main(["autoencoder", *files])
-    result = json.loads((tmp_path / "report.json").read_text())
+    result = measure("autoencoder", Doubling(), fixed=files)
     assert result["n"] == 1000 and result["judge_accuracy"]["accuracy"] >= 0.99
-    with pytest.raises(ValueError, match="only 1000 of MNIST's test pictures ship"):
-        evaluate.main(["autoencoder", "--n", "2000", *files])
+    refused("only 1000 of MNIST's test images", measure, "autoencoder", Doubling(), "--n", 2000, fixed=files)
 
 
-def test_the_report_and_its_image_are_two_files(tmp_path):
-    with pytest.raises(ValueError, match=r"both\.png is where the picture would go: name the JSON's file"):
-        evaluate.main(["model", f"--out={tmp_path / 'both.png'}"])
+def test_the_report_and_its_sheet_are_two_files(tmp_path):
+    out = [f"--out={tmp_path / 'both.png'}"]
+    refused(r"both\.png is where the sheet of images would go: name the JSON's file", evaluate.main, ["model", *out])
     assert not any(tmp_path.iterdir())

@@ -1,17 +1,17 @@
-"""Bits per dimension of whole models: an exact one, by its closed form, and what the script says."""
+"""Bits per dimension: an exact model by its closed form, the terms of a network, and the script."""
 
 import json
 import math
 
 import pytest
 import torch
+from conftest import refused
 from test_pixel_diffusion import build, widened
 
 from ldm.data.digits import Digits
 from ldm.diffusion.bound import prior_bits, step_bits
 from ldm.diffusion.schedule import q_sample
 from ldm.evaluation.likelihood import bits_per_dimension, check_variance, measure_bits
-from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import save
 from scripts import evaluate
 
@@ -20,11 +20,11 @@ SHORTER = SHORT | {"T": 5}
 
 
 class Exact(torch.nn.Module):
-    """The denoiser of images from N(0, 1): E[x0 | x_t] = sqrt(ab) x_t, whatever it is told."""
+    """The denoiser of images from N(0, 1): E[x0 | x_t] = sqrt(ab) x_t, whatever its condition."""
 
     def __init__(self, schedule):
         super().__init__()
-        self.nothing = torch.nn.Parameter(torch.zeros(1))  # models ask their parameters for device and dtype
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # a model's device and dtype are its parameters'
         self.schedule, self.calls = schedule, []
 
     def forward(self, x, t, y=None):
@@ -33,7 +33,7 @@ class Exact(torch.nn.Module):
 
 
 def test_the_exact_model_of_a_gaussian():
-    """Its large variance is right; the steps cost what the levels lose, log2(1 + SNR_1) / 2 - log2(1 + SNR_T) / 2."""
+    """Its large variance is right; the steps cost what noise loses, log2(1 + SNR_1) / 2 - log2(1 + SNR_T) / 2."""
     model = build(schedule=SHORT, prediction="x0", clip=False)
     model.model.diffusion_model = Exact(model.schedule)
     images = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -63,8 +63,8 @@ def test_the_terms_are_those_of_the_networks_own_guesses():
         torch.testing.assert_close(bits.terms[level], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_self_conditioned_model_is_told_nothing_but_of_x_t():
-    """Of the same x_t, twice: what another level's noise left of the image would be knowledge that drawing lacks."""
+def test_a_self_conditioned_model_sees_only_x_t():
+    """Of the same x_t, twice: a guess from another noise level would be information that sampling lacks."""
     model = build(**widened("self_condition"), schedule=SHORT, prediction="x0")
     model.model.diffusion_model = Exact(model.schedule)
     bits_per_dimension(model, torch.zeros(2, 1, 32, 32), [0, 1])
@@ -92,16 +92,13 @@ def test_script(tmp_path, capsys):
 @pytest.mark.parametrize("dataset", ["mnist", "digits"])
 def test_a_size_that_no_images_have(tmp_path, dataset):
     save(build(defaults={"height": 8, "width": 8}, schedule=SHORTER), tmp_path / "pixel.safetensors")
-    with pytest.raises(ValueError, match="there (is no MNIST|are none) of 8 x 8") as told:
-        evaluate.main(["bits", "--ckpt", str(tmp_path / "pixel.safetensors"), "--dataset", dataset, "--device", "cpu"])
-    assert "28 x 28" in str(told.value) and "network" not in str(told.value)
+    given = ["bits", "--ckpt", str(tmp_path / "pixel.safetensors"), "--dataset", dataset, "--device", "cpu"]
+    refused("^(?!.*network)(?=.*28 x 28).*there (is no MNIST|are none) of 8 x 8", evaluate.main, given)
 
 
 def test_what_cannot_be_measured(tiny_model):
-    with pytest.raises(ValueError, match="variance 'learned' is not one of this model's: use small, large"):
-        check_variance(build(), "learned")
-    assert isinstance(tiny_model, LatentDiffusion)
-    with pytest.raises(ValueError, match="bits per dimension are of a PixelDiffusion: this is a LatentDiffusion"):
-        bits_per_dimension(tiny_model, torch.zeros(1, 4, 8, 8), [""])
-    with pytest.raises(ValueError, match=r"398 images \(1, 32, 32\) are asked for, and there are 397"):
-        measure_bits(build(), Digits("test"), 398, 10)
+    refused("variance 'learned' is not one of this model's: use small, large", check_variance, build(), "learned")
+    match = "bits per dimension are of a PixelDiffusion: this is a LatentDiffusion"
+    refused(match, bits_per_dimension, tiny_model, torch.zeros(1, 4, 8, 8), [""])
+    match = r"398 images \(1, 32, 32\) are asked for, and there are 397"
+    refused(match, measure_bits, build(), Digits("test"), 398, 10)

@@ -248,7 +248,7 @@ def unusual_sevens(networks: Measuring) -> tuple[Tensor, Tensor]:
     mean cosines to these and among themselves. They are crossed, as about a quarter of all sevens.
     """
     reference = load_reference()
-    sevens = reference.pictures[reference.image_labels == 7]
+    sevens = reference.images[reference.image_labels == 7]
     unit = F.normalize(features_of(networks.features, sevens))
     cosines = unit @ unit.T
     groups = cosines.topk(15, dim=1).indices

@@ -74,6 +74,8 @@ UNSEEN_FRAMES = (
     "numeral {n}[, {slant}][, {weight}]",
 )
 
+FRAME_LISTS = {"train": TRAIN_FRAMES, "unseen": UNSEEN_FRAMES}
+
 # Common English words that do not describe a digit: no number (nor "to", "too", "for", which sound like one), and no
 # word for weight or direction. Chosen without looking at UNSEEN_FRAMES.
 FILLER_WORDS = tuple(
@@ -128,13 +130,12 @@ class Captioner:
     """
 
     def __init__(self, seed: int = 0, frames: str = "train", styled: float = 0.5, filler: float = 0.0):
-        lists = {"train": TRAIN_FRAMES, "unseen": UNSEEN_FRAMES}
-        if frames not in lists:
+        if frames not in FRAME_LISTS:
             raise ValueError(f"caption frames are 'train' or 'unseen', not {frames!r}")
         for name, share in (("styled", styled), ("filler", filler)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is a share of the captions, from 0 to 1, not {share}")
-        self.seed, self.frames, self.styled, self.filler = seed, lists[frames], styled, filler
+        self.seed, self.frames, self.styled, self.filler = seed, FRAME_LISTS[frames], styled, filler
 
     def caption(self, epoch: int, index: int, digit: int, weight: int, slant: int) -> Caption:
         """Return the caption of image `index` in `epoch`: a `digit` of these style classes, -1 for one to leave out."""

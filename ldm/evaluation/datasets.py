@@ -1,4 +1,4 @@
-"""Where the real pictures come from: the file that ships, or the data set itself when it is at hand."""
+"""The real images: from the file that ships, or from the data set itself where it is at hand."""
 
 from dataclasses import replace
 
@@ -9,21 +9,19 @@ from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import STATISTICS, Reference, load_reference, measure_reference
 from ldm.models.classifier import INNER, inner
 
-HELD_OUT = {
-    "mnist": 5000,
-    "digits": 200,
-}  # last training pictures, on which settings are chosen: the configs train without them
+HELD_OUT = {"mnist": 5000, "digits": 200}  # the last training images, to choose settings on: no config trains on them
 
 
 def open_data(dataset: str, split: str, root: str | None, size: int = INNER) -> tuple[CaptionedDigits, CaptionedDigits]:
-    """(real, training pictures) of `mnist` or `digits`; split "test", or "heldout" with the others for training.
+    """Open `mnist` or `digits`; return the images to compare with and the training images.
 
     Args:
-        size: of the pictures' inner part: 28, or what MNIST can be pooled to.
+        split: "test", or "heldout" for the last training images, with the others for training.
+        size: side of the images without their padding: 28, or what MNIST can be pooled to.
 
     Raises:
         FileNotFoundError: MNIST is not there.
-        ValueError: an unknown name, or a size that there is not.
+        ValueError: the name is unknown, or there are no images of that size.
     """
     if dataset not in HELD_OUT or split not in ("test", "heldout"):
         raise ValueError(f"data set {dataset!r}, split {split!r}: use mnist or digits, test or heldout")
@@ -51,20 +49,16 @@ def open_data(dataset: str, split: str, root: str | None, size: int = INNER) -> 
 
 
 def find_reference(
-    dataset: str,
-    split: str,
-    root: str | None,
-    networks: Measuring,
-    n: int | None,
+    dataset: str, split: str, root: str | None, networks: Measuring, n: int | None
 ) -> tuple[Reference, Tensor | None]:
-    """The reference for n pictures (None: all); training pictures, uint8 (m, h, w), or None if not at hand.
+    """Return the reference for n images (None: all), and the training images, uint8 (m, h, w), or None without them.
 
     Args:
-        root: folder of MNIST; None takes LDM_DATA or ./data, and does without when there is none.
+        root: folder of MNIST. None takes LDM_DATA or ./data, and does without where neither has it.
 
     Raises:
         FileNotFoundError: MNIST is needed, or its folder was named, and it is not there.
-        ValueError: there are not n reference pictures.
+        ValueError: there are not n reference images.
     """
     reference = load_reference() if (dataset, split) == ("mnist", "test") and STATISTICS.is_file() else None
     if reference is not None and reference.networks != networks.fingerprints:
@@ -79,7 +73,7 @@ def find_reference(
         n = len(real) if n is None else n
         reference = measure_reference(f"{dataset} {split}", real, training, networks, sizes=[n])
     elif real is not None:
-        reference = replace(reference, pictures=inner(real.images[:, 0], networks.size))
+        reference = replace(reference, images=inner(real.images[:, 0], networks.size))
     if n is not None and n > len(reference.labels):
-        raise ValueError(f"{n} pictures are more than the {len(reference.labels)} of {reference.name}: ask for fewer")
+        raise ValueError(f"{n} images are more than the {len(reference.labels)} of {reference.name}: use a lower --n")
     return reference, None if training is None else inner(training.images[:, 0], networks.size)

@@ -3,21 +3,20 @@
 import torch
 from torch import Tensor
 
-from ldm.evaluation.distances import squared_distance_blocks
+from ldm.evaluation.distances import distance_blocks
 
 
 def mean_pairwise_distance(points: Tensor) -> float:
-    """Mean Euclidean distance over all pairs of different points (n, d); nan for fewer than two."""
+    """Return the mean Euclidean distance over all pairs of different points (n, d); nan for fewer than two."""
     if len(points) < 2:
         return float("nan")
     total = 0.0
-    for rows, distances in squared_distance_blocks(points, points):
-        own = torch.arange(rows.start, rows.stop)
-        distances[torch.arange(len(own)), own] = 0  # exactly: rounding leaves a little
-        total += distances.sqrt().sum(dtype=torch.float64).item()
+    for rows, distances in distance_blocks(points, points):
+        distances.diagonal(rows.start).fill_(0)  # exactly: rounding leaves a little
+        total += distances.sum(dtype=torch.float64).item()
     return total / (len(points) * (len(points) - 1))
 
 
 def class_diversity(features: Tensor, labels: Tensor, classes: int = 10) -> list[float]:
-    """Mean pairwise distance of features (n, d) within each class of labels (n,)."""
+    """Return the mean pairwise distance of features (n, d) within each class of labels (n,)."""
     return [mean_pairwise_distance(features[labels == label]) for label in range(classes)]

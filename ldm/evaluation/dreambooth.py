@@ -1,6 +1,6 @@
 """What DreamBooth did to a model of digits: the measures of Ruiz et al. 2022 (sections 4.2 and 4.4) and of forgetting.
 
-Similarity is the cosine of the features (of `networks`) that DINO's are in the paper.
+Similarity is the cosine of the features of `networks`, where the paper takes DINO's.
 """
 
 from collections.abc import Sequence
@@ -17,59 +17,57 @@ from ldm.data.dreambooth import choices
 from ldm.data.folder import find_images
 from ldm.data.image_files import read_image
 from ldm.data.measure import MNIST_THRESHOLDS
+from ldm.evaluation.distances import kth_nearest
 from ldm.evaluation.diversity import mean_pairwise_distance
 from ldm.evaluation.networks import Measuring, classify, features_of
 from ldm.evaluation.prompt import accuracy
-from ldm.evaluation.samples import draw, from_pil
+from ldm.evaluation.samples import from_pil, sample_images
 from ldm.evaluation.style import style_accuracy
 
-COLUMNS = 9  # images of a row on the sheet
+COLUMNS = 9  # images in a row of the sheet
 
 
 def read_folder(folder: Path) -> Tensor:
-    """uint8 (n, 28, 28): the images of a folder, grey. FileNotFoundError for none, ValueError for another size."""
+    """Read a folder's images as grey uint8 (n, 28, 28). FileNotFoundError for none, ValueError for another size."""
     return from_pil([read_image(path, channels=1) for path in find_images(folder)])
 
 
 @dataclass(frozen=True)
 class Detector:
-    """Tells a subject by its nearest neighbour, in features, among held-out images of it and other images.
+    """Recognises a subject by the nearest neighbour, in features, among held-out images of it and other images.
 
-    subject: (n, d) features, others: (m, d).
+    Attributes:
+        subject, others: features (n, d) and (m, d).
     """
 
     subject: Tensor
     others: Tensor
 
     def recognised(self, features: Tensor) -> list[bool]:
-        """Whether each of (k, d) is nearer to some image of the subject than to any other."""
-        return (nearest_distance(features, self.subject) < nearest_distance(features, self.others)).tolist()
+        """Return whether each of (k, d) is nearer to some image of the subject than to any other."""
+        return (_nearest(features, self.subject) < _nearest(features, self.others)).tolist()
 
     def errors(self) -> dict[str, Any]:
-        """Its error rates on the real images themselves, each left out in turn."""
-        found = nearest_distance(self.subject, self.subject, True) < nearest_distance(self.subject, self.others)
-        false = nearest_distance(self.others, self.subject) < nearest_distance(self.others, self.others, True)
-        return {"missed": accuracy((~found).tolist()), "false_alarms": accuracy(false.tolist())}
+        """Return its error rates on the real images themselves, each left out in turn."""
+        missed = kth_nearest(self.subject, 1) >= _nearest(self.subject, self.others)
+        false = _nearest(self.others, self.subject) < kth_nearest(self.others, 1)
+        return {"missed": accuracy(missed.tolist()), "false_alarms": accuracy(false.tolist())}
 
 
-def nearest_distance(points: Tensor, among: Tensor, same: bool = False) -> Tensor:
-    """Distance (n,) from each of points (n, d) to the nearest of others (m, d); `same`: no point counts as its own."""
-    distances = torch.cdist(points, among)
-    return (distances.fill_diagonal_(torch.inf) if same else distances).amin(dim=1)
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    return torch.cdist(points, others).amin(dim=1)
 
 
 def similarity(a: Tensor, b: Tensor | None = None) -> float:
-    """Mean cosine over all pairs of a (n, d) with b (m, d); without b, over all pairs of different rows of a."""
+    """Return the mean cosine of all pairs of a (n, d) with b (m, d); without b, of all pairs of different rows of a."""
     x, y = F.normalize(a.double()), F.normalize((a if b is None else b).double())
     total = (x @ y.T).sum().item()
     return (total - len(a)) / (len(a) * (len(a) - 1)) if b is None else total / (len(x) * len(y))
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The prompts of a measurement: the subject's, its class's (which may have choices, see `ldm.data.dreambooth`), and
-    which digit the class is (None: of no digit).
-    """
+class SubjectPrompts:
+    """The subject's prompt, its class's (see `ldm.data.dreambooth.choices`), and which digit the class is, if any."""
 
     instance_prompt: str
     class_prompt: str
@@ -77,49 +75,51 @@ class Asked:
 
 
 def styled(prompt: str) -> list[Caption]:
-    """The prompt with each stroke weight ("a bold sks one") and each slant ("a sks one leaning left")."""
+    """Return the prompt with each stroke weight ("a bold sks one") and each slant ("a sks one leaning left")."""
     article, _, rest = prompt.partition(" ")
     weights = [Caption(f"{article} {words[0]} {rest}", weight=i) for i, words in enumerate(WEIGHT_WORDS)]
     return weights + [Caption(f"{prompt} {words[0]}", slant=i) for i, words in enumerate(SLANT_WORDS)]
 
 
-def measure(
-    model: Any, asked: Asked, subject: Tensor, detector: Detector, networks: Measuring, n: int, batch_size: int
+def measure_subject(
+    model: Any, prompts: SubjectPrompts, detector: Detector, networks: Measuring, n: int, batch_size: int
 ) -> tuple[dict[str, Any], Tensor]:
-    """All figures of one model, with n images of each kind, drawn with its own settings; and some of the images.
+    """Return all figures of one model from n images of each kind, sampled with its own settings, and some images.
 
-    subject: (m, d) features of real images of the subject that were not trained on.
-    Images, uint8 (3, columns, 28, 28): of the subject's prompt, of the class's, and of other digits.
+    Args:
+        detector: its `subject` are real images of the subject that were not trained on.
+
+    Returns:
+        The figures, and uint8 (3, columns, 28, 28): of the subject's prompt, of its class's, and of other digits.
     """
 
-    def images(prompts: Sequence[str], seed: int) -> Tensor:
-        return draw(model, list(prompts), seed, batch_size)
+    def images(texts: Sequence[str], seed: int) -> Tensor:
+        return sample_images(model, list(texts), seed, batch_size)
 
-    classes = choices(asked.class_prompt)
-    results, own = images([asked.instance_prompt] * n, 0), images([classes[i % len(classes)] for i in range(n)], 0)
+    classes, subject = choices(prompts.class_prompt), detector.subject
+    results, own = images([prompts.instance_prompt] * n, 0), images([classes[i % len(classes)] for i in range(n)], 0)
     features, class_features = features_of(networks.features, results), features_of(networks.features, own)
-    captions = [caption for caption in styled(asked.instance_prompt) for _ in range(max(1, n // 6))]
+    captions = [caption for caption in styled(prompts.instance_prompt) for _ in range(max(1, n // 6))]
     style = style_accuracy(images([c.text for c in captions], 2 * n), captions, MNIST_THRESHOLDS)
-    digits = [i for i in range(10) if i != asked.digit for _ in range(n // 9 + 1)]
+    digits = [i for i in range(10) if i != prompts.digit for _ in range(n // 9 + 1)]
     others = images([f"a handwritten digit {NUMBER_WORDS[digit]}" for digit in digits], 3 * n)
     right = (classify(networks.judge, others) == torch.tensor(digits)).tolist()
-    ceiling = similarity(subject)
-    fidelity = similarity(features, subject)
+    real_to_real, fidelity = similarity(subject), similarity(features, subject)
     shown = torch.stack([some[:: max(1, len(some) // COLUMNS)][:COLUMNS] for some in (results, own, others)])
     figures = {
         "subject": {
             "similarity": fidelity,
-            "real_to_real": ceiling,
-            "ratio": fidelity / ceiling,
+            "real_to_real": real_to_real,
+            "ratio": fidelity / real_to_real,
             "recognised": accuracy(detector.recognised(features)),
             "diversity": mean_pairwise_distance(features),
         },
-        "prompt": {"class": _is_digit(results, asked.digit, networks), "style": style["stated"]},
+        "prompt": {"class": _is_digit(results, prompts.digit, networks), "style": style["stated"]},
         "class": {
             "pres": similarity(class_features, subject),
             "div": mean_pairwise_distance(class_features),
             "leak": accuracy(detector.recognised(class_features)),
-            "accuracy": _is_digit(own, asked.digit, networks),
+            "accuracy": _is_digit(own, prompts.digit, networks),
         },
         "other_digits": accuracy(right),
     }
@@ -127,12 +127,12 @@ def measure(
 
 
 def _is_digit(images: Tensor, digit: int | None, networks: Measuring) -> dict[str, Any] | None:
-    """Share of images that the judge reads as that digit; None where there is none."""
+    """Return the share of images that the judge reads as that digit; None without a digit."""
     return None if digit is None else accuracy((classify(networks.judge, images) == digit).tolist())
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], without: dict[str, Any] | None) -> dict[str, Any]:
-    """What was lost, and, where the same run without prior preservation was measured too, what the prior prevents.
+    """Return what was lost, and what prior preservation prevents if the same run without it was measured, too.
 
     pres_better_by is 1 - PRES with the prior / PRES without it: 0.26 in the paper (0.493 / 0.664, its table 4).
     """

@@ -1,11 +1,11 @@
-"""Fréchet distance between two clouds of features, each taken as a Gaussian."""
+"""Fréchet distance between two sets of features, each taken as a Gaussian."""
 
 import torch
 from torch import Tensor
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (n, d) -> mean (d,) and unbiased covariance (d, d), in float64.
+    """Return the mean (d,) and the unbiased covariance (d, d), in float64, of features (n, d).
 
     Raises:
         ValueError: fewer than two rows, which have no covariance.
@@ -17,20 +17,19 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sqrt_psd(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a symmetric positive semi-definite matrix (d, d).
+    """Return the symmetric square root of a symmetric positive semi-definite matrix (d, d), by its eigenvalues.
 
-    By its eigenvalues, with those that rounding made negative set to zero: unlike a general matrix square root it
-        stays real and accurate when the covariance is singular (fewer images than features, or dead units).
+    Unlike scipy.linalg.sqrtm it stays real and accurate for a singular covariance (fewer images than features).
     """
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding makes some zeros negative
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+    """Return the squared Fréchet (2-Wasserstein) distance of two Gaussians, in squared units of the features.
 
-    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1^1/2 cov2 cov1^1/2)^1/2), in float64 and in squared units of the
-    features.
+    |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1^1/2 cov2 cov1^1/2)^1/2), in float64 (Dowson & Landau 1982; Heusel et
+    al. 2017, eq. 6).
     """
     mean1, cov1, mean2, cov2 = mean1.double(), cov1.double(), mean2.double(), cov2.double()
     root = sqrt_psd(cov1)

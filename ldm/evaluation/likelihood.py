@@ -12,7 +12,7 @@ from ldm.diffusion.bound import prior_bits, step_bits
 from ldm.diffusion.denoiser import from_vp
 from ldm.diffusion.guidance import classifier_free, clip_x0
 from ldm.diffusion.schedule import q_sample
-from ldm.evaluation.samples import ask
+from ldm.evaluation.samples import prompts_for
 from ldm.pixel_diffusion import PixelDiffusion
 
 VARIANCES = {"small": 0.0, "large": 1.0}  # the share of log beta_t in the log variance of a step
@@ -20,7 +20,7 @@ LEARNED = "learned"
 
 
 class Bits(NamedTuple):
-    """The bound's terms, each of all images: terms (T, n), level t's in row t; prior (n,); bits per dimension."""
+    """The bound's terms for each image, in bits per dimension: terms (T, n), timestep t's in row t; prior (n,)."""
 
     terms: Tensor
     prior: Tensor
@@ -32,7 +32,7 @@ class Bits(NamedTuple):
 
 
 def check_variance(model: Any, variance: str | None) -> str:
-    """The variance's name, by default the model's own; ValueError for one that it does not have."""
+    """Return the variance's name, the model's own for None; ValueError for one that it does not have."""
     if getattr(model, "target", None) != PixelDiffusion.target:
         raise ValueError(f"bits per dimension are of a PixelDiffusion: this is a {type(model).__name__}")
     names = [*([LEARNED] if model.learned_variance else []), *VARIANCES]
@@ -43,27 +43,31 @@ def check_variance(model: Any, variance: str | None) -> str:
 
 @torch.inference_mode()
 def bits_per_dimension(
-    model: Any, images: Tensor, told: Sequence[Any], seed: int = 0, variance: str | None = None
+    model: Any, images: Tensor, prompts: Sequence[Any], seed: int = 0, variance: str | None = None
 ) -> Bits:
-    """The bound for one batch of images, by one evaluation of the network at each of the schedule's T levels.
+    """Return the bound for one batch of images, by one evaluation of the network at each of the T timesteps.
 
-    Two of a self-conditioned network's: what it is told must follow from x_t alone, as a step of the chain does. At
-    each level x_t is noised anew, so that the sum is an unbiased estimate of the bound.
+    A self-conditioned network is evaluated twice: as in a step of sampling, its condition must follow from x_t alone.
+    At each timestep x_t has new noise, so that the sum is an unbiased estimate of the bound.
 
-    model: a `PixelDiffusion`. images: (n, c, h, w) in [-1, 1], as 8-bit pixels are. told: prompts or classes of the
-    images, as the model takes them. seed: of the noise. variance: learned, where the model learned one, small or
-    large; by default the first of these that there is.
+    Args:
+        model: a `PixelDiffusion`.
+        images: (n, c, h, w) in [-1, 1], of 8-bit pixels.
+        prompts: prompts or classes of the images, as the model takes them.
+        seed: of the noise.
+        variance: of each step: learned, small or large; None for the first of these that the model has.
 
-    Raises ValueError for another kind of model, and for a variance that the model does not have.
+    Raises:
+        ValueError: another kind of model, or it does not have the variance.
     """
     name, schedule = check_variance(model, variance), model.schedule
-    x0, cond = images.to(model.device), model.condition(told)
+    x0, cond = images.to(model.device), model.condition(prompts)
     generator, terms = torch.Generator().manual_seed(seed), []
-    for level in trange(schedule.T - 1, -1, -1, desc="levels", leave=False, mininterval=1):
+    for step in trange(schedule.T - 1, -1, -1, desc="timesteps", leave=False, mininterval=1):
         denoise = classifier_free(model.denoiser([0] * len(x0)), cond)
         if model.clip is not None:
             denoise = clip_x0(denoise, model.clip)
-        t, sigma = torch.full((len(x0),), level), schedule.sigma_at(level)
+        t, sigma = torch.full((len(x0),), step), schedule.sigma_at(step)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x = q_sample(x0, t, noise, schedule)
         for _ in range(2 if model.self_condition else 1):
@@ -76,19 +80,20 @@ def bits_per_dimension(
 def measure_bits(
     model: Any, data: CaptionedDigits, n: int, batch_size: int, seed: int = 0, variance: str | None = None
 ) -> dict[str, Any]:
-    """The bound of the first n images: its mean, that one's standard error, and its parts, in bits per dimension.
+    """Return the bound of the first n images: its mean, the mean's standard error and its parts, in bits per dimension.
 
-    Raises ValueError as `bits_per_dimension`, and for images of another size than the model's.
+    Raises:
+        ValueError: as `bits_per_dimension`, or the images have another size than the model's.
     """
     size = model.latent_size(model.defaults["height"], model.defaults["width"])
     if n > len(data) or tuple(data[0]["image"].shape) != size:
         raise ValueError(f"{n} images {size} are asked for, and there are {len(data)} {tuple(data[0]['image'].shape)}")
     found = []
     for first in range(0, n, batch_size):
-        places = list(range(first, min(first + batch_size, n)))
-        images = torch.stack([sample["image"] for sample in data.__getitems__(places)])
-        told, _ = ask(model, [data.caption(i) for i in places])
-        found.append(bits_per_dimension(model, images, told, seed + first, variance))
+        indices = list(range(first, min(first + batch_size, n)))
+        images = torch.stack([sample["image"] for sample in data.__getitems__(indices)])
+        prompts, _ = prompts_for(model, [data.caption(i) for i in indices])
+        found.append(bits_per_dimension(model, images, prompts, seed + first, variance))
     bits = Bits(torch.cat([part.terms for part in found], dim=1), torch.cat([part.prior for part in found]))
     return {
         "variance": check_variance(model, variance),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.evaluation.distances import nearest
+from ldm.evaluation.distances import nearest_neighbour
 
 
 class Memorisation(NamedTuple):
@@ -18,8 +18,8 @@ class Memorisation(NamedTuple):
 
 
 def nearest_training_distance(images: Tensor, training: Tensor) -> Tensor:
-    """Distance (n,) of uint8 images (n, h, w) to the nearest of uint8 training (m, h, w), pixels in [0, 1]."""
-    return nearest(images.flatten(1).float() / 255, training.flatten(1).float() / 255)[0]
+    """Return the distance (n,) of uint8 images (n, h, w) to the nearest of uint8 (m, h, w), pixels in [0, 1]."""
+    return nearest_neighbour(images.flatten(1).float() / 255, training.flatten(1).float() / 255)[0]
 
 
 def memorisation(distances: Tensor, real_median: float, real_first_percentile: float) -> Memorisation:
@@ -30,6 +30,6 @@ def memorisation(distances: Tensor, real_median: float, real_first_percentile: f
 
 
 def quantiles(distances: Tensor) -> tuple[float, float]:
-    """(median, first percentile) of distances (n,)."""
+    """Return (median, first percentile) of distances (n,)."""
     median, first = distances.double().quantile(torch.tensor([0.5, 0.01], dtype=torch.float64)).tolist()
     return median, first

@@ -7,7 +7,7 @@ Z_95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
 def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Score interval of a binomial share (Wilson 1927): right near 0 and 1, where the normal approximation is not.
+    """Return the score interval of a binomial share (Wilson 1927), which is right near 0 and 1, too.
 
     Raises:
         ValueError: not 0 <= successes <= n, or n is 0.
@@ -21,7 +21,7 @@ def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, flo
 
 
 def accuracy(right: Sequence[bool]) -> dict:
-    """`{"accuracy", "interval", "n"}` of right answers; both figures None where there are none at all."""
+    """Return `{"accuracy", "interval", "n"}` of right answers; the first two are None without any answers."""
     n, successes = len(right), sum(map(bool, right))
     if not n:
         return {"accuracy": None, "interval": None, "n": 0}
@@ -29,7 +29,7 @@ def accuracy(right: Sequence[bool]) -> dict:
 
 
 def accuracy_by(keys: Sequence[Hashable], right: Sequence[bool]) -> dict[str, dict]:
-    """`accuracy` of each group of answers that share a key, in the order of the keys."""
+    """Return the `accuracy` of each group of answers with the same key, in the order of the keys."""
     groups: dict[Hashable, list[bool]] = {}
     for key, answer in zip(keys, right, strict=True):
         groups.setdefault(key, []).append(bool(answer))

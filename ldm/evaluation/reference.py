@@ -1,13 +1,13 @@
-"""The real pictures' side of every comparison: prompts, features, floors.
+"""The real images' side of every comparison: prompts, features, floors.
 
-A generator is asked for the captions of the reference pictures, and its pictures are compared with these pictures.
-How well *other real pictures* would do is the floor beside each figure: the mean over five draws of as many training
-pictures as were generated.
+A model generates an image for the caption of each reference image, and its images are compared with these. How well
+*other real images* would do is the floor beside each figure: the mean over five random choices of as many training
+images as were generated.
 
-For MNIST's test pictures all of it ships in `ldm/pretrained/statistics.safetensors` (`scripts/evaluate.py statistics`
-makes it), so that a model can be measured where there is no MNIST. To stay under 1 MB the file keeps the features of
-all 10,000 pictures in 8 bits, each feature on a scale of its own, and only the first 1,000 pictures, compressed. The
-rounding moves a radius of precision and recall by 0.3 % (median; 4 % at most), and the two figures by about 0.001.
+For MNIST's test images all of it ships in `ldm/pretrained/statistics.safetensors` (`scripts/evaluate.py statistics`
+makes it), so that a model can be measured without MNIST. To stay under 1 MB the file keeps the features of all 10,000
+images in 8 bits, each feature on a scale of its own, and only the first 1,000 images, compressed. The rounding moves a
+radius of precision and recall by 0.3 % (median; 4 % at most), and the two figures by about 0.001.
 """
 
 import zlib
@@ -33,14 +33,14 @@ from ldm.models.classifier import INNER, inner
 
 STATISTICS = PRETRAINED / "statistics.safetensors"
 FORMAT = "ldm evaluation statistics 1"
-FLOOR_DRAWS = 5
-SIZES = (10, 30, 100, 300, 1000, 3000, 5000, 10_000)  # numbers of pictures whose floors the shipped file holds
-SHIPPED_PICTURES = 1000
+FLOOR_REPEATS = 5
+SIZES = (10, 30, 100, 300, 1000, 3000, 5000, 10_000)  # numbers of images whose floors the shipped file holds
+SHIPPED_IMAGES = 1000
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What n real training pictures reach against the reference, mean over the draws."""
+    """What n real training images reach against the reference, mean over the repetitions."""
 
     frechet: float
     precision: float
@@ -49,20 +49,20 @@ class Floor:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures and what comparisons with them need; all but `pictures` in the order in which prompts are asked.
+    """Real images and what comparisons with them need; all but `images` in the order of the prompts.
 
     Attributes:
-        name: what they are, for the report.
+        name: of the data, for the report.
         networks: fingerprints of the judge and the feature network that measured them.
         indices: (n,) place of each in its data set; captions are a function of it.
         labels, weight, slant: int64 (n,), digit and measured classes of style.
         features: float32 (n, d).
         mean, cov: float64, of the features.
-        right: bool (n,), whether the judge names the real picture rightly.
-        nearest: (median, first percentile) of the distance to the nearest training picture.
-        floors: number of pictures -> Floor.
+        right: bool (n,), whether the judge is right about the real image.
+        nearest: (median, first percentile) of the distance to the nearest training image.
+        floors: number of images -> Floor.
         thresholds: limits of the classes of style.
-        pictures: uint8 (m, h, w), of the networks' size, all of them or the first m, in the data set's order.
+        images: uint8 (m, h, w), of the networks' size, all of them or the first m, in the data set's order.
     """
 
     name: str
@@ -78,21 +78,21 @@ class Reference:
     nearest: tuple[float, float]
     floors: dict[int, Floor]
     thresholds: Thresholds
-    pictures: Tensor
+    images: Tensor
 
     def captions(self, n: int, frames: str) -> list[Caption]:
-        """Captions of the first n pictures in "train" or "unseen" frames: digits and, for half of them, styles."""
+        """Return captions of the first n images in "train" or "unseen" frames, half of them with style."""
         captioner = Captioner(seed=0, frames=frames)
         facts = zip(*(x[:n].tolist() for x in (self.indices, self.labels, self.weight, self.slant)), strict=True)
         return [captioner.caption(0, *fact) for fact in facts]
 
     @property
     def image_labels(self) -> Tensor:
-        """Labels (m,) of `pictures`."""
-        return torch.empty_like(self.labels).scatter_(0, self.indices, self.labels)[: len(self.pictures)]
+        """Labels (m,) of `images`."""
+        return torch.empty_like(self.labels).scatter_(0, self.indices, self.labels)[: len(self.images)]
 
     def floor(self, n: int) -> Floor:
-        """The floor of n pictures; between measured numbers linear in 1 / n, as the bias is (Chong & Forsyth 2020).
+        """Return the floor of n images, interpolated linearly in 1 / n, as the bias is (Chong & Forsyth 2020).
 
         Raises:
             ValueError: n is beyond the numbers that were measured.
@@ -102,30 +102,25 @@ class Reference:
         below = max((size for size in self.floors if size < n), default=None)
         above = min((size for size in self.floors if size > n), default=None)
         if below is None or above is None:
-            raise ValueError(f"no floor is known for {n} pictures: use {min(self.floors)} to {max(self.floors)}")
+            raise ValueError(f"no floor is known for {n} images: use {min(self.floors)} to {max(self.floors)}")
         share = (1 / n - 1 / above) / (1 / below - 1 / above)
         low, high = asdict(self.floors[below]), asdict(self.floors[above])
         return Floor(**{name: share * low[name] + (1 - share) * high[name] for name in low})
 
 
 def measure_reference(
-    name: str,
-    real: CaptionedDigits,
-    training: CaptionedDigits,
-    networks: Measuring,
-    sizes: Sequence[int],
+    name: str, real: CaptionedDigits, training: CaptionedDigits, networks: Measuring, sizes: Sequence[int]
 ) -> Reference:
-    """Measure real pictures, and the floors of `sizes` with draws from `training`.
+    """Measure real images, and the floors of `sizes` with images from `training`.
 
-    For MNIST about two CPU minutes, most of it the nearest training pictures and the floors' recall.
+    For MNIST about two CPU minutes, most of it the nearest training images and the floors' recall.
     """
-    order = torch.randperm(
-        len(real), generator=torch.Generator().manual_seed(0)
-    )  # so that any first n are a fair sample
-    pictures, pool = inner(real.images[:, 0], networks.size), inner(training.images[:, 0], networks.size)
-    features = features_of(networks.features, pictures)[order]
-    pool_features = features_of(networks.features, pool)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))  # any first n are a fair sample
+    images, pool = inner(real.images[:, 0], networks.size), inner(training.images[:, 0], networks.size)
+    features, pool_features = features_of(networks.features, images)[order], features_of(networks.features, pool)
+    mean, cov = moments(features)
     sizes = [n for n in sizes if n <= min(len(real), len(training))]
+    bar = tqdm(sizes, desc="floors", unit="size", leave=False)
     return Reference(
         name=name,
         networks=networks.fingerprints,
@@ -134,31 +129,29 @@ def measure_reference(
         weight=real.styles.weight[order],
         slant=real.styles.slant[order],
         features=features,
-        mean=moments(features)[0],
-        cov=moments(features)[1],
-        right=(classify(networks.judge, pictures) == real.labels)[order],
-        nearest=quantiles(nearest_training_distance(pictures, pool)),
-        floors={
-            n: measure_floor(features, pool_features, n) for n in tqdm(sizes, desc="floors", unit="size", leave=False)
-        },
+        mean=mean,
+        cov=cov,
+        right=(classify(networks.judge, images) == real.labels)[order],
+        nearest=quantiles(nearest_training_distance(images, pool)),
+        floors={n: measure_floor(features, pool_features, n) for n in bar},
         thresholds=real.thresholds,
-        pictures=pictures,
+        images=images,
     )
 
 
-def measure_floor(features: Tensor, pool: Tensor, n: int, draws: int = FLOOR_DRAWS) -> Floor:
-    """Floor of n pictures: `draws` times n rows of pool (m, d) stand for generated ones beside features (r, d)."""
+def measure_floor(features: Tensor, pool: Tensor, n: int) -> Floor:
+    """Return the floor of n images: random rows of pool (m, d) in place of generated ones beside features (r, d)."""
     reference, results = moments(features), []
-    for draw in range(draws):
-        chosen = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(draw))[:n]]
+    for seed in range(FLOOR_REPEATS):
+        chosen = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:n]]
         results.append([frechet_distance(*moments(chosen), *reference), *precision_recall(features[:n], chosen)])
     return Floor(*np.mean(results, axis=0).tolist())
 
 
-def save_reference(reference: Reference, path: str | Path, shown: int = SHIPPED_PICTURES) -> None:
-    """Write a reference small; see the head of this module for what is lost."""
+def save_reference(reference: Reference, path: str | Path, shown: int = SHIPPED_IMAGES) -> None:
+    """Write a reference with its first `shown` images; the module's docstring says what is lost."""
     scale = reference.features.abs().amax(dim=0) / 127  # (d,)
-    packed = zlib.compress(reference.pictures[:shown].numpy().tobytes(), level=9)
+    packed = zlib.compress(reference.images[:shown].numpy().tobytes(), level=9)
     tensors = {
         "indices": reference.indices.to(torch.int16 if len(reference.indices) < 2**15 else torch.int32),
         "features": (reference.features / scale).round().to(torch.int8),
@@ -176,7 +169,7 @@ def save_reference(reference: Reference, path: str | Path, shown: int = SHIPPED_
         "nearest": reference.nearest,
         "floors": {str(n): asdict(floor) for n, floor in reference.floors.items()},
         "thresholds": reference.thresholds._asdict(),
-        "size": reference.pictures.shape[-1],
+        "size": reference.images.shape[-1],
     }
     save_file(path, tensors, config)
 
@@ -185,25 +178,22 @@ def load_reference(path: str | Path = STATISTICS) -> Reference:
     """Read what `save_reference` wrote.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: it holds something else.
     """
     config, tensors = load_file(path)
     if config.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} holds no {FORMAT!r}: make it with scripts/evaluate.py statistics")
+        raise ValueError(f"{str(path)!r} does not hold {FORMAT!r}: make it with scripts/evaluate.py statistics")
     pixels = np.frombuffer(zlib.decompress(tensors["pictures"].numpy().tobytes()), dtype=np.uint8)
-    size = config.get("size", INNER)  # files from before there were others do not say
-    thresholds = {name: tuple(limits) for name, limits in config["thresholds"].items()}
+    size = config.get("size", INNER)  # older files are of that size and do not state it
     return Reference(
         name=config["name"],
         networks=config["networks"],
         features=tensors["features"].float() * tensors["scale"],
-        mean=tensors["mean"],
-        cov=tensors["cov"],
-        right=tensors["right"],
         nearest=tuple(config["nearest"]),
         floors={int(n): Floor(**floor) for n, floor in sorted(config["floors"].items(), key=lambda item: int(item[0]))},
-        thresholds=Thresholds(**thresholds),
-        pictures=torch.from_numpy(pixels.reshape(-1, size, size).copy()),
+        thresholds=Thresholds(**{name: tuple(limits) for name, limits in config["thresholds"].items()}),
+        images=torch.from_numpy(pixels.reshape(-1, size, size).copy()),
+        **{name: tensors[name] for name in ("mean", "cov", "right")},
         **{name: tensors[name].long() for name in ("indices", "labels", "weight", "slant")},
     )

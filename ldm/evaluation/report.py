@@ -1,11 +1,11 @@
-"""The figures of `scripts/evaluate.py`, put together from images and a reference: dictionaries of plain numbers."""
+"""The figures of `scripts/evaluate.py`, computed from images and a reference: dictionaries of plain numbers."""
 
 import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ldm.data.captions import TRAIN_FRAMES, UNSEEN_FRAMES, Caption
+from ldm.data.captions import FRAME_LISTS, Caption
 from ldm.data.measure import classify_styles
 from ldm.evaluation.autoencoder import Reconstruction, pooled_psnr, psnr
 from ldm.evaluation.diversity import class_diversity
@@ -18,8 +18,6 @@ from ldm.evaluation.reference import Reference
 from ldm.evaluation.samples import to_unit
 from ldm.evaluation.style import style_accuracy
 
-FRAMES = {"train": TRAIN_FRAMES, "unseen": UNSEEN_FRAMES}
-
 
 def report_model(
     images: Tensor,
@@ -29,23 +27,23 @@ def report_model(
     networks: Measuring,
     training: Tensor | None,
 ) -> dict:
-    """All figures of uint8 images (n, h, w), of the networks' size, drawn for the first n captions of the reference.
+    """Return all figures of uint8 images (n, h, w), of the networks' size, of the reference's first n captions.
 
-    `classes` are the shares of what the judge read. Of a model that is told nothing they take the place of accuracy,
-    and say which images its diversity is measured among.
+    `classes` are the shares of what the judge read. For an unconditional model they take the place of accuracy, and
+    diversity is measured within them.
 
     Args:
-        captions: what the model was asked for: the digit None if nothing, frame None if not in words (`draw.ask`).
+        captions: what the model's conditions state (`samples.prompts_for`): digit and frame None where they do not.
         frames: "train" or "unseen", the list that the captions are from.
         training: uint8 (m, h, w) for the search for copies; None leaves it out.
     """
     features, answers = features_of(networks.features, images), classify(networks.judge, images)
-    told = all(caption.digit is not None for caption in captions)
+    conditional = all(caption.digit is not None for caption in captions)
     report = {
-        "prompt_accuracy": report_prompts(answers.tolist(), captions, frames, reference) if told else None,
+        "prompt_accuracy": report_prompts(answers.tolist(), captions, frames, reference) if conditional else None,
         "classes": {str(i): count / len(answers) for i, count in enumerate(answers.bincount(minlength=10).tolist())},
         "style_accuracy": style_accuracy(images, captions, reference.thresholds),
-        **report_distribution(features, reference, None if told else answers),
+        **report_distribution(features, reference, None if conditional else answers),
         "memorisation": None,
     }
     if training is not None:
@@ -55,10 +53,10 @@ def report_model(
 
 
 def report_prompts(answers: Sequence[int], captions: Sequence[Caption], frames: str, reference: Reference) -> dict:
-    """Accuracy of what the judge read (n,) against what was asked; the ceiling is its accuracy on real images."""
+    """Return how many of the judge's answers (n,) are the captions' digits; the ceiling is that of real images."""
     digits = [caption.digit for caption in captions]
     right = [answer == digit for answer, digit in zip(answers, digits, strict=True)]
-    worded = {i: FRAMES[frames][caption.frame] for i, caption in enumerate(captions) if caption.frame is not None}
+    worded = {i: FRAME_LISTS[frames][caption.frame] for i, caption in enumerate(captions) if caption.frame is not None}
     labels, real_right = reference.labels.tolist(), reference.right.tolist()
     return {
         **accuracy(right),
@@ -70,9 +68,10 @@ def report_prompts(answers: Sequence[int], captions: Sequence[Caption], frames: 
 
 
 def report_distribution(features: Tensor, reference: Reference, labels: Tensor | None = None) -> dict:
-    """How features (n, d) are distributed beside the real ones.
+    """Return how features (n, d) are distributed beside the real ones.
 
-    labels: (n,), which digit each is; without, they were drawn for the first n labels of the reference.
+    Args:
+        labels: (n,), the digit of each; None for the first n labels of the reference.
     """
     n = len(features)
     floor, real = reference.floor(n), reference.features[:n]
@@ -103,20 +102,16 @@ def report_distribution(features: Tensor, reference: Reference, labels: Tensor |
 def report_autoencoder(
     result: Reconstruction, images: Tensor, labels: Tensor, reference: Reference, networks: Measuring
 ) -> dict:
-    """All figures of the reconstructions of real uint8 images (n, 28, 28) with their labels (n,).
+    """Return all figures of the reconstructions of real uint8 images (n, 28, 28) with their labels (n,).
 
-    The Fréchet distance is to these very images, so it may lie below its floor, which is of other real images.
+    The Fréchet distance is to these very images, so it may be below its floor, which is of other real images.
     """
-    made, original = to_unit(result.pictures), to_unit(images)
-    ratios = psnr(made, original)
-    style, real_style = (
-        classify_styles(result.pictures, reference.thresholds),
-        classify_styles(images, reference.thresholds),
-    )
-    distance = frechet_distance(
-        *moments(features_of(networks.features, result.pictures)), *moments(features_of(networks.features, images))
-    )
-    floor = reference.floor(len(images)).frechet
+    made, original = to_unit(result.images), to_unit(images)
+    ratios, floor = psnr(made, original), reference.floor(len(images)).frechet
+    style, real_style = (classify_styles(some, reference.thresholds) for some in (result.images, images))
+    gaussians = [moments(features_of(networks.features, some)) for some in (result.images, images)]
+    distance = frechet_distance(*gaussians[0], *gaussians[1])
+    right, real_right = ((classify(networks.judge, some) == labels).tolist() for some in (result.images, images))
     report = {
         "psnr": {
             "of_mean_error": pooled_psnr(made, original),
@@ -124,10 +119,7 @@ def report_autoencoder(
             "first_percentile": ratios.quantile(0.01).item(),
         },
         "frechet": {"distance": distance, "floor": floor, "ratio": distance / floor},
-        "judge_accuracy": {
-            **accuracy((classify(networks.judge, result.pictures) == labels).tolist()),
-            "ceiling": accuracy((classify(networks.judge, images) == labels).tolist()),
-        },
+        "judge_accuracy": {**accuracy(right), "ceiling": accuracy(real_right)},
         "style_kept": {
             "weight": (style.weight == real_style.weight).double().mean().item(),
             "slant": (style.slant == real_style.slant).double().mean().item(),
@@ -139,7 +131,7 @@ def report_autoencoder(
 
 
 def without_nan(report: object) -> object:
-    """The same with None for figures that there are too few images for: JSON knows neither nan nor infinity."""
+    """Return a report with None for nan and infinity, which JSON lacks: figures of too few images."""
     if isinstance(report, dict):
         return {key: without_nan(value) for key, value in report.items()}
     if isinstance(report, list | tuple):

@@ -1,4 +1,4 @@
-"""Pictures as they are measured: uint8, as real ones are, and the inner 28 x 28 (or what size it is) only."""
+"""Images as they are measured: uint8, as real ones are, and without their padding, 28 x 28 or of another size."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,72 +6,63 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data.captions import Caption
-from ldm.images import to_uint8
+from ldm.images import image_grid, to_pil, to_uint8
+from ldm.inference.nan_check import generate_checked
 from ldm.models.classifier import INNER, inner
-
-GREY = 64  # ground of a sheet: neither ink nor background
 
 
 def quantise(images: Tensor) -> Tensor:
-    """Grey pictures (n, 1, h, w) in [-1, 1], or beyond by a little, -> uint8 (n, 28, 28).
+    """Clip and round greyscale images (n, 1, h, w) in [-1, 1] to uint8 (n, 28, 28), as real images are.
 
-    Fréchet distances notice background noise long before people do, so generated pictures must be clipped and rounded
-    like real ones.
+    Otherwise the Fréchet distance would notice background noise that nobody sees.
     """
     return rearrange(to_uint8(inner(images)), "n 1 h w -> n h w")
 
 
 def from_pil(images: Iterable, size: int = INNER) -> Tensor:
-    """PIL images of one size -> uint8 (n, size, size)."""
+    """Convert PIL images of one size to uint8 (n, size, size)."""
     arrays = [np.array(image.convert("L")) for image in images]
     return inner(torch.from_numpy(np.stack(arrays)), size)
 
 
-def to_unit(pictures: Tensor) -> Tensor:
-    """uint8 (n, h, w) -> float32 (n, 1, h, w) in [-1, 1], as the networks take them."""
-    return rearrange(pictures, "n h w -> n 1 h w").float() / 127.5 - 1
+def to_unit(images: Tensor) -> Tensor:
+    """Convert uint8 (n, h, w) to float32 (n, 1, h, w) in [-1, 1], as the networks take them."""
+    return rearrange(images, "n h w -> n 1 h w").float() / 127.5 - 1
 
 
-def pad(pictures: Tensor, border: int = 2) -> Tensor:
-    """uint8 (n, 28, 28) -> uint8 (n, 32, 32), as the digit sets give them to a model: padded with background."""
-    return F.pad(pictures, (border,) * 4)
+def pad(images: Tensor) -> Tensor:
+    """Pad uint8 (n, 28, 28) with background to (n, 32, 32), as the digit sets give them to a model."""
+    return F.pad(images, (2,) * 4)
 
 
-def by_class(pictures: Tensor, labels: Tensor, columns: int, classes: int = 10) -> Tensor:
-    """The first `columns` pictures of each class, (classes, columns, h, w); black where a class has fewer."""
-    sheet = pictures.new_zeros(classes, columns, *pictures.shape[1:])
+def images_by_class(images: Tensor, labels: Tensor, columns: int = 12, classes: int = 10) -> Tensor:
+    """Return the first `columns` images of each class, (classes, columns, h, w); black where a class has fewer."""
+    rows = images.new_zeros(classes, columns, *images.shape[1:])
     for label in range(classes):
-        chosen = pictures[labels == label][:columns]
-        sheet[label, : len(chosen)] = chosen
-    return sheet
+        chosen = images[labels == label][:columns]
+        rows[label, : len(chosen)] = chosen
+    return rows
 
 
-def side_by_side(blocks: Sequence[Tensor], gap: int = 2, between: int = 12, magnify: int = 2) -> Image.Image:
-    """Blocks of pictures, uint8 (rows, columns, h, w) each, beside each other on grey.
-
-    Args:
-        gap, between: pixels between pictures and between blocks, before magnifying.
-        magnify: each pixel becomes a square of so many.
-    """
-    sheets = []
-    for block in blocks:
-        sheet = rearrange(F.pad(block, (gap, 0, gap, 0), value=GREY), "r c h w -> (r h) (c w)")
-        sheets.append(F.pad(sheet, (0, between), value=GREY))
-    whole = F.pad(torch.cat(sheets, dim=1)[:, : gap - between], (0, 0, 0, gap), value=GREY)
-    return Image.fromarray(repeat(whole, "h w -> (h a) (w b)", a=magnify, b=magnify).numpy())
+def image_sheet(blocks: Sequence[Tensor], between: int = 12, magnify: int = 2) -> Image.Image:
+    """Show blocks of uint8 images, (rows, columns, h, w) each, beside each other on grey, `between` pixels apart."""
+    grids = [image_grid(to_pil(rearrange(block, "r c h w -> (r c) 1 h w")), block.shape[1]) for block in blocks]
+    sheet = image_grid(grids, len(grids), between)
+    return sheet.resize((magnify * sheet.width, magnify * sheet.height), Image.Resampling.NEAREST)
 
 
-def ask(model: Any, captions: Sequence[Caption]) -> tuple[list[Any], list[Caption]]:
-    """(what the model is given for each caption, what of the caption that asserts): all, its digit alone, or nothing.
+def prompts_for(model: Any, captions: Sequence[Caption]) -> tuple[list[Any], list[Caption]]:
+    """Return the model's condition for each caption, and the caption reduced to what that condition states.
 
     Args:
-        model: a LatentDiffusion of texts, of classes (its conditioner has `n_classes`), or of images alone.
+        model: a LatentDiffusion conditioned on text (all of the caption), on classes (its digit; the conditioner has
+            `n_classes`), or unconditional.
     """
     if model.cond_stage_model is None:
         return [""] * len(captions), [Caption("")] * len(captions)
@@ -81,19 +72,25 @@ def ask(model: Any, captions: Sequence[Caption]) -> tuple[list[Any], list[Captio
     return [caption.text for caption in captions], list(captions)
 
 
-def draw(model: Any, prompts: Sequence[Any], seed: int, batch_size: int, size: int = INNER, **settings: Any) -> Tensor:
-    """uint8 (n, size, size), image i with the noise of seed + i, under a progress bar with the rate.
+def sample_images(
+    model: Any, prompts: Sequence[Any], seed: int, batch_size: int, size: int = INNER, **settings: Any
+) -> Tensor:
+    """Generate uint8 images (n, size, size), image i from the noise of seed + i, under a progress bar.
 
     Args:
         model: a LatentDiffusion.
         prompts: texts or classes, as the model takes them.
-        size: of the inner part that is measured.
+        size: side of the inner part that is measured.
         settings: of its `generate`.
+
+    Raises:
+        ValueError: an image is not finite; the message names the module where that began.
     """
     images = []
-    with tqdm(total=len(prompts), desc="drawing", unit="image", mininterval=1) as bar:
+    with tqdm(total=len(prompts), desc="generating", unit="image", mininterval=1) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            images.append(from_pil(model.generate(batch, seed=seed + first, batch_size=batch_size, **settings), size))
+            made = generate_checked(model, batch, seed=seed + first, batch_size=batch_size, **settings)
+            images.append(from_pil(made, size))
             bar.update(len(batch))
     return torch.cat(images)

@@ -1,4 +1,4 @@
-"""Style accuracy: is the stroke weight and slant that a caption asked for measured on the image?"""
+"""Style accuracy: does the image have the stroke weight and slant that its caption states?"""
 
 from collections.abc import Sequence
 
@@ -10,29 +10,21 @@ from ldm.evaluation.prompt import accuracy, accuracy_by
 
 
 def style_accuracy(images: Tensor, captions: Sequence[Caption], thresholds: Thresholds) -> dict:
-    """Share of stated classes found on uint8 images (n, 28, 28), measured exactly as the training captions' were.
+    """Return the share of stated classes found on uint8 images (n, 28, 28), measured as for the training captions.
 
-    `stated` counts each statement, `captions` each caption that states any (and wants all of them found); `weight`
-    and `slant` are the statements of each kind, with their classes. Captions that state nothing do not count.
+    `stated` counts each statement, `captions` each caption that states any (all of them must be found); `weight` and
+    `slant` are the statements of each kind, with their classes. Captions that state nothing do not count.
     """
     found = classify_styles(images, thresholds)
-    kinds = {"weight": (found.weight.tolist(), STROKE_WEIGHTS), "slant": (found.slant.tolist(), SLANTS)}
     report: dict = {}
-    statements: list[bool] = []
-    whole = [True] * len(captions)
-    for kind, (classes, names) in kinds.items():
-        asked = [
-            (i, getattr(caption, kind)) for i, caption in enumerate(captions) if getattr(caption, kind) is not None
-        ]
-        right = [classes[i] == wanted for i, wanted in asked]
-        for (i, _), answer in zip(asked, right, strict=True):
-            whole[i] = whole[i] and answer
-        by_class = accuracy_by([wanted for _, wanted in asked], right)
-        report[kind] = {**accuracy(right), "per_class": {names[int(key)]: value for key, value in by_class.items()}}
-        statements += right
-    stating = [
-        answer
-        for answer, caption in zip(whole, captions, strict=True)
-        if (caption.weight, caption.slant) != (None, None)
-    ]
-    return {"stated": accuracy(statements), "captions": accuracy(stating), **report}
+    answers: dict[int, list[bool]] = {}  # caption -> whether each of its statements is right
+    for kind, names in (("weight", STROKE_WEIGHTS), ("slant", SLANTS)):
+        stated = {i: value for i, caption in enumerate(captions) if (value := getattr(caption, kind)) is not None}
+        classes = getattr(found, kind).tolist()
+        right = [classes[i] == value for i, value in stated.items()]
+        per_class = accuracy_by(list(stated.values()), right)
+        report[kind] = {**accuracy(right), "per_class": {names[int(key)]: value for key, value in per_class.items()}}
+        for i, answer in zip(stated, right, strict=True):
+            answers.setdefault(i, []).append(answer)
+    statements = [answer for several in answers.values() for answer in several]
+    return {"stated": accuracy(statements), "captions": accuracy([all(a) for a in answers.values()]), **report}

@@ -1,10 +1,10 @@
-"""Subjects to show DreamBooth on: an unusual hand, found in MNIST by a rule, and a glyph that is no digit.
+"""Subjects to show DreamBooth on: unusual handwriting, found in MNIST by a rule, and a glyph that is not a digit.
 
 *The printed one*: about one in sixty of MNIST's ones stands on a foot, most of these with a flag, as ones are printed.
-The rule is measured on the picture: the *foot*, in pixels, is the longest run of ink in any of the four lowest rows
-with ink, less the median over the middle rows (30 to 75 % of the height) of each row's longest run; ink is a level of
-at least 0.4. A picture belongs to the subject from FOOT pixels on, and is an ordinary one up to ORDINARY. The model
-that ships draws such a one in about one picture of a hundred when it is asked for a one.
+The rule is measured on the image: the *foot*, in pixels, is the longest run of ink in any of the four lowest rows
+with ink, less the median over the middle rows (30 to 75 % of the height) of each row's longest run; ink is a brightness
+of at least 0.4. An image belongs to the subject from FOOT pixels on, and is an ordinary one up to ORDINARY. The model
+that ships generates such a one in about one image of a hundred for the prompt of a one.
 
 *The star*: a five-pointed outline, drawn with a pen of varying width, size, place and tilt.
 """
@@ -19,42 +19,38 @@ from torch import Tensor
 
 from ldm.evaluation.datasets import HELD_OUT
 from ldm.evaluation.networks import Measuring, features_of
+from ldm.evaluation.samples import pad
 from ldm.models.classifier import inner
 
 FOOT, ORDINARY = 6, 2
 INK = 102  # of 255
-SHOTS = 5  # pictures to learn from
+SHOTS = 5  # images to learn from
 ORDINARY_ONES = 500
 STARS = 100
 DIGITS = 1000  # of all kinds, beside the stars
 
 
-def foot(pictures: Tensor) -> Tensor:
-    """Length of the foot in pixels, int64 (n,), of uint8 pictures (n, 28, 28); 0 for ones of less than 12 rows."""
-    ink = (pictures >= INK).long()
+def foot(images: Tensor) -> Tensor:
+    """Return the length of the foot in pixels, int64 (n,), of uint8 (n, 28, 28); 0 for ones of less than 12 rows."""
+    ink = (images >= INK).long()
     run, longest = torch.zeros_like(ink[:, :, 0]), torch.zeros_like(ink[:, :, 0])
     for column in ink.unbind(2):  # (n, 28) rows
         run = (run + 1) * column
         longest = torch.maximum(longest, run)
     feet = []
     for rows in longest:
-        rows = rows[ink_rows(rows)]
+        inked = rows.nonzero()[:, 0].tolist()
+        rows = rows[inked[0] : inked[-1] + 1] if inked else rows[:0]
         middle = rows[int(0.3 * len(rows)) : int(0.75 * len(rows))]
         feet.append(int(rows[-4:].max() - middle.median()) if len(rows) >= 12 else 0)
     return torch.tensor(feet)
 
 
-def ink_rows(rows: Tensor) -> slice:
-    """From the first row with ink to the last."""
-    found = rows.nonzero()[:, 0].tolist()
-    return slice(found[0], found[-1] + 1) if found else slice(0, 0)
-
-
 def printed_ones(root: str | None, networks: Measuring) -> dict[str, Tensor]:
-    """uint8 (n, 28, 28): {"train": SHOTS pictures, "heldout": all others of the subject, "others": ordinary ones}.
+    """Return uint8 (n, 28, 28): SHOTS images to "train", the subject's others "heldout", and ordinary ones "others".
 
-    Those to learn from are the nearest in features to the middle one (the least mean distance to all others), among
-    pictures that the model that ships was not trained on. FileNotFoundError without MNIST.
+    Those to train on are the nearest in features to the central one (the least mean distance to all others), among
+    images that the model that ships was not trained on. FileNotFoundError without MNIST.
     """
     from ldm.data.mnist import MNIST
 
@@ -67,8 +63,8 @@ def printed_ones(root: str | None, networks: Measuring) -> dict[str, Tensor]:
     feet = foot(ones)
     chosen = (feet >= FOOT).nonzero()[:, 0]
     features = features_of(networks.features, ones[chosen])
-    middle = torch.cdist(features, features).mean(1).argmin()
-    distance = (features - features[middle]).norm(dim=1).masked_fill(~new[chosen], torch.inf)
+    centre = torch.cdist(features, features).mean(1).argmin()
+    distance = (features - features[centre]).norm(dim=1).masked_fill(~new[chosen], torch.inf)
     train = distance.argsort()[:SHOTS]
     rest = torch.ones(len(chosen), dtype=torch.bool).index_fill(0, train, False)
     others = ones[feet <= ORDINARY][:ORDINARY_ONES]
@@ -76,11 +72,11 @@ def printed_ones(root: str | None, networks: Measuring) -> dict[str, Tensor]:
 
 
 def star(seed: int) -> Image.Image:
-    """A five-pointed star, 28 x 28 grey pixels, white on black, with rounded corners as a pen makes them."""
-    draw = np.random.default_rng(seed).uniform
-    side, fine = 28, 8  # drawn eight times as large
-    radius, width, tilt = draw(9.0, 11.0), draw(1.8, 2.8), draw(-0.25, 0.25)
-    centre = draw(13.0, 15.0, 2)
+    """Return a five-pointed star, 28 x 28 grey pixels, white on black, with rounded corners as a pen makes them."""
+    uniform = np.random.default_rng(seed).uniform
+    side, fine = 28, 8  # rendered eight times as large
+    radius, width, tilt = uniform(9.0, 11.0), uniform(1.8, 2.8), uniform(-0.25, 0.25)
+    centre = uniform(13.0, 15.0, 2)
     corners = []
     for i in range(10):
         angle, reach = math.pi * i / 5 + tilt, radius if i % 2 == 0 else 0.45 * radius
@@ -91,14 +87,14 @@ def star(seed: int) -> Image.Image:
 
 
 def stars(digits: Tensor) -> dict[str, Tensor]:
-    """As `printed_ones`; the others are all kinds of digits, uint8 (n, 28, 28)."""
-    drawn = torch.from_numpy(np.stack([np.asarray(star(seed)) for seed in range(SHOTS + STARS)]))
-    return {"train": drawn[:SHOTS], "heldout": drawn[SHOTS:], "others": digits}
+    """Return stars as `printed_ones` does; the others are all kinds of digits, uint8 (n, 28, 28)."""
+    images = torch.from_numpy(np.stack([np.asarray(star(seed)) for seed in range(SHOTS + STARS)]))
+    return {"train": images[:SHOTS], "heldout": images[SHOTS:], "others": digits}
 
 
-def write_images(parts: dict[str, Tensor], folder: Path, border: int = 2) -> None:
-    """Each part as PNG files in a sub-folder, padded to 32 x 32 as the digit sets give them to a model."""
-    for name, pictures in parts.items():
+def write_images(parts: dict[str, Tensor], folder: Path) -> None:
+    """Write each part as PNG files of 32 x 32, the size of the digit sets, in a sub-folder of its name."""
+    for name, images in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        for i, picture in enumerate(pictures.numpy()):
-            Image.fromarray(np.pad(picture, border)).save(folder / name / f"{i:03}.png")
+        for i, image in enumerate(pad(images).numpy()):
+            Image.fromarray(image).save(folder / name / f"{i:03}.png")

@@ -1,0 +1,49 @@
+"""What the benchmarks of generators measure: how often they evaluate their network, and one row of figures."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ldm.evaluation.networks import Measuring, classify, features_of
+from ldm.evaluation.reference import Reference
+from ldm.evaluation.report import report_distribution
+from ldm.generation import plan_sampling
+
+
+def evaluations(model: Any, **settings: Any) -> int:
+    """Return how often the network is evaluated for an image, by the settings of `plan_sampling`."""
+    row, sigmas = plan_sampling(model, **settings)
+    return sum(row.evaluations(sigmas))
+
+
+def measure(
+    name: str,
+    calls: int,
+    generate: Callable[[], Tensor],
+    reference: Reference,
+    networks: Measuring,
+    labels: Tensor | None = None,
+) -> dict[str, Any]:
+    """Return a row: the three axes, precision, class accuracy, and CPU seconds, which vary less on a busy machine.
+
+    Args:
+        generate: returns uint8 images (n, 28, 28).
+        labels: (n,), the digits asked for; None for an unconditional generator, whose accuracy is None.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    images = generate()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    found = report_distribution(features_of(networks.features, images), reference)
+    return {
+        "name": name,
+        "evaluations": calls,
+        "ratio": found["frechet"]["ratio"],
+        "recall": found["precision_recall"]["recall"],
+        "precision": found["precision_recall"]["precision"],
+        "accuracy": None if labels is None else (classify(networks.judge, images) == labels).double().mean().item(),
+        "seconds": wall / len(images),
+        "cpu_seconds": cpu / len(images),
+        "n": len(images),
+    }

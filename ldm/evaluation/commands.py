@@ -1,0 +1,150 @@
+"""The commands of `scripts/evaluate.py`, each of its parsed options; most return a report and a sheet of images."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import ldm
+from ldm.checkpoint.file import load_file, save_file
+from ldm.evaluation import subjects
+from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
+from ldm.evaluation.datasets import find_reference, open_data
+from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure_subject, read_folder
+from ldm.evaluation.likelihood import check_variance, measure_bits
+from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint
+from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
+from ldm.evaluation.report import report_autoencoder, report_model
+from ldm.evaluation.samples import image_sheet, images_by_class, prompts_for, sample_images
+from ldm.inference.options import load_model, settings_of
+from ldm.loading import SHIPPED
+from ldm.models.classifier import INNER, inner
+
+Result = tuple[dict[str, Any] | None, Image.Image | None]
+
+
+def evaluate_model(args: argparse.Namespace) -> Result:
+    """Generate and measure: the report, and a sheet of generated images beside real ones."""
+    networks, model = Measuring.load(args.judge, args.features), load_model(args)
+    reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
+    n = len(reference.labels) if args.n is None else args.n
+    frames = "train" if args.wording == "seen" else "unseen"
+    prompts, captions = prompts_for(model, reference.captions(n, frames))
+    given = {name: value for name, value in settings_of(args).items() if value is not None}
+    given = {name: value for name, value in given.items() if name not in ("seed", "precision")}
+    started = time.perf_counter()
+    images = sample_images(model, prompts, args.seed, args.batch_size, networks.size, **given)
+    generated = time.perf_counter() - started
+    report = report_model(images, captions, frames, reference, networks, training)
+    measured = time.perf_counter() - started - generated
+    labels = reference.labels[:n] if report["prompt_accuracy"] else classify(networks.judge, images)
+    sheet = [images_by_class(images, labels), images_by_class(reference.images, reference.image_labels)]
+    report = {
+        **_head(args, reference=reference.name, networks=reference.networks, n=n),
+        "settings": {
+            **{"wording": args.wording, "seed": args.seed, "batch_size": args.batch_size},
+            **model.defaults,
+            **given,
+        },
+        "seconds": {"generating": generated, "measuring": measured, "images_per_second": n / generated},
+        **report,
+    }
+    return report, image_sheet(sheet)
+
+
+def evaluate_autoencoder(args: argparse.Namespace) -> Result:
+    """Reconstruct and measure: the report, and a sheet of reconstructions beside the real images."""
+    networks = Measuring.load(args.judge, args.features)
+    autoencoder, scale_factor = load_autoencoder(args.ckpt, args.device)
+    reference, _ = find_reference(args.dataset, args.split, args.data, networks, args.n)
+    images, labels = reference.images[: args.n], reference.image_labels[: args.n]
+    n = len(images)
+    if args.n is not None and args.n > n:
+        raise ValueError(f"only {n} of MNIST's test images ship: use --n {n}, or give --data ROOT")
+    result = reconstruct(autoencoder, images, args.batch_size, scale_factor)
+    report = report_autoencoder(result, images, labels, reference, networks)
+    head = _head(args, reference=reference.name, networks=reference.networks, n=n)
+    return {**head, **report}, image_sheet([images_by_class(some, labels) for some in (result.images, images)])
+
+
+def evaluate_bits(args: argparse.Namespace) -> Result:
+    """Measure the variational bound of the first test images."""
+    model = ldm.load(args.ckpt, device=args.device)
+    check_variance(model, args.variance)
+    side = model.defaults["height"]
+    data, _ = open_data(args.dataset, "test", args.data, min(side, INNER))  # padded, or pooled to what is smaller
+    bits = measure_bits(model, data, args.n, args.batch_size, args.seed, args.variance)
+    return {**_head(args, dataset=f"{args.dataset} test", n=args.n), **bits}, None
+
+
+def evaluate_dreambooth(args: argparse.Namespace) -> Result:
+    """Measure the models before and after, and without prior preservation; a sheet of each one's images."""
+    networks = Measuring.load(args.judge, args.features)
+    real, others = read_folder(args.subject / "heldout"), args.subject / "others"
+    if len(real) < 2:
+        raise ValueError(f"{args.subject / 'heldout'} has one image: give at least 2")
+    other = read_folder(others) if others.is_dir() else load_reference().images
+    detector = Detector(features_of(networks.features, real), features_of(networks.features, other))
+    prompts = SubjectPrompts(args.instance_prompt, args.class_prompt, args.digit)
+    figures, rows = {}, []
+    for name, path in (("before", args.before), ("after", args.ckpt), ("without_prior", args.without)):
+        if name != "without_prior" or path is not None:
+            model = ldm.load(path, device=args.device)
+            figures[name], shown = measure_subject(model, prompts, detector, networks, args.n, args.batch_size)
+            rows.append(shown)
+    report = {
+        **_head(args, networks=networks.fingerprints, n=args.n),
+        "detector": detector.errors(),
+        **compare(figures["before"], figures["after"], figures.get("without_prior")),
+        **figures,
+    }
+    return report, image_sheet(rows)
+
+
+def write_subjects(args: argparse.Namespace) -> Result:
+    """Write images of the subjects that DreamBooth is shown on: to learn from, held out, and of other things."""
+    networks = Measuring.load(args.judge, args.features)
+    digits = inner(open_data("mnist", "test", args.data)[0].images[: subjects.DIGITS, 0])
+    for name, parts in (("one", subjects.printed_ones(args.data, networks)), ("star", subjects.stars(digits))):
+        subjects.write_images(parts, args.outdir / name)
+        counts = ", ".join(f"{len(images)} {part}" for part, images in parts.items())
+        print(f"{args.outdir / name}: {counts}", file=sys.stderr)
+    return None, None
+
+
+def write_statistics(args: argparse.Namespace) -> Result:
+    """Save newly trained networks in half precision, measure MNIST's test images with them, and write what ships."""
+    folder, paths = PRETRAINED if args.outdir is None else args.outdir, {}
+    for name in ("judge", "features"):
+        given: Path | None = getattr(args, name)
+        if given is not None:
+            config, state = load_file(given)
+            paths[name] = folder / f"{name}.safetensors"
+            save_file(paths[name], state, config, torch.float16)
+    networks = Measuring.load(**paths)
+    real, training = open_data("mnist", "test", args.data, networks.size)
+    path = folder / "statistics.safetensors"
+    save_reference(measure_reference("mnist test", real, training, networks, SIZES), path)
+    print(f"{path}: {path.stat().st_size:,} bytes", file=sys.stderr)
+    return None, None
+
+
+def _head(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Return what was measured with what: figures of different judges or feature networks do not compare."""
+    path = SHIPPED if args.ckpt is None else args.ckpt
+    return {"measured": args.command, "checkpoint": {"path": str(path), "sha256": fingerprint(path)}, **more}
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "model": evaluate_model,
+    "autoencoder": evaluate_autoencoder,
+    "bits": evaluate_bits,
+    "statistics": write_statistics,
+    "subjects": write_subjects,
+    "dreambooth": evaluate_dreambooth,
+}
