@@ -48,7 +48,7 @@ def stage(**settings) -> DenoisingGANStage:
     made = DenoisingGANStage(**copy.deepcopy(PARAMS) | settings)
     with torch.no_grad():
         for p in Trained(made).parameters():
-            p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every drawing grey
+            p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every image grey
     return made
 
 
@@ -60,7 +60,7 @@ def unconditional(**settings) -> DenoisingGANStage:
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_the_losses_by_hand(batch, conditional):
-    """(Xiao et al. 2022, eq. 4 and 5) with the random numbers drawn again in the same order."""
+    """(Xiao et al. 2022, eq. 4 and 5) with the same random numbers sampled again."""
     held = 2.0 if conditional else 0.0  # to x0 (Phung et al. 2023)
     made = stage(r1_weight=0.3, class_dropout=0.5, reconstruction=held) if conditional else unconditional(r1_weight=0.3)
     torch.manual_seed(9)
@@ -76,12 +76,12 @@ def test_the_losses_by_hand(batch, conditional):
     before, now = ab[t].reshape(8, 1, 1, 1), ab[t + 1].reshape(8, 1, 1, 1)
     true = before.sqrt() * x0 + (1 - before).sqrt() * noise
     x = (1 - beta).sqrt() * true + beta.sqrt() * fresh
-    drawn = made.model.diffusion_model(x, t, z, y=y)
-    mean = before.sqrt() * beta / (1 - now) * drawn + (1 - beta).sqrt() * (1 - before) / (1 - now) * x
+    generated = made.model.diffusion_model(x, t, z, y=y)
+    mean = before.sqrt() * beta / (1 - now) * generated + (1 - beta).sqrt() * (1 - before) / (1 - now) * x
     fake = mean + (beta * (1 - before) / (1 - now)).sqrt() * again
     true.requires_grad_()
     real, judged = made.discriminator(true, x, t, y=y), made.discriminator(fake, x, t, y=y)
-    expected = F.softplus(-judged).mean() + held * (drawn - x0).square().mean()
+    expected = F.softplus(-judged).mean() + held * (generated - x0).square().mean()
     torch.testing.assert_close(of_generator, expected, rtol=1e-4, atol=1e-6)
     penalty = torch.autograd.grad(real.sum(), true)[0].square().sum((1, 2, 3)).mean()
     expected = F.softplus(-real).mean() + F.softplus(judged).mean() + 0.3 / 2 * penalty
@@ -127,7 +127,7 @@ def config(outdir: Path, **params) -> dict:
 
 
 @pytest.mark.smoke
-def test_a_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     alone = train(config(tmp_path / "alone"), device="cpu")
     with monkeypatch.context() as patch:
         # Ctrl-C in step 2, so that step 3 is again one with R1
@@ -143,7 +143,7 @@ def test_a_resumed_run_equals_one_left_alone(tmp_path, monkeypatch):
     assert len(list((alone.parent / "previews").iterdir())) == 3
 
 
-def test_the_shipped_configuration_trains_and_draws(tmp_path):
+def test_the_shipped_configuration_trains_and_generates(tmp_path):
     settings = OmegaConf.load(CONFIG)
     settings.data = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
     OmegaConf.save(settings, tmp_path / "ddgan.yaml")
@@ -153,8 +153,8 @@ def test_the_shipped_configuration_trains_and_draws(tmp_path):
     load_script("sample").main([f"--ckpt={model}", f"--outdir={out}", "--class", "3", "4", "--device=cpu"])
     assert names(out / "samples") == ["00000.png", "00001.png"]
     assert pixels(out / "samples" / "00000.png").shape == (32, 32)
-    drawn = recipe(out / "samples" / "00000.png")
-    assert (drawn.steps, drawn.sampler) == (4, "ddpm")
+    used = recipe(out / "samples" / "00000.png")
+    assert (used.steps, used.sampler) == (4, "ddpm")
 
 
 def test_the_shipped_configuration_has_the_papers_numbers():

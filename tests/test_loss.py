@@ -30,15 +30,15 @@ def test_min_snr_against_the_papers_table():
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("name", OF_X0)
 def test_equal_networks_get_equal_losses(name, prediction):
-    """The same guess of x0, told as eps, x0 or v, costs the weight times |error of x0|^2."""
+    """The same estimate of x0, given as eps, x0 or v, costs the weight times |error of x0|^2."""
     schedule, t = make_schedule("cosine"), torch.tensor([50, 400, 900])
     generator = torch.Generator().manual_seed(0)
     x0, noise, guess = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     x_t, ab = q_sample(x0, t, noise, schedule), schedule.alphas_cumprod[t].double()
     signal, spread = ab.sqrt()[:, None], (1 - ab).sqrt()[:, None]
     guessed_noise = (x_t - signal * guess) / spread
-    told = {"eps": guessed_noise, "x0": guess, "v": signal * guessed_noise - spread * guess}[prediction]
-    error = mean_error("l2", told, target(prediction, x0, noise, ab)) * loss_weight(name, prediction, ab)
+    output = {"eps": guessed_noise, "x0": guess, "v": signal * guessed_noise - spread * guess}[prediction]
+    error = mean_error("l2", output, target(prediction, x0, noise, ab)) * loss_weight(name, prediction, ab)
     expected = OF_X0[name](ab / (1 - ab)) * mean_error("l2", guess, x0)
     torch.testing.assert_close(error, expected, rtol=1e-5, atol=0)
 

@@ -60,15 +60,12 @@ def pixels(model: PixelDiffusion, classes: list, **settings) -> np.ndarray:
 def test_pixels_are_the_latents():
     model, x = build(), torch.rand(2, 1, 32, 32) * 2 - 1
     assert torch.equal(model.encode(x), x) and torch.equal(model.decode(x), x)
-    assert (
-        model.latent_size(32, 32) == (1, 32, 32)
-        and model.multiple == 2
-        and not list(model.first_stage_model.parameters())
-    )
+    assert model.latent_size(32, 32) == (1, 32, 32) and model.multiple == 2
+    assert not list(model.first_stage_model.parameters())
 
 
-def test_a_class_is_asked_for_by_number_or_text():
-    """None of them is said by the last one, and by the empty text."""
+def test_a_class_is_a_number_or_text():
+    """The null class is the last one, or the empty text."""
     labels = ClassLabels(11)
     assert labels.null == 10 and labels(["3", 7, ""])["c_adm"].tolist() == [3, 7, 10]
     with pytest.raises(ValueError, match="class 'five' does not exist: this model's are 0 to 10"):
@@ -77,7 +74,7 @@ def test_a_class_is_asked_for_by_number_or_text():
         labels(torch.tensor([11]))
 
 
-def test_drawing():
+def test_generating():
     model = build()
     drawn = pixels(model, [5, 5, 3], seed=4)
     assert drawn.shape == (3, 32, 32) and (drawn[0] != drawn[1]).any()
@@ -87,7 +84,7 @@ def test_drawing():
     assert (guided != drawn).any()
 
 
-def test_auto_draws_by_as_many_steps_as_there_are():
+def test_auto_chooses_by_the_number_of_steps():
     model = build(schedule={"name": "linear", "T": 6})
     for steps, name in ((6, "ddpm"), (3, "ddim")):
         drawn = pixels(model, [5], steps=steps, sampler="auto")
@@ -126,14 +123,9 @@ def test_a_file_gives_the_model_back(tmp_path):
 
 @pytest.mark.parametrize(("error", "weight"), [("l2", {"name": "none"}), ("l1", {"name": "min_snr", "gamma": 2.0})])
 def test_the_loss_by_hand(error, weight):
-    """With the random numbers drawn again in the same order."""
-    torch.manual_seed(0)
-    stage = PixelDiffusionStage(CONFIG, 1e-3, class_dropout=0.5, error=error, weight=weight)
-    model, data = stage.latent_diffusion, Digits(first=50)
-    with torch.no_grad():
-        for p in Trained(stage).parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    batch = collate(stage.prepare(data, torch.device("cpu")).__getitems__([3, 1, 40, 41]))
+    """With the same random numbers sampled again in the same order."""
+    stage, batch = learning(class_dropout=0.5, error=error, weight=weight)
+    model = stage.latent_diffusion
     torch.manual_seed(7)
     loss, metrics = stage.loss(batch)
     torch.manual_seed(7)
@@ -152,7 +144,7 @@ def test_previews_show_every_class():
     assert len(stage.train(False).preview()) == 12
 
 
-def test_classes_without_one_that_says_nothing():
+def test_classes_without_a_null_class():
     cond = {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 10, "null": False}}
     config = {**CONFIG, "params": {**PIXEL, "cond_stage_config": cond}}
     stage = PixelDiffusionStage(config, 1e-3, class_dropout=0.0, previews=12)
@@ -168,7 +160,7 @@ def test_classes_without_one_that_says_nothing():
         stage.latent_diffusion.generate([3], scale=2.0)
 
 
-def test_a_single_class_is_what_previews_draw():
+def test_previews_of_a_single_class():
     unet = {**PIXEL["unet_config"]["params"], "num_classes": None, "attention_resolutions": [2]}
     unet |= {"use_spatial_transformer": True, "context_dim": 4}
     embedder = {"target": "ldm.conditioning.classes.ClassEmbedder", "params": {"embed_dim": 4, "n_classes": 1}}
@@ -213,7 +205,7 @@ def test_images_of_another_size():
         stage.prepare(Digits(first=5), torch.device("cpu"))
 
 
-def test_a_schedule_that_leaves_something_of_the_image(capsys):
+def test_a_note_on_nonzero_terminal_snr(capsys):
     """300 unscaled linear steps leave sqrt(alpha-bar) = 0.2192; 1000 leave 0.006."""
     PixelDiffusionStage({**CONFIG, "params": {**PIXEL, "schedule": {"name": "linear", "T": 300}}}, 1e-3)
     assert "last noise level of this schedule, 299, still has signal level 0.219" in capsys.readouterr().err
@@ -233,7 +225,7 @@ def widened(*options: str) -> dict:
 
 
 @pytest.mark.parametrize("options", [["learned_variance"], ["self_condition"], list(WIDER)])
-def test_wider_models_draw_alike_alone_and_in_a_batch(options, tmp_path):
+def test_wider_models_generate_the_same_alone_and_in_a_batch(options, tmp_path):
     """By guidance in an interval too, with the sampler that takes the variance; and from a file."""
     model = build(**widened(*options))
     settings = {"sampler": "ddpm", "steps": 6, "scale": 2.0, "interval": (0.5, 20.0)}
@@ -245,20 +237,20 @@ def test_wider_models_draw_alike_alone_and_in_a_batch(options, tmp_path):
     assert (pixels(again, [5, 5, 3], seed=4, **settings) == drawn).all()
 
 
-def test_what_a_self_conditioned_model_is_told_is_its_last_x0():
+def test_a_self_conditioned_model_is_given_its_last_x0():
     model, inputs, steps = build(**widened("self_condition")), [], []
     network = model.model.diffusion_model
     network.register_forward_pre_hook(lambda module, args: inputs.append(args[0][:, 1:].clone()))
     model.generate([1, 2], steps=3, callback=steps.append)
     assert not inputs[0].any()
-    for told, step in zip(inputs[1:], steps, strict=False):
-        assert torch.equal(told, step.x0)
+    for given, step in zip(inputs[1:], steps, strict=False):
+        assert torch.equal(given, step.x0)
     del inputs[:]
     model.generate([1, 2], steps=1)
     assert not inputs[0].any()  # nothing of the run before
 
 
-def test_the_learned_variance_changes_what_ddpm_draws_and_nothing_else():
+def test_the_learned_variance_changes_ddpm_only():
     model = build(**widened("learned_variance"))
     plain = {name: pixels(model, [1], sampler=name) for name in ("ddpm", "ddim", "euler_a")}
     out = model.model.diffusion_model.out[-1]
@@ -268,15 +260,15 @@ def test_the_learned_variance_changes_what_ddpm_draws_and_nothing_else():
     assert (pixels(model, [1], sampler="ddpm") == plain["euler_a"]).all() and (plain["ddpm"] != plain["euler_a"]).any()
 
 
-def learning(*options: str, **settings) -> tuple[PixelDiffusionStage, dict]:
-    """A stage whose network predicts something already, and a batch."""
+def learning(*options: str, class_dropout: float = 0.0, **settings) -> tuple[PixelDiffusionStage, dict]:
+    """A stage whose network has no zero weights, and a batch."""
     torch.manual_seed(0)
     params = {**PIXEL, **widened(*options)}
-    stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3, class_dropout=0.0, **settings)
+    stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3, class_dropout=class_dropout, **settings)
     with torch.no_grad():
         for p in Trained(stage).parameters():
             p.add_(0.05 * torch.randn_like(p))
-    return stage, collate(Digits(first=50).__getitems__([3, 1, 40, 41]))
+    return stage, collate(stage.prepare(Digits(first=50), torch.device("cpu")).__getitems__([3, 1, 40, 41]))
 
 
 def test_the_hybrid_loss_by_hand():
@@ -302,21 +294,21 @@ def test_the_hybrid_loss_by_hand():
     assert of_hybrid[1].abs().max() > 0 and not of_simple[1].any()
 
 
-def test_self_conditioned_training_is_told_of_its_guess_half_the_time():
+def test_self_conditioned_training_is_given_its_own_x0_at_even_odds():
     stage, batch = learning("self_condition")
     model, inputs = stage.latent_diffusion, []
     network = model.model.diffusion_model
     network.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().clone()))
-    told = 0
+    given = 0
     for seed in range(40):
         del inputs[:]
         torch.manual_seed(seed)
         loss, _ = stage.loss(batch)
         assert not inputs[0][:, 1:].any()
         if len(inputs) == 2:  # the same noised image again, and a guess within [-1, 1] of it
-            told += 1
+            given += 1
             assert torch.equal(inputs[0][:, :1], inputs[1][:, :1]) and 0 < inputs[1][:, 1:].abs().max() <= 1
-    assert 10 <= told <= 30  # of 40 at one half: 3.2 standard deviations
+    assert 10 <= given <= 30  # of 40 at one half: 3.2 standard deviations
     loss.backward()  # the guess has no gradient, the second pass has
     assert all(p.grad is not None for p in network.parameters())
 

@@ -23,7 +23,7 @@ NETWORK = "stage.params.model.params.unet_config.params"
     "name, side, classes",
     [("simple_unet", 32, []), ("mnist14", 14, ["--class", "5", "9"]), ("ddpm", 32, ["--class", "5", "9"])],
 )
-def test_a_system_trains_and_draws(name, side, classes, mnist, tmp_path, capsys):
+def test_a_system_trains_and_generates(name, side, classes, mnist, tmp_path, capsys):
     changes = [*SHORT, f"data.params.root={mnist}", "data.params.first=8", f"outdir={tmp_path / 'runs'}"]
     changes += ["stage.params.previews=2", "stage.params.model.params.defaults.steps=2"]
     changes += [f"{NETWORK}.{change}" for change in NARROW[name]]
