@@ -93,8 +93,18 @@ def test_the_path_is_short_and_its_line_counts_are_current():
     assert list(rows) == list(PATH)
     for row, count in rows.items():
         assert int(count) == pytest.approx(lines(files_of(row)), rel=0.1), row
-    named = re.search(r"reading path\D+([\d,]+) lines in (\d+) files", (ROOT / "README.md").read_text())
+    readme = (ROOT / "README.md").read_text()
+    named = re.search(r"reading path\D+([\d,]+) lines in (\d+) files", readme)
     assert int(named[1].replace(",", "")) == pytest.approx(total, rel=0.1) and int(named[2]) == len(PATH_FILES)
+    named, folder = [], ""
+    for cell, count in re.findall(r"^\| (.*?) \| ([\d,]+) \|", readme.partition("## Read it")[2], flags=re.M):
+        rows = []
+        for name in re.findall(r"`([^`]+)`", cell):  # one without a folder is in that of the name before
+            rows.append(name.removeprefix("ldm/") if name.startswith("ldm/") else folder + name)
+            folder = re.sub(r"[^/]+/?$", "", rows[-1])
+        assert int(count.replace(",", "")) == pytest.approx(sum(lines(files_of(row)) for row in rows), rel=0.1), cell
+        named += rows
+    assert sorted(named) == sorted(PATH)
 
 
 @pytest.mark.full
