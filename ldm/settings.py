@@ -170,12 +170,3 @@ def help_text(row: Setting) -> str:
 
 def _unset(row: Setting) -> str:
     return f" ({row.unset})" if row.unset else ""
-
-
-def markdown() -> str:
-    """Return the table of all settings for the reference page."""
-    lines = ["| setting | option | type | range | when not given | meaning |", "|---|---|---|---|---|---|"]
-    for name, row in (setting_rows(Settings) | setting_rows(Guidance)).items():
-        cells = (f"`{name}`", f"`{row.flags[0]}`", row.type.name, row.range, row.unset or "off", row.help)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

@@ -18,12 +18,11 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of each command in a page's bash blocks, or indented; `&&` separates commands, a backslash joins lines.
+    """The words of each command in a page's bash blocks; `&&` separates commands, a backslash joins lines.
 
     Left out are those with an ellipsis or a shell's variables.
     """
     blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
-    blocks += re.findall(r"^    python (?:.*\\\n)*.*\n", page, re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
     parts = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ") if "$" not in line]
     return [words for words in parts if words and "..." not in words]
@@ -80,8 +79,35 @@ def test_files_that_a_page_names_exist(page):
         assert (ROOT / name).is_file(), name
 
 
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_and_images_that_a_page_shows_exist(page):
-    folder = (ROOT / page).parent
-    for link in re.findall(r"\]\(([\w./-]+\.\w+)(?:#[^)]*)?\)", PAGES[page]):
-        assert (folder / link).is_file(), link
+def test_pages_images_and_headings_that_a_page_links_to_exist(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", PAGES[page], flags=re.S)
+    for name, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.is_file(), name
+        assert not anchor or anchor in anchors(path.read_text()), f"{name}#{anchor}"
+
+
+def test_every_image_is_shown():
+    shown = {name for page in PAGES.values() for name in re.findall(r"images/([\w.-]+)\)", page)}
+    assert shown == {path.name for path in (ROOT / "docs/images").iterdir()}
+
+
+# Pages whose Python blocks run one after the other, as one program; other pages' are run by the tests of their modules.
+RUN = ["README.md", "docs/explanation/how_it_works.md", "docs/reference/generate.md"]
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_the_python_of_a_page_runs(page):
+    names = {}
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```$", PAGES[page], re.M | re.S)), names)
+    images = names["images"] if "images" in names else [names["image"]]
+    assert images and all(image.size == (32, 32) for image in images)
+    if "pixels" in names:  # written out: the same image as by generate
+        assert images == names["model"].generate(["a bold three"], scale=2.0, interval=(0, 1e9))

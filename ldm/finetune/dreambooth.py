@@ -61,7 +61,7 @@ class DreamBoothStage(Stage):
         lora_file, lora_format: where the adapters are written, besides being merged into the model, and how.
         prior_weight: lambda.
         error, weight, noise, timesteps: of `Objective`, for both terms.
-        optimizer, betas, weight_decay: see `make_optimizer`.
+        optimizer, betas, weight_decay: adamw, adamw8bit or adafactor (`make_optimizer`), and its arguments.
         gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
         cache: keep latents and text embeddings in memory where nothing changes them.
         previews, preview_columns: prompts of the previews (None: the data's own), and how many images of each.

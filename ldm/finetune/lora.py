@@ -181,8 +181,9 @@ def attach(
 
     Args:
         network: a LatentDiffusion, if the adapters are to be saved by `lora_files.save_lora`; or any other.
-        alpha: the change is multiplied by alpha / rank; None is `rank`.
+        rank, alpha: the inner size of an adapter; its change is multiplied by alpha / rank. None is `rank`.
         targets: see `select`.
+        seed: of the initial weights.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")

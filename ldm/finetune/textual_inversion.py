@@ -55,7 +55,8 @@ class TextualInversionStage(Stage):
         pull: weight of the mean squared distance to the initial vectors, in units of `deviation`.
         error, weight, noise, timesteps: of `Objective`.
         gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
-        previews: how many images a preview generates. sheet: where the contact sheet goes.
+        previews: how many images a preview generates.
+        sheet: where the contact sheet goes.
     """
 
     def __init__(

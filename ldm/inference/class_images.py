@@ -48,8 +48,8 @@ class SubjectImages(DreamBooth):
         keep_prompt: prompts, with choices, of what else is kept: as many images of them are generated as of the class.
             None: what the model is known to have learned; "": nothing.
         prior_weight: 0: no class images.
-        num_class_images: of each subject; None: your own images in its folder, or, where there are none,
-            `default_class_images`.
+        num_class_images, default_class_images: how many of each subject. None: as many as your own images in its
+            folder, or, where there are none, the default.
         class_guidance_scale, sample_batch_size: how class images are generated.
         min_samples: smallest number of samples in an epoch, for each process.
         buckets: cut the subjects' images to the nearest of `bucket_shapes`.

@@ -122,18 +122,18 @@ class _Half(nn.Module):
     One ddconfig serves both, so each takes some arguments that only the other uses.
     """
 
-    ch: int
-    out_ch: int
+    ch: int  # width of the first level
+    out_ch: int  # channels of the decoded image
     num_res_blocks: int  # per level; the decoder has one more
     attn_resolutions: Sequence[int]  # heights of the feature maps with attention, for images of height `resolution`
-    in_channels: int
-    resolution: int
-    z_channels: int
+    in_channels: int  # channels of the image
+    resolution: int  # height of the images, for attn_resolutions
+    z_channels: int  # channels between encoder and decoder
     ch_mult: Sequence[int] = (1, 2, 4, 8)  # width of each level in units of ch
-    dropout: float = 0.0
-    resamp_with_conv: bool = True
+    dropout: float = 0.0  # in the residual blocks
+    resamp_with_conv: bool = True  # resample with convolutions
     double_z: bool = True  # the encoder gives means and log variances
-    attn_type: str = "vanilla"
+    attn_type: str = "vanilla"  # or "none": no attention anywhere
     tanh_out: bool = False  # bound the decoder's output to [-1, 1]
     norm_groups: int = 32  # must divide every width
 

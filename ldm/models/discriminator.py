@@ -12,6 +12,7 @@ class NLayerDiscriminator(nn.Module):
     DCGAN (Radford et al. 2016).
 
     Args:
+        input_nc: channels of the images.
         ndf: width of the first layer; it doubles with every layer, up to 8 ndf.
         n_layers: at least 1, or ValueError.
     """

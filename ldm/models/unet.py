@@ -107,12 +107,12 @@ class UNetModel(UNetEncoder):
     """
 
     image_size: int  # for callers that read it; the network takes any size that halves len(channel_mult) - 1 times
-    in_channels: int
-    model_channels: int
-    out_channels: int
+    in_channels: int  # channels of x
+    model_channels: int  # width of the first level
+    out_channels: int  # channels of the prediction
     num_res_blocks: int | Sequence[int]  # per level, or one number for all; one list entry per level once built
     attention_resolutions: Sequence[int]  # the *downsampling factors* (1, 2, 4, ...) of the levels with attention
-    dropout: float = 0.0
+    dropout: float = 0.0  # in the residual blocks
     channel_mult: Sequence[int] = (1, 2, 4, 8)  # width of each level in units of model_channels
     conv_resample: bool = True  # resample with convolutions
     dims: int = 2  # must be 2
@@ -121,9 +121,9 @@ class UNetModel(UNetEncoder):
     num_classes: int | str | None = None
     use_checkpoint: bool = False  # recompute activations in the backward pass
     use_fp16: bool = False  # no effect, as use_bf16: the network computes in its parameters' dtype
-    use_bf16: bool = False
-    num_heads: int = -1  # set this or num_head_channels, the width of a head
-    num_head_channels: int = -1
+    use_bf16: bool = False  # no effect
+    num_heads: int = -1  # attention heads; set this or num_head_channels
+    num_head_channels: int = -1  # width of an attention head
     num_heads_upsample: int = -1  # num_heads of the decoder's attention blocks in legacy models; -1: num_heads
     use_scale_shift_norm: bool = False  # the time scales and shifts features (AdaGN) instead of being added
     resblock_updown: bool = False  # resample with residual blocks
@@ -135,9 +135,9 @@ class UNetModel(UNetEncoder):
     legacy: bool = True  # how num_head_channels is read, see `attend`; False for Stable Diffusion
     disable_self_attentions: Sequence[bool] | None = None  # per level: each first attention is to the context too
     num_attention_blocks: Sequence[int] | None = None  # per level: residual blocks with attention; default all
-    disable_middle_self_attn: bool = False
+    disable_middle_self_attn: bool = False  # the same in the middle
     use_linear_in_transformer: bool = False  # linear, not convolutional, projections around the transformers
-    adm_in_channels: int | None = None
+    adm_in_channels: int | None = None  # width of y where num_classes is "sequential"
     norm_groups: int = 32  # of every group normalisation; they must divide every width
     patch: int = 1  # squares of so many pixels become the channels of one position; attention_resolutions count from it
     attention_type: str = "full"  # or "linear": `LinearAttentionBlock` in the levels, full attention in the middle

@@ -34,7 +34,8 @@ class AutoencoderStage(Stage):
         disc_start: batch at which the adversarial loss starts.
         disc_weight: of the adversarial loss, besides its adaptive weight.
         perceptual: checkpoint of a network with `maps(x) -> list of feature maps`, such as a `Judge` (not the one that
-            will judge the results); None leaves the perceptual loss out. perceptual_weight multiplies its distance.
+            will judge the results); None leaves the perceptual loss out.
+        perceptual_weight: of its distance.
         normalize: finally fold the measured mean and standard deviation of each latent channel into quant_conv and
             post_quant_conv, so that each channel has mean 0 and variance 1.
     """

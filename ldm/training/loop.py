@@ -30,20 +30,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoopSettings:
-    """The `loop:` part of a configuration; ``batch_size` is per process, `accumulate` batches make a training step."""
+    """The `loop:` part of a configuration."""
 
-    steps: int
-    batch_size: int
-    accumulate: int = 1
+    steps: int  # training steps
+    batch_size: int  # of each process
+    accumulate: int = 1  # batches in a training step
     precision: str = "auto"  # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
     clip: float = 1.0  # maximum gradient norm
-    ema: float = 0.999
+    ema: float = 0.999  # decay of the average of the weights, which is the result; 0 keeps none
+    # Arguments of `lr_multiplier`.
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
-    log_every: int = 50
-    preview_every: int = 500
-    save_every: int = 500
-    workers: int = 0
-    tensorboard: bool = True
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    preview_every: int = 500  # steps between images in previews/
+    save_every: int = 500  # steps between states to resume from
+    workers: int = 0  # processes that load data
+    tensorboard: bool = True  # whether to write TensorBoard's file
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "save_every"):

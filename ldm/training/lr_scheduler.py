@@ -13,6 +13,7 @@ def lr_multiplier(
             (Loshchilov & Hutter 2017, eq. 5, one cycle), or to `low` at once (`step`).
         warmup: steps over which the factor first rises to 1.
         decay: the last part, as a share of the run.
+        low: the factor after `step`.
     """
     if name not in ("constant", "linear", "cosine", "step"):
         raise ValueError(f"learning-rate schedule {name!r} is unknown: use constant, linear, cosine or step")
