@@ -19,11 +19,11 @@ The networks:
 How the model is trained:
     diffusion/loss.py                124  errors and their weights; the noise (training_noise.py)
     training/stage.py                172  what a stage of training is, and its loss (objective.py)
-    training/autoencoder.py          135  stage 1: the first stage
+    training/autoencoder.py          136  stage 1: the first stage
     training/clip.py                 112  stage 2: the text encoder
     training/diffusion.py            238  stage 3: the UNet (with denoising.py)
-    training/loop.py                 484  the training loop, its EMA, learning rate and data order
-    data/captions.py                 261  the captions of digits (with captioned.py)
+    training/loop.py                 486  the training loop, its EMA, learning rate and data order
+    data/captions.py                 262  the captions of digits (with captioned.py)
     data/mnist.py                    307  MNIST, scikit-learn's digits, and their measured style (measure.py)
     loading.py                       446  load and save, our own file format (checkpoint/file.py)
 
