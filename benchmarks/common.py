@@ -39,6 +39,12 @@ def run_fresh(name: str, *argv: object) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def process_memory() -> dict[str, int]:
+    """Return this process's memory in bytes: VmHWM (its peak; getrusage's is its parent's, too), VmRSS, Private_Dirty ..."""
+    lines = [line for name in ("status", "smaps_rollup") for line in open(f"/proc/self/{name}")]
+    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB\n")}
+
+
 def import_pyplot() -> ModuleType:
     """Import matplotlib's pyplot; ValueError where it is not installed."""
     try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.common import add_row, markdown, read_rows, run_fresh
+from benchmarks.common import add_row, markdown, process_memory, read_rows, run_fresh
 from ldm.cli import Parser, int_range, run
 
 CHECKPOINTING = ["--gradient_checkpointing"]
@@ -117,16 +117,9 @@ def measure(work: Callable[[], None], steps: int) -> None:
     except Enough:
         pass
     wall, cpu = (median(b - a for a, b in zip(times, times[1:], strict=False)) for times in zip(*ends, strict=True))
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak_memory()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else process_memory()["VmHWM"]
     found = {"seconds": wall, "cpu_seconds": cpu, "peak_GiB": peak / 2**30, "threads": torch.get_num_threads()}
     print(json.dumps(found))
-
-
-def peak_memory() -> int:
-    """Return the maximum of resident bytes. (getrusage's figure includes the process which started this one.)"""
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    return 1024 * int(fields["VmHWM"].split()[0])
 
 
 def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:

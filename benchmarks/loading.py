@@ -18,30 +18,18 @@ from ldm.cli import Parser, int_range, run
 
 # What a fresh process runs: it prepares, then measures `work()`.
 MEASURE = """
-import json, resource, sys, time
+import json, time
 import torch
+from benchmarks.common import process_memory
 {prepare}
 
-def memory():
-    with open("/proc/self/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    with open("/proc/self/smaps_rollup") as file:
-        next(file)
-        maps = dict(line.split(":", 1) for line in file)
-    kib = lambda text: int(text.split()[0]) / 2**20
-    return kib(fields["VmHWM"]), kib(maps["Private_Dirty"]) + kib(maps["Swap"]), kib(fields["VmRSS"])
-
-def reset_peak():
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-
-reset_peak()
-_, private, resident = memory()
-wall, cpu = time.perf_counter(), time.process_time()
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # resets the peak
+before, wall, cpu = process_memory(), time.perf_counter(), time.process_time()
 {work}
-wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-peak, after, _ = memory()
-print(json.dumps({{"seconds": wall, "cpu_seconds": cpu, "peak_GiB": peak - resident, "private_GiB": after - private}}))
+wall, cpu, after = time.perf_counter() - wall, time.process_time() - cpu, process_memory()
+peak, private = after["VmHWM"] - before["VmRSS"], sum(after[k] - before[k] for k in ("Private_Dirty", "Swap"))
+print(json.dumps(dict(seconds=wall, cpu_seconds=cpu, peak_GiB=peak / 2**30, private_GiB=private / 2**30)))
 """
 OURS = ("import ldm, ldm.loading", "model = ldm.load({path!r}, device='cpu')")
 BUILD = "from ldm.latent_diffusion import LatentDiffusion; config = json.load(open({config!r}))"

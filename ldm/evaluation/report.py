@@ -14,7 +14,7 @@ from ldm.evaluation.memorisation import memorisation, nearest_training_distance
 from ldm.evaluation.networks import Measuring, classify, features_of
 from ldm.evaluation.precision_recall import precision_recall
 from ldm.evaluation.prompt import accuracy, accuracy_by
-from ldm.evaluation.reference import Reference
+from ldm.evaluation.reference import Floor, Reference
 from ldm.evaluation.samples import to_unit
 from ldm.evaluation.style import style_accuracy
 
@@ -77,26 +77,20 @@ def report_distribution(features: Tensor, reference: Reference, labels: Tensor |
     floor, real = reference.floor(n), reference.features[:n]
     labels = reference.labels[:n] if labels is None else labels
     distance = frechet_distance(*moments(features), reference.mean, reference.cov)
-    precision, recall = precision_recall(real, features)
     spread, real_spread = class_diversity(features, labels), class_diversity(reference.features, reference.labels)
     return {
-        "frechet": {
-            "distance": distance,
-            "floor": floor.frechet,
-            "ratio": distance / floor.frechet,
-            "real_trace": reference.cov.trace().item(),
-        },
-        "precision_recall": {
-            "precision": precision,
-            "recall": recall,
-            "real_precision": floor.precision,
-            "real_recall": floor.recall,
-        },
+        "frechet": _over_floor(distance, floor) | {"real_trace": reference.cov.trace().item()},
+        "precision_recall": precision_recall(real, features)._asdict()
+        | {"real_precision": floor.precision, "real_recall": floor.recall},
         "diversity": {
             "ratio": sum(spread) / sum(real_spread),
             "per_digit": {str(i): a / b for i, (a, b) in enumerate(zip(spread, real_spread, strict=True))},
         },
     }
+
+
+def _over_floor(distance: float, floor: Floor) -> dict[str, float]:
+    return {"distance": distance, "floor": floor.frechet, "ratio": distance / floor.frechet}
 
 
 def report_autoencoder(
@@ -107,7 +101,7 @@ def report_autoencoder(
     The Fréchet distance is to these very images, so it may be below its floor, which is of other real images.
     """
     made, original = to_unit(result.images), to_unit(images)
-    ratios, floor = psnr(made, original), reference.floor(len(images)).frechet
+    ratios = psnr(made, original)
     style, real_style = (classify_styles(some, reference.thresholds) for some in (result.images, images))
     gaussians = [moments(features_of(networks.features, some)) for some in (result.images, images)]
     distance = frechet_distance(*gaussians[0], *gaussians[1])
@@ -118,7 +112,7 @@ def report_autoencoder(
             "mean": ratios.mean().item(),
             "first_percentile": ratios.quantile(0.01).item(),
         },
-        "frechet": {"distance": distance, "floor": floor, "ratio": distance / floor},
+        "frechet": _over_floor(distance, reference.floor(len(images))),
         "judge_accuracy": {**accuracy(right), "ceiling": accuracy(real_right)},
         "style_kept": {
             "weight": (style.weight == real_style.weight).double().mean().item(),
