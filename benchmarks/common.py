@@ -40,9 +40,9 @@ def run_fresh(name: str, *argv: object) -> dict[str, float]:
 
 
 def process_memory() -> dict[str, int]:
-    """Return this process's memory in bytes: VmHWM (its peak; getrusage's is its parent's, too), VmRSS, Private_Dirty ..."""
-    lines = [line for name in ("status", "smaps_rollup") for line in open(f"/proc/self/{name}")]
-    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB\n")}
+    """Return this process's memory in bytes: VmHWM, its peak (getrusage's is its parent's, too), VmRSS, ..."""
+    lines = [line for name in ("status", "smaps_rollup") for line in Path("/proc/self", name).read_text().splitlines()]
+    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
 
 
 def import_pyplot() -> ModuleType:
