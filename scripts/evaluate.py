@@ -113,20 +113,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    out, image = getattr(args, "out", None), getattr(args, "image", None)
-    if image is None and "image" in args:
-        image = IMAGE if out is None else out.with_suffix(".png")
-    if out is not None and out == image:
-        raise ValueError(f"--out {out} is where the sheet of images would go: name the JSON's file .json, or --image")
-    for path in (out, image):
-        check_writable(path)  # now, not after minutes of work
+    out = getattr(args, "out", None)
+    check_writable(out)  # now, not after minutes of work
+    if "image" in args:
+        if args.image is None:
+            args.image = IMAGE if out is None else out.with_suffix(".png")
+        if out == args.image:
+            raise ValueError(f"--out {out} is where the sheet of images would go: name a .json, or another --image")
+        check_writable(args.image)
     from ldm.evaluation import commands  # the first to import torch: the options are good
     from ldm.evaluation.report import without_nan
 
     report, sheet = commands.COMMANDS[args.command](args)
     if sheet is not None:
-        sheet.save(image, format="PNG")
-        print(f"image: {image}", file=sys.stderr)
+        sheet.save(args.image, format="PNG")
+        print(f"image: {args.image}", file=sys.stderr)
     if report is not None:
         text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
         print(text) if out is None else out.write_text(text + "\n", encoding="utf-8")

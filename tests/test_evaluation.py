@@ -389,6 +389,6 @@ def test_script_runs_on_a_machine_without_mnist(measure, tmp_path, monkeypatch):
 
 
 def test_the_report_and_its_sheet_are_two_files(tmp_path):
-    out = [f"--out={tmp_path / 'both.png'}"]
-    refused(r"both\.png is where the sheet of images would go: name the JSON's file", evaluate.main, ["model", *out])
+    argv = ["model", f"--out={tmp_path / 'both.png'}"]
+    refused(r"both\.png is where the sheet of images would go: name a .json, or another --image", evaluate.main, argv)
     assert not any(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """What a first stage loses: the reconstruction error in decibels, and the statistics of its latents."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Reconstruction(NamedTuple):
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: nn.Module, images: Tensor, batch_size: int, scale_factor: float = 1.0) -> Reconstruction:
+def reconstruct(autoencoder: Any, images: Tensor, batch_size: int, scale_factor: float = 1.0) -> Reconstruction:
     """Encode and decode uint8 images (n, 28, 28), padded to the 32 x 32 of the digit sets.
 
     Args:
@@ -63,17 +63,15 @@ def reconstruct(autoencoder: nn.Module, images: Tensor, batch_size: int, scale_f
         scale_factor: what latents are multiplied by for the UNet.
     """
     device = next(autoencoder.parameters()).device
-    decoded, kl = [], []
-    sums, squares = 0.0, 0.0
+    decoded, kl, moments = [], [], []
     with tqdm(total=len(images), desc="reconstructing", unit="image", mininterval=1) as bar:
         for batch in images.split(batch_size):
             posterior = autoencoder.encode(to_unit(pad(batch)).to(device))
             decoded.append(quantise(autoencoder.decode(posterior.mode()).cpu()))
             kl.append(posterior.kl().cpu().double() / posterior.mean[0].numel())
             mean, variance = posterior.mean.double(), posterior.var.double()  # (b, z, h, w)
-            sums = sums + mean.mean(dim=(2, 3)).sum(dim=0)  # (z,)
-            squares = squares + (mean.square() + variance).mean(dim=(2, 3)).sum(dim=0)
+            moments.append(torch.stack([mean, mean.square() + variance]).mean(dim=(3, 4)))  # (2, b, z)
             bar.update(len(batch))
-    n = len(images)
-    deviation = (squares / n - (sums / n).square()).sqrt()
+    first, second = torch.cat(moments, dim=1).mean(dim=1)
+    deviation = (second - first.square()).sqrt()
     return Reconstruction(torch.cat(decoded), torch.cat(kl).mean().item(), (scale_factor * deviation).tolist())

@@ -1,6 +1,7 @@
 """The real images: from the file that ships, or from the data set itself where it is at hand."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def open_data(dataset: str, split: str, root: str | None, size: int = INNER) -> 
                 f"there is no MNIST of {size} x {size} pixels: its {SIDE} x {SIDE} can be pooled to 14, 7, 4 or 2"
             )
 
-        def make(**which: object) -> CaptionedDigits:
+        def make(**which: Any) -> CaptionedDigits:
             return MNIST(root, pool=SIDE // size, **which)
 
     else:
@@ -68,12 +69,14 @@ def find_reference(
     except FileNotFoundError:
         if reference is None or root is not None:
             raise
-        real = training = None
-    if reference is None:
-        n = len(real) if n is None else n
-        reference = measure_reference(f"{dataset} {split}", real, training, networks, sizes=[n])
-    elif real is not None:
-        reference = replace(reference, images=inner(real.images[:, 0], networks.size))
+        pool = None
+    else:
+        pool = inner(training.images[:, 0], networks.size)
+        if reference is None:
+            sizes = [len(real) if n is None else n]
+            reference = measure_reference(f"{dataset} {split}", real, training, networks, sizes)
+        else:
+            reference = replace(reference, images=inner(real.images[:, 0], networks.size))
     if n is not None and n > len(reference.labels):
         raise ValueError(f"{n} images are more than the {len(reference.labels)} of {reference.name}: use a lower --n")
-    return reference, None if training is None else inner(training.images[:, 0], networks.size)
+    return reference, pool

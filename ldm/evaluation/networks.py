@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,6 @@ def classify(judge: nn.Module, images: Tensor) -> Tensor:
     return apply(lambda x: judge(x).argmax(dim=1), images)
 
 
-def features_of(network: nn.Module, images: Tensor) -> Tensor:
+def features_of(network: Any, images: Tensor) -> Tensor:
     """Return the features (n, d), float32, of uint8 (n, h, w)."""
     return apply(network.features, images)

@@ -1,6 +1,7 @@
 """Prompt accuracy: shares of right answers, with the interval that their number allows."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from scipy.stats import binomtest
 
@@ -17,9 +18,9 @@ def accuracy(right: Sequence[bool]) -> dict:
     return {"accuracy": successes / n, "interval": [float(interval.low), float(interval.high)], "n": n}
 
 
-def accuracy_by(keys: Sequence[Hashable], right: Sequence[bool]) -> dict[str, dict]:
+def accuracy_by(keys: Sequence[Any], right: Sequence[bool]) -> dict[str, dict]:
     """Return the `accuracy` of each group of answers with the same key, in the order of the keys."""
-    groups: dict[Hashable, list[bool]] = {}
+    groups: dict[Any, list[bool]] = {}
     for key, answer in zip(keys, right, strict=True):
         groups.setdefault(key, []).append(bool(answer))
     return {str(key): accuracy(groups[key]) for key in sorted(groups)}

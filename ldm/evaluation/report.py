@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -124,7 +125,7 @@ def report_autoencoder(
     return without_nan(report)
 
 
-def without_nan(report: object) -> object:
+def without_nan(report: Any) -> Any:
     """Return a report with None for nan and infinity, which JSON lacks: figures of too few images."""
     if isinstance(report, dict):
         return {key: without_nan(value) for key, value in report.items()}
