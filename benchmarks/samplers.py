@@ -16,6 +16,7 @@ from benchmarks.common import add_row, check_plot, import_pyplot, markdown, read
 from ldm.cli import Parser, int_range, run
 from ldm.inference.options import add_model_options, load_model
 
+NAMED = ("ddim", "ddpm", "dpmpp_2m", "unipc", "heun", "lcm")  # in the plot
 ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names
 
 
@@ -88,18 +89,29 @@ def sampler_table(rows: Sequence[dict]) -> str:
 
 
 def plot_samplers(rows: Sequence[dict], path: Path) -> None:
-    """Distance over the floor against network evaluations, a line for each sampler; both axes logarithmic."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for i, name in enumerate(dict.fromkeys(row["sampler"] for row in rows)):
+    """Plot distance over the floor against network evaluations, both logarithmic: a line for each sampler.
+
+    Those of NAMED have a colour and their name beside them; the others are grey.
+    """
+    figure, axes = import_pyplot().subplots(figsize=(8, 5), layout="constrained")
+    for name in dict.fromkeys(row["sampler"] for row in rows):
         own = sorted((row["evaluations"], row["ratio"]) for row in rows if row["sampler"] == name)
-        axes.plot(*zip(*own, strict=True), "o-" if i < 10 else "s--", label=name, markersize=4, linewidth=1)
+        style = {"zorder": 3} if name in NAMED else {"color": "0.8"}
+        (line,) = axes.plot(*zip(*own, strict=True), "o-", markersize=4, linewidth=1.5, **style)
+        if name in NAMED:
+            # beside its left end, if that is where most lines begin
+            left = own[0][0] == min(row["evaluations"] for row in rows)
+            (x, y), side = (own[0], -1) if left else (own[-1], 1)
+            options = {"ha": "right" if left else "left", "va": "center", "color": line.get_color()}
+            axes.annotate(name, (x, y), xytext=(6 * side, 0), textcoords="offset points", **options)
+    axes.plot([], "o-", color="0.8", markersize=4, label="other samplers")
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance / floor")
+    axes.set_xlim(2.7, 150)
     for axis, ticks in ((axes.xaxis, (5, 10, 20, 50, 100)), (axes.yaxis, (0.8, 1, 1.5, 2, 3))):
         axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axis.set_ticks([], minor=True)
-    axes.legend(fontsize=8, ncols=2)
-    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

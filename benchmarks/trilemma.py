@@ -8,7 +8,9 @@ over that between as many real images, coverage the recall, speed the seconds pe
 """
 
 import argparse
+import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -99,15 +101,27 @@ def trilemma_table(rows: Sequence[dict]) -> str:
 
 
 def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
-    """Distance against CPU seconds an image, both logarithmic; larger discs recall more."""
+    """Plot distance against CPU seconds an image, both logarithmic; larger discs have more recall."""
     figure, axes = import_pyplot().subplots(figsize=(8, 5), layout="constrained")
-    for row in rows:
-        axes.scatter(row["cpu_seconds"], row["ratio"], s=40 + 900 * row["recall"], alpha=0.5)
-        label = f"{row['name']}\nrecall {row['recall']:.2f}"
-        axes.annotate(label, (row["cpu_seconds"], row["ratio"]), ha="center", va="center", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="CPU seconds an image", ylabel="Fréchet distance / floor")
-    axes.margins(0.15)
-    axes.grid(alpha=0.3, which="both")
+    for row, side in zip(rows, itertools.cycle((1, -1))):  # labels above and below by turns: neighbours do not meet
+        point, area = (row["cpu_seconds"], row["ratio"]), 40 + 900 * row["recall"]
+        axes.scatter(*point, s=area, alpha=0.5)
+        axes.annotate(
+            f"{row['name']}\nrecall {row['recall']:.2f}",
+            point,
+            xytext=(0, side * ((area / math.pi) ** 0.5 + 4)),  # a disc's radius is sqrt(area / pi) points
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if side > 0 else "top",
+            fontsize=9,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="CPU s an image", ylabel="Fréchet distance / floor")
+    for axis, ticks in ((axes.xaxis, (0.001, 0.01, 0.1, 1, 10)), (axes.yaxis, (3, 10, 30, 100))):
+        axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+    axes.set_xlim(0.001, 10)
+    axes.set_ylim(2, 300)
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
