@@ -1,10 +1,8 @@
 """Perturbed attention and autoguide, against attention with the identity as its map, and diffusers."""
 
 import copy
-import re
 import threading
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from test_ddgan_stage import stage
 from test_pixel_diffusion import build
 from tiny_stable_diffusion import PROMPTS, SD1, model_config
 
-import ldm
 from ldm.checkpoint.diffusers_writer import write_pipeline
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import Prediction
@@ -40,7 +37,6 @@ from ldm.models.blocks import AttentionBlock
 from ldm.models.kernels import attention
 from ldm.models.unet import UNetModel
 
-PAGE = Path(__file__).parents[1] / "docs/explanation/guidance.md"
 ALL = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -290,17 +286,6 @@ def test_a_weaker_model_may_have_another_scale_factor_schedule_and_prediction(mo
     x = torch.randn(2, 4, 8, 8)
     found = autoguide(model, weak, 7.0)(gaussian(0.4), {}, ["", ""])(x, 0.9).x0
     torch.testing.assert_close(found, gaussian(0.4)(x, 0.9).x0, atol=1e-6, rtol=1e-5)
-
-
-def test_the_code_of_the_page_runs(model, tmp_path, monkeypatch):
-    """Of docs/explanation/guidance.md, on the tiny model."""
-    save(weaker(model), tmp_path / "weak.safetensors")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ldm, "load", lambda: model, raising=False)
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-    names = {}
-    exec(code, names)
-    assert [image.size for image in names["images"]] == [(32, 32)]
 
 
 def test_load_weak(model, tmp_path):
