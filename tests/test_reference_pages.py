@@ -1,4 +1,7 @@
-"""Pages of docs/reference/ that follow from the code: `python tests/test_reference_pages.py` writes them anew."""
+"""The pages of docs/reference/ that follow from the code, and what all pages name of it.
+
+`python tests/test_reference_pages.py` writes the pages anew.
+"""
 
 import argparse
 import dataclasses
@@ -7,6 +10,7 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -21,6 +25,8 @@ from ldm.training.loop import LoopSettings
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- from here on written by `python tests/test_reference_pages.py` -->\n"
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS.remove(ROOT / "docs/reference/compvis.md")  # it names what is not here, too
 SCRIPTS = ("txt2img", "img2img", "inpaint", "sample", "train", "dreambooth", "textual_inversion", "convert", "evaluate")
 STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.clip.CLIPStage ldm.training.diffusion.DiffusionStage
 ldm.training.pixel_diffusion.PixelDiffusionStage ldm.training.classifier.ClassifierStage
@@ -59,6 +65,7 @@ class _Parsed(Exception):
     pass
 
 
+@cache
 def parser_of(script: str) -> Parser:
     """Return the parser that a script builds."""
     spec = importlib.util.spec_from_file_location(f"page_{script}", ROOT / "scripts" / f"{script}.py")
@@ -210,6 +217,25 @@ def test_every_key_has_a_meaning():
     for name in (*STAGES, *DATA.split(), *PARTS):
         found = resolve_name(name)
         assert [row[0] for row in parameters(found) if not row[3]] == [], name
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    own = {name.replace("_", "-") for name in parser._option_string_actions}
+    return own.union(*(options(part) for action in subparsers for part in action.choices.values()))
+
+
+OF_OTHERS = {"--nproc-per-node", "--num-processes"}  # torchrun's and accelerate's
+OF_OTHERS |= {"--plot", "--images", "--ddpm", "--ddgan"}  # of benchmarks, whose commands test_readme.py parses
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
+def test_options_and_modules_that_a_page_names_exist(page):
+    text = page.read_text()
+    named = {name.replace("_", "-") for name in re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text)}
+    assert named <= OF_OTHERS.union(*(options(parser_of(script)) for script in SCRIPTS))
+    for name in set(re.findall(r"`(ldm(?:\.\w+)+)`", text)):
+        assert resolve_name(name) is not None
 
 
 PAGES = {"command_line": command_line, "generate": generate, "configs": configs}
