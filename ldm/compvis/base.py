@@ -223,18 +223,16 @@ class DDPM(nn.Module):
         mean, _, log_variance = self.p_mean_variance(x=x, t=t, clip_denoised=clip_denoised)
         return self._noised(mean, log_variance, t, noise_like(x.shape, x.device, repeat_noise))
 
-    # fmt: off
     @torch.no_grad()
     def _walk(
         self, step: Callable, shape: Sequence[int], x_T: Tensor | None = None, timesteps: int | None = None,
         start_T: int | None = None, mask: Tensor | None = None, x0: Tensor | None = None, verbose: bool = True,
         log_every_t: int | None = None, callback: Any = None, img_callback: Any = None,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
         """Denoise from timestep min(timesteps, start_T, all) by step(x, t) -> (x, x0): x (b, ...), all x and all x0.
 
         Where the mask is 1, x0 is kept, noised to each timestep.
         """
-        # fmt: on
         every = self.log_every_t if log_every_t is None else log_every_t
         T = min(n for n in (timesteps, start_T, self.num_timesteps) if n is not None)
         img = torch.randn(*shape, device=self.device) if x_T is None else x_T

@@ -21,13 +21,11 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 class DataModuleFromConfig:
     """Data sets and loaders from configurations: `setup()`, then `train_dataloader()` and the other three."""
 
-    # fmt: off
     def __init__(
         self, batch_size: int, train: Any = None, validation: Any = None, test: Any = None, predict: Any = None,
         wrap: bool = False, num_workers: int | None = None, shuffle_test_loader: bool = False,
         use_worker_init_fn: bool = False, shuffle_val_dataloader: bool = False,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.dataset_configs = {name: config for name, config in given.items() if config is not None}
         self.batch_size, self.num_workers = batch_size, 2 * batch_size if num_workers is None else num_workers

@@ -41,14 +41,12 @@ def _first(cond: Any, n: int) -> Any:
 class LatentDiffusion(DDPM, core.LatentDiffusion):
     """CompVis's LatentDiffusion of both versions, with our `generate`, `denoiser`, `encode` and `decode`."""
 
-    # fmt: off
     def __init__(
         self, first_stage_config: Any, cond_stage_config: Any, num_timesteps_cond: int | None = None,
         cond_stage_key: str = "image", cond_stage_trainable: bool = False, concat_mode: bool = True,
         cond_stage_forward: str | None = None, conditioning_key: str | None = None, scale_factor: float = 1.0,
         scale_by_std: bool = False, force_null_conditioning: bool = False, **settings: Any,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         if num_timesteps_cond not in (None, 1):
             raise ValueError(f"num_timesteps_cond {num_timesteps_cond} is not supported: it must be 1")
         if conditioning_key is None:
@@ -153,13 +151,11 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     def _shown(self, x: Tensor) -> Tensor:
         return self.decode_first_stage(x)
 
-    # fmt: off
     @torch.no_grad()
     def get_input(
         self, batch: Mapping[str, Any], k: str, return_first_stage_outputs: bool = False, force_c_encode: bool = False,
         cond_key: str | None = None, return_original_cond: bool = False, bs: int | None = None, return_x: bool = False,
-    ) -> list[Any]:
-        # fmt: on
+    ) -> list[Any]:  # fmt: skip
         """Return [latents, conditioning], and on request pixels and reconstruction, pixels, and the raw condition."""
         x = super().get_input(batch, k)[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x))
@@ -196,14 +192,12 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             logs |= {f"{prefix}/loss_emb_reg": moved, f"{prefix}/loss": loss}
         return loss, logs
 
-    # fmt: off
     def p_mean_variance(
         self, x: Tensor, c: Any, t: Tensor, clip_denoised: bool, return_codebook_ids: bool = False,
         quantize_denoised: bool = False, return_x0: bool = False, score_corrector: Any = None,
         corrector_kwargs: Mapping | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return (mean, variance, log variance) of p(x_{t-1} | x_t) for x (b, z, h, w) at t (b,), and x0 on request."""
-        # fmt: on
         output = self.apply_model(x, t, c)
         if score_corrector is not None:
             output = score_corrector.modify_score(self, output, x, t, c, **(corrector_kwargs or {}))
@@ -212,15 +206,13 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         x0 = self.first_stage_model.quantize(x0)[0] if quantize_denoised else x0
         return *self.q_posterior(x0, x, t), *([x0] if return_x0 else [])
 
-    # fmt: off
     @torch.no_grad()
     def p_sample(
         self, x: Tensor, c: Any, t: Tensor, clip_denoised: bool = False, repeat_noise: bool = False,
         return_codebook_ids: bool = False, quantize_denoised: bool = False, return_x0: bool = False,
         temperature: float = 1.0, noise_dropout: float = 0.0, score_corrector: Any = None,
         corrector_kwargs: Mapping | None = None,
-    ) -> Any:
-        # fmt: on
+    ) -> Any:  # fmt: skip
         """Sample x at t - 1, and return x0 on request."""
         settings = {"quantize_denoised": quantize_denoised, "score_corrector": score_corrector, "return_x0": True}
         settings |= {"clip_denoised": clip_denoised, "corrector_kwargs": corrector_kwargs}
@@ -262,7 +254,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         shape = (self.channels, self.image_size, self.image_size)
         return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
 
-    # fmt: off
     @torch.no_grad()
     def log_images(
         self, batch: Mapping[str, Any], N: int = 8, n_row: int = 4, sample: bool = True, ddim_steps: int | None = 50,
@@ -270,8 +261,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         inpaint: bool = True, plot_denoise_rows: bool = False, plot_progressive_rows: bool = True,
         plot_diffusion_rows: bool = True, unconditional_guidance_scale: float = 1.0,
         unconditional_guidance_label: Any = None, use_ema_scope: bool = True, **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        # fmt: on
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Return images (b, c, h, w), and rows of them (c, h, w), that show the state of training, by name."""
         options = {"return_first_stage_outputs": True, "force_c_encode": True, "return_original_cond": True}
         z, c, x, xrec, xc = self.get_input(batch, self.first_stage_key, bs=N, **options)
@@ -329,12 +319,10 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
 class LatentInpaintDiffusion(LatentDiffusion):
     """Also gives its UNet the mask, at the latents' size, and the latents of the masked image: `concat_keys`."""
 
-    # fmt: off
     def __init__(
         self, concat_keys: Sequence[str] = ("mask", "masked_image"), masked_image_key: str = "masked_image",
         finetune_keys: Sequence[str] | None = None, **settings: Any,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         if finetune_keys is not None:
             raise ValueError("finetune_keys, which reset input channels, are not supported: they must be null")
         super().__init__(**settings)

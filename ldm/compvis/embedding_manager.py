@@ -30,13 +30,11 @@ class EmbeddingManager(nn.Module):
         progressive_words: Use one vector at first, and one more every `PROGRESSIVE_SCALE` calls.
     """
 
-    # fmt: off
     def __init__(
         self, embedder: Any, placeholder_strings: Sequence[str] | None = None,
         initializer_words: Sequence[str] | None = None, per_image_tokens: bool = False, num_vectors_per_token: int = 1,
         progressive_words: bool = False, **kwargs: Any,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embedder = [embedder]  # in a list, so that it is not a submodule
         self.max_vectors_per_token = num_vectors_per_token

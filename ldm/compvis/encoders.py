@@ -91,12 +91,10 @@ class FrozenCLIPEmbedder(AbstractEncoder):
     null = ""
     token_embedding = property(lambda self: self.transformer.text_model.embeddings.token_embedding)
 
-    # fmt: off
     def __init__(
         self, version: str = "openai/clip-vit-large-patch14", device: Any = "cuda", max_length: int = 77,
         freeze: bool = True, layer: str = "last", layer_idx: int | None = None,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         super().__init__()
         if layer not in self.LAYERS or (layer == "hidden") != (layer_idx is not None):
             raise ValueError(f"layer {layer!r} and layer_idx {layer_idx}: use last, pooled, or hidden with a layer_idx")
@@ -130,12 +128,10 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
 
     LAYERS = ("last", "penultimate")
 
-    # fmt: off
     def __init__(
         self, arch: str = "ViT-H-14", version: str = "laion2b_s32b_b79k", device: Any = "cuda", max_length: int = 77,
         freeze: bool = True, layer: str = "last",
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         if layer not in self.LAYERS:
             raise ValueError(f"unknown layer {layer!r}; choose from last, penultimate")
         name = f"{arch}/{version}"
@@ -161,12 +157,10 @@ class FrozenCLIPTextEmbedder(AbstractEncoder, TextEncoder):
     version: OpenAI's name of the model, or open_clip's name of an architecture and a file, "ViT-B-32-quickgelu/FILE".
     """
 
-    # fmt: off
     def __init__(
         self, version: str = "ViT-L/14", device: Any = "cuda", max_length: int = 77, n_repeat: int = 1,
         normalize: bool = True,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         params, state = read_text_encoder("/".join(_openai(version)))
         super().__init__(**params, pooled=True)
         self.load_state_dict(state)
@@ -207,12 +201,10 @@ class BERTEmbedder(AbstractEncoder, bert.BERTEncoder):
 
     token_embedding = property(lambda self: self.transformer.token_emb)
 
-    # fmt: off
     def __init__(
         self, n_embed: int, n_layer: int, vocab_size: int = bert.BERT_TOKENS, max_seq_len: int = 77,
         device: Any = "cuda", use_tokenizer: bool = True, embedding_dropout: float = 0.0,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         folder = _cached("bert-base-uncased", "vocab.txt") if use_tokenizer else None
         vocab = None if folder is None else bert.read_vocab(Path(folder) / "vocab.txt")
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, vocab, embedding_dropout)

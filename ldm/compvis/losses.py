@@ -59,14 +59,12 @@ def LPIPS(use_dropout: bool = True) -> nn.Module:
 class VQLPIPSWithDiscriminator(nn.Module):
     """The mean of |x - y| + LPIPS, plus the codebook loss, and from step `disc_start` on the discriminator's loss."""
 
-    # fmt: off
     def __init__(
         self, disc_start: int, codebook_weight: float = 1.0, pixelloss_weight: float = 1.0, disc_num_layers: int = 3,
         disc_in_channels: int = 3, disc_factor: float = 1.0, disc_weight: float = 1.0, perceptual_weight: float = 1.0,
         use_actnorm: bool = False, disc_conditional: bool = False, disc_ndf: int = 64, disc_loss: str = "hinge",
         n_classes: int | None = None, perceptual_loss: str = "lpips", pixel_loss: str = "l1",
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         super().__init__()
         if use_actnorm or perceptual_loss != "lpips" or disc_loss not in DISC_LOSSES or pixel_loss not in PIXEL_LOSSES:
             given = f"use_actnorm {use_actnorm}, {perceptual_loss!r}, {disc_loss!r}, {pixel_loss!r}"
@@ -107,14 +105,12 @@ class VQLPIPSWithDiscriminator(nn.Module):
             log |= {"d_weight": weight, "disc_factor": torch.tensor(factor)}
         return loss, {f"{split}/{name}": value.detach().float().mean() for name, value in log.items()}
 
-    # fmt: off
     def forward(
         self, codebook_loss: Tensor, inputs: Tensor, reconstructions: Tensor, optimizer_idx: int, global_step: int,
         last_layer: nn.Parameter | None = None, cond: Tensor | None = None, split: str = "train",
         predicted_indices: Tensor | None = None,
-    ) -> Losses:
+    ) -> Losses:  # fmt: skip
         """Return the loss of the autoencoder, optimizer_idx 0, or the discriminator, 1."""
-        # fmt: on
 
         def own(error: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             nll, log = error.mean(), {"quant_loss": codebook_loss}
@@ -128,26 +124,22 @@ class VQLPIPSWithDiscriminator(nn.Module):
 class LPIPSWithDiscriminator(VQLPIPSWithDiscriminator):
     """The sum per image of (|x - y| + LPIPS) / exp(logvar) + logvar, plus KL and the discriminator's loss as above."""
 
-    # fmt: off
     def __init__(
         self, disc_start: int, logvar_init: float = 0.0, kl_weight: float = 1.0, pixelloss_weight: float = 1.0,
         disc_num_layers: int = 3, disc_in_channels: int = 3, disc_factor: float = 1.0, disc_weight: float = 1.0,
         perceptual_weight: float = 1.0, use_actnorm: bool = False, disc_conditional: bool = False,
         disc_loss: str = "hinge",
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         more = (disc_num_layers, disc_in_channels, disc_factor, disc_weight, perceptual_weight, use_actnorm)
         super().__init__(disc_start, 0.0, pixelloss_weight, *more, disc_conditional, disc_loss=disc_loss)
         self.kl_weight, self.logvar = kl_weight, nn.Parameter(torch.tensor(float(logvar_init)))
 
-    # fmt: off
     def forward(
         self, inputs: Tensor, reconstructions: Tensor, posteriors: Any, optimizer_idx: int, global_step: int,
         last_layer: nn.Parameter | None = None, cond: Tensor | None = None, split: str = "train",
         weights: Tensor | None = None,
-    ) -> Losses:
+    ) -> Losses:  # fmt: skip
         """Return the loss of the autoencoder, optimizer_idx 0, or the discriminator, 1; posteriors have kl(), (b,)."""
-        # fmt: on
 
         def own(error: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             nll, kl = error / self.logvar.exp() + self.logvar, posteriors.kl().mean()

@@ -9,12 +9,10 @@ from itertools import accumulate
 class LambdaWarmUpCosineScheduler2:
     """In each cycle linear from f_start to f_max, then half a cosine to f_min; the lists have an entry per cycle."""
 
-    # fmt: off
     def __init__(
         self, warm_up_steps: Sequence[int], f_min: Sequence[float], f_max: Sequence[float], f_start: Sequence[float],
         cycle_lengths: Sequence[int], verbosity_interval: int = 0,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
         self.ends = list(accumulate(cycle_lengths))
 
@@ -43,10 +41,8 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
 class LambdaWarmUpCosineScheduler(LambdaWarmUpCosineScheduler2):
     """The same with one cycle."""
 
-    # fmt: off
     def __init__(
         self, warm_up_steps: int, lr_min: float, lr_max: float, lr_start: float, max_decay_steps: int,
         verbosity_interval: int = 0,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         super().__init__([warm_up_steps], [lr_min], [lr_max], [lr_start], [max_decay_steps])

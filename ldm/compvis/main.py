@@ -11,13 +11,11 @@ from ldm.images import image_grid, to_pil
 class ImageLogger:
     """Saves the images of `model.log_images` below `save_dir`; call `log_img(model, batch, batch_idx)` every batch."""
 
-    # fmt: off
     def __init__(
         self, batch_frequency: int, max_images: int, clamp: bool = True, increase_log_steps: bool = True,
         rescale: bool = True, disabled: bool = False, log_on_batch_idx: bool = False, log_first_step: bool = False,
         log_images_kwargs: dict | None = None, save_dir: str = ".",
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         self.batch_freq, self.max_images, self.disabled, self.save_dir = batch_frequency, max_images, disabled, save_dir
         self.log_on_batch_idx, self.log_first_step = log_on_batch_idx, log_first_step
         self.log_steps = {2**n for n in range(batch_frequency.bit_length())} if increase_log_steps else set()

@@ -30,13 +30,11 @@ class PersonalizedBase(Dataset):
 
     frames = FRAMES["object"]
 
-    # fmt: off
     def __init__(
         self, data_root: str, size: int | None = None, repeats: int = 100, interpolation: str = "bicubic",
         flip_p: float = 0.5, set: str = "train", placeholder_token: str = "*", per_image_tokens: bool = False,
         center_crop: bool = False, mixing_prob: float = 0.25, coarse_class_text: str | None = None,
-    ) -> None:
-        # fmt: on
+    ) -> None:  # fmt: skip
         found = sorted(Path(data_root).iterdir()) if Path(data_root).is_dir() else []
         self.image_paths = [path for path in found if path.suffix.lower() in SUFFIXES]
         self.num_images = len(self.image_paths)

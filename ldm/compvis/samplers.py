@@ -67,7 +67,6 @@ class CompVisSampler:
         for name, table in {**tables, "ddim_sigmas_for_original_num_steps": original}.items():
             self.register_buffer(name, table)
 
-    # fmt: off
     @torch.no_grad()
     def sample(
         self, S: int, batch_size: int, shape: Sequence[int], conditioning: Any = None, callback: Callable | None = None,
@@ -77,7 +76,7 @@ class CompVisSampler:
         x_T: Tensor | None = None, log_every_t: int = 100, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None, dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None, **kwargs: Any,
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         """Return (latents (batch_size, *shape), {"x_inter": [...], "pred_x0": [...]}), from x_T or noise."""
         self.make_schedule(ddim_num_steps=S, ddim_eta=eta, verbose=verbose)
         new = {"dynamic_threshold": dynamic_threshold, "ucg_schedule": ucg_schedule}  # not in older overrides
@@ -87,7 +86,7 @@ class CompVisSampler:
             temperature=temperature, score_corrector=score_corrector, corrector_kwargs=corrector_kwargs, x_T=x_T,
             log_every_t=log_every_t, unconditional_guidance_scale=unconditional_guidance_scale,
             unconditional_conditioning=unconditional_conditioning, **{k: v for k, v in new.items() if v is not None},
-        )
+        )  # fmt: skip
 
     @torch.no_grad()
     def _walk(
@@ -95,9 +94,8 @@ class CompVisSampler:
         callback: Callable | None = None, timesteps: int | None = None, quantize_denoised: bool = False,
         mask: Tensor | None = None, x0: Tensor | None = None, img_callback: Callable | None = None,
         log_every_t: int = 100, ucg_schedule: Sequence[float] | None = None, **settings: Any,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:  # fmt: skip
         """Denoise from the first `timesteps` levels, or all; where the mask is 1, x0 is kept. settings: of a step."""
-        # fmt: on
         img, eps = torch.randn(shape, device=self.device) if x_T is None else x_T, []
         levels = self._levels(timesteps, ddim_use_original_steps)[::-1]
         settings |= {"use_original_steps": ddim_use_original_steps, "quantize_denoised": quantize_denoised}
@@ -121,7 +119,6 @@ class CompVisSampler:
                 intermediates["pred_x0"].append(pred_x0)
         return img, intermediates
 
-    # fmt: off
     @torch.no_grad()
     def _p_sample(
         self, x: Tensor, c: Any, t: Tensor, index: int, repeat_noise: bool = False, use_original_steps: bool = False,
@@ -129,12 +126,11 @@ class CompVisSampler:
         score_corrector: Any = None, corrector_kwargs: Mapping | None = None,
         unconditional_guidance_scale: float = 1.0, unconditional_conditioning: Any = None,
         old_eps: Sequence[Tensor] | None = None, t_next: Tensor | None = None, dynamic_threshold: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return (x at the next noise level, x0, eps) for x (b, c, h, w) at `index` of the tables and timesteps t (b,).
 
         old_eps: None for Euler's step, else the previous eps, newest last; without any, the step evaluates t_next too.
         """
-        # fmt: on
         sigmas = self._sigmas(index, use_original_steps)
         guidance = (c, unconditional_guidance_scale, unconditional_conditioning, score_corrector, corrector_kwargs)
         how = (repeat_noise, quantize_denoised, temperature, noise_dropout, dynamic_threshold)
@@ -220,12 +216,11 @@ class DDIMSampler(CompVisSampler):
         signal_level, noise_level = signal_and_noise_levels(ab[t.cpu().clamp(max=len(ab) - 1)], x0)
         return signal_level * x0 + noise_level * (torch.randn_like(x0) if noise is None else noise)
 
-    # fmt: off
     @torch.no_grad()
     def decode(
         self, x_latent: Tensor, cond: Any, t_start: int, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None, use_original_steps: bool = False, callback: Callable | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Denoise x_latent from the first t_start noise levels."""
         guidance = {"unconditional_guidance_scale": unconditional_guidance_scale, "callback": callback}
         guidance |= {"unconditional_conditioning": unconditional_conditioning, "timesteps": t_start}
@@ -236,9 +231,8 @@ class DDIMSampler(CompVisSampler):
         self, x0: Tensor, c: Any, t_enc: int, use_original_steps: bool = False, return_intermediates: int | None = None,
         unconditional_guidance_scale: float = 1.0, unconditional_conditioning: Any = None,
         callback: Callable | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         """Invert DDIM, t_enc steps up; each step's eps is predicted from its lower x at its upper timestep."""
-        # fmt: on
         x, steps, kept = x0, [], []
         guidance = (c, unconditional_guidance_scale, unconditional_conditioning, None, None)
         for i, t in enumerate(self._levels(t_enc, use_original_steps)):
@@ -265,14 +259,12 @@ class DPMSolverSampler(CompVisSampler):
 
     walk = "dpm_sampling"
 
-    # fmt: off
     @torch.no_grad()
     def dpm_sampling(
         self, cond: Any, shape: Sequence[int], x_T: Tensor | None = None, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None, **ignored: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """Return (latents, None). As in CompVis's code, the other arguments of `sample` have no effect."""
-        # fmt: on
         schedule, steps = Schedule(self.model.alphas_cumprod.detach().cpu().double()), len(self.ddim_timesteps)
         sigmas = [schedule.sigma_at(t) for t in np.linspace(schedule.T - 1, 0, steps + 1).tolist()]
 

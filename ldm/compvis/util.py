@@ -155,12 +155,10 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
     return torch.stack(images)
 
 
-# fmt: off
 def parallel_data_prefetch(
     func: Callable, data: Any, n_proc: int, target_data_type: str = "ndarray", cpu_intensive: bool = True,
     use_worker_id: bool = False,
-) -> Any:
-    # fmt: on
+) -> Any:  # fmt: skip
     """Map func over n_proc parts of the data, in processes or threads; return an array or a list ("list")."""
     data = list(data.values()) if isinstance(data, dict) else data
     parts = [[data[i] for i in part] for part in np.array_split(range(len(data)), n_proc) if len(part) > 0]
