@@ -3,10 +3,10 @@
 The reading path: all that it takes to train the digits model and to sample from it, in this order (with lines).
 
 How an image is sampled:
-    diffusion/schedule.py            346  noise levels: betas, alpha-bar, sigma; the timesteps to visit
-    diffusion/denoiser.py            188  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
-    diffusion/guidance.py            268  denoise -> denoise: classifier-free guidance and others
-    diffusion/sampling/              531  first_order explains DDIM and DDPM; the others refine it
+    diffusion/schedule.py            324  noise levels: betas, alpha-bar, sigma; the timesteps to visit
+    diffusion/denoiser.py            170  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
+    diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
+    diffusion/sampling/              505  first_order explains DDIM and DDPM; the others refine it
     latent_diffusion.py              255  first stage + text encoder + UNet + schedule
     generation.py                    236  generate: prompts -> images
 The networks:
@@ -17,14 +17,14 @@ The networks:
     models/clip.py                   247  the text encoder
     conditioning/text.py             326  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
-    diffusion/loss.py                124  errors and their weights; the noise (training_noise.py)
+    diffusion/loss.py                108  errors and their weights; the noise (training_noise.py)
     training/stage.py                172  what a stage of training is, and its loss (objective.py)
     training/autoencoder.py          136  stage 1: the first stage
     training/clip.py                 112  stage 2: the text encoder
     training/diffusion.py            238  stage 3: the UNet (with denoising.py)
     training/loop.py                 486  the training loop, its EMA, learning rate and data order
-    data/captions.py                 262  the captions of digits (with captioned.py)
-    data/mnist.py                    307  MNIST, scikit-learn's digits, and their measured style (measure.py)
+    data/captions.py                 246  the captions of digits (with captioned.py)
+    data/mnist.py                    288  MNIST, scikit-learn's digits, and their measured style (measure.py)
     loading.py                       446  load and save, our own file format (checkpoint/file.py)
 
 Everything else is optional: other models and samplers' settings, fine-tuning, evaluation, the command line, CompVis's

@@ -7,10 +7,7 @@ Shape = tuple[int, int]  # width, height in pixels
 
 
 def bucket_shapes(size: int, multiple: int) -> list[Shape]:
-    """Return shapes of at most size * size pixels, with sides from size / 2 to 2 size, multiples of `multiple`.
-
-    The square is the first. Raises ValueError if it is the only one.
-    """
+    """Return shapes of at most size^2 pixels, sides from size / 2 to 2 size, multiples of `multiple`, square first."""
     shapes = [(size, size)]
     for short in range(size - multiple, (size - 1) // 2, -multiple):
         long = min(size * size // short, 2 * size) // multiple * multiple

@@ -20,16 +20,11 @@ class CaptionedDigits(Dataset):
         style    (weight, slant), the measured classes of the image: indices into measure.STROKE_WEIGHTS and SLANTS
         stated   (weight, slant), the same as far as the caption states it, else -1
 
-    Attributes:
-        images: uint8 (n, 1, h, w).
-        labels: int64 (n,).
-        styles: `measure.Styles` of all images.
-        thresholds: The limits of the style classes.
-        augments: False, because pixels do not change between epochs, so latents can be cached; captions do change.
+    `images` are uint8 (n, 1, h, w), `labels` int64 (n,), `styles` the style classes of all images.
     """
 
     thresholds: ClassVar[Thresholds] = MNIST_THRESHOLDS
-    augments: ClassVar[bool] = False
+    augments: ClassVar[bool] = False  # pixels do not change between epochs, so latents can be cached; captions do
 
     def __init__(self, images: Tensor, labels: Tensor, captioner: Captioner):
         assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(labels)
@@ -43,15 +38,13 @@ class CaptionedDigits(Dataset):
         return len(self.images)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the captions of `epoch` from now on."""
         self.epoch = epoch
 
     def caption(self, index: int) -> Caption:
-        """Return the caption of an image in this epoch, and what it states."""
+        """Return the caption of an image in this epoch."""
         return self.captioner.caption(self.epoch, index, *self._facts[index])
 
     def texts(self) -> list[str]:
-        """Return texts that contain every word of the captions, to make a vocabulary from."""
         return self.captioner.texts()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -78,6 +71,4 @@ def subset(count: int, first: int | None, last: int | None) -> slice:
     for name, wanted in (("first", first), ("last", last)):
         if wanted is not None and not 1 <= wanted <= count:
             raise ValueError(f"{name} must be from 1 to {count}, the number of images, not {wanted}")
-    if last is not None:
-        return slice(count - last, count)
-    return slice(0, count if first is None else first)
+    return slice(first) if last is None else slice(count - last, count)

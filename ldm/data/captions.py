@@ -96,19 +96,13 @@ _ARTICLE = re.compile(r"\ba (?=eight\b|8\b)")
 
 
 class Caption(NamedTuple):
-    """A caption and what it states.
-
-    Attributes:
-        digit: 0..9, or None if not stated.
-        weight, slant: Indices into measure.STROKE_WEIGHTS and SLANTS, or None if not stated.
-        frame: Index of its frame; None for words among filler and for a user's own text.
-    """
+    """A caption and what it states; None for what it does not."""
 
     text: str
     digit: int | None = None
-    weight: int | None = None
-    slant: int | None = None
-    frame: int | None = None
+    weight: int | None = None  # an index into measure.STROKE_WEIGHTS
+    slant: int | None = None  # an index into measure.SLANTS
+    frame: int | None = None  # None for words among filler and for a user's own text
 
 
 def render(frame: str, number: str, weight: str | None = None, slant: str | None = None) -> str:
@@ -122,7 +116,6 @@ class Captioner:
     """Generates captions. All randomness comes from (seed, epoch, index).
 
     Args:
-        seed: Of all captions.
         frames: "train" or "unseen".
         styled: The share of captions that state stroke weight, slant or both (a third each).
         filler: The share of captions with filler words, from which a text encoder learns what to ignore. Half of these

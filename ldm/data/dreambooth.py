@@ -23,17 +23,14 @@ class DreamBooth(Dataset):
     turn, so that subjects weigh the same however many images they have. An epoch holds every image at least once.
 
     Args:
-        subjects: for each, {"instance_dir", "instance_prompt"} and, with prior preservation, {"class_dir",
+        subjects: For each, {"instance_dir", "instance_prompt"} and, with prior preservation, {"class_dir",
             "class_images": {file in that folder: caption}}; all of them have class images, or none. Prompt and captions
             are for images without a caption of their own (NAME.txt, NAME.caption, metadata.jsonl).
-        size, channels, crop, flip, seed: as in `Folder`.
-        min_samples: smallest number of samples in an epoch.
-        buckets: as in `Folder`, for the subjects' images; class images are square, as they are generated. `groups` then
+        size, channels, crop, flip, seed: As in `Folder`.
+        min_samples: The smallest number of samples in an epoch.
+        buckets: As in `Folder`, for the subjects' images; class images are square, as they are generated. `groups` then
             says which samples may be in one batch, and an epoch holds every image at least 8 * `min_samples` times, so
             that little is lost with a bucket's last, incomplete batch.
-
-    Raises what `Folder` raises, and ValueError for a damaged image (all are read once), no subject, or class images
-    of some subjects only.
     """
 
     def __init__(
@@ -53,16 +50,11 @@ class DreamBooth(Dataset):
         self.instances: list[Any] = [
             Folder(one["instance_dir"], caption=one["instance_prompt"], buckets=buckets, **settings) for one in subjects
         ]
-        self.classes: list[Any] = [
-            Folder(
-                one["class_dir"],
-                caption=one["class_images"],
-                paths=[Path(one["class_dir"], name) for name in one["class_images"]],
-                **settings,
-            )
-            for one in subjects
-            if one.get("class_dir") is not None
-        ]
+        self.classes: list[Any] = []
+        for one in subjects:
+            if one.get("class_dir") is not None:
+                paths = [Path(one["class_dir"], name) for name in one["class_images"]]
+                self.classes.append(Folder(one["class_dir"], caption=one["class_images"], paths=paths, **settings))
         if self.classes and len(self.classes) != len(self.instances):
             raise ValueError(f"only {len(self.classes)} of {len(subjects)} subjects have class images: all, or none.")
         self.min_samples, self.augments = min_samples, flip or crop == "random"
@@ -86,7 +78,6 @@ class DreamBooth(Dataset):
         return [self.shapes[subject][turn % len(self.shapes[subject])] for turn, subject in places]
 
     def set_epoch(self, epoch: int) -> None:
-        """Crop and mirror the following samples as in `epoch`."""
         for images in [*self.instances, *self.classes]:
             images.set_epoch(epoch)
 
@@ -133,10 +124,9 @@ def subjects(
     class_prompt: str | Sequence[str] | None,
     class_data_dir: str | Sequence[str],
 ) -> list[Subject]:
-    """Return the subjects: value number i of each argument belongs to subject i. One class_data_dir serves them all.
+    """Return the subjects, checked: value i of each argument belongs to subject i. One class_data_dir serves them all.
 
-    Raises ValueError for arguments that do not match in number, for folders within each other, and for a damaged image
-    or bad captions; FileNotFoundError for a folder without images.
+    Their folders may not lie within each other, and all of their images and captions are read.
     """
     folders = as_list(instance_data_dir)
     if not folders:
@@ -149,17 +139,13 @@ def subjects(
             raise ValueError(
                 f"{count} --instance_data_dir need as many --{name}, got {len(values)}: one for each subject"
             )
-    found = []
-    classes = rows["class_prompt"] or [None] * count
-    for folder, prompt, kind, class_dir in zip(
-        folders, rows["instance_prompt"], classes, rows["class_data_dir"], strict=True
-    ):
-        subject = Subject(Path(folder), prompt, kind, Path(class_dir))
-        if kind is not None:
+    rows["class_prompt"] = rows["class_prompt"] or [None] * count
+    found = [Subject(Path(a), b, c, Path(d)) for a, b, c, d in zip(folders, *rows.values(), strict=True)]
+    for subject in found:
+        if subject.class_prompt is not None:
             check_apart(subject.instance_dir, subject.class_dir)
             check_apart(subject.class_dir, subject.instance_dir)
-        DreamBooth([{"instance_dir": folder, "instance_prompt": prompt}], size=1)
-        found.append(subject)
+        DreamBooth([{"instance_dir": subject.instance_dir, "instance_prompt": subject.instance_prompt}], size=1)
     return found
 
 

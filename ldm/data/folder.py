@@ -37,10 +37,8 @@ class Folder(Dataset):
         buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio,
             which `shapes` lists. Images of different shapes cannot share a batch.
 
-    Raises:
-        ValueError: Naming the file, for an image without caption, a caption without image, a bad line or a file that is
-            not an image; and for bad arguments. An image damaged after its header is found only when it is read.
-        FileNotFoundError: For a missing or empty folder.
+    Raises ValueError, naming the file, for an image without caption, a caption without image, a bad line or a file that
+    is not an image. An image damaged after its header is found only when it is read.
     """
 
     def __init__(
@@ -86,7 +84,6 @@ class Folder(Dataset):
         return path.relative_to(self.root).as_posix()
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the crops and mirroring of `epoch` from now on."""
         self.epoch = epoch
 
     def caption(self, index: int) -> Caption:
@@ -94,7 +91,6 @@ class Folder(Dataset):
         return Caption(self.captions[index])
 
     def texts(self) -> list[str]:
-        """Return all captions, to make a reduced vocabulary from."""
         return self.captions
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -109,7 +105,6 @@ class Folder(Dataset):
         return {"image": _to_tensor(image), "caption": self.captions[index]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Return a batch of samples, as the digit sets do."""
         return [self[index] for index in indices]
 
 

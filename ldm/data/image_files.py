@@ -16,11 +16,8 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
     """Read an image in mode "RGB" (channels 3) or "L" (channels 1), 8 bits, of any size.
 
     EXIF orientation is applied, transparency is composited over white, 16-bit grey is scaled by 1/257, palettes and
-    CMYK are converted, and an animation gives its first frame.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: Naming the file, if it is not an image, damaged, or of unknown range (32-bit, float).
+    CMYK are converted, and an animation gives its first frame. Raises FileNotFoundError if there is no such file, and
+    ValueError if it is not an image, damaged, or of unknown range (32-bit, float).
     """
     with _open(path) as opened:
         opened.load()

@@ -15,16 +15,9 @@ with mu the central second moments, y downwards; shearing the image back by it r
 deskewing of LeCun et al. 1998, "Gradient-based learning applied to document recognition"). It is global too: the bar of
 a 7 or the tail of a 9 counts, so an upright 7 measures 2 degrees and an upright 0 measures 12 (medians).
 
-Why these: per cent of 12,000 MNIST training images, in classes cut at the 30 and 70 % quantiles, that keep their class
-after noise (33.5 dB), after blur (31.2 dB), and after projection on 250 principal components (29.4 dB). A thin digit
-never becomes bold, nor a bold one thin:
-
-    stroke weight  this one                                 99.0  95.7  97.2
-                   the same without the grey levels         80.2  79.4  96.0
-                   grey erosions (mean depth)               94.2  64.5  91.8
-                   correlation with the mean over 5 x 5     77.6  91.0  86.9
-    slant          this one                                 99.6  99.5  99.2
-                   the same without the grey levels         91.9  99.9  97.8
+Of 12,000 MNIST training images 99.0 % keep their weight class after noise (33.5 dB), 95.7 % after blur (31.2 dB) and
+97.2 % after projection on 250 principal components (29.4 dB); without the grey levels 80.2, 79.4 and 96.0 %, with mean
+depth by grey erosions 94.2, 64.5 and 91.8 %. Slant: 99.6, 99.5 and 99.2 %.
 """
 
 from typing import NamedTuple
@@ -66,20 +59,12 @@ MNIST_THRESHOLDS = Thresholds(weight=(2.1, 2.75), slant=(-5.0, 15.0))
 
 
 def stroke_weight(images: Tensor) -> Tensor:
-    """Return the mean stroke width in pixels, float32 (n,); NaN for an image without ink.
-
-    Args:
-        images: (n, h, w) or (n, 1, h, w), uint8 or float in [-1, 1].
-    """
+    """Return the mean stroke width of images (n, [1,] h, w) in pixels, float32 (n,); NaN for one without ink."""
     return torch.cat([_stroke_weight(_ink(chunk, *_WEIGHT_LEVELS)) for chunk in _planes(images)])
 
 
 def slant(images: Tensor) -> Tensor:
-    """Return the shear angle in degrees, positive if leaning right, float32 (n,); NaN for an image without ink.
-
-    Args:
-        images: (n, h, w) or (n, 1, h, w), uint8 or float in [-1, 1].
-    """
+    """Return the shear angle in degrees, positive if leaning right, float32 (n,); NaN for an image without ink."""
     return torch.cat([_slant(_ink(chunk, *_SLANT_LEVELS)) for chunk in _planes(images)])
 
 

@@ -33,10 +33,6 @@ class MNIST(CaptionedDigits):
         download: Let torchvision download the files (11 MB) into root if they are missing.
         pool: Side of the squares that are averaged, 1 for none: 2 gives (1, 14, 14), rounded to 256 values and not
             padded. Captions still state the style measured at full size.
-
-    Raises:
-        ValueError: For bad arguments and damaged files.
-        OSError: For missing files and a failed download.
     """
 
     def __init__(

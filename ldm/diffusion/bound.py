@@ -22,16 +22,8 @@ SMALLEST = 1e-12  # probability of a bin, so that its logarithm is finite and ha
 def log_variances(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """Return the logarithms of the small and the large variance of a step: log posterior variance, log beta_t.
 
-    At t = 0, where the posterior's variance is 0, the small one is that of t = 1, as in the code of both papers.
-
-    Args:
-        t: (b,).
-
-    Returns:
-        float64 (b,) on the CPU, each.
-
-    Raises:
-        ValueError: The schedule has a single timestep.
+    At t = 0, where the posterior's variance is 0, the small one is that of t = 1, as in the code of both papers. Both
+    are float64 (b,) on the CPU.
     """
     if schedule.T < 2:
         raise ValueError(f"the variational bound needs a schedule of at least 2 levels, got T={schedule.T}")
@@ -42,18 +34,13 @@ def log_variances(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
 
 
 def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor | float, schedule: Schedule) -> Tensor:
-    """Return the bound's term at timestep t of each image, in bits per dimension.
+    """Return the bound's term at timestep t (b,) of each image, in bits per dimension: (b,).
 
     Args:
-        x0: (b, ...), the image.
-        x: (b, ...), at timestep t, in DDPM's variance-preserving scaling.
-        t: (b,).
-        predicted: (b, ...), the network's x0.
-        share: Where the log variance lies between the small (0) and the large one (1), Ho et al.'s two; (b, ...) if
-            learned.
-
-    Returns:
-        (b,).
+        x0: The image, (b, ...).
+        x: The image at timestep t, in DDPM's variance-preserving scaling.
+        predicted: The network's x0.
+        share: Where the log variance lies between the small (0) and the large one (1); (b, ...) if learned.
     """
     shape = [-1, *[1] * (x.ndim - 1)]
     small, large = (log.reshape(shape).to(x) for log in log_variances(t, schedule))  # (b, 1, ...)

@@ -40,16 +40,12 @@ BoundDenoise = Callable[[Tensor, float], Prediction]  # (x, sigma): with the con
 
 
 def check_prediction(prediction: str | None) -> None:
-    """Raise ValueError unless prediction is eps, x0 or v."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}")
 
 
 def to_vp(x: Tensor, sigma: float) -> Tensor:
-    """Scale x = x0 + sigma noise to the network's x_vp, of unit variance for unit-variance data: x / sqrt(1 + sigma^2).
-
-    The factor is sqrt(ab): EDM's c_in (Karras et al. 2022, table 1) for sigma_data = 1.
-    """
+    """Scale x = x0 + sigma noise to the network's x_vp = sqrt(ab) x = x / sqrt(1 + sigma^2), EDM's c_in."""
     return x * (1 / math.sqrt(1 + sigma * sigma))
 
 
@@ -77,14 +73,8 @@ def scalings(prediction: str | None, sigma: float | Tensor) -> tuple[float | Ten
 def target(prediction: str, x0: Tensor, noise: Tensor, alphas_cumprod_t: Tensor) -> Tensor:
     """Return what the network learns to predict from x_vp = sqrt(ab) x0 + sqrt(1 - ab) noise: (b, ...).
 
-    eps:  noise (Ho et al. 2020).
-    x0:   x0.
-    v:    sqrt(ab) noise - sqrt(1 - ab) x0 (Salimans & Ho 2022, section 4).
-
-    Args:
-        prediction: eps, x0 or v.
-        x0, noise: (b, ...).
-        alphas_cumprod_t: ab at the timestep of each image, (b,).
+    It is noise (eps; Ho et al. 2020), x0, or sqrt(ab) noise - sqrt(1 - ab) x0 (v; Salimans & Ho 2022, section 4), with
+    ab of each image, (b,).
     """
     check_prediction(prediction)
     if prediction == "eps":
@@ -96,14 +86,7 @@ def target(prediction: str, x0: Tensor, noise: Tensor, alphas_cumprod_t: Tensor)
 
 
 def predicted_x0(prediction: str, output: Tensor, x_vp: Tensor, sigmas: Tensor) -> Tensor:
-    """Return the x0 (b, ...) that a network's output means, the inverse of `target`; each image at its own sigma.
-
-    Args:
-        prediction: What the output is: eps, x0 or v.
-        output: (b, ...), the network's for x_vp.
-        x_vp: (b, ...).
-        sigmas: float64 (b,); finite at zero terminal SNR too, as `Schedule.sigmas` are.
-    """
+    """Return the x0 (b, ...) that a network's output for x_vp means, the inverse of `target`; sigmas: float64 (b,)."""
     sigma = sigmas.reshape(-1, *[1] * (x_vp.ndim - 1))  # (b, 1, ...)
     c_skip, c_out = scalings(prediction, sigma)
     return (c_skip * (1 + sigma * sigma).sqrt()).to(x_vp) * x_vp + torch.as_tensor(c_out).to(x_vp) * output
@@ -120,7 +103,7 @@ def make_denoiser(
 
     Args:
         network: Takes x_vp (b, ...) and t (b,) in 0..T-1, fractional between the timesteps it was trained on, in the
-            dtype of x; returns eps, x0 or v.
+            dtype of x.
         schedule: What the network was trained on; it relates sigma to t.
         prediction: What the network returns: eps, x0 or v.
         dtype: Of x_vp, if the network's differs from that of x. x0 always has the dtype of x, float32 or wider.
@@ -160,7 +143,6 @@ def self_conditioned(denoise: Denoise, images: int = 0) -> Denoise:
     The first call gets zeros; x0 is clamped as in training (`self_cond_input`). Wrap again for every batch.
 
     Args:
-        denoise: Of a self-conditioned network.
         images: The batch size b, or 0 where all calls have the same. Classifier-free guidance calls with 2b,
             unconditional first, or with b, conditional only: each half gets its own previous x0 where there was one,
             else the conditional one.

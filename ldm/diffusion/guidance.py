@@ -48,15 +48,13 @@ def classifier_free(
     the network is called on cond only.
 
     Args:
-        denoise: The model's.
         cond: The conditioning of b images, {"c_crossattn": (b, n, d), ...}.
         uncond: The null condition, or that of a negative prompt: the same keys and shapes.
-        scale: The guidance scale: 0 is unconditional, 1 conditional.
+        scale: 0 is unconditional, 1 conditional.
         interval: (low, high) in sigma; guidance is on where low < sigma <= high, see `in_interval`.
         rescale: phi in [0, 1] of Lin et al. 2024, section 3.4. It acts on the network's own output.
         prediction: What that output is: eps, x0 or v; needed for rescale only.
     """
-    _check_interval(interval)
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale must be from 0 to 1, got {rescale}")
     if rescale > 0:
@@ -66,7 +64,7 @@ def classifier_free(
         return denoise(x, sigma, cond)
 
     if scale == 1:
-        return conditional
+        return in_interval(interval, conditional, conditional)
     if uncond is None:
         raise ValueError(f"guidance scale {scale:g} needs a null or negative condition; use scale 1")
     both = _concatenate(uncond, cond)
@@ -107,11 +105,8 @@ def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, 
 def autoguidance(denoise: BoundDenoise, weak: BoundDenoise, scale: float) -> BoundDenoise:
     """Guide away from a weaker model: x0 + (scale - 1) (D(cond) - D_weak(cond)) (Karras et al. 2024, arXiv 2406.02507).
 
-    Args:
-        denoise: The model's, its conditioning bound.
-        weak: Of a model with the same faults to a higher degree (smaller, or trained for fewer steps), under the same
-            conditioning. It is called once a step, and not at all at scale 1.
-        scale: The paper's w: 1 means no guidance.
+    `weak` is of a model with the same faults to a higher degree (smaller, or trained for fewer steps), under the same
+    conditioning. Scale 1 means no guidance, and does not call it.
     """
     if scale == 1:
         return denoise
@@ -143,11 +138,7 @@ def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundD
     the two noise levels visited: their algorithm 1 with the large variance beta_t, except for the factor
     1 / sqrt(alpha_t), which rescales to the next noise level.
 
-    Args:
-        denoise: The model's, its conditioning bound.
-        log_prob: (x, sigma) -> log p(y | x), (b,); `noisy_log_prob` makes one. Its gradient is computed even under
-            no_grad and inference_mode.
-        scale: 0 does not call the classifier.
+    The gradient is computed even under no_grad and inference_mode. Scale 0 does not call the classifier.
     """
     if scale == 0:
         return denoise
@@ -189,8 +180,9 @@ def noisy_log_prob(network: Callable[[Tensor, Tensor], Tensor], schedule: Schedu
 
 def in_interval(interval: tuple[float, float], inside: BoundDenoise, outside: BoundDenoise) -> BoundDenoise:
     """Call `inside` where low < sigma <= high, `outside` elsewhere: guidance interval (Kynkäänniemi et al. 2024)."""
-    _check_interval(interval)
     low, high = interval
+    if not 0 <= low <= high:
+        raise ValueError(f"the guidance interval must be 0 <= low <= high in sigma, got {low} to {high}")
 
     def chosen(x: Tensor, sigma: float) -> Prediction:
         return (inside if low < sigma <= high else outside)(x, sigma)
@@ -198,23 +190,12 @@ def in_interval(interval: tuple[float, float], inside: BoundDenoise, outside: Bo
     return chosen
 
 
-def _check_interval(interval: tuple[float, float]) -> None:
-    low, high = interval
-    if not 0 <= low <= high:
-        raise ValueError(f"the guidance interval must be 0 <= low <= high in sigma, got {low} to {high}")
-
-
 def inpaint(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
     """Inpaint with any model: x0 is `known` where the mask is 0, and the model's prediction where it is 1.
 
     A sampler then moves the known part along known + sigma noise, for eta = 0 with one fixed noise, so that it
     always has the right noise level and ends without noise. CompVis's mask blending adds new noise to it in every
-    step instead.
-
-    Args:
-        denoise: The model's, guided.
-        known: (b, c, h, w).
-        mask: In [0, 1], broadcastable to `known`.
+    step instead. The mask is in [0, 1], broadcastable to `known` (b, c, h, w).
     """
 
     def inpainted(x: Tensor, sigma: float) -> Prediction:
@@ -240,7 +221,6 @@ def dynamic_threshold(denoise: BoundDenoise, percentile: float = 0.995, limit: f
     """Clamp x0 to [-s, s] and scale the result to [-limit, limit] (Saharia et al. 2022, section 2.3).
 
     Args:
-        denoise: The model's, guided.
         percentile: s is this percentile (a fraction in (0, 1]) of each image's |x0|, and at least the limit.
         limit: The range of clean data: 1 for pixels in [-1, 1]. Latents have no fixed range: with None the limit is the
             same percentile of each image's unguided |x0|, and an x0 that no guidance has changed stays.

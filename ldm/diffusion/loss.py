@@ -21,15 +21,13 @@ def prediction_loss(
     error: str = "l2",
     weight: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the weighted mean error of a network's output: (b,), one loss for each image.
+    """Return the weighted mean error of a network's output (b, ...) for x_t: (b,), one loss for each image.
 
     Args:
-        prediction: what the network predicts: eps, x0 or v.
-        output: of the network for x_t, (b, ...).
-        x0, noise: what x_t consists of, (b, ...) each.
-        alphas_cumprod_t: the signal level of each image, (b,).
-        error: l2 (squared) or l1 (absolute).
-        weight: arguments of `loss_weight`; None is a weight of 1.
+        prediction: What the network predicts: eps, x0 or v.
+        x0, noise: What x_t consists of, (b, ...) each.
+        alphas_cumprod_t: ab at the timestep of each image, (b,).
+        weight: Arguments of `loss_weight`; None is a weight of 1.
     """
     losses = mean_error(error, output, target(prediction, x0, noise, alphas_cumprod_t))
     if weight is None:
@@ -54,15 +52,8 @@ def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: flo
       min_snr        min(SNR, gamma) (Hang et al. 2023, section 3.4)
 
     With SNR = ab / (1 - ab), the errors are related by |x0|^2 = |eps|^2 / SNR = |v|^2 / (SNR + 1), so a weight w of
-    x0's error is w / SNR of eps's and w / (SNR + 1) of v's.
-
-    Args:
-        alphas_cumprod_t: the signal level of each image, (b,).
-        gamma: of min_snr.
-
-    Returns:
-        float32 (b,). It is finite at zero terminal SNR (ab = 0) too, except for eps with truncated_snr, whose limit is
-        infinite.
+    x0's error is w / SNR of eps's and w / (SNR + 1) of v's. The weights, float32 (b,), are finite at zero terminal SNR
+    (ab = 0) too, except for eps with truncated_snr.
     """
     check_prediction(prediction)
     if name not in WEIGHTINGS:

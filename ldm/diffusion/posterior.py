@@ -1,7 +1,7 @@
 """The posterior q(x_{t-1} | x_t, x0) of one step of the forward process.
 
-In DDPM's variance-preserving scaling, with ab_{-1} = 1: x_{-1} is the clean image x0. Each image of a batch has its own
-timestep; samplers, whose batches share one, do the same by `first_order.euler`.
+In DDPM's variance-preserving scaling, with ab_{-1} = 1: x_{-1} is the clean image x0. Each image has its own timestep;
+samplers, whose batches share one, do the same by `first_order.euler`.
 """
 
 import torch

@@ -44,23 +44,18 @@ FINAL_SIGMAS = ("zero", "sigma_min")
 
 
 def betas(name: str, T: int = 1000, start: float | None = None, end: float | None = None) -> Tensor:
-    """Return the variances beta_0..beta_{T-1} of the forward process.
+    """Return the variances beta_0..beta_{T-1} of the forward process: float64 (T,), each in (0, 1).
 
-    Args:
-        name: One of
-            linear            beta linear from 1e-4 to 0.02 (Ho et al. 2020). CompVis calls this "sqrt_linear".
-            scaled_linear     sqrt(beta) linear, beta from 0.00085 to 0.012 (Stable Diffusion). CompVis: "linear".
-            cosine            ab = cos^2 (Nichol & Dhariwal 2021, eq. 17, s = 0.008); takes neither start nor end.
-            sigmoid_alphabar  ab a sigmoid on [-3, 3] (Jabri et al. 2022, fig. 8, tau = 1).
-            sigmoid_beta      beta = start + (end - start) sigmoid(u), u linear from -6 to 6, from 1e-4 to 0.02.
-            sqrt              beta = sqrt(u), u linear from 1e-4 to 0.02 (CompVis).
-            vp                T intervals of the variance-preserving SDE from time 0.001 to 1, whose rate grows from 0.1
-                              to 20 (Song et al. 2021, "Score-based ...", appendix C; few steps: Xiao et al. 2022).
-        T: The number of noise levels.
-        start, end: Replace the two numbers of the name. They are never rescaled with T.
+      linear            beta linear from 1e-4 to 0.02 (Ho et al. 2020). CompVis calls this "sqrt_linear".
+      scaled_linear     sqrt(beta) linear, beta from 0.00085 to 0.012 (Stable Diffusion). CompVis: "linear".
+      cosine            ab = cos^2 (Nichol & Dhariwal 2021, eq. 17, s = 0.008); takes neither start nor end.
+      sigmoid_alphabar  ab a sigmoid on [-3, 3] (Jabri et al. 2022, fig. 8, tau = 1).
+      sigmoid_beta      beta = start + (end - start) sigmoid(u), u linear from -6 to 6, from 1e-4 to 0.02.
+      sqrt              beta = sqrt(u), u linear from 1e-4 to 0.02 (CompVis).
+      vp                T intervals of the variance-preserving SDE from time 0.001 to 1, whose rate grows from 0.1
+                        to 20 (Song et al. 2021, "Score-based ...", appendix C; few steps: Xiao et al. 2022).
 
-    Returns:
-        float64 (T,), each in (0, 1).
+    start and end replace the two numbers of the name. They are never rescaled with T.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {name!r}; choose from {', '.join(SCHEDULES)}")
@@ -137,7 +132,6 @@ class Schedule:
 
     @property
     def T(self) -> int:
-        """The number of noise levels."""
         return len(self.alphas_cumprod)
 
     @cached_property
@@ -193,23 +187,13 @@ def make_schedule(
 
 
 def signal_and_noise_levels(ab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sqrt(ab) and sqrt(1 - ab) of each image, shaped (b, 1, ...) to multiply x.
-
-    Args:
-        ab: (b,), one per image. The roots are computed in float64.
-        x: (b, ...), whose number of axes, dtype and device the result has.
-    """
+    """Return sqrt(ab) and sqrt(1 - ab) of each image, (b,) -> (b, 1, ...) of x's dtype and device, to multiply x."""
     ab = ab.double().reshape(-1, *[1] * (x.ndim - 1))  # (b, 1, ...)
     return ab.sqrt().to(x), (1 - ab).sqrt().to(x)
 
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor:
-    """Sample q(x_t | x0): x_vp = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise (Ho et al. 2020, eq. 4).
-
-    Args:
-        x0, noise: (b, ...).
-        t: Timesteps, int64 (b,) in 0..T-1, one per image.
-    """
+    """Sample q(x_t | x0) = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise, for x0 (b, ...) at timesteps t (b,) in 0..T-1."""
     signal_level, noise_level = signal_and_noise_levels(schedule.alphas_cumprod[t.cpu()], x0)
     return signal_level * x0 + noise_level * noise
 
@@ -246,22 +230,16 @@ def _distinct(grid: list[int], T: int) -> list[int]:
 
 
 def timesteps(spacing: str, steps: int, T: int) -> list[int]:
-    """Choose the timesteps of a sampling run.
+    """Choose `steps` timesteps in 0..T-1 for a sampling run, strictly descending.
 
-    Args:
-        spacing: One of these, with i = 0..steps-1 (leading, linspace, trailing: Lin et al. 2024, table 2):
-            compvis   floor(i T / steps) + 1: CompVis's timesteps where `steps` divides T. Elsewhere CompVis makes more
-                      steps than requested or fails; this spreads the requested number over the same range.
-            leading   i floor(T / steps) + 1: diffusers with Stable Diffusion's steps_offset = 1.
-            linspace  round(linspace(0, T - 1, steps)); one step is T - 1.
-            trailing  round(T - i T / steps) - 1: starts at T - 1, where training ends.
-            quad      CompVis's quadratic spacing up to 0.8 T.
-            A timestep that repeats, or lies above T - 1, moves to the nearest free one.
-        steps: 1 to T.
-        T: The schedule's number of noise levels.
-
-    Returns:
-        Exactly `steps` timesteps in 0..T-1, strictly descending.
+    The spacing is one of these, with i = 0..steps-1 (leading, linspace, trailing: Lin et al. 2024, table 2):
+      compvis   floor(i T / steps) + 1: CompVis's timesteps where `steps` divides T. Elsewhere CompVis makes more
+                steps than requested or fails; this spreads the requested number over the same range.
+      leading   i floor(T / steps) + 1: diffusers with Stable Diffusion's steps_offset = 1.
+      linspace  round(linspace(0, T - 1, steps)); one step is T - 1.
+      trailing  round(T - i T / steps) - 1: starts at T - 1, where training ends.
+      quad      CompVis's quadratic spacing up to 0.8 T.
+    A timestep that repeats, or lies above T - 1, moves to the nearest free one.
     """
     if spacing not in TIMESTEP_SPACINGS:
         raise ValueError(f"unknown timestep spacing {spacing!r}; choose from {', '.join(TIMESTEP_SPACINGS)}")
@@ -322,7 +300,7 @@ def sampling_sigmas(
 
     Args:
         schedule: What the network was trained on.
-        steps: The number of denoising steps, 1 to T.
+        steps: 1 to T.
         spacing: One of `timesteps`; or karras or exponential, from the schedule's largest sigma to its smallest; or
             `steps` descending timesteps in 0..T-1, which may be fractional, as a sequence or as text ("999, 749.5,
             499"); or sigmas within the schedule's as text after that word ("sigmas 14, 5.5, 1.2").

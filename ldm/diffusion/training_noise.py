@@ -5,20 +5,13 @@ from torch import Tensor
 
 
 def training_noise(x0: Tensor, offset: float = 0.0, immiscible: bool = False) -> Tensor:
-    """Sample noise for images or latents, from torch's global generator.
+    """Sample noise for images or latents x0 (b, c, h, w), from torch's global generator.
 
     Args:
-        x0: (b, c, h, w).
         offset: Standard deviation of further noise, constant over each channel of an image, so that the overall
             brightness is destroyed as details are, and learned (Guttenberg 2023, "Diffusion with offset noise"; 0.1).
         immiscible: Assign the noise to the images of the batch so that the sum of squared distances is minimal (Li et
             al. 2024, arXiv 2406.12303, algorithm 1): the noise of a batch stays normal, and paths cross less.
-
-    Returns:
-        (b, c, h, w).
-
-    Raises:
-        ValueError: The offset is below 0.
     """
     if not offset >= 0:
         raise ValueError(f"noise offset {offset} must not be below 0")

@@ -48,10 +48,8 @@ def sample(
     ValueError at the call, not at the first step.
 
     Args:
-        denoise: (x, sigma) -> Prediction, guided or not.
         x: x0 + sigmas[0] noise, (b, ...): `denoiser.from_vp` of unit normal noise. The state is float32 or wider.
         sigmas: Descending (`schedule.sampling_sigmas`). The last may be 0, or equal to the one before it.
-        step: Makes one denoising step.
         eta: The share of fresh noise in each step, 0 (deterministic) to 1 (ancestral).
         noise: () -> unit normal noise (b, ...); called a fixed number of times in each step.
     """
@@ -94,10 +92,9 @@ def invert(denoise: BoundDenoise, x: Tensor, sigmas: Tensor | Sequence[float], c
     at the upper end reached so far: a fixed-point iteration to the exact inverse of the step.
 
     Args:
-        denoise: (x, sigma) -> Prediction, called 1 + corrections times a step.
         x: (b, ...) at noise level sigmas[-1]: an image's latents where that is about 0.
         sigmas: As for `sample`, descending.
-        corrections: The number of fixed-point iterations a step.
+        corrections: The number of fixed-point iterations a step, each with another call of denoise.
     """
     x = _wide(x)
     for index, (sigma, sigma_next) in enumerate(pairwise(reversed(_checked(sigmas)))):
@@ -114,7 +111,6 @@ class Sampler:
     """A row of the table: a step function and its defaults. Calling it is `sample` with them.
 
     Attributes:
-        step: Makes one denoising step.
         eta: The default share of fresh noise; None for a step that never adds noise.
         spacing, final_sigma: Arguments of `schedule.sampling_sigmas`.
     """
@@ -174,7 +170,6 @@ SAMPLERS = {
 
 
 def get_sampler(name: str) -> Sampler:
-    """Return the sampler of that name; ValueError with the list of names for an unknown one."""
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose from {', '.join((*SAMPLERS, AUTO))}")
     return SAMPLERS[name]

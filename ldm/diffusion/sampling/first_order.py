@@ -37,10 +37,8 @@ Points = Sequence[Point]  # the last few, in the order visited; [-1] is the curr
 
 
 def euler_to(now: Point, sigma: float) -> Tensor:
-    """Make Euler's step to sigma: x + (sigma - now.sigma) eps, (b, ...).
-
-    Written as x0 + sigma eps, which does not cancel where sigma is far below now.sigma (4096 to 2, for example).
-    """
+    """Make Euler's step to sigma: x + (sigma - now.sigma) eps, (b, ...)."""
+    # As x0 + sigma eps, which does not cancel where sigma is far below now.sigma (4096 to 2, for example).
     return now.x0 + (sigma / now.sigma) * (now.x - now.x0)
 
 
@@ -55,7 +53,7 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
 
 
 def add_noise(x: Tensor, up: float, noise: Noise | None) -> Tensor:
-    """Return x + up noise; the source of noise is called once, or for up = 0 not at all."""
+    """Return x + up noise; for up = 0 the source of noise is not called."""
     if up == 0:
         return x
     assert noise is not None  # `sample` checks it

@@ -22,16 +22,9 @@ from ldm.diffusion.sampling.second_order import heun
 
 
 def correction(now: Tensor, others: Sequence[Tensor], nodes: Sequence[float], moments: Sequence[float]) -> Tensor | int:
-    """Return sum_j w_j (others[j] - now), where sum_j w_j nodes[j]^k = moments[k - 1] for k = 1..n.
+    """Return sum_j w_j (others[j] - now), where sum_j w_j nodes[j]^k = moments[k - 1] for k = 1..n; 0 if n = 0.
 
-    Args:
-        now: The current prediction, at u = 0: (b, ...).
-        others: The n others, at u = nodes[j].
-        nodes: u of the others.
-        moments: The integrals of u^k, for k = 1..n.
-
-    Returns:
-        (b, ...), or 0 if n = 0.
+    now (b, ...) is the current prediction, at u = 0; the n others are at u = nodes[j].
     """
     if not others:
         return 0
@@ -91,20 +84,11 @@ def deis(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, n
 
 
 def x0_correction(now: Point, others: Sequence[Point], sigma_next: float, sigma_down: float) -> Tensor | int:
-    """Integrate the change of x0 since `now` over the step, in log(1 / sigma), DPM-Solver's lambda.
+    """Integrate the change of x0 since `now` over the step, in log(1 / sigma), DPM-Solver's lambda; 0 without others.
 
-    With one other point the polynomial's slope has half the weight of its constant, as in DPM-Solver++(2M) and in UniPC
-    with B(h) = exp(h) - 1; with more points the integral is exact.
-
-    Args:
-        now: The current point.
-        others: The other points that the polynomial passes through.
-        sigma_next: The noise level at the end of the step.
-        sigma_down: The one before noise is added, or sigma_next. The step of the SDE reduces x by sigma_down / sigma
-            while lambda reaches that of sigma_next.
-
-    Returns:
-        (b, ...), or 0 without other points.
+    The polynomial passes through `now` and the others. With one other its slope has half the weight of its constant,
+    as in DPM-Solver++(2M) and in UniPC with B(h) = exp(h) - 1; with more the integral is exact. The step of the SDE
+    reduces x by sigma_down / sigma while lambda reaches that of sigma_next; without noise they are equal.
     """
     if sigma_next == 0:
         return 0

@@ -10,11 +10,8 @@ class SeededNoise:
     """Return unit normal noise, float32 (b, *shape) on the CPU, at each call.
 
     Each image has a CPU generator of its own, so its noise depends on its seed and the number of calls, but not on the
-    batch or the device. The first call gives the noise that sampling starts from, the others that of its steps.
-
-    Args:
-        seeds: One per image, from 0 to 2^64 - 1.
-        shape: Of one image, (c, h, w).
+    batch or the device. The first call gives the noise that sampling starts from, the others that of its steps. The
+    shape is that of one image, (c, h, w).
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]):
