@@ -15,12 +15,7 @@ BERT_TOKENS, BERT_CLS, BERT_SEP, BERT_PAD = 30522, 101, 102, 0
 
 
 def read_vocab(path: str | Path) -> list[str]:
-    """Read BERT's tokens in the order of their ids from a `vocab.txt`, one per line.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is not BERT's vocabulary.
-    """
+    """Read BERT's tokens in the order of their ids from a `vocab.txt`, one per line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"vocabulary {str(path)!r} does not exist: give the path of BERT's vocab.txt")
@@ -46,9 +41,6 @@ class WordPiece:
     Args:
         vocab: tokens in the order of their ids, as `read_vocab` gives them.
         max_length: tokens per prompt, at least 2.
-
-    Raises:
-        ValueError: a vocabulary without BERT's special tokens or with one twice, or a max_length below 2.
     """
 
     def __init__(self, vocab: Sequence[str], max_length: int = 77) -> None:
@@ -90,9 +82,6 @@ class BERTEncoder(nn.Module):
         vocab: the tokenizer's tokens (`read_vocab`); None: only token ids are taken, and the empty prompt where
             vocab_size is that of bert-base-uncased, whose ids are known.
         embedding_dropout: in training.
-
-    Raises:
-        ValueError: a vocab of another size than vocab_size, or that is not BERT's.
     """
 
     def __init__(
@@ -118,11 +107,7 @@ class BERTEncoder(nn.Module):
         return {"c_crossattn": self.encode(prompts)}
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Encode prompts, or their tokens int64 (b, n), as normed embeddings (b, n, d); equal prompts once.
-
-        Raises:
-            ValueError: Strings without a vocabulary, or tokens of another type, size or range.
-        """
+        """Encode prompts, or their tokens int64 (b, n), as normed embeddings (b, n, d); equal prompts once."""
         tokens, which = torch.unique(self.tokens(prompts), dim=0, return_inverse=True)
         device = self.transformer.token_emb.weight.device
         return self.transformer(tokens.to(device), return_embeddings=True)[which.to(device)]

@@ -13,9 +13,6 @@ class ClassLabels(nn.Module):
         n_classes: The number of classes, the null class included: 11 for ten digits.
         null: Whether the last class is the null condition (Ho & Salimans 2022), which replaced a fraction of the labels
             in training.
-
-    Raises:
-        ValueError: There is no class besides the null class.
     """
 
     def __init__(self, n_classes: int, null: bool = True) -> None:

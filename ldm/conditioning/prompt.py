@@ -120,11 +120,7 @@ def _joined(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[
 
 
 def cut(tokenizer: Tokenizer, prompt: str, plain: bool = False) -> list[Chunk]:
-    """Cut a prompt into chunks, at least one. Each BREAK begins a new one; a BREAK at the end adds none.
-
-    Raises:
-        ValueError: A bad weight (see `parse_prompt`), or more than 32 chunks.
-    """
+    """Cut a prompt into chunks, at least one. Each BREAK begins a new one; a BREAK at the end adds none."""
     room = tokenizer.context_length - 2
     (comma,) = tokenizer.encode(",")
     chunks: list[Chunk] = []
@@ -184,9 +180,6 @@ def encode_prompts(
     Returns:
         {"c_crossattn": (b, k n, d)} of k chunks of n tokens and, if pooled, "c_adm": (b, p), that of the first chunk,
         unweighted, as in A1111.
-
-    Raises:
-        ValueError: As `cut`; `chunks` that a prompt exceeds; a clip_skip that does not exist.
     """
     if not _weighs(encoder, prompts):
         if clip_skip != 1 or chunks not in (None, 1):

@@ -82,11 +82,7 @@ def _from_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dict[st
 
 
 def transformers_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return TextEncoder's arguments from a config.json of transformers' CLIPModel or CLIPTextModel.
-
-    Raises:
-        ValueError: Another model, or a setting that our text tower does not have.
-    """
+    """Return TextEncoder's arguments from a config.json of transformers' CLIPModel or CLIPTextModel."""
     kind = config.get("model_type")
     if kind not in ("clip", "clip_text_model"):
         raise ValueError(f"its model_type is {kind!r}, and must be 'clip' or 'clip_text_model'")

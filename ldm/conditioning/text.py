@@ -25,9 +25,6 @@ class TextEncoder(nn.Module):
         layer_index: only for layer "hidden".
         pooled: also give the pooled, projected text (b, p) as "c_adm".
         tokenizer: parameters of `Tokenizer` besides context_length; its cleaning defaults to the layout's library.
-
-    Raises:
-        ValueError: an unknown layout or layer, a layer_index out of range, or a vocab_size unlike the tokenizer's.
     """
 
     null = ""  # the null condition
@@ -90,9 +87,6 @@ class TextEncoder(nn.Module):
 
         Returns:
             {"c_crossattn": (b, n, d)} and, if pooled, "c_adm": (b, p), always of the last layer.
-
-        Raises:
-            ValueError: A block that does not exist.
         """
         device = next(self.parameters()).device
         if isinstance(prompts, Tensor):

@@ -39,10 +39,6 @@ class Tokenizer:
             "openclip", which is what Stable Diffusion 1 and 2 were trained with.
 
     `pipeline` is the `tokenizers.Tokenizer` behind it: token names by id, merging of single words.
-
-    Raises:
-        ValueError: an unknown cleaning, a context below 2, a pad outside the vocabulary, a merge whose parts do not
-            exist, or open_clip not installed.
     """
 
     def __init__(

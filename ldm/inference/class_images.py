@@ -202,10 +202,6 @@ def generate_class_images(
         size: Height and width in pixels.
         scale: The guidance scale.
         batch_size: Images at a time.
-
-    Raises:
-        ValueError: A size that the model does not support.
-        OSError: A file cannot be written.
     """
     first = default_recipe(model, "" if model.path is None else model.path.stem, scale=scale, height=size, width=size)
     runs = [plan(first, [share.prompt], share.count, batch_size) for share in shares]

@@ -49,9 +49,6 @@ def make_guide(
         weak, autoguide_scale: The weaker model, or its checkpoint, and scale of `autoguide`; scale 1 is off.
         classifier, classifier_scale: The classifier, or its checkpoint, and scale of `classifier_guide`; scale 0 is
             off.
-
-    Raises:
-        ValueError: A checkpoint that does not fit the model, or layers without self-attention.
     """
     guides: list[Guide] = []
     if weak is not None:
@@ -99,11 +96,7 @@ def pag_guide(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_
 
 
 def self_attention(unet: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
-    """Return the self-attention modules of these layers: "middle_block", "input_blocks.4", or a module's full name.
-
-    Raises:
-        ValueError: A layer without any.
-    """
+    """Return the self-attention modules of these layers: "middle_block", "input_blocks.4", or a module's full name."""
     found: dict[str, nn.Module] = {}
     for name, module in unet.named_modules():
         if isinstance(module, AttentionBlock):
@@ -196,9 +189,6 @@ def load_weak(path: str | Path, model: LatentDiffusion) -> LatentDiffusion:
     Args:
         path: Another checkpoint, or an earlier one of the same training.
         model: The model to guide.
-
-    Raises:
-        ValueError: The checkpoint does not fit (`check_weak`), or cannot be loaded.
     """
     from ldm.loading import load
 
@@ -259,9 +249,6 @@ def load_classifier(path: str | Path, model: LatentDiffusion) -> NoisyClassifier
     Args:
         path: A checkpoint of `ldm.optional.noisy_classifier_stage`.
         model: The model to guide.
-
-    Raises:
-        ValueError: It was not trained on noised images, or does not fit the model's latents.
     """
     from ldm.checkpoint.file import load_file
     from ldm.loading import load_network

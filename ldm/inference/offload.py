@@ -25,9 +25,6 @@ def offload(
             their weights are on the device while they compute; weights that are mapped from a file stay mapped.
         device: where the UNet computes.
         home: where the two stay.
-
-    Raises:
-        ValueError: an unknown way.
     """
     if way not in WAYS:
         raise ValueError(f"offload {way!r} is unknown: it is one of {', '.join(WAYS)}")

@@ -46,9 +46,6 @@ def set_precision(model: LatentDiffusion, name: str, device: str | torch.device 
     Returns:
         What restores the weights, as a context manager or by `close()`. It holds the weights as they were, on their
         device: drop it to free them.
-
-    Raises:
-        ValueError: an unknown name, float16 on a CPU, or weights that are already rounded to another half precision.
     """
     if name not in DTYPES:
         raise ValueError(f"precision {name!r} is unknown: it is one of {', '.join(DTYPES)}")

@@ -127,9 +127,6 @@ class SpatialTransformer(ContextBlock):
     Args:
         context_dim: width of the context, or a list with one per block; a single entry serves all.
         use_linear: linear layers around the blocks (SD 2), not 1x1 convolutions (SD 1).
-
-    Raises:
-        ValueError: the list of widths does not fit the depth.
     """
 
     def __init__(

@@ -260,10 +260,6 @@ class AutoencoderKL(Autoencoder):
         ddconfig: arguments of `Encoder` and `Decoder`.
         embed_dim: number of latent channels.
         others: of CompVis's configs, not used: losses and averages belong to training, `ldm.load` reads checkpoints.
-
-    Raises:
-        ValueError: ddconfig has double_z false (the encoder must give means and log variances), or ckpt_path or
-            colorize_nlabels is set.
     """
 
     def __init__(
@@ -304,9 +300,6 @@ class AutoencoderKL(Autoencoder):
 
         Args:
             mean, std: of the present latents, (embed_dim,) each.
-
-        Raises:
-            ValueError: another shape, or a std that is not positive and finite.
         """
         if mean.shape != (self.embed_dim,) or std.shape != (self.embed_dim,):
             raise ValueError(

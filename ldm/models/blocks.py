@@ -210,11 +210,7 @@ class ResBlock(TimestepBlock):
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:
-    """Return the number of heads: `num_heads`, or as many as have the width `num_head_channels`, unless that is -1.
-
-    Raises:
-        ValueError: the one that counts does not divide the channels.
-    """
+    """Return the number of heads: `num_heads`, or as many as have the width `num_head_channels`, unless that is -1."""
     name, divisor = ("num_heads", num_heads) if num_head_channels == -1 else ("num_head_channels", num_head_channels)
     if divisor < 1 or channels % divisor:
         raise ValueError(f"{channels} channels do not split into heads: {name} is {divisor} and must divide them")
@@ -227,9 +223,6 @@ class AttentionBlock(nn.Module):
     Args:
         num_heads, num_head_channels: as in `count_heads`.
         use_new_attention_order: `qkv` has its 3c channels laid out (3, heads, d), not (heads, 3, d).
-
-    Raises:
-        ValueError: the heads do not divide the channels.
     """
 
     def __init__(

@@ -13,12 +13,7 @@ PADDING = 2
 
 
 def inner(images: Tensor, size: int = INNER) -> Tensor:
-    """Return the central `size` x `size` part of images (..., h, w).
-
-    Raises:
-        ValueError: the images are smaller than `size`, have no central part of that size, or have more than the padding
-            around it: their digits are larger.
-    """
+    """Return the central `size` x `size` part of images (..., h, w)."""
     height, width = images.shape[-2:]
     top, left = (height - size) // 2, (width - size) // 2
     if any(extra not in range(0, 2 * PADDING + 1, 2) for extra in (height - size, width - size)):

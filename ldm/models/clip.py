@@ -113,9 +113,6 @@ class TextTower(nn.Module):
     """What the two layouts share; the fields are the constructor's arguments.
 
     Every size is an argument: the number of heads cannot be read from the weights.
-
-    Raises:
-        ValueError: the activation is unknown, or the heads do not divide width.
     """
 
     vocab_size: int  # rows of the token embedding

@@ -20,9 +20,6 @@ def set_attention(backend: str) -> None:
             bfloat16 on a CPU (see `attention`). "xformers": its memory-efficient attention for CUDA tensors without a
             mask and with heads of at most 256 channels, "auto" for others. "math": matrix product, softmax, matrix
             product in float32 whatever the dtype, a slice of the queries at a time; try it where others give NaN.
-
-    Raises:
-        ValueError: the name is unknown, xformers is not installed, or there is no CUDA device for it.
     """
     global _backend
     if backend not in BACKENDS:

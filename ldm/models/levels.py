@@ -23,11 +23,7 @@ def plan_levels(
     disable_self_attentions: Sequence[bool] | None = None,
     num_attention_blocks: Sequence[int] | None = None,
 ) -> list[Level]:
-    """Return the levels from the highest resolution down, by arguments of `unet.UNetModel`.
-
-    Raises:
-        ValueError: a list is not as long as channel_mult, or there is more attention than there are blocks.
-    """
+    """Return the levels from the highest resolution down, by arguments of `unet.UNetModel`."""
     count = len(channel_mult)
     blocks = _per_level("num_res_blocks", num_res_blocks, count)
     depths = _per_level("transformer_depth", transformer_depth, count)

@@ -32,9 +32,6 @@ class LinearAttentionBlock(nn.Module):
     Args:
         num_heads, num_head_channels: as in `count_heads`.
         memory: number of learned keys and values beside those of the image's positions.
-
-    Raises:
-        ValueError: the heads do not divide the channels, or memory is below 0.
     """
 
     def __init__(

@@ -33,9 +33,6 @@ def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
     Returns:
         (b,), float32.
-
-    Raises:
-        ValueError: there are no maps, or not as many in both.
     """
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(

@@ -101,9 +101,6 @@ class UNetModel(UNetEncoder):
     """Predicts eps, x0 or v from a noisy image or latent x. It has all that CompVis's v1 and v2 UNets have for images.
 
     The fields are the constructor's arguments, in CompVis's order.
-
-    Raises:
-        ValueError: arguments exclude each other or do not fit.
     """
 
     image_size: int  # for callers that read it; the network takes any size that halves len(channel_mult) - 1 times
@@ -271,9 +268,6 @@ class UNetModel(UNetEncoder):
 
         Returns:
             (b, out_channels, h, w) in x's dtype; with n_embed, (b, n_embed, h, w).
-
-        Raises:
-            ValueError: y is missing or not expected.
         """
         if (y is None) != (self.num_classes is None):
             state = "needs y" if y is None else "takes no y"

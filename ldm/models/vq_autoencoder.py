@@ -18,10 +18,6 @@ class VQModel(Autoencoder):
     Args:
         ddconfig: arguments of `Encoder` and `Decoder`.
         others: of CompVis's configs, not used: losses and averages belong to training, `ldm.load` reads checkpoints.
-
-    Raises:
-        ValueError: ddconfig does not have double_z false (there are no log variances), or one of ckpt_path,
-            colorize_nlabels, batch_resize_range, remap and sane_index_shape is set.
     """
 
     def __init__(

@@ -55,9 +55,6 @@ class EncoderUNetModel(UNetEncoder):
     """p(y | x_t): logits of classes for a noisy image x_t at timestep t; the first half of `unet.UNetModel`.
 
     The fields are the constructor's arguments, in CompVis's order; those without a comment are as in UNetModel.
-
-    Raises:
-        ValueError: arguments exclude each other or do not fit.
     """
 
     image_size: int  # only `pool` "attention" is bound to it

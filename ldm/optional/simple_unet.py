@@ -18,9 +18,6 @@ class SimpleUNet(nn.Module):
         time_channels: width of the embedded time, even.
         shared_norm: one batch normalisation, statistics included, for both convolutions of a block. This has the
             62,433,123 parameters that the text beside the published code counts.
-
-    Raises:
-        ValueError: fewer than two widths, or an odd time_channels.
     """
 
     def __init__(

@@ -27,9 +27,6 @@ class UNet2D(nn.Module):
         upsample: "interpolate" (nearest neighbour, then a convolution) or "transpose" (a transposed convolution).
         head_channels: width of an attention head; it must divide the last width.
         norm_groups: groups of every group normalisation.
-
-    Raises:
-        ValueError: an unknown option, or widths that do not split into groups or heads.
     """
 
     downsampling = 1  # any size: the decoder returns to the encoder's sizes
