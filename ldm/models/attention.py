@@ -156,13 +156,7 @@ class SpatialTransformer(ContextBlock):
         self.proj_in = nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
-                inner,
-                n_heads,
-                d_head,
-                dropout=dropout,
-                context_dim=width,
-                disable_self_attn=disable_self_attn,
-                checkpoint=use_checkpoint,
+                inner, n_heads, d_head, dropout, width, checkpoint=use_checkpoint, disable_self_attn=disable_self_attn
             )
             for width in widths
         )

@@ -182,12 +182,10 @@ class ResBlock(TimestepBlock):
             nn.Dropout(dropout),
             zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        if out_channels == channels:
-            self.skip_connection: nn.Module = nn.Identity()
-        elif use_conv:
-            self.skip_connection = nn.Conv2d(channels, out_channels, 3, padding=1)
-        else:
-            self.skip_connection = nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection: nn.Module = nn.Identity()
+        if out_channels != channels:
+            size = 3 if use_conv else 1
+            self.skip_connection = nn.Conv2d(channels, out_channels, size, padding=size // 2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
@@ -248,8 +246,7 @@ class AttentionBlock(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         order = "three h" if self.use_new_attention_order else "h three"
         tokens = rearrange(self.norm(x), "b c h w -> b c (h w)")
-        q, k, v = rearrange(  # each (b, h, n, d)
-            self.qkv(tokens), f"b ({order} d) n -> three b h n d", three=3, h=self.num_heads
-        )
+        qkv = self.qkv(tokens)  # (b, 3c, n)
+        q, k, v = rearrange(qkv, f"b ({order} d) n -> three b h n d", three=3, h=self.num_heads)
         h = rearrange(attention(q, k, v), "b h n d -> b (h d) n")
         return x + self.proj_out(h).view(x.shape)  # (b, c, h, w)

@@ -48,17 +48,11 @@ class Judge(nn.Module):
 
     Args:
         widths: channels at 28, 14 and 7 pixels.
-        classes: number of classes.
-        in_channels: channels of the images.
         size: of the central part that it sees; halving rounds down.
     """
 
     def __init__(
-        self,
-        widths: tuple[int, int, int] = (24, 48, 96),
-        classes: int = 10,
-        in_channels: int = 1,
-        size: int = INNER,
+        self, widths: tuple[int, int, int] = (24, 48, 96), classes: int = 10, in_channels: int = 1, size: int = INNER
     ):
         super().__init__()
         self.size = size
@@ -91,9 +85,6 @@ class FeatureNetwork(nn.Module):
 
     Args:
         widths: channels of the two 5 x 5 convolutions, at 28 and at 14 pixels.
-        features: number of features.
-        classes: number of classes.
-        in_channels: channels of the images.
         size: of the central part that it sees.
     """
 

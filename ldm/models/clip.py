@@ -135,11 +135,9 @@ class TextTower(nn.Module):
         raise NotImplementedError
 
     def blocks(self) -> nn.ModuleList:
-        """Return the blocks in order."""
         raise NotImplementedError
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """Apply the last layer norm, (b, n, d)."""
         raise NotImplementedError
 
     def project(self, x: Tensor) -> Tensor:

@@ -4,11 +4,7 @@ from torch import Tensor, nn
 
 
 class IdentityFirstStage(nn.Module):
-    """A first stage without parameters whose latents are the pixels, so that code for latents serves pixels too.
-
-    Args:
-        channels: of an image.
-    """
+    """A first stage without parameters whose latents are the pixels, so that code for latents serves pixels too."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

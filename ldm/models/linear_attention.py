@@ -11,14 +11,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return softmax_d(q) / sqrt(d) (softmax_m(k)^T v), their section 3.2's "efficient attention", scaled as usual.
 
     Keys are normalised over positions and each query over its features, so that k^T v, (d, d), is summed once for all
-    queries: 2 (n + m) d^2 products per head instead of attention's 2 n m d.
-
-    Args:
-        q: (b, h, n, d).
-        k, v: (b, h, m, d).
-
-    Returns:
-        (b, h, n, d).
+    queries: 2 (n + m) d^2 products per head instead of attention's 2 n m d. q is (b, h, n, d), k and v are
+    (b, h, m, d).
     """
     context = k.softmax(dim=-2).transpose(-2, -1) @ v  # (b, h, d, d)
     return (q.softmax(dim=-1) * q.shape[-1] ** -0.5) @ context
@@ -61,8 +55,7 @@ class LinearAttentionBlock(nn.Module):
         qkv = self.qkv(self.norm(x).flatten(2))  # (b, 3c, n)
         q, k, v = rearrange(qkv, "b (three h d) n -> three b h n d", three=3, h=self.num_heads)
         if self.memory is not None:
-            k, v = (
-                torch.cat([m.expand(len(x), -1, -1, -1), own], 2) for m, own in zip(self.memory, (k, v), strict=True)
-            )
+            memory = self.memory[:, None].expand(-1, len(x), -1, -1, -1)  # (2, b, h, memory, d)
+            k, v = torch.cat([memory, torch.stack([k, v])], dim=3)
         h = rearrange(linear_attention(q, k, v), "b h n d -> b n (h d)")
         return x + self.proj_out(self.norm_out(h)).transpose(1, 2).reshape(x.shape)  # (b, c, h, w)

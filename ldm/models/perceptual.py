@@ -5,20 +5,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-MIN_SQUARED_NORM = (
-    1e-4  # added to the squared norm: where all features are near zero, less would let the gradient explode
-)
+# Added to the squared norm: where all features are near zero, less would let the gradient explode.
+MIN_SQUARED_NORM = 1e-4
 
 
 def perceptual_distance(features: Callable[[Tensor], Sequence[Tensor]], x: Tensor, target: Tensor) -> Tensor:
-    """Return the perceptual distance of x from target, from 0 to 4; gradients reach x only.
+    """Return the perceptual distance (b,) of x from target, from 0 to 4; gradients reach x only.
 
     Args:
         features: a network that returns a list of feature maps (b, c_i, h_i, w_i), frozen by the caller.
         x, target: pixels in [-1, 1], (b, c, h, w).
-
-    Returns:
-        (b,).
     """
     with torch.no_grad():
         target_features = features(target)
@@ -28,11 +24,7 @@ def perceptual_distance(features: Callable[[Tensor], Sequence[Tensor]], x: Tenso
 def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Return the squared distance of feature vectors scaled to unit length, averaged over positions, then over maps.
 
-    Args:
-        a, b: lists of as many feature maps (b, c_i, h_i, w_i).
-
-    Returns:
-        (b,), float32.
+    a and b are lists of feature maps (b, c_i, h_i, w_i); the distance is float32 (b,).
     """
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(

@@ -50,9 +50,5 @@ class VectorQuantizer(nn.Module):
         codebook = self.embedding.weight.to(wide)  # (n_e, e_dim)
         squares = codebook.square().sum(dim=1)  # (n_e); |token|^2 is the same for all entries
         with torch.autocast(tokens.device.type, enabled=False):
-            return torch.cat(
-                [
-                    torch.addmm(squares, part.to(wide), codebook.T, alpha=-2).argmin(dim=1)
-                    for part in tokens.split(max(1, MAX_DISTANCES // self.n_e))
-                ]
-            )
+            parts = tokens.split(max(1, MAX_DISTANCES // self.n_e))
+            return torch.cat([torch.addmm(squares, p.to(wide), codebook.T, alpha=-2).argmin(dim=1) for p in parts])

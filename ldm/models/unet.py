@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,30 +48,18 @@ class UNetEncoder(nn.Module):
         return self.time_embed[0].weight.dtype
 
     def residual(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
-        return ResBlock(
-            channels,
-            4 * self.model_channels,
-            self.dropout,
-            out_channels=out_channels,
-            use_scale_shift_norm=self.use_scale_shift_norm,
-            use_checkpoint=self.use_checkpoint,
-            up=up,
-            down=down,
-            norm_groups=self.norm_groups,
-        )
+        own: dict[str, Any] = {"use_scale_shift_norm": self.use_scale_shift_norm, "use_checkpoint": self.use_checkpoint}
+        own |= {"up": up, "down": down, "norm_groups": self.norm_groups}
+        return ResBlock(channels, 4 * self.model_channels, self.dropout, out_channels, **own)
 
     def downsample(self, width: int) -> nn.Module:
         return self.residual(width, width, down=True) if self.resblock_updown else Downsample(width, self.conv_resample)
 
     def attend(self, level: Level, part: str = "encoder") -> nn.Module:
         """Return the attention of a level; part: "encoder" or "middle" (or "decoder", in UNetModel)."""
+        order = self.use_new_attention_order
         return AttentionBlock(
-            level.width,
-            self.num_heads,
-            self.num_head_channels,
-            self.use_checkpoint,
-            self.use_new_attention_order,
-            self.norm_groups,
+            level.width, self.num_heads, self.num_head_channels, self.use_checkpoint, order, self.norm_groups
         )
 
     def encoder(self, in_channels: int, levels: Sequence[Level]) -> tuple[nn.ModuleList, list[int]]:
@@ -220,7 +209,6 @@ class UNetModel(UNetEncoder):
         return nn.ModuleList(blocks)
 
     def _label_embedding(self) -> nn.Module:
-        """Return the module that embeds y."""
         width = 4 * self.model_channels
         if isinstance(self.num_classes, int):
             return nn.Embedding(self.num_classes, width)
@@ -252,11 +240,7 @@ class UNetModel(UNetEncoder):
             raise ValueError(f"patch is {self.patch}: it must be at least 1, and 1 with n_embed (here {self.n_embed})")
 
     def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | Sequence[Tensor] | None = None,
-        y: Tensor | None = None,
+        self, x: Tensor, timesteps: Tensor, context: Tensor | Sequence[Tensor] | None = None, y: Tensor | None = None
     ) -> Tensor:
         """Predict from a noisy image or latent.
 

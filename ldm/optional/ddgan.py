@@ -32,7 +32,7 @@ class Generator(nn.Module):
         unet: arguments of `UNetModel`, without num_classes and adm_in_channels.
         latent_dim: width of z.
         mapped, layers: width and number of the perceptron's layers.
-        classes: number of classes; None for an unconditional generator.
+        classes: None for an unconditional generator.
     """
 
     def __init__(
@@ -61,13 +61,11 @@ class Generator(nn.Module):
         self.downsampling = self.unet.downsampling  # sizes must be multiples of it
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict x0' (b, c, h, w) in [-1, 1].
+        """Predict x0' (b, c, h, w) in [-1, 1], at timesteps (b,) in 0..T-1 and for classes y (b,), if there are any.
 
         Args:
             x: (b, c, h, w), variance-preserving.
-            timesteps: (b,) in 0..T-1.
             context: z, unit normal (b, latent_dim); it has the place and the name of a UNet's context.
-            y: classes (b,), if there are any.
         """
         embedded = self.mapping(pixel_norm(context).to(self.unet.dtype))  # (b, mapped)
         if check_classes(self.classes, y):
@@ -82,11 +80,8 @@ class Discriminator(nn.Module):
     logit (Miyato & Koyama 2018, eq. 3).
 
     Args:
-        in_channels: of an image.
-        width: of the first residual block.
         channel_mult: width of each residual block in units of `width`; all but the first halve height and width.
         time_channels: width of the embedded time.
-        classes: as in `Generator`.
         patch: side of the squares of pixels that become the channels of one position, as in `UNetModel`.
     """
 
@@ -179,11 +174,7 @@ def batch_deviation(h: Tensor) -> Tensor:
 
 
 def r1_penalty(logits: Tensor, before: Tensor) -> Tensor:
-    """Return |d logit / d x_{t-1}|^2 of each pair (Mescheder et al. 2018, eq. 9), differentiable, (b,).
-
-    Args:
-        logits: (b,), of before (b, ...), which requires grad.
-    """
+    """Return |d logit / d x_{t-1}|^2 (b,) of the logits (b,) of before (b, ...) (Mescheder et al. 2018, eq. 9)."""
     (gradient,) = torch.autograd.grad(logits.sum(), before, create_graph=True)
     return gradient.square().flatten(1).sum(dim=1)
 

@@ -19,9 +19,7 @@ HIDDEN = 2048  # width of the spatial heads' hidden layer
 class AttentionPool2d(nn.Module):
     """Feature map (b, embed_dim, s, s) -> (b, output_dim), by attention from its mean, as in CLIP's image tower.
 
-    Args:
-        spacial_dim: s.
-        num_heads_channels: width of a head; it must divide embed_dim, or ValueError.
+    spacial_dim is s; num_heads_channels is the width of a head and must divide embed_dim.
     """
 
     def __init__(
@@ -34,7 +32,6 @@ class AttentionPool2d(nn.Module):
         self.c_proj = nn.Conv1d(embed_dim, embed_dim if output_dim is None else output_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, embed_dim, s, s) -> (b, output_dim), or ValueError for another size."""
         tokens = x.flatten(2)
         tokens = torch.cat([tokens.mean(dim=-1, keepdim=True), tokens], dim=-1)  # (b, c, 1 + s * s)
         if tokens.shape[-1] != self.positional_embedding.shape[-1]:

@@ -71,8 +71,7 @@ class Block(nn.Module):
         self.time = nn.Linear(time_channels, out_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        norms = [nn.BatchNorm2d(out_channels) for _ in range(1 if shared_norm else 2)]
-        self.norms = nn.ModuleList(norms)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(out_channels) for _ in range(1 if shared_norm else 2))
         self.resample = resample
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:

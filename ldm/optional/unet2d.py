@@ -26,7 +26,6 @@ class UNet2D(nn.Module):
             course).
         upsample: "interpolate" (nearest neighbour, then a convolution) or "transpose" (a transposed convolution).
         head_channels: width of an attention head; it must divide the last width.
-        norm_groups: groups of every group normalisation.
     """
 
     downsampling = 1  # any size: the decoder returns to the encoder's sizes
@@ -64,13 +63,8 @@ class UNet2D(nn.Module):
                 skips.append(width)
         self.encoder = nn.ModuleList(encoder)
         width = widths[-1]
-        self.middle = nn.ModuleList(
-            [
-                residual(width, width),
-                SelfAttention(width, head_channels, attention, norm_groups),
-                residual(width, width),
-            ]
-        )
+        middle = SelfAttention(width, head_channels, attention, norm_groups)
+        self.middle = nn.ModuleList([residual(width, width), middle, residual(width, width)])
         decoder = []
         for level, out_width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
