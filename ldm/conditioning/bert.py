@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.conditioning.tokenizer import without_surrogates
 from ldm.models.transformer import Encoder, TransformerWrapper
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -39,8 +40,8 @@ class WordPiece:
     arXiv:1609.08144), or [UNK]. Long prompts are cut.
 
     Args:
-        vocab: tokens in the order of their ids, as `read_vocab` gives them.
-        max_length: tokens per prompt, at least 2.
+        vocab: tokens in the order of their ids, as `read_vocab` returns them.
+        max_length: tokens per prompt.
     """
 
     def __init__(self, vocab: Sequence[str], max_length: int = 77) -> None:
@@ -63,9 +64,7 @@ class WordPiece:
         """Return the token ids of a list of prompts, int64 (b, max_length)."""
         rows = torch.full((len(prompts), self.max_length), self.pad, dtype=torch.long)
         for row, prompt in zip(rows, prompts, strict=True):
-            # a lone surrogate has no bytes: U+FFFD
-            prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            pieces = self._pipeline.encode(prompt, add_special_tokens=False).ids
+            pieces = self._pipeline.encode(without_surrogates(prompt), add_special_tokens=False).ids
             ids = [self.cls, *pieces[: self.max_length - 2], self.sep]
             row[: len(ids)] = torch.tensor(ids)
         return rows
@@ -76,12 +75,10 @@ class BERTEncoder(nn.Module):
 
     Args:
         n_embed: features d per token.
-        n_layer: blocks.
-        vocab_size: rows of the token embedding.
+        n_layer: number of blocks.
         max_seq_len: tokens per prompt.
-        vocab: the tokenizer's tokens (`read_vocab`); None: only token ids are taken, and the empty prompt where
-            vocab_size is that of bert-base-uncased, whose ids are known.
-        embedding_dropout: in training.
+        vocab: the tokenizer's tokens (`read_vocab`). None: prompts must be token ids, or empty where vocab_size is that
+            of bert-base-uncased, whose ids are known.
     """
 
     def __init__(
@@ -113,7 +110,7 @@ class BERTEncoder(nn.Module):
         return self.transformer(tokens.to(device), return_embeddings=True)[which.to(device)]
 
     def tokens(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Return the token ids int64 (b, n) of prompts; given ids are only checked. Errors as `encode`."""
+        """Return the token ids int64 (b, n) of prompts; given ids are only checked."""
         if isinstance(prompts, str):
             raise ValueError(f"the text encoder takes a list of prompts, not one string ({prompts[:40]!r})")
         if not isinstance(prompts, Tensor) and all(isinstance(prompt, str) for prompt in prompts):
@@ -135,15 +132,17 @@ class BERTEncoder(nn.Module):
     def _tokenize(self, prompts: Sequence[str]) -> Tensor:
         if self.tokenizer is not None:
             return self.tokenizer(prompts)
-        said = next((prompt for prompt in prompts if prompt != self.null), None)
-        if said is not None:
+        unreadable = next((prompt for prompt in prompts if prompt != self.null), None)
+        if unreadable is not None:
             remedy = "give BERT's vocab.txt (ldm.load(..., vocab=FILE), --vocab FILE), or token ids"
             if self.vocab_size != BERT_TOKENS:  # of layouts, say: boxes and kinds of things
                 remedy = (
                     f"its {self.vocab_size} tokens are not BERT's {BERT_TOKENS}: give token ids, from Python, by "
                     "model.generate(ids), or a vocabulary of that size (vocab=FILE, --vocab FILE)"
                 )
-            raise ValueError(f"prompt {said[:40]!r} cannot be read: this model's file has no vocabulary; {remedy}")
+            raise ValueError(
+                f"prompt {unreadable[:40]!r} cannot be read: this model's file has no vocabulary; {remedy}"
+            )
         row = [BERT_CLS, BERT_SEP, *[BERT_PAD] * (self.max_seq_len - 2)]
         return torch.tensor([row]).expand(len(prompts), -1)
 

@@ -10,8 +10,8 @@ class ClassLabels(nn.Module):
     """Pass class numbers to networks that embed them, such as a UNetModel with `num_classes: n_classes`.
 
     Args:
-        n_classes: The number of classes, the null class included: 11 for ten digits.
-        null: Whether the last class is the null condition (Ho & Salimans 2022), which replaced a fraction of the labels
+        n_classes: number of classes, the null class included: 11 for ten digits.
+        null: whether the last class is the null condition (Ho & Salimans 2022), which replaced a fraction of the labels
             in training.
     """
 
@@ -24,7 +24,7 @@ class ClassLabels(nn.Module):
         self.null = n_classes - 1 if null else None
 
     def forward(self, classes: Sequence[int | str] | Tensor) -> dict[str, Tensor]:
-        """Return {"c_adm": class numbers, int64 (b,)} on the CPU. Errors as `class_numbers`."""
+        """Return {"c_adm": class numbers, int64 (b,)} on the CPU."""
         return {"c_adm": class_numbers(classes, self.n_classes, self.null)}
 
 
@@ -45,7 +45,7 @@ class ClassEmbedder(nn.Module):
         return {"c_crossattn": self.encode(classes)}
 
     def encode(self, classes: Sequence[int | str] | Tensor) -> Tensor:
-        """Embed class numbers (b,) as (b, 1, d). Errors as `class_numbers`."""
+        """Embed class numbers (b,) as (b, 1, d)."""
         numbers = class_numbers(classes, self.n_classes, self.null)
         return self.embedding(numbers.to(self.embedding.weight.device))[:, None]
 
@@ -54,12 +54,8 @@ def class_numbers(classes: Sequence[int | str] | Tensor, n_classes: int, null: i
     """Convert class numbers from 0, as int or text, to int64 (b,) on the CPU.
 
     Args:
-        classes: The class numbers; the empty text is the null class.
-        n_classes: The number of classes.
-        null: The number of the null class, which may be -1; None if there is none.
-
-    Raises:
-        ValueError: A class that does not exist.
+        classes: the class numbers; the empty text is the null class.
+        null: number of the null class, which may be -1; None if there is none.
     """
     numbers = classes.tolist() if isinstance(classes, Tensor) else [_number(one, null) for one in classes]
     for number in numbers:

@@ -14,16 +14,14 @@ and padded like a prompt; their hidden states are concatenated. As in A1111, a c
 the last comma if that is among the last 20 of 75 tokens (of other lengths: the same share). A learned word of several
 tokens is never cut: it begins the next chunk.
 
-Weights multiply the hidden states of their tokens; then the whole chunk is scaled so that its mean is what it was
-("original" emphasis). The factor is a ratio of two signed means, old over new. Where all tokens' means share a sign,
-its inverse is an average of the weights. Where it is no such average (an encoder whose features average to almost zero:
-for one prompt the digits model's factor would be -130) or not positive (negative weights), nothing is restored.
+Weights multiply the hidden states of their tokens; then the chunk is scaled back to its former mean ("original"
+emphasis). The factor is a ratio of two signed means, old over new. Where all tokens' means share a sign, its inverse is
+an average of the weights. Where it is not (an encoder whose features average to almost zero: for one prompt the digits
+model's factor would be -130; or negative weights), the mean is not restored.
 
-Not as in A1111: the mean is of each chunk alone, never of the batch; BREAK acts inside brackets too; a weight may have
+Unlike A1111: the mean is of each chunk alone, never of the batch; BREAK acts inside brackets too; a weight may have
 an exponent and is refused beyond 1000; `(a:1.2.3)`, at which A1111 fails, is text; prompt editing `[a:b:0.5]`,
-alternation `[a|b]` and AND are not read. compel is another language with another meaning: it writes `(red)1.3` or
-`red++`, moves the hidden states of tokens away from those of the empty prompt, for weights below 1 towards those of the
-prompt without the words, and restores no mean.
+alternation `[a|b]` and AND are not read. compel's syntax and meaning differ (`(red)1.3`, `red++`).
 """
 
 import re
@@ -34,7 +32,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.text import TextEncoder, distinct_prompts
 from ldm.conditioning.tokenizer import Tokenizer
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}  # of a bracket without a number
@@ -50,8 +48,6 @@ BREAK = re.compile(r"\bBREAK\b")
 
 
 class Piece(NamedTuple):
-    """Text and its weight."""
-
     text: str
     weight: float
 
@@ -64,13 +60,7 @@ class Chunk(NamedTuple):
 
 
 def parse_prompt(prompt: str) -> list[list[Piece]]:
-    """Parse a prompt into pieces, neighbours of equal weight joined, in a new list after each BREAK.
-
-    Text without syntax is one piece of weight 1.
-
-    Raises:
-        ValueError: A weight that is not finite or beyond 1000.
-    """
+    """Parse a prompt into pieces, neighbours of equal weight joined, in a new list after each BREAK."""
     texts: list[str | None] = []  # None: BREAK
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where in `texts` the content of each open bracket begins
@@ -170,12 +160,12 @@ def encode_prompts(
     chunks.
 
     Args:
-        encoder: A TextEncoder; any other conditioner is called as it is, without reading syntax.
-        prompts: Texts; classes or images for other conditioners.
+        encoder: a TextEncoder; any other conditioner is called as it is, without reading syntax.
+        prompts: texts; classes or images for other conditioners.
         chunks: k, to which shorter prompts are padded with empty chunks. None: the longest prompt's number, so that a
             prompt's conditioning depends on the others in its batch; see `count_chunks`.
-        clip_skip: As in TextEncoder.forward. The pooled text is always of the last layer.
-        plain: Take prompts literally: no brackets, no BREAK.
+        clip_skip: as in TextEncoder.forward.
+        plain: read prompts literally: no brackets, no BREAK.
 
     Returns:
         {"c_crossattn": (b, k n, d)} of k chunks of n tokens and, if pooled, "c_adm": (b, p), that of the first chunk,
@@ -188,7 +178,7 @@ def encode_prompts(
                 f"and this model is conditioned by {type(encoder).__name__}"
             )
         return encoder(prompts)
-    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    distinct, which = distinct_prompts(prompts)
     parts = [cut(encoder.tokenizer, prompt, plain) for prompt in distinct]
     longest = max(map(len, parts), default=1)
     k = longest if chunks is None else chunks
@@ -204,10 +194,7 @@ def encode_prompts(
     out = {"c_crossattn": rearrange(states, "(b k) n d -> b (k n) d", k=k)}
     if "c_adm" in cond:
         out["c_adm"] = rearrange(cond["c_adm"], "(b k) p -> b k p", k=k)[:, 0]
-    if len(distinct) < len(prompts):
-        which = torch.tensor([distinct[prompt] for prompt in prompts], device=states.device)
-        out = {key: value[which] for key, value in out.items()}
-    return out
+    return {key: value[which.to(states.device)] for key, value in out.items()}
 
 
 def weigh(states: Tensor, weights: Tensor) -> Tensor:

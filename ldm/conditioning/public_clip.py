@@ -36,10 +36,6 @@ def load_text_encoder(
             "ARCHITECTURE/TAG", such as "ViT-H-14/laion2b_s32b_b79k" (Stable Diffusion 2), or "ARCHITECTURE/FILE".
         layer, layer_index: as in TextEncoder. Stable Diffusion 2 has "penultimate".
         dtype: of the weights; those that have it already stay mapped from their file.
-
-    Raises:
-        ValueError: no such model here or on the hub, or its configuration or weights are not a CLIP text tower's.
-        FileNotFoundError: a part of it is missing.
     """
     params, state = read_text_encoder(name)
     try:
@@ -60,7 +56,7 @@ def load_text_encoder(
 
 
 def read_text_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return TextEncoder's arguments except the layer, and its parameters, mapped; errors as `load_text_encoder`."""
+    """Return TextEncoder's arguments except the layer, and its parameters, mapped from their file."""
     architecture, _, weights = name.partition("/")
     if Path(name).is_dir():
         return _from_transformers(name, Path(name))

@@ -1,4 +1,4 @@
-"""Images -> the conditioning dict: what the UNet gets beside its noised latents, at their size."""
+"""Condition on images, which the UNet takes as additional input channels at the size of its latents."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,10 +7,12 @@ METHODS = ("nearest", "bilinear", "bicubic", "area")
 
 
 class SpatialRescaler(nn.Module):
-    """Shrinks an image or a map of one-hot labels, as in latent diffusion's semantic synthesis.
+    """Resize an image or a map of one-hot labels, as in latent diffusion's semantic synthesis.
 
-    `n_stages` times a factor `multiplier` by the interpolation `method`; then, with `out_channels`, a 1x1 convolution,
-    `channel_mapper`, with or without `bias`. Raises ValueError for an unknown method or no stages.
+    Args:
+        n_stages: how often to resize by the factor `multiplier`.
+        method: interpolation mode.
+        out_channels: of a 1x1 convolution at the end, `channel_mapper`; None: no convolution.
     """
 
     null = None  # there is no null condition
@@ -40,7 +42,7 @@ class SpatialRescaler(nn.Module):
         return {"c_concat": self.encode(x)}
 
     def encode(self, x: Tensor) -> Tensor:
-        """x (b, in_channels, h, w) -> (b, out_channels, h', w'), h' and w' being multiplied in every stage."""
+        """Resize x (b, in_channels, h, w) to (b, out_channels, h', w')."""
         x = _checked(x)
         if self.channel_mapper is not None:
             x = x.to(self.channel_mapper.weight)
@@ -50,12 +52,12 @@ class SpatialRescaler(nn.Module):
 
 
 class ConcatImage(nn.Module):
-    """Condition on an image itself, as latent diffusion's super-resolution is on the small one."""
+    """Condition on an image as it is, as latent diffusion's super-resolution does on the small image."""
 
     null = None  # there is no null condition
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x (b, c, h, w) in [-1, 1], of the latents' height and width -> {"c_concat": x}."""
+        """Return {"c_concat": x} of x (b, c, h, w) in [-1, 1], which has the latents' height and width."""
         return {"c_concat": _checked(x)}
 
 

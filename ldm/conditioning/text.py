@@ -1,4 +1,4 @@
-"""Encode prompts with CLIP: its hidden states for cross-attention and, if asked, its pooled text."""
+"""Encode prompts with CLIP: its hidden states for cross-attention and, on request, its pooled text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,12 +19,11 @@ class TextEncoder(nn.Module):
         layout: "transformers": parameters `transformer.text_model.*`, as in Stable Diffusion 1's files; "openclip":
             `model.*`, as in Stable Diffusion 2's.
         width, layers, heads, vocab_size, context_length, projection_dim, activation: as in `ldm.models.clip.TextTower`.
-        layer: which state becomes the context. "last": after the last block and the final norm (Stable Diffusion 1);
-            "penultimate": before the last block, then the final norm (Stable Diffusion 2); "hidden": state number
+        layer: which hidden state becomes the context. "last": after the last block and the final norm (Stable Diffusion
+            1); "penultimate": before the last block, then the final norm (Stable Diffusion 2); "hidden": number
             `layer_index` of 0 (embedding) .. layers (last block), negative from the end, without the norm.
-        layer_index: only for layer "hidden".
-        pooled: also give the pooled, projected text (b, p) as "c_adm".
-        tokenizer: parameters of `Tokenizer` besides context_length; its cleaning defaults to the layout's library.
+        pooled: also return the pooled, projected text (b, p) as "c_adm".
+        tokenizer: arguments of `Tokenizer` besides context_length; its cleaning defaults to the layout's library.
     """
 
     null = ""  # the null condition
@@ -46,21 +45,19 @@ class TextEncoder(nn.Module):
     ):
         super().__init__()
         sizes = (vocab_size, width, layers, heads, context_length, activation, projection_dim)
+        if layout not in ("transformers", "openclip"):
+            raise ValueError(f"text layout {layout!r} is unknown; it is transformers or openclip")
         if layout == "transformers":
             self.transformer = CLIPTextModel(*sizes)
-            cleaning = "clip"
-        elif layout == "openclip":
-            self.model = OpenCLIPTextModel(*sizes)
-            cleaning = "openclip"
         else:
-            raise ValueError(f"text layout {layout!r} is unknown; it is transformers or openclip")
+            self.model = OpenCLIPTextModel(*sizes)
         self.layout = layout
         self.layer = layer
         self.state = _state_number(layer, layer_index, layers)
         self.layers = layers
         self.pooled = pooled
-        options = {} if tokenizer is None else dict(tokenizer)
-        self.tokenizer = Tokenizer(**{"context_length": context_length, "cleaning": cleaning, **options})
+        cleaning = "clip" if layout == "transformers" else "openclip"
+        self.tokenizer = Tokenizer(**{"context_length": context_length, "cleaning": cleaning, **(tokenizer or {})})
         if (self.tokenizer.vocab_size, self.tokenizer.context_length) != (vocab_size, context_length):
             raise ValueError(
                 f"the text tower has {vocab_size} tokens and context {context_length}, its tokenizer "
@@ -69,21 +66,19 @@ class TextEncoder(nn.Module):
 
     @property
     def tower(self) -> TextTower:
-        """Return the text tower of either layout."""
         return self.transformer if self.layout == "transformers" else self.model
 
     def forward(self, prompts: Sequence[str] | Tensor, clip_skip: int = 1) -> dict[str, Tensor]:
-        """Encode prompts; each distinct one of a list is encoded once.
+        """Encode prompts; each distinct prompt of a list is encoded once.
 
-        Prompts are taken literally and cut at the context length, as in CompVis's code; `ldm.conditioning.prompt` reads
+        Prompts are read literally and cut at the context length, as in CompVis's code; `ldm.conditioning.prompt` reads
         weights and long prompts.
 
         Args:
-            prompts: Texts, or their tokens int64 (b, n).
+            prompts: texts, or their tokens int64 (b, n).
             clip_skip: 1 takes the context from the encoder's own layer, 2 from one block before it, and so on, with the
-                same final norm or none. For Stable Diffusion 1 that is A1111's "Clip skip"; for Stable Diffusion 2,
-                whose own layer is the last but one, 2 is the last but two (A1111 ignores it there). It is diffusers'
-                clip_skip plus 1 for both.
+                same final norm or none. This is A1111's "Clip skip" for Stable Diffusion 1 (A1111 ignores it for Stable
+                Diffusion 2) and diffusers' clip_skip plus 1 for both.
 
         Returns:
             {"c_crossattn": (b, n, d)} and, if pooled, "c_adm": (b, p), always of the last layer.
@@ -93,12 +88,9 @@ class TextEncoder(nn.Module):
             return self._encode(prompts.to(device), clip_skip)
         if isinstance(prompts, str):
             raise ValueError(f"the text encoder takes a list of prompts, not one string ({prompts[:40]!r})")
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        cond = self._encode(self.tokenizer(list(distinct)).to(device), clip_skip)
-        if len(distinct) < len(prompts):
-            which = torch.tensor([distinct[prompt] for prompt in prompts], device=device)
-            cond = {key: value[which] for key, value in cond.items()}
-        return cond
+        distinct, which = distinct_prompts(prompts)
+        cond = self._encode(self.tokenizer(distinct).to(device), clip_skip)
+        return {key: value[which.to(device)] for key, value in cond.items()}
 
     def _encode(self, tokens: Tensor, clip_skip: int) -> dict[str, Tensor]:
         if not 1 <= clip_skip <= max(self.state, 1):
@@ -113,6 +105,12 @@ class TextEncoder(nn.Module):
         if self.pooled:
             cond["c_adm"] = self.tower.pool(self.tower.final_norm(states[-1]), tokens, self.tokenizer.eos)  # (b, p)
         return cond
+
+
+def distinct_prompts(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
+    """Return the distinct prompts in order, and the index of each prompt among them, int64 (b,)."""
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return list(index), torch.tensor([index[prompt] for prompt in prompts], dtype=torch.long)
 
 
 def _state_number(layer: str, layer_index: int | None, layers: int) -> int:

@@ -28,17 +28,17 @@ PLAIN_TEXT = re.compile(r"[ -%'-~\t\n\r\f]*")
 class Tokenizer:
     """Convert prompts to token ids (b, context_length), framed by start and end of text.
 
+    `pipeline` is the `tokenizers.Tokenizer` behind it: token names by id, merging of single words.
+
     Args:
-        merges: the byte pairs in order of rank, each "left right", as `reduce` makes them; None takes CLIP's own list
+        merges: the byte pairs in order of rank, each "left right", as `reduce` returns them; None reads CLIP's own list
             from open_clip's installed package, which is neither imported nor downloaded.
         context_length: tokens per prompt; longer prompts are cut, the end of text stays.
-        cleaning: "clip" treats text as transformers' CLIPTokenizer does (Stable Diffusion 1): Unicode NFC, white space,
-            lower case character by character. "openclip" does as open_clip (Stable Diffusion 2): ftfy, HTML entities
-            twice, white space, Python's lower case.
-        pad: token id after the end of text, or "eos" for the end of text itself. None: "eos" for "clip", 0 for
-            "openclip", which is what Stable Diffusion 1 and 2 were trained with.
-
-    `pipeline` is the `tokenizers.Tokenizer` behind it: token names by id, merging of single words.
+        cleaning: "clip" cleans text as transformers' CLIPTokenizer (Stable Diffusion 1): Unicode NFC, white space,
+            lower case character by character. "openclip" cleans it as open_clip (Stable Diffusion 2): ftfy, HTML
+            entities twice, white space, Python's lower case.
+        pad: token id after the end of text, or "eos" for the end of text itself. None: what Stable Diffusion was
+            trained with, "eos" for "clip" and 0 for "openclip".
     """
 
     def __init__(
@@ -79,8 +79,7 @@ class Tokenizer:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of one prompt, of any length, without start, end or padding."""
-        # A lone surrogate has no bytes: U+FFFD, as ftfy writes it.
-        prompt = prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        prompt = without_surrogates(prompt)
         if self.cleaning == "clip":
             return self.pipeline.encode(prompt, add_special_tokens=False).ids
         prompt = openclip_clean(prompt)
@@ -92,22 +91,22 @@ class Tokenizer:
         return [i for word in words for i in ([special[word]] if word in special else self.pipeline.encode(word).ids)]
 
     def divides(self, tokens: Sequence[int], at: int) -> bool:
-        """Return whether a cut before tokens[at] would divide a learned word; never with CLIP's own tokens."""
+        """Return whether a cut before tokens[at] would divide a learned word; CLIP's own tokens have none."""
         return False
 
 
 def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") -> list[str]:
     """Reduce CLIP's merges to those that a small model needs: `Tokenizer(merges=reduce(...))`.
 
+    All bytes stay in the vocabulary, so that any other prompt still tokenizes, into shorter pieces.
+
     Args:
-        texts: prompts that must be tokenized as the full vocabulary does, token for token.
+        texts: prompts whose tokens must be those of the full vocabulary. Every merge behind one of these tokens is
+            kept; the dropped merges were never chosen for those words.
         merges_first: how many of CLIP's first merges to keep as well, for other prompts.
-        cleaning: as in Tokenizer.
 
     Returns:
-        Merges "left right" in CLIP's order. All bytes stay in the vocabulary, so that any other prompt still tokenizes,
-        into shorter pieces. Every merge behind a token of `texts` is kept; the dropped ones were never chosen for those
-        words, so the words are merged in the same way without them.
+        Merges "left right" in CLIP's order.
     """
     full = Tokenizer(cleaning=cleaning)
     parts = dict(zip(("".join(merge.split(" ")) for merge in full.merges), full.merges, strict=True))
@@ -123,6 +122,11 @@ def reduce(texts: Iterable[str], merges_first: int = 0, cleaning: str = "clip") 
             kept.add(rank[merge])
             pending.extend(merge.split(" "))
     return [full.merges[i] for i in sorted(kept)]
+
+
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which have no bytes, by U+FFFD, as ftfy does."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def openclip_clean(text: str) -> str:
