@@ -19,14 +19,12 @@ __getattr__ = elsewhere(__name__)  # CompVis's other helpers
 
 # Classes outside this package that a configuration may name. The list is short on purpose: a yaml or checkpoint from a
 # stranger must not reach anything that runs code, opens files or downloads.
-ALLOWED = {
-    *(
-        f"torch.nn.{name}"
-        for name in ("Identity", "Linear", "Conv2d", "Embedding", "Sequential", "GELU", "SiLU", "ReLU")
-    ),
-    *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "RAdam", "NAdam")),
-    *(f"torchvision.transforms.{name}" for name in ("Resize", "RandomCrop", "CenterCrop", "RandomHorizontalFlip")),
+ALLOWED_IN = {
+    "torch.nn": "Identity Linear Conv2d Embedding Sequential GELU SiLU ReLU",
+    "torch.optim": "Adam AdamW SGD RAdam NAdam",
+    "torchvision.transforms": "Resize RandomCrop CenterCrop RandomHorizontalFlip",
 }
+ALLOWED = {f"{module}.{name}" for module, names in ALLOWED_IN.items() for name in names.split()}
 ALLOWED_PACKAGES: set[str] = set()  # named by `--allow PACKAGE`: their modules may be imported and their classes built
 
 
@@ -39,7 +37,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
 
     Args:
         string: MODULE.CLASS; a module may have its old name.
-        reload: Reload the module first.
+        reload: reload the module first.
     """
     module_name, _, name = str(string).rpartition(".")
     if module_name not in sys.modules:  # the program's own `main` or `taming` wins
@@ -85,8 +83,8 @@ def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     """Build `config["target"]` with the keyword arguments `config["params"]` and `extra`.
 
     Raises:
-        KeyError: Without a target.
-        ValueError: For a target that is not allowed, and for a parameter that it does not take.
+        KeyError: there is no target.
+        ValueError: a target that is not allowed, or a parameter that it does not take.
     """
     if config in ("__is_first_stage__", "__is_unconditional__"):  # CompVis's marks for "has no network"
         return None
@@ -100,10 +98,9 @@ def call_with(part: str, function: Callable[..., Any], params: Mapping[str, Any]
     """Return `function(**own, **params)`; a key in `params` that is unknown, missing or in `own` raises ValueError.
 
     Args:
-        part: The name of this part of a configuration, for messages.
-        function: What to call.
-        params: From the configuration.
-        own: Arguments that the configuration may not set.
+        part: name of this part of a configuration, for messages.
+        params: from the configuration.
+        own: arguments that the configuration may not set.
     """
     signature = inspect.signature(function)
     signature = signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in own])

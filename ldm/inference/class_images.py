@@ -105,7 +105,7 @@ def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
     """Return what a user should know of a subject before it is learned."""
     notes, encoder = notes_on_images(subject.instance_dir), model.cond_stage_model
     kinds = [] if subject.class_prompt is None else choices(subject.class_prompt)
-    for word in identifiers(subject.instance_prompt, "" if subject.class_prompt is None else subject.class_prompt):
+    for word in identifiers(subject.instance_prompt, subject.class_prompt or ""):
         tokens = len(encoder.tokenizer.encode(word))
         if tokens > 1:
             notes.append(f"the tokenizer splits {word!r} into {tokens} tokens, which are learned together")
@@ -116,19 +116,13 @@ def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:
 
 
 class Class(NamedTuple):
-    """The class images that a subject needs.
-
-    Attributes:
-        folder: Where they are.
-        prompts: Of the class; none: no images either.
-        count: How many images. None: all of the user's, or the default number where there are none.
-        keep: Other prompts, of which as many images are generated. None: those that the model is known to have
-            learned, unless the folder has images of the user's.
-    """
+    """The class images that a subject needs."""
 
     folder: Path
-    prompts: Sequence[str]
-    count: int | None = None
+    prompts: Sequence[str]  # of the class; empty: no images either
+    count: int | None = None  # None: all of the user's images, or the default number where there are none
+    # Other prompts, of which as many images are generated. None: those that the model is known to have learned, unless
+    # the folder has images of the user's.
     keep: Sequence[str] | None = None
 
 
@@ -155,11 +149,8 @@ def collect(
     where there are several prompts, since then they need captions of their own.
 
     Args:
-        model: The model to tune.
-        classes: One for each subject.
-        default_count: Images of a class that gives no count.
-        size, scale, batch_size: As in `generate_class_images`.
-        known: Prompts that the model is known to have learned.
+        default_count: images of a class that has no count.
+        known: prompts that the model is known to have learned.
     """
     found, shares = zip(*(_plan(one, default_count, known) for one in classes), strict=True)
     names = iter(generate_class_images(model, [share for row in shares for share in row], size, scale, batch_size))
@@ -197,11 +188,8 @@ def generate_class_images(
     Each file is written whole or not at all, so that an interrupted run can go on.
 
     Args:
-        model: The model to tune.
-        shares: What to generate.
-        size: Height and width in pixels.
-        scale: The guidance scale.
-        batch_size: Images at a time.
+        size: height and width in pixels.
+        scale: the guidance scale.
     """
     first = default_recipe(model, "" if model.path is None else model.path.stem, scale=scale, height=size, width=size)
     runs = [plan(first, [share.prompt], share.count, batch_size) for share in shares]

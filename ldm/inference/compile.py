@@ -3,13 +3,18 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.latent_diffusion import LatentDiffusion
+
+
+def uncompiled() -> AbstractContextManager:
+    """Return a context in which compiled networks run uncompiled: compiled code runs no hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def channels_last(model: LatentDiffusion) -> ExitStack:
@@ -26,10 +31,6 @@ def compile_unet(model: LatentDiffusion, backend: str | Callable = "inductor") -
 
     It is compiled at the first call for each shape of its inputs, which takes about a minute and is announced on
     stderr. A failure of the compiler (no C++ compiler, no Triton, an unknown operation) is then a ValueError.
-
-    Args:
-        model: the model whose UNet to compile.
-        backend: of torch.compile; "eager" compiles nothing.
     """
     wrapper, unet = model.model, model.model.diffusion_model
     compiled: set[tuple[torch.Size, ...]] = set()

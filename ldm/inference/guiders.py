@@ -5,9 +5,8 @@ formulas.
 """
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.schedule import Schedule, make_schedule
+from ldm.inference.compile import uncompiled
 from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
@@ -43,12 +43,10 @@ def make_guide(
     """Return one guide for all kinds of guidance that are asked for, or None without any.
 
     Args:
-        model: The model to guide.
-        threshold: The percentile, a fraction, of `guidance.dynamic_threshold`, which comes last.
-        pag, pag_layers: The scale and layers of `pag_guide`; scale 0 is off.
-        weak, autoguide_scale: The weaker model, or its checkpoint, and scale of `autoguide`; scale 1 is off.
-        classifier, classifier_scale: The classifier, or its checkpoint, and scale of `classifier_guide`; scale 0 is
-            off.
+        threshold: percentile, a fraction, of `guidance.dynamic_threshold`, which comes last.
+        pag, pag_layers: scale and layers of `pag_guide`; scale 0 is off.
+        weak, autoguide_scale: the weaker model, or its checkpoint, and the scale of `autoguide`; scale 1 is off.
+        classifier, classifier_scale: of `classifier_guide`, the classifier or its checkpoint; scale 0 is off.
     """
     guides: list[Guide] = []
     if weak is not None:
@@ -76,9 +74,9 @@ def pag_guide(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_
     It costs one more evaluation of the model in each step.
 
     Args:
-        model: The model to guide; not a denoising GAN.
+        model: not a denoising GAN.
         scale: 0 is off.
-        layers: Names in the UNet, as in `self_attention`.
+        layers: names in the UNet, as in `self_attention`.
     """
     _check_deterministic(model)
     modules = self_attention(model.model.diffusion_model, layers)
@@ -117,10 +115,8 @@ def self_attention(unet: nn.Module, layers: Sequence[str]) -> list[nn.Module]:
 def identity_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let every token attend only to itself in these modules, in this thread, inside the `with` block.
 
-    A forward hook replaces the modules' output, so that nothing in them changes and other threads are not affected.
-
-    Args:
-        modules: `CrossAttention` used as self-attention, or `AttentionBlock`.
+    A forward hook replaces the output of these `CrossAttention` or `AttentionBlock`: nothing in them changes, and other
+    threads are not affected.
     """
     thread = get_ident()
 
@@ -130,9 +126,8 @@ def identity_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
         return _identity_block(module, *args) if isinstance(module, AttentionBlock) else _identity(module, *args)
 
     hooks = [module.register_forward_hook(replace, prepend=True) for module in modules]
-    compiled = "torch._dynamo" in sys.modules  # compiled code runs no hooks
     try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with uncompiled():
             yield
     finally:
         for hook in hooks:
@@ -158,8 +153,8 @@ def autoguide(model: LatentDiffusion, weak: LatentDiffusion, scale: float) -> Gu
     It costs one evaluation of the weaker model in each step.
 
     Args:
-        model: The model to guide; not a denoising GAN. Its text encoder serves both.
-        weak: A model of the same latents and texts, as `load_weak` returns it, with its own schedule, prediction and
+        model: not a denoising GAN. Its text encoder serves both.
+        weak: a model of the same latents and texts, as `load_weak` returns it, with its own schedule, prediction and
             scale factor.
         scale: 1 is off.
     """
@@ -184,12 +179,7 @@ def _check_deterministic(*models: LatentDiffusion) -> None:
 
 
 def load_weak(path: str | Path, model: LatentDiffusion) -> LatentDiffusion:
-    """Load the weaker model for `autoguide`, on the model's device and in its precision.
-
-    Args:
-        path: Another checkpoint, or an earlier one of the same training.
-        model: The model to guide.
-    """
+    """Load the weaker model for `autoguide`, such as an earlier checkpoint, on the model's device in its precision."""
     from ldm.loading import load
 
     weak = load(path, device="cpu")
@@ -205,19 +195,20 @@ def check_weak(weak: LatentDiffusion, model: LatentDiffusion) -> None:
     Latents are the encoder's: the decoders may differ. Rounding to half precision is not a difference.
     """
     latents = [_part(m.first_stage_model, "encoder.", "quant_conv.") for m in (weak, model)]
-    if weak.channels != model.channels or not _similar(*latents):
-        raise ValueError(f"{weak.path} cannot guide this model: its first stage has other latents")
     texts = [_part(m.cond_stage_model) for m in (weak, model)]
-    if not _similar(*texts):
-        raise ValueError(f"{weak.path} cannot guide this model: its text encoder has other weights")
     classes = [getattr(m.cond_stage_model, "n_classes", 0) for m in (weak, model)]
-    if classes[0] != classes[1]:
-        raise ValueError(f"{weak.path} cannot guide this model: it has {classes[0]} classes, this model {classes[1]}")
-    if weak.concat != model.concat:
-        raise ValueError(
-            f"{weak.path} cannot guide this model: its UNet takes {weak.concat or 'no image'} beside the latents, "
-            f"this model's {model.concat or 'no image'}"
-        )
+    problem = None
+    if weak.channels != model.channels or not _similar(*latents):
+        problem = "its first stage has other latents"
+    elif not _similar(*texts):
+        problem = "its text encoder has other weights"
+    elif classes[0] != classes[1]:
+        problem = f"it has {classes[0]} classes, this model {classes[1]}"
+    elif weak.concat != model.concat:
+        inputs = [m.concat or "no image" for m in (weak, model)]
+        problem = f"its UNet takes {inputs[0]} beside the latents, this model's {inputs[1]}"
+    if problem is not None:
+        raise ValueError(f"{weak.path} cannot guide this model: {problem}")
 
 
 class NoisyClassifier(NamedTuple):
@@ -244,12 +235,7 @@ def classifier_guide(classifier: NoisyClassifier, scale: float) -> Guide:
 
 
 def load_classifier(path: str | Path, model: LatentDiffusion) -> NoisyClassifier:
-    """Load the classifier of `classifier_guide` on the model's device.
-
-    Args:
-        path: A checkpoint of `ldm.optional.noisy_classifier_stage`.
-        model: The model to guide.
-    """
+    """Load the classifier of `classifier_guide` from a `NoisyClassifierStage`'s checkpoint, on the model's device."""
     from ldm.checkpoint.file import load_file
     from ldm.loading import load_network
 
@@ -275,8 +261,5 @@ def _similar(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     """Return whether both have the same tensors, each within 1 % of its norm (bfloat16 rounds by 0.2 %)."""
     if {name: t.shape for name, t in first.items()} != {name: t.shape for name, t in second.items()}:
         return False
-    for name, tensor in first.items():
-        a, b = tensor.float().cpu(), second[name].float().cpu()
-        if (a - b).norm() > 0.01 * b.norm():
-            return False
-    return True
+    pairs = ((tensor.float().cpu(), second[name].float().cpu()) for name, tensor in first.items())
+    return not any((a - b).norm() > 0.01 * b.norm() for a, b in pairs)

@@ -1,15 +1,16 @@
 """Find where NaN or infinity begins: the first module whose output is not finite, by name."""
 
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from ldm.inference.compile import uncompiled
 from ldm.latent_diffusion import LatentDiffusion
 
 
@@ -28,10 +29,7 @@ def generate_checked(model: LatentDiffusion, *args: Any, **settings: Any) -> lis
     """Return `model.generate(*args, **settings)`, or name the first module whose output was not finite.
 
     Finite images cost one check of each batch's pixels. Otherwise the images are generated again, with a check of the
-    output of every module.
-
-    Raises:
-        ValueError: an image is not finite; the message names the module and a remedy.
+    output of every module, and a ValueError names the module and a remedy.
     """
     try:
         with check_images(model):
@@ -66,8 +64,7 @@ def _check_modules(model: LatentDiffusion) -> Iterator[None]:
         if not _finite(output):
             raise _error(name, module)
 
-    compiled = "torch._dynamo" in sys.modules  # compiled code runs no hooks
-    with ExitStack() as hooks, torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+    with ExitStack() as hooks, uncompiled():
         for name, module in model.named_modules():
             if module is not model:
                 hooks.enter_context(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True))
@@ -77,11 +74,7 @@ def _check_modules(model: LatentDiffusion) -> Iterator[None]:
 
 def _finite(value: Any) -> bool:
     """Return whether all numbers in tensors, and in lists, tuples and dicts of them, are finite."""
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() or bool(torch.isfinite(value).all())
-    if isinstance(value, dict):
-        value = list(value.values())
-    return not isinstance(value, list | tuple) or all(map(_finite, value))
+    return all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _error(where: str, module: nn.Module) -> ValueError:

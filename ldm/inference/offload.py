@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ldm.latent_diffusion import LatentDiffusion
 
@@ -20,11 +21,8 @@ def offload(
     become float32 where they compute on a CPU (see `precision`).
 
     Args:
-        model: the model to move.
         way: "cpu": the two compute at home and use no memory on the device. "swap": they stay at home, and copies of
             their weights are on the device while they compute; weights that are mapped from a file stay mapped.
-        device: where the UNet computes.
-        home: where the two stay.
     """
     if way not in WAYS:
         raise ValueError(f"offload {way!r} is unknown: it is one of {', '.join(WAYS)}")
@@ -67,19 +65,8 @@ class _Visit:
                     self.at_home.append((module, name, tensor))
                     copy = tensor.detach().to(self.place)
                     setattr(module, name, nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy)
-        return _to(args, self.place), _to(kwargs, self.place)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.place), (args, kwargs))
 
     def leave(self, *_: Any) -> None:
         while self.at_home:
             setattr(*self.at_home.pop())
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Return tensors, and those in dicts, lists and tuples, on `device`; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(part, device) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_to(part, device) for part in value)
-    return value

@@ -38,14 +38,12 @@ def set_precision(model: LatentDiffusion, name: str, device: str | torch.device 
     """Convert the UNet and the text encoder to a precision, until the result is closed.
 
     Args:
-        model: the model to convert in place.
         name: full, bf16, fp16 or autocast, as in the table above.
         device: where to move the UNet at the same time, so that there it only ever exists in its precision. None: leave
             it where it is.
 
     Returns:
-        What restores the weights, as a context manager or by `close()`. It holds the weights as they were, on their
-        device: drop it to free them.
+        What restores the weights. It holds them as they were, on their device: drop it to free them.
     """
     if name not in DTYPES:
         raise ValueError(f"precision {name!r} is unknown: it is one of {', '.join(DTYPES)}")

@@ -30,7 +30,6 @@ class StripRecorder:
         self.rows: list[tuple[list[Image.Image], ...]] = []  # of each image: the forward process, x_t, predicted x0
 
     def __call__(self, step: Step) -> None:
-        """Record a step if it is one to keep."""
         if step.index == 0:  # a new batch
             self.sigmas = []
             self.rows += [([], [], []) for _ in step.x]

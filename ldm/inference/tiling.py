@@ -25,10 +25,7 @@ from ldm.models.autoencoder import Decoder, Encoder, ResnetBlock
 
 
 def slice_vae(model: LatentDiffusion) -> ExitStack:
-    """Encode and decode one image at a time, so that a batch needs no more memory than an image, until this is closed.
-
-    A first stage that has no encoder (pixels) stays as it is.
-    """
+    """Encode and decode one image at a time, in the memory that one image needs, until the result is closed."""
     return _set_tiling(model, Tiling())
 
 
@@ -36,13 +33,9 @@ def tile_vae(model: LatentDiffusion, side: int = 128, store: str | torch.device 
     """Encode and decode one image at a time, and large ones in bands, until the result is closed.
 
     Args:
-        model: the model whose first stage computes so. One without an encoder (pixels) stays as it is.
         side: a band has at most about side^2 pixels.
         store: the device on which feature maps wait. Stable Diffusion's decoder needs 1 KiB there for each pixel of the
             image (two maps of 128 channels, or one of 256, in float32): 0.25 GiB at 512 x 512.
-
-    Raises:
-        ValueError: a side that is smaller than one latent.
     """
     if side < model.downsampling:
         raise ValueError(f"tiles of {side} pixels are too small: a latent of this model has {model.downsampling}")
@@ -70,6 +63,7 @@ class Tiling:
 
 
 def _set_tiling(model: LatentDiffusion, tiling: Tiling) -> ExitStack:
+    """Let the first stage compute so, until the result is closed. The identity (pixels) stays as it is."""
     undo = ExitStack()
     for coder in (model.first_stage_model.encoder, model.first_stage_model.decoder):
         if isinstance(coder, Encoder | Decoder):
@@ -187,8 +181,8 @@ class _Bands:
     def norm(self, layer: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
         """Return `layer` with the statistics of the whole map: then it is a batch normalisation in eval mode."""
         count, total, squares = 0, 0.0, 0.0
-        for i in range(len(self.bands)):
-            band = self[i]
+        for band in self.bands:
+            band = band.to(self.device)
             wide = band.to(torch.promote_types(band.dtype, torch.float32))
             mean = wide.mean((0, 2, 3))  # (c,), of the band; torch.var_mean takes ten times as long
             var = (wide - mean[:, None, None]).square().mean((0, 2, 3))
