@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import refused
 from PIL import Image
 
 import ldm
@@ -62,8 +63,7 @@ def test_another_model_prompt_size_or_scale_makes_new_ones(model, tiny_checkpoin
     settings += [(model, "a five", 16, 1.0), (model, "a five", 32, 2.0)]
     names = [generate(m, tmp_path, 1, 1, *setting)[0] for m, *setting in settings]
     assert len(set(names)) == 5 == len(list(tmp_path.iterdir()))
-    with pytest.raises(ValueError, match="cannot be made by this model"):
-        generate(model, tmp_path, 1, 1, size=33)
+    refused("cannot be made by this model", generate, model, tmp_path, 1, 1, size=33)
 
 
 def test_a_users_images_come_first(model, tmp_path, capsys):
@@ -143,7 +143,6 @@ def test_a_full_disk_leaves_whole_images_only(model, tmp_path, monkeypatch):
         return save(self, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        generate(model, tmp_path, 3, 3)
+    refused("No space left", generate, model, tmp_path, 3, 3, error=OSError)
     assert len(list(tmp_path.iterdir())) == 1
     assert len(generate(model, tmp_path, 3, 3)) == 3

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import refused
 
 from ldm.cli import Parser, check_writable, finite_float, int_range, run, sentence
 
@@ -77,8 +78,7 @@ def test_number_types_have_limits():
     assert int_range(0)("7") == 7
     assert finite_float(0, infinite=True)("inf") == float("inf")
     for read, text in ((int_range(0, 5), "6"), (finite_float(0), "-0.1"), (int_range(0), "1.5")):
-        with pytest.raises(Exception, match=text):
-            read(text)
+        refused(text, read, text, error=Exception)
 
 
 def ending(error: BaseException | None, capsys) -> tuple[object, str]:
@@ -131,11 +131,9 @@ def test_check_writable(tmp_path):
     check_writable(None)
     check_writable(tmp_path / "new" / "x.png")
     assert (tmp_path / "new").is_dir() and not (tmp_path / "new" / "x.png").exists()
-    with pytest.raises(OSError, match="new cannot be written: name a file"):
-        check_writable(tmp_path / "new")
+    refused("new cannot be written: name a file", check_writable, tmp_path / "new", error=OSError)
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="exists"):
-        check_writable(tmp_path / "file" / "x.png")
+    refused("exists", check_writable, tmp_path / "file" / "x.png", error=OSError)
 
 
 def test_fast_exit_keeps_output_and_status():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from script_runs import load_script, names, pixels, recipe
@@ -132,8 +133,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # Ctrl-C in step 2, so that step 3 is again one with R1
         patch.setattr(loop, "preview", interrupt)
-        with pytest.raises(Interrupted, match="stopped at step 2"):
-            train(config(tmp_path / "resumed"), device="cpu")
+        refused("stopped at step 2", train, config(tmp_path / "resumed"), error=Interrupted, device="cpu")
     torch.manual_seed(99)
     resumed = train(config(tmp_path / "resumed"), resume=True, device="cpu")
     assert_same(alone, resumed)
@@ -181,5 +181,4 @@ def test_the_shipped_configuration_has_the_papers_numbers():
     ],
 )
 def test_mistakes_show_before_training(settings, message):
-    with pytest.raises(ValueError, match=message):
-        stage(**settings)
+    refused(message, stage, **settings)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 
 from ldm.models.discriminator import (
     NLayerDiscriminator,
@@ -27,8 +28,7 @@ def test_weights_start_small():
 
 
 def test_no_layers_is_refused():
-    with pytest.raises(ValueError, match="n_layers is 0"):
-        NLayerDiscriminator(n_layers=0)
+    refused("n_layers is 0", NLayerDiscriminator, n_layers=0)
 
 
 def test_losses():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import refused
 from golden_fill import count, fill, randn, unet_params, untrained
 from torch.nn import functional as F
 
@@ -93,10 +94,8 @@ def test_computes_in_its_parameters_dtype():
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        EncoderUNetModel(**SMALL | options)
-    with pytest.raises(ValueError, match="8 channels do not split into heads: num_head_channels is 3"):
-        AttentionPool2d(3, 8, 3)
+    refused(message, EncoderUNetModel, **SMALL | options)
+    refused("8 channels do not split into heads: num_head_channels is 3", AttentionPool2d, 3, 8, 3)
 
 
 def test_compvis_names():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from golden_fill import fill
 from torch.nn import functional as F
 
@@ -110,8 +111,7 @@ def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path
     ],
 )
 def test_wrong_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        stage(**changes)
+    refused(message, stage, **changes)
 
 
 @pytest.mark.parametrize(
@@ -124,5 +124,4 @@ def test_wrong_settings_are_refused(changes, message):
     ],
 )
 def test_images_that_do_not_fit_are_refused(data, message):
-    with pytest.raises(ValueError, match=message):
-        stage().prepare(data, CPU)
+    refused(message, stage().prepare, data, CPU)

@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 import ldm
 from ldm.inference.offload import offload
@@ -90,8 +91,7 @@ def test_unconditional_models_and_unknown_ways(model):
     model.cond_stage_model = None
     offload(model, "swap", "meta")
     assert model.decode(torch.zeros(1, 4, 8, 8, device="meta")).shape == (1, 1, 32, 32)
-    with pytest.raises(ValueError, match="offload 'gpu' is unknown: it is one of cpu, swap"):
-        offload(model, "gpu", "meta")
+    refused("offload 'gpu' is unknown: it is one of cpu, swap", offload, model, "gpu", "meta")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import refused
 from golden_fill import count, fill, randn, untrained
 from torch import nn
 
@@ -89,5 +90,4 @@ def test_time_enters_sines_first():
     [({"widths": [8]}, "widths is .8.: give one"), ({"time_channels": 7}, "time_channels is 7: it must be even")],
 )
 def test_bad_arguments_are_refused(changes, words):
-    with pytest.raises(ValueError, match=words):
-        SimpleUNet(**SMALL | changes)
+    refused(words, SimpleUNet, **SMALL | changes)

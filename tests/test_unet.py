@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import refused
 from golden_fill import count, fill, randn, shapes, unet_params, untrained
 from torch import nn
 
@@ -366,13 +367,10 @@ def test_group_norm_keeps_float32_statistics(dtype, bits):
     ],
 )
 def test_wrong_arguments_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        UNetModel(**SMALL | options)
+    refused(message, UNetModel, **SMALL | options)
 
 
 def test_y_must_come_exactly_when_the_network_takes_one():
     x, t, _ = inputs()
-    with pytest.raises(ValueError, match="takes no y"):
-        small()(x, t, y=torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="num_classes 10 needs y"):
-        small(num_classes=10)(x, t)
+    refused("takes no y", small(), x, t, y=torch.tensor([1, 2]))
+    refused("num_classes 10 needs y", small(num_classes=10), x, t)

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from golden_fill import count, fill, randn, untrained
 from torch import nn
 
@@ -60,8 +61,7 @@ def test_the_class_is_added_to_the_time():
     outputs = model(randn(2, 1, 6, 6), t, y=y)
     time = model.time_embed(timestep_embedding(t, 8, sines_first=True))
     torch.testing.assert_close(seen[0], time + model.class_embed.weight[y])
-    with pytest.raises(AssertionError, match="give y if and only if the network has classes"):
-        model(randn(2, 1, 6, 6), t)
+    refused("give y if and only if the network has classes", model, randn(2, 1, 6, 6), t, error=AssertionError)
     plain = fill(UNet2D(**SMALL | {"num_classes": None}), 1)
     assert plain(randn(2, 1, 6, 6), t).shape == outputs.shape
 
@@ -149,8 +149,7 @@ def test_transposed_upsampling_is_the_strided_convolutions_gradient():
     ],
 )
 def test_bad_arguments_are_refused(changes, words):
-    with pytest.raises(ValueError, match=words):
-        UNet2D(**SMALL | changes)
+    refused(words, UNet2D, **SMALL | changes)
 
 
 # Against an independent implementation.

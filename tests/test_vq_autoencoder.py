@@ -1,7 +1,7 @@
 """The VQ autoencoder, as a first stage and in the form that trains; see test_published.py too."""
 
-import pytest
 import torch
+from conftest import refused
 from golden_fill import fill, load_golden, untrained
 from torch import nn
 
@@ -57,5 +57,4 @@ def test_a_doubled_code_is_refused():
     doubled = params["ddconfig"] | {"double_z": True}
     default = {key: value for key, value in params["ddconfig"].items() if key != "double_z"}
     for ddconfig in (doubled, default):
-        with pytest.raises(ValueError, match="double_z false"):
-            VQModel(**params | {"ddconfig": ddconfig})
+        refused("double_z false", VQModel, **params | {"ddconfig": ddconfig})
