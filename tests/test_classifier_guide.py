@@ -6,24 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import pixels, randomised, refused
+from golden_fill import unet_params
 
 from ldm.checkpoint.file import save_file
 from ldm.diffusion.schedule import make_schedule
 from ldm.inference.guiders import classifier_guide, load_classifier
 from ldm.optional.noisy_classifier import EncoderUNetModel
 
-PARAMS = {
-    "image_size": 8,
-    "in_channels": 4,
-    "model_channels": 16,
-    "out_channels": 10,
-    "num_res_blocks": 1,
-    "attention_resolutions": [],
-    "channel_mult": [1, 2],
-    "num_head_channels": 16,
-    "norm_groups": 8,
-    "pool": "attention",
-}
+PARAMS = unet_params(model_channels=16, out_channels=10, attention_resolutions=[], num_head_channels=16, norm_groups=8)
+PARAMS["pool"] = "attention"
 TARGET = "ldm.optional.noisy_classifier.EncoderUNetModel"
 
 
@@ -79,15 +70,20 @@ def test_the_classifier_has_its_own_schedule(model, tmp_path):
     assert seen == pytest.approx([noisy.schedule.t_at(float(sigma)) for sigma in sigmas])
 
 
-def test_unfit_classifiers_and_prompts_are_refused(model, file, tmp_path):
-    with pytest.raises(ValueError, match="class 'a five' does not exist"):
-        model.generate(["a five"], guide=classifier_guide(load_classifier(file, model), 1.0))
-    with pytest.raises(ValueError, match="class 10 does not exist: this model's are 0 to 9"):
-        model.generate(["10"], guide=classifier_guide(load_classifier(file, model), 1.0))
-    refused("no schedule", load_classifier, write(tmp_path / "a.safetensors"), model)
-    with pytest.raises(ValueError, match=r"^schedule of .*a.safetensors: .*'nam'; it takes"):
-        load_classifier(write(tmp_path / "a.safetensors", {"nam": "cosine"}), model)
-    with pytest.raises(ValueError, match=r"does not fit this model, whose latents are \(4, 8, 8\)"):
-        load_classifier(write(tmp_path / "b.safetensors", {"name": "cosine"}, in_channels=1), model)
-    with pytest.raises(ValueError, match=r"does not fit this model.*8 x 8, and got 4 x 4"):
-        load_classifier(write(tmp_path / "c.safetensors", {"name": "cosine"}, image_size=16), model)
+def test_unfit_prompts_are_refused(model, file):
+    guide = classifier_guide(load_classifier(file, model), 1.0)
+    refused("class 'a five' does not exist", model.generate, ["a five"], guide=guide)
+    refused("class 10 does not exist: this model's are 0 to 9", model.generate, ["10"], guide=guide)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes", "message"),
+    [
+        (None, {}, "no schedule"),
+        ({"nam": "cosine"}, {}, r"^schedule of .*a.safetensors: .*'nam'; it takes"),
+        ({"name": "cosine"}, {"in_channels": 1}, r"does not fit this model, whose latents are \(4, 8, 8\)"),
+        ({"name": "cosine"}, {"image_size": 16}, r"does not fit this model.*8 x 8, and got 4 x 4"),
+    ],
+)
+def test_unfit_classifiers_are_refused(model, tmp_path, schedule, changes, message):
+    refused(message, load_classifier, write(tmp_path / "a.safetensors", schedule, **changes), model)

@@ -10,7 +10,7 @@ from ldm.cli import Parser, check_writable, finite_float, int_range, run, senten
 
 
 def parser() -> Parser:
-    parser = Parser(prog="draw.py")
+    parser = Parser(prog="sample.py")
     parser.add_argument("--n_samples", type=int_range(1), default=1)
     parser.add_argument("--from-file")
     parser.add_argument("--scale", "--cfg_scale", type=finite_float())
@@ -137,10 +137,7 @@ def test_check_writable(tmp_path):
 
 
 def test_fast_exit_keeps_output_and_status():
-    code = (
-        "from ldm.cli import run\n"
-        "def main():\n    print('drawn'); raise ValueError('not saved')\n"
-        "run(main, fast_exit=True)"
-    )
+    code = "from ldm.cli import run\ndef main():\n    print('done'); raise ValueError('not saved')\n"
+    code += "run(main, fast_exit=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "drawn\n", "error: not saved\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "done\n", "error: not saved\n")

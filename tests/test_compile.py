@@ -113,7 +113,7 @@ def test_mistakes_of_the_caller_stay_what_they_are():
 
 
 @pytest.mark.full
-def test_inductor_draws_the_same_digit():
+def test_inductor_generates_the_same_digit():
     model = ldm.load(device="cpu")
     settings = {"steps": 4, "interval": (0, 100)}  # one shape
     expected = np.asarray(model.generate(["a handwritten digit five"], **settings)[0]).astype(int)

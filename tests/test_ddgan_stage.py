@@ -113,15 +113,12 @@ def test_r1_is_lazy(batch):
     assert penalised == [True, False, False, True, False, False, True]
 
 
-def config(outdir: Path, **params) -> dict:
+def config(outdir: Path) -> dict:
     return {
         "name": "ddgan",
         "outdir": str(outdir),
         "seed": 3,
-        "stage": {
-            "target": "ldm.optional.ddgan_stage.DenoisingGANStage",
-            "params": {**PARAMS, "r1_every": 2, **params},
-        },
+        "stage": {"target": "ldm.optional.ddgan_stage.DenoisingGANStage", "params": {**PARAMS, "r1_every": 2}},
         "data": {"target": "ldm.data.digits.Digits", "params": {"first": 20}},
         "loop": {"steps": 5, "batch_size": 4, "log_every": 1, "preview_every": 2, "precision": "fp32"},
     }
@@ -169,10 +166,7 @@ def test_the_shipped_configuration_has_the_papers_numbers():
     ("settings", "message"),
     [
         ({"r1_every": 0}, "r1_every 0"),
-        (
-            {"model": {**PARAMS["model"], "target": "ldm.pixel_diffusion.PixelDiffusion"}},
-            "PixelDiffusion has no latent generator",
-        ),
+        ({"model": PARAMS["model"] | {"target": "ldm.pixel_diffusion.PixelDiffusion"}}, "has no latent generator"),
         ({"r1_weight": -1.0}, "weight -1"),
         ({"discriminator": {**DISCRIMINATOR, "clases": 11}}, "^discriminator: .*'clases'; it takes .*'classes'"),
         ({"reconstruction": -0.5}, "reconstruction -0.5 at least 0"),

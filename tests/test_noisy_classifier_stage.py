@@ -86,11 +86,11 @@ def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path
                 training.model(q_sample(data["image"], t, noise, training.schedule), t), data["label"]
             )
     assert found[0] < 0.1 and found[30] < 0.2
-    assert found[99] > 1  # nothing is left of the picture: a coin of four sides has log 4 = 1.4
+    assert found[99] > 1  # nothing remains of the image: a coin of four sides has log 4 = 1.4
 
-    pictures = training.preview()
-    assert len(pictures) == 100 and pictures[0].size == (16, 16)
-    black = [not np.asarray(picture).any() for picture in pictures]
+    images = training.preview()
+    assert len(images) == 100 and images[0].size == (16, 16)
+    black = [not np.asarray(image).any() for image in images]
     assert not any(black[::10]) and any(black[9::10])  # clean ones are read, and some of pure noise are not
 
     config, state = training.export()

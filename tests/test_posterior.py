@@ -57,7 +57,7 @@ def test_posterior_weights_x0_by_the_root_of_alpha_bar():
     torch.testing.assert_close(mean, q_pair(x0, T, torch.zeros_like(x0), torch.zeros_like(x0), VP)[0])
 
 
-def test_the_samplers_step_draws_from_the_posterior():
+def test_the_samplers_step_samples_the_posterior():
     """Euler-ancestral in the frame of sigma, mean and spread, at every level of the schedule."""
     x0, x = rows(1, 2, 2, seed=5), rows(1, 2, 2, seed=6)
     mean, variance = q_posterior(x0, x, T, VP)

@@ -232,7 +232,7 @@ def test_text_towers_of_another_kind_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"model_type": "bert"}, "model_type is 'bert'"),
         ({"intermediate_size": 64}, "intermediate_size 64: known is 128"),
@@ -243,11 +243,11 @@ def test_text_towers_of_another_kind_are_refused():
         ({"max_position_embeddings": 60}, r"1 tensors .*another shape \(.*position_embedding.weight\)"),
     ],
 )
-def test_configurations_that_do_not_fit_are_refused(tmp_path, changes, said):
+def test_configurations_that_do_not_fit_are_refused(tmp_path, changes, message):
     folder, _ = transformers_folder(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    refused(said, load_text_encoder, str(folder))
+    refused(message, load_text_encoder, str(folder))
 
 
 def test_folders_that_lack_something(tmp_path):

@@ -1,22 +1,21 @@
 """The text encoder: prompts in, conditioning out; parameter names of Stable Diffusion 1 and 2."""
 
 import copy
-import gzip
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
+from golden_fill import count, published_shapes, shapes
+from test_clip import hugging, open_clip_model
 
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 
-KEYS = Path(__file__).parent / "golden" / "state_dict_keys.json.gz"
 FIVE = "a handwritten digit five"
 PROMPTS = [FIVE, "", FIVE, "the number 7 — “bold”", FIVE]
 MERGES = reduce(PROMPTS, cleaning="openclip")
 SIZES = {"width": 32, "layers": 3, "heads": 4, "context_length": 16}
+CLIP_SIZES = {"vocab_size": 49408, "width": 32, "layers": 3, "heads": 4, "context_length": 77}
 SMALL = {**SIZES, "vocab_size": 514 + len(MERGES), "tokenizer": {"merges": MERGES}}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32, features of order 1
 
@@ -34,37 +33,17 @@ def encoder(layout="openclip", **changes):
     [("sd-v1", SD1, 123_060_480), ("sd-v2", SD2, 354_032_641), ("sd-v2-v", SD2, 354_032_641)],
 )
 def test_names_and_shapes_are_those_of_public_files(family, arguments, parameters):
-    with gzip.open(KEYS, "rt") as file:
-        contract = json.load(file)[family]
-    prefix = "cond_stage_model."
-    want = {k.removeprefix(prefix): v for k, v in contract.items() if k.startswith(prefix)}
+    want = published_shapes(family, "cond_stage_model.")
     want.pop("transformer.text_model.embeddings.position_ids", None)  # a buffer of old transformers: 0 .. 76
     with torch.device("meta"):
         model = TextEncoder(**arguments)
-    assert {k: list(v.shape) for k, v in model.state_dict().items()} == want
-    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert shapes(model) == want and count(model) == parameters
 
 
 @torch.no_grad()
 def test_stable_diffusion_1_as_transformers():
     """The last state after the final norm, prompts cleaned and padded as transformers does."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=32,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=77,
-        hidden_act="quick_gelu",
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
-    )
-    theirs = CLIPTextModel(config).eval()
-    weights = {"text_model." + k.removeprefix("text_model."): v for k, v in theirs.state_dict().items()}
-    weights.pop("text_model.embeddings.position_ids", None)
+    theirs, weights = hugging(CLIP_SIZES, "quick_gelu", None)
     ours = TextEncoder("transformers", 32, 3, 4, "quick_gelu", pooled=True)
     ours.transformer.load_state_dict(weights)
     tokens = ours.tokenizer(PROMPTS)
@@ -85,11 +64,9 @@ def test_stable_diffusion_2_as_open_clip():
     """The state before the last block after the final norm, prompts cleaned and padded as open_clip does."""
     import open_clip
 
-    vision = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 8, "image_size": 8}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
-    theirs = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+    theirs, weights = open_clip_model(CLIP_SIZES, embed_dim=24)
     ours = TextEncoder("openclip", 32, 3, 4, "gelu", projection_dim=24, layer="penultimate", pooled=True)
-    ours.model.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("visual.")})
+    ours.model.load_state_dict(weights)
     tokens = open_clip.tokenize(PROMPTS)
     for skip in (1, 2):
         x = theirs.token_embedding(tokens) + theirs.positional_embedding
@@ -103,13 +80,9 @@ def test_stable_diffusion_2_as_open_clip():
 @torch.no_grad()
 def test_a_small_open_clip_with_a_reduced_vocabulary():
     """What the digits model does: open_clip's class trains, our tower runs, end of text the highest id."""
-    import open_clip
-
     ours = encoder(projection_dim=24, pooled=True)
-    vision = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 8, "image_size": 8}
-    text = {**SIZES, "vocab_size": SMALL["vocab_size"]}
-    theirs = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
-    ours.model.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("visual.")})
+    theirs, weights = open_clip_model({**SIZES, "vocab_size": SMALL["vocab_size"]}, embed_dim=24)
+    ours.model.load_state_dict(weights)
     want = theirs.encode_text(ours.tokenizer(PROMPTS))
     torch.testing.assert_close(ours(PROMPTS)["c_adm"], want, **TOLERANCE)
 
@@ -162,7 +135,7 @@ def test_clip_skip_counts_from_the_encoders_own_layer():
 
 
 @pytest.mark.parametrize(
-    ("layer", "skip", "said"),
+    ("layer", "skip", "message"),
     [
         ({"layer": "last"}, 4, "clip_skip 4 does not exist: .* 3 blocks up to its own layer, so it is 1 .* to 3"),
         ({"layer": "penultimate"}, 3, "clip_skip 3 does not exist: .* to 2$"),
@@ -170,8 +143,8 @@ def test_clip_skip_counts_from_the_encoders_own_layer():
         ({"layer": "hidden", "layer_index": 0}, 2, "to 1$"),
     ],
 )
-def test_a_clip_skip_that_does_not_exist_is_refused(layer, skip, said):
-    refused(said, encoder(**layer), ["a cat"], clip_skip=skip)
+def test_a_clip_skip_that_does_not_exist_is_refused(layer, skip, message):
+    refused(message, encoder(**layer), ["a cat"], clip_skip=skip)
 
 
 def test_only_the_blocks_that_count_are_run():
@@ -204,7 +177,7 @@ def test_a_copy_gives_the_same():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"layout": "bert"}, "layout 'bert'"),
         ({"layer": "first"}, "layer 'first'"),
@@ -215,8 +188,8 @@ def test_a_copy_gives_the_same():
         ({"tokenizer": {"merges": MERGES, "context_length": 20}}, "and 20; they must be equal"),
     ],
 )
-def test_bad_arguments_are_named(changes, said):
-    refused(said, encoder, **changes)
+def test_bad_arguments_are_named(changes, message):
+    refused(message, encoder, **changes)
 
 
 def test_one_string_is_refused():

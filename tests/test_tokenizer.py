@@ -18,7 +18,7 @@ from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm.conditioning.tokenizer import PLAIN_TEXT, Tokenizer, clip_merges, openclip_clean, reduce
+from ldm.conditioning.tokenizer import PLAIN_TEXT, Tokenizer, clip_merges, openclip_clean, reduce, without_surrogates
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True)
 CAPTIONS = ["a handwritten digit five", "a bold handwritten digit 7 leaning right", "the number zero, please"]
@@ -105,8 +105,7 @@ def openclip():
 
 
 def as_transformers(hugging, prompts, context_length=77):
-    # It refuses lone surrogates.
-    prompts = [p.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for p in prompts]
+    prompts = [without_surrogates(p) for p in prompts]  # which it refuses
     out = hugging(prompts, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt")
     return out["input_ids"]
 
@@ -224,7 +223,7 @@ def test_any_prompt_tokenizes_without_loss_in_bytes_alone(text):
     ids = words.encode(text)
     assert all(0 <= i < words.vocab_size for i in ids)
     names = [words.pipeline.id_to_token(i).removesuffix("</w>") for i in ids if i < 512]
-    cleaned = openclip_clean(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    cleaned = openclip_clean(without_surrogates(text))
     if not any(name in cleaned for name in ("<start_of_text>", "<end_of_text>")):
         assert bytes(byte[name] for name in names) == cleaned.replace(" ", "").encode()
 
@@ -242,12 +241,8 @@ def test_reduced_ids_are_compact():
     rows = small(CAPTIONS)
     assert rows.max() == small.eos == 514 + len(merges) - 1
     assert (rows.argmax(-1) == (rows == small.eos).int().argmax(-1)).all()  # open_clip pools at the highest id
-    assert {small.pipeline.id_to_token(i) for i in small.encode(CAPTIONS[0])} == {
-        "a</w>",
-        "handwritten</w>",
-        "digit</w>",
-        "five</w>",
-    }
+    names = {small.pipeline.id_to_token(i) for i in small.encode(CAPTIONS[0])}
+    assert names == {f"{word}</w>" for word in ("a", "handwritten", "digit", "five")}
 
 
 def test_reduced_tokenizer_pickles():
@@ -285,7 +280,7 @@ print([name for name in ("open_clip", "transformers", "ftfy", "regex", "torchvis
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"cleaning": "bert"}, "'bert' is unknown; it is one of clip, openclip"),
         ({"context_length": 1}, "context_length 1"),
@@ -297,15 +292,12 @@ print([name for name in ("open_clip", "transformers", "ftfy", "regex", "torchvis
         ({"merges": ["abc"]}, "not a byte-pair list"),
     ],
 )
-def test_bad_arguments_are_named(arguments, said):
-    refused(said, Tokenizer, **{"merges": ["a b"], **arguments})
+def test_bad_arguments_are_named(arguments, message):
+    refused(message, Tokenizer, **{"merges": ["a b"], **arguments})
 
 
-def test_one_string_is_refused():
+def test_one_string_and_more_merges_than_there_are_are_refused():
     refused("a list of prompts", Tokenizer(["a b"]), "a cat")
-
-
-def test_reduce_refuses_more_merges_than_there_are():
     refused("merges_first 50000", reduce, [], 50_000)
 
 
