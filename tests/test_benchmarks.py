@@ -41,7 +41,7 @@ def files(tmp_path_factory):
     return folder, sum(p.numel() * p.element_size() for p in model.state_dict().values()) / 2**30
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".ckpt", marks=pytest.mark.full)])
 def test_loading_maps_the_file(files, suffix):
     folder, weights = files
     ours = loading.measure(*loading.OURS, folder / f"model{suffix}", folder / "config.json")

@@ -22,11 +22,6 @@ def psnr(reconstruction: Tensor, images: Tensor, peak: float = 2.0) -> Tensor:
     return 10 * (peak**2 / error).log10()
 
 
-def pooled_psnr(reconstruction: Tensor, images: Tensor, peak: float = 2.0) -> float:
-    """Return the PSNR of the mean squared error over all images, which is below the mean of their PSNRs."""
-    return psnr(reconstruction[None], images[None], peak).item()
-
-
 def load_autoencoder(path: str | Path | None, device: str = "auto") -> tuple[nn.Module, float]:
     """Load a first stage from a model's file or its own; return it and the scale factor of its latents.
 

@@ -55,6 +55,7 @@ class Detector:
 
 
 def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """Return the distance (n,) from each of points (n, d) to the nearest of others (m, d)."""
     return torch.cdist(points, others).amin(dim=1)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.data.captions import FRAME_LISTS, Caption
 from ldm.data.measure import classify_styles
-from ldm.evaluation.autoencoder import Reconstruction, pooled_psnr, psnr
+from ldm.evaluation.autoencoder import Reconstruction, psnr
 from ldm.evaluation.diversity import class_diversity
 from ldm.evaluation.frechet import frechet_distance, moments
 from ldm.evaluation.memorisation import memorisation, nearest_training_distance
@@ -91,6 +91,7 @@ def report_distribution(features: Tensor, reference: Reference, labels: Tensor |
 
 
 def _over_floor(distance: float, floor: Floor) -> dict[str, float]:
+    """Return a Fréchet distance beside its floor."""
     return {"distance": distance, "floor": floor.frechet, "ratio": distance / floor.frechet}
 
 
@@ -109,7 +110,7 @@ def report_autoencoder(
     right, real_right = ((classify(networks.judge, some) == labels).tolist() for some in (result.images, images))
     report = {
         "psnr": {
-            "of_mean_error": pooled_psnr(made, original),
+            "of_mean_error": psnr(made[None], original[None]).item(),  # of the error over all images
             "mean": ratios.mean().item(),
             "first_percentile": ratios.quantile(0.01).item(),
         },
