@@ -206,7 +206,10 @@ def configs() -> str:
         for name in names:
             found = resolve_name(name)
             parts += [f"### {found.__name__}", f"`{name}`: {_summary(found)}", table(PARAMETER, parameters(found))]
-    return join("## loop", table(PARAMETER, parameters(LoopSettings)), *parts)
+    text = join("## loop", table(PARAMETER, parameters(LoopSettings)), *parts)
+    for name in re.findall(r"^### (\w+)", text, flags=re.M):
+        text = text.replace(f"`{name}`", f"[`{name}`](#{name.lower()})")
+    return text
 
 
 def _summary(of: Any) -> str:
