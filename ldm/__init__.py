@@ -10,12 +10,12 @@ How an image is sampled:
     latent_diffusion.py              255  first stage + text encoder + UNet + schedule
     generation.py                    236  generate: prompts -> images
 The networks:
-    models/unet.py                   302  the UNet
-    models/blocks.py                 325  its residual blocks, and its plan of levels (levels.py)
-    models/attention.py              189  attention to the image and to the text
-    models/autoencoder.py            377  the first stage, with its Gaussian latents (distributions.py)
-    models/clip.py                   247  the text encoder
-    conditioning/text.py             326  prompts -> tokens (tokenizer.py) -> conditioning
+    models/unet.py                   280  the UNet
+    models/blocks.py                 302  its residual blocks, and its plan of levels (levels.py)
+    models/attention.py              180  attention to the image and to the text
+    models/autoencoder.py            370  the first stage, with its Gaussian latents (distributions.py)
+    models/clip.py                   242  the text encoder
+    conditioning/text.py             318  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
     diffusion/loss.py                108  errors and their weights; the noise (training_noise.py)
     training/stage.py                172  what a stage of training is, and its loss (objective.py)
