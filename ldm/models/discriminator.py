@@ -8,8 +8,13 @@ from torch import Tensor, nn
 class NLayerDiscriminator(nn.Module):
     """Classifies overlapping patches as real or generated: (b, input_nc, h, w) -> (b, 1, about h / 2^n_layers, ...).
 
-    All convolutions are 4x4, padded by 1; the last two have stride 1, the others 2. The width is ndf in the first layer
-    and doubles with every layer, up to 8 ndf. Weights start as N(0, 0.02), as in DCGAN (Radford et al. 2016).
+    All convolutions are 4x4, padded by 1; the last two have stride 1, the others 2. Weights start as N(0, 0.02), as in
+    DCGAN (Radford et al. 2016).
+
+    Args:
+        input_nc: channels of the images.
+        ndf: width of the first layer; it doubles with every layer, up to 8 ndf.
+        n_layers: at least 1.
     """
 
     def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3) -> None:
