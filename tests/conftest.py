@@ -1,5 +1,6 @@
 """Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint; a tiny MNIST."""
 
+import copy
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -119,6 +120,12 @@ def tiny_model():
 
     torch.manual_seed(0)
     return randomised(LatentDiffusion(**TINY)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def model(tiny_model):
+    """The tiny model as a copy, which a test may change."""
+    return copy.deepcopy(tiny_model)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Classifier guidance of a model through `generate`, by a classifier from a file."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -30,11 +28,6 @@ def write(path, schedule=None, **changes):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     return write(tmp_path_factory.mktemp("classifier") / "classifier.safetensors", {"name": "cosine"})
-
-
-@pytest.fixture
-def model(tiny_model):
-    return copy.deepcopy(tiny_model)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp_2m"])

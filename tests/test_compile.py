@@ -1,6 +1,5 @@
 """Memory layout and torch.compile change nothing but the order of sums."""
 
-import copy
 import re
 import subprocess
 import sys
@@ -15,11 +14,6 @@ from conftest import refused
 import ldm
 from ldm.inference.compile import channels_last, compile_unet
 from ldm.latent_diffusion import DiffusionWrapper
-
-
-@pytest.fixture
-def model(tiny_model):
-    return copy.deepcopy(tiny_model)
 
 
 def network(model, b: int = 2) -> torch.Tensor:

@@ -53,11 +53,6 @@ def stable_diffusion():
     return changed(SD1)
 
 
-@pytest.fixture
-def model(tiny_model):
-    return copy.deepcopy(tiny_model)
-
-
 def hooks(module):
     return sum(len(part._forward_hooks) for part in module.modules())
 

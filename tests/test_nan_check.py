@@ -1,7 +1,5 @@
 """An image that is not finite: the module where that began is named, and finite images cost one check."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -12,11 +10,6 @@ from ldm.inference.nan_check import generate_checked
 from ldm.inference.tiling import tile_vae
 
 UNET = "model.diffusion_model"
-
-
-@pytest.fixture
-def model(tiny_model):
-    return copy.deepcopy(tiny_model)
 
 
 def hooks(model: torch.nn.Module) -> int:

@@ -13,11 +13,6 @@ from ldm.inference.offload import offload
 from ldm.inference.precision import set_precision
 
 
-@pytest.fixture
-def model(tiny_model):
-    return copy.deepcopy(tiny_model)
-
-
 def devices_seen(module: torch.nn.Module) -> list[set[str]]:
     """Return a list that records at each call of the module the devices of its weights."""
     seen: list[set[str]] = []

@@ -14,11 +14,6 @@ from ldm.inference.precision import DTYPES, precision_of, set_precision
 WORDS = "zero one two three four five six seven eight nine".split()
 
 
-@pytest.fixture
-def model(tiny_model):
-    return copy.deepcopy(tiny_model)
-
-
 @pytest.mark.parametrize("name", DTYPES)
 def test_dtypes_of_the_parts(model, name):
     set_precision(model, name, device="meta")  # where float16 is allowed without a GPU

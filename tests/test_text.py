@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from conftest import refused
-from golden_fill import count, published_shapes, shapes
 from test_clip import hugging, open_clip_model
 
 from ldm.conditioning.text import TextEncoder
@@ -19,25 +18,10 @@ CLIP_SIZES = {"vocab_size": 49408, "width": 32, "layers": 3, "heads": 4, "contex
 SMALL = {**SIZES, "vocab_size": 514 + len(MERGES), "tokenizer": {"merges": MERGES}}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32, features of order 1
 
-SD1 = {"layout": "transformers", "width": 768, "layers": 12, "heads": 12, "activation": "quick_gelu"}
-SD2 = {"layout": "openclip", "width": 1024, "layers": 24, "heads": 16, "activation": "gelu", "layer": "penultimate"}
-
 
 def encoder(layout="openclip", **changes):
     torch.manual_seed(0)
     return TextEncoder(layout=layout, activation="gelu", **{**SMALL, **changes}).eval().requires_grad_(False)
-
-
-@pytest.mark.parametrize(
-    ("family", "arguments", "parameters"),
-    [("sd-v1", SD1, 123_060_480), ("sd-v2", SD2, 354_032_641), ("sd-v2-v", SD2, 354_032_641)],
-)
-def test_names_and_shapes_are_those_of_public_files(family, arguments, parameters):
-    want = published_shapes(family, "cond_stage_model.")
-    want.pop("transformer.text_model.embeddings.position_ids", None)  # a buffer of old transformers: 0 .. 76
-    with torch.device("meta"):
-        model = TextEncoder(**arguments)
-    assert shapes(model) == want and count(model) == parameters
 
 
 @torch.no_grad()

@@ -45,29 +45,20 @@ class WordPiece:
     """
 
     def __init__(self, vocab: Sequence[str], max_length: int = 77) -> None:
-        from tokenizers import AddedToken, normalizers, pre_tokenizers
-        from tokenizers import Tokenizer as Pipeline
-        from tokenizers.models import WordPiece as Pieces
+        from tokenizers import BertWordPieceTokenizer
 
         _require_special(vocab)
         if max_length < 2:
             raise ValueError(f"max_length {max_length} is too short: [CLS] and [SEP] need 2 tokens")
-        ids = {token: i for i, token in enumerate(vocab)}
         self.max_length = max_length
-        self.pad, self.cls, self.sep = ids["[PAD]"], ids["[CLS]"], ids["[SEP]"]
-        self._pipeline = Pipeline(Pieces(vocab=ids, unk_token="[UNK]"))
-        self._pipeline.normalizer = normalizers.BertNormalizer(lowercase=True)
-        self._pipeline.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self._pipeline.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in BERT_SPECIAL])
+        self._pipeline = BertWordPieceTokenizer({token: i for i, token in enumerate(vocab)})
+        self._pipeline.enable_truncation(max_length)
+        self._pipeline.enable_padding(pad_id=vocab.index("[PAD]"), length=max_length)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return the token ids of a list of prompts, int64 (b, max_length)."""
-        rows = torch.full((len(prompts), self.max_length), self.pad, dtype=torch.long)
-        for row, prompt in zip(rows, prompts, strict=True):
-            pieces = self._pipeline.encode(without_surrogates(prompt), add_special_tokens=False).ids
-            ids = [self.cls, *pieces[: self.max_length - 2], self.sep]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+        rows = self._pipeline.encode_batch([without_surrogates(prompt) for prompt in prompts])
+        return torch.tensor([row.ids for row in rows], dtype=torch.long).view(-1, self.max_length)
 
 
 class BERTEncoder(nn.Module):

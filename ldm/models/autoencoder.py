@@ -1,5 +1,6 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), in CompVis's names."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,15 +107,6 @@ class _Level(nn.Module):
         return h
 
 
-class _Middle(nn.Module):
-    def __init__(self, first: ResnetBlock, attention: nn.Module, second: ResnetBlock) -> None:
-        super().__init__()
-        self.block_1, self.attn_1, self.block_2 = first, attention, second
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(h)))
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class _Half(nn.Module):
     """What `Encoder` and `Decoder` share: the constructor's arguments, which are a CompVis `ddconfig`, and the parts.
@@ -165,8 +157,9 @@ class _Half(nn.Module):
         has_attention = self.resolution // 2**i in self.attn_resolutions
         return _Level(blocks, [self.attend(width) for _ in blocks] if has_attention else [])
 
-    def middle(self, width: int) -> _Middle:
-        return _Middle(self.residual(width, width), self.attend(width), self.residual(width, width))
+    def middle(self, width: int) -> nn.Sequential:
+        blocks = {"block_1": self.residual(width, width), "attn_1": self.attend(width)}
+        return nn.Sequential(OrderedDict(blocks, block_2=self.residual(width, width)))
 
 
 class Encoder(_Half):
