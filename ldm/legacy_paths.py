@@ -2,7 +2,7 @@
 
 The finder is last in `sys.meta_path`, so that real files win. It makes an old name the same module object as its home:
 classes are identical under both names, patches reach the running code, old pickles load. A home is a file. A name that
-was a package becomes an empty module, which looks names up in its home if it has one. Nothing is imported early.
+was a package becomes an empty module, which looks up in `ELSEWHERE` what it exported. Nothing is imported early.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 # CompVis's modules.
 HOMES = {
-    "ldm.data.base": "ldm.compvis.data",
+    "ldm.data.base": "ldm.compvis.main",
     "ldm.data.personalized": "ldm.compvis.personalized",
     "ldm.data.personalized_style": "ldm.compvis.personalized_style",
     "ldm.lr_scheduler": "ldm.compvis.lr_scheduler",
@@ -69,7 +69,8 @@ _SCHEDULE = "make_beta_schedule make_ddim_timesteps make_ddim_sampling_parameter
 _ND = "conv_nd avg_pool_nd"
 _LAYERS = "linear=Linear SiLU GroupNorm32=GroupNorm"  # called like CompVis's functions, they return the same
 ELSEWHERE = {
-    "ldm.compvis.main": {"ldm.compvis.data": "DataModuleFromConfig"},
+    "ldm.models.diffusion.dpm_solver": {"ldm.compvis.samplers": "DPMSolverSampler"},
+    "ldm.modules.losses": {"ldm.compvis.losses": "LPIPSWithDiscriminator"},
     "ldm.compvis.ddpm": {
         "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} IdentityFirstStage",
         "ldm.compvis.ema": "LitEma",
@@ -161,7 +162,8 @@ def elsewhere(home: str) -> Callable[[str], Any]:
 
     def look_up(name: str) -> Any:
         if name == "__all__":
-            return list(dict.fromkeys([*_public(sys.modules[home]), *places]))
+            public = (name for name in vars(sys.modules[home]) if not name.startswith("_"))
+            return list(dict.fromkeys([*public, *places]))
         if name not in places:
             raise AttributeError(f"module {home!r} has no attribute {name!r}")
         place, its_name = places[name]
@@ -169,25 +171,6 @@ def elsewhere(home: str) -> Callable[[str], Any]:
         return getattr(module, its_name) if its_name else module
 
     return look_up
-
-
-def _of_package(package: str, home: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a former package: it finds the names of its home."""
-
-    def look_up(name: str) -> Any:
-        if name == "__all__":
-            module = open_home(home)
-            return list(getattr(module, "__all__", _public(module)))
-        # Not the home's __file__ and the like; and asking every module for them must not import anything.
-        if name.startswith("__") or not hasattr(open_home(home), name):
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(sys.modules[home], name)
-
-    return look_up
-
-
-def _public(module: ModuleType) -> list[str]:
-    return [name for name in vars(module) if not name.startswith("_")]
 
 
 class _Finder:
@@ -205,8 +188,8 @@ class _Finder:
         name = module.__name__
         if name not in PACKAGES:
             sys.modules[name] = open_home(OLD_NAMES[name])  # the import system uses this entry
-        elif name in OLD_NAMES:
-            module.__getattr__ = _of_package(name, OLD_NAMES[name])
+        elif name in ELSEWHERE:
+            module.__getattr__ = elsewhere(name)
 
 
 FINDER = _Finder()

@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[1] / "docs/reference/compvis.md"
 @pytest.mark.parametrize(
     ("target", "home"),
     [
-        ("main.DataModuleFromConfig", "ldm.compvis.data"),
+        ("main.DataModuleFromConfig", "ldm.compvis.main"),
         ("main.ImageLogger", "ldm.compvis.main"),
         ("taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "ldm.compvis.losses"),
         ("taming.modules.vqvae.quantize.VectorQuantizer2", "ldm.models.quantize"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.compvis.data import Txt2ImgIterableBaseDataset
+from ldm.compvis.main import Txt2ImgIterableBaseDataset
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.util import (  # fmt: skip
     autocast,

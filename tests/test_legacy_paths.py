@@ -73,7 +73,7 @@ IMPORTED = {
 
 
 def test_every_home_is_a_file_and_no_package():
-    for home in {*OLD_NAMES.values(), *CONFIG_HOMES.values(), *ELSEWHERE}:
+    for home in {*OLD_NAMES.values(), *CONFIG_HOMES.values(), *ELSEWHERE} - PACKAGES:
         path = ROOT.joinpath(*home.split("."))
         assert path.with_suffix(".py").is_file() and not path.exists(), home
 
@@ -163,13 +163,12 @@ def test_unknown_names_fail_as_ever():
             _ = importlib.import_module(module).nonsense
 
 
-def test_packages_have_no_attributes_of_their_home_s_file():
+def test_packages_export_what_compvis_s_do():
     package = importlib.import_module("ldm.modules.losses")
     for name in ("__file__", "__wrapped__", "__cached__", "__builtins__"):
         assert not hasattr(package, name), name
-    assert package.__all__ == [
-        name for name in vars(importlib.import_module("ldm.compvis.losses")) if not name.startswith("_")
-    ]
+    modules = {"contperceptual", "vqperceptual"}  # once they are imported
+    assert set(package.__all__) - modules == {"LPIPSWithDiscriminator"}
     assert inspect.ismodule(package) and "ldm.compvis.losses" in repr(package)
 
 

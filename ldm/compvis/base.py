@@ -68,8 +68,7 @@ class DiffusionWrapper(nn.Module):
 
 def wanted(log: dict[str, Tensor], names: Sequence[str] | None) -> dict[str, Tensor]:
     """Return the entries of these names, or all of them if there are none."""
-    found = [name for name in names or () if name in log]
-    return {name: log[name] for name in found} if found else log
+    return {name: log[name] for name in names or () if name in log} or log
 
 
 def _joined(parts: Tensor | Sequence[Tensor]) -> Tensor:
@@ -81,7 +80,6 @@ class DDPM(nn.Module):
 
     Args:
         unet_config: The UNet, or its configuration.
-        conditioning_key: One of `CONDITIONING_KEYS`.
         _networks: The other arguments of our LatentDiffusion, for the subclass.
         settings: See `DDPM_SETTINGS`.
     """
@@ -252,7 +250,6 @@ class DDPM(nn.Module):
         return img, xs, x0s
 
     def p_sample_loop(self, shape: Sequence[int], return_intermediates: bool = False) -> Any:
-        """Sample images of that shape by `p_sample` at all timesteps."""
         clip = self.clip_denoised
         x, xs, _ = self._walk(lambda x, t: (self.p_sample(x, t, clip_denoised=clip), None), shape)
         return (x, xs) if return_intermediates else x
@@ -283,7 +280,6 @@ class DDPM(nn.Module):
         return rearrange(x, "b h w c -> b c h w").contiguous().float()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Losses:
-        """Return the losses of x (b, c, h, w), pixels or latents, at random timesteps."""
         t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         return self.p_losses(x, t, *args, **kwargs)
 
@@ -326,10 +322,9 @@ class DDPM(nn.Module):
         return self._row([self.q_sample(x, torch.full((len(x),), t, device=x.device)) for t in levels])
 
     def _row(self, steps: Sequence[Tensor]) -> Tensor:
-        return rearrange(torch.stack([self._shown(x) for x in steps]), "n b c h w -> c (b h) (n w)")
+        return rearrange(torch.stack([self.decode_first_stage(x) for x in steps]), "n b c h w -> c (b h) (n w)")
 
-    def _shown(self, x: Tensor) -> Tensor:
-        """Return x as images: x itself, because there is no first stage."""
+    def decode_first_stage(self, x: Tensor) -> Tensor:
         return x
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:

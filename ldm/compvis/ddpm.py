@@ -81,7 +81,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return [part for part in parts if part is not None]
 
     def train(self, mode: bool = True) -> "LatentDiffusion":
-        """Set training mode, except for the frozen parts, which stay in eval mode."""
         super().train(mode)
         for part in self._frozen():
             part.eval()
@@ -96,7 +95,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             self.scale_factor = 1 / (self.get_first_stage_encoding(z) / self.scale_factor).std()
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """Encode texts, the classes of a batch, or images."""
         encoder = self.cond_stage_model
         if self.cond_stage_forward is not None:
             return getattr(encoder, self.cond_stage_forward)(c)
@@ -140,16 +138,12 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     def differentiable_decode_first_stage(
         self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False
     ) -> Tensor:
-        """Decode scaled latents (b, z, h, w) to pixels (b, c, h, w)."""
         if predict_cids:
             raise ValueError("predict_cids, latents as indices of codebook entries, is not supported")
         options = (force_not_quantize,) if isinstance(self.first_stage_model, VQModelInterface) else ()
         return self.first_stage_model.decode(z / self.scale_factor, *options)
 
     decode_first_stage = torch.no_grad()(differentiable_decode_first_stage)
-
-    def _shown(self, x: Tensor) -> Tensor:
-        return self.decode_first_stage(x)
 
     @torch.no_grad()
     def get_input(
@@ -175,7 +169,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return self(x, c)
 
     def forward(self, x: Tensor, c: Any, *args: Any, **kwargs: Any) -> Losses:
-        """Return the losses of latents x (b, z, h, w) at random timesteps."""
         t = torch.randint(0, self.num_timesteps, (len(x),), device=x.device)
         if self.cond_stage_trainable and self.model.conditioning_key is not None:
             c = self.get_learned_conditioning(c)
@@ -213,7 +206,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         temperature: float = 1.0, noise_dropout: float = 0.0, score_corrector: Any = None,
         corrector_kwargs: Mapping | None = None,
     ) -> Any:  # fmt: skip
-        """Sample x at t - 1, and return x0 on request."""
         settings = {"quantize_denoised": quantize_denoised, "score_corrector": score_corrector, "return_x0": True}
         settings |= {"clip_denoised": clip_denoised, "corrector_kwargs": corrector_kwargs}
         mean, _, log_variance, x0 = self.p_mean_variance(x=x, c=c, t=t, **settings)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.training.ema import ema_decay
 
@@ -25,6 +25,10 @@ class LitEma(nn.Module):
     def reset_num_updates(self) -> None:
         self.num_updates.zero_()
 
+    def _pairs(self, model: nn.Module) -> list[tuple[Tensor, nn.Parameter]]:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return [(getattr(self, self.m_name2s_name[name]), p) for name, p in named]
+
     @torch.no_grad()
     def forward(self, model: nn.Module) -> None:
         """Update: shadow <- shadow - (1 - d) (shadow - live), d = `ema_decay` of the number of updates."""
@@ -32,18 +36,14 @@ class LitEma(nn.Module):
         if self.num_updates >= 0:
             self.num_updates += 1
             decay = ema_decay(self.num_updates, self.decay)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                shadow = getattr(self, self.m_name2s_name[name])
-                shadow.sub_((1 - decay) * (shadow - p))
+        for shadow, p in self._pairs(model):
+            shadow.sub_((1 - decay) * (shadow - p))
 
     def copy_to(self, model: nn.Module) -> None:
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.data.copy_(getattr(self, self.m_name2s_name[name]))
+        for shadow, p in self._pairs(model):
+            p.data.copy_(shadow)
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Copy the parameters, for `restore`."""
         self.collected_params = [p.detach().clone() for p in parameters]
 
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -26,7 +26,6 @@ class EmbeddingManager(nn.Module):
         placeholder_strings: The words, each a single token.
         initializer_words: Each word starts as the first token of its initializer word, or at random without one.
         per_image_tokens: Learn the words of `per_img_token_list` too.
-        num_vectors_per_token: The number of vectors of each word.
         progressive_words: Use one vector at first, and one more every `PROGRESSIVE_SCALE` calls.
     """
 
@@ -82,7 +81,6 @@ class EmbeddingManager(nn.Module):
         self.string_to_param_dict = nn.ParameterDict({word: nn.Parameter(value) for word, value in vectors.items()})
 
     def get_embedding_norms_squared(self) -> Tensor:
-        """Return the squared norm of each vector: (m,)."""
         return torch.cat(list(self.string_to_param_dict.values())).square().sum(dim=-1)
 
     def embedding_parameters(self) -> Iterable[nn.Parameter]:

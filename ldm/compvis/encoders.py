@@ -147,7 +147,6 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
         return self.encode_with_transformer(self.tokenizer([text] if isinstance(text, str) else text).to(self.device))
 
     def encode_with_transformer(self, text: Tensor) -> Tensor:
-        """Encode tokens (b, n) as (b, n, d)."""
         return TextEncoder.forward(self, text)["c_crossattn"]
 
 
@@ -188,7 +187,6 @@ class FrozenClipImageEmbedder(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Resize and normalise for CLIP: (b, 3, 224, 224)."""
         x = F.interpolate(x, self.model.visual.image_size, mode="bicubic", align_corners=True, antialias=self.antialias)
         return ((x + 1) / 2 - self.mean) / self.std
 
@@ -246,8 +244,6 @@ class ClassEmbedder(AbstractEncoder, classes.ClassEmbedder):
 
 
 class SpatialRescaler(AbstractEncoder, spatial.SpatialRescaler):
-    """Downsamples an image (b, c, h, w)."""
-
     def forward(self, x: Tensor) -> Tensor:
         return spatial.SpatialRescaler.encode(self, x)
 
@@ -279,7 +275,6 @@ def _read(path: str | None, name: str, known: Callable, asked: dict[str, Any]) -
 
 
 def _as_transformers(tokenizer: Tokenizer) -> Any:
-    """Return our tokenizer as a transformers tokenizer."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 

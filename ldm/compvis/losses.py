@@ -15,7 +15,7 @@ from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, gener
 
 
 class DummyLoss(nn.Module):
-    """The loss in configurations of autoencoders that are not trained."""
+    """In configurations of autoencoders that are not trained."""
 
 
 def adopt_weight(weight: float, global_step: int, threshold: int = 0, value: float = 0.0) -> float:
@@ -110,7 +110,6 @@ class VQLPIPSWithDiscriminator(nn.Module):
         last_layer: nn.Parameter | None = None, cond: Tensor | None = None, split: str = "train",
         predicted_indices: Tensor | None = None,
     ) -> Losses:  # fmt: skip
-        """Return the loss of the autoencoder, optimizer_idx 0, or the discriminator, 1."""
 
         def own(error: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             nll, log = error.mean(), {"quant_loss": codebook_loss}
@@ -139,7 +138,6 @@ class LPIPSWithDiscriminator(VQLPIPSWithDiscriminator):
         last_layer: nn.Parameter | None = None, cond: Tensor | None = None, split: str = "train",
         weights: Tensor | None = None,
     ) -> Losses:  # fmt: skip
-        """Return the loss of the autoencoder, optimizer_idx 0, or the discriminator, 1; posteriors have kl(), (b,)."""
 
         def own(error: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             nll, kl = error / self.logvar.exp() + self.logvar, posteriors.kl().mean()

@@ -221,7 +221,6 @@ class DDIMSampler(CompVisSampler):
         self, x_latent: Tensor, cond: Any, t_start: int, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None, use_original_steps: bool = False, callback: Callable | None = None,
     ) -> Tensor:  # fmt: skip
-        """Denoise x_latent from the first t_start noise levels."""
         guidance = {"unconditional_guidance_scale": unconditional_guidance_scale, "callback": callback}
         guidance |= {"unconditional_conditioning": unconditional_conditioning, "timesteps": t_start}
         return self._walk(cond, x_latent.shape, x_latent, use_original_steps, **guidance)[0]

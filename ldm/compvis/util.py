@@ -18,8 +18,6 @@ Losses = tuple[Tensor, dict[str, Tensor]]  # a loss, and what to log
 
 
 class AbstractDistribution:
-    """The base class of CompVis's distributions: it has a sample and a mode."""
-
     def sample(self) -> Any:
         raise NotImplementedError
 
@@ -28,8 +26,6 @@ class AbstractDistribution:
 
 
 class DiracDistribution(AbstractDistribution):
-    """The distribution of a single value."""
-
     def __init__(self, value: Any) -> None:
         self.value = value
 
@@ -90,7 +86,6 @@ def noise_like(shape: Sequence[int], device: Any, repeat: bool = False) -> Tenso
 
 
 def append_dims(x: Tensor, target_dims: int) -> Tensor:
-    """Append dimensions of size 1 to x."""
     return x[(..., *[None] * (target_dims - x.ndim))]
 
 
@@ -123,7 +118,6 @@ def isimage(x: Any) -> bool:
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
-    """Return the mean of each image: (b, ...) -> (b,)."""
     return tensor.flatten(1).mean(1)
 
 
@@ -135,7 +129,6 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
 
 
 def count_params(model: nn.Module, verbose: bool = False) -> int:
-    """Return the number of parameters; print it if verbose."""
     total = sum(p.numel() for p in model.parameters())
     if verbose:
         print(f"{type(model).__name__} has {total * 1e-6:.2f} M params.")
