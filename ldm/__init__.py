@@ -3,7 +3,7 @@
 The reading path: all that it takes to train the digits model and to sample from it, in this order (with lines).
 
 How an image is sampled:
-    diffusion/schedule.py            324  noise levels: betas, alpha-bar, sigma; the timesteps to visit
+    diffusion/schedule.py            331  noise levels: betas, alpha-bar, sigma; the timesteps to visit
     diffusion/denoiser.py            170  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
     diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
     diffusion/sampling/              505  first_order explains DDIM and DDPM; the others refine it
@@ -13,11 +13,11 @@ The networks:
     models/unet.py                   280  the UNet
     models/blocks.py                 302  its residual blocks, and its plan of levels (levels.py)
     models/attention.py              180  attention to the image and to the text
-    models/autoencoder.py            370  the first stage, with its Gaussian latents (distributions.py)
+    models/autoencoder.py            363  the first stage, with its Gaussian latents (distributions.py)
     models/clip.py                   242  the text encoder
     conditioning/text.py             318  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
-    diffusion/loss.py                108  errors and their weights; the noise (training_noise.py)
+    diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
     training/stage.py                172  what a stage of training is, and its loss (objective.py)
     training/autoencoder.py          136  stage 1: the first stage
     training/clip.py                 112  stage 2: the text encoder

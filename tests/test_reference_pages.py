@@ -34,6 +34,8 @@ ldm.finetune.dreambooth.DreamBoothStage ldm.finetune.textual_inversion.TextualIn
 ldm.optional.noisy_classifier_stage.NoisyClassifierStage ldm.optional.ddgan_stage.DenoisingGANStage""".split()
 DATA = "ldm.data.mnist.MNIST ldm.data.digits.Digits ldm.data.folder.Folder ldm.inference.class_images.SubjectImages"
 PARTS = """ldm.training.objective.Objective ldm.training.denoising.DenoisingStage
+ldm.diffusion.loss.loss_weight ldm.diffusion.training_noise.training_noise
+ldm.diffusion.schedule.training_timesteps ldm.diffusion.schedule.make_schedule
 ldm.training.lr_scheduler.lr_multiplier ldm.finetune.lora.attach ldm.latent_diffusion.LatentDiffusion
 ldm.pixel_diffusion.PixelDiffusion ldm.models.unet.UNetModel ldm.models.autoencoder.AutoencoderKL
 ldm.models.autoencoder.Encoder ldm.models.discriminator.NLayerDiscriminator""".split()
@@ -42,6 +44,9 @@ NOT_KEYS = {
     "SubjectImages": "model size channels",
     "Objective": "model",
     "DenoisingStage": "objective",
+    "loss_weight": "prediction alphas_cumprod_t",
+    "training_noise": "x0",
+    "training_timesteps": "batch T generator",
     "lr_multiplier": "step steps",
     "attach": "network",
     "AutoencoderKL": "lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor ema_decay learn_logvar",

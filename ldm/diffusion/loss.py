@@ -54,6 +54,12 @@ def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: flo
     With SNR = ab / (1 - ab), the errors are related by |x0|^2 = |eps|^2 / SNR = |v|^2 / (SNR + 1), so a weight w of
     x0's error is w / SNR of eps's and w / (SNR + 1) of v's. The weights, float32 (b,), are finite at zero terminal SNR
     (ab = 0) too, except for eps with truncated_snr.
+
+    Args:
+        name: none, snr, truncated_snr or min_snr.
+        prediction: eps, x0 or v.
+        alphas_cumprod_t: (b,).
+        gamma: of min_snr; the paper takes 5.
     """
     check_prediction(prediction)
     if name not in WEIGHTINGS:

@@ -181,7 +181,14 @@ def make_schedule(
     end: float | None = None,
     zero_terminal_snr: bool = False,
 ) -> Schedule:
-    """Build the schedule of that name (see `betas`), optionally with zero terminal SNR."""
+    """Build a schedule.
+
+    Args:
+        name: linear, scaled_linear, cosine, sigmoid_alphabar, sigmoid_beta, sqrt or vp: see `betas`.
+        T: the number of timesteps.
+        start, end: in place of the name's two numbers.
+        zero_terminal_snr: rescale it to end in noise alone (Lin et al. 2024, algorithm 1).
+    """
     ab = alphas_cumprod(betas(name, T, start, end))
     return Schedule(rescale_zero_terminal_snr(ab) if zero_terminal_snr else ab)
 
