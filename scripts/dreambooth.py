@@ -112,8 +112,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         given.setdefault("loop.ema", 0.99)
     if ("prior" in given or "data.params.class_data_dir" in given) and "data.params.class_prompt" not in given:
         raise ValueError("prior preservation needs --class_prompt: what the subject is one of ('a photo of a dog')")
-    if given.get("stage.params.optimizer") == "adafactor" and "stage.params.learning_rate" not in given:
-        raise ValueError("adafactor's learning rate is relative to the weights: give one, such as --learning_rate 1e-3")
     return args
 
 

@@ -1,13 +1,18 @@
 """Class images: the same from the same model, prompt and size, whatever the batch; and only those are taken again."""
 
+import copy
+
 import numpy as np
 import pytest
-from conftest import refused
+import torch
+from conftest import TINY, randomised, refused, save_noise
 from PIL import Image
 
 import ldm
 from ldm.inference.class_images import Class, Share, collect, generate_class_images, users_images
 from ldm.inference.recipe import Recipe, read_png_text
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +135,30 @@ def test_one_bar_over_all_that_is_missing(model, tmp_path, capsys):
     assert list(sixes.values()) == ["a six"] * 3 + ["a five"] * 3
     assert len(list(tmp_path.iterdir())) == 7 == len({*fives, *sixes})
     assert images_of(model, first, second) == [fives, sixes] and capsys.readouterr().err == ""
+
+
+def test_class_images_are_generated_in_eval_mode(tmp_path):
+    """A model that has dropout and was left in training mode; what trains then has its dropout."""
+    torch.manual_seed(0)
+    unet = TINY["unet_config"] | {"params": TINY["unet_config"]["params"] | {"dropout": 0.5}}
+    model = randomised(LatentDiffusion(**TINY | {"unet_config": unet})).train()
+    images, loop = save_noise(tmp_path), {"steps": 1, "batch_size": 1, "tensorboard": False, "ema": 0.0}
+    prompts = {"instance_prompt": "a sks five", "class_prompt": "a five"}
+    data = {"instance_data_dir": images["instance_dir"], "class_data_dir": str(tmp_path / "out"), "num_class_images": 1}
+    data |= {"keep_prompt": "", "class_guidance_scale": 1.0}
+    stage = {"ckpt": None, "learning_rate": 0.1, "resolution": 32, "previews": ["a five"], "preview_columns": 1}
+    (before,) = copy.deepcopy(model).eval().generate(["a five"], scale=1.0)
+    config = {
+        **{"name": "run", "outdir": str(tmp_path), "seed": 0, "loop": loop},
+        "stage": {"target": "ldm.finetune.dreambooth.DreamBoothStage", "params": stage | prompts},
+        "data": {"target": "ldm.inference.class_images.SubjectImages", "params": data | prompts},
+    }
+    modes = []
+    model.model.diffusion_model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    train(config, device="cpu", ckpt=model)
+    (path,) = (tmp_path / "out").iterdir()
+    assert (pixels(path) == np.asarray(before, dtype=int)).all()
+    assert modes == [False] * 4 + [True] + [False] * 4  # the class image; a training step; a preview
 
 
 def test_a_full_disk_leaves_whole_images_only(model, tmp_path, monkeypatch):

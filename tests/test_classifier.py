@@ -92,7 +92,7 @@ def test_stage_learns_and_finishes_with_measured_statistics():
     torch.manual_seed(0)
     network = {"target": "ldm.models.classifier.FeatureNetwork", "params": {"widths": [4, 4], "features": 16}}
     stage = ClassifierStage(network, learning_rate=1e-2, shift=0.5, rotation=2.0)
-    data = stage.prepare(bars(), torch.device("cpu"))
+    data = stage.prepare(bars())
     batch = collate(data[:50])
     (optimizer,) = stage.optimizers()
     for _ in range(40):
@@ -117,7 +117,7 @@ def test_stage_learns_and_finishes_with_measured_statistics():
 
 def test_stage_refuses_images_without_labels():
     stage = ClassifierStage({"target": "ldm.models.classifier.Judge"}, learning_rate=1e-3)
-    refused("no labels", stage.prepare, [{"image": torch.zeros(1, 32, 32), "caption": ""}], torch.device("cpu"))
+    refused("no labels", stage.prepare, [{"image": torch.zeros(1, 32, 32), "caption": ""}])
 
 
 def test_the_shipped_judges_maps_lead_to_its_logits():

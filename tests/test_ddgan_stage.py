@@ -37,6 +37,7 @@ PARAMS = {
     "discriminator_rate": 1e-3,
     "previews": 3,
 }
+EMBEDDER = {"target": "ldm.conditioning.classes.ClassEmbedder", "params": {"embed_dim": 4, "n_classes": 11}}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,7 @@ def test_the_shipped_configuration_has_the_papers_numbers():
     [
         ({"r1_every": 0}, "r1_every 0"),
         ({"model": PARAMS["model"] | {"target": "ldm.pixel_diffusion.PixelDiffusion"}}, "has no latent generator"),
+        ({"model": PARAMS["model"] | {"params": MODEL | {"cond_stage_config": EMBEDDER}}}, "use .*ClassLabels"),
         ({"r1_weight": -1.0}, "weight -1"),
         ({"discriminator": {**DISCRIMINATOR, "clases": 11}}, "^discriminator: .*'clases'; it takes .*'classes'"),
         ({"reconstruction": -0.5}, "reconstruction -0.5 at least 0"),

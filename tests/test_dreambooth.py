@@ -77,9 +77,9 @@ def in_buckets(subject, tmp_path_factory) -> dict:
 def make(checkpoints, subject, prediction="v", prior=True, data=None, **settings):
     """A stage, its data, and two samples of it: a batch, where they are of one shape."""
     prompts = {**PROMPT, "class_prompt": "a five"}
-    stage = DreamBoothStage(checkpoints[prediction], resolution=32, learning_rate=1e-3, **(prompts | settings))
+    stage = DreamBoothStage(checkpoints[prediction], **{"resolution": 32, "learning_rate": 1e-3, **prompts, **settings})
     row = subject if prior else {k: v for k, v in subject.items() if not k.startswith("class")}
-    data = stage.prepare(DreamBooth(**(data or {"subjects": [row], "size": 32, "channels": 1})), CPU)
+    data = stage.prepare(DreamBooth(**(data or {"subjects": [row], "size": 32, "channels": 1})))
     samples = [data[1], data[2]]
     return stage, data, collate(samples) if data.groups is None else samples
 
@@ -157,7 +157,7 @@ def test_caches_change_nothing(checkpoints, subject, train_text):
 
 def test_random_crops_are_not_cached(checkpoints, subject):
     stage = DreamBoothStage(checkpoints["v"], resolution=16, learning_rate=1e-3)
-    data = stage.prepare(DreamBooth([subject], 16, channels=1, crop="random"), CPU)
+    data = stage.prepare(DreamBooth([subject], 16, channels=1, crop="random"))
     assert "image" in data[0] and "mean" not in data[0]
 
 
@@ -349,6 +349,13 @@ def test_without_an_average_no_copy_of_the_weights_is_kept():
     with average.applied():
         assert torch.equal(module.weight, before)
     assert average.shadow == {} and average.state_dict() == {"updates": 1, "shadow": {}}
+
+
+def test_adafactor_needs_a_learning_rate_of_its_own(checkpoints, subject):
+    rates = {"weights": 6e-4, "lora": 7e-3}
+    with pytest.raises(ValueError, match="adafactor's learning rate is relative to the weights: give learning_rate"):
+        make(checkpoints, subject, learning_rate=rates, optimizer="adafactor")
+    assert make(checkpoints, subject, learning_rate=1e-3, optimizer="adafactor")[0].learning_rate == 1e-3
 
 
 def test_optimizers():

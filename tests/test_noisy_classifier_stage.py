@@ -69,7 +69,7 @@ def test_the_loss_is_the_cross_entropy_of_noised_images_at_their_levels():
 @pytest.mark.smoke
 def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path):
     training, data = stage(), collate(bars())
-    assert len(training.prepare(bars(), CPU)) == 40
+    assert len(training.prepare(bars())) == 40
     (optimizer,) = training.optimizers()
     for _ in range(60):
         loss, _ = training.loss(data)
@@ -124,4 +124,4 @@ def test_wrong_settings_are_refused(changes, message):
     ],
 )
 def test_images_that_do_not_fit_are_refused(data, message):
-    refused(message, stage().prepare, data, CPU)
+    refused(message, stage().prepare, data)

@@ -160,12 +160,29 @@ def test_classes_without_a_null_class():
         stage.latent_diffusion.generate([3], scale=2.0)
 
 
-def test_previews_of_a_single_class():
+def embedded(n_classes: int) -> dict:
+    """PIXEL with class embeddings, which the network attends to."""
     unet = {**PIXEL["unet_config"]["params"], "num_classes": None, "attention_resolutions": [2]}
     unet |= {"use_spatial_transformer": True, "context_dim": 4}
-    embedder = {"target": "ldm.conditioning.classes.ClassEmbedder", "params": {"embed_dim": 4, "n_classes": 1}}
-    params = {**PIXEL, "unet_config": {**PIXEL["unet_config"], "params": unet}, "cond_stage_config": embedder}
+    embedder = {"target": "ldm.conditioning.classes.ClassEmbedder", "params": {"embed_dim": 4, "n_classes": n_classes}}
+    return {"unet_config": {**PIXEL["unet_config"], "params": unet}, "cond_stage_config": embedder}
+
+
+def test_previews_of_a_single_class():
+    params = {**PIXEL, **embedded(1)}
     assert PixelDiffusionStage({**CONFIG, "params": params}, 1e-3, previews=3).preview_prompts == [0, 0, 0]
+
+
+def test_class_embeddings_learn():
+    """With the network, averaged and saved as it is; a class that the batch lacks stays as it was."""
+    stage, batch = learning(weight_decay=0.0, changes=embedded(11))
+    before = stage.latent_diffusion.cond_stage_model.embedding.weight.detach().clone()
+    (optimizer,) = stage.optimizers()
+    stage.loss(batch)[0].backward()
+    optimizer.step()
+    assert stage.networks.keys() == {"model", "cond_stage"}
+    moved = (stage.export()[1]["cond_stage_model.embedding.weight"] != before).any(1)
+    assert set(moved.nonzero().flatten().tolist()) == set(batch["label"].tolist())
 
 
 @pytest.mark.parametrize(
@@ -202,7 +219,7 @@ def test_images_of_another_size():
     params = {**PIXEL, "defaults": {**PIXEL["defaults"], "height": 16, "width": 16}}
     stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3)
     with pytest.raises(ValueError, match=r"the images of Digits are \(1, 32, 32\) and the model's, .* \(1, 16, 16\)"):
-        stage.prepare(Digits(first=5), torch.device("cpu"))
+        stage.prepare(Digits(first=5))
 
 
 def test_a_note_on_nonzero_terminal_snr(capsys):
@@ -260,15 +277,17 @@ def test_the_learned_variance_changes_ddpm_only():
     assert (pixels(model, [1], sampler="ddpm") == plain["euler_a"]).all() and (plain["ddpm"] != plain["euler_a"]).any()
 
 
-def learning(*options: str, class_dropout: float = 0.0, **settings) -> tuple[PixelDiffusionStage, dict]:
+def learning(
+    *options: str, class_dropout: float = 0.0, changes: dict | None = None, **settings
+) -> tuple[PixelDiffusionStage, dict]:
     """A stage whose network has no zero weights, and a batch."""
     torch.manual_seed(0)
-    params = {**PIXEL, **widened(*options)}
+    params = {**PIXEL, **widened(*options), **(changes or {})}
     stage = PixelDiffusionStage({**CONFIG, "params": params}, 1e-3, class_dropout=class_dropout, **settings)
     with torch.no_grad():
         for p in Trained(stage).parameters():
             p.add_(0.05 * torch.randn_like(p))
-    return stage, collate(stage.prepare(Digits(first=50), torch.device("cpu")).__getitems__([3, 1, 40, 41]))
+    return stage, collate(stage.prepare(Digits(first=50)).__getitems__([3, 1, 40, 41]))
 
 
 def test_the_hybrid_loss_by_hand():

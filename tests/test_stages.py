@@ -141,7 +141,7 @@ def test_finish_may_leave_the_latents_alone(digits):
 def test_previews_of_large_and_small_data_sets(count, shown):
     """Two rows of originals, or what there is, each with its reconstructions below it."""
     stage, data = autoencoder(), Digits(first=count)
-    assert stage.prepare(data, CPU) is data
+    assert stage.prepare(data) is data
     images = stage.train(False).preview()
     assert len(images) == shown and len(images) % stage.preview_columns == 0
     assert images[0].tobytes() == bytes(data.images[0].flatten().tolist())
@@ -157,7 +157,7 @@ CLIP["vision"] = {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, 
 def clip(digits) -> CLIPStage:
     torch.manual_seed(0)
     stage = CLIPStage(**CLIP, merges_first=20, preview_columns=5)
-    assert stage.prepare(digits, CPU) is digits
+    assert stage.prepare(digits) is digits
     return stage
 
 
@@ -242,7 +242,7 @@ def test_the_vocabulary_spells_everything(clip):
 
 def test_clip_of_fewer_images_than_a_preview_shows():
     stage = CLIPStage(**CLIP, merges_first=0)
-    stage.prepare(Digits(first=3), CPU)
+    stage.prepare(Digits(first=3))
     assert len(stage.preview()) == 9 and stage.preview_columns == 3
 
 
@@ -270,7 +270,7 @@ def test_the_diffusion_loss_by_hand(tiny_parts, digits, prediction, options):
     """Rombach et al. 2022, eq. 3 (min-SNR: Hang et al. 2023), sampling the same random numbers again."""
     levels = {"name": "logit_normal", "mean": 0.5, "std": 0.8}
     stage = diffusion(tiny_parts, prediction=prediction, timesteps=levels, caption_dropout=0.5, **options)
-    model, data = stage.latent_diffusion, stage.prepare(digits, CPU)
+    model, data = stage.latent_diffusion, stage.prepare(digits)
     batch = collate(data.__getitems__([3, 1, 40, 41]))
     torch.manual_seed(9)
     loss, metrics = stage.loss(batch)
@@ -305,7 +305,7 @@ def test_captions_are_dropped_at_their_share(tiny_parts, monkeypatch):
 
 def test_cached_latents_equal_encoding_on_the_fly(tiny_parts, digits):
     stages = [diffusion(tiny_parts, cache_latents=cached) for cached in (True, False)]
-    data = [stage.prepare(digits, CPU) for stage in stages]
+    data = [stage.prepare(digits) for stage in stages]
     assert isinstance(data[0], LatentDataset) and data[1] is digits and len(data[0]) == len(digits)
     factors = [stage.latent_diffusion.scale_factor for stage in stages]
     assert factors[0] == pytest.approx(factors[1], rel=1e-6) and factors[0] != 1.0
@@ -327,7 +327,7 @@ def test_cached_latents_equal_encoding_on_the_fly(tiny_parts, digits):
 
 def test_the_scale_factor_gives_unit_variance(tiny_parts, digits):
     stage = diffusion(tiny_parts)
-    data = stage.prepare(digits, CPU)
+    data = stage.prepare(digits)
     factor = stage.latent_diffusion.scale_factor
     # total variance = variance of the means + mean of the variances
     assert factor**2 * (data.mean.var() + (data.std**2).mean()) == pytest.approx(1, rel=1e-5)
@@ -341,15 +341,15 @@ def test_images_that_change_cannot_be_cached(tiny_parts):
     bent = Digits(first=64)
     bent.augments = True
     with pytest.raises(ValueError, match="Digits crops or mirrors .* stage.params.cache_latents=false"):
-        diffusion(tiny_parts).prepare(bent, CPU)
-    assert diffusion(tiny_parts, cache_latents=False).prepare(bent, CPU) is bent
+        diffusion(tiny_parts).prepare(bent)
+    assert diffusion(tiny_parts, cache_latents=False).prepare(bent) is bent
 
 
 @pytest.mark.smoke
 def test_only_the_unet_trains_and_the_whole_is_exported(tiny_parts, digits, tiny_model, tmp_path):
     stage = diffusion(tiny_parts, preview_prompts=["4", "", "bold 7"])
-    data = stage.prepare(digits, CPU)
-    assert stage.networks == {"model": stage.model} and stage.frozen.keys() == {"first_stage", "cond_stage"}
+    data = stage.prepare(digits)
+    assert stage.networks.keys() == {"model"} and stage.frozen.keys() == {"first_stage", "cond_stage"}
     before = copy.deepcopy(stage.model.state_dict())
     (optimizer,) = stage.optimizers()
     stage.loss(collate(data.__getitems__([0, 1, 2, 3])))[0].backward()

@@ -55,7 +55,7 @@ def stage_of(checkpoint, **settings) -> TextualInversionStage:
 
 def test_only_the_vectors_train(tiny_checkpoint, tiny_model, subject):
     stage = stage_of(tiny_checkpoint, vectors=3)
-    dataset = stage.prepare(Folder(subject, 32, 1, caption=""), CPU)
+    dataset = stage.prepare(Folder(subject, 32, 1, caption=""))
     assert [p.shape for p in Trained(stage).parameters()] == [(3, 32)] and list(Trained(stage).state_dict()) == [
         "word.0"
     ]
@@ -77,7 +77,7 @@ def test_only_the_vectors_train(tiny_checkpoint, tiny_model, subject):
 
 def test_the_loss_is_the_models_own(tiny_checkpoint, subject):
     stage = stage_of(tiny_checkpoint, pull=0.5, frames=["a {}"])
-    dataset = stage.prepare(Folder(subject, 32, 1, caption=""), CPU)
+    dataset = stage.prepare(Folder(subject, 32, 1, caption=""))
     assert len(dataset) == 300
     batch = collate(dataset.__getitems__([1, 3]))
     model = stage.latent_diffusion
@@ -234,7 +234,7 @@ def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_pat
         run(tiny_checkpoint, tmp_path / "bad", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     Image.new("L", (32, 32)).save(tmp_path / "bad" / "a.png")
-    stage_of(tiny_checkpoint).prepare(Folder(tmp_path / "bad", 32, 1, caption=""), CPU)
+    stage_of(tiny_checkpoint).prepare(Folder(tmp_path / "bad", 32, 1, caption=""))
     assert "bad holds a single image" in capsys.readouterr().err
 
 
@@ -269,7 +269,7 @@ def test_the_shipped_model_learns_a_hand(tmp_path):
     real = (F.normalize(features_of(networks.features, shown)) @ goal.T).mean().item()
     timesteps = {"name": "logit_normal", "mean": 1.0}
     stage = TextualInversionStage("<it>", "one", 32, 0.8, vectors=16, timesteps=timesteps)
-    dataset = stage.prepare(Folder(tmp_path, 32, 1, caption=""), CPU)
+    dataset = stage.prepare(Folder(tmp_path, 32, 1, caption=""))
     before = {name: tensor.clone() for name, tensor in stage.latent_diffusion.state_dict().items()}
 
     @torch.no_grad()

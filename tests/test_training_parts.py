@@ -124,7 +124,7 @@ YAML = """
 name: one
 outdir: runs/x
 seed: 0
-stage: {target: a.B, params: {rate: 0.1, path: "${outdir}/y"}}
+stage: {target: a.B, params: {rate: 0.1, path: "${outdir}/y", lora: null}}
 data: {target: c.D, params: {}}
 loop: {steps: 5, batch_size: 2}
 """
@@ -135,9 +135,11 @@ def test_changes_apply_where_the_key_is(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(YAML.replace("name: one", f"name: {name}"))
     paths = [str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")]
     changes = ["loop.steps=7", "two.loop.steps=9", "outdir=else", "stage.params.rate=1e-3", "loop.ema=0.5"]
+    changes += ["one.stage.params.lora.rank=4", "one.stage.params.lora.alpha=2"]
     one, two = read_configs(paths, changes)
     assert (one["loop"]["steps"], two["loop"]["steps"]) == (7, 9)
-    assert one["stage"]["params"] == {"rate": 1e-3, "path": "else/y"}
+    assert one["stage"]["params"] == {"rate": 1e-3, "path": "else/y", "lora": {"rank": 4, "alpha": 2}}
+    assert two["stage"]["params"]["lora"] is None
     assert one["loop"]["ema"] == 0.5
 
 

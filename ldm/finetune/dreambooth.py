@@ -117,6 +117,8 @@ class DreamBoothStage(Stage):
         if gradient_checkpointing:
             checkpoint_blocks(self.model)
         self.prior_weight, self.lora_format = prior_weight, lora_format
+        if optimizer == "adafactor" and isinstance(learning_rate, Mapping):  # AdamW's, by part
+            raise ValueError("adafactor's learning rate is relative to the weights: give learning_rate, such as 1e-3")
         self.learning_rate = rate_for("learning_rate", learning_rate, "weights" if lora is None else "lora")
         if self.train_text:
             part = train_text if lora is None else "lora"
@@ -154,18 +156,16 @@ class DreamBoothStage(Stage):
         if self.adapters:
             self.networks["adapters"] = nn.ModuleList(self.adapters.values())
 
-    def data_params(self, device: torch.device) -> dict[str, Any]:
+    def data_params(self) -> dict[str, Any]:
         """Return the model, which generates missing class images, and the images' size and channels."""
-        self.to(device).train(False)
         model = self.latent_diffusion
         return {"model": model, "size": self.resolution, "channels": model.image_channels}
 
     @torch.no_grad()
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def prepare(self, dataset: Dataset) -> Dataset:
         """Generate what the contact sheet shows of the model as it was; cache latents and text embeddings."""
         for images in dataset.instances:
             check_apart(images.root, self.sheet)
-        self.to(device).train(False)
         self.images = [[sub[i]["image"] for i in range(min(8, len(sub)))] for sub in dataset.instances]
         if self.sheet is not None:
             self.before = self.preview()
@@ -178,7 +178,6 @@ class DreamBoothStage(Stage):
                 self.texts[caption] = {k: v[0] for k, v in self.latent_diffusion.cond_stage_model([caption]).items()}
         if self.cache and not dataset.augments:
             dataset.map(self._encoded)
-        self.train()
         return dataset
 
     def _encoded(self, images: Dataset) -> Dataset:

@@ -101,20 +101,19 @@ class TextualInversionStage(Stage):
         if gradient_checkpointing:
             checkpoint_blocks(model.model)
 
-    def data_params(self, device: torch.device) -> dict[str, Any]:
+    def data_params(self) -> dict[str, Any]:
         """Return what the model fixes of its images."""
         return {"size": self.resolution, "channels": self.latent_diffusion.image_channels}
 
     @torch.no_grad()
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def prepare(self, dataset: Dataset) -> Dataset:
         """Encode the images, once, and generate what the contact sheet shows of the initial words."""
         check_apart(dataset.root, self.sheet)
         for note in notes_on_images(dataset.root):
             print(f"note: {note}", file=sys.stderr)
-        self.to(device)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
         first_stage = self.latent_diffusion.first_stage_model
-        means, stds = zip(*(posterior(first_stage, image[None].to(device)) for image in self.pixels), strict=True)
+        means, stds = zip(*(posterior(first_stage, image[None].to(self.device)) for image in self.pixels), strict=True)
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
         return Repeated(LatentDataset(dataset, torch.cat(means).cpu(), torch.cat(stds).cpu()))
 

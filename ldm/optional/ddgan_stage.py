@@ -75,6 +75,8 @@ class DenoisingGANStage(PixelDiffusionStage):
     def _check(self) -> None:
         if not isinstance(self.latent_diffusion, DenoisingGAN):
             raise ValueError(f"{self.latent_diffusion.target} has no latent generator: use {DenoisingGAN.target}")
+        if "c_crossattn" in self.dummy_conditioning():  # where the generator's latent goes
+            raise ValueError("a generator embeds the classes itself: use ldm.conditioning.classes.ClassLabels")
         super()._check()
 
     def _check_discriminator(self) -> None:
@@ -95,8 +97,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         """As in `Stage`; the discriminator judges the steps of the generator's turn."""
         if k == 1:
             return *self._discriminator_loss(shared, penalised=number % self.r1_every == 0), None
-        with torch.no_grad():
-            x0, cond = self.data(batch)
+        x0, cond = self.data(batch)
         generated, steps = self._sample_steps(x0, cond)
         return *self._generator_loss(x0, generated, steps), steps._replace(fake=steps.fake.detach())
 

@@ -47,7 +47,7 @@ class NoisyClassifierStage(Stage):
         self.networks["model"] = self.model
         self.timesteps = timestep_settings(timesteps, self.schedule.T)
 
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def prepare(self, dataset: Dataset) -> Dataset:
         """Keep an image for each row of the preview; raise ValueError if images do not fit the network."""
         check_labels(dataset)
         shown = [dataset[i] for i in range(min(10, len(dataset)))]
@@ -55,7 +55,7 @@ class NoisyClassifierStage(Stage):
         self.labels = torch.tensor([sample["label"] for sample in shown])
         try:
             with torch.no_grad():
-                logits = self.model.cpu()(self.shown[:1], torch.zeros(1))
+                logits = self.model(self.shown[:1].to(self.device), torch.zeros(1, device=self.device))
         except RuntimeError as error:
             raise ValueError(f"the network does not fit images of {tuple(self.shown.shape[1:])}: {error}") from None
         if self.labels.max() >= logits.shape[1]:
@@ -74,13 +74,13 @@ class NoisyClassifierStage(Stage):
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
         """Return a row for each image, noisier to the right; those classified wrongly are black."""
-        device, T = next(self.model.parameters()).device, self.schedule.T
+        T = self.schedule.T
         timesteps = torch.linspace(0, T - 1, self.preview_columns).round().long()
         images = self.shown.repeat_interleave(len(timesteps), dim=0)  # (rows columns, c, h, w)
         t = timesteps.repeat(len(self.shown))
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         noised = q_sample(images, t, noise, self.schedule)
-        predicted = self.model(noised.to(device), t.to(device)).argmax(dim=1).cpu()
+        predicted = self.model(noised.to(self.device), t.to(self.device)).argmax(dim=1).cpu()
         noised[predicted != self.labels.repeat_interleave(len(timesteps))] = -1
         return to_pil(noised)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.images import to_pil
@@ -18,7 +19,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
 from ldm.models.perceptual import perceptual_distance
 from ldm.training.order import in_batches
-from ldm.training.stage import Loss, Stage
+from ldm.training.stage import Loss, Stage, adamw
 from ldm.util import call_with
 
 
@@ -71,7 +72,10 @@ class AutoencoderStage(Stage):
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
         self.config = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
 
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def optimizers(self) -> list[Optimizer]:
+        return [adamw(network.parameters(), **self.adam) for network in self.networks.values()]
+
+    def prepare(self, dataset: Dataset) -> Dataset:
         self.preview_columns = min(self.preview_columns, len(dataset))
         count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # complete rows
         self.shown = torch.stack([dataset[i * (len(dataset) // count)]["image"] for i in range(count)])
@@ -113,7 +117,7 @@ class AutoencoderStage(Stage):
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
         """Return rows of images, each with its reconstructions below it."""
-        x = self.shown.to(next(self.model.parameters()).device)
+        x = self.shown.to(self.device)
         pairs = torch.stack([x, self.model(x, sample_posterior=False)[0]])
         rows = pairs.unflatten(1, (-1, self.preview_columns))  # (2, rows, columns, c, h, w)
         return to_pil(rows.transpose(0, 1).flatten(0, 2))
@@ -122,12 +126,11 @@ class AutoencoderStage(Stage):
     def finish(self, dataset: Dataset) -> None:
         if not self.normalize:
             return
-        device, sums, squares, count = next(self.model.parameters()).device, 0.0, 0.0, 0
+        sums, squares, count = 0.0, 0.0, 0
         for batch in in_batches(dataset, 512, "measuring latents"):
-            posterior = self.model.encode(batch["image"].to(device))
+            posterior = self.model.encode(batch["image"].to(self.device))
             mean, variance = posterior.mean.cpu().double(), posterior.var.cpu().double()
-            second = mean**2 + variance
-            sums, squares = sums + mean.sum((0, 2, 3)), squares + second.sum((0, 2, 3))
+            sums, squares = sums + mean.sum((0, 2, 3)), squares + (mean**2 + variance).sum((0, 2, 3))
             count += mean[:, 0].numel()
         mean = sums / count
         self.model.fold_latent_statistics(mean.float(), (squares / count - mean**2).sqrt().float())

@@ -49,7 +49,7 @@ class ClassifierStage(Stage):
         self.label_smoothing = label_smoothing
         self.transform = {"rotation": rotation, "shear": shear, "scale": scale, "shift": shift}
 
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def prepare(self, dataset: Dataset) -> Dataset:
         check_labels(dataset)
         shown = [dataset[i]["image"] for i in range(min(self.preview_columns**2, len(dataset)))]
         self.shown = torch.stack(shown)
@@ -64,7 +64,7 @@ class ClassifierStage(Stage):
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
         """Return training images in the order of their predicted class, the most confident of each class first."""
-        images = self.shown.to(next(self.model.parameters()).device)
+        images = self.shown.to(self.device)
         confidence, predicted = self.model(images).float().softmax(dim=1).max(dim=1)
         return to_pil(images[torch.argsort(predicted - confidence / 2)])
 
@@ -73,7 +73,7 @@ class ClassifierStage(Stage):
         """Measure all batch statistics again: on images without transforms, and for the averaged weights."""
         subset = Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
         batches = in_batches(subset, 500, "measuring batch statistics")
-        update_bn((batch["image"] for batch in batches), self.model, next(self.model.parameters()).device)
+        update_bn((batch["image"] for batch in batches), self.model, self.device)
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return self.config, self.model.state_dict()

@@ -50,7 +50,7 @@ class CLIPStage(Stage):
         self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
         self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement
 
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def prepare(self, dataset: Dataset) -> Dataset:
         """Choose the vocabulary from the data set's captions and build the two towers."""
         from open_clip import CLIP
 

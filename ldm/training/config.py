@@ -1,6 +1,7 @@
 """Training configurations: yaml files and `key=value` changes, read into plain dicts and checked."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import yaml
@@ -23,33 +24,15 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
         raise ValueError(
             "no configuration is given: name at least one yaml file, such as configs/digits/autoencoder.yaml"
         )
-    configs, used = [_read(path) for path in paths], set()
-    for config in configs:
-        for change in changes:
-            key, _, value = change.partition("=")
-            own = key.removeprefix(config.name + ".")
-            if _has(config, own):
-                try:
-                    OmegaConf.update(config, own, OmegaConf.from_dotlist([f"x={value}"]).x)
-                except (OmegaConfBaseException, yaml.YAMLError) as error:
-                    raise ValueError(f"{change!r} cannot be set: {' '.join(str(error).split())}") from None
-                used.add(change)
+    given = [_read(path) for path in paths]
+    configs = deepcopy(given)
     for change in changes:
-        if change not in used:
+        if not any([_apply(change, *pair) for pair in zip(configs, given, strict=True)]):
             raise ValueError(
                 f"{change!r} changes nothing: no given configuration has that key; they have name, outdir, seed, "
                 "stage.*, data.* and loop.*"
             )
-    try:
-        for path, config in zip(paths, configs, strict=True):
-            if missing := sorted(OmegaConf.missing_keys(config)):
-                raise ValueError(f"configuration {path!r} needs {', '.join(f'{key}=...' for key in missing)}")
-        plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
-    except OmegaConfBaseException as error:
-        raise ValueError(f"a configuration does not resolve: {error}") from None
-    for path, config in zip(paths, plain, strict=True):
-        _check_values(path, config)
-    return plain
+    return [_resolve(path, config) for path, config in zip(paths, configs, strict=True)]
 
 
 def _read(path: str) -> Any:
@@ -65,22 +48,40 @@ def _read(path: str) -> Any:
     return config
 
 
-def _check_values(path: str, config: dict[str, Any]) -> None:
-    """Raise ValueError for parts of the wrong type."""
-    for part in ("stage", "data"):
-        value = config[part]
-        if not isinstance(value, dict) or "target" not in value or not isinstance(value.get("params", {}), dict):
-            raise ValueError(f"configuration {path!r}: {part} must be a mapping with a target and params")
-    if not isinstance(config["loop"], dict):
-        raise ValueError(f"configuration {path!r}: loop must be a mapping with settings")
-    if not isinstance(config["seed"], int) or config["seed"] < 0:
-        raise ValueError(f"configuration {path!r}: seed {config['seed']!r} must be an integer of at least 0")
+def _apply(change: str, config: Any, given: Any) -> bool:
+    """Apply `key=value` to a configuration, if it has the key now or as it was given; return whether it has."""
+    key, _, value = change.partition("=")
+    key = key.removeprefix(config.name + ".")
+    try:
+        if not (_has(config, key) or _has(given, key)):
+            return False
+        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{change!r} cannot be set: {' '.join(str(error).split())}") from None
+    return True
 
 
 def _has(config: Any, key: str) -> bool:
-    """Return whether a dotted key exists; parameters that the yaml leaves out count, since a stage checks its own."""
+    """Return whether a dotted key exists, or may be added: below a null, or as a parameter, which a stage checks."""
     parent, _, last = key.rpartition(".")
-    if parent == "loop" or parent.endswith("params"):
-        return OmegaConf.is_dict(OmegaConf.select(config, parent))
-    node = OmegaConf.select(config, parent) if parent else config
-    return OmegaConf.is_dict(node) and last in node
+    node = OmegaConf.select(config, parent, default=False) if parent else config
+    return node is None or OmegaConf.is_dict(node) and (parent == "loop" or parent.endswith("params") or last in node)
+
+
+def _resolve(path: str, config: Any) -> dict[str, Any]:
+    """Return a configuration as plain dicts; raise ValueError for missing values and parts of the wrong type."""
+    try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            raise ValueError(f"configuration {path!r} needs {', '.join(f'{key}=...' for key in missing)}")
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"configuration {path!r} does not resolve: {error}") from None
+    for part in ("stage", "data"):
+        value = plain[part]
+        if not isinstance(value, dict) or "target" not in value or not isinstance(value.get("params", {}), dict):
+            raise ValueError(f"configuration {path!r}: {part} must be a mapping with a target and params")
+    if not isinstance(plain["loop"], dict):
+        raise ValueError(f"configuration {path!r}: loop must be a mapping with settings")
+    if not isinstance(plain["seed"], int) or plain["seed"] < 0:
+        raise ValueError(f"configuration {path!r}: seed {plain['seed']!r} must be an integer of at least 0")
+    return plain

@@ -20,7 +20,7 @@ MAX_TERMINAL_SIGNAL = 0.05  # sqrt(alpha-bar) at the last noise level, above whi
 
 
 class DenoisingStage(Stage):
-    """Trains the network of a model to denoise at random noise levels; everything else of the model is frozen.
+    """Trains the network of a model to denoise at random noise levels; its first stage is frozen.
 
     Args:
         objective: the loss, with its model.
@@ -38,13 +38,10 @@ class DenoisingStage(Stage):
         preview_columns: int,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay)
-        model = objective.model
-        self.objective, self.latent_diffusion, self.model = objective, model, model.model
-        self.networks = {"model": model.model}
-        self.freeze(first_stage=model.first_stage_model)
-        if model.cond_stage_model is not None:
-            self.freeze(cond_stage=model.cond_stage_model)
+        self.objective, self.latent_diffusion, self.model = objective, objective.model, objective.model.model
         self.preview_prompts = list(preview_prompts)
+        self.networks["model"] = self.model
+        self.freeze(first_stage=self.latent_diffusion.first_stage_model)
         self._check()
 
     def _check(self) -> None:
@@ -80,13 +77,12 @@ class DenoisingStage(Stage):
         return model.condition(self.preview_prompts[-1:] if model.null is None else [model.null])
 
     def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
-        """Return the latents (or pixels) (b, c, h, w) of a batch and their conditioning, without gradients."""
+        """Return the latents (or pixels) (b, c, h, w) of a batch and their conditioning."""
         raise NotImplementedError
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
-        with torch.no_grad():
-            z, cond = self.data(batch)
-            t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
+        z, cond = self.data(batch)
+        t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
         loss = self.objective.losses(z, cond, t, noise).mean()
         return loss, {"loss": loss}
 

@@ -54,21 +54,21 @@ class DiffusionStage(DenoisingStage):
         model.cond_stage_model.load_state_dict(weights[1])
         objective = Objective(model, error, weight, noise, timesteps)
         super().__init__(objective, learning_rate, betas, weight_decay, preview_prompts, preview_columns)
+        self.freeze(cond_stage=model.cond_stage_model)
         self.caption_dropout = check_probability("caption_dropout", caption_dropout)
         self.cache_latents = cache_latents
 
     @torch.no_grad()
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def prepare(self, dataset: Dataset) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         if self.cache_latents and getattr(dataset, "augments", False):
             raise ValueError(
                 f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
-        self.to(device)
         means, stds = [], []
         for batch in in_batches(dataset, 256, "encoding latents"):
-            posterior = self.latent_diffusion.first_stage_model.encode(batch["image"].to(device))
+            posterior = self.latent_diffusion.first_stage_model.encode(batch["image"].to(self.device))
             means.append(posterior.mean.cpu())
             stds.append(posterior.std.cpu())
             if not self.cache_latents:

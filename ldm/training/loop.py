@@ -88,11 +88,11 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
         return folder.model
 
     torch.manual_seed(seed)
-    stage = instantiate_from_config(config["stage"], **stage_params)
+    stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
     with accelerator.main_process_first():  # it writes files that the others then find
-        dataset = instantiate_from_config(config["data"], **stage.data_params(accelerator.device))
-    dataset = stage.prepare(dataset, accelerator.device)
-    trained = Trained(stage.to(accelerator.device))
+        dataset = instantiate_from_config(config["data"], **stage.data_params())
+    dataset = stage.prepare(dataset)
+    trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks
     average = EMA(trained, settings.ema)
     model, *optimizers = accelerator.prepare(trained, *stage.optimizers())
     scaler = accelerator.scaler  # of gradients in fp16, else None

@@ -2,7 +2,7 @@
 
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -72,26 +72,24 @@ def training_batches(dataset: Dataset, order: EpochBatches, first: int, workers:
         order.epoch, order.start = divmod(number, len(order))
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(order.epoch)  # captions and augmentation are functions of (seed, epoch, index)
-        # Its own generator: DataLoader takes a seed each epoch, which must not change torch's global random state.
-        generator = torch.Generator().manual_seed(order.seed)
         loader = DataLoader(
             dataset,
             batch_sampler=order,
             num_workers=workers,
-            generator=generator,
             collate_fn=collate,
             worker_init_fn=ignore_interrupts,
+            # DataLoader takes a seed each epoch, which must not change torch's global random state.
+            generator=torch.Generator().manual_seed(order.seed),
         )
         for batch in loader:
             yield number, batch
             number += 1
 
 
-def in_batches(dataset: Dataset, batch_size: int, label: str) -> Iterator[dict]:
-    """Yield the whole data set once, in order, with a progress bar."""
-    fetch = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])
-    for first in tqdm(range(0, len(dataset), batch_size), desc=label, unit="batch", leave=False):
-        yield collate(fetch(list(range(first, min(first + batch_size, len(dataset))))))
+def in_batches(dataset: Dataset, batch_size: int, label: str) -> Iterable[dict]:
+    """Return the batches of the whole data set, in order, with a progress bar."""
+    loader = DataLoader(dataset, batch_size, collate_fn=collate, generator=torch.Generator())
+    return tqdm(loader, desc=label, unit="batch", leave=False)
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -16,7 +16,7 @@ from ldm.util import instantiate_from_config
 
 
 class PixelDiffusionStage(DenoisingStage):
-    """Trains a PixelDiffusion from random weights.
+    """Trains a PixelDiffusion from random weights, and the embeddings of its classes where it has some.
 
     Args:
         model: `{"target", "params"}` of a PixelDiffusion.
@@ -62,9 +62,11 @@ class PixelDiffusionStage(DenoisingStage):
             raise ValueError(f"bound_weight {bound_weight} must not be below 0 (the paper takes 0.001)")
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
         super().__init__(objective, learning_rate, betas, weight_decay, shown, preview_columns)
+        if cond is not None and any(True for _ in cond.parameters()):  # class embeddings, which learn
+            self.networks["cond_stage"] = cond
         self.class_dropout = check_probability("class_dropout", class_dropout)
 
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
+    def prepare(self, dataset: Dataset) -> Dataset:
         """Check that the data set has images of the model's size, and labels if it needs them."""
         model, sample = self.latent_diffusion, dataset[0]
         size = model.latent_size(model.defaults["height"], model.defaults["width"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import Dataset
 
-Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar, and detached scalars to report
+Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar, and scalars to report
 
 
 class Stage:
@@ -25,37 +25,42 @@ class Stage:
     """
 
     def __init__(self, preview_columns: int, **adam: Any) -> None:
-        self.networks: dict[str, nn.Module] = {}
-        self.frozen: dict[str, nn.Module] = {}
+        self.networks, self.frozen = nn.ModuleDict(), nn.ModuleDict()
         self.preview_columns, self.adam = preview_columns, adam
 
     def freeze(self, **networks: nn.Module) -> None:
         """Add networks to `frozen`."""
-        self.frozen |= {name: network.eval().requires_grad_(False) for name, network in networks.items()}
+        self.frozen.update({name: network.eval().requires_grad_(False) for name, network in networks.items()})
 
     def to(self, device: torch.device) -> "Stage":
         """Move all networks to a device."""
-        for network in (*self.networks.values(), *self.frozen.values()):
-            network.to(device)
+        self.networks.to(device)
+        self.frozen.to(device)
         return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.networks.parameters()).device
 
     def train(self, mode: bool = True) -> "Stage":
         """Put the networks that train into training mode, or into eval mode."""
-        for network in self.networks.values():
-            network.train(mode)
+        self.networks.train(mode)
         return self
 
-    def data_params(self, device: torch.device) -> dict[str, Any]:
-        """Return arguments of the data set that follow from the stage's model, which is moved to `device`."""
+    def data_params(self) -> dict[str, Any]:
+        """Return arguments of the data set that follow from the stage's model."""
         return {}
 
-    def prepare(self, dataset: Dataset, device: torch.device) -> Dataset:
-        """Return the data set to train on, such as cached latents. The loop calls this first, and once."""
+    def prepare(self, dataset: Dataset) -> Dataset:
+        """Return the data set to train on, such as cached latents.
+
+        The loop calls this once, with the networks on their device and in eval mode, as it calls `data_params`.
+        """
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
-        """Return the optimizers, in the order of their turns on each batch: an AdamW for each network."""
-        return [adamw(network.parameters(), **self.adam) for network in self.networks.values()]
+        """Return the optimizers, in the order of their turns on each batch: one AdamW for all networks."""
+        return [adamw(self.networks.parameters(), **self.adam)]
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """Return the loss of a batch, for a stage with one optimizer."""
@@ -84,14 +89,12 @@ class Stage:
         raise NotImplementedError
 
 
-class Trained(nn.Module):
+class Trained(nn.ModuleDict):
     """The networks of a stage that train, as one module whose forward is the loss: what accelerate and DDP wrap."""
 
     def __init__(self, stage: Stage) -> None:
-        super().__init__()
+        super().__init__(stage.networks)
         self.stage = stage
-        for name, network in stage.networks.items():
-            self.add_module(name, network)
 
     def forward(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict, Any]:
         return self.stage.turn(batch, k, number, shared)
