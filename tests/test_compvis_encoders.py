@@ -82,8 +82,9 @@ def test_the_tokenizer_is_called_as_transformers_is(encoder, theirs, settings):
 
 
 def test_the_tokenizer_s_marks(encoder, theirs):
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "model_max_length"):
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(encoder.tokenizer, name) == getattr(theirs[1], name)
+    assert encoder.tokenizer.model_max_length == 77  # transformers 5.23 does not read it back from a folder, others do
     assert len(encoder.tokenizer) == VOCABULARY and "cat</w>" in encoder.tokenizer.get_vocab()
 
 
