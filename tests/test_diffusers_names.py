@@ -77,7 +77,7 @@ def test_unets_of_stable_diffusion(model, config):
         assert shapes(theirs) == shapes(UNet2DConditionModel(**config).state_dict())
         assert shapes(ours) == shapes(UNetModel(**read_unet(config)).state_dict())
     assert unet_levels(read_unet(config)) == SD_LEVELS
-    back = names.unet_from_diffusers(theirs, SD_LEVELS)
+    back = names.unet_from_diffusers(theirs)
     assert back.keys() == ours.keys() and all(back[name] is ours[name] for name in ours)
 
 
@@ -91,7 +91,7 @@ def test_autoencoders_of_stable_diffusion(model):
     with torch.device("meta"):
         assert shapes(theirs) == shapes(Theirs(**SD_VAE).state_dict())
         assert shapes(ours) == shapes(AutoencoderKL(**read_vae(SD_VAE)[0]).state_dict())
-    assert shapes(names.vae_from_diffusers(theirs, levels=4, blocks=2)) == shapes(ours)
+    assert shapes(names.vae_from_diffusers(theirs)) == shapes(ours)
 
 
 def test_the_text_encoder_of_stable_diffusion_1():
@@ -151,7 +151,7 @@ def test_unets_of_any_structure(changes):
     state = ours.state_dict()
     mapped = names.unet_to_diffusers(state, levels)
     assert shapes(mapped) == shapes(theirs.state_dict())
-    back = names.unet_from_diffusers(mapped, levels)
+    back = names.unet_from_diffusers(mapped)
     assert back.keys() == state.keys() and all(back[name] is state[name] for name in state)
     assert unet_levels(read_unet(config)) == levels
     theirs.load_state_dict(mapped)
@@ -188,7 +188,7 @@ def test_class_embeddings(ours, theirs):
         expected = UNet2DConditionModel(**config, **theirs).state_dict()
     mapped = names.unet_to_diffusers(state, levels)
     assert shapes(mapped) == shapes(expected)
-    assert names.unet_from_diffusers(mapped, levels).keys() == state.keys()
+    assert names.unet_from_diffusers(mapped).keys() == state.keys()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_autoencoders_of_any_structure(changes):
     mapped = names.vae_to_diffusers(state, **sizes)
     assert scale_factor == 0.5 and shapes(mapped) == shapes(theirs.state_dict())
     theirs.load_state_dict(mapped)
-    again.load_state_dict(names.vae_from_diffusers(mapped, **sizes))
+    again.load_state_dict(names.vae_from_diffusers(mapped))
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
     x, z = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 4, 4)
     torch.testing.assert_close(theirs.encode(x).latent_dist.mode(), ours.encode(x).mode(), atol=1e-5, rtol=1e-5)
@@ -228,7 +228,7 @@ def test_an_autoencoder_under_the_names_before_diffusers_0_17():
             name = name.replace(after, before)
         old[name] = tensor
     assert sum("query" in name or "proj_attn" in name for name in old) == 8
-    back = names.vae_from_diffusers(old, levels=4, blocks=2)
+    back = names.vae_from_diffusers(old)
     assert shapes(back) == shapes(golden("sd-v1", "first_stage_model."))
 
 
@@ -237,7 +237,7 @@ def test_attention_of_the_autoencoder_in_either_rank_and_on_both_sides():
     ours, theirs = "encoder.mid.attn_1.q.weight", "encoder.mid_block.attentions.0.to_q.weight"
     for tensor in (conv, linear):
         there = names.vae_to_diffusers({ours: tensor}, 1, 1)[theirs]
-        back = names.vae_from_diffusers({theirs: tensor}, 1, 1)[ours]
+        back = names.vae_from_diffusers({theirs: tensor})[ours]
         assert there.shape == (4, 4) and back.shape == (4, 4, 1, 1)
         assert there.data_ptr() == back.data_ptr() == tensor.data_ptr()  # views
         assert torch.equal(there, tensor.reshape(4, 4)) and torch.equal(back, tensor.reshape(4, 4, 1, 1))
@@ -245,12 +245,10 @@ def test_attention_of_the_autoencoder_in_either_rank_and_on_both_sides():
 
 def test_names_without_a_place_are_listed():
     state = {"conv_in.weight": torch.zeros(1), "add_embedding.linear_1.weight": torch.zeros(1), "x": torch.zeros(1)}
-    refused("UNet has 2 weights .*: add_embedding.linear_1.weight, x$", names.unet_from_diffusers, state, SD_LEVELS)
+    refused("UNet has 2 weights .*: add_embedding.linear_1.weight, x$", names.unet_from_diffusers, state)
     attention = "encoder.mid_block.attentions.0."  # under its old and its new name at once
     with pytest.raises(ValueError, match=f"autoencoder has 1 weights .*: {attention}query.bias$"):
-        names.vae_from_diffusers(
-            {attention + "to_q.bias": torch.zeros(1), attention + "query.bias": torch.zeros(1)}, 1, 1
-        )
+        names.vae_from_diffusers({attention + "to_q.bias": torch.zeros(1), attention + "query.bias": torch.zeros(1)})
     state = {f"encoder.layers.0.self_attn.{part}_proj.weight": torch.zeros(1, 1) for part in "qv"}
     refused("not all three of .*k_proj.weight", names.openclip_from_transformers, state, layers=1)
 

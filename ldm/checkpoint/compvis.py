@@ -1,8 +1,4 @@
-"""CompVis's single files: names that vary or do not belong to a network, and the files that we write for others.
-
-A complete model's names are `model.diffusion_model.*` (UNet), `first_stage_model.*`,
-`cond_stage_model.*` (conditioner).
-"""
+"""CompVis's single files: names that vary or do not belong to a network, and the files that we write for others."""
 
 import re
 from collections.abc import Mapping
@@ -58,15 +54,11 @@ _VAE_ATTENTION = re.compile(r"first_stage_model\..*\.attn(_1|\.\d+)\.(q|k|v|proj
 def normalise(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[str]]:
     """Return a published file's tensors under the names of our networks, without known strays, and notes. Idempotent.
 
-    Tensors are passed on as they are (mapped ones stay mapped). A file of one part alone comes out with that network's
-    own names, a complete model with the three prefixes of `networks.PREFIXES`.
+    Mapped tensors stay mapped. A file of one part alone comes out with that network's own names, a complete model with
+    the three prefixes of `networks.PREFIXES`.
 
     Args:
         ema: take the averaged weights in place of the others.
-
-    Raises:
-        ValueError: the averaged weights are missing or do not fit, a conditioner that claims to be the first stage
-            differs from it, or tensors come twice under two names.
     """
     state, notes = tidy(state, ema)
     parts = [part for part in networks.PREFIXES if has_part(state, part)]
@@ -77,14 +69,14 @@ def normalise(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, li
 
 
 def has_part(state: Mapping[str, Any], part: str) -> bool:
-    """Return whether any name belongs to that part of `networks.PREFIXES`."""
     return any(name.startswith(networks.PREFIXES[part]) for name in state)
 
 
 def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[str]]:
     """Do as `normalise`, but with the names of a complete model even where there is only one part."""
     notes = []
-    state = _from_diffusers(state)
+    if any(name.startswith("encoder.down_blocks.") for name in state):  # as most VAEs that are shared alone
+        state = vae_from_diffusers(state)
     renamed = {name: _renamed(name) for name in state}
     if len(set(renamed.values())) < len(renamed):
         twice = sorted(name for name, new in renamed.items() if name != new and new in renamed)
@@ -108,19 +100,9 @@ def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[st
     return state | supplied, notes
 
 
-def _from_diffusers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Rename a first stage in diffusers' names (most VAEs that are shared alone) to CompVis's; others are unchanged."""
-    levels = count(state, "encoder.down_blocks.")
-    if levels == 0:
-        return state
-    return vae_from_diffusers(state, levels, count(state, "encoder.down_blocks.0.resnets."))
-
-
 def _renamed(name: str) -> str:
-    for pattern, new in _RENAMES:
-        if re.match(pattern, name):
-            return re.sub(pattern, new, name, count=1)
-    return name
+    renamed = (re.sub("^" + pattern, new, name) for pattern, new in _RENAMES if re.match(pattern, name))
+    return next(renamed, name)
 
 
 def _averaged(state: State) -> State:
@@ -145,12 +127,10 @@ def _without_first_stage_copy(state: State) -> State:
     prefix = networks.PREFIXES["first_stage"]
     shapes = {name: state[old].shape for name, old in copy.items()}
     own = {name.removeprefix(prefix): tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
-    if copy and shapes != own:
-        different = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
-        raise ValueError(
-            "the conditioner is an autoencoder other than the first stage: they differ in "
-            f"{len(different)} tensors ({', '.join(different[:5])})"
-        )
+    different = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
+    if copy and different:
+        names = f"{len(different)} tensors ({', '.join(different[:5])})"
+        raise ValueError(f"the conditioner is an autoencoder other than the first stage: they differ in {names}")
     return {name: tensor for name, tensor in state.items() if name not in copy.values()}
 
 
@@ -168,13 +148,11 @@ def _missing_of_openclip(state: State) -> State:
 
 
 def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dict[str, str]]:
-    """Return what to write so that other programs read a model: (tensors, safetensors metadata).
+    """Return (tensors, safetensors metadata) of a LatentDiffusion as other programs read them; `normalise` undoes it.
 
-    Beside the weights: the schedule's buffers, CLIP's position ids, `scale_factor` unless it is what everyone assumes
-    (`SCALE_FACTORS`), the empty marks `v_pred` and `ztsnr`, and metadata after the modelspec standard 1.0.0
+    Beside the weights: the schedule's buffers, CLIP's position ids, `scale_factor` unless it is what everyone assumes,
+    the empty marks `v_pred` and `ztsnr`, and metadata after the modelspec standard 1.0.0
     (https://github.com/Stability-AI/ModelSpec).
-
-    config: {"target": LatentDiffusion's, "params": ...}. `normalise` undoes it.
     """
     params = config["params"]
     added = schedule_buffers(params["schedule"])
@@ -218,19 +196,17 @@ _REPOSITORIES = {
 
 
 def _modelspec(params: Config) -> dict[str, str]:
-    """Return the header that says what a file is, by the modelspec standard; transformers demands `format`."""
     text = kind(params["cond_stage_config"])
     line = {"clip": "stable-diffusion-v1", "openclip": "stable-diffusion-v2"}.get(text, "latent-diffusion")
     architecture = line + _SUFFIXES[params.get("concat")]
     if architecture == "stable-diffusion-v2":
         architecture += "-768-v" if params["prediction"] == "v" else "-512"
-    defaults = params["defaults"]
     return {
-        "format": "pt",
+        "format": "pt",  # which transformers demands
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
         "modelspec.implementation": _REPOSITORIES[line],
         "modelspec.title": architecture,
-        "modelspec.resolution": f"{defaults['width']}x{defaults['height']}",
+        "modelspec.resolution": "{width}x{height}".format(**params["defaults"]),
         "modelspec.prediction_type": _PREDICTION_TYPES[params["prediction"]],
     }

@@ -51,14 +51,8 @@ BETA_SCHEDULES = {  # CompVis's name -> ours
 }
 # The text towers' width, layers and heads: by the last part of transformers' name, also of a local folder of that name;
 # by open_clip's architecture.
-_CLIPS = {
-    f"clip-vit-{size}": sizes
-    for size, sizes in (
-        ("large-patch14", (768, 12, 12)),
-        ("base-patch32", (512, 12, 8)),
-        ("base-patch16", (512, 12, 8)),
-    )
-}
+_CLIPS = {"large-patch14": (768, 12, 12), "base-patch32": (512, 12, 8), "base-patch16": (512, 12, 8)}
+_CLIPS = {f"clip-vit-{size}": sizes for size, sizes in _CLIPS.items()}
 _OPENCLIPS = {"ViT-H-14": (1024, 24, 16), "ViT-L-14": (768, 12, 12), "ViT-B-32": (512, 12, 8)}
 
 
@@ -68,9 +62,6 @@ def from_compvis(yaml: Mapping[str, Any]) -> Config:
     Args:
         yaml: the file or its `model` section, as plain dicts: of a LatentDiffusion, or of an autoencoder alone. One in
             our own terms comes back as it is.
-
-    Raises:
-        ValueError: a target, parameter or setting has no counterpart here; the message names it.
     """
     model = yaml.get("model", yaml)
     if not isinstance(model, Mapping) or "target" not in model:
@@ -87,7 +78,6 @@ def from_compvis(yaml: Mapping[str, Any]) -> Config:
 
 
 def _model(params: Mapping[str, Any]) -> Config:
-    """Return LatentDiffusion's arguments."""
     params = _kept(params, _READ, _TRAINING, "LatentDiffusion", needed=_READ[:3])
     unet = _translated(params["unet_config"], _UNETS, "the UNet")
     first_stage = _translated(params["first_stage_config"], _FIRST_STAGES, "the first stage")
@@ -149,10 +139,7 @@ def _defaults(params: Config, first_stage: Config, family: Family | None, predic
 
 
 class Rule(NamedTuple):
-    """How a network's parameters are translated: those that it takes, those that only training reads.
-
-    needs: how many of the first that it takes must be given.
-    """
+    """The parameters that a network takes, of which the first `needs` must be given, and those of its training."""
 
     target: str
     whose: str
@@ -162,7 +149,6 @@ class Rule(NamedTuple):
 
 
 def _translated(config: Any, table: Mapping[str, Rule | Callable[[Config], Config]], whose: str) -> Config:
-    """Return {"target", "params"} by the table's rule for the target."""
     target = str(config.get("target") if isinstance(config, Mapping) else config)
     if target not in table:
         raise ValueError(f"{whose}'s target {target!r} is not supported: known are {', '.join(table)}")
@@ -189,7 +175,7 @@ def _kept(
 
 
 def _arguments(cls: type, params: Config, whose: str) -> Config:
-    """Do as `_kept` for arguments that a class of ours takes under CompVis's names."""
+    """Do as `_kept` for a class of ours that takes its arguments under CompVis's names."""
     taken = inspect.signature(cls).parameters
     return _kept(params, taken, (), whose, [name for name, p in taken.items() if p.default is p.empty])
 
@@ -202,32 +188,30 @@ def clip_config(params: Config) -> Config:
     taken = ("version", "max_length", "layer", "layer_idx")
     params = _kept(params, taken, ("device", "freeze"), "FrozenCLIPEmbedder")
     name = params.get("version", "openai/clip-vit-large-patch14")
-    sizes = _tower("version", name, PurePath(name).name, _CLIPS)
-    return _text(networks.CLIP_SETTINGS | sizes, params, layers=("last", "hidden"))
+    sizes = _CLIPS.get(PurePath(name).name)
+    if sizes is None:
+        raise ValueError(f"the text encoder's version {name!r} is unknown: known are {', '.join(_CLIPS)}")
+    return _text(networks.CLIP_SETTINGS, sizes, params, layers=("last", "hidden"))
 
 
 def openclip_config(params: Config) -> Config:
     taken = ("arch", "version", "max_length", "layer")  # the version names weights, which the checkpoint brings
     params = _kept(params, taken, ("device", "freeze"), "FrozenOpenCLIPEmbedder")
     arch = params.get("arch", "ViT-H-14")
-    sizes = _tower("arch", arch, arch, _OPENCLIPS)
-    return _text(networks.OPENCLIP_SETTINGS | sizes | {"layer": "last"}, params, layers=("last", "penultimate"))
+    if arch not in _OPENCLIPS:
+        raise ValueError(f"the text encoder's arch {arch!r} is unknown: known are {', '.join(_OPENCLIPS)}")
+    settings = networks.OPENCLIP_SETTINGS | {"layer": "last"}
+    return _text(settings, _OPENCLIPS[arch], params, layers=("last", "penultimate"))
 
 
-def _tower(parameter: str, value: str, name: str, sizes: Mapping[str, tuple[int, int, int]]) -> Config:
-    if name not in sizes:
-        raise ValueError(f"the text encoder's {parameter} {value!r} is unknown: known are {', '.join(sizes)}")
-    return dict(zip(("width", "layers", "heads"), sizes[name], strict=True))
-
-
-def _text(settings: Config, params: Config, layers: tuple[str, ...]) -> Config:
+def _text(settings: Config, sizes: tuple[int, int, int], params: Config, layers: tuple[str, ...]) -> Config:
     """Return a TextEncoder with the yaml's choice of layer."""
     if params.get("max_length", 77) != 77:
         raise ValueError(f"max_length {params['max_length']} has no counterpart here: CLIP reads 77 tokens")
     layer = params.get("layer", settings["layer"])
     if layer not in layers:
         raise ValueError(f"the text encoder's layer {layer!r} has no counterpart here: known are {', '.join(layers)}")
-    settings = settings | {"layer": layer}
+    settings = settings | dict(zip(("width", "layers", "heads"), sizes, strict=True)) | {"layer": layer}
     if layer == "hidden":
         settings["layer_index"] = params.get("layer_idx")
     return {"target": networks.TEXT_TARGET, "params": settings}

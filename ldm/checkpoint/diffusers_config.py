@@ -1,7 +1,7 @@
 """Read the configurations of a diffusers folder: UNet, autoencoder and scheduler -> the arguments of our classes.
 
 A key that is missing means diffusers' default; one that is unknown must be null or false, so that a network that
-computes something else is never taken for ours. All raise ValueError with one sentence that names what is unsupported.
+computes something else is never taken for ours. All raise ValueError that names what is unsupported.
 """
 
 import inspect
@@ -85,9 +85,8 @@ def read_unet(config: Mapping[str, Any]) -> Config:
     own = _understood(config, UNET_DEFAULTS, UNET_FIXED, "the UNet")
     widths = list(own["block_out_channels"])
     attended = [name == ATTENDED[0] for name in own["down_block_types"]]
-    _check_blocks(own, unet_blocks(attended), len(widths), "the UNet", f"{ATTENDED[0]} and {PLAIN[0]}")
-    depths, contexts = own["transformer_layers_per_block"], own["cross_attention_dim"]
-    contexts = one_if_equal(contexts)
+    _check_blocks(own, unet_blocks(attended), f"the UNet's blocks are {{}} and {{}}: only {ATTENDED[0]} and {PLAIN[0]}")
+    depths, contexts = own["transformer_layers_per_block"], one_if_equal(own["cross_attention_dim"])
     if isinstance(contexts, list):
         raise ValueError(f"the UNet's cross_attention_dim is {contexts}: it must be one for all levels")
     if not isinstance(depths, int) and not all(isinstance(depth, int) for depth in depths):
@@ -95,7 +94,7 @@ def read_unet(config: Mapping[str, Any]) -> Config:
     if own["resnet_time_scale_shift"] not in ("default", "scale_shift"):
         raise ValueError(f"the UNet's resnet_time_scale_shift is {own['resnet_time_scale_shift']!r}, which is unknown")
     return {
-        "image_size": 64 if own["sample_size"] is None else _height(own["sample_size"]),
+        "image_size": _height(own["sample_size"] or 64),
         **{ours: own[theirs] for ours, theirs in UNET_KEYS.items()},
         **{ours: one_if_equal(own[theirs]) for ours, theirs in PER_LEVEL.items()},
         "model_channels": widths[0],
@@ -137,8 +136,8 @@ def read_vae(config: Mapping[str, Any]) -> tuple[Config, float]:
     own = _understood(config, VAE_DEFAULTS, VAE_FIXED, "the autoencoder")
     widths = list(own["block_out_channels"])
     attended = [name == "AttnDownEncoderBlock2D" for name in own["down_block_types"]]
-    known = "DownEncoderBlock2D and AttnDownEncoderBlock2D"
-    _check_blocks(own, vae_blocks(attended), len(widths), "the autoencoder", known)
+    blocks = "the autoencoder's blocks are {} and {}: only DownEncoderBlock2D and AttnDownEncoderBlock2D"
+    _check_blocks(own, vae_blocks(attended), blocks)
     resolution = max(_height(own["sample_size"]), 2 ** len(widths))  # only tells the levels apart
     ddconfig = {
         **{ours: own[theirs] for ours, theirs in VAE_KEYS.items()},
@@ -157,10 +156,7 @@ def vae_blocks(attended: Sequence[bool]) -> list[list[str]]:
 
 
 def read_scheduler(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
-    """Return (LatentDiffusion's schedule, prediction and defaults, notes) from a scheduler's configuration.
-
-    The defaults are sampler and spacing.
-    """
+    """Return (LatentDiffusion's schedule, prediction and defaults (sampler and spacing), notes)."""
     name = config.get("_class_name")
     if name not in SCHEDULERS and "beta_schedule" not in config:
         raise ValueError(f"the scheduler is a {name}: supported are those with a beta_schedule")
@@ -182,8 +178,8 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
         notes.append(f"its scheduler is a {name}; the sampler is ddim unless another is named")
         sampler = "ddim"
     spacing = config.get("timestep_spacing", spacing)
-    for key, own in (("use_karras_sigmas", "karras"), ("use_exponential_sigmas", "exponential")):
-        spacing = own if config.get(key) else spacing
+    for own in ("karras", "exponential"):
+        spacing = own if config.get(f"use_{own}_sigmas") else spacing
     if config.get("thresholding"):
         notes.append("its scheduler's dynamic thresholding is left out")
     defaults = {"sampler": sampler, "spacing": spacing}
@@ -193,20 +189,17 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
 def _understood(config: Mapping[str, Any], defaults: Config, fixed: Config, whose: str) -> Config:
     """Return the values of the keys in `defaults`. Others must be as in `fixed`, or be null, false or private."""
     for key, value in config.items():
-        if key in fixed and value == fixed[key] or key.startswith("_") or key in defaults:
-            continue
-        if key in fixed or value not in (None, False):
+        allowed = (fixed[key],) if key in fixed else (None, False)
+        if value not in allowed and not key.startswith("_") and key not in defaults:
             raise ValueError(f"{whose} has {key} {value!r}, which our networks do not support")
     return {key: config.get(key, default) for key, default in defaults.items()}
 
 
-def _check_blocks(own: Config, expected: list[list[str]], levels: int, whose: str, known: str) -> None:
+def _check_blocks(own: Config, expected: list[list[str]], sentence: str) -> None:
     found = [list(own["down_block_types"]), list(own["up_block_types"])]
-    if found != expected or len(found[0]) != levels:
-        raise ValueError(
-            f"{whose}'s blocks are {found[0]} and {found[1]}: only {known} are supported, one per entry of "
-            "block_out_channels, and mirrored on the way up"
-        )
+    if found != expected or len(found[0]) != len(own["block_out_channels"]):
+        where = "one per entry of block_out_channels, and mirrored on the way up"
+        raise ValueError(f"{sentence.format(*found)} are supported, {where}")
 
 
 def arguments(cls: type, params: Mapping[str, Any]) -> Config:
@@ -233,7 +226,6 @@ def _per_level(value: Any, levels: int) -> list:
 
 
 def _multiples(widths: Sequence[int], whose: str) -> list[int]:
-    """Return widths in units of the first."""
     if any(width % widths[0] for width in widths):
         raise ValueError(f"{whose} has block_out_channels {list(widths)}: each must be a multiple of the first")
     return [width // widths[0] for width in widths]

@@ -17,7 +17,7 @@ WEIGHT_FILES = {  # how the names of files begin and end, the preferred first
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object. FileNotFoundError, or ValueError when it is anything else."""
+    """Read a JSON file that holds an object; ValueError when it is anything else."""
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
     try:
@@ -30,17 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, part: str, variant: str | None) -> tuple[State, str | None]:
-    """Read the weights of a part's folder, from one file or from shards, mapped.
-
-    Args:
-        variant: as in `read_pipeline`.
-
-    Returns:
-        The weights, and of which variant they are.
-
-    Raises:
-        FileNotFoundError: there are none, or a shard is missing.
-    """
+    """Return the weights of a part's folder, mapped, and of which variant they are; see `read_pipeline`."""
     found: dict[str | None, Path] = {}  # variant -> its file, the preferred one last
     for a, b in reversed(WEIGHT_FILES[part]):
         # versions differ in where the variant of an index stands
@@ -48,11 +38,9 @@ def read_weights(folder: Path, part: str, variant: str | None) -> tuple[State, s
         for name in sorted(os.listdir(folder), reverse=True):
             if match := re.fullmatch(pattern, name):
                 found[next(filter(None, match.groups()), None)] = folder / name
+    if variant is None and None not in found and len(found) > 1:
+        raise FileNotFoundError(f"{str(folder)!r} has its weights in the variants {', '.join(sorted(found))}: name one")
     if variant not in found:
-        if variant is None and len(found) > 1:
-            raise FileNotFoundError(
-                f"{str(folder)!r} has its weights in the variants {', '.join(sorted(found))}: name one"
-            )
         variant = next(iter(found), None) if variant is None else None
     if variant not in found:
         names = " or ".join(map(".".join, WEIGHT_FILES[part]))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ldm.checkpoint import diffusers_names as names
 from ldm.checkpoint import networks
-from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae, unet_levels
+from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights
 from ldm.checkpoint.diffusers_text import read_tokenizer, text_params
 from ldm.checkpoint.networks import Config
@@ -35,20 +35,13 @@ IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # a filter, 
 
 
 def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config, State, list[str]]:
-    """Read a diffusers folder. Names and shapes are not compared with the configuration here.
+    """Return a diffusers folder's LatentDiffusion configuration, weights under CompVis's names, mapped, and notes.
+
+    Names and shapes are not compared with the configuration here.
 
     Args:
         variant: of the weights' files, such as "fp16"; parts that have none of it are read without. None takes the
             files without a variant, or the only variant where there are no others.
-
-    Returns:
-        LatentDiffusion's configuration, its weights under CompVis's names, and notes on what was recognised and what
-        was assumed. The weights are mapped from the files, not copied (except OpenCLIP's q, k and v, which ours has in
-        one).
-
-    Raises:
-        FileNotFoundError: the folder, one of its parts or a shard is missing.
-        ValueError: it holds another pipeline, is damaged, or has something that our networks do not support.
     """
     path = Path(path)
     pipeline = _check_index(path)
@@ -83,15 +76,11 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config,
         raise ValueError(f"folder {str(path)!r} holds no weights of the variant {variant!r}")
     notes += [f"{part}/: the weights' variant {own!r}" for part, own in variants.items() if own is not None]
     with _naming(path):
-        return {"target": networks.MODEL_TARGET, "params": params}, _from_diffusers(weights, params), notes
+        return {"target": networks.MODEL_TARGET, "params": params}, _from_diffusers(weights, text), notes
 
 
 def read_vae_folder(path: str | Path) -> tuple[Config, State, float | None]:
-    """Read a folder of an autoencoder alone (config.json, weights). Errors as `read_pipeline`.
-
-    Returns:
-        Its configuration, its weights under our names, and the scale factor, None where the folder does not say.
-    """
+    """Return configuration, weights and scale factor, if the folder has one, of an autoencoder alone."""
     path = Path(path)
     config = read_json(path / "config.json")
     kind = config.get("_class_name", config.get("architectures"))
@@ -102,13 +91,9 @@ def read_vae_folder(path: str | Path) -> tuple[Config, State, float | None]:
         )
     with _naming(path):
         vae, scale_factor = read_vae(config)
-        weights, _ = read_weights(path, "vae", None)
-        state = _vae_from_diffusers(weights, vae["ddconfig"])
-        return (
-            {"target": networks.KL_TARGET, "params": vae},
-            state,
-            scale_factor if "scaling_factor" in config else None,
-        )
+        state = names.vae_from_diffusers(read_weights(path, "vae", None)[0])
+    given = scale_factor if "scaling_factor" in config else None
+    return {"target": networks.KL_TARGET, "params": vae}, state, given
 
 
 def _check_index(path: Path) -> str:
@@ -149,7 +134,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _concat(channels: int, latent: int, pipeline: str) -> str | None:
-    """Return what the UNet's input holds beside `latent` channels of noised latents; see LatentDiffusion."""
+    """Return LatentDiffusion's `concat`: what the UNet's input holds beside `latent` channels of noised latents."""
     beside = {latent: None, 2 * latent + 1: "mask_latents"}
     if pipeline == PIPELINES["latents"]:
         beside[2 * latent] = "latents"
@@ -173,20 +158,15 @@ def _image_size(unet: Mapping[str, Any], levels: int) -> tuple[dict[str, int], l
     return {"height": height * 2 ** (levels - 1), "width": width * 2 ** (levels - 1)}, notes
 
 
-def _vae_from_diffusers(weights: State, ddconfig: Config) -> State:
-    return names.vae_from_diffusers(weights, len(ddconfig["ch_mult"]), ddconfig["num_res_blocks"])
-
-
-def _from_diffusers(weights: Mapping[str, State], params: Config) -> State:
+def _from_diffusers(weights: Mapping[str, State], text: Config) -> State:
     """Return the parts' weights under the names of a complete model."""
-    unet, vae, text = (params[f"{part}_config"]["params"] for part in ("unet", "first_stage", "cond_stage"))
     prefix, encoder = networks.PREFIXES["text"] + "transformer.", names.clip_from_transformers(weights["text_encoder"])
     if text["layout"] == "openclip":
         prefix = networks.PREFIXES["text"] + "model."
         encoder = names.openclip_from_transformers(encoder, text["layers"])
     parts = {
-        networks.PREFIXES["unet"]: names.unet_from_diffusers(weights["unet"], unet_levels(unet)),
-        networks.PREFIXES["first_stage"]: _vae_from_diffusers(weights["vae"], vae["ddconfig"]),
+        networks.PREFIXES["unet"]: names.unet_from_diffusers(weights["unet"]),
+        networks.PREFIXES["first_stage"]: names.vae_from_diffusers(weights["vae"]),
         prefix: encoder,
     }
     return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}

@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ldm.checkpoint.structure import count
 from ldm.checkpoint.tensors import State
 
 Table = list[tuple[str, str]]  # how a name begins: ours, theirs
@@ -49,6 +50,11 @@ OPENCLIP_BLOCK = (
     ("mlp.c_proj", "mlp.fc2"),
     ("attn.out_proj", "self_attn.out_proj"),
 )
+OPENCLIP_ENDS = (
+    ("token_embedding", "text_model.embeddings.token_embedding"),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("ln_final", "text_model.final_layer_norm"),
+)
 CLIP_BLOCKS = "text_model.encoder.layers."
 OPENCLIP_BLOCKS = "transformer.resblocks."
 OPENCLIP_UNUSED = ("text_projection", "logit_scale")
@@ -66,8 +72,12 @@ def unet_to_diffusers(state: Mapping[str, Tensor], levels: Sequence[UNetLevel]) 
     return _renamed(state, _unet(levels), "the UNet")
 
 
-def unet_from_diffusers(state: Mapping[str, Tensor], levels: Sequence[UNetLevel]) -> State:
+def unet_from_diffusers(state: Mapping[str, Tensor]) -> State:
     """Rename UNet2DConditionModel's weights to our UNetModel's."""
+    levels = []
+    for i in range(count(state, "down_blocks.")):
+        attention = any(name.startswith(f"down_blocks.{i}.attentions.") for name in state)
+        levels.append(UNetLevel(count(state, f"down_blocks.{i}.resnets."), attention))
     return _renamed(state, _inverse(_unet(levels)), "the UNet")
 
 
@@ -80,8 +90,9 @@ def vae_to_diffusers(state: Mapping[str, Tensor], levels: int, blocks: int) -> S
     return _renamed(linear, _vae(levels, blocks), "the autoencoder")
 
 
-def vae_from_diffusers(state: Mapping[str, Tensor], levels: int, blocks: int) -> State:
+def vae_from_diffusers(state: Mapping[str, Tensor]) -> State:
     """Rename diffusers' AutoencoderKL's weights, under new or old names, to ours."""
+    levels, blocks = (count(state, f"encoder.down_blocks.{inside}") for inside in ("", "0.resnets."))
     heads = dict(_inverse(_vae(levels, blocks)))
     for new, old in OLD_VAE_NAMES.items():
         heads |= {head.removesuffix(new) + old: ours for head, ours in heads.items() if head.endswith(new)}
@@ -97,14 +108,11 @@ def clip_to_transformers(state: Mapping[str, Tensor], layers: int) -> State:
 
 
 def clip_from_transformers(state: Mapping[str, Tensor]) -> State:
-    """Rename transformers' CLIPTextModel's weights to ours: `text_model.` in front, as versions before 5.6 wrote it.
-
-    `position_ids`, the numbers 0, 1, 2 ... that versions before 4.31 kept as a buffer, are dropped.
-    """
+    """Rename transformers' CLIPTextModel's weights to ours: `text_model.` in front, as versions before 5.6 wrote it."""
     return {
         "text_model." + name if name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) else name: tensor
         for name, tensor in state.items()
-        if not name.endswith("embeddings.position_ids")
+        if not name.endswith("embeddings.position_ids")  # 0, 1, 2 ...: a buffer before 4.31
     }
 
 
@@ -119,17 +127,17 @@ def openclip_to_transformers(state: Mapping[str, Tensor], layers: int) -> State:
         if name in OPENCLIP_UNUSED or _block(name, OPENCLIP_BLOCKS) >= layers:
             continue
         block, stacked, kind = name.partition(".attn.in_proj_")
-        if not stacked:
+        if stacked:
+            block = CLIP_BLOCKS + block.removeprefix(OPENCLIP_BLOCKS)
+            names = [f"{block}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+            apart |= zip(names, tensor.chunk(3), strict=True)
+        else:
             rest[name] = tensor
-            continue
-        block = CLIP_BLOCKS + block.removeprefix(OPENCLIP_BLOCKS)
-        for part, own in zip("qkv", tensor.chunk(3), strict=True):
-            apart[f"{block}.self_attn.{part}_proj.{kind}"] = own
     return _renamed(rest, _openclip(layers), "the text encoder") | apart
 
 
 def openclip_from_transformers(state: Mapping[str, Tensor], layers: int) -> State:
-    """Rename transformers' CLIPTextModel's weights to those of our OpenCLIPTextModel of `layers` blocks, completed."""
+    """Rename transformers' CLIPTextModel's weights to our OpenCLIPTextModel's, completed to `layers` blocks."""
     state = clip_from_transformers(state)
     stacked = {}
     for i in range(layers):
@@ -219,12 +227,12 @@ def _unet(levels: Sequence[UNetLevel]) -> Table:
 
 def _vae(levels: int, blocks: int) -> Table:
     table = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
-    for side, level, count in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
+    for side, level, resnets in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
         for i in range(levels):
             # our up.0 is the highest resolution, the last to run, their up_blocks.0 the first
             ours = f"{side}.{level}.{i}"
             theirs = f"{side}.{level}_blocks.{i if level == 'down' else levels - 1 - i}"
-            for j in range(count):
+            for j in range(resnets):
                 table += _inside(f"{ours}.block.{j}", f"{theirs}.resnets.{j}", VAE_RESNET)
                 table += _inside(f"{ours}.attn.{j}", f"{theirs}.attentions.{j}", VAE_ATTENTION)
             table.append((f"{ours}.{level}sample.conv", f"{theirs}.{level}samplers.0.conv"))
@@ -236,12 +244,8 @@ def _vae(levels: int, blocks: int) -> Table:
 
 
 def _openclip(layers: int) -> Table:
-    """All of OpenCLIP's text tower but the stacked q, k and v."""
-    table = [
-        ("token_embedding", "text_model.embeddings.token_embedding"),
-        ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-        ("ln_final", "text_model.final_layer_norm"),
-    ]
+    """Return all of OpenCLIP's text tower but the stacked q, k and v."""
+    table = [*OPENCLIP_ENDS]
     for i in range(layers):
         table += _inside(f"{OPENCLIP_BLOCKS}{i}", f"{CLIP_BLOCKS}{i}", OPENCLIP_BLOCK)
     return table

@@ -48,11 +48,7 @@ def text_params(config: Mapping[str, Any], merges: list[str] | None, pad: int) -
 
 
 def read_text_sizes(config: Mapping[str, Any]) -> Config:
-    """Return the TextEncoder's arguments that CLIPTextModel's configuration has.
-
-    Raises:
-        ValueError: it has something that our text tower does not support.
-    """
+    """Return the TextEncoder's arguments that CLIPTextModel's configuration has."""
     own = TEXT_DEFAULTS | {key: value for key, value in config.items() if key in TEXT_DEFAULTS}
     activations = (CLIP_SETTINGS["activation"], OPENCLIP_SETTINGS["activation"])
     known = {"hidden_act": activations, "layer_norm_eps": (1e-5,), "intermediate_size": (4 * own["hidden_size"],)}
@@ -73,9 +69,8 @@ def vocabulary(merges: Sequence[str]) -> list[str]:
 def read_tokenizer(folder: Path) -> tuple[list[str] | None, int]:
     """Return (merges, or None for CLIP's own, and the id of the pad token) of a tokenizer's folder.
 
-    Raises:
-        ValueError: files are missing or damaged, or the tokens are not bytes, merges, start and end in CLIP's order:
-            tokens that were added, by textual inversion say, are such a case.
+    Tokens that are not in CLIP's order (bytes, merges, start, end), such as those that textual inversion adds, raise
+    ValueError.
     """
     ids, merges = _vocabulary_files(folder)
     expected = {name: i for i, name in enumerate(vocabulary(merges))}

@@ -61,26 +61,14 @@ SPACINGS = {"leading": "leading", "compvis": "leading", "linspace": "linspace", 
 def write_pipeline(
     path: str | Path, config: Config, state: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> list[str]:
-    """Write a model, its configuration and weights, as a diffusers folder.
+    """Write a model as a diffusers folder, and return notes on what is lost in it.
 
     The text encoder gets the blocks that are run and no projection: the 24th block of Stable Diffusion 2 is left out,
-    as in its public folders.
-
-    The folder is written beside `path` and renamed when it is complete: whatever goes wrong, `path` is the old folder
-    or the complete new one. An old folder is replaced only if it is empty, or was written by this function and holds
-    nothing else; every other one is refused, so that nothing is lost. (Replacing takes two renames. If the machine
-    stops between them, the old folder is beside `path` as `.NAME.PID.old`.)
+    as in its public folders. Whatever goes wrong, `path` is the old folder or the complete new one. An old folder is
+    replaced only if it is empty, or was written by this function and holds nothing else, so that nothing is lost.
 
     Args:
         dtype: converts the weights, e.g. torch.float16 to halve the files.
-
-    Returns:
-        Notes on what is lost in it.
-
-    Raises:
-        ValueError: diffusers is not installed, diffusers' Stable Diffusion cannot express the model (the message says
-            what), or `path` is not replaced.
-        OSError: it cannot be written.
     """
     try:
         import diffusers
@@ -89,15 +77,17 @@ def write_pipeline(
         raise ValueError(f"writing a diffusers folder needs diffusers: pip install diffusers ({error})") from None
     params, path = config["params"], Path(os.path.abspath(path))
     unet, vae, text, encoder = _networks(params)
-    scheduler, notes = write_scheduler(params["schedule"], params["prediction"], params["defaults"])
-    weights = _weights(state, unet_levels(unet), vae["ddconfig"], encoder)
+    defaults, ddconfig = params["defaults"], vae["ddconfig"]
+    scheduler, notes = write_scheduler(params["schedule"], params["prediction"], defaults)
+    weights = _weights(state, unet_levels(unet), ddconfig, encoder)
     given = sum(name.startswith(networks.PREFIXES["text"]) for name in state)
     if encoder.layout == "openclip" or len(weights["text_encoder"]) < given:
         notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
     text_config = transformers.CLIPTextConfig(**write_text(encoder, text))
+    latents = [defaults[side] // 2 ** (len(ddconfig["ch_mult"]) - 1) for side in ("height", "width")]
     classes = {
-        "unet": (diffusers.UNet2DConditionModel, write_unet(unet, _latent_size(params["defaults"], vae["ddconfig"]))),
-        "vae": (diffusers.AutoencoderKL, write_vae(vae, params["scale_factor"], params["defaults"]["height"])),
+        "unet": (diffusers.UNet2DConditionModel, write_unet(unet, one_if_equal(latents))),
+        "vae": (diffusers.AutoencoderKL, write_vae(vae, params["scale_factor"], defaults["height"])),
         "text_encoder": (transformers.CLIPTextModel, {"config": text_config}),
     }
     with _replacing(path) as folder:
@@ -128,12 +118,6 @@ def _save(pipeline: Any, folder: Path, text: State, dtype: torch.dtype | None) -
     config.write_text(json.dumps(content | {key: "float32" for key in content.keys() & {"dtype", "torch_dtype"}}))
 
 
-def _latent_size(defaults: Config, ddconfig: Config) -> int | list[int]:
-    """Return height and width in latents of the images that the model generates by default; one number if equal."""
-    downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
-    return one_if_equal([defaults["height"] // downsampling, defaults["width"] // downsampling])
-
-
 def _networks(params: Config) -> tuple[Config, Config, Config, nn.Module]:
     """Return the arguments of UNet, first stage and text encoder, and the latter on the meta device."""
     configs = [params[f"{part}_config"] for part in ("unet", "first_stage", "cond_stage")]
@@ -162,7 +146,7 @@ def _networks(params: Config) -> tuple[Config, Config, Config, nn.Module]:
 def _weights(
     state: Mapping[str, Tensor], levels: list[names.UNetLevel], ddconfig: Config, encoder: nn.Module
 ) -> dict[str, State]:
-    """Return the weights of each part under diffusers' names. Raises ValueError for a weight of none."""
+    """Return the weights of each part under diffusers' names."""
     openclip = encoder.layout == "openclip"
     prefixes = networks.PREFIXES | {"text": networks.PREFIXES["text"] + ("model." if openclip else "transformer.")}
     parts: dict[str, State] = {part: {} for part in prefixes}
@@ -180,7 +164,7 @@ def _weights(
 
 
 def _filled(cls: type, params: Config, weights: State, dtype: torch.dtype | None) -> nn.Module:
-    """Return the network with these weights, of which there is no second copy unless `dtype` is another."""
+    """Return the network with these weights, not copied unless `dtype` is another."""
     with torch.device("meta"):
         network = cls(**params)
     own = network.state_dict()
@@ -249,7 +233,7 @@ def _expressing() -> Iterator[None]:
 
 
 def _check_lossless(own: Config, again: Config) -> None:
-    """Raise ValueError naming the arguments that are not the same when the configuration is read again."""
+    """Refuse arguments that are not the same when the configuration is read again."""
     values = {key: [one_if_equal(part[key]) or None for part in (own, again)] for key in own.keys() - NO_EFFECT}
     _refuse({f"{key} {own[key]}": before != after for key, (before, after) in sorted(values.items())})
 
@@ -269,12 +253,10 @@ def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tupl
     name = schedule.get("name", "cosine")
     curves = {own: theirs for theirs, own in BETA_CURVES.items() if theirs != "sigmoid"}
     _refuse({f"the noise schedule {name!r}": name not in curves})
-    ends = {}
+    ends, T = {}, schedule.get("T", 1000)
     if SCHEDULES[name] is not None:
-        given = (schedule.get("start"), schedule.get("end"))
-        start, end = (own if own is not None else usual for own, usual in zip(given, SCHEDULES[name], strict=True))
-        ends = {"beta_start": start, "beta_end": end}
-    T = schedule.get("T", 1000)
+        for end, usual in zip(("start", "end"), SCHEDULES[name], strict=True):
+            ends[f"beta_{end}"] = usual if schedule.get(end) is None else schedule[end]
     sampler = choose_sampler(defaults.get("sampler", "ddim"), defaults.get("steps", 50), T)
     spacing = defaults.get("spacing")
     spacing = get_sampler(sampler).spacing if spacing is None else spacing
@@ -310,11 +292,8 @@ def write_vocabulary(folder: Path, merges: Sequence[str]) -> None:
 def write_tokenizer(folder: Path, merges: Sequence[str], pad: int, context_length: int) -> Any:
     """Write a tokenizer's files, and return transformers' CLIPTokenizer of them.
 
-    transformers takes a pad token for a special one, wherever it stands: as with every Stable Diffusion 2 folder, an
-    exclamation mark in a prompt is the token 0 there, and 256 in our tokenizer and open_clip's.
-
-    Args:
-        pad: the id that fills prompts up: the end of text (Stable Diffusion 1) or 0, which is "!" (Stable Diffusion 2).
+    transformers takes the token of the id `pad` for a special one, wherever it stands: as with every Stable Diffusion 2
+    folder, an exclamation mark in a prompt is the token 0 there, and 256 in our tokenizer and open_clip's.
     """
     from transformers import CLIPTokenizer
 
@@ -326,7 +305,6 @@ def write_tokenizer(folder: Path, merges: Sequence[str], pad: int, context_lengt
 
 
 def _refuse(reasons: Mapping[str, bool]) -> None:
-    """Raise ValueError naming those that hold."""
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
         raise ValueError(f"{CANNOT_EXPRESS}: {'; '.join(found)}")
