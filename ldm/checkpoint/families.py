@@ -27,16 +27,10 @@ _SDXL_POOLED = (2816, 2560)  # pooled text and sizes that SDXL's UNets take: bas
 
 
 class Recognised(NamedTuple):
-    """What a file holds.
+    """What a file holds, its configuration ({"target", "params"}), and what was recognised and assumed, a line each."""
 
-    family: a name of the table; of a part alone, that or its kind ("kl-f8", "vq-f4", "clip", "openclip" ...).
-    part: "model", "first_stage", "unet" or "text".
-    config: {"target": class, "params": ...}: of LatentDiffusion, or of the part's network.
-    notes: what was recognised and what was assumed, a line each.
-    """
-
-    family: str
-    part: str
+    family: str  # a name of the table; of a part alone, that or its kind ("kl-f8", "vq-f4", "clip", "openclip" ...)
+    part: str  # "model", "first_stage", "unet" or "text"
     config: Config
     notes: list[str]
 
@@ -55,9 +49,6 @@ def recognise(
         metadata: a safetensors file's header.
         facts: plain values at the top of a .ckpt, such as global_step.
         prediction: what the UNet predicts ("eps", "x0", "v"), if the user knows better than the file.
-
-    Raises:
-        ValueError: the file is of another kind or damaged, or the prediction is unknown.
     """
     if prediction is not None:
         check_prediction(prediction)
@@ -70,12 +61,13 @@ def recognise(
         raise ValueError(f"the file holds no known model: {len(state)} tensors, such as {seen}; {WANTED}")
     if len(shapes) > 1:
         return _model(shapes, state, metadata or {}, facts or {}, prediction)
-    ((part, sizes),) = shapes.items()
-    if part == "unet":
-        return _unet_alone(sizes)
-    config = infer_first_stage(sizes) if part == "first_stage" else infer_conditioner(sizes)
-    name, title = (_name(config), "first stage") if part == "first_stage" else (kind(config), "conditioner")
-    return Recognised(name, part, config, [f"recognised a {title} alone: {name}"])
+    if "unet" in shapes:
+        return _unet_alone(shapes["unet"])
+    if "first_stage" in shapes:
+        part, title, config = "first_stage", "first stage", infer_first_stage(shapes["first_stage"])
+    else:
+        part, title, config = "text", "conditioner", infer_conditioner(shapes["text"])
+    return Recognised(_name(config), part, config, [f"recognised a {title} alone: {_name(config)}"])
 
 
 def _model(
@@ -85,7 +77,6 @@ def _model(
     facts: Mapping[str, Any],
     asked: str | None,
 ) -> Recognised:
-    """Recognise a model of several parts: its networks, what lies beside the weights, and what is the family's."""
     if "unet" not in shapes:
         raise ValueError("the file has a first stage and a conditioner, but no UNet (model.diffusion_model.*)")
     if "first_stage" not in shapes:
@@ -146,11 +137,7 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
 
 
 def stored_scale_factor(state: Mapping[str, Tensor]) -> float | None:
-    """Return the scale factor that CompVis measured and stored (`scale_by_std`), if the tensors as read have one.
-
-    Raises:
-        ValueError: it is not a positive number.
-    """
+    """Return the scale factor that CompVis measured and stored (`scale_by_std`), if the tensors as read have one."""
     stored = state.get("scale_factor")
     if stored is None or stored.is_meta or stored.numel() != 1:
         return None
@@ -167,7 +154,7 @@ def _prediction(
     asked: str | None,
     family: Family,
 ) -> tuple[str, str]:
-    """Return what the UNet predicts, by the best source, and the note that names the source."""
+    """Return what the UNet predicts, by the best source, and a note of it."""
     mark = next((name for name in ("v_pred", "ztsnr") if name in state), None)
     header = _HEADER_PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
     steps = facts.get("global_step")
@@ -233,28 +220,28 @@ def _downsampling(first_stage: Config) -> int:
     return 2 ** (len(first_stage["params"]["ddconfig"]["ch_mult"]) - 1)
 
 
-def _name(first_stage: Config) -> str:
-    return f"{kind(first_stage)}-f{_downsampling(first_stage)}"
+def _name(config: Config) -> str:
+    """Return "kl-f8" or "vq-f4" of a first stage, the kind of a conditioner."""
+    return kind(config) + (f"-f{_downsampling(config)}" if "ddconfig" in config["params"] else "")
 
 
 def _sizes(unet: Config, first_stage: Config, conditioner: Config | None) -> str:
-    params = {} if conditioner is None else conditioner["params"]
-    width = next((f" {params[key]} wide" for key in ("width", "n_embed", "embed_dim") if key in params), "")
-    text = "unconditional" if conditioner is None else f"conditioner {kind(conditioner)}{width}"
+    text = "unconditional"
+    if conditioner is not None:
+        params = conditioner["params"]
+        width = next((f" {params[key]} wide" for key in ("width", "n_embed", "embed_dim") if key in params), "")
+        text = f"conditioner {kind(conditioner)}{width}"
     return f"UNet {unet['model_channels']} x {unet['channel_mult']}, first stage {_name(first_stage)}, {text}"
 
 
 def _unet_alone(shapes: Shapes) -> Recognised:
-    """Recognise a UNet without the networks around it, whose family shows in its context and channels alone."""
+    """Recognise a UNet alone: its family shows in its context and channels."""
     unet = infer_unet(shapes)
     if unet.get("adm_in_channels") in _SDXL_POOLED:
         raise ValueError(f"the file {SDXL}")
-    if "context_dim" not in unet:
-        conditioner = None
-    elif unet.get("use_linear_in_transformer", False):
+    conditioner = {None: None, 1280: "bert"}.get(unet.get("context_dim"), "clip")
+    if unet.get("use_linear_in_transformer", False):
         conditioner = "openclip"
-    else:
-        conditioner = "bert" if unet["context_dim"] == 1280 else "clip"
     z = unet["out_channels"]
     concat = find_concat(unet["in_channels"] - z, z, conditioner is not None)
     family = FAMILIES.get((conditioner, "kl" if z == 4 else "vq", concat))

@@ -18,26 +18,20 @@ SCALE_FACTORS = {networks.KL_TARGET: 0.18215, networks.VQ_TARGET: 1.0}
 
 @dataclass(frozen=True)
 class Family:
-    """What the weights of a published model cannot show.
-
-    heads: UNetModel's arguments about attention heads.
-    betas: first and last beta of CompVis's "linear", our "scaled_linear".
-    latents: height and width of the latents it was trained on, and is best sampled with.
-    steps, scale: of sampling.
-    """
+    """What the weights of a published model cannot show."""
 
     name: str
     title: str
-    heads: Config
-    betas: tuple[float, float] = (0.00085, 0.012)
-    latents: int = 64
+    heads: Config  # UNetModel's arguments about attention heads
+    betas: tuple[float, float] = (0.00085, 0.012)  # first and last of CompVis's "linear", our "scaled_linear"
+    latents: int = 64  # height and width of those it was trained on, and is best sampled with
     steps: int = 50
     scale: float = 1.0
     prediction: str = "eps"
 
     @property
     def schedule(self) -> Config:
-        """Arguments of `make_schedule`."""
+        """Return the arguments of `make_schedule`."""
         return {"name": "scaled_linear", "start": self.betas[0], "end": self.betas[1], "T": 1000}
 
     def defaults(self, downsampling: int) -> Config:
@@ -87,13 +81,8 @@ FAMILIES = {
 }
 
 _KINDS = {
-    **{
-        networks.BERT_TARGET: "bert",
-        networks.CLASSES_TARGET: "classes",
-        networks.RESCALER_TARGET: "rescaler",
-        networks.IMAGE_TARGET: "image",
-    },
-    **{networks.KL_TARGET: "kl", networks.VQ_TARGET: "vq"},
+    **{networks.KL_TARGET: "kl", networks.VQ_TARGET: "vq", networks.BERT_TARGET: "bert"},
+    **{networks.CLASSES_TARGET: "classes", networks.RESCALER_TARGET: "rescaler", networks.IMAGE_TARGET: "image"},
 }
 
 
@@ -109,11 +98,7 @@ def kind(config: Mapping[str, Any] | None) -> str | None:
 def find_family(in_channels: int, first_stage: Config, conditioner: Config | None) -> tuple[Family | None, str | None]:
     """Return the family of these parts, if it is known, and what its UNet's input holds beside latents (`concat`).
 
-    Of Stable Diffusion 2 without a mask it is the v model's. The channels of the UNet's input beyond the z latents and
-    the conditioner's own say what else is in it.
-
-    Raises:
-        ValueError: the number of channels has no known meaning.
+    Of Stable Diffusion 2 without a mask it is the v model's.
     """
     z, given = int(first_stage["params"]["embed_dim"]), 0
     if kind(conditioner) == "image":

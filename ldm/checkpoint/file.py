@@ -24,28 +24,23 @@ SAFETENSORS_DTYPES = {
 
 
 def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read (configuration, tensors) of a checkpoint; the tensors are mapped from the file, not copied.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not one of ours or is damaged.
-    """
+    """Read (configuration, tensors) of a checkpoint of ours; the tensors are mapped from the file, not copied."""
     state, metadata, _ = read_tensors(path)
     return read_config(path, metadata), state
 
 
 def read_config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the configuration in a header of ours. ValueError when there is none, or a damaged one."""
+    """Return the configuration in a header of ours."""
     if CONFIG_KEY not in metadata:
         raise ValueError(f"checkpoint {str(path)!r} carries no {CONFIG_KEY!r} in its header: it was not written by ldm")
     try:
         config = json.loads(metadata[CONFIG_KEY])
-    except (json.JSONDecodeError, RecursionError) as error:
+        if not isinstance(config, dict) or not isinstance(config.get("params", {}), dict):
+            raise ValueError("it is not a mapping")
+        if not isinstance(config.get("target"), str | None):
+            raise ValueError(f"its target is {config['target']!r}")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration ({error})") from None
-    if not isinstance(config, dict) or not isinstance(config.get("params", {}), dict):
-        raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it is not a mapping)")
-    if not isinstance(config.get("target"), str | None):
-        raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (its target is {config['target']!r})")
     return config
 
 
@@ -63,10 +58,6 @@ def save_file(
     Args:
         dtype: converts floating-point tensors, e.g. torch.float16 to halve the file.
         metadata: further texts for the header.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: safetensors does not have a tensor's dtype.
     """
     texts = dict(metadata or {}) | ({} if config is None else {CONFIG_KEY: json.dumps(config, sort_keys=True)})
     with atomic(path) as temporary:
@@ -89,11 +80,8 @@ def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], d
     order = sorted(state, key=lambda name: (-dtypes[name].itemsize, name))  # so that each number is aligned
     for name in order:
         start, end = end, end + state[name].numel() * dtypes[name].itemsize
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[dtypes[name]],
-            "shape": list(state[name].shape),
-            "data_offsets": [start, end],
-        }
+        entry = {"dtype": SAFETENSORS_DTYPES[dtypes[name]], "shape": list(state[name].shape)}
+        header[name] = entry | {"data_offsets": [start, end]}
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)
     file.write(struct.pack("<Q", len(content)) + content)
@@ -105,7 +93,7 @@ def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], d
 def file_hash(path: Path) -> str:
     """Return the first ten hexadecimal digits of a file's SHA-256, as A1111's users know models.
 
-    Of a folder it is that of the files in it, in the order of their names. FileNotFoundError if there is none.
+    Of a folder it is that of the files in it, in the order of their names.
     """
     digest = hashlib.sha256()
     for part in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:

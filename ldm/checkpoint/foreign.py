@@ -35,7 +35,7 @@ _WORD = re.compile(r"[^.]+")  # diffusers' textual inversion: the embedding is n
 
 
 def refuse_foreign(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, in one sentence that names what the file is, unless it may hold a supported model."""
+    """Raise ValueError that names what the file is, unless it may hold a supported model."""
     if not state:
         raise ValueError("the file holds no tensors")
     for pattern, sentence in _FOREIGN.items():

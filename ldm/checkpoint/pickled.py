@@ -6,8 +6,6 @@ nothing: a class or function that the program names stays a `Name`, a text that 
 wants made is `Inert`, except for the few plain things that `_make` knows; attributes and items are kept for plain dicts
 and lists alone. `pickletools` of the standard library, a disassembler, cuts the bytes into instructions (protocols 0 to
 5), checks their lengths, and says what each takes from the stack.
-
-A tensor becomes a `StoredTensor`, the numbers that describe it: `torch_file` checks them and makes the tensor.
 """
 
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A view of a storage, as the pickle describes it; without `dtype`, it is that of the storage."""
+    """A view of a storage, as the pickle describes it, unchecked; without `dtype`, it is that of the storage."""
 
     storage: Any
     offset: Any
@@ -62,10 +60,7 @@ def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
     """Return the value of the pickle at the file's position, and every storage that it mentions, by key.
 
     The value is made of dict (only items whose keys are strings), list, tuple, str, bytes, bytearray, int, float, bool,
-    None and the classes above.
-
-    Raises:
-        ValueError: the bytes are not a complete pickle; says what is wrong with them.
+    None and the classes above. ValueError when the bytes are not a complete pickle.
     """
     stack: list[Any] = []
     marks: list[int] = []  # heights of the stack
@@ -120,7 +115,7 @@ def _set_items(target: Any, *items: Any) -> Any:
     if len(items) % 2:
         raise ValueError("it has a key without a value")
     if type(target) is dict:  # other keys than texts could be costly to hash
-        target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if type(key) is str)
+        target.update(item for item in zip(items[::2], items[1::2], strict=True) if type(item[0]) is str)
     return target
 
 
@@ -135,10 +130,6 @@ def _set_attributes(target: Any, attributes: Any) -> Any:
     if type(target) is Parameters and type(held) is dict:
         target.update(held)
     return target
-
-
-def _first(*values: Any) -> Any:
-    return values[0] if values else None
 
 
 def _name(module: Any, name: Any) -> Name:
@@ -168,15 +159,14 @@ def _make(maker: Any, arguments: Any) -> Any:
             return {}
         case "torch.nn.modules.container.ParameterDict", ():
             return Parameters()
-        case "torch._utils._rebuild_tensor", (storage, offset, size, stride):
-            return StoredTensor(storage, offset, size, stride)
-        case "torch._utils._rebuild_tensor_v2", (storage, offset, size, stride, _, _):
-            return StoredTensor(storage, offset, size, stride)
-        case "torch._utils._rebuild_tensor_v3", (storage, offset, size, stride, _, _, Name(dtype)):
-            return StoredTensor(storage, offset, size, stride, dtype)
-        case "torch._utils._rebuild_parameter", (data, _, _):
-            return data
-        case "torch._utils._rebuild_parameter_with_state", (data, _, _, _):
+        case ("torch._utils._rebuild_tensor", (_, _, _, _)) | ("torch._utils._rebuild_tensor_v2", (_, _, _, _, _, _)):
+            return StoredTensor(*arguments[:4])
+        case "torch._utils._rebuild_tensor_v3", (_, _, _, _, _, _, Name(dtype)):
+            return StoredTensor(*arguments[:4], dtype)
+        case ("torch._utils._rebuild_parameter", (data, *_)) | (
+            "torch._utils._rebuild_parameter_with_state",
+            (data, *_),
+        ):
             return data
     return Inert(name)
 
@@ -193,9 +183,8 @@ MAKERS = {  # instruction -> what it makes of the values that it takes from the 
     **dict.fromkeys(("SETITEM", "SETITEMS"), _set_items),
     **dict.fromkeys(("APPEND", "APPENDS"), _extend),
     **dict.fromkeys(("EMPTY_SET", "FROZENSET", "NEXT_BUFFER"), lambda *_: Inert("a set or buffer")),
-    **dict.fromkeys(
-        ("GLOBAL", "READONLY_BUFFER", "ADDITEMS", "POP", "POP_MARK"), lambda *values: next(iter(values), None)
-    ),
+    **dict.fromkeys(("GLOBAL", "READONLY_BUFFER", "ADDITEMS", "POP"), lambda value, *_: value),
+    "POP_MARK": lambda *_: None,
     **dict.fromkeys(("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"), _name),
     **dict.fromkeys(("REDUCE", "NEWOBJ"), _make),
     **dict.fromkeys(("INST", "OBJ"), lambda maker, *arguments: _make(maker, arguments)),

@@ -1,8 +1,7 @@
 """Infer a network's arguments from the names and shapes of its weights: what the yaml beside them would have said.
 
-Every function takes `{name: shape}` with the names inside its network, and raises ValueError when a weight that it
-needs is missing. What weights do not show (attention heads, the group size of normalisations, dropout) is not in the
-result: heads come from `families`, the rest keeps the networks' defaults.
+Every function takes `{name: shape}` with the names inside its network. What weights do not show is not in the result:
+attention heads come from `families`; the group size of normalisations and dropout keep the networks' defaults.
 """
 
 from collections.abc import Mapping
@@ -43,11 +42,8 @@ CONDITIONERS = {
         {},
         {
             **{"n_embed": (_BERT_TOKENS, 1), "vocab_size": (_BERT_TOKENS, 0)},
-            # attention and feed-forward take turns
-            **{
-                "n_layer": ("transformer.attn_layers.layers.", -2),
-                "max_seq_len": ("transformer.pos_emb.emb.weight", 0),
-            },
+            "n_layer": ("transformer.attn_layers.layers.", -2),  # attention and feed-forward take turns
+            "max_seq_len": ("transformer.pos_emb.emb.weight", 0),
         },
     ),
     _CLASSES: (networks.CLASSES_TARGET, {}, {"embed_dim": (_CLASSES, 1), "n_classes": (_CLASSES, 0)}),
@@ -56,15 +52,11 @@ CONDITIONERS = {
 
 
 def under(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Return the names that begin with `prefix`, without it."""
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
 def count(shapes: Shapes, prefix: str) -> int:
-    """Return how many numbered modules there are: one more than the highest N of the names `prefix`N...
-
-    Raises ValueError when most of them have no weights.
-    """
+    """Return how many numbered modules there are: one more than the highest N of the names `prefix`N..."""
     numbers = (name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix))
     total = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
     if total > 2 * len(shapes):
@@ -124,7 +116,6 @@ def _block_kinds(shapes: Shapes, width: int) -> Config:
 
 
 def _transformers(shapes: Shapes, firsts: list[int], attended: list[bool]) -> Config:
-    """Return the arguments of the spatial transformers; none where attention, if any, is without a context."""
     middle = count(shapes, "middle_block.1.transformer_blocks.")
     if middle == 0:
         return {}
@@ -143,7 +134,6 @@ def _transformers(shapes: Shapes, firsts: list[int], attended: list[bool]) -> Co
 
 
 def _labels(shapes: Shapes) -> Config:
-    """Return num_classes and adm_in_channels."""
     if "label_emb.0.0.weight" in shapes:
         return {"num_classes": "sequential", "adm_in_channels": _shape(shapes, "label_emb.0.0.weight", 2)[1]}
     if "label_emb.bias" in shapes:
@@ -161,20 +151,14 @@ def infer_first_stage(shapes: Shapes) -> Config:
     levels = count(shapes, "encoder.down.")
     wide = [_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
     if any(w % width for w in wide):
-        raise ValueError(
-            f"the first stage's levels are {wide} channels wide, which are not multiples of its first layer's {width}"
-        )
+        raise ValueError(f"the first stage's levels are {wide} channels wide: each must be a multiple of {width}")
     resolution = 256  # LDM's; it only turns `attn_resolutions` back into levels
-    z_channels = _shape(shapes, "decoder.conv_in.weight", 4)[1]
     vq = "quantize.embedding.weight" in shapes
     ddconfig = {
         "double_z": not vq,
-        "z_channels": z_channels,
-        "resolution": resolution,
-        "in_channels": in_channels,
+        "z_channels": _shape(shapes, "decoder.conv_in.weight", 4)[1],
+        **{"resolution": resolution, "in_channels": in_channels, "ch": width, "ch_mult": [w // width for w in wide]},
         "out_ch": _shape(shapes, "decoder.conv_out.weight", 4)[0],
-        "ch": width,
-        "ch_mult": [w // width for w in wide],
         "num_res_blocks": count(shapes, "encoder.down.0.block."),
         "attn_resolutions": [resolution >> i for i in range(levels) if count(shapes, f"encoder.down.{i}.attn.")],
         "dropout": 0.0,
@@ -193,11 +177,8 @@ def infer_conditioner(shapes: Shapes) -> Config:
     """Return {"target", "params"} of the conditioner whose signature fits; a rescaler's n_stages is missing."""
     mark = next((mark for mark in CONDITIONERS if mark in shapes), None)
     if mark is None:
-        seen = ", ".join(sorted(shapes)[:3])
-        raise ValueError(
-            f"the conditioner ({seen}, ...) is unknown: it is not a CLIP or BERT text encoder, class embedding or "
-            "rescaler"
-        )
+        known = "a CLIP or BERT text encoder, class embedding or rescaler"
+        raise ValueError(f"the conditioner ({', '.join(sorted(shapes)[:3])}, ...) is unknown: it is not {known}")
     target, settings, sizes = CONDITIONERS[mark]
     if mark == _CLIP_TOKENS and "transformer.text_projection.weight" in shapes:
         sizes = sizes | {"projection_dim": ("transformer.text_projection.weight", 0)}
@@ -219,9 +200,7 @@ def _shape(shapes: Shapes, name: str, *ranks: int) -> tuple[int, ...]:
         raise ValueError(f"the weights lack {name!r}, which shows the network's size: the file is damaged or foreign")
     shape = tuple(shapes[name])
     if len(shape) not in ranks or 0 in shape:
-        raise ValueError(
-            f"{name!r} has the shape {list(shape)}, which is not that of such a weight: the file is damaged or foreign"
-        )
+        raise ValueError(f"{name!r} cannot have the shape {list(shape)}: the file is damaged or foreign")
     return shape
 
 

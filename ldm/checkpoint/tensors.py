@@ -25,12 +25,8 @@ class Contents(NamedTuple):
 def read_tensors(path: str | Path) -> Contents:
     """Read a checkpoint without executing anything in it. The tensors are mapped: they take memory once written to.
 
-    In torch's files the tensors may be the file itself or lie under "state_dict", once or twice; what else lies there
-    is left out, except the numbers and texts that `facts` lists (`global_step`, `epoch`).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no tensors by name, or is damaged.
+    In torch's files the tensors may be the file itself or lie under "state_dict", once or twice; of what else lies
+    there, `facts` keeps the numbers and texts (`global_step`, `epoch`).
     """
     path = Path(path)
     if path.is_dir():
@@ -50,12 +46,7 @@ def read_tensors(path: str | Path) -> Contents:
 
 
 def read_sharded(path: str | Path) -> State:
-    """Read all shards that an index names: `model.safetensors.index.json`, `pytorch_model.bin.index.json`.
-
-    Raises:
-        FileNotFoundError: the index or a shard is missing.
-        ValueError: one of them is damaged, or lacks a tensor.
-    """
+    """Read all shards that an index names: `model.safetensors.index.json`, `pytorch_model.bin.index.json`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"index {str(path)!r} does not exist")
@@ -64,7 +55,7 @@ def read_sharded(path: str | Path) -> State:
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"index {str(path)!r} is damaged, or not an index of shards ({error})") from None
     state: State = {}
-    for shard in sorted({str(shard) for shard in shards.values()}):
+    for shard in sorted(set(map(str, shards.values()))):
         if not shard or Path(shard).name != shard:
             raise ValueError(f"index {str(path)!r} names {shard!r}, which is not a file beside it")
         if not path.with_name(shard).is_file():

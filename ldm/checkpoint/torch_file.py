@@ -45,8 +45,7 @@ class Record(NamedTuple):
 class TorchFile:
     """A file that torch.save wrote: `value` is what its pickle describes, and `tensor` makes a tensor of that.
 
-    Raises:
-        ValueError: it is damaged, absurd or another kind of file, in words that follow "cannot be read:".
+    ValueError says that it is damaged, absurd or another kind of file, in words that follow "cannot be read:".
     """
 
     def __init__(self, path: str | Path) -> None:
