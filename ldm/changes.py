@@ -8,19 +8,12 @@ from typing import Any, NamedTuple
 
 
 class Change(NamedTuple):
-    """One change: another part, a setting, a LoRA, learned words.
+    """One change: another part, a setting, a LoRA, learned words."""
 
-    Args:
-        kind: "lora", "words"; "vae", "unet", "config", "vocab"; or the name of a setting.
-        name: of the file or the words, or a setting's value.
-        hash: `file_hash` of the file.
-        strength: of a LoRA.
-    """
-
-    kind: str
-    name: str = ""
-    hash: str = ""
-    strength: float | None = None
+    kind: str  # "lora", "words"; "vae", "unet", "config", "vocab"; or the name of a setting
+    name: str = ""  # of the file or the words, or a setting's value
+    hash: str = ""  # `file_hash` of the file
+    strength: float | None = None  # of a LoRA
 
     def current(self) -> "Change | None":
         """Return the change as it now is, or None if it was undone. (LoRAs that are not merged may be changed.)"""
@@ -28,7 +21,8 @@ class Change(NamedTuple):
 
     def __str__(self) -> str:
         """Return its text in a recipe, such as `lora bold 0123456789 at 0.5`."""
-        strength = "" if self.strength is None else f"at {_number(self.strength)}"
+        short = "" if self.strength is None else f"{self.strength:g}"
+        strength = short and f"at {short if float(short) == self.strength else repr(self.strength)}"
         return " ".join(filter(None, (self.kind, self.name.replace("; ", ";"), self.hash, strength)))
 
 
@@ -40,7 +34,7 @@ def changes_to_text(changes: Iterable[Change]) -> str:
 
 
 def changes_from_text(text: str) -> tuple[Change, ...]:
-    """Read what `changes_to_text` wrote. Raises ValueError for any other text."""
+    """Read what `changes_to_text` wrote; ValueError for any other text."""
     found = []
     for part in re.split(r"; (?=\w+ )", text):
         match = _TEXT.fullmatch(part)
@@ -53,11 +47,12 @@ def changes_from_text(text: str) -> tuple[Change, ...]:
 
 def same_changes(first: Iterable[Change], second: Iterable[Change]) -> bool:
     """Return whether both make the same model, whatever their order (they commute) and the names of LoRA files."""
-    keys = [
-        Counter((c.kind, "" if c.kind == "lora" else c.name, c.hash, c.strength and f"{c.strength:g}") for c in changes)
-        for changes in (first, second)
-    ]
-    return keys[0] == keys[1]
+
+    def key(change: Change) -> tuple:
+        name = "" if change.kind == "lora" else change.name
+        return change.kind, name, change.hash, change.strength and f"{change.strength:g}"
+
+    return Counter(map(key, first)) == Counter(map(key, second))
 
 
 def settings_of_model(model: Any) -> dict[str, Any]:
@@ -75,8 +70,3 @@ def changes_of(model: Any) -> tuple[Change, ...]:
 
 def _value(value: Any) -> str:
     return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
-
-
-def _number(value: float) -> str:
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)

@@ -69,18 +69,13 @@ def load(
         prediction: what the UNet predicts ("eps", "x0", "v"), for files that do not say.
         vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
         variant: of a diffusers folder's files, "fp16" say.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: one is damaged or unknown, or does not fit its configuration.
     """
     path = SHIPPED if path is None else Path(path)
     if prediction is not None:
         check_prediction(prediction)
-    given = {"first_stage": vae, "unet": unet}
-    replacements = {
-        part: _take(part, Path(file), ema and part == "unet") for part, file in given.items() if file is not None
-    }
+    replacements = {} if vae is None else {"first_stage": _take("first_stage", Path(vae))}
+    if unet is not None:
+        replacements["unet"] = _take("unet", Path(unet), ema)
     found = _complete(path, _open(path, config, ema and unet is None, prediction, variant, replacements), replacements)
     if prediction is not None:
         _set_prediction(path, found.config, prediction)
@@ -102,12 +97,12 @@ def load(
 
 
 def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Load any network saved with its configuration: a first stage, a text encoder, a classifier. Errors as `load`."""
+    """Load any network saved with its configuration: a first stage, a text encoder, a classifier."""
     return _build(path, *load_file(path), pick_device(device), dtype)
 
 
 def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Found:
-    """Return a copy of a complete model with its parts exchanged; ValueError for anything else than such a model."""
+    """Return a copy of a complete model with its parts exchanged; refuse anything else than such a model."""
     target = found.config.get("target")
     if not _is_model(target):
         option = OPTIONS.get(PART_OF.get(target))
@@ -152,10 +147,7 @@ def _open(
     variant: str | None = None,
     replacements: Mapping[str, Found] | None = None,
 ) -> Found:
-    """Read a file or folder, whoever wrote it: a model or a part alone, as the configuration's target says.
-
-    `replacements` go in before a single file of CompVis's kind is recognised: some lack the first stage.
-    """
+    """Read a file or folder, whoever wrote it: a model or a part alone, as the configuration's target says."""
     if path.is_dir():
         from ldm.checkpoint.diffusers_folder import read_pipeline, read_vae_folder
 
@@ -179,7 +171,7 @@ def _open(
     from ldm.checkpoint.families import recognise, stored_scale_factor
 
     state = contents.state
-    for part, new in (replacements or {}).items():
+    for part, new in (replacements or {}).items():  # before it is recognised: some files lack the first stage
         state = _swapped(state, part, new)
     try:
         clean, notes = normalise(state, ema)
@@ -195,23 +187,20 @@ def _open(
     return Found(recognised.config, clean, [*recognised.notes, *notes])
 
 
-def _take(part: str, path: Path, ema: bool) -> Found:
+def _take(part: str, path: Path, ema: bool = False) -> Found:
     """Read a part out of a file or folder, under its own names: of that part alone, or of a model."""
-    found = _open(path, ema=ema)
-    target = found.config.get("target")
-    if target != networks.MODEL_TARGET:
-        if _is_model(target) or PART_OF.get(target, part) != part:
-            raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
-        return found._replace(notes=[f"{OPTIONS[part]}: {path}"])
-    prefix = networks.PREFIXES[part]
-    state = {name.removeprefix(prefix): t for name, t in found.state.items() if name.startswith(prefix)}
-    params = found.config["params"]
-    scale_factor = params["scale_factor"] if part == "first_stage" else None
-    return Found(params[f"{part}_config"], state, [f"{OPTIONS[part]}: {path}"], scale_factor)
+    config, state, _, scale_factor = _open(path, ema=ema)
+    target = config.get("target")
+    if target == networks.MODEL_TARGET:
+        prefix, params = networks.PREFIXES[part], config["params"]
+        state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+        config, scale_factor = params[f"{part}_config"], params["scale_factor"] if part == "first_stage" else None
+    elif _is_model(target) or PART_OF.get(target, part) != part:
+        raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
+    return Found(config, state, [f"{OPTIONS[part]}: {path}"], scale_factor)
 
 
 def _swapped(state: State, part: str, new: Found) -> State:
-    """Return a model's tensors with that part's exchanged."""
     prefix = networks.PREFIXES[part]
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
     return rest | {prefix + name: tensor for name, tensor in new.state.items()}
@@ -247,14 +236,10 @@ def _build(
     expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
     if expected != found:
         raise ValueError(f"checkpoint {str(path)!r} does not fit its configuration: {_differences(expected, found)}")
-    wrong = sorted(
-        name for name, tensor in state.items() if tensor.is_floating_point() != own[name].is_floating_point()
-    )
+    wrong = sorted(name for name, t in state.items() if t.is_floating_point() != own[name].is_floating_point())
     if wrong:
-        raise ValueError(
-            f"checkpoint {str(path)!r} has numbers of the wrong kind in {len(wrong)} tensors, such as {wrong[0]} "
-            f"({state[wrong[0]].dtype})"
-        )
+        some = f"{len(wrong)} tensors, such as {wrong[0]} ({state[wrong[0]].dtype})"
+        raise ValueError(f"checkpoint {str(path)!r} has numbers of the wrong kind in {some}")
     for name, tensor in state.items():
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     module.load_state_dict(state, assign=True)
@@ -262,19 +247,12 @@ def _build(
 
 
 def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None, format: str = "ldm") -> list[str]:
-    """Write a model, atomically.
+    """Write a model, atomically, and return notes on what the format cannot express.
 
     Args:
         dtype: of the weights in the file; torch.float16, say, makes it smaller.
         format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
             (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers).
-
-    Returns:
-        Notes on what the format cannot express.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: the format is unknown, or diffusers cannot express the model.
     """
     if format not in MODEL_FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
@@ -297,12 +275,9 @@ def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = N
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Say what is missing, unexpected or of another shape, a few names of each."""
     kinds = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n]),
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
     }
-    return "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-        for kind, names in kinds.items()
-        if names
-    )
+    some = {kind: ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "") for kind, names in kinds.items()}
+    return "; ".join(f"{len(names)} {kind} ({some[kind]})" for kind, names in kinds.items() if names)

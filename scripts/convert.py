@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.cli import Parser, int_range, run
-from ldm.inference.options import LOADING, loading_arguments
+from ldm.inference.options import LOADING, add_loading_options, loading_arguments
 
 if TYPE_CHECKING:  # it takes a second, which --help has no use for
     import torch
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from ldm.finetune.lora_files import holds_lora
+    from ldm.finetune.lora_files import holds_lora, rewrite
 
     dtype = None if args.dtype is None else getattr(torch, DTYPES[args.dtype])
     is_lora = args.input.is_file() and holds_lora(args.input)
@@ -36,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, name) not in (None, False, []):
             kinds = ("models", "a LoRA file") if is_lora else ("LoRA files", "none")
             raise ValueError(f"--{name.replace('_', '-')} is for {kinds[0]}, and {str(args.input)!r} is {kinds[1]}")
-    for note in (convert_lora if is_lora else convert_model)(args, dtype):
+    if is_lora:
+        notes = rewrite(args.input, args.output, args.rank, args.lora_format, dtype)
+    else:
+        notes = convert_model(args, dtype)
+    for note in notes:
         print(note)
     files = [args.output] if args.output.is_file() else [path for path in args.output.rglob("*") if path.is_file()]
     print(f"{args.output}: {sum(path.stat().st_size for path in files):,} bytes")
@@ -49,45 +53,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("output", type=Path, metavar="OUT", help="where to write; an existing file is replaced at the end")
     add("--dtype", choices=DTYPES, help="of the weights in the file (models: fp32; LoRAs: as they are)")
 
-    add = parser.add_argument_group("if IN is a model").add_argument
-    add(
-        "--format",
-        choices=("ldm", "compvis", "diffusers"),
-        help="one file; the same with what other programs look for in it; a folder, which needs diffusers (ldm)",
-    )
-    add(
-        "--lora",
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]",
-        help="add this LoRA's change, times STRENGTH (1), to the weights; several add up",
-    )
+    group = parser.add_argument_group("if IN is a model")
+    add = group.add_argument
+    what = "one file; the same with what other programs look for in it; a folder, which needs diffusers (ldm)"
+    add("--format", choices=("ldm", "compvis", "diffusers"), help=what)
+    what = "add this LoRA's change, times STRENGTH (1), to the weights; several add up"
+    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help=what)
     add("--default", action="append", default=[], metavar="KEY=VALUE", help="change one of the model's own settings")
-    add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
-    add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
-    add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
-    add("--config", type=Path, metavar="FILE", help="CompVis's yaml of a checkpoint that does not describe itself")
-    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
-    add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
-    add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
+    add_loading_options(group)
 
     add = parser.add_argument_group("if IN is a LoRA").add_argument
-    add(
-        "--rank",
-        type=int_range(1),
-        metavar="N",
-        help="a smaller rank: of each layer's change, its N strongest directions",
-    )
-    add(
-        "--lora-format",
-        choices=("kohya", "peft"),
-        help="kohya: what nearly every program reads; peft: diffusers' own (as it is)",
-    )
+    what = "a smaller rank: of each layer's change, its N strongest directions"
+    add("--rank", type=int_range(1), metavar="N", help=what)
+    what = "kohya: what nearly every program reads; peft: diffusers' own (as it is)"
+    add("--lora-format", choices=("kohya", "peft"), help=what)
     return parser.parse_args(argv)
 
 
 def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list[str]:
-    """Write the model that the options describe; what is to be said about it."""
+    """Write the model that the options describe; return what is to be said about it."""
     import ldm
     from ldm.finetune.lora_files import merge_lora, split_strength
 
@@ -97,13 +81,6 @@ def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list
     for text in args.lora:
         merge_lora(model, *split_strength(text))
     return model.notes + ldm.save(model, args.output, dtype, "ldm" if args.format is None else args.format)
-
-
-def convert_lora(args: argparse.Namespace, dtype: "torch.dtype | None") -> list[str]:
-    """Write the LoRA; what is to be said about it."""
-    from ldm.finetune.lora_files import rewrite
-
-    return rewrite(args.input, args.output, args.rank, args.lora_format, dtype)
 
 
 def set_default(defaults: dict, change: str) -> None:

@@ -4,7 +4,7 @@ Classes are translated by name and never imported: what a yaml's target names is
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def from_compvis(yaml: Mapping[str, Any]) -> Config:
 
 
 def _model(params: Mapping[str, Any]) -> Config:
-    params = _kept(params, _READ, _TRAINING, "LatentDiffusion", needed=_READ[:3])
+    params = _kept(params, "LatentDiffusion", _READ, _TRAINING, needs=3)
     unet = _translated(params["unet_config"], _UNETS, "the UNet")
     first_stage = _translated(params["first_stage_config"], _FIRST_STAGES, "the first stage")
     conditioner = _conditioner(params)
@@ -139,11 +139,14 @@ def _defaults(params: Config, first_stage: Config, family: Family | None, predic
 
 
 class Rule(NamedTuple):
-    """The parameters that a network takes, of which the first `needs` must be given, and those of its training."""
+    """The parameters that a network takes, of which the first `needs` must be given, and those of its training.
+
+    A class in `takes` stands for the arguments of its constructor, which have the same names as CompVis's.
+    """
 
     target: str
     whose: str
-    takes: tuple[str, ...]
+    takes: type | tuple[str, ...]
     ignores: tuple[str, ...] = ()
     needs: int = 0
 
@@ -155,38 +158,32 @@ def _translated(config: Any, table: Mapping[str, Rule | Callable[[Config], Confi
     rule, params = table[target], dict(config.get("params") or {})
     if not isinstance(rule, Rule):
         return rule(params)
-    params = _kept(params, rule.takes, rule.ignores, rule.whose, rule.takes[: rule.needs])
+    params = _kept(params, rule.whose, rule.takes, rule.ignores, rule.needs)
     if "ddconfig" in params:
-        params["ddconfig"] = _arguments(Encoder, params["ddconfig"], "ddconfig")
+        params["ddconfig"] = _kept(params["ddconfig"], "ddconfig", Encoder)
     return {"target": rule.target, "params": params}
 
 
 def _kept(
-    params: Config, taken: Iterable[str], ignored: Iterable[str], whose: str, needed: Iterable[str] = ()
+    params: Config, whose: str, takes: type | tuple[str, ...], ignores: tuple[str, ...] = (), needs: int = 0
 ) -> Config:
-    """Return the parameters in `taken`; ValueError for any that is in neither tuple, and for missing ones."""
-    unknown = sorted(set(params) - set(taken) - set(ignored))
+    """Return the parameters that are taken, as `Rule` says; ValueError for unknown and missing ones."""
+    if isinstance(takes, type):
+        arguments = inspect.signature(takes).parameters.values()
+        takes = tuple(p.name for p in sorted(arguments, key=lambda p: p.default is not p.empty))
+        needs = sum(p.default is p.empty for p in arguments)
+    unknown = sorted(set(params) - {*takes, *ignores})
     if unknown:
-        raise ValueError(f"{whose}'s parameters {', '.join(unknown)} are not known: it takes {', '.join(taken)}")
-    missing = [name for name in needed if name not in params]
+        raise ValueError(f"{whose}'s parameters {', '.join(unknown)} are not known: it takes {', '.join(takes)}")
+    missing = [name for name in takes[:needs] if name not in params]
     if missing:
         raise ValueError(f"{whose} lacks its parameters {', '.join(missing)}")
-    return {name: params[name] for name in taken if name in params}
-
-
-def _arguments(cls: type, params: Config, whose: str) -> Config:
-    """Do as `_kept` for a class of ours that takes its arguments under CompVis's names."""
-    taken = inspect.signature(cls).parameters
-    return _kept(params, taken, (), whose, [name for name, p in taken.items() if p.default is p.empty])
-
-
-def _unet(params: Config) -> Config:
-    return {"target": networks.UNET_TARGET, "params": _arguments(UNetModel, params, "UNetModel")}
+    return {name: params[name] for name in takes if name in params}
 
 
 def clip_config(params: Config) -> Config:
-    taken = ("version", "max_length", "layer", "layer_idx")
-    params = _kept(params, taken, ("device", "freeze"), "FrozenCLIPEmbedder")
+    takes = ("version", "max_length", "layer", "layer_idx")
+    params = _kept(params, "FrozenCLIPEmbedder", takes, ("device", "freeze"))
     name = params.get("version", "openai/clip-vit-large-patch14")
     sizes = _CLIPS.get(PurePath(name).name)
     if sizes is None:
@@ -195,8 +192,8 @@ def clip_config(params: Config) -> Config:
 
 
 def openclip_config(params: Config) -> Config:
-    taken = ("arch", "version", "max_length", "layer")  # the version names weights, which the checkpoint brings
-    params = _kept(params, taken, ("device", "freeze"), "FrozenOpenCLIPEmbedder")
+    takes = ("arch", "version", "max_length", "layer")  # the version names weights, which the checkpoint brings
+    params = _kept(params, "FrozenOpenCLIPEmbedder", takes, ("device", "freeze"))
     arch = params.get("arch", "ViT-H-14")
     if arch not in _OPENCLIPS:
         raise ValueError(f"the text encoder's arch {arch!r} is unknown: known are {', '.join(_OPENCLIPS)}")
@@ -219,7 +216,8 @@ def _text(settings: Config, sizes: tuple[int, int, int], params: Config, layers:
 
 _KL = Rule(networks.KL_TARGET, "the first stage", ("embed_dim", "ddconfig"), _AUTOENCODER_TRAINING, needs=2)
 _VQ = Rule(networks.VQ_TARGET, "the first stage", ("embed_dim", "n_embed", "ddconfig"), _AUTOENCODER_TRAINING, needs=3)
-_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _unet, networks.UNET_TARGET: _unet}
+_UNET = Rule(networks.UNET_TARGET, "UNetModel", UNetModel)
+_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _UNET, networks.UNET_TARGET: _UNET}
 _FIRST_STAGES = {
     networks.KL_TARGET: _KL,  # CompVis's name too
     networks.VQ_TARGET: _VQ,
@@ -240,8 +238,7 @@ _CONDITIONERS = {
         networks.CLASSES_TARGET, "ClassEmbedder", ("embed_dim", "n_classes"), ("key", "ucg_rate"), needs=1
     ),
     "ldm.modules.encoders.modules.SpatialRescaler": Rule(
-        networks.RESCALER_TARGET,
-        "SpatialRescaler",
+        *(networks.RESCALER_TARGET, "SpatialRescaler"),
         ("n_stages", "method", "multiplier", "in_channels", "out_channels", "bias"),
     ),
 }

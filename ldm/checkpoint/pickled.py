@@ -163,10 +163,7 @@ def _make(maker: Any, arguments: Any) -> Any:
             return StoredTensor(*arguments[:4])
         case "torch._utils._rebuild_tensor_v3", (_, _, _, _, _, _, Name(dtype)):
             return StoredTensor(*arguments[:4], dtype)
-        case ("torch._utils._rebuild_parameter", (data, *_)) | (
-            "torch._utils._rebuild_parameter_with_state",
-            (data, *_),
-        ):
+        case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state", (data, _, _, *_):
             return data
     return Inert(name)
 

@@ -151,10 +151,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
     """Which checkpoint, how to read it, and where to put it. names: others for --ckpt."""
-    add = group.add_argument
-    add(
+    group.add_argument(
         "--ckpt", *names, type=Path, metavar="FILE", help="checkpoint or diffusers folder (the digits model that ships)"
     )
+    add_loading_options(group)
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
+
+
+def add_loading_options(group: argparse._ArgumentGroup) -> None:
+    """Add those of `LOADING`."""
+    add = group.add_argument
     add("--config", type=Path, metavar="FILE", help="CompVis's yaml (or ours), in place of what the checkpoint says")
     add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
     add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
@@ -162,7 +168,6 @@ def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
     add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
     add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
     add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
 
 
 def loading_arguments(args: argparse.Namespace) -> dict[str, object]:
