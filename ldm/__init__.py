@@ -18,14 +18,14 @@ The networks:
     conditioning/text.py             318  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
     diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
-    training/stage.py                172  what a stage of training is, and its loss (objective.py)
-    training/autoencoder.py          136  stage 1: the first stage
+    training/stage.py                175  what a stage of training is, and its loss (objective.py)
+    training/autoencoder.py          139  stage 1: the first stage
     training/clip.py                 112  stage 2: the text encoder
-    training/diffusion.py            238  stage 3: the UNet (with denoising.py)
-    training/loop.py                 486  the training loop, its EMA, learning rate and data order
+    training/diffusion.py            234  stage 3: the UNet (with denoising.py)
+    training/loop.py                 484  the training loop, its EMA, learning rate and data order
     data/captions.py                 246  the captions of digits (with captioned.py)
     data/mnist.py                    288  MNIST, scikit-learn's digits, and their measured style (measure.py)
-    loading.py                       446  load and save, our own file format (checkpoint/file.py)
+    loading.py                       409  load and save, our own file format (checkpoint/file.py)
 
 Everything else is optional: other models and samplers' settings, fine-tuning, evaluation, the command line, CompVis's
 interface. `tests/test_reading_path.py` keeps this list complete.
