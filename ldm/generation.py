@@ -1,6 +1,7 @@
 """From prompts to images: condition, guide, sample, decode. `LatentDiffusion.generate` is `generate` here."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,12 +58,12 @@ def generate(
     """
     chosen, own, init = from_keywords(Settings, settings), model.defaults, None
     sampler, sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing)
-    strength, height, width = chosen.strength, chosen.height, chosen.width
+    strength, height, width = chosen.strength, given(chosen.height, own["height"]), given(chosen.width, own["width"])
     if image is not None:
         init = _init_images(model, image, mask, len(prompts), chosen)
         strength = given(strength, model.default_strength(mask is not None))
         sigmas = sigmas[len(sigmas) - 1 - steps_taken(strength, len(sigmas) - 1) :]
-        height, width = init.pixels.shape[-2:]
+        height, width = init.pixels.shape[-2:]  # padded
     elif mask is not None or strength is not None:
         raise ValueError("mask and strength need an init image: give image too")
     seeds = list(range(seed, seed + len(prompts)) if seeds is None else seeds)
@@ -73,18 +74,9 @@ def generate(
             f"{len(prompts)} prompts need as many seeds and negative prompts, and batches of at least 1; "
             f"got {len(seeds)} seeds, {len(negatives)} negative prompts, batch_size {batch_size}"
         )
-    run = _Run(
-        sampler=partial(sampler, sigmas=sigmas, eta=chosen.eta),
-        sigmas=sigmas,
-        strength=strength,
-        size=model.latent_size(given(height, own["height"]), given(width, own["width"])),
-        scale=scale,
-        interval=tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS)),
-        rescale=chosen.rescale,
-        start_seed=seeds[0] if chosen.fixed_code and seeds else None,
-        guide=guide,
-        callback=callback,
-    )
+    interval = tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS))
+    chosen = replace(chosen, strength=strength, scale=scale, interval=interval)
+    run = _Run(chosen, sampler, sigmas, model.latent_size(height, width), seeds[0] if seeds else 0, guide, callback)
     lengths = count_chunks(model.cond_stage_model, prompts, chosen.plain)
     if scale != 1:
         lengths = list(map(max, lengths, count_chunks(model.cond_stage_model, negatives, chosen.plain)))
@@ -156,25 +148,25 @@ def _sample(
     init: "InitImages | None",
 ) -> Tensor:
     """Sample one batch: its pixels (b, c, h, w) in [-1, 1], or uint8 where there is an init image."""
+    scale, interval, rescale = run.settings.scale, run.settings.interval, run.settings.rescale
     noise = SeededNoise(seeds, run.size)
     start = noise()
-    if run.start_seed is not None:
-        start = SeededNoise([run.start_seed], run.size)().expand_as(start)
+    if run.settings.fixed_code:
+        start = SeededNoise([run.first_seed], run.size)().expand_as(start)
     start = start.to(model.device)
     if model.concat is not None:
         extra = _concat(model, init, run.size, len(seeds))
         cond, uncond = cond | extra, None if uncond is None else uncond | extra
-    denoise = guidance.classifier_free(
-        model.denoiser(seeds), cond, uncond, run.scale, run.interval, run.rescale, model.prediction
-    )
+    denoise = guidance.classifier_free(model.denoiser(seeds), cond, uncond, scale, interval, rescale, model.prediction)
     if run.guide is not None:
-        denoise = guidance.in_interval(run.interval, run.guide(denoise, cond, prompts), denoise)
+        denoise = guidance.in_interval(interval, run.guide(denoise, cond, prompts), denoise)
     if model.clip is not None:
         denoise = guidance.clip_x0(denoise, model.clip)
     x = from_vp(start, run.sigmas[0])
     if init is not None:
         x, denoise = _start_from(model, init, x, start, run, denoise)
-    for step in run.sampler(denoise, x, noise=noise) if len(run.sigmas) > 1 else ():
+    steps = run.sampler(denoise, x, run.sigmas, eta=run.settings.eta, noise=noise) if len(run.sigmas) > 1 else ()
+    for step in steps:
         if run.callback is not None:
             run.callback(step)
         x = step.x
@@ -184,14 +176,15 @@ def _sample(
 
 def _concat(model: Any, init: "InitImages | None", size: tuple[int, int, int], count: int) -> Cond:
     """Return c_concat for a model with `concat`: of the init image, or of none."""
-    if init is None and model.concat == "latents":
+    from ldm.init_image import concat_condition  # only such models need it
+
+    if init is not None:
+        cond = concat_condition(model, init.pixels, init.mask)
+    elif model.concat == "latents":
         return {"c_concat": torch.zeros(count, *size, device=model.device)}
-    if init is None:
-        height, width = (model.downsampling * side for side in size[1:])
-        images, mask = torch.zeros(1, model.image_channels, height, width), None
     else:
-        images, mask = init.pixels, init.mask
-    cond = model.concat_image(images, torch.ones_like(images[:, :1]) if mask is None else mask)
+        height, width = (model.downsampling * side for side in size[1:])
+        cond = concat_condition(model, torch.zeros(1, model.image_channels, height, width), None)
     return {key: value.expand(count, -1, -1, -1) for key, value in cond.items()}
 
 
@@ -209,7 +202,7 @@ def _start_from(
         mask = nn.functional.adaptive_max_pool2d(mask, run.size[1:]).to(x)  # a latent is new if any pixel of it is
         if model.concat in (None, "latents"):  # the others have the mask in their input
             denoise = guidance.inpaint(denoise, known, mask)
-    if run.strength < 1:
+    if run.settings.strength < 1:
         return noised, denoise
     if mask is None:
         return x if model.concat == "latents" else noised, denoise
@@ -219,14 +212,11 @@ def _start_from(
 class _Run(NamedTuple):
     """What all batches of a `generate` have in common."""
 
-    sampler: Callable[..., Iterator[Step]]
+    settings: Settings  # with the model's own strength, scale and interval where none was given
+    sampler: Sampler
     sigmas: list[float]
-    strength: float | None
-    size: tuple[int, int, int]
-    scale: float
-    interval: tuple[float, float]
-    rescale: float
-    start_seed: int | None  # of the start noise that all images share
+    size: tuple[int, int, int]  # of a latent
+    first_seed: int  # of the start noise that all images share with `fixed_code`
     guide: guidance.Guide | None
     callback: Callable[[Step], None] | None
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.image_files import over, upright
+from ldm.diffusion.denoiser import Cond
 from ldm.images import to_uint8
 
 Images = Image.Image | Sequence[Image.Image]
@@ -107,3 +109,23 @@ def _stack(images: Sequence[Image.Image]) -> Tensor:
     """PIL images of one size and mode -> uint8 (b, c, h, w)."""
     arrays = np.stack([np.asarray(image) for image in images])  # (b, h, w) or (b, h, w, c)
     return torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2)  # (b, c, h, w)
+
+
+def concat_condition(model: Any, images: Tensor, mask: Tensor | None) -> Cond:
+    """Return {"c_concat": (b, channels, h/f, w/f)} of a model with `concat`, for an image to change.
+
+    It is the latents (posterior mode) of the image without its masked pixels, and the mask at their size, nearest
+    pixel.
+
+    Args:
+        images: (b, c, h, w) in [-1, 1].
+        mask: (b, 1, h, w), 1 where the image is generated anew and 0 where it is kept; None generates all of it.
+            InstructPix2Pix has no mask.
+    """
+    if model.concat == "latents":
+        return {"c_concat": model.encode(images, mode=True) / model.scale_factor}  # as Brooks et al. 2023 trained it
+    anew = torch.ones_like(images[:, :1], dtype=torch.bool) if mask is None else mask >= 0.5
+    blank = 0.0 if model.concat == "mask_latents" else -1.0  # grey in Stable Diffusion, black before it
+    latents = model.encode(torch.where(anew, blank, images), mode=True)
+    anew = F.interpolate(anew.to(latents), size=latents.shape[-2:])  # (b, 1, h/f, w/f)
+    return {"c_concat": torch.cat([anew, latents] if model.concat == "mask_latents" else [latents, 2 * anew - 1], 1)}

@@ -23,11 +23,11 @@ from ldm.generation import generate
 from ldm.util import call_with, instantiate_network
 
 Conditioning = dict[str, Tensor]
+# What a UNet has in its input channels beside the noised latents: see `ldm.init_image.concat_condition`.
+CONCATS = (None, "mask_latents", "latents_mask", "latents")
 # The settings of a model without its own; spacing None is the sampler's, interval None everywhere.
-DEFAULTS: dict[str, Any] = {
-    **{"height": 512, "width": 512, "steps": 50, "scale": 7.5, "sampler": "ddim"},
-    **{"spacing": None, "interval": None},
-}
+DEFAULTS: dict[str, Any] = {"height": 512, "width": 512, "steps": 50, "scale": 7.5, "sampler": "ddim"}
+DEFAULTS |= {"spacing": None, "interval": None}
 
 
 class DiffusionWrapper(nn.Module):
@@ -51,14 +51,9 @@ class DiffusionWrapper(nn.Module):
             raise ValueError(f"c_concat is {sizes[0]} latents in size, and x is {sizes[1]}: they must have one size")
         if c_concat is not None:
             x = torch.cat([x, c_concat.to(x.dtype)], dim=1)
-        given = {"context": c_crossattn, "y": c_adm}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in (("context", c_crossattn), ("y", c_adm)) if value is not None}
         with torch.autocast(x.device.type) if self.autocast else nullcontext():
             return self.diffusion_model(x, t, **given)
-
-
-# What a UNet has in its input channels beside the noised latents: see `LatentDiffusion.concat_image`.
-CONCATS = (None, "mask_latents", "latents_mask", "latents")
 
 
 class LatentDiffusion(nn.Module):
@@ -93,19 +88,16 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         if concat not in CONCATS:
             raise ValueError(f"concat {concat!r} is unknown: it is one of {', '.join(map(str, CONCATS))}")
-        unknown = sorted(set(defaults or ()) - set(DEFAULTS))
-        if unknown:
+        if unknown := sorted(set(defaults or ()) - set(DEFAULTS)):
             raise ValueError(f"defaults has unknown settings {unknown}: a model's own settings are {list(DEFAULTS)}")
         self.model = DiffusionWrapper(instantiate_network(unet_config))
         self.first_stage_model = instantiate_network(first_stage_config)
         self.cond_stage_model = None if cond_stage_config is None else instantiate_network(cond_stage_config)
         self.unet_config, self.first_stage_config = unet_config, first_stage_config
         self.cond_stage_config = cond_stage_config
-        self.concat = concat
         self.schedule_params = schedule or {"name": "scaled_linear"}
         self._schedule: tuple[Mapping[str, Any], Schedule] | None = None  # the parameters that it was made of, and it
-        self.prediction = prediction
-        self.scale_factor = scale_factor
+        self.prediction, self.scale_factor, self.concat = prediction, scale_factor, concat
         self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
         self.changes: list[Change] = []  # to it since that file, each recorded by what made it: see `ldm.changes`
@@ -173,10 +165,7 @@ class LatentDiffusion(nn.Module):
     def condition(
         self, prompts: Sequence[Any], chunks: int | None = None, clip_skip: int = 1, plain: bool = False
     ) -> Conditioning:
-        """Encode prompts (or classes or images) to the conditioning dict, which is empty for an unconditional model.
-
-        chunks, clip_skip, plain: of `conditioning.prompt.encode_prompts`, which reads long and weighted prompts.
-        """
+        """Encode prompts (or classes or images) as `encode_prompts` does; {} for an unconditional model."""
         if self.cond_stage_model is None:
             return {}
         prompts = prompts.to(self.device) if isinstance(prompts, Tensor) else prompts
@@ -186,25 +175,6 @@ class LatentDiffusion(nn.Module):
                     contexts.enter_context(torch.autocast(device_type))
             cond = encode_prompts(self.cond_stage_model, prompts, chunks, clip_skip, plain)
         return {key: value.to(self.device) for key, value in cond.items()}
-
-    def concat_image(self, images: Tensor, mask: Tensor) -> Conditioning:
-        """Return the conditioning of a model with `concat` for an image to change.
-
-        Args:
-            images: (b, c, h, w) in [-1, 1].
-            mask: (b, 1, h, w), 1 where the image is generated anew and 0 where it is kept; InstructPix2Pix ignores it.
-
-        Returns:
-            {"c_concat": (b, channels, h/f, w/f)}: the latents (posterior mode) of the image without its masked pixels,
-            and the mask at their size, nearest pixel.
-        """
-        if self.concat == "latents":
-            return {"c_concat": self.encode(images, mode=True) / self.scale_factor}  # as Brooks et al. 2023 trained it
-        blank = 0.0 if self.concat == "mask_latents" else -1.0  # grey in Stable Diffusion, black before it
-        latents = self.encode(torch.where(mask < 0.5, images, blank), mode=True)
-        mask = nn.functional.interpolate((mask >= 0.5).to(latents), size=latents.shape[-2:])  # (b, 1, h/f, w/f)
-        parts = [mask, latents] if self.concat == "mask_latents" else [latents, 2 * mask - 1]
-        return {"c_concat": torch.cat(parts, dim=1)}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Return the UNet's prediction (eps, x0 or v) for noised latents x (b, z, h, w) at timesteps t (b,)."""
@@ -219,19 +189,13 @@ class LatentDiffusion(nn.Module):
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Return the loss of each latent z (b, c, h, w) at its timestep t (b,): (b,) (Rombach et al. 2022, eq. 3).
-
-        error, weight: of `diffusion.loss.prediction_loss`.
-        """
+        """Return the `prediction_loss` of each latent z (b, c, h, w) at its timestep t (b,): (b,)."""
         output = self.apply_model(q_sample(z, t, noise, self.schedule), t, cond).float()
         ab = self.schedule.alphas_cumprod[t.cpu()]
         return prediction_loss(self.prediction, output, z, noise, ab, error, weight)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
-        """Return `denoise(x, sigma, cond) -> Prediction`, for x = x0 + sigma * noise.
-
-        seeds: of the images of the batch, for networks with noise of their own; not used here.
-        """
+        """Return `denoise(x, sigma, cond) -> Prediction`. seeds: the images', for networks with noise of their own."""
         return make_denoiser(self.apply_model, self.schedule, self.prediction, next(self.model.parameters()).dtype)
 
     @property

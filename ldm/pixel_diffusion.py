@@ -67,7 +67,7 @@ class PixelDiffusion(LatentDiffusion):
         }
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """Return the network's eps, x0 or v (b, c, h, w) in float32 for x at timesteps t, and the variance's share."""
+        """Return the network's eps, x0 or v (b, c, h, w) for x at timesteps t, and the variance's share."""
         output = self.apply_model(x, t, cond).float()
         return split_variance(output, x.shape[1]) if self.learned_variance else (output, None)
 
@@ -81,16 +81,14 @@ class PixelDiffusion(LatentDiffusion):
         weight: Mapping[str, Any] | None = None,
         bound_weight: float = 0.0,
     ) -> Tensor:
-        """Return the training loss of each image z (b, c, h, w) at timesteps t (b,): (b,).
+        """Return the loss as LatentDiffusion does: (b,).
 
         Where the variance is learned, this is L_hybrid = L_simple + bound_weight L_vlb (Nichol & Dhariwal 2021, eq. 16)
         with T times the bound's term of one noise level for L_vlb, through which the prediction gets no gradient.
-
-        error, weight: of `diffusion.loss.prediction_loss`.
         """
         x = q_sample(z, t, noise, self.schedule)
         if self.self_condition:
-            cond = {**cond, "c_concat": self.first_guess(x, t, cond)}
+            cond = {**cond, "c_concat": self.self_cond_x0(x, t, cond)}
         predicted, share = self.predict(x, t, cond)
         ab = self.schedule.alphas_cumprod[t.cpu()]
         losses = prediction_loss(self.prediction, predicted, z, noise, ab, error, weight)
@@ -100,8 +98,8 @@ class PixelDiffusion(LatentDiffusion):
         return losses
 
     @torch.no_grad()
-    def first_guess(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Return the x0 to condition a training step on: the network's own for no x0, or zeros, at even odds."""
+    def self_cond_x0(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Return the x0 that a training step is conditioned on: the network's own with SELF_COND_PROB, else zeros."""
         zeros = torch.zeros_like(x)
         if torch.rand(()) >= SELF_COND_PROB:
             return zeros

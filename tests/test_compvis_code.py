@@ -15,6 +15,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from omegaconf import OmegaConf
 
 from ldm.diffusion.schedule import q_sample, sampling_sigmas
+from ldm.init_image import concat_condition
 from ldm.util import instantiate_from_config
 
 PROMPTS = ["a photograph of a cat", "a red dog"]
@@ -188,7 +189,7 @@ def test_instruct_pix2pix(clip):
         "c_crossattn": [model.get_learned_conditioning(PROMPTS)],
         "c_concat": [model.encode_first_stage(image).mode()],
     }
-    expected = twin.apply_model(z, T, twin.condition(PROMPTS) | twin.concat_image(image, torch.ones(2, 1, 16, 16)))
+    expected = twin.apply_model(z, T, twin.condition(PROMPTS) | concat_condition(twin, image, None))
     torch.testing.assert_close(model.apply_model(z, T, cond=cond), expected, **CLOSE)
 
 
