@@ -68,11 +68,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from ldm.finetune.embeddings import text_encoder
-    from ldm.finetune.textual_inversion import captions, check_model
+    from ldm.finetune.textual_inversion import captions
     from ldm.training.loop import train
 
     config, model, is_main = begin("textual_inversion", args, loading_arguments(args))
-    check_model(model)
     stage = config["stage"]["params"]
     (prompt, *_) = captions(text_encoder(model).tokenizer, stage["word"], 1, stage["frames"])
     result = train(config, args.resume is not None, args.device, ckpt=model)

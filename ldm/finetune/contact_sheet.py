@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ldm.checkpoint.file import atomic
 
@@ -12,36 +11,23 @@ MINIMUM = 64  # pixels of height; smaller images are enlarged by an integer fact
 GAP, LINE = 4, 16  # pixels between images, and of a label's line
 
 
-class Row(NamedTuple):
-    """Images under a label."""
-
-    label: str
-    images: Sequence[Image.Image]
-
-
-def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """Return all rows below each other, each under its label, on white."""
-    shown = [Row(row.label, [_enlarged(image) for image in row.images]) for row in rows]
-    width = max(sum(image.width + GAP for image in row.images) for row in shown) + GAP
-    height = sum(LINE + GAP + max(image.height for image in row.images) for row in shown) + GAP
-    sheet = Image.new("RGB", (max(width, 320), height), "white")
+def save_contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
+    """Write rows of images, each under its label, on white, as a PNG file, atomically."""
+    labels, rows = [label for label, _ in rows], [[_enlarged(image) for image in images] for _, images in rows]
+    heights = [max(image.height for image in images) for images in rows]
+    width = max(sum(image.width + GAP for image in images) for images in rows) + GAP
+    sheet = Image.new("RGB", (max(width, 320), sum(heights) + len(rows) * (LINE + GAP) + GAP), "white")
     top, pen = 0, ImageDraw.Draw(sheet)
-    for row in shown:
-        pen.text((GAP, top + 2), row.label, fill="black")
+    for label, images, height in zip(labels, rows, heights, strict=True):
+        pen.text((GAP, top + 2), label, fill="black")
         left, top = GAP, top + LINE
-        for image in row.images:
+        for image in images:
             sheet.paste(image, (left, top))
             left += image.width + GAP
-        top += max(image.height for image in row.images) + GAP
-    return sheet
-
-
-def save_contact_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Write the contact sheet as a PNG file, atomically."""
+        top += height + GAP
     with atomic(path) as temporary:
-        contact_sheet(rows).save(temporary, format="PNG")
+        sheet.save(temporary, format="PNG")
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    factor = max(1, -(-MINIMUM // image.height))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.scale(image, max(1, -(-MINIMUM // image.height)), Image.Resampling.NEAREST)

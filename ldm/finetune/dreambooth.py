@@ -16,26 +16,22 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.networks import MODEL_TARGET
 from ldm.data.dreambooth import check_apart, words_and_prompts
-from ldm.finetune.contact_sheet import Row, save_contact_sheet
+from ldm.finetune.contact_sheet import save_contact_sheet
 from ldm.finetune.lora import Adapter, attach, merge
 from ldm.finetune.lora_files import save_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.finetune.parts import (
-    checkpoint_blocks,
+    FineTuningStage,
     choose_layers,
     choose_text,
-    load_to_tune,
-    posterior,
     rate_for,
     train_words,
-    training_size,
 )
 from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.diffusion import LatentDataset
-from ldm.training.objective import Objective
 from ldm.training.order import in_batches
-from ldm.training.stage import Loss, Stage
+from ldm.training.stage import Loss
 from ldm.util import call_with
 
 # Largest cosine, measured from the empty prompt's embedding, that the text embeddings of a subject and of a class image
@@ -44,13 +40,12 @@ SIMILARITY_MARGIN = 0.5
 OPTIONAL = ("concat",)  # parameters of LatentDiffusion that are left out of a file where they are None
 
 
-class DreamBoothStage(Stage):
+class DreamBoothStage(FineTuningStage):
     """Train the UNet, or layers of it, on pairs of a subject's image and a class image.
 
     Args:
-        ckpt: a checkpoint that `ldm.load` reads, or a loaded model; None is the model that ships.
+        ckpt, loading, resolution, gradient_checkpointing, sheet: of `FineTuningStage`.
         learning_rate: of the UNet: a number, or one each for its "weights" and for adapters ("lora").
-        resolution: pixels of a side of the images; None is the model's own size.
         instance_prompt, class_prompt: those of the data, one or a list; they say which words name the subject.
         train_text: what trains of the text encoder: "none"; "all"; "words", the embeddings of the words that name the
             subject, which leaves all other prompts as they are to the bit, and which are kept away from the class
@@ -62,11 +57,8 @@ class DreamBoothStage(Stage):
         prior_weight: lambda.
         error, weight, noise, timesteps: of `Objective`, for both terms.
         optimizer, betas, weight_decay: adamw, adamw8bit or adafactor (`make_optimizer`), and its arguments.
-        gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
         cache: keep latents and text embeddings in memory where nothing changes them.
         previews, preview_columns: prompts of the previews (None: the data's own), and how many images of each.
-        sheet: where the contact sheet goes: the subject's images, and each prompt before and after.
-        loading: further arguments of `ldm.load`.
         seed: of the adapters' initial weights.
     """
 
@@ -99,23 +91,17 @@ class DreamBoothStage(Stage):
         loading: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(preview_columns)
         if not prior_weight >= 0:
             raise ValueError(f"prior_weight {prior_weight} must not be below 0")
         words, prompts = words_and_prompts(instance_prompt, class_prompt)
         train_text = choose_text(train_text, words, lora is not None)
-        model = load_to_tune(ckpt, loading)
-        check_model(model)
-        self.resolution = training_size(model, resolution)
-        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        self.latent_diffusion = model.float()
-        self.objective = Objective(model, error, weight, noise, timesteps)
+        objective = (error, weight, noise, timesteps)
+        super().__init__(ckpt, loading, resolution, objective, gradient_checkpointing, sheet, preview_columns)
         if lora is not None:
             lora = {"targets": ["attention", "text"] if train_text == "all" else ["attention"], "seed": seed, **lora}
-        self._choose(layers, train_text != "none", words if train_text == "words" else None, lora)
+        self.train_text, self.words = train_text != "none", words if train_text == "words" else None
+        self._choose(layers, lora)
         self.lora_file = None if lora is None or lora_file is None else Path(lora_file)
-        if gradient_checkpointing:
-            checkpoint_blocks(self.model)
         self.prior_weight, self.lora_format = prior_weight, lora_format
         if optimizer == "adafactor" and isinstance(learning_rate, Mapping):  # AdamW's, by part
             raise ValueError("adafactor's learning rate is relative to the weights: give learning_rate, such as 1e-3")
@@ -125,20 +111,15 @@ class DreamBoothStage(Stage):
             self.text_learning_rate = rate_for("text_learning_rate", text_learning_rate, part)
         self.optimizer = {"name": optimizer, "betas": tuple(betas), "weight_decay": weight_decay}
         self.cache, self.previews = cache, prompts if previews is None else list(previews)
-        self.sheet = None if sheet is None else Path(sheet)
         self.texts: dict[str, Conditioning] = {}  # cached
         self.class_directions: Conditioning = {}  # of the class images' captions, where words are trained
         self.before: list[Image.Image] = []
 
-    def _choose(
-        self, layers: str, train_text: bool, words: Sequence[str] | None, lora: Mapping[str, Any] | None
-    ) -> None:
+    def _choose(self, layers: str, lora: Mapping[str, Any] | None) -> None:
         """Set what trains: weights of the UNet and the text encoder, or adapters beside them."""
         self.model, self.text = self.latent_diffusion.model, self.latent_diffusion.cond_stage_model
-        self.first_stage = self.latent_diffusion.first_stage_model
-        self.train_text, self.words = train_text, words
         self.freeze(first_stage=self.first_stage)
-        for name, network, trains in (("model", self.model, True), ("text", self.text, train_text)):
+        for name, network, trains in (("model", self.model, True), ("text", self.text, self.train_text)):
             if trains and lora is None:
                 self.networks[name] = network.requires_grad_()
             else:
@@ -146,20 +127,19 @@ class DreamBoothStage(Stage):
         self.adapters: dict[str, Adapter] = {}
         if lora is None:
             choose_layers(self.model, layers)
-        elif train_text:
+        elif self.train_text:
             self.adapters = call_with("lora", attach, lora, network=self.latent_diffusion)
         else:
             own = call_with("lora", attach, lora, network=self.model)
             self.adapters = {f"model.{name}": adapter for name, adapter in own.items()}
-        if words is not None and train_text:
-            train_words(self.text, words)
+        if self.words is not None:
+            train_words(self.text, self.words)
         if self.adapters:
             self.networks["adapters"] = nn.ModuleList(self.adapters.values())
 
     def data_params(self) -> dict[str, Any]:
-        """Return the model, which generates missing class images, and the images' size and channels."""
-        model = self.latent_diffusion
-        return {"model": model, "size": self.resolution, "channels": model.image_channels}
+        """Return what the model fixes, and the model itself, which generates missing class images."""
+        return super().data_params() | {"model": self.latent_diffusion}
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset) -> Dataset:
@@ -184,7 +164,7 @@ class DreamBoothStage(Stage):
         """Return a set of images as the means and deviations of their latents, on the CPU."""
         means, stds = [], []
         for batch in in_batches(images, 16 if len(set(images.shapes)) == 1 else 1, "encoding latents"):
-            mean, std = posterior(self.first_stage, batch["image"].to(self.latent_diffusion.device))
+            mean, std = self.posterior(batch["image"])
             means += mean.cpu()
             stds += std.cpu()
         return LatentDataset(images, means, stds)
@@ -209,7 +189,7 @@ class DreamBoothStage(Stage):
         parts = ["", "class_"] if "class_caption" in batch else [""]
         captions = [batch[f"{part}caption"] for part in parts]
         with torch.no_grad():
-            z = [self._latents(batch, part) for part in parts]  # (b, z, h/f, w/f) each
+            z = [self.latents(batch, part) for part in parts]  # (b, z, h/f, w/f) each
         if len({half.shape for half in z}) == 1:
             z, captions = [torch.cat(z)], [sum(captions, [])]
         losses, (cond, *_) = zip(*map(self._losses, z, captions), strict=True)
@@ -235,14 +215,6 @@ class DreamBoothStage(Stage):
             null = self.latent_diffusion.cond_stage_model([self.latent_diffusion.cond_stage_model.null])
         return {key: F.normalize((value - null[key]).flatten(1).float(), dim=1) for key, value in cond.items()}
 
-    def _latents(self, batch: Mapping[str, Any], part: str) -> Tensor:
-        """Sample the scaled latents of a batch's images, of the subject (part "") or the class ("class_")."""
-        if f"{part}mean" in batch:
-            mean, std = batch[f"{part}mean"], batch[f"{part}std"]
-        else:
-            mean, std = posterior(self.first_stage, batch[f"{part}image"])
-        return self.latent_diffusion.scale_factor * (mean + std * torch.randn_like(mean))
-
     def _condition(self, captions: list[str]) -> Conditioning:
         """Return the captions' embeddings; captions are taken literally."""
         if not self.texts:
@@ -256,8 +228,7 @@ class DreamBoothStage(Stage):
         """Generate `preview_columns` images of each prompt, with the model's own settings at the training size."""
         prompts = [prompt for prompt in self.previews for _ in range(self.preview_columns)]
         seeds = list(range(self.preview_columns)) * len(self.previews)
-        size = self.resolution
-        return self.latent_diffusion.generate(prompts, seeds=seeds, height=size, width=size)
+        return self.generate(prompts, seeds=seeds)
 
     def finish(self, dataset: Dataset) -> None:
         """Write the contact sheet and the adapters' own file."""
@@ -267,10 +238,10 @@ class DreamBoothStage(Stage):
         if self.sheet is None:
             return
         after = self.preview()
-        rows = [Row("the subject's images", [to_pil(x[None])[0] for x in images]) for images in self.images]
+        rows = [("the subject's images", [to_pil(x[None])[0] for x in images]) for images in self.images]
         for i, prompt in enumerate(self.previews):
             chosen = slice(i * self.preview_columns, (i + 1) * self.preview_columns)
-            rows += [Row(f"{prompt}: before", self.before[chosen]), Row(f"{prompt}: after", after[chosen])]
+            rows += [(f"{prompt}: before", self.before[chosen]), (f"{prompt}: after", after[chosen])]
         save_contact_sheet(rows, self.sheet)
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -294,9 +265,3 @@ def embedding_repulsion(texts: Conditioning, others: Conditioning, count: int) -
     """
     over = [(value[:count] @ others[key].T - SIMILARITY_MARGIN).clamp(min=0) for key, value in texts.items()]  # (b, k)
     return torch.stack([excess.amax(1).mean() for excess in over]).sum()
-
-
-def check_model(model: LatentDiffusion) -> None:
-    """Raise ValueError for a model that DreamBooth cannot teach: one without text, or conditioned on an image too."""
-    if getattr(model.cond_stage_model, "tokenizer", None) is None or model.concat is not None:
-        raise ValueError("DreamBooth needs a model that is conditioned on text, and on nothing else")

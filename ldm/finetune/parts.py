@@ -3,9 +3,11 @@
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
@@ -13,6 +15,8 @@ from ldm.data.captions import NUMBER_WORDS, TRAIN_FRAMES, render
 from ldm.finetune.embeddings import token_embedding
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load
+from ldm.training.objective import Objective
+from ldm.training.stage import Stage
 
 # Which of the UNet's weights train, as a regular expression that their names contain.
 LAYERS = {
@@ -23,26 +27,67 @@ LAYERS = {
 }
 
 
-def load_to_tune(ckpt: str | LatentDiffusion | None, loading: Mapping[str, Any] | None) -> LatentDiffusion:
-    """Load a checkpoint on the CPU in the file's own dtypes, if it is not a model already, and print its notes."""
-    if not isinstance(ckpt, LatentDiffusion):
-        ckpt = load(ckpt, device="cpu", dtype=None, **(loading or {}))
-    for note in ckpt.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return ckpt
+class FineTuningStage(Stage):
+    """A stage that tunes a loaded model on a few images, and shows what it generates before and after.
 
+    Args:
+        ckpt: a checkpoint that `ldm.load` reads, or a loaded model; None is the model that ships.
+        loading: further arguments of `ldm.load`.
+        resolution: pixels of a side of the images; None is the model's own size.
+        objective: arguments of `Objective` after the model.
+        gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
+        sheet: where the contact sheet goes.
+        preview_columns, adam: of `Stage`.
+    """
 
-def training_size(model: LatentDiffusion, resolution: int | None) -> int:
-    """Return the pixels of a side of the images to train on. ValueError for a size that the model cannot make."""
-    size = model.defaults["height"] if resolution is None else resolution
-    model.latent_size(size, size)
-    return size
+    def __init__(
+        self,
+        ckpt: str | LatentDiffusion | None,
+        loading: Mapping[str, Any] | None,
+        resolution: int | None,
+        objective: Sequence[Any],
+        gradient_checkpointing: bool,
+        sheet: str | None,
+        preview_columns: int,
+        **adam: Any,
+    ) -> None:
+        super().__init__(preview_columns, **adam)
+        # a file on the CPU and in its own dtypes, which the result keeps
+        loaded = isinstance(ckpt, LatentDiffusion)
+        model = ckpt if loaded else load(ckpt, device="cpu", dtype=None, **(loading or {}))
+        for note in model.notes:
+            print(f"note: {note}", file=sys.stderr)
+        if getattr(model.cond_stage_model, "tokenizer", None) is None or model.concat is not None:
+            raise ValueError("fine-tuning needs a model that is conditioned on text, and on nothing else")
+        self.resolution = model.defaults["height"] if resolution is None else resolution
+        model.latent_size(self.resolution, self.resolution)  # raises for a size that the model cannot make
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        self.latent_diffusion, self.first_stage = model.float(), model.first_stage_model
+        self.objective = Objective(model, *objective)
+        self.sheet = None if sheet is None else Path(sheet)
+        if gradient_checkpointing:
+            checkpoint_blocks(model.model)
 
+    def data_params(self) -> dict[str, Any]:
+        """Return the images' size and channels, which follow from the model."""
+        return {"size": self.resolution, "channels": self.latent_diffusion.image_channels}
 
-def posterior(first_stage: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of images' unscaled latents, (b, z, h/f, w/f) each; a VQ autoencoder's deviate by 0."""
-    code = first_stage.encode(images)
-    return (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.std)
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation (b, z, h/f, w/f) of images' unscaled latents; 0 is a VQ autoencoder's deviation."""
+        code = self.first_stage.encode(images.to(self.latent_diffusion.device))
+        return (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.std)
+
+    def latents(self, batch: Mapping[str, Any], part: str = "") -> Tensor:
+        """Sample the scaled latents of a batch's images; `part` begins their names."""
+        if f"{part}mean" in batch:
+            mean, std = batch[f"{part}mean"], batch[f"{part}std"]
+        else:
+            mean, std = self.posterior(batch[f"{part}image"])
+        return self.latent_diffusion.scale_factor * (mean + std * torch.randn_like(mean))
+
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[Image.Image]:
+        """Generate images of the training size with the model's own settings."""
+        return self.latent_diffusion.generate(prompts, height=self.resolution, width=self.resolution, **settings)
 
 
 def knows_only_digits(tokenizer: object) -> bool:

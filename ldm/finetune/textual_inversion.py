@@ -5,7 +5,6 @@ The model's own loss on a few images of the subject, captioned with the word; al
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from torch.utils.data import Dataset
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.data.dreambooth import check_apart, notes_on_images
-from ldm.finetune.contact_sheet import Row, save_contact_sheet
+from ldm.finetune.contact_sheet import save_contact_sheet
 from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_encoder
-from ldm.finetune.parts import checkpoint_blocks, knows_only_digits, load_to_tune, posterior, training_size
+from ldm.finetune.parts import FineTuningStage, knows_only_digits
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.diffusion import LatentDataset
-from ldm.training.objective import Objective
-from ldm.training.stage import Loss, Stage
+from ldm.training.stage import Loss
 
 # Captions that fit any image of the subject: they mention nothing but the subject.
 FRAMES = {
@@ -39,24 +37,20 @@ FRAMES = {
 }
 
 
-class TextualInversionStage(Stage):
+class TextualInversionStage(FineTuningStage):
     """Learn the vectors of one word; the model itself stays as it is to the bit. Its data is a `Folder` of images.
 
     Args:
         word: the subject's name in prompts.
         initial: words to start from, such as "five"; they may be several tokens.
-        resolution: pixels of a side of the images; None is the model's own size.
         learning_rate: of Adam, each of whose steps moves each number by about as much.
-        ckpt: a checkpoint that `ldm.load` reads, or a loaded model; None is the model that ships.
-        loading: further arguments of `ldm.load`.
+        ckpt, loading, resolution, gradient_checkpointing, sheet: of `FineTuningStage`.
         vectors: how many tokens the word is; None: as many as the initial words are.
         relative_learning_rate: the learning rate in units of `deviation`, used where `learning_rate` is None.
         frames: captions with {} for the word, or a name in FRAMES; None: what suits the model (`captions`).
         pull: weight of the mean squared distance to the initial vectors, in units of `deviation`.
         error, weight, noise, timesteps: of `Objective`.
-        gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
         previews: how many images a preview generates.
-        sheet: where the contact sheet goes.
     """
 
     def __init__(
@@ -79,10 +73,11 @@ class TextualInversionStage(Stage):
         previews: int = 8,
         sheet: str | None = None,
     ) -> None:
-        super().__init__(previews, weight_decay=0.0)
-        model = load_to_tune(ckpt, loading).float()
-        check_model(model)
-        self.latent_diffusion = model
+        objective = (error, weight, noise, timesteps)
+        super().__init__(
+            ckpt, loading, resolution, objective, gradient_checkpointing, sheet, previews, weight_decay=0.0
+        )
+        model = self.latent_diffusion
         self.freeze(model=model)
         encoder = text_encoder(model)
         start = initial_vectors(encoder, initial, vectors)
@@ -95,15 +90,6 @@ class TextualInversionStage(Stage):
         self.deviation = deviation(encoder)
         self.adam["lr"] = relative_learning_rate * self.deviation if learning_rate is None else learning_rate
         self.captions = captions(encoder.tokenizer, word, len(start), frames)
-        self.objective = Objective(model, error, weight, noise, timesteps)
-        self.resolution = training_size(model, resolution)
-        self.sheet = None if sheet is None else Path(sheet)
-        if gradient_checkpointing:
-            checkpoint_blocks(model.model)
-
-    def data_params(self) -> dict[str, Any]:
-        """Return what the model fixes of its images."""
-        return {"size": self.resolution, "channels": self.latent_diffusion.image_channels}
 
     @torch.no_grad()
     def prepare(self, dataset: Dataset) -> Dataset:
@@ -112,14 +98,13 @@ class TextualInversionStage(Stage):
         for note in notes_on_images(dataset.root):
             print(f"note: {note}", file=sys.stderr)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
-        first_stage = self.latent_diffusion.first_stage_model
-        means, stds = zip(*(posterior(first_stage, image[None].to(self.device)) for image in self.pixels), strict=True)
+        means, stds = zip(*(self.posterior(image[None]) for image in self.pixels), strict=True)
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
         return Repeated(LatentDataset(dataset, torch.cat(means).cpu(), torch.cat(stds).cpu()))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         model = self.latent_diffusion
-        z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
+        z = self.latents(batch)
         t = self.objective.sample_timesteps(z)
         said = torch.randint(len(self.captions), (len(z),)).tolist()
         cond = model.cond_stage_model([self.captions[i] for i in said])
@@ -134,19 +119,14 @@ class TextualInversionStage(Stage):
         return to_pil(shown) + self._generate(self.captions[0])
 
     def _generate(self, prompt: str) -> list[Image.Image]:
-        side, prompts = self.resolution, [prompt] * self.preview_columns
-        return self.latent_diffusion.generate(prompts, height=side, width=side, plain=True)
+        return self.generate([prompt] * self.preview_columns, plain=True)
 
     def finish(self, dataset: Dataset) -> None:
         """Write the contact sheet."""
         if self.sheet is not None:
             prompt = self.captions[0]
             before, after = prompt.replace(self.word, self.initial), self._generate(prompt)
-            rows = [
-                Row("the subject's images", to_pil(self.pixels[:8])),
-                Row(before, self.before),
-                Row(prompt, after),
-            ]
+            rows = [("the subject's images", to_pil(self.pixels[:8])), (before, self.before), (prompt, after)]
             save_contact_sheet(rows, self.sheet)
 
     def export(self) -> tuple[None, dict[str, Tensor]]:
@@ -165,13 +145,6 @@ class Repeated(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return self.dataset.__getitems__([index % len(self.dataset) for index in indices])
-
-
-def check_model(model: LatentDiffusion) -> None:
-    """Raise ValueError for a model that a word cannot be learned with."""
-    text_encoder(model)
-    if model.concat is not None:
-        raise ValueError("textual inversion needs a model that is conditioned on text, and on nothing else")
 
 
 def captions(tokenizer: Tokenizer, word: str, vectors: int, frames: Sequence[str] | str | None = None) -> list[str]:
