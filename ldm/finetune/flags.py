@@ -94,32 +94,21 @@ def begin(
 ) -> tuple[dict[str, Any], "LatentDiffusion", bool]:
     """Load the model and return the run's configuration, the model, and whether this is the main process.
 
-    Args:
-        name: of the configuration, NAME.yaml or, for a large model, NAME_large.yaml.
-        loading: arguments of `ldm.load` besides the path.
+    The configuration is NAME.yaml, or NAME_large.yaml for a large model, with what the flags set.
+
+    loading: arguments of `ldm.load` besides the path.
     """
+    from omegaconf import OmegaConf
+
     import ldm
     from ldm.training.loop import processes
+    from ldm.util import load_yaml
 
     these = processes(args.device)
     if args.resume is not None and these.is_main_process:
         move_in(args.resume, args.output_dir)
     these.wait_for_everyone()
     model = ldm.load(args.ckpt, device="cpu", dtype=None, **loading)  # in the file's dtypes, which the result keeps
-    return configure(name, args, model, loading), model, these.is_main_process
-
-
-def configure(
-    name: str, args: argparse.Namespace, model: "LatentDiffusion", loading: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the configuration NAME.yaml, or NAME_large.yaml for a large model, with what the flags set.
-
-    loading: arguments of `ldm.load` besides the path.
-    """
-    from omegaconf import OmegaConf
-
-    from ldm.util import load_yaml
-
     small = sum(parameter.numel() for parameter in model.model.parameters()) < SMALL
     config, output = load_yaml(CONFIGS / f"{name}{'' if small else '_large'}.yaml"), args.output_dir.resolve()
     keys = {key: value for key, value in vars(args).items() if key.startswith(KEYS)}
@@ -129,7 +118,7 @@ def configure(
         keys["loop.log_every"] = min(50, max(1, keys["loop.steps"] // 10))
     for key in sorted(keys):  # a mapping before what is in it
         OmegaConf.update(config, key, keys[key], merge=False, force_add=True)
-    return OmegaConf.to_container(config, resolve=True)
+    return OmegaConf.to_container(config, resolve=True), model, these.is_main_process
 
 
 def move_in(source: str, folder: Path) -> None:

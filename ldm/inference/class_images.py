@@ -8,7 +8,7 @@ second run finds its own. Any other image in the folder is the user's.
 import hashlib
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class SubjectImages(DreamBooth):
     """DreamBooth's data by folders and prompts; class images that are missing are generated.
 
     Args:
-        model: the model to tune, which generates them; given by the stage, as `size` and `channels` are.
+        model, size, channels: given by the stage; the model to tune generates the class images.
         instance_data_dir, instance_prompt, class_prompt: one, or a list with one for each subject. Without a class
             there are no class images. A class prompt may have choices (`ldm.data.dreambooth.choices`).
         class_data_dir: the class images' folder, one for all or a list with one for each subject.
@@ -53,7 +53,7 @@ class SubjectImages(DreamBooth):
         class_guidance_scale, sample_batch_size: how class images are generated.
         min_samples: smallest number of samples in an epoch, for each process.
         buckets: cut the subjects' images to the nearest of `bucket_shapes`.
-        crop, flip, seed: as in `Folder`.
+        crop, flip, seed: of `Folder`.
     """
 
     def __init__(
@@ -81,22 +81,18 @@ class SubjectImages(DreamBooth):
         shapes = bucket_shapes(size, model.multiple) if buckets else None
         for note in (note for subject in found for note in notes_on(subject, model)):
             print(f"note: {note}", file=sys.stderr)
-        keep = [prompt for one in as_list(keep_prompt) if one for prompt in choices(one)]
-        classes = [
-            Class(
-                one.class_dir,
-                choices(one.class_prompt) if one.class_prompt is not None and prior_weight else [],
-                num_class_images,
-                None if keep_prompt is None else keep,
-            )
-            for one in found
-        ]
+        keep = None
+        if keep_prompt is not None:
+            keep = [prompt for one in as_list(keep_prompt) if one for prompt in choices(one)]
+        prompts = [choices(one.class_prompt) if one.class_prompt is not None and prior_weight else [] for one in found]
+        classes = [Class(one.class_dir, own, num_class_images, keep) for one, own in zip(found, prompts, strict=True)]
         known = known_prompts(model.cond_stage_model.tokenizer)
         images = collect(model, classes, default_class_images, size, class_guidance_scale, sample_batch_size, known)
-        rows = [{"instance_dir": one.instance_dir, "instance_prompt": one.instance_prompt} for one in found]
-        for row, one, own in zip(rows, found, images, strict=True):
-            if own:
-                row |= {"class_dir": one.class_dir, "class_images": own}
+        rows = [
+            {"instance_dir": one.instance_dir, "instance_prompt": one.instance_prompt}
+            | ({"class_dir": one.class_dir, "class_images": own} if own else {})
+            for one, own in zip(found, images, strict=True)
+        ]
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         super().__init__(rows, size, channels, crop, flip, seed, min_samples * processes, shapes)
 
@@ -149,8 +145,8 @@ def collect(
     where there are several prompts, since then they need captions of their own.
 
     Args:
-        default_count: images of a class that has no count.
-        known: prompts that the model is known to have learned.
+        default_count: images of a class that gives no count and has no images of the user's.
+        known: what is kept where a class does not say, unless its folder has images of the user's.
     """
     found, shares = zip(*(_plan(one, default_count, known) for one in classes), strict=True)
     names = iter(generate_class_images(model, [share for row in shares for share in row], size, scale, batch_size))
@@ -198,27 +194,18 @@ def generate_class_images(
     missing = {path for row in rows for recipe, path in row if not _is_there(path, recipe)}
     with tqdm(total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
         for row in rows:
-            for path in _generate_missing(model, row, missing):
-                missing.remove(path)
-                bar.update()
+            first_missing = next((recipe for recipe, path in row if path in missing), None)
+            if first_missing is None:
+                continue
+            row[0][1].parent.mkdir(parents=True, exist_ok=True)
+            start = first_missing.index - first_missing.batch_position  # whole batches, as the recipes say
+            for recipe, image, index in generate_run(model, [recipe for recipe, _ in row[start:]]):
+                path = row[start + index][1]
+                if path in missing:
+                    save_png(image, path, recipe.to_text())
+                    missing.remove(path)
+                    bar.update()
     return [[path.name for _, path in row] for row in rows]
-
-
-def _generate_missing(
-    model: LatentDiffusion, row: Sequence[tuple[Recipe, Path]], missing: Collection[Path]
-) -> Iterator[Path]:
-    """Generate a share's images from the first missing one on; write and yield the missing ones."""
-    recipes, paths = zip(*row, strict=True)
-    first = next((i for i, path in enumerate(paths) if path in missing), None)
-    if first is None:
-        return
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    start = first - recipes[first].batch_position  # whole batches, as the recipes say
-    for recipe, image, index in generate_run(model, recipes[start:]):
-        path = paths[start + index]
-        if path in missing:
-            save_png(image, path, recipe.to_text())
-            yield path
 
 
 def _name(recipe: Recipe) -> str:
