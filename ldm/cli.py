@@ -111,6 +111,17 @@ def _in_range(value: Any, low: float, high: float) -> Any:
     return value
 
 
+def read_lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a UTF-8 text file, without blank ones. ValueError if there is none. what: is in each."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: it has to hold one {what} a line") from None
+    if not any(lines):
+        raise ValueError(f"{path} holds no {what}: write one a line (blank lines are skipped)")
+    return [line for line in lines if line]
+
+
 def check_writable(path: Path | None) -> None:
     """Make the file's folder; OSError if a file cannot be written there."""
     if path is not None:

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli import Parser, finite_float, int_range, run
+from ldm.cli import Parser, finite_float, int_range, read_lines, run
 from ldm.finetune.flags import MEMORY, OUTPUT, TRAINING, add_flags, begin, choose, number, path
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_flags(parser, FLAGS, output_dir=Path("outputs/textual_inversion"))
     args = parser.parse_args(argv)
     if args.templates is not None:
-        vars(args)["stage.params.frames"] = read_templates(args.templates)
+        vars(args)["stage.params.frames"] = read_lines(args.templates, "caption")
     if "stage.params.learning_rate" in vars(args):
         vars(args)["stage.params.relative_learning_rate"] = None
     return args
@@ -97,14 +97,6 @@ def write(result: Path, word: str, args: argparse.Namespace, steps: int, prompt:
     options = [] if args.ckpt is None else ["--ckpt", str(args.ckpt)]
     options += ["--embedding", str(args.output_dir / names[args.format[0]]), "--prompt", prompt]
     print(f"use it: python scripts/txt2img.py {shlex.join(options)}")
-
-
-def read_templates(path: Path) -> list[str]:
-    """Return the lines of a file. FileNotFoundError, or ValueError for a file that is not text."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
 
 
 if __name__ == "__main__":

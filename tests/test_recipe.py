@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ldm.changes import Change
-from ldm.inference.recipe import NEGATIVE, Recipe, plan, read_png_text, read_prompts, refill, save_png
+from ldm.cli import read_lines
+from ldm.inference.recipe import NEGATIVE, Recipe, plan, read_png_text, refill, save_png
 from ldm.settings import ALL_SIGMAS
 
 FIVE = Recipe(
@@ -138,27 +139,20 @@ def test_places_that_do_not_exist(wrong):
         refill(replace(replace(FIVE, batch_size=4), **wrong))
 
 
-def test_prompt_file(tmp_path):
+def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa five\r\n\r\n   \n  an ö  \n".encode())
-    assert read_prompts(path) == ["a five", "an ö"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n\t\r\n"])
-def test_prompt_file_without_prompts(content, tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="prompts.txt holds no prompt"):
-        read_prompts(path)
-
-
-def test_prompt_file_that_is_no_text(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(ValueError, match="not UTF-8 text"):
-        read_prompts(path)
+    assert read_lines(path, "prompt") == ["a five", "an ö"]
+    for content, message in (
+        (b"", "prompts.txt holds no prompt"),
+        (b"\n \n\t\r\n", "prompts.txt holds no prompt"),
+        (b"\xff\xfe\x00a", "not UTF-8 text"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_lines(path, "prompt")
     with pytest.raises(OSError):
-        read_prompts(tmp_path / "missing.txt")
+        read_lines(tmp_path / "missing.txt", "prompt")
 
 
 OLD = {  # texts of before guidance and changes were structured

@@ -13,7 +13,7 @@ from ldm.conditioning.prompt import count_chunks
 from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
-from ldm.generation import steps_taken
+from ldm.generation import given, steps_taken
 from ldm.inference.nan_check import generate_checked
 from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import Recipe, refill
@@ -39,21 +39,14 @@ def default_recipe(model: LatentDiffusion, name: str, **settings: object) -> Rec
     own: dict[str, Any] = {key: value for key, value in model.defaults.items() if value is not None}
     if "interval" in own:
         own["interval"] = tuple(map(float, own["interval"]))
-    recipe = Recipe(
-        **own,
-        precision=precision_of(model),
-        model_hash=model.hash,
-        changes=changes_of(model),
-        model_name=name,
-    )
-    return _complete(recipe, model, settings)
+    own |= {"precision": precision_of(model), "model_hash": model.hash, "model_name": name}
+    return _complete(Recipe(**own, changes=changes_of(model)), model, settings)
 
 
 def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) -> Recipe:
     """Return the recipe with those `settings` that are not None in their place.
 
-    Another sampler brings its own spacing and eta. With a `batch_size` the image is at the head of such a batch instead
-    of at its old place.
+    Another sampler brings its own spacing and eta; another batch size puts the image at the head of its batch.
     """
     if settings.get("sampler") is not None:
         recipe = replace(recipe, spacing=None, eta=None)
@@ -65,22 +58,14 @@ def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) ->
 
 
 def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, object]) -> Recipe:
-    """Put in the settings and what the sampler decides, so that the PNG has it.
-
-    Raises ValueError for an unknown sampler, and for a setting that has no effect without another one.
-    """
+    """Put in the settings and what the sampler decides. ValueError for a setting without the one that it needs."""
     recipe = recipe.changed(**settings)
     for name, row in setting_rows(Recipe).items():
         if row.needs and row.flags and settings.get(name) is not None and recipe.is_default(row.needs):
             raise ValueError(f"{row.flags[0]} has no effect without --{row.needs.removesuffix('_hash')}")
     name = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T)
     row = get_sampler(name)
-    return replace(
-        recipe,
-        sampler=name,
-        spacing=row.spacing if recipe.spacing is None else recipe.spacing,
-        eta=row.eta if recipe.eta is None else recipe.eta,
-    )
+    return replace(recipe, sampler=name, spacing=given(recipe.spacing, row.spacing), eta=given(recipe.eta, row.eta))
 
 
 def generate_run(
@@ -92,8 +77,9 @@ def generate_run(
 ) -> Iterator[Generated]:
     """Generate a planned run (`recipe.plan`), yielding each image when its batch is done, so that it can be saved then.
 
-    The init image has the recipes' size. With `fixed_code` all images come from one call, whose image 0 gives them
-    their start.
+    With `fixed_code` all images come from one call, whose image 0 gives them their start.
+
+    init: of the recipes' size.
     """
     done = 0
     while done < len(recipes):
@@ -102,14 +88,8 @@ def generate_run(
         if first.fixed_code:
             batch = recipes[done:]
             first = replace(first, batch_size=max(r.batch_size for r in batch))
-        images = generate_checked(
-            model,
-            [r.prompt for r in batch],
-            seeds=[r.seed for r in batch],
-            guide=guide,
-            callback=callback,
-            **_arguments(model, first, init),
-        )
+        prompts, seeds, arguments = [r.prompt for r in batch], [r.seed for r in batch], _arguments(model, first, init)
+        images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
         for index, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
             yield Generated(recipe, image if init is None else init.with_profile(image), index)
         done += len(batch)

@@ -18,12 +18,11 @@ PRECISIONS = ("full", "bf16", "fp16", "autocast")  # of ldm/inference/precision.
 
 
 def image_parser(description: str, prompt: str, outdir: str, classes: bool = False) -> Parser:
-    """Return the parser of a script that generates images. A setting left None is the checkpoint's own, or the
-    --from-png image's.
+    """Return the parser of a script that generates images, with the defaults of --prompt and --outdir.
 
-    Args:
-        prompt, outdir: the defaults of these options.
-        classes: whether images are asked for by the numbers of classes instead of by texts.
+    A setting left None is the checkpoint's own, or the --from-png image's.
+
+    classes: whether images are asked for by the numbers of classes instead of by texts.
     """
     parser = Parser(description=description)
     add = parser.add_mutually_exclusive_group().add_argument
@@ -114,7 +113,7 @@ def add_init_image_options(parser: Parser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Two groups of options: which model, and how it computes. What is not given is None (a flag: False)."""
+    """Add two groups of options: which model, and how it computes. What is not given is None (a flag: False)."""
     group = parser.add_argument_group("model")
     add_checkpoint_options(group)
     group.add_argument(
@@ -150,7 +149,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
-    """Which checkpoint, how to read it, and where to put it. names: others for --ckpt."""
+    """Add the options of which checkpoint to load, and how. names: others for --ckpt."""
     group.add_argument(
         "--ckpt", *names, type=Path, metavar="FILE", help="checkpoint or diffusers folder (the digits model that ships)"
     )
@@ -171,19 +170,13 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
 
 
 def loading_arguments(args: argparse.Namespace) -> dict[str, object]:
-    """Those of `add_checkpoint_options` that were given, as `ldm.load` takes them; not where and in which dtype.
-
-    They are plain values, which a run's configuration can keep.
-    """
+    """Return the arguments of `ldm.load` that were given, as plain values, which a run's configuration can keep."""
     given = {name: getattr(args, name) for name in LOADING if getattr(args, name) not in (None, False)}
     return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
 def load_model(args: argparse.Namespace) -> "LatentDiffusion":
-    """The model that the options of `add_model_options` describe, with what had to be assumed about it on stderr.
-
-    Raises FileNotFoundError and ValueError in words for the user.
-    """
+    """Load the model that the options of `add_model_options` describe; print what had to be assumed about it."""
     import ldm
     from ldm.inference.nan_check import check_images
     from ldm.inference.precision import set_precision
@@ -227,10 +220,3 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
         compile_unet(model)
     check_images(model)
     return model
-
-
-def check_latents(model: "LatentDiffusion", channels: int | None, factor: int | None) -> None:
-    """Raise ValueError if CompVis's --C (latent channels) or --f (pixels per latent) do not agree with the model."""
-    for option, asked, own in (("--C", channels, model.channels), ("--f", factor, model.downsampling)):
-        if asked not in (None, own):
-            raise ValueError(f"{option} {asked} does not fit this model, whose own is {own}: leave it out")

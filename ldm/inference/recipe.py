@@ -73,7 +73,7 @@ class Recipe(Guidance, Settings):
                 raise ValueError(f"the prompt {text!r} is not valid UTF-8 text")
 
     def is_default(self, name: str) -> bool:
-        """Return whether a setting has the value that it has when it is not given."""
+        """Return whether a setting has its default value."""
         return getattr(self, name) == _DEFAULTS[name]
 
     def to_text(self) -> str:
@@ -206,18 +206,6 @@ def _another(prompt: str, number: int, count: Callable[[str], int]) -> str:
     return next(same, f"{prompt} {number}")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read the prompts of a UTF-8 text file, one per line; blank lines are skipped. ValueError if there is none."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: a prompt file holds one prompt a line") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt: write one a line (blank lines are skipped)")
-    return prompts
-
-
 def save_png(image: Image.Image, path: Path, text: str) -> None:
     """Write the image with the text in its chunk `parameters`, whole or not at all.
 
@@ -262,9 +250,9 @@ def check_init_image(recipe: Recipe, given: "InitImage | None", path: Path) -> N
     Recipes of other programs have no hashes, and are not checked.
     """
     script = "inpaint.py" if recipe.mask_hash else "img2img.py"
-    if given is None and recipe.strength is not None:
-        raise ValueError(f"{path} was made from an init image, which has to be given again: use scripts/{script}")
     if given is None:
+        if recipe.strength is not None:
+            raise ValueError(f"{path} was made from an init image, which has to be given again: use scripts/{script}")
         return
     if recipe.strength is None:
         raise ValueError(f"{path} was made from text alone: use scripts/txt2img.py")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ldm.inference.options import check_latents, load_model, settings_of
-from ldm.inference.recipe import Recipe, check_init_image, plan, read_prompts, read_recipe, save_png
+from ldm.cli import read_lines
+from ldm.inference.options import load_model, settings_of
+from ldm.inference.recipe import Recipe, check_init_image, plan, read_recipe, save_png
+from ldm.settings import Guidance, setting_rows
 
 if TYPE_CHECKING:  # they import torch
     from ldm.diffusion.guidance import Guide
@@ -28,7 +30,7 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
     """
     if args.from_png is not None and args.n_samples * args.n_iter != 1:
         raise ValueError("--from-png makes one image: leave out --n_samples and --n_iter")
-    prompts = args.prompts if args.from_file is None else read_prompts(args.from_file)
+    prompts = args.prompts if args.from_file is None else read_lines(args.from_file, "prompt")
     if args.classifier is not None and args.from_png is None and not any(prompts):
         raise ValueError("--classifier needs classes to guide to: name them by --class")
     made = None if args.from_png is None else read_recipe(args.from_png)
@@ -69,9 +71,11 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
 
 
 def load_checked(args: argparse.Namespace) -> "LatentDiffusion":
-    """Load the model that the options name. ValueError if --C or --f do not agree with it."""
+    """Load the model that the options name. ValueError if CompVis's --C or --f do not agree with it."""
     model = load_model(args)
-    check_latents(model, args.C, args.f)
+    for option, asked, own in (("--C", args.C, model.channels), ("--f", args.f, model.downsampling)):
+        if asked not in (None, own):
+            raise ValueError(f"{option} {asked} does not fit this model, whose own is {own}: leave it out")
     return model
 
 
@@ -89,14 +93,11 @@ def plan_recipes(
     if init is not None:
         settings |= init_settings(init, args, model, made)
     if made is not None:
-        recipes = [change_recipe(made, model, batch_size=args.batch_size, **settings)]
-    else:
-        prompts = usable_prompts(model, prompts, args)
-        first = default_recipe(model, model.path.stem, **settings)
-        batch_size = BATCH if args.batch_size is None else args.batch_size
-        lengths = chunks(model, first, prompts)
-        recipes = plan(first, prompts, args.n_samples * args.n_iter, batch_size, lengths)
-    return recipes
+        return [change_recipe(made, model, batch_size=args.batch_size, **settings)]
+    prompts = usable_prompts(model, prompts, args)
+    first = default_recipe(model, model.path.stem, **settings)
+    batch_size = BATCH if args.batch_size is None else args.batch_size
+    return plan(first, prompts, args.n_samples * args.n_iter, batch_size, chunks(model, first, prompts))
 
 
 def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:
@@ -148,22 +149,14 @@ def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespa
         return None
     from ldm.inference.guiders import make_guide
 
-    return make_guide(
-        model,
-        recipe.threshold,
-        recipe.pag,
-        recipe.pag_layers,
-        args.autoguide,
-        recipe.autoguide_scale,
-        args.classifier,
-        recipe.classifier_scale,
-    )
+    settings = {name: getattr(recipe, name) for name in setting_rows(Guidance)}
+    return make_guide(model, weak=args.autoguide, classifier=args.classifier, **settings)
 
 
 class OutputFolder:
     """A folder for images: samples/00000.png, grid-0000.png, strip-0000.png, numbered on from those that are there.
 
-    It is made, and tried for writing, before any work is done. Raises OSError with the folder and the reason.
+    It is made, and tried for writing, before any work is done. Each method returns the path that it wrote.
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,11 +166,10 @@ class OutputFolder:
             make_writable(folder)
 
     def save_sample(self, image: Image.Image, text: str) -> Path:
-        """Save samples/00000.png and on; return the path."""
         return self._save(image, text, self.path / "samples", "", 5)
 
     def save_grid(self, images: Sequence[Image.Image], columns: int, text: str) -> Path:
-        """Save grid-0000.png and on with the text of its first image and its own size; return the path."""
+        """Save the grid with the text of its first image and its own size."""
         from ldm.images import image_grid  # here, because it imports torch
 
         columns = min(columns, len(images))
@@ -185,7 +177,6 @@ class OutputFolder:
         return self._save(image_grid(images, columns), f"{text}, Grid: {columns}x{rows}", self.path, "grid-", 4)
 
     def save_strip(self, image: Image.Image, text: str) -> Path:
-        """Save strip-0000.png and on with the text of its image; return the path."""
         return self._save(image, text, self.path, "strip-", 4)
 
     def _save(self, image: Image.Image, text: str, folder: Path, prefix: str, digits: int) -> Path:
@@ -199,7 +190,7 @@ class OutputFolder:
 
 
 def make_writable(folder: Path) -> None:
-    """Make the folder, and try to write there. OSError with the folder and the reason if that cannot be."""
+    """Make the folder, and try to write there. OSError with the folder and the reason."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
