@@ -29,7 +29,6 @@ class PixelDiffusion(LatentDiffusion):
         unet_config: the network: (x_t (b, c, h, w), t (b,), and y or context where there is conditioning) -> eps, x0 or
             v of x's shape; with a `downsampling` of which sizes must be multiples.
         channels: of the images.
-        cond_stage_config, schedule, prediction, defaults: as in LatentDiffusion.
         clip: clamp x0 to [-1, 1] in sampling (Ho et al. 2020, in their code).
         learned_variance: the network also predicts the variance of `ddpm`'s steps, in as many output channels again
             (Nichol & Dhariwal 2021, section 3.1).

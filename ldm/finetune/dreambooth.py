@@ -44,7 +44,6 @@ class DreamBoothStage(FineTuningStage):
     """Train the UNet, or layers of it, on pairs of a subject's image and a class image.
 
     Args:
-        ckpt, loading, resolution, gradient_checkpointing, sheet: of `FineTuningStage`.
         learning_rate: of the UNet: a number, or one each for its "weights" and for adapters ("lora").
         instance_prompt, class_prompt: those of the data, one or a list; they say which words name the subject.
         train_text: what trains of the text encoder: "none"; "all"; "words", the embeddings of the words that name the

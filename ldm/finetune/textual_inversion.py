@@ -44,7 +44,6 @@ class TextualInversionStage(FineTuningStage):
         word: the subject's name in prompts.
         initial: words to start from, such as "five"; they may be several tokens.
         learning_rate: of Adam, each of whose steps moves each number by about as much.
-        ckpt, loading, resolution, gradient_checkpointing, sheet: of `FineTuningStage`.
         vectors: how many tokens the word is; None: as many as the initial words are.
         relative_learning_rate: the learning rate in units of `deviation`, used where `learning_rate` is None.
         frames: captions with {} for the word, or a name in FRAMES; None: what suits the model (`captions`).

@@ -53,7 +53,6 @@ class SubjectImages(DreamBooth):
         class_guidance_scale, sample_batch_size: how class images are generated.
         min_samples: smallest number of samples in an epoch, for each process.
         buckets: cut the subjects' images to the nearest of `bucket_shapes`.
-        crop, flip, seed: of `Folder`.
     """
 
     def __init__(
