@@ -33,11 +33,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
 
     Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets defined in one of the running
     program's own packages (`is_own_package`), in another module that the program has imported, or in a package in
-    `ALLOWED_PACKAGES`. Everything else raises ValueError.
-
-    Args:
-        string: MODULE.CLASS; a module may have its old name.
-        reload: reload the module first.
+    `ALLOWED_PACKAGES`. Everything else raises ValueError. A module may have its old name; `reload` reloads it first.
     """
     module_name, _, name = str(string).rpartition(".")
     if module_name not in sys.modules:  # the program's own `main` or `taming` wins

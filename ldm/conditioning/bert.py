@@ -37,11 +37,7 @@ class WordPiece:
 
     Text is cleaned of control characters, lowered and stripped of accents, split at white space and punctuation and
     around Chinese characters, and each word split into the longest pieces of the vocabulary (Wu et al. 2016,
-    arXiv:1609.08144), or [UNK]. Long prompts are cut.
-
-    Args:
-        vocab: tokens in the order of their ids, as `read_vocab` returns them.
-        max_length: tokens per prompt.
+    arXiv:1609.08144), or [UNK]. Long prompts are cut. `vocab` has the tokens in the order of their ids (`read_vocab`).
     """
 
     def __init__(self, vocab: Sequence[str], max_length: int = 77) -> None:

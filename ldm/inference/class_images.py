@@ -178,13 +178,9 @@ def _plan(one: Class, default_count: int, known: Sequence[str]) -> tuple[dict[st
 def generate_class_images(
     model: LatentDiffusion, shares: Sequence[Share], size: int, scale: float, batch_size: int
 ) -> list[list[str]]:
-    """Return the names of each share's images; those that its folder lacks are generated.
+    """Return the names of each share's images; those that its folder lacks are generated, `size` pixels high and wide.
 
     Each file is written whole or not at all, so that an interrupted run can go on.
-
-    Args:
-        size: height and width in pixels.
-        scale: the guidance scale.
     """
     first = default_recipe(model, "" if model.path is None else model.path.stem, scale=scale, height=size, width=size)
     runs = [plan(first, [share.prompt], share.count, batch_size) for share in shares]

@@ -71,12 +71,7 @@ def make_guide(
 def pag_guide(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_LAYERS) -> Guide:
     """Guide away from the model with the identity as attention map in these layers (Ahn et al. 2024).
 
-    It costs one more evaluation of the model in each step.
-
-    Args:
-        model: not a denoising GAN.
-        scale: 0 is off.
-        layers: names in the UNet, as in `self_attention`.
+    It costs one more evaluation of the model in each step. Scale 0 is off; the layers are names as in `self_attention`.
     """
     _check_deterministic(model)
     modules = self_attention(model.model.diffusion_model, layers)
@@ -150,13 +145,12 @@ def _identity_block(block: AttentionBlock, x: Tensor) -> Tensor:
 def autoguide(model: LatentDiffusion, weak: LatentDiffusion, scale: float) -> Guide:
     """Guide away from a weaker model (Karras et al. 2024), under the same conditioning.
 
-    It costs one evaluation of the weaker model in each step.
+    It costs one evaluation of the weaker model in each step. Scale 1 is off.
 
     Args:
-        model: not a denoising GAN. Its text encoder serves both.
+        model: its text encoder serves both.
         weak: a model of the same latents and texts, as `load_weak` returns it, with its own schedule, prediction and
             scale factor.
-        scale: 1 is off.
     """
     _check_deterministic(model, weak)
     ratio = weak.scale_factor / model.scale_factor

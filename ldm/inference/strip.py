@@ -14,12 +14,9 @@ from ldm.latent_diffusion import LatentDiffusion
 
 
 class StripRecorder:
-    """A callback for `generate` that decodes some denoising steps of each image, spaced evenly, always the last.
+    """A callback for `generate` that decodes `columns` of the denoising steps of each image, or all if there are fewer.
 
-    Args:
-        model: the model that samples; it decodes the latents.
-        steps: the number of denoising steps of an image, at least 1.
-        columns: the maximum number of steps to keep.
+    They are spaced evenly; the last step is always among them.
     """
 
     def __init__(self, model: LatentDiffusion, steps: int, columns: int = 10) -> None:

@@ -14,7 +14,6 @@ about half (Stable Diffusion's decoder at 512 x 512: from 0.9 to 0.44 GiB above 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,26 +107,13 @@ def _level(x: "_Bands", level: nn.Module) -> None:
 def _residual(x: "_Bands", block: ResnetBlock) -> None:
     """Apply a ResnetBlock without dropout. To save memory, bands of x are replaced once nothing needs them."""
     norm, h = x.norm(block.norm1), _Bands(x.device, x.store)
-    for i, window in x.windows(halo=1):
-        h.append(window.cut(block.conv1(F.silu(norm(window.rows)))))
+    for i, window, cut in x.windows(halo=1):
+        h.append(cut(block.conv1(F.silu(norm(window)))))
         if block.in_channels != block.out_channels:
             x[i] = block.nin_shortcut(x[i])
     norm = h.norm(block.norm2)
-    for i, window in h.windows(halo=1):
-        x[i] = x[i] + window.cut(block.conv2(F.silu(norm(window.rows))))
-
-
-class _Window(NamedTuple):
-    """A band with rows of its neighbours."""
-
-    rows: Tensor  # (1, c, above + h + below, w)
-    above: int
-    below: int
-
-    def cut(self, y: Tensor, scale: float = 1) -> Tensor:
-        """Return the band's own rows of y, the output for `rows` of a layer that changes sizes by a factor `scale`."""
-        above, below = int(self.above * scale), int(self.below * scale)
-        return y[:, :, above : y.shape[2] - below].clone()  # not a view, which would keep the neighbours' rows too
+    for i, window, cut in h.windows(halo=1):
+        x[i] = x[i] + cut(block.conv2(F.silu(norm(window))))
 
 
 class _Bands:
@@ -157,22 +143,25 @@ class _Bands:
     def joined(self) -> Tensor:
         return torch.cat(self.bands, dim=2).to(self.device)
 
-    def windows(self, halo: int) -> Iterator[tuple[int, _Window]]:
+    def windows(self, halo: int, scale: float = 1) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Tensor]]]:
         """Yield each band with `halo` rows of its neighbours, none at the edges of the image, where layers pad.
 
+        Beside its number comes what cuts the neighbours' rows from the output of a layer that changes sizes by `scale`.
         A band may be replaced as soon as it was yielded: the rows that the next one needs are kept.
         """
         above = self.bands[0][:, :, :0]
         for i, band in enumerate(self.bands):
             below = self.bands[i + 1][:, :, :halo] if i + 1 < len(self.bands) else band[:, :, :0]
             rows = torch.cat([above, band, below], dim=2).to(self.device)
-            above_rows, above = above.shape[2], band[:, :, -halo:].clone()
-            yield i, _Window(rows, above_rows, below.shape[2])
+            first, last = int(above.shape[2] * scale), int(below.shape[2] * scale)
+            above = band[:, :, -halo:].clone()
+            # a copy, not a view, which would keep the neighbours' rows too
+            yield i, rows, lambda y, first=first, last=last: y[:, :, first : y.shape[2] - last].clone()
 
     def apply(self, layer: Callable[[Tensor], Tensor], halo: int, scale: float = 1) -> None:
         """Replace the map by layer(map), for a layer whose kernel reaches at most `halo` rows up and down."""
-        for i, window in self.windows(halo):
-            self[i] = window.cut(layer(window.rows), scale)
+        for i, window, cut in self.windows(halo, scale):
+            self[i] = cut(layer(window))
 
     def apply_untiled(self, layer: Callable[[Tensor], Tensor]) -> None:
         """Replace the map by layer(map), computed at once."""

@@ -57,15 +57,9 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Attend from x to a context.
+        """Attend from x (b, n, query_dim) to a context (b, m, context_dim), by default x itself: (b, n, query_dim).
 
-        Args:
-            x: (b, n, query_dim).
-            context: (b, m, context_dim); None: x itself.
-            mask: boolean (b, m), True for the tokens that may be attended to.
-
-        Returns:
-            (b, n, query_dim).
+        mask: boolean (b, m), True for the tokens that may be attended to.
         """
         context = x if context is None else context
         b, n, _ = x.shape

@@ -145,14 +145,9 @@ class TextTower(nn.Module):
         raise NotImplementedError
 
     def hidden_states(self, tokens: Tensor, depth: int | None = None) -> list[Tensor]:
-        """Return the embeddings and the output of each of the first `depth` blocks, without the last layer norm.
+        """Return the embeddings of tokens (b, n) int64 and the output of each of the first `depth` blocks, or of all.
 
-        Args:
-            tokens: (b, n) int64, n at most the context length.
-            depth: None: all blocks.
-
-        Returns:
-            depth + 1 tensors (b, n, d).
+        These are depth + 1 tensors (b, n, d), without the last layer norm; n is at most the context length.
         """
         states = [self.embed(tokens)]
         for block in self.blocks()[:depth]:

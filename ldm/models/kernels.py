@@ -43,13 +43,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
     times slower than this (and than its own float32 form), and the forward pass up to 3 times.
 
     Args:
-        q: (b, h, n, d).
-        k, v: (b, h, m, d).
+        q, k, v: (b, h, n, d), (b, h, m, d) and (b, h, m, d).
         causal: query i attends to keys 0..i.
         mask: boolean, broadcastable to (b, h, n, m), True where a query may attend; not together with `causal`.
-
-    Returns:
-        (b, h, n, d).
     """
     assert mask is None or not causal, "mask and causal exclude each other"
     if _backend == "math":

@@ -27,12 +27,11 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / n_e, 1 / n_e)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[None, None, Tensor]]:
-        """Quantize latents z (b, e_dim, h, w).
+        """Return the nearest entries of latents z (b, e_dim, h, w), the loss (), and (None, None, indices).
 
-        Returns:
-            z_q (b, e_dim, h, w), the nearest entries, whose gradient goes to z (straight through: van den Oord et al.
-            2017, section 3.2); the loss (), their equation 3 without its first term; and (None, None, indices), the
-            entries' indices int64 (b h w), and None where taming has perplexity and one-hot codes.
+        The gradient of the entries goes to z (straight through: van den Oord et al. 2017, section 3.2); the loss is
+        their equation 3 without its first term; the indices are int64 (b h w); taming has perplexity and one-hot codes
+        in the place of None.
         """
         tokens = rearrange(z, "b c h w -> (b h w) c")
         indices = self.nearest(tokens)  # (b h w)

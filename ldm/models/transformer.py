@@ -43,13 +43,7 @@ class Encoder(nn.Module):
 
 
 class TransformerWrapper(nn.Module):
-    """Learned token and position embeddings, `attn_layers`, a final norm, and a projection to logits over tokens.
-
-    Args:
-        num_tokens: size of the vocabulary.
-        max_seq_len: maximum number of tokens.
-        emb_dropout: dropout of the summed embeddings.
-    """
+    """Learned token and position embeddings, `attn_layers`, a final norm, and a projection to logits over tokens."""
 
     def __init__(self, num_tokens: int, max_seq_len: int, attn_layers: Encoder, emb_dropout: float = 0.0) -> None:
         super().__init__()

@@ -53,10 +53,8 @@ class DenoisingGAN(PixelDiffusion):
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """Return the denoiser, which samples a fresh z at each call.
 
-        Where guidance passes the same images under several conditions at once, each image has the same z in all.
-
-        Args:
-            seeds: image i's z come from seeds[i] alone; by default all come from torch's global generator.
+        Image i's z come from seeds[i] alone; by default all come from torch's global generator. Where guidance passes
+        the same images under several conditions at once, each image has the same z in all.
         """
         noise = None
         if seeds is not None:
