@@ -5,17 +5,8 @@ from torch import nn
 
 from ldm.models.autoencoder import AttnBlock, AutoencoderKL
 
-SMALL = {
-    "ch": 16,
-    "out_ch": 1,
-    "in_channels": 1,
-    "num_res_blocks": 1,
-    "resolution": 32,
-    "z_channels": 4,
-    "ch_mult": [1, 2, 4],
-    "attn_resolutions": [],
-    "norm_groups": 8,
-}
+SMALL = {"ch": 16, "out_ch": 1, "in_channels": 1, "num_res_blocks": 1, "resolution": 32, "z_channels": 4}
+SMALL |= {"ch_mult": [1, 2, 4], "attn_resolutions": [], "norm_groups": 8}
 
 
 def small(**changes) -> AutoencoderKL:

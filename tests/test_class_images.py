@@ -93,13 +93,8 @@ def test_several_prompts_share_the_images(model, tmp_path):
     prompts = ["a five", "a six", "a seven"]
     (found,) = images_of(model, (tmp_path, prompts, 5))
     recipes = [Recipe.from_text(read_png_text(tmp_path / name)) for name in found]
-    assert [(recipe.prompt, recipe.seed) for recipe in recipes] == [
-        ("a five", 0),
-        ("a five", 1),
-        ("a six", 0),
-        ("a six", 1),
-        ("a seven", 0),
-    ]
+    expected = [("a five", 0), ("a five", 1), ("a six", 0), ("a six", 1), ("a seven", 0)]
+    assert [(recipe.prompt, recipe.seed) for recipe in recipes] == expected
     assert list(found.values()) == [recipe.prompt for recipe in recipes]
     Image.new("L", (32, 32), 99).save(tmp_path / "own.png")
     assert images_of(model, (tmp_path, prompts, 2)) == [{"own.png": None, next(iter(found)): "a five"}]

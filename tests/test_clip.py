@@ -8,6 +8,7 @@ import torch
 from conftest import refused
 from torch import nn
 
+from ldm.checkpoint.diffusers_text import CLIP_KEYS
 from ldm.models.clip import CLIPTextModel, OpenCLIPTextModel
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -43,20 +44,12 @@ def hugging(sizes: dict, activation: str, projection_dim: int | None):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     # every size: transformers' config fills what is left out with CLIP-B's
-    config = CLIPTextConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["width"],
-        intermediate_size=4 * sizes["width"],
-        projection_dim=projection_dim or 512,
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        max_position_embeddings=sizes["context_length"],
-        hidden_act=activation,
-        bos_token_id=sizes["vocab_size"] - 2,
-        eos_token_id=sizes["vocab_size"] - 1,
-        pad_token_id=sizes["vocab_size"] - 1,
-    )
-    model = (CLIPTextModel if projection_dim is None else CLIPTextModelWithProjection)(config).eval()
+    settings = {theirs: sizes[ours] for ours, theirs in CLIP_KEYS.items() if ours in sizes}
+    end = sizes["vocab_size"] - 1
+    settings |= {"intermediate_size": 4 * sizes["width"], "projection_dim": projection_dim or 512}
+    settings |= {"hidden_act": activation, "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    kind = CLIPTextModel if projection_dim is None else CLIPTextModelWithProjection
+    model = kind(CLIPTextConfig(**settings)).eval()
     scramble(model)
     weights = {}
     for key, value in model.state_dict().items():

@@ -101,9 +101,8 @@ def test_each_loss_reaches_its_own_network_only(batch):
     assert all(p.grad is None for p in made.model.parameters())
     assert all(p.grad is not None for p in made.discriminator.parameters())
     optimizers = made.optimizers()
-    assert [len(o.param_groups[0]["params"]) for o in optimizers] == [
-        len(list(network.parameters())) for network in (made.model, made.discriminator)
-    ]
+    sizes = [len(list(network.parameters())) for network in (made.model, made.discriminator)]
+    assert [len(o.param_groups[0]["params"]) for o in optimizers] == sizes
     assert all(o.defaults["betas"] == (0.5, 0.9) and o.defaults["weight_decay"] == 0 for o in optimizers)
 
 

@@ -24,6 +24,8 @@ OPEN_CLIP = {
     "vision_cfg": {"layers": 1, "width": 32, "head_width": 32, "patch_size": 8, "image_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3},
 }
+NAMES = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+NAMES |= {"activation": "hidden_act", "vocab_size": "vocab_size", "context_length": "max_position_embeddings"}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # float32, features of order 1
 
 
@@ -72,6 +74,17 @@ def tokenizer_files(folder: Path, pad: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": {"content": pad}}))
 
 
+def write_shards(folder: Path, state: dict[str, torch.Tensor], suffix: str) -> list[str]:
+    """Write weights in two files with their index, as transformers names them; return the names of the files."""
+    stem, write = ("model", save_file) if suffix == "safetensors" else ("pytorch_model", torch.save)
+    files = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
+    weight_map = {name: files[i % 2] for i, name in enumerate(sorted(state))}
+    for file in files:
+        write({name: state[name] for name, its in weight_map.items() if its == file}, folder / file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return files
+
+
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("whole", [False, True], ids=["CLIPTextModel", "CLIPModel"])
 def test_a_folder_of_transformers(tmp_path, whole, activation):
@@ -94,17 +107,12 @@ def test_every_kind_of_file(tmp_path, suffix, sharded):
     folder, theirs = transformers_folder(tmp_path, whole=True)
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    write = save_file if suffix == "safetensors" else torch.save
-    names = sorted(state)
-    if not sharded:
-        write(state, folder / f"{stem}.{suffix}")
+    if sharded:
+        files = write_shards(folder, state, suffix)
+    elif suffix == "safetensors":
+        save_file(state, folder / "model.safetensors")
     else:
-        files = [f"{stem}-0000{i}-of-00002.{suffix}" for i in (1, 2)]
-        for file, part in zip(files, (names[::2], names[1::2]), strict=True):
-            write({name: state[name] for name in part}, folder / file)
-        weight_map = {name: files[i % 2] for i, name in enumerate(names)}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        torch.save(state, folder / "pytorch_model.bin")
     agrees(load_text_encoder(str(folder)), theirs)
     if sharded:
         (folder / files[1]).unlink()
@@ -140,15 +148,7 @@ def test_the_configuration_is_read_as_transformers_reads_it(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         theirs = CLIPConfig.from_pretrained(tmp_path).text_config
         ours = transformers_params(config)
-        assert ours == {
-            "layout": "transformers",
-            "width": theirs.hidden_size,
-            "layers": theirs.num_hidden_layers,
-            "heads": theirs.num_attention_heads,
-            "activation": theirs.hidden_act,
-            "vocab_size": theirs.vocab_size,
-            "context_length": theirs.max_position_embeddings,
-        }
+        assert ours == {"layout": "transformers"} | {our: getattr(theirs, name) for our, name in NAMES.items()}
     assert transformers_params(large)["activation"] == "quick_gelu"
 
 
@@ -291,15 +291,8 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, suffix):
     tokenizer_files(remote, "!")
     state = load_file(remote / "model.safetensors")
     (remote / "model.safetensors").unlink()
-    names = sorted(state)
-    shards = {"one": names[::2], "two": names[1::2]}
-    for shard, part in shards.items():
-        save_file({name: state[name] for name in part}, remote / f"{shard}.safetensors")
-        torch.save({name: state[name] for name in part}, remote / f"{shard}.bin")
-    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
-        if kind == suffix or kind == "bin":
-            weight_map = {name: f"{shard}.{kind}" for shard, part in shards.items() for name in part}
-            (remote / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_shards(remote, state, "bin")
+    needed = set(write_shards(remote, state, suffix))
     (remote / "tf_model.h5").touch()
     fetched = []
 
@@ -314,7 +307,7 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, suffix):
     agrees(load_text_encoder("someone/tiny-clip"), theirs)
     index = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}[suffix]
     small = {"config.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
-    assert set(fetched) == small | {index, f"one.{suffix}", f"two.{suffix}"}
+    assert set(fetched) == small | needed | {index}
 
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14", "no/such/folder", "/no/such/folder", "bad name"])

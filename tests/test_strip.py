@@ -22,10 +22,8 @@ def test_a_strip_noises_the_image_to_the_kept_levels():
     assert len(noised) == 4 and np.abs(noised[0]).max() < 0.01  # it begins with the image itself, grey
     for sigma, image in zip(sigmas[2::-1], noised[1:], strict=True):
         spread = sigma / math.sqrt(1 + sigma**2)  # in the frame of unit variance
-        inside = np.mean(np.abs(image) < spread)
-        assert inside == pytest.approx(
-            0.6827, abs=0.05
-        )  # of a normal distribution; standard error of 1,600 pixels: 0.012
+        inside = np.mean(np.abs(image) < spread)  # of a normal distribution; standard error of 1,600 pixels: 0.012
+        assert inside == pytest.approx(0.6827, abs=0.05)
 
     def agreeing(one, other):
         return np.mean(np.sign(one) == np.sign(other))

@@ -96,10 +96,7 @@ def test_adagn_scales_and_shifts_the_second_normalisation():
 def test_biggan_blocks_resample_both_branches_after_the_activation(direction):
     block = fill(ResBlock(32, 16, 0.0, **{direction: True}), 1)
     x, emb = randn(2, 32, 8, 8).requires_grad_(), randn(2, 16)
-    if direction == "up":
-        resample = nn.Upsample(scale_factor=2, mode="nearest")
-    else:
-        resample = nn.AvgPool2d(2)
+    resample = nn.Upsample(scale_factor=2, mode="nearest") if direction == "up" else nn.AvgPool2d(2)
     norm, silu, conv = block.in_layers
     h = conv(resample(silu(norm(x)))) + block.emb_layers(emb)[:, :, None, None]
     out = block(x, emb)
@@ -190,20 +187,12 @@ def test_attention_lies_where_it_is_asked_for():
 
     everywhere = ["input_blocks.1", "input_blocks.3", "middle_block"] + [f"output_blocks.{i}" for i in range(4)]
     assert indices() == indices(**TEXT) == everywhere
-    assert indices(attention_resolutions=[2]) == [
-        "input_blocks.3",
-        "middle_block",
-        "output_blocks.0",
-        "output_blocks.1",
-    ]
+    lower = ["input_blocks.3", "middle_block", "output_blocks.0", "output_blocks.1"]
+    assert indices(attention_resolutions=[2]) == lower
     assert indices(num_attention_blocks=[1, 0]) == ["input_blocks.1", "middle_block", "output_blocks.2"]
     model = small(transformer_depth=[1, 3], **TEXT)
-    assert [len(m.transformer_blocks) for m in model.modules() if isinstance(m, SpatialTransformer)] == [
-        1,
-        *[3] * 4,
-        1,
-        1,
-    ]
+    depths = [len(m.transformer_blocks) for m in model.modules() if isinstance(m, SpatialTransformer)]
+    assert depths == [1, 3, 3, 3, 3, 1, 1]
     model = small(disable_self_attentions=[True, False], disable_middle_self_attn=True, **TEXT)
     disabled = [m.transformer_blocks[0].disable_self_attn for m in model.modules() if isinstance(m, SpatialTransformer)]
     assert disabled == [True, False, True, False, False, True, True]
@@ -352,10 +341,7 @@ def test_group_norm_keeps_float32_statistics(dtype, bits):
         ({"context_dim": 12}, "spatial transformer needs a context_dim"),
         ({"use_spatial_transformer": True}, "spatial transformer needs a context_dim"),
         ({"model_channels": 48}, "48 channels do not split into 32 groups"),
-        (
-            {"num_res_blocks": [1, 1, 1]},
-            r"is \[1, 1, 1\]: give one number, or one per entry of channel_mult \(2\)",
-        ),
+        ({"num_res_blocks": [1, 1, 1]}, r"is \[1, 1, 1\]: give one number, or one per entry of channel_mult \(2\)"),
         ({"disable_self_attentions": []}, "disable_self_attentions is"),
         (TEXT | {"transformer_depth": [1]}, "transformer_depth is"),
         (TEXT | {"transformer_depth": 3, "context_dim": [12, 12]}, "3 transformer blocks"),

@@ -158,18 +158,9 @@ def test_bad_arguments_are_refused(changes, words):
 def test_with_blocks_normalised_first_it_is_diffusers_unet():
     from diffusers import UNet2DModel
 
-    theirs = UNet2DModel(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16, 8),
-        down_block_types=("DownBlock2D",) * 3,
-        up_block_types=("UpBlock2D",) * 3,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=10,
-        flip_sin_to_cos=False,
-        freq_shift=0,
-    ).eval()
+    sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16, 8), "norm_num_groups": 4}
+    sizes |= {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3, "attention_head_dim": 4}
+    theirs = UNet2DModel(**sizes, num_class_embeds=10, flip_sin_to_cos=False, freq_shift=0).eval()
     fill(theirs, 3)
     ours = UNet2D(**SMALL, attention="residual").eval()
     encoder, decoder = [], []
@@ -252,10 +243,8 @@ def test_group_normalisations_gain_learns_from_the_normalised_values():
     x, upstream = randn(3, 4, 5, 5).double(), randn(3, 4, 5, 5, seed=1).double()
     norm(x).backward(upstream)
     grouped = x.reshape(3, 2, -1)
-    straight = (grouped - grouped.mean(-1, keepdim=True)) / (
-        grouped.var(-1, unbiased=False, keepdim=True) + norm.eps
-    ).sqrt()
-    straight = straight.reshape(x.shape)
+    deviation = (grouped.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+    straight = ((grouped - grouped.mean(-1, keepdim=True)) / deviation).reshape(x.shape)
     torch.testing.assert_close(norm.weight.grad, (upstream * straight).sum((0, 2, 3)))
     torch.testing.assert_close(norm.bias.grad, upstream.sum((0, 2, 3)))
     wrong = (upstream * norm(x).detach()).sum((0, 2, 3))
