@@ -7,8 +7,8 @@ How an image is sampled:
     diffusion/denoiser.py            170  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
     diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
     diffusion/sampling/              505  first_order explains DDIM and DDPM; the others refine it
-    latent_diffusion.py              255  first stage + text encoder + UNet + schedule
-    generation.py                    227  generate: prompts -> images
+    latent_diffusion.py              219  first stage + text encoder + UNet + schedule
+    generation.py                    226  generate: prompts -> images
 The networks:
     models/unet.py                   280  the UNet
     models/blocks.py                 302  its residual blocks, and its plan of levels (levels.py)
