@@ -20,7 +20,8 @@ from ldm.diffusion.sampling.second_order import dpm2, heun
 from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large, dpmpp_sde, lcm
 
 # (denoise, points, sigma_next, eta, noise) -> x at sigma_next
-StepFunction = Callable[[BoundDenoise, Points, float, float, Noise | None], Tensor]
+StepFunction = Callable[[BoundDenoise, Points, float, float, Noise], Tensor]
+Sigmas = Tensor | Sequence[float]
 AUTO = "auto"  # see choose_sampler
 HISTORY = 4  # points that a step function gets; Adams-Bashforth of order 4 uses all
 
@@ -35,12 +36,7 @@ class Step(NamedTuple):
 
 
 def sample(
-    denoise: BoundDenoise,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    step: StepFunction = euler,
-    eta: float = 0.0,
-    noise: Noise | None = None,
+    denoise: BoundDenoise, x: Tensor, sigmas: Sigmas, step: StepFunction = euler, eta: float = 0.0, noise: Noise = None
 ) -> Iterator[Step]:
     """Move x from noise level sigmas[0] to sigmas[-1], yielding a Step after each of the len(sigmas) - 1 steps.
 
@@ -61,7 +57,7 @@ def sample(
     return _walk(denoise, _wide(x), levels, step, eta, noise)
 
 
-def _checked(sigmas: Tensor | Sequence[float]) -> list[float]:
+def _checked(sigmas: Sigmas) -> list[float]:
     levels = [float(sigma) for sigma in sigmas]
     if len(levels) < 2 or min(levels[:-1]) <= 0 or levels[-1] < 0:
         raise ValueError(f"sampling needs two or more sigmas, above 0 except for the last, got {levels}")
@@ -84,7 +80,7 @@ def _walk(denoise, x, levels, step, eta, noise) -> Iterator[Step]:
         yield Step(index, sigma_next, x, points[-1].x0)
 
 
-def invert(denoise: BoundDenoise, x: Tensor, sigmas: Tensor | Sequence[float], corrections: int = 0) -> Iterator[Step]:
+def invert(denoise: BoundDenoise, x: Tensor, sigmas: Sigmas, corrections: int = 0) -> Iterator[Step]:
     """Invert DDIM: move x up from sigmas[-1] to the noise at sigmas[0] from which `ddim` on these sigmas returns to x.
 
     Euler's method in the other direction (Dhariwal & Nichol 2021, appendix F; Song et al. 2021, section 4.3). eps is
@@ -121,12 +117,7 @@ class Sampler:
     final_sigma: str = "zero"
 
     def __call__(
-        self,
-        denoise: BoundDenoise,
-        x: Tensor,
-        sigmas: Tensor | Sequence[float],
-        eta: float | None = None,
-        noise: Noise | None = None,
+        self, denoise: BoundDenoise, x: Tensor, sigmas: Sigmas, eta: float | None = None, noise: Noise = None
     ) -> Iterator[Step]:
         if self.eta is None and eta is not None and eta != 0:
             others = ", ".join(name for name, row in SAMPLERS.items() if row.eta is not None)
@@ -134,7 +125,7 @@ class Sampler:
         eta = self.eta if eta is None else eta
         return sample(denoise, x, sigmas, self.step, 0.0 if eta is None else eta, noise)
 
-    def evaluations(self, sigmas: Tensor | Sequence[float]) -> list[int]:
+    def evaluations(self, sigmas: Sigmas) -> list[int]:
         """Return how often each denoising step on these sigmas calls denoise, counted by sampling a single number."""
         calls = [0]
 

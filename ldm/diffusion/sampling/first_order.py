@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ldm.diffusion.denoiser import BoundDenoise
 
-Noise = Callable[[], Tensor]  # () -> unit normal noise, (b, ...)
+Noise = Callable[[], Tensor] | None  # () -> unit normal noise, (b, ...)
 
 
 class Point(NamedTuple):
@@ -52,7 +52,7 @@ def ancestral_split(sigma: float, sigma_next: float, eta: float) -> tuple[float,
     return down, eta * sigma_next * math.sqrt((1 - ratio) * (1 + ratio))
 
 
-def add_noise(x: Tensor, up: float, noise: Noise | None) -> Tensor:
+def add_noise(x: Tensor, up: float, noise: Noise) -> Tensor:
     """Return x + up noise; for up = 0 the source of noise is not called."""
     if up == 0:
         return x
@@ -60,7 +60,7 @@ def add_noise(x: Tensor, up: float, noise: Noise | None) -> Tensor:
     return x + up * noise().to(x)
 
 
-def euler(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def euler(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make one step of Euler and DDIM (eta = 0), or of Euler-ancestral and DDPM with the small variance (eta = 1).
 
     The small variance is that of the posterior q(x_next | x, x0) of the two noise levels visited, however far apart (Ho

@@ -46,7 +46,7 @@ def exponential_moments(h: float, n: int) -> list[float]:
     return moments[1:]
 
 
-def plms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def plms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a PLMS step: Adams-Bashforth of order 4 with the weights of evenly spaced levels, starting with Heun's step.
 
     Liu et al. 2022 ("Pseudo Numerical Methods for Diffusion Models on Manifolds"), started as CompVis does. The noise
@@ -60,7 +60,7 @@ def plms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, n
     return euler_to(now, sigma_next) + (sigma_next - now.sigma) * change
 
 
-def lms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def lms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a step of Adams-Bashforth of order 4 for the actual sigmas: rho-AB-DEIS of Zhang & Chen 2023."""
     now, *past = reversed(points[-4:])
     step = sigma_next - now.sigma
@@ -69,7 +69,7 @@ def lms(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, no
     return euler_to(now, sigma_next) + step * change
 
 
-def deis(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def deis(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a step of AB-DEIS of order 3, with a polynomial in log sigma (Zhang & Chen 2023).
 
     With u = log(now.sigma / sigma) / h, the integral of u^k dsigma is sigma_next exponential_moments(-h).
@@ -98,18 +98,18 @@ def x0_correction(now: Point, others: Sequence[Point], sigma_next: float, sigma_
     return correction(now.x0, [point.x0 for point in others], nodes, moments)
 
 
-def _dpmpp(points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def _dpmpp(points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     *others, now = points
     down, up = ancestral_split(now.sigma, sigma_next, eta)
     return add_noise(euler_to(now, down) + x0_correction(now, others, sigma_next, down), up, noise)
 
 
-def dpmpp_2m(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def dpmpp_2m(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), or with eta = 1 of their SDE-DPM-Solver++(2M)."""
     return _dpmpp(points[-2:], sigma_next, eta, noise)
 
 
-def dpmpp_3m(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def dpmpp_3m(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a step of order 3: `dpmpp_2m` with a parabola, integrated exactly.
 
     Other implementations give u^2 half its weight (diffusers, with noise, yet another one), which leaves order 2.
@@ -117,7 +117,7 @@ def dpmpp_3m(denoise: BoundDenoise, points: Points, sigma_next: float, eta: floa
     return _dpmpp(points[-3:], sigma_next, eta, noise)
 
 
-def unipc(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def unipc(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a step of UniPC of order 2 (Zhao et al. 2023): correct the previous step, then predict as `dpmpp_2m` does.
 
     Predictor and corrector differ only in the points that their polynomials pass through, so the corrected x is x plus

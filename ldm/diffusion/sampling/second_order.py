@@ -21,12 +21,12 @@ def two_slopes(denoise: BoundDenoise, now: Point, sigma: float, middle: float, s
     return euler_to(now, sigma) + share * (sigma - now.sigma) / middle * change
 
 
-def heun(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def heun(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a Heun step: the mean of the slopes at both ends (Karras et al. 2022, algorithm 1)."""
     return two_slopes(denoise, points[-1], sigma_next, sigma_next, 0.5)
 
 
-def dpm2(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def dpm2(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a DPM-Solver-2 step: the slope at the midpoint of log sigma (Lu et al. 2022, algorithm 1, r = 1/2)."""
     now = points[-1]
     down, up = ancestral_split(now.sigma, sigma_next, eta)

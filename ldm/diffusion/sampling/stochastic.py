@@ -8,7 +8,7 @@ from ldm.diffusion.denoiser import BoundDenoise
 from ldm.diffusion.sampling.first_order import Noise, Point, Points, add_noise, ancestral_split, euler, euler_to
 
 
-def ddpm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def ddpm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make an `euler` step, with the variance that the network learned if it did (Nichol & Dhariwal 2021, eq. 15).
 
     log variance = share log large + (1 - share) log small, both of the step between the two noise levels visited: the
@@ -23,7 +23,7 @@ def ddpm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, n
     return euler_to(now, down) + up * (log_ratio * now.variance_share).exp() * noise().to(now.x)
 
 
-def ddpm_large(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def ddpm_large(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make an `euler` step with fresh noise of variance beta_t = 1 - ab_t / ab_next (Ho et al. 2020, section 3.2).
 
     Its deviation is the sigma-hat of Song et al. 2021, section 5, times eta; a step to sigma 0 adds none, as in DDPM.
@@ -36,7 +36,7 @@ def ddpm_large(denoise: BoundDenoise, points: Points, sigma_next: float, eta: fl
     return add_noise(euler_to(now, down), up, noise)
 
 
-def lcm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def lcm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a step of multistep consistency sampling (Luo et al. 2023, algorithm 3): x0 + sigma_next fresh noise.
 
     For models distilled to predict x0 in one step. eta < 1 keeps a part of the predicted noise; eta = 0 is Euler.
@@ -44,7 +44,7 @@ def lcm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, no
     return add_noise(euler_to(points[-1], sigma_next * math.sqrt(1 - eta * eta)), eta * sigma_next, noise)
 
 
-def dpmpp_sde(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise | None) -> Tensor:
+def dpmpp_sde(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
     """Make a single-step SDE-DPM-Solver++ step (Lu et al. 2022, "DPM-Solver++"), with a second evaluation.
 
     An ancestral step leads to the midpoint of log sigma; then both halves are made with the x0 predicted there, and the
