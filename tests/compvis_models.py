@@ -73,7 +73,6 @@ def clip_folder(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CLIP_CONFIG))
     write_vocabulary(folder, MERGES)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
     tower = fill(CLIPTextModel(VOCABULARY, WIDTH, LAYERS, 1, 77, "quick_gelu"), 1)
     save_file(tower.state_dict(), folder / "model.safetensors")
     return folder

@@ -148,6 +148,14 @@ def tiny_parts(tiny_model, tmp_path_factory) -> dict[str, str]:
     return {name: str(path) for name, path in paths.items()}
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A folder with a tiny text encoder in transformers' layout."""
+    from compvis_models import clip_folder
+
+    return clip_folder(tmp_path_factory.mktemp("clip") / "tiny")
+
+
 def save_noise(folder: Path) -> dict[str, str]:
     """Three images of a subject and five of its class, of noise -> their folders, by the names of DreamBooth's data."""
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ import outsiders
 import pytest
 import torch
 import torch.nn as nn
-from compvis_models import a_batch, built, clip_folder, config, ours, randn, same, sampled
+from compvis_models import a_batch, built, config, ours, randn, same, sampled
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.attention import BasicTransformerBlock, CrossAttention
@@ -21,11 +21,6 @@ from ldm.util import instantiate_from_config
 PROMPTS = ["a photograph of a cat", "a red dog"]
 T = torch.tensor([1, 700])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, values of order 1
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    return clip_folder(tmp_path_factory.mktemp("clip") / "tiny")
 
 
 @pytest.fixture(scope="module")

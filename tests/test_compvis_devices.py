@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from compvis_models import a_batch, built, clip_folder, config, randn
+from compvis_models import a_batch, built, config, randn
 from ldm.models.diffusion.ddim import DDIMSampler, PLMSSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 
@@ -16,8 +16,7 @@ DEVICES = [
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    clip = clip_folder(tmp_path_factory.mktemp("clip") / "tiny")
+def model(clip):
     words = {"placeholder_strings": ["*"], "initializer_words": ["dog"]}
     personal = {"target": "ldm.modules.embedding_manager.EmbeddingManager", "params": words}
     return built(config(clip, use_ema=True, timesteps=8, personalization_config=personal, embedding_reg_weight=0.1))

@@ -3,11 +3,11 @@
 import copy
 import json
 import socket
-from pathlib import Path
 
 import pytest
 import torch
-from compvis_models import LAYERS, VOCABULARY, clip_folder
+from compvis_models import LAYERS, VOCABULARY
+from conftest import refused
 from golden_fill import fill, load_golden, published_shapes, shapes
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,27 +31,22 @@ PADDED = {"truncation": True, "max_length": 77, "padding": "max_length", "return
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return clip_folder(tmp_path_factory.mktemp("clip") / "tiny")
+def encoder(clip) -> FrozenCLIPEmbedder:
+    return FrozenCLIPEmbedder(version=str(clip))
 
 
 @pytest.fixture(scope="module")
-def encoder(folder) -> FrozenCLIPEmbedder:
-    return FrozenCLIPEmbedder(version=str(folder))
-
-
-@pytest.fixture(scope="module")
-def theirs(folder) -> tuple[nn.Module, object]:
+def theirs(clip) -> tuple[nn.Module, object]:
     """transformers' own model and tokenizer of the same folder."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    config = CLIPTextConfig(**json.loads((folder / "config.json").read_text()), eos_token_id=VOCABULARY - 1)
+    config = CLIPTextConfig(**json.loads((clip / "config.json").read_text()), eos_token_id=VOCABULARY - 1)
     model = CLIPTextModel(config).eval()
     strip = "" if hasattr(model, "text_model") else "text_model."  # since 5.6
-    state = {name.removeprefix(strip): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    state = {name.removeprefix(strip): tensor for name, tensor in load_file(clip / "model.safetensors").items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and all("position_ids" in name for name in missing)
-    return model, CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return model, CLIPTokenizer.from_pretrained(str(clip), local_files_only=True)
 
 
 def hidden(model: nn.Module, tokens: torch.Tensor):
@@ -110,25 +105,24 @@ def test_the_transformer_is_called_as_transformers_is(encoder, theirs):
 
 
 @torch.no_grad()
-def test_layers(folder, encoder, theirs):
+def test_layers(clip, encoder, theirs):
     tokens = theirs[1](PROMPTS, **PADDED)["input_ids"]
     expected = hidden(theirs[0], tokens)
     torch.testing.assert_close(encoder(PROMPTS), expected.last_hidden_state, **CLOSE)
     assert torch.equal(encoder.encode(PROMPTS), encoder(PROMPTS)) and torch.equal(encoder("x"), encoder(["x"]))
-    before = FrozenCLIPEmbedder(str(folder), layer="hidden", layer_idx=-2)
+    before = FrozenCLIPEmbedder(str(clip), layer="hidden", layer_idx=-2)
     torch.testing.assert_close(before(PROMPTS), expected.hidden_states[-2], **CLOSE)
-    pooled = FrozenCLIPEmbedder(str(folder), layer="pooled")
+    pooled = FrozenCLIPEmbedder(str(clip), layer="pooled")
     torch.testing.assert_close(pooled(PROMPTS), expected.pooler_output[:, None], **CLOSE)
-    short = FrozenCLIPEmbedder(str(folder), max_length=20)
+    short = FrozenCLIPEmbedder(str(clip), max_length=20)
     assert short(PROMPTS).shape == (3, 20, 16)
     for wrong in ({"layer": "first"}, {"layer": "hidden"}, {"layer_idx": 3}):
-        with pytest.raises(ValueError, match="use last, pooled, or hidden"):
-            FrozenCLIPEmbedder(str(folder), **wrong)
+        refused("use last, pooled, or hidden", FrozenCLIPEmbedder, str(clip), **wrong)
 
 
-def test_frozen_where_it_is(folder, encoder):
+def test_frozen_where_it_is(clip, encoder):
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    free = FrozenCLIPEmbedder(str(folder), freeze=False)
+    free = FrozenCLIPEmbedder(str(clip), freeze=False)
     assert all(p.requires_grad for p in free.parameters())
     free.device = "cuda"  # of no effect
     assert free.device == torch.device("cpu") and free.to("meta").device == torch.device("meta")
@@ -167,16 +161,15 @@ def test_without_weights_nothing_is_asked_of_the_internet(monkeypatch):
     assert torch.equal(ids, Tokenizer()(["a cat"]))
 
 
-def test_weights_in_the_cache_are_loaded(folder, encoder, monkeypatch, recwarn):
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, file: str(folder / file))
+def test_weights_in_the_cache_are_loaded(clip, encoder, monkeypatch, recwarn):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, file: str(clip / file))
     cached = FrozenCLIPEmbedder("some/clip")
     assert torch.equal(cached(PROMPTS), encoder(PROMPTS)) and not recwarn.list
 
 
 def test_a_name_that_is_nothing(monkeypatch):
     for name in ("some/clip", "/no/such/folder"):
-        with pytest.raises(ValueError, match="is unknown"):
-            FrozenCLIPEmbedder(name)
+        refused("is unknown", FrozenCLIPEmbedder, name)
 
 
 # OpenCLIP
@@ -204,8 +197,7 @@ def test_open_clip(tmp_path, monkeypatch):
         torch.testing.assert_close(ours.encode_with_transformer(tokens), expected, **CLOSE)
         assert torch.equal(ours("x"), ours.encode(["x"])) and not any(p.requires_grad for p in ours.parameters())
     assert len(ours.model.transformer.resblocks) == 3 and ours.model.ln_final.normalized_shape == (32,)
-    with pytest.raises(ValueError, match="layer 'hidden'"):
-        FrozenOpenCLIPEmbedder("tiny", str(tmp_path / "weights.safetensors"), layer="hidden")
+    refused("layer 'hidden'", FrozenOpenCLIPEmbedder, "tiny", str(tmp_path / "weights.safetensors"), layer="hidden")
 
 
 def test_open_clip_without_weights():

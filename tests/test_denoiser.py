@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import refused
 
 from ldm.diffusion.denoiser import (
     PREDICTIONS,
@@ -87,22 +88,6 @@ def test_zero_terminal_snr_with_v():
     assert torch.allclose(last.x, 0.5 * x_t, rtol=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_state_is_wider_than_the_network(dtype):
-    schedule = make_schedule("scaled_linear")
-    dtypes = set()
-
-    def network(x_vp, t, cond):
-        dtypes.add((x_vp.dtype, t.dtype))
-        return 0.1 * x_vp
-
-    denoise = make_denoiser(network, schedule, "eps", dtype=dtype)
-    start = torch.ones(1, 4, dtype=dtype)  # even a half-precision start is carried on in float32
-    for step in sample(lambda x, sigma: denoise(x, sigma, {}), start, sampling_sigmas(schedule, 3)):
-        assert step.x.dtype == step.x0.dtype == torch.float32
-    assert dtypes == {(dtype, torch.float32)}  # t = 999 has no bfloat16
-
-
 def test_the_network_gets_the_level_of_every_sigma():
     schedule = make_schedule("cosine")
     levels = []
@@ -126,8 +111,7 @@ def test_unknown_prediction_is_refused():
         lambda: target("velocity", torch.zeros(1), torch.zeros(1), torch.ones(1)),
         lambda: scalings("velocity", 1.0),
     ):
-        with pytest.raises(ValueError, match="'velocity'; choose from eps, x0, v"):
-            call()
+        refused("'velocity'; choose from eps, x0, v", call)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

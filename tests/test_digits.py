@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-import pytest
 import torch
+from conftest import refused
 from sklearn.datasets import load_digits
 
 from ldm.data.digits import Digits
@@ -30,10 +30,8 @@ def test_splits() -> None:
     assert torch.cat([train.labels, test.labels]).tolist() == load_digits().target.tolist()
     assert len(Digits(first=1200)) + len(Digits(last=200)) == 1400
     assert torch.bincount(test.labels).min() >= 35  # every digit is tested
-    with pytest.raises(ValueError, match="'all'"):
-        Digits(split="all")
-    with pytest.raises(ValueError, match="398"):
-        Digits(split="test", last=398)
+    refused("'all'", Digits, split="all")
+    refused("398", Digits, split="test", last=398)
 
 
 def test_enlarged_as_documented() -> None:

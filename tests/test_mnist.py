@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 from ldm.data.captions import Captioner
 from ldm.data.measure import classify_styles
@@ -54,8 +55,7 @@ def test_pooled_images_are_means_of_squares(root: Path):
 
 @pytest.mark.parametrize("pool", [0, 3, 5])
 def test_a_pool_that_does_not_divide_is_refused(root: Path, pool):
-    with pytest.raises(ValueError, match=f"pool {pool} does not divide MNIST's 28 pixels: use 1, 2, 4, 7 or 14"):
-        MNIST(str(root), pool=pool)
+    refused(f"pool {pool} does not divide MNIST's 28 pixels: use 1, 2, 4, 7 or 14", MNIST, str(root), pool=pool)
 
 
 def test_pixels(root: Path) -> None:
@@ -88,10 +88,8 @@ def test_parts(root: Path) -> None:
     assert torch.cat([whole.images, held.images]).equal(MNIST(root=str(root)).images)
     assert held.labels.tolist() == [5, 6, 7, 8, 9]
     for arguments in ({"first": 0}, {"last": 21}, {"first": 3, "last": 3}):
-        with pytest.raises(ValueError, match="first|last"):
-            MNIST(root=str(root), **arguments)
-    with pytest.raises(ValueError, match="'validation'"):
-        MNIST(root=str(root), split="validation")
+        refused("first|last", MNIST, root=str(root), **arguments)
+    refused("'validation'", MNIST, root=str(root), split="validation")
 
 
 def test_samples_and_captions(root: Path) -> None:
@@ -175,8 +173,7 @@ def test_damage_is_named(root: Path, kind: str) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="LDM_DATA.*download"):
-        MNIST(root=str(tmp_path / "nowhere"))
+    refused("LDM_DATA.*download", MNIST, error=FileNotFoundError, root=str(tmp_path / "nowhere"))
 
 
 def test_download_only_on_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 from ldm.diffusion.denoiser import Prediction, from_vp, make_denoiser, to_vp
 from ldm.diffusion.sampling import SAMPLERS, invert
@@ -324,7 +325,7 @@ def test_the_state_is_wider_than_a_half_precision_network(name, dtype):
         seen = set()
 
         def network(x_vp, t, cond, seen=seen):
-            seen.add(x_vp.dtype)
+            seen.add((x_vp.dtype, t.dtype))
             return 0.8 * torch.sin(x_vp)
 
         denoise = make_denoiser(network, SD, "v", network_dtype)
@@ -336,7 +337,7 @@ def test_the_state_is_wider_than_a_half_precision_network(name, dtype):
             noise=lambda g=generator: torch.randn(1, 400, generator=g),
         ):
             assert step.x.dtype == step.x0.dtype == torch.float32
-        assert seen == {network_dtype}
+        assert seen == {(network_dtype, torch.float32)}  # t = 999 has no bfloat16
         ends.append(step.x)
     # 8 or 11 bits of the start and of each prediction
     assert float((ends[0] - ends[1]).square().mean().sqrt()) < (0.03 if dtype == torch.bfloat16 else 0.004)
@@ -409,6 +410,5 @@ def test_inversion_of_the_gaussian_finds_the_noise():
     assert float(top.x) == pytest.approx(math.sqrt(DATA + float(sigmas[0]) ** 2), rel=5e-3)
     calls = []
     list(invert(lambda x, sigma: calls.append(sigma) or gaussian(x, sigma), torch.ones(1), [3.0, 1.0, 0.0], 1))
-    with pytest.raises(ValueError, match="must descend"):
-        next(invert(gaussian, torch.ones(1), [0.1, 1.0, 3.0]))
+    refused("must descend", next, invert(gaussian, torch.ones(1), [0.1, 1.0, 3.0]))
     assert calls == [1.0, 1.0, 1.0, 3.0]  # eps of sigma 0 is asked for at its upper end

@@ -208,8 +208,8 @@ class BERTEmbedder(AbstractEncoder, bert.BERTEncoder):
         super().__init__(n_embed, n_layer, vocab_size, max_seq_len, vocab, embedding_dropout)
 
     def word_ids(self, text: str) -> list[int]:
-        ids = self.tokens([text])[0].tolist()
-        return ids[1 : ids.index(self.tokenizer.sep)]
+        ids, (_, sep, *_) = self.tokens([text, ""]).tolist()
+        return ids[1 : ids.index(sep)]
 
     def forward(self, text: Any) -> Tensor:
         return bert.BERTEncoder.encode(self, text)  # (b, n, d)
