@@ -12,9 +12,9 @@ How an image is sampled:
 The networks:
     models/unet.py                   280  the UNet
     models/blocks.py                 302  its residual blocks, and its plan of levels (levels.py)
-    models/attention.py              180  attention to the image and to the text
+    models/attention.py              174  attention to the image and to the text
     models/autoencoder.py            363  the first stage, with its Gaussian latents (distributions.py)
-    models/clip.py                   242  the text encoder
+    models/clip.py                   237  the text encoder
     conditioning/text.py             318  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
     diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
