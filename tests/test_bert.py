@@ -71,6 +71,7 @@ def test_what_the_tokens_are():
     ours = WordPiece(VOCAB, 8)
     assert [VOCAB[i] for i in ours(["PAINTÍNGS Cafés"])[0]] == "[CLS] paint ##ing ##s cafe ##s [SEP] [PAD]".split()
     assert [VOCAB[i] for i in ours(["Ω cat [MASK]"])[0]][:5] == ["[CLS]", "[UNK]", "cat", "[MASK]", "[SEP]"]
+    assert VOCAB[ours.sep] == "[SEP]"
     assert [VOCAB[i] for i in ours(["a a a a a a a a a"])[0]] == ["[CLS]", *"aaaaaa", "[SEP]"]
     assert torch.equal(ours(["a \ud800"]), ours(["a \ufffd"]))  # half a character, as a terminal may hand over
 

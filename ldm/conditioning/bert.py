@@ -46,7 +46,7 @@ class WordPiece:
         _require_special(vocab)
         if max_length < 2:
             raise ValueError(f"max_length {max_length} is too short: [CLS] and [SEP] need 2 tokens")
-        self.max_length = max_length
+        self.max_length, self.sep = max_length, vocab.index("[SEP]")
         self._pipeline = BertWordPieceTokenizer({token: i for i, token in enumerate(vocab)})
         self._pipeline.enable_truncation(max_length)
         self._pipeline.enable_padding(pad_id=vocab.index("[PAD]"), length=max_length)
