@@ -171,11 +171,9 @@ def choices(prompt: str) -> list[str]:
 
     A choice may be empty. Braces without | are text. Several choices are combined in every way.
     """
-    texts, options = CHOICE.split(prompt)[::2], [match[1].split("|") for match in CHOICE.finditer(prompt)]
-    found = (
-        "".join(part for pair in zip(texts, [*row, ""], strict=True) for part in pair) for row in product(*options)
-    )
-    return list(dict.fromkeys(" ".join(one.split()) for one in found)) if options else [prompt]
+    parts = CHOICE.split(prompt)  # text, choice, text ...
+    found = product(*(part.split("|") if i % 2 else [part] for i, part in enumerate(parts)))
+    return list(dict.fromkeys(" ".join("".join(row).split()) for row in found)) if len(parts) > 1 else [prompt]
 
 
 def words_of(prompt: str) -> list[str]:

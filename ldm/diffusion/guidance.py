@@ -111,11 +111,16 @@ def autoguidance(denoise: BoundDenoise, weak: BoundDenoise, scale: float) -> Bou
     if scale == 1:
         return denoise
 
+    return _add(denoise, lambda unguided, x, sigma: (scale - 1) * (unguided - weak(x, sigma).x0))
+
+
+def _add(denoise: BoundDenoise, guidance: Callable[[Tensor, Tensor, float], Tensor]) -> BoundDenoise:
+    """Add guidance(unguided x0, x, sigma) to x0."""
+
     def guided(x: Tensor, sigma: float) -> Prediction:
         found = denoise(x, sigma)
         unguided = found.x0 if found.unguided is None else found.unguided
-        x0 = found.x0 + (scale - 1) * (unguided - weak(x, sigma).x0)
-        return found._replace(x0=x0, unguided=unguided)
+        return found._replace(x0=found.x0 + guidance(unguided, x, sigma), unguided=unguided)
 
     return guided
 
@@ -143,12 +148,7 @@ def classifier(denoise: BoundDenoise, log_prob: LogProb, scale: float) -> BoundD
     if scale == 0:
         return denoise
 
-    def guided(x: Tensor, sigma: float) -> Prediction:
-        found = denoise(x, sigma)
-        unguided = found.x0 if found.unguided is None else found.unguided
-        return found._replace(x0=found.x0 + (scale * sigma**2) * _gradient(log_prob, x, sigma), unguided=unguided)
-
-    return guided
+    return _add(denoise, lambda unguided, x, sigma: (scale * sigma**2) * _gradient(log_prob, x, sigma))
 
 
 def _gradient(log_prob: LogProb, x: Tensor, sigma: float) -> Tensor:

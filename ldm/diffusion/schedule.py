@@ -15,7 +15,6 @@ a sampler visits. In code ab is `alphas_cumprod`, the name in every checkpoint.
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,30 +145,19 @@ class Schedule:
         return ((1 - ab) / ab).sqrt()
 
     @cached_property
-    def _knots(self) -> list[float]:
-        """-log ab at t = 0..T-1; it is interpolated linearly in t, as in DPM-Solver (Lu et al. 2022)."""
-        return torch.log1p(self.sigmas**2).tolist()
+    def _knots(self) -> tuple[np.ndarray, np.ndarray]:
+        """t = 0..T-1, and -log ab there; it is interpolated linearly in t, as in DPM-Solver (Lu et al. 2022)."""
+        return np.arange(self.T), torch.log1p(self.sigmas**2).numpy()
 
     def sigma_at(self, t: float) -> float:
         """Return sigma at timestep t, which may be fractional. Raises ValueError outside 0..T-1."""
         if not 0 <= t <= self.T - 1:
             raise ValueError(f"timestep {t} is outside 0..{self.T - 1}")
-        i = int(t)
-        if i == t:
-            return float(self.sigmas[i])
-        low, high = self._knots[i], self._knots[i + 1]
-        return math.sqrt(math.expm1(low + (t - i) * (high - low)))
+        return float(self.sigmas[int(t)]) if t == int(t) else math.sqrt(math.expm1(np.interp(t, *self._knots)))
 
     def t_at(self, sigma: float) -> float:
         """Return the fractional timestep of sigma: exactly i for sigmas[i], clamped to 0..T-1."""
-        value = math.log1p(sigma * sigma)
-        i = bisect_right(self._knots, value) - 1
-        if i < 0:
-            return 0.0
-        if i >= self.T - 1:
-            return float(self.T - 1)
-        low, high = self._knots[i], self._knots[i + 1]
-        t = i + (value - low) / (high - low)
+        t = float(np.interp(math.log1p(sigma * sigma), *reversed(self._knots)))
         # log1p rounds, but sigmas[i] must give back the integer timestep that the network was trained on.
         return float(round(t)) if abs(t - round(t)) < 1e-6 else t
 
