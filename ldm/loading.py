@@ -113,10 +113,9 @@ def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Fo
     params, state, notes = deepcopy(found.config["params"]), found.state, found.notes
     for part, new in replacements.items():
         if new.scale_factor not in (None, params["scale_factor"]):
-            raise ValueError(
-                f"the model {str(path)!r} has scale factor {params['scale_factor']:g}, and the first stage given has "
-                f"{new.scale_factor:g}: they are not for the same latents ({new.notes[0]})"
-            )
+            own = f"the model {str(path)!r} has scale factor {params['scale_factor']:g}"
+            given = f"the first stage given has {new.scale_factor:g}"
+            raise ValueError(f"{own}, and {given}: they are not for the same latents ({new.notes[0]})")
         params[f"{part}_config"] = new.config
         state, notes = _swapped(state, part, new), [*notes, *new.notes]
     return Found({"target": target, "params": params}, state, notes)
@@ -124,10 +123,8 @@ def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Fo
 
 def _set_prediction(path: Path, config: Config, prediction: str) -> None:
     if "prediction" not in signature(get_obj_from_str(config["target"])).parameters:  # a DenoisingGAN, of x0 alone
-        raise ValueError(
-            f"checkpoint {str(path)!r} holds a {config['target']}, which has no choice of what it predicts: load it "
-            "without prediction (--prediction)"
-        )
+        found = f"checkpoint {str(path)!r} holds a {config['target']}, which has no choice of what it predicts"
+        raise ValueError(f"{found}: load it without prediction (--prediction)")
     config["params"]["prediction"] = prediction
 
 

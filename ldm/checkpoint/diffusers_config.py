@@ -125,10 +125,8 @@ def _read_heads(heads: int | Sequence[int], widths: Sequence[int], attended: Seq
             return {"num_head_channels": widths[-1] // heads[-1]}
         if len({heads[i] for i in used}) == 1:
             return {"num_heads": heads[-1]}
-    raise ValueError(
-        f"the UNet's attention_head_dim is {list(heads)} heads for levels of widths {list(widths)}: our UNetModel has "
-        "one number of heads, or one width of a head"
-    )
+    found = f"the UNet's attention_head_dim is {list(heads)} heads for levels of widths {list(widths)}"
+    raise ValueError(f"{found}: our UNetModel has one number of heads, or one width of a head")
 
 
 def read_vae(config: Mapping[str, Any]) -> tuple[Config, float]:

@@ -14,6 +14,7 @@ from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights
 from ldm.checkpoint.diffusers_text import read_tokenizer, text_params
+from ldm.checkpoint.family_table import find_concat
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State
 
@@ -51,7 +52,9 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config,
         vae, scale_factor = read_vae(config["vae"])
         text = text_params(config["text_encoder"], *read_tokenizer(path / "tokenizer"))
         scheduler, notes = read_scheduler(read_json(path / "scheduler" / "scheduler_config.json"))
-        concat = _concat(unet["in_channels"], vae["embed_dim"], pipeline)
+        concat = find_concat(unet["in_channels"] - vae["embed_dim"], vae["embed_dim"], text=True)
+        if concat == "latents" and pipeline != PIPELINES["latents"]:
+            raise ValueError(f"the UNet of this {pipeline} takes an image's latents, as InstructPix2Pix's alone does")
         size, assumed = _image_size(config["unet"], len(vae["ddconfig"]["ch_mult"]))
     params = {
         "unet_config": {"target": networks.UNET_TARGET, "params": unet},
@@ -85,10 +88,8 @@ def read_vae_folder(path: str | Path) -> tuple[Config, State, float | None]:
     config = read_json(path / "config.json")
     kind = config.get("_class_name", config.get("architectures"))
     if kind not in (None, "AutoencoderKL"):
-        raise ValueError(
-            f"folder {str(path)!r} holds a {kind} alone: supported are pipelines, with a model_index.json, and an "
-            "AutoencoderKL"
-        )
+        known = "pipelines, with a model_index.json, and an AutoencoderKL"
+        raise ValueError(f"folder {str(path)!r} holds a {kind} alone: supported are {known}")
     with _naming(path):
         vae, scale_factor = read_vae(config)
         state = names.vae_from_diffusers(read_weights(path, "vae", None)[0])
@@ -104,11 +105,8 @@ def _check_index(path: Path) -> str:
         raise ValueError(f"folder {str(path)!r} is not a diffusers folder: it holds no model_index.json")
     index = read_json(path / "model_index.json")
     pipeline = index.get("_class_name")
-    known = (*PIPELINES.values(), *ALSO_READ)
-    if pipeline not in known:
-        raise ValueError(
-            f"folder {str(path)!r} holds a {pipeline}: only Stable Diffusion 1 and 2 are supported ({known[0]} ...)"
-        )
+    if pipeline not in (*PIPELINES.values(), *ALSO_READ):
+        raise ValueError(f"folder {str(path)!r} holds a {pipeline}: only Stable Diffusion 1 and 2 are supported")
     for name, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         wanted = COMPONENTS.get(name)
@@ -131,19 +129,6 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"folder {str(path)!r}: {error}") from None
     except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"folder {str(path)!r} has a damaged configuration ({error!r})") from None
-
-
-def _concat(channels: int, latent: int, pipeline: str) -> str | None:
-    """Return LatentDiffusion's `concat`: what the UNet's input holds beside `latent` channels of noised latents."""
-    beside = {latent: None, 2 * latent + 1: "mask_latents"}
-    if pipeline == PIPELINES["latents"]:
-        beside[2 * latent] = "latents"
-    if channels not in beside:
-        raise ValueError(
-            f"the UNet of this {pipeline} takes {channels} channels where latents have {latent}: known are "
-            f"{latent} (text), {2 * latent + 1} (inpainting) and InstructPix2Pix's {2 * latent}"
-        )
-    return beside[channels]
 
 
 def _image_size(unet: Mapping[str, Any], levels: int) -> tuple[dict[str, int], list[str]]:

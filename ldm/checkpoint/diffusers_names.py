@@ -2,13 +2,11 @@
 
 One table of names per network, read in both directions. Tensors are passed on as they are, or as views where one side
 has a 1x1 convolution and the other a linear layer; only OpenCLIP's stacked q, k and v are copied together. Names are
-without the prefixes of a complete model (`model.diffusion_model.` ...). No map checks that all weights are there: the
-network that is given them does, and lists what is missing.
-
-Every map raises ValueError for names that are not in its table, and lists them.
+without the prefixes of a complete model (`model.diffusion_model.` ...). Every map refuses names that are not in its
+table; that all weights are there is checked by the network that gets them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,43 +16,33 @@ from torch import Tensor
 from ldm.checkpoint.structure import count
 from ldm.checkpoint.tensors import State
 
-Table = list[tuple[str, str]]  # how a name begins: ours, theirs
+Table = dict[str, str]  # how a name begins: ours -> theirs
 
-RESNET = (
-    ("in_layers.0", "norm1"),
-    ("in_layers.2", "conv1"),
-    ("emb_layers.1", "time_emb_proj"),
-    ("out_layers.0", "norm2"),
-    ("out_layers.3", "conv2"),
-    ("skip_connection", "conv_shortcut"),
-)
-UNET_ENDS = (
-    ("time_embed.0", "time_embedding.linear_1"),
-    ("time_embed.2", "time_embedding.linear_2"),
-    ("label_emb", "class_embedding"),  # a table of classes, or one linear layer
-    ("label_emb.0.0", "class_embedding.linear_1"),  # a projected vector
-    ("label_emb.0.2", "class_embedding.linear_2"),
-    ("input_blocks.0.0", "conv_in"),
-    ("middle_block.1", "mid_block.attentions.0"),
-    ("out.0", "conv_norm_out"),
-    ("out.2", "conv_out"),
-)
-VAE_RESNET = (*((name, name) for name in ("norm1", "conv1", "norm2", "conv2")), ("nin_shortcut", "conv_shortcut"))
-VAE_ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+RESNET = {
+    **{"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj"},
+    **{"out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"},
+}
+UNET_ENDS = {
+    **{"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"},
+    "label_emb": "class_embedding",  # a table of classes, or one linear layer; or two of a projected vector
+    **{"label_emb.0.0": "class_embedding.linear_1", "label_emb.0.2": "class_embedding.linear_2"},
+    **{"input_blocks.0.0": "conv_in", "middle_block.1": "mid_block.attentions.0"},
+    **{"out.0": "conv_norm_out", "out.2": "conv_out"},
+}
+VAE_ENDS = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 VAE_CONVOLUTIONS = (".q.weight", ".k.weight", ".v.weight", ".proj_out.weight")  # linear layers in diffusers
 OLD_VAE_NAMES = {".to_q": ".query", ".to_k": ".key", ".to_v": ".value", ".to_out.0": ".proj_attn"}  # before 0.17
-OPENCLIP_BLOCK = (
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-    ("attn.out_proj", "self_attn.out_proj"),
-)
-OPENCLIP_ENDS = (
-    ("token_embedding", "text_model.embeddings.token_embedding"),
-    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    ("ln_final", "text_model.final_layer_norm"),
-)
+OPENCLIP_BLOCK = {
+    **{"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
+    "attn.out_proj": "self_attn.out_proj",
+}
+OPENCLIP_ENDS = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final": "text_model.final_layer_norm",
+}
 CLIP_BLOCKS = "text_model.encoder.layers."
 OPENCLIP_BLOCKS = "transformer.resblocks."
 OPENCLIP_UNUSED = ("text_projection", "logit_scale")
@@ -93,12 +81,12 @@ def vae_to_diffusers(state: Mapping[str, Tensor], levels: int, blocks: int) -> S
 def vae_from_diffusers(state: Mapping[str, Tensor]) -> State:
     """Rename diffusers' AutoencoderKL's weights, under new or old names, to ours."""
     levels, blocks = (count(state, f"encoder.down_blocks.{inside}") for inside in ("", "0.resnets."))
-    heads = dict(_inverse(_vae(levels, blocks)))
+    heads = _inverse(_vae(levels, blocks))
     for new, old in OLD_VAE_NAMES.items():
         heads |= {head.removesuffix(new) + old: ours for head, ours in heads.items() if head.endswith(new)}
     return {
         name: rearrange(tensor, "o i -> o i 1 1") if name.endswith(VAE_CONVOLUTIONS) and tensor.ndim == 2 else tensor
-        for name, tensor in _renamed(state, heads.items(), "the autoencoder").items()
+        for name, tensor in _renamed(state, heads, "the autoencoder").items()
     }
 
 
@@ -174,9 +162,8 @@ def _block(name: str, blocks: str) -> int:
     return int(number) if name.startswith(blocks) and number.isdecimal() else -1
 
 
-def _renamed(state: Mapping[str, Tensor], table: Iterable[tuple[str, str]], whose: str) -> State:
-    """Replace the longest beginning of every name that is on the table's one side by its other side."""
-    heads = dict(table)
+def _renamed(state: Mapping[str, Tensor], heads: Mapping[str, str], whose: str) -> State:
+    """Replace the longest beginning of every name that `heads` has."""
     renamed, unknown = {}, []
     for name, tensor in state.items():
         head = name
@@ -192,60 +179,60 @@ def _renamed(state: Mapping[str, Tensor], table: Iterable[tuple[str, str]], whos
     return renamed
 
 
-def _inverse(table: Table) -> Iterable[tuple[str, str]]:
-    return ((theirs, ours) for ours, theirs in table)
+def _inverse(table: Table) -> Table:
+    return {theirs: ours for ours, theirs in table.items()}
 
 
-def _inside(ours: str, theirs: str, table: Iterable[tuple[str, str]]) -> Table:
-    return [(f"{ours}.{a}", f"{theirs}.{b}") for a, b in table]
+def _inside(ours: str, theirs: str, table: Table) -> Table:
+    return {f"{ours}.{a}": f"{theirs}.{b}" for a, b in table.items()}
 
 
 def _unet(levels: Sequence[UNetLevel]) -> Table:
-    table = [*UNET_ENDS]
-    table += _inside("middle_block.0", "mid_block.resnets.0", RESNET)
-    table += _inside("middle_block.2", "mid_block.resnets.1", RESNET)
+    table = dict(UNET_ENDS)
+    table |= _inside("middle_block.0", "mid_block.resnets.0", RESNET)
+    table |= _inside("middle_block.2", "mid_block.resnets.1", RESNET)
     n = 0
     for i, level in enumerate(levels):
         for j in range(level.blocks):
             n += 1
-            table += _inside(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}", RESNET)
+            table |= _inside(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}", RESNET)
             if level.attention:
-                table.append((f"input_blocks.{n}.1", f"down_blocks.{i}.attentions.{j}"))
+                table[f"input_blocks.{n}.1"] = f"down_blocks.{i}.attentions.{j}"
         n += 1  # the last level has none
-        table.append((f"input_blocks.{n}.0.op", f"down_blocks.{i}.downsamplers.0.conv"))
+        table[f"input_blocks.{n}.0.op"] = f"down_blocks.{i}.downsamplers.0.conv"
     n = 0
     for i, level in enumerate(reversed(levels)):
         for j in range(level.blocks + 1):
-            table += _inside(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}", RESNET)
+            table |= _inside(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}", RESNET)
             if level.attention:
-                table.append((f"output_blocks.{n}.1", f"up_blocks.{i}.attentions.{j}"))
+                table[f"output_blocks.{n}.1"] = f"up_blocks.{i}.attentions.{j}"
             n += 1
         # after the level's last block, and after its attention if there is one
-        table.append((f"output_blocks.{n - 1}.{1 + level.attention}.conv", f"up_blocks.{i}.upsamplers.0.conv"))
+        table[f"output_blocks.{n - 1}.{1 + level.attention}.conv"] = f"up_blocks.{i}.upsamplers.0.conv"
     return table
 
 
 def _vae(levels: int, blocks: int) -> Table:
-    table = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for side, level, resnets in (("encoder", "down", blocks), ("decoder", "up", blocks + 1)):
         for i in range(levels):
             # our up.0 is the highest resolution, the last to run, their up_blocks.0 the first
             ours = f"{side}.{level}.{i}"
             theirs = f"{side}.{level}_blocks.{i if level == 'down' else levels - 1 - i}"
             for j in range(resnets):
-                table += _inside(f"{ours}.block.{j}", f"{theirs}.resnets.{j}", VAE_RESNET)
-                table += _inside(f"{ours}.attn.{j}", f"{theirs}.attentions.{j}", VAE_ATTENTION)
-            table.append((f"{ours}.{level}sample.conv", f"{theirs}.{level}samplers.0.conv"))
-        table += _inside(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", VAE_RESNET)
-        table += _inside(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", VAE_ATTENTION)
-        table += _inside(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", VAE_RESNET)
-        table += _inside(side, side, (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")))
+                table |= _inside(f"{ours}.block.{j}", f"{theirs}.resnets.{j}", VAE_RESNET)
+                table |= _inside(f"{ours}.attn.{j}", f"{theirs}.attentions.{j}", VAE_ATTENTION)
+            table[f"{ours}.{level}sample.conv"] = f"{theirs}.{level}samplers.0.conv"
+        table |= _inside(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0", VAE_RESNET)
+        table |= _inside(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", VAE_ATTENTION)
+        table |= _inside(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1", VAE_RESNET)
+        table |= _inside(side, side, VAE_ENDS)
     return table
 
 
 def _openclip(layers: int) -> Table:
     """Return all of OpenCLIP's text tower but the stacked q, k and v."""
-    table = [*OPENCLIP_ENDS]
+    table = dict(OPENCLIP_ENDS)
     for i in range(layers):
-        table += _inside(f"{OPENCLIP_BLOCKS}{i}", f"{CLIP_BLOCKS}{i}", OPENCLIP_BLOCK)
+        table |= _inside(f"{OPENCLIP_BLOCKS}{i}", f"{CLIP_BLOCKS}{i}", OPENCLIP_BLOCK)
     return table

@@ -76,11 +76,9 @@ def read_tokenizer(folder: Path) -> tuple[list[str] | None, int]:
     expected = {name: i for i, name in enumerate(vocabulary(merges))}
     strange = sorted(name for name, i in ids.items() if expected.get(name) != i)
     if strange or len(ids) != len(expected):
-        named = f": {', '.join(strange[:5])}" if strange else ""
-        raise ValueError(
-            f"the vocabulary in {str(folder)!r} is not bytes, merges, start and end in CLIP's order ({len(strange)} "
-            f"of its tokens are not in their place{named}), so this model's prompts cannot be read"
-        )
+        named = f"{len(strange)} of its tokens are not in their place" + (": " if strange else "")
+        vocabulary_is = f"the vocabulary in {str(folder)!r} is not bytes, merges, start and end in CLIP's order"
+        raise ValueError(f"{vocabulary_is} ({named}{', '.join(strange[:5])}), so its prompts cannot be read")
     pad = END  # transformers' CLIPTokenizer's default
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         settings = read_json(folder / file) if (folder / file).is_file() else {}

@@ -83,7 +83,12 @@ def write_pipeline(
     given = sum(name.startswith(networks.PREFIXES["text"]) for name in state)
     if encoder.layout == "openclip" or len(weights["text_encoder"]) < given:
         notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
-    text_config = transformers.CLIPTextConfig(**write_text(encoder, text))
+    tokenizer, width = encoder.tokenizer, text["width"]
+    text_config = transformers.CLIPTextConfig(
+        **{theirs: text[ours] for ours, theirs in CLIP_KEYS.items()} | {"num_hidden_layers": encoder.state},
+        **{"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad},
+        **{"intermediate_size": 4 * width, "projection_dim": width},
+    )
     latents = [defaults[side] // 2 ** (len(ddconfig["ch_mult"]) - 1) for side in ("height", "width")]
     classes = {
         "unet": (diffusers.UNet2DConditionModel, write_unet(unet, one_if_equal(latents))),
@@ -91,14 +96,11 @@ def write_pipeline(
         "text_encoder": (transformers.CLIPTextModel, {"config": text_config}),
     }
     with _replacing(path) as folder:
-        tokenizer = encoder.tokenizer
         pipeline = getattr(diffusers, PIPELINES[params.get("concat")])(
             **{part: _filled(*parts, weights[part], dtype) for part, parts in classes.items()},
             tokenizer=write_tokenizer(folder / "tokenizer", tokenizer.merges, tokenizer.pad, tokenizer.context_length),
             scheduler=diffusers.DDIMScheduler(**scheduler),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         )
         pipeline.register_to_config(**MARK)
         _save(pipeline, folder, weights["text_encoder"], dtype)
@@ -238,16 +240,6 @@ def _check_lossless(own: Config, again: Config) -> None:
     _refuse({f"{key} {own[key]}": before != after for key, (before, after) in sorted(values.items())})
 
 
-def write_text(encoder: nn.Module, own: Config) -> Config:
-    """Return the arguments of transformers' CLIPTextConfig from all of TextEncoder's, for the blocks that are run."""
-    tokenizer = encoder.tokenizer
-    return {
-        **{theirs: own[ours] for ours, theirs in CLIP_KEYS.items()},
-        **{"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad},
-        **{"intermediate_size": 4 * own["width"], "projection_dim": own["width"], "num_hidden_layers": encoder.state},
-    }
-
-
 def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tuple[Config, list[str]]:
     """Return (a DDIMScheduler's arguments, notes on what is lost) from our schedule, prediction and defaults."""
     name = schedule.get("name", "cosine")
@@ -320,10 +312,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     ours = index.is_file() and read_json(index).items() >= MARK.items()
     strange = sorted(found - WRITTEN if ours else found)
     if strange:
-        raise ValueError(
-            f"folder {str(path)!r} already holds {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}, which "
-            "would be lost: name another folder, or empty this one"
-        )
+        some = f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}, which would be lost"
+        raise ValueError(f"folder {str(path)!r} already holds {some}: name another folder, or empty this one")
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ldm.checkpoint import networks
 from ldm.checkpoint.compvis import has_part, tidy
@@ -13,6 +12,7 @@ from ldm.checkpoint.family_table import FAMILIES, SCALE_FACTORS, SD2_BASE, Famil
 from ldm.checkpoint.foreign import SDXL, WANTED, refuse_foreign
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import Shapes, infer_conditioner, infer_first_stage, infer_unet, under
+from ldm.checkpoint.tensors import State
 from ldm.diffusion.denoiser import check_prediction
 from ldm.diffusion.schedule import make_schedule
 
@@ -36,9 +36,9 @@ class Recognised(NamedTuple):
 
 
 def recognise(
-    state: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    state: State,
+    metadata: Config | None = None,
+    facts: Config | None = None,
     prediction: str | None = None,
 ) -> Recognised:
     """Recognise the tensors of a file by their names and shapes and what lies beside them.
@@ -71,11 +71,7 @@ def recognise(
 
 
 def _model(
-    shapes: Mapping[str, Shapes],
-    state: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    facts: Mapping[str, Any],
-    asked: str | None,
+    shapes: Mapping[str, Shapes], state: State, metadata: Config, facts: Config, asked: str | None
 ) -> Recognised:
     if "unet" not in shapes:
         raise ValueError("the file has a first stage and a conditioner, but no UNet (model.diffusion_model.*)")
@@ -86,10 +82,9 @@ def _model(
     conditioner = _completed(conditioner, unet, first_stage)
     family, concat = find_family(unet["in_channels"], first_stage, conditioner)
     if family is None:
-        raise ValueError(
-            f"the file holds no known model: its first stage is of kind {kind(first_stage)}, its conditioner of kind "
-            f"{kind(conditioner)}, and the UNet takes {unet['in_channels']} channels; {WANTED}"
-        )
+        kinds = f"its first stage is of kind {kind(first_stage)}, its conditioner of kind {kind(conditioner)}"
+        channels = f"the UNet takes {unet['in_channels']} channels"
+        raise ValueError(f"the file holds no known model: {kinds}, and {channels}; {WANTED}")
     notes = [f"recognised {family.title}: {_sizes(unet, first_stage, conditioner)}"]
     prediction, note = _prediction(state, metadata, facts, asked, family)
     if family.name == "sd-v2-v" and prediction != "v":
@@ -106,13 +101,8 @@ def _model(
     notes += [note, f"{schedule_note}, scale factor {scale_factor:g} is {origin}, {heads} is assumed"]
     params = {
         "unet_config": {"target": networks.UNET_TARGET, "params": unet},
-        "first_stage_config": first_stage,
-        "cond_stage_config": conditioner,
-        "concat": concat,
-        "schedule": schedule,
-        "prediction": prediction,
-        "scale_factor": scale_factor,
-        "defaults": defaults,
+        **{"first_stage_config": first_stage, "cond_stage_config": conditioner, "concat": concat},
+        **{"schedule": schedule, "prediction": prediction, "scale_factor": scale_factor, "defaults": defaults},
     }
     return Recognised(family.name, "model", {"target": networks.MODEL_TARGET, "params": params}, notes)
 
@@ -121,10 +111,8 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
     """Add to the conditioner what only the other two networks show, an image to be concatenated included."""
     image_channels = first_stage["params"]["ddconfig"]["in_channels"]
     if conditioner is None and "context_dim" in unet:
-        raise ValueError(
-            f"the UNet attends to a context of width {unet['context_dim']}, but the file has no encoder for it "
-            "(cond_stage_model.*)"
-        )
+        context = f"a context of width {unet['context_dim']}"
+        raise ValueError(f"the UNet attends to {context}, but the file has no encoder for it (cond_stage_model.*)")
     if conditioner is None and unet["in_channels"] == first_stage["params"]["embed_dim"] + image_channels:
         conditioner = {"target": networks.IMAGE_TARGET, "params": {}}  # a low-resolution image, as wide as the latents
     if kind(conditioner) == "rescaler":
@@ -136,7 +124,7 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
     return conditioner
 
 
-def stored_scale_factor(state: Mapping[str, Tensor]) -> float | None:
+def stored_scale_factor(state: State) -> float | None:
     """Return the scale factor that CompVis measured and stored (`scale_by_std`), if the tensors as read have one."""
     stored = state.get("scale_factor")
     if stored is None or stored.is_meta or stored.numel() != 1:
@@ -147,13 +135,7 @@ def stored_scale_factor(state: Mapping[str, Tensor]) -> float | None:
     return value
 
 
-def _prediction(
-    state: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    facts: Mapping[str, Any],
-    asked: str | None,
-    family: Family,
-) -> tuple[str, str]:
+def _prediction(state: State, metadata: Config, facts: Config, asked: str | None, family: Family) -> tuple[str, str]:
     """Return what the UNet predicts, by the best source, and a note of it."""
     mark = next((name for name in ("v_pred", "ztsnr") if name in state), None)
     header = _HEADER_PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
@@ -168,13 +150,11 @@ def _prediction(
         if prediction is not None:
             return prediction, f"prediction {prediction}, {source}"
     other = "eps" if family.prediction == "v" else "v"
-    return family.prediction, (
-        f"prediction {family.prediction} is assumed, the file does not say: "
-        f"if images are noise, try prediction {other} (--prediction {other})"
-    )
+    advice = f"if images are noise, try prediction {other} (--prediction {other})"
+    return family.prediction, f"prediction {family.prediction} is assumed, the file does not say: {advice}"
 
 
-def _schedule(state: Mapping[str, Tensor], family: Family) -> tuple[Config, str]:
+def _schedule(state: State, family: Family) -> tuple[Config, str]:
     """Return `make_schedule`'s arguments, from the file's betas where it has them, and a note."""
     assumed = family.schedule | ({"zero_terminal_snr": True} if "ztsnr" in state else {})
     betas = state.get("betas")
@@ -194,10 +174,8 @@ def _schedule(state: Mapping[str, Tensor], family: Family) -> tuple[Config, str]
         expected = 1 - ab / torch.cat([ab.new_ones(1), ab[:-1]])
         if len(ab) == len(betas) and torch.allclose(betas, expected, rtol=tolerance, atol=0):
             return candidate, f"noise schedule {_words(candidate)} is read from the file"
-    return assumed, (
-        f"the file's noise schedule (betas {start:g} to {end:g}, {len(betas)} timesteps) is of an unknown kind, so "
-        f"that {_words(assumed)} is assumed"
-    )
+    found = f"the file's noise schedule (betas {start:g} to {end:g}, {len(betas)} timesteps)"
+    return assumed, f"{found} is of an unknown kind, so that {_words(assumed)} is assumed"
 
 
 def _words(schedule: Config) -> str:
@@ -246,10 +224,8 @@ def _unet_alone(shapes: Shapes) -> Recognised:
     concat = find_concat(unet["in_channels"] - z, z, conditioner is not None)
     family = FAMILIES.get((conditioner, "kl" if z == 4 else "vq", concat))
     if family is None:
-        raise ValueError(
-            f"the file holds a UNet alone, of an unknown family: {unet['in_channels']} channels in, {z} out, context "
-            f"{unet.get('context_dim', 'none')}; {WANTED}"
-        )
+        sizes = f"{unet['in_channels']} channels in, {z} out, context {unet.get('context_dim', 'none')}"
+        raise ValueError(f"the file holds a UNet alone, of an unknown family: {sizes}; {WANTED}")
     params = {"image_size": family.latents} | unet | _heads(family, unet)
     notes = [f"recognised a UNet alone, of {family.title}: {unet['model_channels']} x {unet['channel_mult']}"]
     return Recognised(family.name, "unet", {"target": networks.UNET_TARGET, "params": params}, notes)

@@ -114,7 +114,6 @@ def find_concat(extra: int, z: int, text: bool) -> str | None:
     """Return LatentDiffusion's `concat` for `extra` channels beyond z latents and the conditioner's; `text`: CLIP's."""
     concats = {0: None, z: "latents", z + 1: "mask_latents"} if text else {0: None, z + 1: "latents_mask"}
     if extra not in concats:
-        raise ValueError(
-            f"the UNet takes {extra} channels beside {z} noised latents and the conditioner's: no known model does"
-        )
+        beside = f"{z} noised latents and the conditioner's"
+        raise ValueError(f"the UNet takes {extra} channels beside {beside}: no known model does")
     return concats[extra]

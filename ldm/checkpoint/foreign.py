@@ -42,7 +42,5 @@ def refuse_foreign(state: Mapping[str, Tensor]) -> None:
         if any(re.search(pattern, name) for name in state):
             raise ValueError(f"the file {sentence}")
     if len(state) < 8 and all(_WORD.fullmatch(name) and tensor.ndim in (1, 2) for name, tensor in state.items()):
-        raise ValueError(
-            f"the file holds {len(state)} small tensors ({', '.join(sorted(state)[:3])}), as a textual-inversion "
-            f"embedding does: {EMBEDDING}"
-        )
+        small = f"{len(state)} small tensors ({', '.join(sorted(state)[:3])})"
+        raise ValueError(f"the file holds {small}, as a textual-inversion embedding does: {EMBEDDING}")
