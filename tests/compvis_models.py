@@ -28,12 +28,8 @@ MERGES = reduce(["a photograph of a cat", "a red dog, x"], merges_first=50)  # o
 VOCABULARY = 514 + len(MERGES)
 CLIP_CONFIG = {
     **{"model_type": "clip_text_model", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": VOCABULARY},
-    **{
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 1,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-    },
+    **{"num_hidden_layers": LAYERS, "num_attention_heads": 1, "max_position_embeddings": 77},
+    "hidden_act": "quick_gelu",
 }
 PIXELS = {
     **{"image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "channel_mult": [1]},
@@ -82,13 +78,8 @@ def config(clip: Path, unet: dict | None = None, target: str = f"{DDPM}.LatentDi
     """The `model` section of a yaml as CompVis writes them, of Stable Diffusion 1 in small."""
     own = copy.deepcopy(TINY_1["params"])
     params = {
-        **{
-            "linear_start": 0.00085,
-            "linear_end": 0.012,
-            "num_timesteps_cond": 1,
-            "log_every_t": 200,
-            "timesteps": 1000,
-        },
+        **{"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000},
+        **{"num_timesteps_cond": 1, "log_every_t": 200},
         **{"first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 8, "channels": 4, "use_ema": False},
         **{"conditioning_key": "crossattn", "scale_factor": 0.18215, "monitor": "val/loss_simple_ema"},
         "unet_config": {"target": UNET, "params": own["unet_config"]["params"] | (unet or {})},

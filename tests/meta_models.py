@@ -49,17 +49,14 @@ def _built(text: str) -> dict[str, tuple[int, ...]]:
 
 def tiny(text: dict, **unet) -> dict:
     """A model like Stable Diffusion's, of the smallest sizes."""
+    sizes = {"image_size": 64, "in_channels": 4, "out_channels": 4, "model_channels": 32}
     text = {"width": 16, "layers": 2, "heads": 1, "vocab_size": 49408, "context_length": 77} | text
     return {
         "target": "ldm.latent_diffusion.LatentDiffusion",
         "params": {
             "unet_config": {
                 "target": "ldm.models.unet.UNetModel",
-                "params": {"image_size": 64, "in_channels": 4, "out_channels": 4, "model_channels": 32}
-                | levels([1, 2], 1, [2, 1])
-                | {"transformer_depth": 1}
-                | CROSS
-                | unet,
+                "params": sizes | levels([1, 2], 1, [2, 1]) | {"transformer_depth": 1} | CROSS | unet,
             },
             "first_stage_config": {
                 "target": "ldm.models.autoencoder.AutoencoderKL",

@@ -27,27 +27,13 @@ class Born:
 class Armed:
     """Notes whatever a pickle can do to an object. Making one is silent."""
 
-    def __init__(self, *args):
-        FIRED.append("__init__")
-
-    def __setstate__(self, state):
-        FIRED.append("__setstate__")
-
-    def __setitem__(self, key, value):
-        FIRED.append("__setitem__")
-
     def __hash__(self):
         FIRED.append("__hash__")
         return 1
 
-    def append(self, value):
-        FIRED.append("append")
 
-    def extend(self, values):
-        FIRED.append("extend")
-
-    def add(self, value):
-        FIRED.append("add")
+for method in ("__init__", "__setstate__", "__setitem__", "append", "extend", "add"):
+    setattr(Armed, method, lambda self, *args, method=method: FIRED.append(method))
 
 
 class Property:
@@ -152,6 +138,8 @@ def payloads(folder: Path) -> dict[str, bytes]:
     hit = str(folder / "hit")
     touch, write = text(f"touch {hit}"), text(f"open({hit!r}, 'w').close()")
     system, module = name("os", "system"), call(name("importlib", "import_module"), text("os"))
+    attribute, pickles = name("builtins", "getattr"), call(name("importlib", "import_module"), text("pickle"))
+    inner = text(f"cos\nsystem\n(Vtouch {hit}\ntR.")
     own, born, armed = name(__name__, "fire"), name(__name__, "Born"), name(__name__, "Armed") + b")\x81"
     return {
         "os.system": call(system, touch),
@@ -160,26 +148,16 @@ def payloads(folder: Path) -> dict[str, bytes]:
         "eval": call(name("builtins", "eval"), write),
         "exec": call(name("builtins", "exec"), write),
         "eval as Python 2 named it": call(name("__builtin__", "eval"), write),
-        "getattr": call(call(name("builtins", "getattr"), module, text("system")), touch),
-        "__import__": call(
-            call(name("builtins", "getattr"), call(name("builtins", "__import__"), text("os")), text("system")), touch
-        ),
+        "getattr": call(call(attribute, module, text("system")), touch),
+        "__import__": call(call(attribute, call(name("builtins", "__import__"), text("os")), text("system")), touch),
         "a dotted name": call(b"\x80\x04" + name("os", "path.os.system"), touch),
         "operator.attrgetter": call(call(call(name("operator", "attrgetter"), text("system")), module), touch),
         "operator.methodcaller": call(call(name("operator", "methodcaller"), text("system"), touch), module),
         "functools.partial": call(call(name("functools", "partial"), system, touch)),
         "map": call(name("builtins", "list"), call(name("builtins", "map"), system, b"](" + touch + b"e")),
         "torch.hub": call(name("torch.hub", "_load_local"), text(str(folder)), text("model")),
-        "torch.load": call(
-            name("torch", "load"),
-            text(str(folder / "inner.ckpt")),
-            b"N",
-            call(name("importlib", "import_module"), text("pickle")),
-        ),
-        "pickle.loads": call(
-            name("pickle", "loads"),
-            call(name("_codecs", "encode"), text(f"cos\nsystem\n(Vtouch {hit}\ntR."), text("latin1")),
-        ),
+        "torch.load": call(name("torch", "load"), text(str(folder / "inner.ckpt")), b"N", pickles),
+        "pickle.loads": call(name("pickle", "loads"), call(name("_codecs", "encode"), inner, text("latin1"))),
         "a tensor's subclass": call(
             name("torch._tensor", "_rebuild_from_type_v2"), system, name("torch", "Tensor"), b"(" + touch + b"t", b"N"
         ),

@@ -11,6 +11,7 @@ from tiny_stable_diffusion import MERGES, SD1, VAE, changed, edit, model_config
 
 from ldm.checkpoint.diffusers_folder import read_pipeline
 from ldm.checkpoint.diffusers_writer import write_pipeline
+from ldm.checkpoint.networks import CLASSES_TARGET
 from ldm.latent_diffusion import LatentDiffusion
 
 
@@ -38,17 +39,13 @@ def test_folders_that_are_none(folder, tmp_path):
 
 def test_parts_that_are_missing_or_unknown(folder):
     index = json.loads((folder / "model_index.json").read_text())
-    for name, entry, sentence in (
-        ("controlnet", ["diffusers", "ControlNetModel"], "a part controlnet \\(ControlNetModel\\)"),
-        (
-            "text_encoder",
-            ["transformers", "T5EncoderModel"],
-            "a T5EncoderModel as its text_encoder: only CLIPTextModel",
-        ),
-        ("text_encoder", [None, None], "a None as its text_encoder"),
-        ("vae", ["diffusers", "AutoencoderTiny"], "a AutoencoderTiny as its vae: only AutoencoderKL"),
+    for name, cls, sentence in (
+        ("controlnet", "ControlNetModel", "a part controlnet \\(ControlNetModel\\)"),
+        ("text_encoder", "T5EncoderModel", "a T5EncoderModel as its text_encoder: only CLIPTextModel"),
+        ("text_encoder", None, "a None as its text_encoder"),
+        ("vae", "AutoencoderTiny", "a AutoencoderTiny as its vae: only AutoencoderKL"),
     ):
-        edit(folder / "model_index.json", **{name: entry})
+        edit(folder / "model_index.json", **{name: [cls and "diffusers", cls]})
         refused(sentence, read_pipeline, folder)
         (folder / "model_index.json").write_text(json.dumps(index))
     edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
@@ -143,10 +140,7 @@ def test_tokens_that_were_added_are_named(folder):
     ("params", "sentence"),
     [
         (SD1 | {"cond_stage_config": None}, "the conditioner None"),
-        (
-            SD1 | {"cond_stage_config": {"target": "ldm.conditioning.classes.ClassEmbedder"}},
-            "conditioner .*ClassEmbedder",
-        ),
+        (SD1 | {"cond_stage_config": {"target": CLASSES_TARGET}}, "conditioner .*ClassEmbedder"),
         (SD1 | {"first_stage_config": {"target": "ldm.models.vq_autoencoder.VQModelInterface"}}, "VQModelInterface"),
         (SD1 | {"concat": "latents_mask"}, "concat 'latents_mask'"),
         (SD1 | {"schedule": {"name": "sigmoid_alphabar"}}, "noise schedule 'sigmoid_alphabar'"),

@@ -12,13 +12,8 @@ from ldm.conditioning.tokenizer import Tokenizer, clip_merges, reduce
 PROMPTS = ["a photo of a cat", "An astronaut, riding a horse: 4K (don't blink)"]
 MERGES = reduce(PROMPTS, merges_first=50)
 AWKWARD = [
-    *PROMPTS,
-    "",
-    "  A   b\n c ",
-    "it's we'll 1234 12.5% $5 a1b2 under_score hy-phen",
-    "café naïve cafe\u0301 日本語 Привет 🎉",
-    "word " * 100,
-    "<b>bold</b> (x:1.3)",
+    *(*PROMPTS, "", "  A   b\n c ", "word " * 100, "<b>bold</b> (x:1.3)"),
+    *("it's we'll 1234 12.5% $5 a1b2 under_score hy-phen", "café naïve cafe\u0301 日本語 Привет 🎉"),
 ]
 
 
@@ -36,12 +31,8 @@ def test_transformers_reads_our_tokenizer(tmp_path, files, vocabulary, cleaning)
     for name in {"all": (), "slow": ("tokenizer.json",), "fast": ("vocab.json", "merges.txt")}[files]:
         (tmp_path / name).unlink(missing_ok=True)
     own = CLIPTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    assert (own.model_max_length, own.pad_token_id, own.bos_token_id, own.eos_token_id) == (
-        24,
-        ours.pad,
-        ours.sot,
-        ours.eos,
-    )
+    assert (own.model_max_length, own.pad_token_id) == (24, ours.pad)
+    assert (own.bos_token_id, own.eos_token_id) == (ours.sot, ours.eos)
     ids = own(AWKWARD, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     assert torch.equal(ids, ours(AWKWARD))
     merges, pad = read_tokenizer(tmp_path)

@@ -18,7 +18,7 @@ from torch import nn
 from ldm.checkpoint.pickled import Inert, StoredTensor
 from ldm.checkpoint.torch_file import TorchFile
 
-FORMATS = [(True, 2), (True, 3), (True, 4), (True, 5), (False, 2), (False, 3), (False, 4), (False, 5)]
+FORMATS = [(zipped, protocol) for zipped in (True, False) for protocol in (2, 3, 4, 5)]
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 OTHERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64)
 NEWER = (torch.uint16, torch.uint32, torch.uint64)
@@ -44,14 +44,10 @@ def test_every_kind_of_tensor_comes_back(tmp_path, zipped, protocol):
     base = torch.randn(4, 6, 2)
     state = {str(dtype): (8 * base).abs().to(dtype) for dtype in FLOATS + OTHERS + NEWER}
     state |= {
-        "scalar": torch.tensor(3.5),
-        "scalar of a row": base[1, 2, 1],
-        "empty": torch.empty(0),
-        "empty of three": torch.empty(3, 0, 2),
-        "transposed": base.permute(2, 0, 1),
-        "cut": base[1:, ::2],
-        "expanded": torch.arange(77).expand(1, -1),
-        "repeated": torch.ones(1).expand(5, 4),
+        **{"scalar": torch.tensor(3.5), "scalar of a row": base[1, 2, 1]},
+        **{"empty": torch.empty(0), "empty of three": torch.empty(3, 0, 2)},
+        **{"transposed": base.permute(2, 0, 1), "cut": base[1:, ::2]},
+        **{"expanded": torch.arange(77).expand(1, -1), "repeated": torch.ones(1).expand(5, 4)},
         "parameter": nn.Parameter(torch.randn(3)),
         "fixed": nn.Parameter(torch.randn(3), requires_grad=False),
         "grown": torch.randn(2, requires_grad=True),
@@ -362,7 +358,5 @@ def test_a_flip_in_the_pickle_is_told(tmp_path):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         (tmp_path / "b").write_bytes(damaged)
-        with pytest.raises(
-            ValueError, match=f"^a record of {size} bytes is damaged \\(Bad CRC-32 for file 'a/data.pkl'\\)$"
-        ):
-            TorchFile(tmp_path / "b")
+        message = f"^a record of {size} bytes is damaged \\(Bad CRC-32 for file 'a/data.pkl'\\)$"
+        refused(message, TorchFile, tmp_path / "b")
