@@ -32,7 +32,7 @@ def test_labels_are_handed_on_as_numbers():
     assert list(cond) == ["c_adm"] and cond["c_adm"].tolist() == [3, 10, 10, 0] and model.null == 10
 
 
-def test_without_a_class_that_says_nothing_there_is_no_empty_text():
+def test_without_a_null_class_there_is_no_empty_text():
     model = ClassLabels(10, null=False)
     assert model(["9", 0])["c_adm"].tolist() == [9, 0] and model.null is None
     refused("this model has no null class: name a class, 0 to 9", model, [""])

@@ -11,6 +11,7 @@ from ldm.models.kernels import set_attention
 from ldm.models.linear_attention import LinearAttentionBlock, linear_attention
 from ldm.models.unet import UNetModel
 
+TEXT = {"use_spatial_transformer": True, "context_dim": 4}
 SMALL = unet_params(in_channels=1, model_channels=8, out_channels=1, num_heads=2, norm_groups=4)
 
 
@@ -47,9 +48,8 @@ def test_four_times_the_positions_cost_four_times_as_much():
     for n in (16**2, 32**2):
         projections = 2 * n * 4 * 32**2  # to q, k and v, and out; a product and a sum are 2
         assert flops(linear, round(n**0.5)) == projections + 2 * (n + n) * 2 * 16**2  # n + n positions, 2 heads of d^2
-        assert (
-            flops(full, round(n**0.5)) == projections + 2 * 2 * n * n * 32
-        )  # n^2 scores, 2 heads of d, and their mean of v
+        # n^2 scores, 2 heads of d, and their mean of v
+        assert flops(full, round(n**0.5)) == projections + 2 * 2 * n * n * 32
     assert flops(linear, 32) == 4 * flops(linear, 16)
     assert flops(full, 64) / flops(full, 32) > 14
     assert flops(linear, 64) < flops(full, 64) / 50
@@ -94,8 +94,8 @@ def test_a_unet_has_it_in_its_levels():
     [
         (lambda: UNetModel(**SMALL, attention_type="fast"), "attention_type 'fast': use full, or linear without"),
         (
-            lambda: UNetModel(**SMALL, attention_type="linear", use_spatial_transformer=True, context_dim=4),
-            "attention_type 'linear': use full, or linear without use_spatial_transformer",
+            lambda: UNetModel(**SMALL, attention_type="linear", **TEXT),
+            "'linear': use full, or linear without use_spatial",
         ),
         (lambda: UNetModel(**SMALL, attention_type="linear", attention_memory=-1), "attention_memory is -1"),
         (lambda: LinearAttentionBlock(8, num_heads=3, norm_groups=4), "8 channels do not split into heads"),

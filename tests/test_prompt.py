@@ -180,7 +180,7 @@ def test_cuts_move_back_to_a_comma():
 
 
 def stepwise(words, room, reach):
-    """The same rule told token by token: when one finds no room, what stands after a near comma goes along with it."""
+    """The same rule token by token: one that finds no room takes along what stands after a near comma."""
     done, now, comma = [], [], None
     for word in words:
         if word == "BREAK":
@@ -289,7 +289,7 @@ def test_weights_are_applied_in_float32_or_wider(dtype):
     torch.testing.assert_close(have[1].double(), want, atol=1e-7, rtol=max(0.51 * torch.finfo(dtype).eps, 1e-6))
 
 
-def test_a_mean_that_says_nothing_is_not_restored():
+def test_a_meaningless_mean_is_not_restored():
     """Tokens' means of both signs or negative weights; A1111 would multiply by 1 / 203, -1 / 7, 2, 0, infinity, -2."""
     three, turned = torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, -1.0]])
     means = [([1.0, -1.01], three), ([5.0, -4.0], three), ([1.25, -0.25], three), ([1.0, -1.0], three)]
