@@ -3,10 +3,10 @@
 import pytest
 import torch
 from conftest import refused
+from torch.utils.data import default_collate as collate
 
 from ldm.models.classifier import FeatureNetwork, Judge, inner
 from ldm.training.classifier import ClassifierStage, random_affine
-from ldm.training.order import collate
 
 STILL = {"rotation": 0.0, "shear": 0.0, "scale": 0.0, "shift": 0.0}
 

@@ -12,13 +12,13 @@ from script_runs import load_script, names, pixels, recipe
 from test_ddgan import UNET
 from test_loop import assert_same, interrupt
 from torch.nn import functional as F
+from torch.utils.data import default_collate as collate
 
 import ldm
 from ldm.data.digits import Digits
 from ldm.optional.ddgan_stage import DenoisingGANStage
 from ldm.training import loop
 from ldm.training.loop import Interrupted, train
-from ldm.training.order import collate
 from ldm.training.stage import Trained
 
 CONFIG = Path(__file__).parents[1] / "configs" / "pixel" / "ddgan.yaml"

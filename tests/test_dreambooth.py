@@ -12,6 +12,7 @@ from conftest import save_noise
 from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
+from torch.utils.data import default_collate as collate
 
 import ldm
 from ldm.data.buckets import bucket_shapes
@@ -26,7 +27,6 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import objective, run_folder
 from ldm.training.ema import EMA
 from ldm.training.loop import train
-from ldm.training.order import collate
 
 CPU = torch.device("cpu")
 PROMPT = {"instance_prompt": "a sks five"}

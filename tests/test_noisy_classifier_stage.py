@@ -6,12 +6,12 @@ import torch
 from conftest import refused
 from golden_fill import fill, unet_params
 from torch.nn import functional as F
+from torch.utils.data import default_collate as collate
 
 from ldm.checkpoint.file import load_file, save_file
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.loading import load_network
 from ldm.optional.noisy_classifier_stage import NoisyClassifierStage
-from ldm.training.order import collate
 from ldm.training.stage import Trained
 
 PARAMS = unet_params(image_size=16, in_channels=1, model_channels=8, attention_resolutions=[], num_head_channels=8)

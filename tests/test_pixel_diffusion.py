@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate as collate
 
 import ldm
 from ldm.conditioning.classes import ClassLabels
@@ -16,7 +17,6 @@ from ldm.diffusion.training_noise import training_noise
 from ldm.inference.generate import change_recipe, default_recipe
 from ldm.loading import save
 from ldm.pixel_diffusion import PixelDiffusion
-from ldm.training.order import collate
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.stage import Trained
 

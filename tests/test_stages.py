@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 from torch.nn import functional as F
+from torch.utils.data import default_collate as collate
 
 import ldm
 from ldm.checkpoint.file import save_file
@@ -18,7 +19,6 @@ from ldm.models.perceptual import perceptual_distance
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.clip import CLIPStage
 from ldm.training.diffusion import DiffusionStage, LatentDataset
-from ldm.training.order import collate
 from ldm.training.stage import Trained
 
 CPU = torch.device("cpu")
@@ -165,8 +165,8 @@ def test_positives_by_hand(clip):
     """Captions j say, of the images i: -1 is silence; a caption of another digit is no positive, whatever it says."""
     batch = {
         "label": torch.tensor([5, 5, 5, 3]),
-        "style": torch.tensor([(0, 1), (2, 1), (0, 2), (0, 1)]),
-        "stated": torch.tensor([(-1, -1), (2, -1), (0, 2), (0, 1)]),
+        "style": torch.tensor([(0, 1), (2, 1), (0, 2), (0, 1)]).unbind(1),
+        "stated": torch.tensor([(-1, -1), (2, -1), (0, 2), (0, 1)]).unbind(1),
         "caption": ["five", "bold 5", "a thin five leaning right", "a thin three, upright"],
     }
     assert clip.agreement == 4.0

@@ -11,6 +11,7 @@ from PIL import Image
 from script_runs import load_script, pixels
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import default_collate as collate
 
 import ldm
 from ldm.conditioning.tokenizer import Tokenizer
@@ -24,7 +25,6 @@ from ldm.finetune import flags
 from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding, token_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
-from ldm.training.order import collate
 from ldm.training.stage import Trained
 from ldm.util import load_yaml
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
@@ -83,6 +82,3 @@ class NoisyClassifierStage(Stage):
         predicted = self.model(noised.to(self.device), t.to(self.device)).argmax(dim=1).cpu()
         noised[predicted != self.labels.repeat_interleave(len(timesteps))] = -1
         return to_pil(noised)
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return self.config, self.model.state_dict()

@@ -59,7 +59,9 @@ class AutoencoderStage(Stage):
         super().__init__(preview_columns, lr=learning_rate, betas=(0.5, 0.9))
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
-        self.model = AutoencoderKL(ddconfig=dict(ddconfig), embed_dim=embed_dim)
+        params = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
+        self.config = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+        self.model = AutoencoderKL(**params)
         self.networks["model"] = self.model
         self.discriminator = self.perceptual = None
         if discriminator is not None:
@@ -70,7 +72,6 @@ class AutoencoderStage(Stage):
             self.freeze(perceptual=self.perceptual)
         self.kl_weight, self.error, self.normalize = kl_weight, reconstruction, normalize
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
-        self.config = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
 
     def optimizers(self) -> list[Optimizer]:
         return [adamw(network.parameters(), **self.adam) for network in self.networks.values()]
@@ -134,6 +135,3 @@ class AutoencoderStage(Stage):
             count += mean[:, 0].numel()
         mean = sums / count
         self.model.fold_latent_statistics(mean.float(), (squares / count - mean**2).sqrt().float())
-
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"target": "ldm.models.autoencoder.AutoencoderKL", "params": self.config}, self.model.state_dict()

@@ -75,9 +75,6 @@ class ClassifierStage(Stage):
         batches = in_batches(subset, 500, "measuring batch statistics")
         update_bn((batch["image"] for batch in batches), self.model, self.device)
 
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return self.config, self.model.state_dict()
-
 
 def random_affine(images: Tensor, rotation: float, shear: float, scale: float, shift: float) -> Tensor:
     """Return images (b, c, h, w) in [-1, 1], each under its own random affine transform, on a background of -1.

@@ -91,8 +91,8 @@ class CLIPStage(Stage):
             captions = batch["caption"]
             return torch.tensor([[float(a == b) for b in captions] for a in captions])
         same = (batch["label"][:, None] == batch["label"]).float()
-        stated, style = batch["stated"], batch["style"]  # (b, 2): stroke weight and slant; -1 if not stated
-        agrees = ((stated[None] == style[:, None]) | (stated[None] < 0)).all(-1)
+        pairs = zip(batch["stated"], batch["style"], strict=True)  # stroke weight and slant, (b,) each; -1: not stated
+        agrees = torch.stack([(stated == style[:, None]) | (stated < 0) for stated, style in pairs]).all(0)
         return torch.where(agrees, same * self.agreement, same).cpu()
 
     @torch.no_grad()

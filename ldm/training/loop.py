@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
@@ -83,7 +84,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
 
     name, seed, settings = config["name"], config["seed"], LoopSettings.of(config)
     accelerator = make_accelerator(settings, pick_device(device))
-    folder = RunFolder(Path(config["outdir"]) / name, config, resume, settings.tensorboard, accelerator.is_main_process)
+    folder = RunFolder(Path(config["outdir"]) / name, config, resume, accelerator.is_main_process)
     if folder.finished:
         return folder.model
 
@@ -105,10 +106,11 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     parts |= {} if scaler is None else {"scaler": scaler}
     step = load_state(folder, parts) if resume else 0
     accelerator.wait_for_everyone()  # until every process has read the folder
-    folder.begin(config)
+    folder.begin(config, step, settings.tensorboard)
     metrics = Metrics(name, folder)
 
-    with InterruptFlag() as interrupted, closing(folder), folder.progress(name, step, settings.steps) as progress:
+    bar = {"initial": step, "total": settings.steps, "desc": name, "unit": "step", "mininterval": 1}
+    with InterruptFlag() as interrupted, closing(folder), tqdm(**bar, disable=not folder.writes) as progress:
         for number, batch in training_batches(dataset, order, step * settings.accumulate, settings.workers):
             if step >= settings.steps:
                 break

@@ -76,7 +76,6 @@ def training_batches(dataset: Dataset, order: EpochBatches, first: int, workers:
             dataset,
             batch_sampler=order,
             num_workers=workers,
-            collate_fn=collate,
             worker_init_fn=ignore_interrupts,
             # DataLoader takes a seed each epoch, which must not change torch's global random state.
             generator=torch.Generator().manual_seed(order.seed),
@@ -88,22 +87,10 @@ def training_batches(dataset: Dataset, order: EpochBatches, first: int, workers:
 
 def in_batches(dataset: Dataset, batch_size: int, label: str) -> Iterable[dict]:
     """Return the batches of the whole data set, in order, with a progress bar."""
-    loader = DataLoader(dataset, batch_size, collate_fn=collate, generator=torch.Generator())
+    loader = DataLoader(dataset, batch_size, generator=torch.Generator())  # torch's own must not change
     return tqdm(loader, desc=label, unit="batch", leave=False)
 
 
 def ignore_interrupts(worker: int) -> None:
     """Leave Ctrl-C to the main process, which still needs the workers' batches to complete its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def collate(samples: list[dict]) -> dict:
-    """Stack tensors, turn integers and tuples of them into tensors, and keep everything else (captions) as lists."""
-    batch: dict = {}
-    for key, first in samples[0].items():
-        values = [sample[key] for sample in samples]
-        if isinstance(first, torch.Tensor):
-            batch[key] = torch.stack(values)
-        else:
-            batch[key] = torch.tensor(values) if isinstance(first, int | tuple) else values
-    return batch

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.checkpoint.file import atomic, save_file
 from ldm.images import image_grid
@@ -24,11 +24,9 @@ FREE += ("loop.save_every", "loop.workers", "loop.tensorboard", "stage.params.le
 class RunFolder:
     """A run's files; refuses a folder that holds another run, or this one without `resume`."""
 
-    def __init__(
-        self, path: Path, config: dict[str, Any], resume: bool, tensorboard: bool = True, writes: bool = True
-    ) -> None:
+    def __init__(self, path: Path, config: dict[str, Any], resume: bool, writes: bool) -> None:
         """`writes`: False in all but the main process of a distributed run."""
-        self.path, self.writes, self.tensorboard, self.writer = path, writes, tensorboard, None
+        self.path, self.writes, self.writer = path, writes, None
         self.model, self.state, self.metrics = path / "model.safetensors", path / "resume.pt", path / "metrics.jsonl"
         self._check(config, resume)
 
@@ -51,10 +49,14 @@ class RunFolder:
         if changed and not self.finished:
             print(f"{self.path}: resumed with other settings of {', '.join(changed)} than it was started with")
 
-    def begin(self, config: dict[str, Any]) -> None:
+    def begin(self, config: dict[str, Any], step: int, tensorboard: bool) -> None:
         """Write the configuration, once the stage and its data are built: a mistake leaves no run behind."""
         if not self.writes:
             return
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.path, purge_step=step + 1)  # drops what an interrupted run wrote later
         with atomic(self.path / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(config), temporary)
         for temporary in self.path.glob(f".{self.state.name}.*.tmp"):  # of runs that were killed while saving
@@ -90,13 +92,8 @@ class RunFolder:
         """Drop the lines after `step`, and an incomplete one of a run that was killed."""
         if not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         with atomic(self.metrics) as temporary:
             temporary.write_text("".join(kept))
 
@@ -106,9 +103,9 @@ class RunFolder:
             return
         with open(self.metrics, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.tensorboard:
+        if self.writer is not None:
             for name, value in values.items():
-                self._writer(step).add_scalar(name, value, step)
+                self.writer.add_scalar(name, value, step)
 
     def preview(self, step: int, images: list[Image.Image], columns: int) -> None:
         """Write the images on a grid, as a PNG and to TensorBoard."""
@@ -118,22 +115,8 @@ class RunFolder:
         grid = image_grid(images, columns)
         with atomic(path) as temporary:
             grid.save(temporary, format="PNG")
-        if self.tensorboard:
-            import numpy
-
-            pixels = numpy.array(grid)
-            self._writer(step).add_image("preview", pixels, step, dataformats="HW" if pixels.ndim == 2 else "HWC")
-
-    def _writer(self, step: int) -> Any:
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.path, purge_step=step)  # drops what an interrupted run wrote after this
-        return self.writer
-
-    def progress(self, name: str, step: int, steps: int) -> tqdm:
-        """Return a progress bar, which only the main process shows."""
-        return tqdm(initial=step, total=steps, desc=name, unit="step", mininterval=1, disable=not self.writes)
+        if self.writer is not None:
+            self.writer.add_image("preview", numpy.array(grid.convert("RGB")), step, dataformats="HWC")
 
     def finish(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Write the finished checkpoint, then remove the state to resume from."""
@@ -143,7 +126,6 @@ class RunFolder:
         self.state.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Flush TensorBoard's events."""
         if self.writer is not None:
             self.writer.close()
 

@@ -17,12 +17,15 @@ class Stage:
 
     Args:
         preview_columns: images in a row of the preview.
-        adam: options of AdamW for all networks that train.
+        learning_rate, betas, weight_decay: of AdamW, for all networks that train.
 
     Attributes (complete once `prepare` has returned):
         networks: what trains. The loop averages them, saves them in resume.pt and wraps them for several processes.
+        config: of the checkpoint, which holds the network "model" unless `export` is overridden.
         frozen: networks that the loss only uses, in eval mode and without gradients.
     """
+
+    config: dict[str, Any]
 
     def __init__(self, preview_columns: int, **adam: Any) -> None:
         self.networks, self.frozen = nn.ModuleDict(), nn.ModuleDict()
@@ -86,7 +89,7 @@ class Stage:
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return (configuration, tensors) of the stage's checkpoint."""
-        raise NotImplementedError
+        return self.config, self.networks["model"].state_dict()
 
 
 class Trained(nn.ModuleDict):
