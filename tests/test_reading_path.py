@@ -31,7 +31,7 @@ PATH = {
     "training/stage.py": "objective",
     "training/autoencoder.py": "",
     "training/clip.py": "",
-    "training/diffusion.py": "denoising",
+    "training/diffusion.py": "denoising latents",
     "training/loop.py": "ema lr_scheduler order",
     "data/captions.py": "captioned",
     "data/mnist.py": "digits measure",

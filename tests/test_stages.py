@@ -18,7 +18,8 @@ from ldm.models.classifier import Judge
 from ldm.models.perceptual import perceptual_distance
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.clip import CLIPStage
-from ldm.training.diffusion import DiffusionStage, LatentDataset
+from ldm.training.diffusion import DiffusionStage
+from ldm.training.latents import LatentDataset
 from ldm.training.stage import Trained
 
 CPU = torch.device("cpu")

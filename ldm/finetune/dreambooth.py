@@ -29,8 +29,7 @@ from ldm.finetune.parts import (
 )
 from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.diffusion import LatentDataset
-from ldm.training.order import in_batches
+from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.stage import Loss
 from ldm.util import call_with
 
@@ -161,12 +160,8 @@ class DreamBoothStage(FineTuningStage):
 
     def _encoded(self, images: Dataset) -> Dataset:
         """Return a set of images as the means and deviations of their latents, on the CPU."""
-        means, stds = [], []
-        for batch in in_batches(images, 16 if len(set(images.shapes)) == 1 else 1, "encoding latents"):
-            mean, std = self.posterior(batch["image"])
-            means += mean.cpu()
-            stds += std.cpu()
-        return LatentDataset(images, means, stds)
+        batch_size = 16 if len(set(images.shapes)) == 1 else 1
+        return LatentDataset(images, *encode_dataset(self.first_stage, images, batch_size))
 
     def optimizers(self) -> list[Optimizer]:
         weights = {name: p for name, p in self.latent_diffusion.named_parameters() if p.requires_grad}

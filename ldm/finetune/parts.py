@@ -15,6 +15,7 @@ from ldm.data.captions import NUMBER_WORDS, TRAIN_FRAMES, render
 from ldm.finetune.embeddings import token_embedding
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load
+from ldm.training.latents import posterior
 from ldm.training.objective import Objective
 from ldm.training.stage import Stage
 
@@ -72,17 +73,12 @@ class FineTuningStage(Stage):
         """Return the images' size and channels, which follow from the model."""
         return {"size": self.resolution, "channels": self.latent_diffusion.image_channels}
 
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and deviation (b, z, h/f, w/f) of images' unscaled latents; 0 is a VQ autoencoder's deviation."""
-        code = self.first_stage.encode(images.to(self.latent_diffusion.device))
-        return (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.std)
-
     def latents(self, batch: Mapping[str, Any], part: str = "") -> Tensor:
         """Sample the scaled latents of a batch's images; `part` begins their names."""
         if f"{part}mean" in batch:
             mean, std = batch[f"{part}mean"], batch[f"{part}std"]
         else:
-            mean, std = self.posterior(batch[f"{part}image"])
+            mean, std = posterior(self.first_stage, batch[f"{part}image"])
         return self.latent_diffusion.scale_factor * (mean + std * torch.randn_like(mean))
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Image.Image]:

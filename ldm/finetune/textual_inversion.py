@@ -20,7 +20,7 @@ from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_e
 from ldm.finetune.parts import FineTuningStage, knows_only_digits
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training.diffusion import LatentDataset
+from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.stage import Loss
 
 # Captions that fit any image of the subject: they mention nothing but the subject.
@@ -97,9 +97,8 @@ class TextualInversionStage(FineTuningStage):
         for note in notes_on_images(dataset.root):
             print(f"note: {note}", file=sys.stderr)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
-        means, stds = zip(*(self.posterior(image[None]) for image in self.pixels), strict=True)
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
-        return Repeated(LatentDataset(dataset, torch.cat(means).cpu(), torch.cat(stds).cpu()))
+        return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, 1)))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         model = self.latent_diffusion

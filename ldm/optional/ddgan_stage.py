@@ -39,10 +39,9 @@ class DenoisingGANStage(PixelDiffusionStage):
     Args:
         model: `{"target", "params"}` of a `DenoisingGAN`.
         discriminator: arguments of `Discriminator`.
-        learning_rate, discriminator_rate, betas: of AdamW for the two networks, without weight decay.
+        discriminator_rate: the discriminator's learning rate.
         r1_weight, r1_every: gamma, half of which multiplies the penalty; and in which batches it is added.
         reconstruction: weight of |x0' - x0|^2, a mean over pixels; 0 is the paper's loss.
-        class_dropout, previews, preview_columns: of `PixelDiffusionStage`.
     """
 
     def __init__(

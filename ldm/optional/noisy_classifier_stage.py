@@ -23,7 +23,6 @@ class NoisyClassifierStage(Stage):
 
     Args:
         network: `{"target", "params"}` of a network(x_t, t) -> logits, such as `EncoderUNetModel`.
-        learning_rate, betas, weight_decay: of AdamW.
         schedule: arguments of `make_schedule`.
         timesteps: arguments of `training_timesteps`; None is uniform.
     """

@@ -18,7 +18,7 @@ from ldm.loading import load_network
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
 from ldm.models.perceptual import perceptual_distance
-from ldm.training.order import in_batches
+from ldm.training.latents import encode_dataset
 from ldm.training.stage import Loss, Stage, adamw
 from ldm.util import call_with
 
@@ -28,7 +28,6 @@ class AutoencoderStage(Stage):
 
     Args:
         ddconfig, embed_dim: of `AutoencoderKL`.
-        learning_rate: of AdamW, for both networks.
         kl_weight: weight of the mean KL per latent element, relative to the mean error per pixel.
         reconstruction: error of the pixels, l2 or l1.
         discriminator: arguments of `NLayerDiscriminator`; None trains without one.
@@ -127,11 +126,7 @@ class AutoencoderStage(Stage):
     def finish(self, dataset: Dataset) -> None:
         if not self.normalize:
             return
-        sums, squares, count = 0.0, 0.0, 0
-        for batch in in_batches(dataset, 512, "measuring latents"):
-            posterior = self.model.encode(batch["image"].to(self.device))
-            mean, variance = posterior.mean.cpu().double(), posterior.var.cpu().double()
-            sums, squares = sums + mean.sum((0, 2, 3)), squares + (mean**2 + variance).sum((0, 2, 3))
-            count += mean[:, 0].numel()
-        mean = sums / count
-        self.model.fold_latent_statistics(mean.float(), (squares / count - mean**2).sqrt().float())
+        means, stds = (torch.stack(part).double() for part in encode_dataset(self.model, dataset, 512))
+        mean = means.mean((0, 2, 3))
+        std = ((means - mean[:, None, None]).square() + stds.square()).mean((0, 2, 3)).sqrt()
+        self.model.fold_latent_statistics(mean.float(), std.float())

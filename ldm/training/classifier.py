@@ -24,7 +24,6 @@ class ClassifierStage(Stage):
 
     Args:
         network: `{"target", "params"}` of a classifier, images (b, c, h, w) in [-1, 1] -> logits (b, classes).
-        learning_rate, weight_decay: of AdamW.
         label_smoothing: probability spread over all classes (Szegedy et al. 2016, section 7).
         rotation, shear, scale, shift: bounds of the transforms, see `random_affine`.
     """

@@ -25,7 +25,6 @@ class CLIPStage(Stage):
     Args:
         width, layers, heads, context_length, projection_dim: of the text tower.
         vision: open_clip's vision_cfg, with the data's image_size.
-        learning_rate, weight_decay: of AdamW.
         merges_first: how many of CLIP's byte-pair merges to keep besides those that the captions need.
         agreement: weight of a caption that is entirely true of an image (label and stated style), where one that only
             names its label has weight 1.

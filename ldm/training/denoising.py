@@ -24,20 +24,11 @@ class DenoisingStage(Stage):
 
     Args:
         objective: the loss, with its model.
-        learning_rate, betas, weight_decay: of AdamW.
         preview_prompts: a prompt or class for each preview image.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        learning_rate: float,
-        betas: Sequence[float],
-        weight_decay: float,
-        preview_prompts: Sequence[Any],
-        preview_columns: int,
-    ) -> None:
-        super().__init__(preview_columns, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay)
+    def __init__(self, objective: Objective, preview_prompts: Sequence[Any], preview_columns: int, **adam: Any) -> None:
+        super().__init__(preview_columns, **adam)
         self.objective, self.latent_diffusion, self.model = objective, objective.model, objective.model.model
         self.preview_prompts = list(preview_prompts)
         self.networks["model"] = self.model
@@ -55,7 +46,6 @@ class DenoisingStage(Stage):
         if not self.preview_prompts:
             raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")
         size = model.latent_size(model.defaults["height"], model.defaults["width"])
-        training = self.model.training
         self.train(False)  # batch statistics need more than one image
         try:
             with torch.no_grad():
@@ -65,7 +55,6 @@ class DenoisingStage(Stage):
                 f"the network does not fit latents {size} or the conditioner's widths (a UNet's context_dim, "
                 f"adm_in_channels and num_classes): {error}"
             ) from None
-        self.train(training)
         warn_nonzero_terminal_snr(model.schedule)
 
     def dummy_conditioning(self) -> Conditioning:
@@ -90,9 +79,8 @@ class DenoisingStage(Stage):
     def preview(self) -> list[Image.Image]:
         """Return an image for each preview prompt, sampled with seeds from 0 on and the model's own settings."""
         with tqdm(desc="sampling a preview", unit="step", delay=2, leave=False) as bar:
-            return self.latent_diffusion.generate(
-                self.preview_prompts, batch_size=64, callback=lambda step: bar.update()
-            )
+            options = {"batch_size": 64, "callback": lambda step: bar.update()}
+            return self.latent_diffusion.generate(self.preview_prompts, **options)
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         model = self.latent_diffusion

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ldm.checkpoint.file import load_file
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.denoising import DenoisingStage, check_probability
+from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.objective import Objective
-from ldm.training.order import in_batches
 
 
 class DiffusionStage(DenoisingStage):
@@ -20,12 +20,10 @@ class DiffusionStage(DenoisingStage):
     Args:
         unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's.
         first_stage, cond_stage: checkpoints of the autoencoder and the text encoder.
-        learning_rate: of AdamW.
         schedule, prediction, defaults: of `LatentDiffusion`.
         caption_dropout: probability of the empty prompt instead of the caption, for classifier-free guidance.
         cache_latents: encode the data set once; not for data sets that augment their images.
         error, weight, noise, timesteps: of `Objective`.
-        betas, weight_decay, preview_prompts, preview_columns: of `DenoisingStage`.
     """
 
     def __init__(
@@ -53,12 +51,12 @@ class DiffusionStage(DenoisingStage):
         model.first_stage_model.load_state_dict(weights[0])
         model.cond_stage_model.load_state_dict(weights[1])
         objective = Objective(model, error, weight, noise, timesteps)
-        super().__init__(objective, learning_rate, betas, weight_decay, preview_prompts, preview_columns)
+        adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
+        super().__init__(objective, preview_prompts, preview_columns, **adam)
         self.freeze(cond_stage=model.cond_stage_model)
         self.caption_dropout = check_probability("caption_dropout", caption_dropout)
         self.cache_latents = cache_latents
 
-    @torch.no_grad()
     def prepare(self, dataset: Dataset) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         if self.cache_latents and getattr(dataset, "augments", False):
@@ -66,14 +64,8 @@ class DiffusionStage(DenoisingStage):
                 f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
-        means, stds = [], []
-        for batch in in_batches(dataset, 256, "encoding latents"):
-            posterior = self.latent_diffusion.first_stage_model.encode(batch["image"].to(self.device))
-            means.append(posterior.mean.cpu())
-            stds.append(posterior.std.cpu())
-            if not self.cache_latents:
-                break  # one batch is enough to measure
-        mean, std = torch.cat(means), torch.cat(stds)
+        some = dataset if self.cache_latents else Subset(dataset, range(min(256, len(dataset))))  # enough to measure
+        mean, std = map(torch.stack, encode_dataset(self.latent_diffusion.first_stage_model, some, 256))
         variance = mean.double().var() + (std.double() ** 2).mean()
         self.latent_diffusion.scale_factor = float(variance**-0.5)
         return LatentDataset(dataset, mean, std) if self.cache_latents else dataset
@@ -87,26 +79,3 @@ class DiffusionStage(DenoisingStage):
         dropped = torch.rand(len(z)) < self.caption_dropout
         captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
         return z, model.cond_stage_model(captions)  # taken literally, and cut to the context length
-
-
-class LatentDataset(Dataset):
-    """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each."""
-
-    def __init__(self, dataset: Dataset, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
-        self.dataset, self.mean, self.std = dataset, mean, std
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [{"caption": self._caption(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
-
-    def _caption(self, index: int) -> str:
-        """Return a caption; our own data sets have a method for it, which does not read the image."""
-        if hasattr(self.dataset, "caption"):
-            return self.dataset.caption(index).text
-        return self.dataset[index]["caption"]

@@ -17,7 +17,7 @@ class Objective:
     """A model's loss with the options of a configuration, and the noise levels and noise that it is taken at.
 
     Args:
-        model: the model; its `loss` is what a training step minimises.
+        model: its `loss` is what a training step minimises.
         error: of the prediction, l2 or l1.
         weight: arguments of `loss_weight`, such as `{"name": "min_snr"}`; None weighs all noise levels alike.
         noise: arguments of `training_noise`: offset, immiscible. None is plain noise.

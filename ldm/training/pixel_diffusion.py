@@ -20,11 +20,9 @@ class PixelDiffusionStage(DenoisingStage):
 
     Args:
         model: `{"target", "params"}` of a PixelDiffusion.
-        learning_rate: of AdamW.
         class_dropout: probability of the null class instead of the label, for classifier-free guidance.
         error, weight, noise, timesteps: of `Objective`.
         bound_weight: of the variational bound, for a model that learns the variance (Nichol & Dhariwal 2021, eq. 16).
-        betas, weight_decay, preview_columns: of `DenoisingStage`.
         previews: images in a preview, of each class in turn for a class-conditional model.
     """
 
@@ -61,13 +59,14 @@ class PixelDiffusionStage(DenoisingStage):
         if not bound_weight >= 0:
             raise ValueError(f"bound_weight {bound_weight} must not be below 0 (the paper takes 0.001)")
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
-        super().__init__(objective, learning_rate, betas, weight_decay, shown, preview_columns)
+        adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
+        super().__init__(objective, shown, preview_columns, **adam)
         if cond is not None and any(True for _ in cond.parameters()):  # class embeddings, which learn
             self.networks["cond_stage"] = cond
         self.class_dropout = check_probability("class_dropout", class_dropout)
 
     def prepare(self, dataset: Dataset) -> Dataset:
-        """Check that the data set has images of the model's size, and labels if it needs them."""
+        """Raise ValueError for images of another size than the model's, or without labels that it needs."""
         model, sample = self.latent_diffusion, dataset[0]
         size = model.latent_size(model.defaults["height"], model.defaults["width"])
         if tuple(sample["image"].shape) != size:
@@ -83,8 +82,8 @@ class PixelDiffusionStage(DenoisingStage):
         model = self.latent_diffusion
         if model.cond_stage_model is None:
             return batch["image"], {}
-        if self.class_dropout == 0:
-            return batch["image"], model.condition(batch["label"])
-        dropped = torch.rand(len(batch["label"])) < self.class_dropout
-        labels = torch.where(dropped.to(batch["label"].device), model.null, batch["label"])
+        labels = batch["label"]
+        if self.class_dropout > 0:
+            dropped = torch.rand(len(labels)) < self.class_dropout
+            labels = torch.where(dropped.to(labels.device), model.null, labels)
         return batch["image"], model.condition(labels)

@@ -1,0 +1,50 @@
+"""Data sets encoded once, before training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm.training.order import in_batches
+
+
+class LatentDataset(Dataset):
+    """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each."""
+
+    def __init__(self, dataset: Dataset, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
+        self.dataset, self.mean, self.std = dataset, mean, std
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [{"caption": self._caption(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
+
+    def _caption(self, index: int) -> str:
+        if hasattr(self.dataset, "caption"):  # of our own data sets: it does not read the image
+            return self.dataset.caption(index).text
+        return self.dataset[index]["caption"]
+
+
+@torch.no_grad()
+def encode_dataset(first_stage: nn.Module, dataset: Dataset, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return mean and standard deviation of each image's unscaled latents, (z, h/f, w/f) each, on the CPU."""
+    means, stds = [], []
+    device = next(first_stage.parameters()).device
+    for batch in in_batches(dataset, batch_size, "encoding latents"):
+        mean, std = posterior(first_stage, batch["image"].to(device))
+        means += mean.cpu()
+        stds += std.cpu()
+    return means, stds
+
+
+def posterior(first_stage: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of images' unscaled latents, (b, z, h/f, w/f) each; a VQ autoencoder's deviate by 0."""
+    code = first_stage.encode(images)
+    return (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.std)
