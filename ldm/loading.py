@@ -151,8 +151,7 @@ def _open(
         if ema or config is not None:
             raise ValueError(f"folder {str(path)!r} has {NO_EMA if ema else 'a configuration: load it without config'}")
         if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-            own, weights, scale_factor = read_vae_folder(path)
-            return Found(own, weights, [], scale_factor)
+            return Found(*read_vae_folder(path))
         return Found(*read_pipeline(path, variant))
     contents = read_tensors(path)
     if variant is not None:

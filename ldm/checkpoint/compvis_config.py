@@ -218,12 +218,8 @@ _KL = Rule(networks.KL_TARGET, "the first stage", ("embed_dim", "ddconfig"), _AU
 _VQ = Rule(networks.VQ_TARGET, "the first stage", ("embed_dim", "n_embed", "ddconfig"), _AUTOENCODER_TRAINING, needs=3)
 _UNET = Rule(networks.UNET_TARGET, "UNetModel", UNetModel)
 _UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _UNET, networks.UNET_TARGET: _UNET}
-_FIRST_STAGES = {
-    networks.KL_TARGET: _KL,  # CompVis's name too
-    networks.VQ_TARGET: _VQ,
-    "ldm.models.autoencoder.VQModelInterface": _VQ,
-    "ldm.models.autoencoder.VQModel": _VQ,
-}
+_VQ_NAMES = (networks.VQ_TARGET, *(f"ldm.models.autoencoder.{name}" for name in ("VQModelInterface", "VQModel")))
+_FIRST_STAGES = {networks.KL_TARGET: _KL, **dict.fromkeys(_VQ_NAMES, _VQ)}  # KL's is CompVis's name too
 _CONDITIONERS = {
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": clip_config,
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": openclip_config,

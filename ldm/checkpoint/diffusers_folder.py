@@ -82,8 +82,8 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config,
         return {"target": networks.MODEL_TARGET, "params": params}, _from_diffusers(weights, text), notes
 
 
-def read_vae_folder(path: str | Path) -> tuple[Config, State, float | None]:
-    """Return configuration, weights and scale factor, if the folder has one, of an autoencoder alone."""
+def read_vae_folder(path: str | Path) -> tuple[Config, State, list[str], float | None]:
+    """Return configuration, weights, no notes and scale factor, if there is one, of a folder of an autoencoder."""
     path = Path(path)
     config = read_json(path / "config.json")
     kind = config.get("_class_name", config.get("architectures"))
@@ -94,7 +94,7 @@ def read_vae_folder(path: str | Path) -> tuple[Config, State, float | None]:
         vae, scale_factor = read_vae(config)
         state = names.vae_from_diffusers(read_weights(path, "vae", None)[0])
     given = scale_factor if "scaling_factor" in config else None
-    return {"target": networks.KL_TARGET, "params": vae}, state, given
+    return {"target": networks.KL_TARGET, "params": vae}, state, [], given
 
 
 def _check_index(path: Path) -> str:

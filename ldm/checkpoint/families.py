@@ -16,8 +16,6 @@ from ldm.checkpoint.tensors import State
 from ldm.diffusion.denoiser import check_prediction
 from ldm.diffusion.schedule import make_schedule
 
-HEAD_SETTINGS = ("num_heads", "num_head_channels")
-
 # Training steps that .ckpt files record -> what those models predict, where all descendants have the same shapes:
 # SD 2.0 base, 2.1 base; 2.1, 2.0 at 768 pixels.
 _SD2_STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v", 140_000: "v"}
@@ -97,7 +95,7 @@ def _model(
     defaults = family.defaults(_downsampling(first_stage))
     if schedule.get("zero_terminal_snr", False):
         defaults["spacing"] = "trailing"  # the others do not begin at T - 1, where alone there is no signal
-    heads = ", ".join(f"{key} {unet[key]}" for key in HEAD_SETTINGS if key in unet)
+    heads = ", ".join(f"{key} {unet[key]}" for key in family.heads if key != "legacy")
     notes += [note, f"{schedule_note}, scale factor {scale_factor:g} is {origin}, {heads} is assumed"]
     params = {
         "unet_config": {"target": networks.UNET_TARGET, "params": unet},
@@ -189,8 +187,7 @@ def _heads(family: Family, unet: Config) -> Config:
     mult = unet["channel_mult"]
     attended = [mult[int(math.log2(factor))] for factor in unet["attention_resolutions"]]
     widths = [unet["model_channels"] * times for times in (*attended, mult[-1])]  # the middle attends too
-    counts = {key: math.gcd(family.heads[key], *widths) for key in HEAD_SETTINGS if key in family.heads}
-    return {**family.heads, **counts}
+    return {key: own if key == "legacy" else math.gcd(own, *widths) for key, own in family.heads.items()}
 
 
 def _downsampling(first_stage: Config) -> int:
