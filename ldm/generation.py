@@ -52,11 +52,8 @@ def generate(
             denoise.
         callback: is given every `Step` (index, sigma, x, x0: latents of the current batch) as it is made.
         **settings: `ldm.settings.Settings`.
-
-    Raises TypeError for an unknown setting, and ValueError for one that is out of range or a size that the model does
-    not support.
     """
-    chosen, own, init = from_keywords(Settings, settings), model.defaults, None
+    chosen, own, init = from_keywords(settings), model.defaults, None
     sampler, sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing)
     strength, height, width = chosen.strength, given(chosen.height, own["height"]), given(chosen.width, own["width"])
     if image is not None:
@@ -104,7 +101,6 @@ def steps_taken(strength: float, steps: int) -> int:
     """Return how many of the steps a strength takes: strength x steps, rounded down, but at least 1 if above 0.
 
     As in CompVis's img2img, but in decimals: 0.29 of 100 steps are 29, though 0.29 * 100 is 28.999999999999996.
-    Raises ValueError for a strength outside 0 to 1.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 to 1, got {strength}")
@@ -114,10 +110,7 @@ def steps_taken(strength: float, steps: int) -> int:
 def plan_sampling(
     model: Any, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
 ) -> tuple[Sampler, list[float]]:
-    """Return the sampler and the noise levels that it visits, in sigma; what is None is the model's own default.
-
-    Raises ValueError for an unknown name, and for steps that the model's schedule does not have.
-    """
+    """Return the sampler and the noise levels that it visits, in sigma; what is None is the model's own default."""
     own = model.defaults
     steps = given(steps, own["steps"])
     row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
@@ -126,10 +119,7 @@ def plan_sampling(
 
 
 def plan_guidance(model: Any, scale: float | None = None, negative: Any = None) -> tuple[float, Any]:
-    """Return the guidance scale and the negative condition; what is None is the model's own.
-
-    Raises ValueError for a scale that needs a negative condition where there is none.
-    """
+    """Return the guidance scale and the negative condition; what is None is the model's own."""
     scale, negative = given(scale, model.defaults["scale"]), given(negative, model.null)
     if isinstance(negative, str) and negative == "":  # scripts' way to give none
         negative = model.null

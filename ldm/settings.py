@@ -5,7 +5,7 @@ the reference page follow from this table. It imports no torch.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from ldm.changes import changes_from_text, changes_to_text
 
@@ -134,17 +134,11 @@ def setting_rows(of: Any) -> dict[str, Setting]:
     return {f.name: f.metadata["setting"] for f in fields(of) if "setting" in f.metadata}
 
 
-_T = TypeVar("_T")
-
-
-def from_keywords(of: type[_T], given: Mapping[str, Any]) -> _T:
-    """Build the dataclass from keyword arguments, of which None means not given.
-
-    Raises TypeError for an unknown name, with the nearest known one.
-    """
-    known = setting_rows(of)
+def from_keywords(given: Mapping[str, Any]) -> Settings:
+    """Return settings from keyword arguments, of which None means not given. TypeError for an unknown name."""
+    known = setting_rows(Settings)
     for name in given:
-        if name in setting_rows(Guidance) and name not in known:
+        if name in setting_rows(Guidance):
             raise TypeError(f"{name} is an argument of make_guide: give generate its result as guide=")
         if name not in known:
             from difflib import get_close_matches  # only a mistake needs it
@@ -152,7 +146,7 @@ def from_keywords(of: type[_T], given: Mapping[str, Any]) -> _T:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}"
             raise TypeError(f"unknown setting {name!r}; {hint}")
-    return of(**{name: value for name, value in given.items() if value is not None})
+    return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +158,7 @@ def documented(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def help_text(row: Setting) -> str:
-    """Return the text of a setting's option in `--help`."""
+    """Return the help of a setting's option."""
     return row.help + ("" if row.unset.startswith(OWN) else _unset(row))
 
 

@@ -36,12 +36,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("mask").add_argument
     add("--mask", type=Path, metavar="FILE", help="white where the image is generated anew")
     add("--invert-mask", action="store_true", help="black where it is generated anew")
-    add(
-        "--indir",
-        type=Path,
-        metavar="DIR",
-        help="a folder of pairs X.png, X_mask.png, in place of --init-img and --mask",
-    )
+    text = "a folder of pairs X.png, X_mask.png, in place of --init-img and --mask"
+    add("--indir", type=Path, metavar="DIR", help=text)
     return parser.parse_args(argv)
 
 
@@ -69,7 +65,11 @@ def inpaint_folder(args: argparse.Namespace) -> None:
     if args.outdir.resolve() == args.indir.resolve():
         raise ValueError(f"--outdir {args.outdir} is --indir, where the images would be replaced: name another folder")
     pairs = find_pairs(args.indir)
-    for _ in read_pairs(pairs, args):
+
+    def inits() -> Iterator[InitImage]:
+        return (InitImage.read(*pair, args.invert_mask) for pair in pairs)
+
+    for _ in inits():
         pass
     make_writable(args.outdir)
 
@@ -79,21 +79,20 @@ def inpaint_folder(args: argparse.Namespace) -> None:
     first = default_recipe(model, model.path.stem, **settings_of(args), **guide_hashes(args, None))
     recipes = [
         recipe.changed(**init_settings(init, args, model))
-        for recipe, init in zip(plan(first, args.prompts, len(pairs), 1), read_pairs(pairs, args), strict=True)
+        for recipe, init in zip(plan(first, args.prompts, len(pairs), 1), inits(), strict=True)
     ]
-    guide, saved = build_guide(model, first, args), []
+    guide, paths = build_guide(model, first, args), [args.outdir / path.name for path, _ in pairs]
     with progress(recipes) as callback:
-        for recipe, init, (path, _) in zip(recipes, read_pairs(pairs, args), pairs, strict=True):
+        for recipe, init, path in zip(recipes, inits(), paths, strict=True):
             init = init.resized(recipe.width, recipe.height)
             for result in generate_run(model, [recipe], callback, init, guide):
-                saved.append(args.outdir / path.name)
-                save_png(result.image, saved[-1], recipe.to_text())
-    for path in saved:
+                save_png(result.image, path, recipe.to_text())
+    for path in paths:
         print(path)
 
 
 def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
-    """(X.png, X_mask.png) in the folder, sorted. ValueError or OSError if there is none, or a mask without image."""
+    """Return (X.png, X_mask.png) of a folder, sorted."""
     masks = sorted(path for path in folder.iterdir() if path.name.endswith(MASK))
     pairs = [(mask.with_name(mask.name.removesuffix(MASK) + ".png"), mask) for mask in masks]
     if not pairs:
@@ -102,11 +101,6 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
         if not path.is_file():
             raise ValueError(f"{mask} has no image: {path.name} is not there")
     return pairs
-
-
-def read_pairs(pairs: list[tuple[Path, Path]], args: argparse.Namespace) -> Iterator[InitImage]:
-    """Yield each pair, read when it is its turn."""
-    return (InitImage.read(*pair, args.invert_mask) for pair in pairs)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Without --class, a class-conditional model generates images of any class. Images
 txt2img.py. Files: OUTDIR/samples/00000.png, OUTDIR/grid-0000.png.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from ldm.cli import run
@@ -17,12 +16,9 @@ from ldm.inference.options import image_parser
 from ldm.inference.run import generate_files
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    return image_parser(__doc__, "", "outputs/sample-samples", classes=True).parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    generate_files(parse(argv))
+    parser = image_parser(__doc__, "", "outputs/sample-samples", classes=True)
+    generate_files(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ then of the next, has seed `--seed` + k. Files: OUTDIR/samples/00000.png, OUTDIR
 that are there.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from ldm.cli import run
@@ -18,12 +17,9 @@ from ldm.inference.options import image_parser
 from ldm.inference.run import generate_files
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    return image_parser(__doc__, "a handwritten digit five", "outputs/txt2img-samples").parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    generate_files(parse(argv))
+    parser = image_parser(__doc__, "a handwritten digit five", "outputs/txt2img-samples")
+    generate_files(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from script_runs import load_script, names, pixels, recipe
 from test_ddgan import UNET
 from test_loop import assert_same, interrupt
-from test_loop import config as loop_config
 from torch.nn import functional as F
 from torch.utils.data import default_collate as collate
 
@@ -115,9 +114,14 @@ def test_r1_is_lazy(batch):
 
 
 def config(outdir: Path) -> dict:
-    own = {"target": "ldm.optional.ddgan_stage.DenoisingGANStage", "params": {**PARAMS, "r1_every": 2}}
-    settings = loop_config(outdir, steps=5, batch_size=4, log_every=1, preview_every=2)
-    return settings | {"name": "ddgan", "stage": own}
+    return {
+        "name": "ddgan",
+        "outdir": str(outdir),
+        "seed": 3,
+        "stage": {"target": "ldm.optional.ddgan_stage.DenoisingGANStage", "params": {**PARAMS, "r1_every": 2}},
+        "data": {"target": "ldm.data.digits.Digits", "params": {"first": 20}},
+        "loop": {"steps": 5, "batch_size": 4, "log_every": 1, "preview_every": 2, "precision": "fp32"},
+    }
 
 
 @pytest.mark.smoke

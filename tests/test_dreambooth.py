@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import save_noise
+from conftest import refused, save_noise
 from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
@@ -288,10 +288,8 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
     move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
     resumed = train(settings("third"), resume=True)
     assert whole.read_bytes() == resumed.read_bytes()
-    with pytest.raises(FileNotFoundError, match="holds no run to go on with"):
-        move_in(str(tmp_path / "part"), tmp_path / "fourth")
-    with pytest.raises(ValueError, match="already holds a run"):
-        move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
+    refused("holds no run to go on with", move_in, str(tmp_path / "part"), tmp_path / "fourth", error=FileNotFoundError)
+    refused("already holds a run", move_in, str(tmp_path / "elsewhere"), tmp_path / "third")
 
 
 @pytest.mark.parametrize("full_at", ["state", "sheet", "result"])
@@ -313,8 +311,7 @@ def test_a_full_disk_loses_nothing(checkpoints, subject, tmp_path, full_at):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, full)
-        with pytest.raises(OSError, match="cannot write .*resume.pt" if full_at == "state" else "No space left"):
-            train(settings)
+        refused("cannot write .*resume.pt" if full_at == "state" else "No space left", train, settings, error=OSError)
     kept = torch.load(tmp_path / "part" / "resume.pt", weights_only=True)
     assert kept["step"] == (2 if full_at == "state" else 4)
     assert not [p for p in (tmp_path / "part").iterdir() if p.suffix == ".tmp" or p.name == "model.safetensors"]
@@ -366,8 +363,7 @@ def test_optimizers():
         optimizer.step()
         state = [v for k, v in optimizer.state[weight].items() if k != "step"]
         assert sum(v.numel() for v in state if torch.is_tensor(v)) == elements, name
-    with pytest.raises(ValueError, match="optimizer 'sgd' is unknown"):
-        make_optimizer([{"params": [weight], "lr": 1e-3}], "sgd", (0.9, 0.999), 0.0)
+    refused("optimizer 'sgd' is unknown", make_optimizer, [{"params": [weight], "lr": 1e-3}], "sgd", (0.9, 0.999), 0.0)
     with pytest.raises(ValueError, match=r"learning rate 0\.0 must be above 0"):
         make_optimizer([{"params": [weight], "lr": 0.0}], "adamw", (0.9, 0.999), 0.0)
 
@@ -427,8 +423,7 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
     ],
 )
 def test_mistakes(checkpoints, settings, message):
-    with pytest.raises(ValueError, match=message):
-        DreamBoothStage(checkpoints["v"], resolution=32, learning_rate=1e-3, **settings)
+    refused(message, DreamBoothStage, checkpoints["v"], resolution=32, learning_rate=1e-3, **settings)
 
 
 def test_micro_batches_averages_and_bf16(checkpoints, subject, tmp_path, monkeypatch):

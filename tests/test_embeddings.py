@@ -5,6 +5,7 @@ import copy
 import pickle_files
 import pytest
 import torch
+from conftest import refused
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pickle_files import payloads, prepare, write_zip
@@ -17,13 +18,7 @@ from ldm.conditioning.prompt import cut, encode_prompts
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer, reduce
 from ldm.finetune.embedding_files import LearnedWord, read_words, write_words
-from ldm.finetune.embeddings import (
-    WordTokenizer,
-    add_word,
-    apply_embedding,
-    initial_vectors,
-    token_embedding,
-)
+from ldm.finetune.embeddings import WordTokenizer, add_word, apply_embedding, initial_vectors, token_embedding
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import instantiate_network
 
@@ -167,8 +162,7 @@ def test_of_two_words_that_begin_alike_the_longer_is_meant():
 )
 def test_a_word_that_cannot_be_one(model, word, sentence):
     add_word(model, "<known>", VECTORS)
-    with pytest.raises(ValueError, match=sentence):
-        add_word(model, word, VECTORS)
+    refused(sentence, add_word, model, word, VECTORS)
     assert list(model.cond_stage_model.tokenizer.words) == ["<known>"]
 
 
@@ -181,8 +175,7 @@ def test_vectors_of_another_text_encoder(model, tmp_path, tiny_model):
     assert not isinstance(model.cond_stage_model.tokenizer, WordTokenizer)
     other = built(model_config(KINDS["sd1"]), make("sd1").state_dict())
     other.cond_stage_model = None
-    with pytest.raises(ValueError, match="conditioned by nothing"):
-        add_word(other, "<sks>", VECTORS)
+    refused("conditioned by nothing", add_word, other, "<sks>", VECTORS)
 
 
 def test_what_to_start_from(model):
@@ -192,8 +185,7 @@ def test_what_to_start_from(model):
     assert torch.equal(initial_vectors(encoder, "cat riding"), weight[[one, two]])
     assert torch.equal(initial_vectors(encoder, "cat riding", 5), weight[[one, one, one, two, two]])
     for text, count in (("", None), ("cat riding", 1)):
-        with pytest.raises(ValueError, match="initial words"):
-            initial_vectors(encoder, text, count)
+        refused("initial words", initial_vectors, encoder, text, count)
 
 
 def test_half_precision_and_gradients(model):
@@ -243,8 +235,7 @@ def test_files_are_what_their_own_programs_read(tmp_path):
     write_words(tmp_path / "sks.safetensors", word, "a1111")
     (found,) = read_words(tmp_path / "sks.safetensors")
     assert found.word == "sks" and torch.equal(found.vectors, VECTORS)  # the format has no place for a name
-    with pytest.raises(ValueError, match="format 'other' is unknown"):
-        write_words(tmp_path / "sks.pt", word, "other")
+    refused("format 'other' is unknown", write_words, tmp_path / "sks.pt", word, "other")
 
 
 def test_other_shapes_of_the_same_formats(tmp_path):
@@ -256,8 +247,7 @@ def test_other_shapes_of_the_same_formats(tmp_path):
         a, b = read_words(tmp_path / "two.pt")
         assert (a.word, b.word) == ("<a>", "<b>") and torch.equal(a.vectors, VECTORS)
         assert torch.equal(b.vectors, VECTORS[:1])
-    with pytest.raises(ValueError, match=r"it holds 2 words \(<a>, <b>\), which cannot all be called '<c>'"):
-        read_words(tmp_path / "two.pt", "<c>")
+    refused(r"it holds 2 words \(<a>, <b>\), which cannot all be called '<c>'", read_words, tmp_path / "two.pt", "<c>")
     torch.save({"<a>": VECTORS[0].half()}, tmp_path / "learned_embeds.bin")
     (found,) = read_words(tmp_path / "learned_embeds.bin")
     assert torch.equal(found.vectors, VECTORS[:1].half().float())
@@ -280,13 +270,10 @@ def test_files_that_hold_no_words(tmp_path, content, sentence):
     torch.save(content, tmp_path / "a.pt")
     save_file(content, tmp_path / "a.safetensors")
     for name in ("a.pt", "a.safetensors"):
-        with pytest.raises(ValueError, match=f"{name}' cannot be read: .*{sentence}"):
-            read_words(tmp_path / name)
+        refused(f"{name}' cannot be read: .*{sentence}", read_words, tmp_path / name)
     torch.save([1], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="no learned words, but no tensors"):
-        read_words(tmp_path / "list.pt")
-    with pytest.raises(FileNotFoundError, match="missing.pt"):
-        read_words(tmp_path / "missing.pt")
+    refused("no learned words, but no tensors", read_words, tmp_path / "list.pt")
+    refused("missing.pt", read_words, tmp_path / "missing.pt", error=FileNotFoundError)
 
 
 def test_nothing_in_a_file_is_run(tmp_path):

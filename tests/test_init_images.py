@@ -5,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
 from ldm.generation import steps_taken
@@ -48,8 +49,7 @@ def test_a_strength_takes_whole_steps_rounded_down_but_one_at_least():
 
 @pytest.mark.parametrize("strength", [-0.1, 1.01, float("nan"), float("inf")])
 def test_strengths_that_are_none(strength):
-    with pytest.raises(ValueError, match=f"strength must be from 0 to 1, got {strength}"):
-        steps_taken(strength, 10)
+    refused(f"strength must be from 0 to 1, got {strength}", steps_taken, strength, 10)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -204,5 +204,4 @@ def test_one_for_all_or_one_each():
     ],
 )
 def test_mistakes(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        InitImages(*arguments, 1, 8)
+    refused(message, InitImages, *arguments, 1, 8)

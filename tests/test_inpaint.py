@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomised
+from conftest import TINY, randomised, refused
 from PIL import Image
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples, saved
 
@@ -102,17 +102,13 @@ def test_every_image_can_be_made_again_to_the_byte(generate, pair, options):
 def test_making_again_needs_the_same_image_and_mask(generate, pair, tmp_path, tiny_checkpoint):
     (path,) = samples(generate(*pair))
     other = saved(tmp_path / "other.png", make_image(seed=1))
-    with pytest.raises(ValueError, match="from an init image with hash .*--init-img"):
-        generate("--from-png", path, "--init-img", other, *pair[2:])
+    refused("from an init image with hash .*--init-img", generate, "--from-png", path, "--init-img", other, *pair[2:])
     for change in (["--mask", other], [*pair[2:], "--invert-mask"]):
-        with pytest.raises(ValueError, match="from a mask with hash .*--mask, with --invert-mask"):
-            generate("--from-png", path, *pair[:2], *change)
+        refused("from a mask with hash .*--mask, with --invert-mask", generate, "--from-png", path, *pair[:2], *change)
     img2img = runner(load_script("img2img"), tiny_checkpoint, tmp_path)
-    with pytest.raises(ValueError, match="was made with a mask: use scripts/inpaint.py"):
-        img2img("--from-png", path, *pair[:2])
+    refused("was made with a mask: use scripts/inpaint.py", img2img, "--from-png", path, *pair[:2])
     (plain,) = samples(img2img(*pair[:2], out="plain"))
-    with pytest.raises(ValueError, match="was made without a mask: use scripts/img2img.py"):
-        generate("--from-png", plain, *pair)
+    refused("was made without a mask: use scripts/img2img.py", generate, "--from-png", plain, *pair)
     with pytest.raises(ValueError, match="made from an init image.* use scripts/inpaint.py"):
         runner(load_script("txt2img"), tiny_checkpoint, tmp_path)("--from-png", path)
 
@@ -171,16 +167,14 @@ FOLDERS = {
 @pytest.mark.parametrize(("images", "options", "message"), FOLDERS.values(), ids=FOLDERS)
 def test_mistakes_in_folders_are_found_before_anything_is_generated(generate, tmp_path, images, options, message):
     (tmp_path / "pairs").mkdir()
-    with pytest.raises(ValueError, match=message):
-        generate("--indir", folder(tmp_path / "pairs", **images), *options)
+    refused(message, generate, "--indir", folder(tmp_path / "pairs", **images), *options)
     assert not list(tmp_path.glob("out/*"))
 
 
 def test_damaged_pairs_are_found_before_the_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.load", None)
     indir = folder(tmp_path / "pairs", a=make_image(), a_mask=upper(), b=make_image(), b_mask=upper(16, 32))
-    with pytest.raises(ValueError, match="b_mask.png is 16 x 32 pixels"):
-        inpaint.main(["--indir", str(indir), "--outdir", str(tmp_path / "out")])
+    refused("b_mask.png is 16 x 32 pixels", inpaint.main, ["--indir", str(indir), "--outdir", str(tmp_path / "out")])
     (indir / "b.png").write_bytes((indir / "b.png").read_bytes()[:-300])
     with pytest.raises(ValueError, match="b.png cannot be read as an image"):
         inpaint.main(["--indir", str(indir), "--outdir", str(tmp_path / "out")])
@@ -188,8 +182,7 @@ def test_damaged_pairs_are_found_before_the_model_is_loaded(tmp_path, monkeypatc
 
 def test_a_folder_is_not_written_into_itself(generate, tmp_path):
     indir = folder(tmp_path / "out", a=make_image(), a_mask=upper())
-    with pytest.raises(ValueError, match="out is --indir, where the images would be replaced"):
-        generate("--indir", indir)
+    refused("out is --indir, where the images would be replaced", generate, "--indir", indir)
     assert np.array_equal(pixels(indir / "a.png"), np.asarray(make_image()))
     with pytest.raises(FileNotFoundError):
         generate("--indir", tmp_path / "missing")
@@ -210,11 +203,9 @@ def test_models_trained_to_inpaint(tmp_path, pair, concat, channels):
 
 def test_mistakes(generate, pair, tmp_path):
     for part in ([], pair[:2], pair[2:]):
-        with pytest.raises(ValueError, match="needs --init-img FILE and --mask FILE"):
-            generate(*part)
+        refused("needs --init-img FILE and --mask FILE", generate, *part)
     small = saved(tmp_path / "small.png", upper(16, 16))
     with pytest.raises(ValueError, match="the mask .*small.png is 16 x 16 pixels and the image .*five.png 32 x 32"):
         generate(*pair[:2], "--mask", small)
     (tmp_path / "notes.png").write_text("notes")
-    with pytest.raises(ValueError, match="notes.png is not an image"):
-        generate(*pair[:2], "--mask", tmp_path / "notes.png")
+    refused("notes.png is not an image", generate, *pair[:2], "--mask", tmp_path / "notes.png")

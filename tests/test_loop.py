@@ -11,17 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, refused
+from conftest import TINY
 from safetensors.torch import load_file
 
 from ldm.training import loop
-from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.loop import Interrupted, mixed_precision, train
 
-PARAMS = TINY["first_stage_config"]["params"] | {"learning_rate": 1e-3, "preview_columns": 2}
-# Two optimizers, so that the resumed state of both is tested.
-PARAMS |= {"discriminator": {"input_nc": 1, "ndf": 8, "n_layers": 1}, "disc_start": 2}
-AUTOENCODER = {"target": "ldm.training.autoencoder.AutoencoderStage", "params": PARAMS}
+AUTOENCODER = {
+    "target": "ldm.training.autoencoder.AutoencoderStage",
+    "params": TINY["first_stage_config"]["params"]
+    | {
+        "learning_rate": 1e-3,
+        # Two optimizers, so that the resumed state of both is tested.
+        "discriminator": {"input_nc": 1, "ndf": 8, "n_layers": 1},
+        "disc_start": 2,
+        "preview_columns": 2,
+    },
+}
 
 
 def config(outdir: Path, **settings) -> dict:
@@ -63,8 +69,13 @@ def alone(tmp_path_factory) -> Path:
 
 def test_run_folder(alone):
     folder = alone.parent
-    names = {path.name.partition(".out.tfevents")[0] for path in folder.iterdir()}
-    assert names == {"config.yaml", "events", "metrics.jsonl", "model.safetensors", "previews"}
+    assert {p.name for p in folder.iterdir() if "tfevents" not in p.name} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "previews",
+    }
+    assert any("tfevents" in p.name for p in folder.iterdir())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert {"error", "kl", "adversarial", "discriminator", "grad_norm_0", "grad_norm_1"} <= lines[-1].keys()
@@ -150,7 +161,8 @@ def test_scaled_gradients(scaled, tmp_path, monkeypatch):
             train(one_optimizer("parts"), device="cpu")
     assert_same(train(one_optimizer("parts"), resume=True, device="cpu"), path)
     assert scaled == whole
-    refused("fp16 is for one optimizer, and 'autoencoder' has 2", train, config(tmp_path / "two"), device="cpu")
+    with pytest.raises(ValueError, match="fp16 is for one optimizer, and 'autoencoder' has 2"):
+        train(config(tmp_path / "two"), device="cpu")
 
 
 @pytest.mark.full
@@ -184,7 +196,10 @@ def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
 
 def test_accumulation_equals_the_larger_batch(tmp_path):
     """Without stochastic layers two micro-batches of 4 give the gradient of one batch of 8, up to rounding."""
-    stage = AUTOENCODER | {"params": AUTOENCODER["params"] | {"discriminator": None, "normalize": False}}
+    stage = {
+        "target": AUTOENCODER["target"],
+        "params": {**AUTOENCODER["params"], "discriminator": None, "normalize": False},
+    }
     paths = []
     for name, settings in {"large": {"batch_size": 8}, "small": {"batch_size": 4, "accumulate": 2}}.items():
         path = train(config(tmp_path / name, steps=1, tensorboard=False, **settings) | {"stage": stage}, device="cpu")
@@ -195,14 +210,18 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
 
 def test_nan_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     good = {"steps": 8, "log_every": 1, "save_every": 2, "tensorboard": False}
-    settings, turn = config(tmp_path, **good), AutoencoderStage.turn
+    settings = config(tmp_path, **good)
+    from ldm.training.autoencoder import AutoencoderStage
+
+    turn = AutoencoderStage.turn
 
     def broken(self, batch, k, number, shared):
         loss, metrics, shared = turn(self, batch, k, number, shared)
         return (loss * float("nan"), {"error": loss * float("nan")}, shared) if number > 4 else (loss, metrics, shared)
 
     monkeypatch.setattr(AutoencoderStage, "turn", broken)
-    refused("error became nan by step 6.*lower", train, settings, device="cpu")
+    with pytest.raises(ValueError, match="error became nan by step 6.*lower"):
+        train(settings, device="cpu")
     state = torch.load(tmp_path / "autoencoder" / "resume.pt", weights_only=True)
     assert state["step"] == 4
     assert all(torch.isfinite(t).all() for t in state["networks"].values())
@@ -215,10 +234,12 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, monkeyp
 
 def test_an_existing_run_is_not_overwritten(alone, tmp_path):
     again = config(alone.parent.parent, accumulate=2)
-    refused("already holds a run.*--resume", train, again, device="cpu")
+    with pytest.raises(ValueError, match="already holds a run.*--resume"):
+        train(again, device="cpu")
     assert train(again, resume=True, device="cpu") == alone  # finished: nothing to do
     changed = config(alone.parent.parent, accumulate=2) | {"seed": 4}
-    refused("other settings of seed", train, changed, resume=True, device="cpu")
+    with pytest.raises(ValueError, match="other settings of seed"):
+        train(changed, resume=True, device="cpu")
 
 
 def test_a_damaged_state_is_refused(tmp_path):
@@ -229,7 +250,8 @@ def test_a_damaged_state_is_refused(tmp_path):
     assert not folder.exists()  # a mistake leaves no run behind that the corrected command would stumble on
     folder.mkdir()
     folder.joinpath("resume.pt").write_bytes(b"PK\x03\x04 half a file")
-    refused("cannot resume from .* damaged", train, settings, resume=True, device="cpu")
+    with pytest.raises(ValueError, match="cannot resume from .* damaged"):
+        train(settings, resume=True, device="cpu")
     torch.save({"step": 1, "stage": {}}, folder / "resume.pt")
     with pytest.raises(ValueError, match="cannot resume from .*, which another version of ldm saved: resume with"):
         train(settings, resume=True, device="cpu")
@@ -242,19 +264,25 @@ def test_a_damaged_state_is_refused(tmp_path):
         ({"steps": "many"}, "loop.steps is 'many'"),
         ({"precision": "half"}, "'half' is unknown: use auto, fp32"),
         ({"lr_schedule": {"name": "steps"}}, "'steps' is unknown: use constant"),
-        ({"lr_schedule": {"name": "cosine", "warmpu": 1}}, "loop.lr_schedule: .*'warmpu'; it takes .'name', 'warmup'"),
+        (
+            {"lr_schedule": {"name": "cosine", "warmpu": 1}},
+            "loop.lr_schedule: .*'warmpu'; it takes .'name', 'warmup', 'decay'",
+        ),
         ({"ema": 1.5}, "loop.ema 1.5 must be from 0 to below 1"),
         ({"stepz": 1}, "loop of 'autoencoder': .*'stepz'; it takes .'steps', 'batch_size', 'accumulate'"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, settings, message):
-    refused(message, train, config(tmp_path, **settings), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path, **settings), device="cpu")
 
 
 def test_mixed_precision_names():
     cpu = torch.device("cpu")
-    assert (mixed_precision("fp32", cpu), mixed_precision("bf16", cpu)) == ("no", "bf16")
+    assert mixed_precision("fp32", cpu) == "no"
+    assert mixed_precision("bf16", cpu) == "bf16"
     assert mixed_precision("fp16", torch.device("cuda")) == "fp16"
-    refused("precision fp16 trains on CUDA GPUs, not on 'cpu': use bf16 or fp32", mixed_precision, "fp16", cpu)
+    with pytest.raises(ValueError, match="precision fp16 trains on CUDA GPUs, not on 'cpu': use bf16 or fp32"):
+        mixed_precision("fp16", cpu)
     assert mixed_precision("auto", cpu) in ("no", "bf16")
     assert mixed_precision("auto", torch.device("mps")) == "no"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import refused
 from lora_models import EVERY_TARGET, distance, inputs, learned, outputs, tiny
 from tiny_stable_diffusion import SD1, changed
 from torch import nn
@@ -339,13 +340,10 @@ def test_a_rank_above_what_the_layer_can_have_is_cut_to_it():
 
 
 def test_mistakes_are_named(model):
-    with pytest.raises(ValueError, match="rank 0 must be at least 1"):
-        lora.attach(model, 0)
+    refused("rank 0 must be at least 1", lora.attach, model, 0)
     with pytest.raises(ValueError, match=r"'to_x' fits no layer: it is one of attention, .* names such as model\."):
         lora.attach(model, 4, targets=["attention", "to_x"])
-    with pytest.raises(ValueError, match=r"'to_\(q' is not a regular expression"):
-        lora.attach(model, 4, targets=["to_(q"])
-    with pytest.raises(ValueError, match="no layers to adapt among text"):
-        lora.attach(model.model, 4, targets=["text"])
+    refused(r"'to_\(q' is not a regular expression", lora.attach, model, 4, targets=["to_(q"])
+    refused("no layers to adapt among text", lora.attach, model.model, 4, targets=["text"])
     with pytest.raises(ValueError, match=r"down \(2, 3\) and up \(4, 3\) are not two matrices of one rank"):
         lora.Adapter(torch.ones(2, 3), torch.ones(4, 3), alpha=1)

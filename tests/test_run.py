@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from conftest import refused
 from PIL import Image
 
 from ldm.inference.recipe import read_png_text
@@ -49,16 +50,14 @@ def test_grids_and_strips_count_for_themselves(tmp_path):
 @pytest.mark.parametrize("below", ["", "/deeper"])
 def test_a_file_in_the_way(below, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="cannot write into the output folder .*file"):
-        OutputFolder(tmp_path / f"file{below}")
+    refused("cannot write into the output folder .*file", OutputFolder, tmp_path / f"file{below}", error=OSError)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples").chmod(0o500)
-    with pytest.raises(OSError, match="Permission denied"):
-        OutputFolder(tmp_path)
+    refused("Permission denied", OutputFolder, tmp_path, error=OSError)
 
 
 def test_trying_leaves_nothing(tmp_path):

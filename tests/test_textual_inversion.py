@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 from script_runs import load_script, pixels
 from torch import Tensor
@@ -118,17 +119,13 @@ def test_captions_suit_the_model():
         (1, [], "'' has no {}"),
         (22, None, "22 vectors leave room for 0 tokens"),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            captions(digits, "<a>", vectors, frames)
+        refused(sentence, captions, digits, "<a>", vectors, frames)
 
 
 def test_models_and_words_that_are_refused(tiny_checkpoint):
-    with pytest.raises(ValueError, match="initial words"):
-        stage_of(tiny_checkpoint, initial="")
-    with pytest.raises(ValueError, match="cannot be a learned word"):
-        stage_of(tiny_checkpoint, word="my word")
-    with pytest.raises(ValueError, match="height 33 cannot be made"):
-        stage_of(tiny_checkpoint, resolution=33)
+    refused("initial words", stage_of, tiny_checkpoint, initial="")
+    refused("cannot be a learned word", stage_of, tiny_checkpoint, word="my word")
+    refused("height 33 cannot be made", stage_of, tiny_checkpoint, resolution=33)
 
 
 # --- the script
@@ -156,7 +153,7 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert pixels(tmp_path / "out" / "previews" / "000006.png").shape[0] == 2 * 32 + 2  # the subject's and the word's
     written = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (tmp_path / "out").iterdir()}
     assert written == {"learned_embeds.safetensors", "sks.pt", "embeddings.pt", "contact_sheet.png", "previews"} | {
-        *("metrics.jsonl", "events.out.tfevents", "config.yaml", "model.safetensors"),
+        *("metrics.jsonl", "events.out.tfevents", "config.yaml", "model.safetensors")
     }
     page = (ROOT / "docs/how-to/textual_inversion.md").read_text()
     assert all(f"`{name}" in page for name in written - {"sks.pt"}) and "`WORD.pt`" in page
@@ -195,8 +192,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tiny_checkpoint, su
     run(tiny_checkpoint, subject, tmp_path / "moved", "--resume_from_checkpoint", tmp_path / "parts")
     for name in ("learned_embeds.safetensors", "previews/000006.png"):
         assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    with pytest.raises(ValueError, match="already holds a run"):
-        run(tiny_checkpoint, subject, tmp_path / "whole")
+    refused("already holds a run", run, tiny_checkpoint, subject, tmp_path / "whole")
     run(tiny_checkpoint, subject, tmp_path / "whole", "--resume", "--format", "a1111")  # finished: only written anew
     assert (tmp_path / "whole" / "sks.pt").is_file()
 
@@ -221,17 +217,14 @@ def test_train_gives_what_the_script_gives(tiny_checkpoint, subject, tmp_path, m
 
 def test_what_is_wrong_is_said_before_training(tiny_checkpoint, subject, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no images"):
-        run(tiny_checkpoint, tmp_path / "empty", tmp_path / "out")
+    refused("holds no images", run, tiny_checkpoint, tmp_path / "empty", tmp_path / "out", error=FileNotFoundError)
     (tmp_path / "frames.txt").write_text("a {}\na thing\n")
     with pytest.raises(ValueError, match="'a thing' has no {}"):
         run(tiny_checkpoint, subject, tmp_path / "out", "--templates", tmp_path / "frames.txt")
-    with pytest.raises(ValueError, match="keep them apart"):
-        run(tiny_checkpoint, subject, subject / "out")
+    refused("keep them apart", run, tiny_checkpoint, subject, subject / "out")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="a.png is not an image"):
-        run(tiny_checkpoint, tmp_path / "bad", tmp_path / "out")
+    refused("a.png is not an image", run, tiny_checkpoint, tmp_path / "bad", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     Image.new("L", (32, 32)).save(tmp_path / "bad" / "a.png")
     stage_of(tiny_checkpoint).prepare(Folder(tmp_path / "bad", 32, 1, caption=""))

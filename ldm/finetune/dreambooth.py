@@ -20,13 +20,7 @@ from ldm.finetune.contact_sheet import save_contact_sheet
 from ldm.finetune.lora import Adapter, attach, merge
 from ldm.finetune.lora_files import save_lora
 from ldm.finetune.optimizers import make_optimizer
-from ldm.finetune.parts import (
-    FineTuningStage,
-    choose_layers,
-    choose_text,
-    rate_for,
-    train_words,
-)
+from ldm.finetune.parts import FineTuningStage, choose_layers, choose_text, rate_for, train_words
 from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.latents import LatentDataset, encode_dataset

@@ -36,10 +36,7 @@ class LearnedWord(NamedTuple):
 
 
 def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
-    """Read the learned words of a file in any of the formats; `word` renames a single one.
-
-    Raises FileNotFoundError, and ValueError, with the file's name, for a file without learned words.
-    """
+    """Read the learned words of a file in any of the formats; `word` renames a single one."""
     path = Path(path)
     try:
         named, name, step = read_table(path)
@@ -52,7 +49,7 @@ def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
 
 
 def read_table(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
-    """Return vectors by word, the word that "*" stands for, and the step. Raises as `read_words`."""
+    """Return vectors by word, the word that "*" stands for, and the step."""
     if not path.is_file():
         raise FileNotFoundError(f"embedding {str(path)!r} does not exist")
     with open(path, "rb") as opened:
@@ -62,10 +59,8 @@ def read_table(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
     file = TorchFile(path)
     top: Mapping[str, Any] = file.value if isinstance(file.value, dict) else {}
     table, name, step = top.get(TABLE, top), top.get("name"), top.get("step")
-    found = {}
-    for key, value in table.items() if isinstance(table, dict) else ():
-        if isinstance(value, StoredTensor):
-            found[key] = file.tensor(value)
+    table = table if isinstance(table, dict) else {}
+    found = {key: file.tensor(value) for key, value in table.items() if isinstance(value, StoredTensor)}
     _refuse_others(found)
     name = name if TABLE in top and type(name) is str and name else path.stem
     return found, name, step if type(step) is int else None
@@ -95,8 +90,7 @@ def _vectors(word: str, value: Tensor) -> Tensor:
 def write_words(path: str | Path, learned: LearnedWord, format: str) -> None:
     """Write one word atomically; a1111's and diffusers' as safetensors or torch's file, by the path's suffix.
 
-    In compvis's format the word is "*", as it would have to be a token of the vocabulary. Raises OSError, and
-    ValueError for an unknown format.
+    In compvis's format the word is "*", as it would have to be a token of the vocabulary.
     """
     word, vectors = learned.word, learned.vectors.detach().cpu().clone()
     safe = Path(path).suffix == ".safetensors"

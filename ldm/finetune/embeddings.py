@@ -80,11 +80,9 @@ class WordEmbedding(nn.Embedding):
 
 
 def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None = None) -> list[str]:
-    """Add the words of a file to a loaded model, and return them. `word` renames a single one.
+    """Add the words of a file to a loaded model, and return them; `model.changes` and `model.notes` name them.
 
-    `model.changes` and `model.notes` name them.
-
-    Raises FileNotFoundError, and ValueError for a file that holds no learned words or words for another model.
+    word: renames a single one.
     """
     found = read_words(path, word)
     for learned in found:
@@ -99,10 +97,7 @@ def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None =
 
 
 def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:
-    """Add one word to a loaded model. The vectors (n, d) are used without a copy, so that they can be trained.
-
-    Raises ValueError for a word that is not allowed, vectors that do not fit, or a model without CLIP's text encoder.
-    """
+    """Add one word to a loaded model. The vectors (n, d) are used without a copy, so that they can be trained."""
     encoder = text_encoder(model)
     check_word(encoder, word)
     width, room = token_embedding(encoder).embedding_dim, encoder.tokenizer.context_length - 2
@@ -153,10 +148,7 @@ def check_word(encoder: TextEncoder, word: str) -> None:
 
 
 def initial_vectors(encoder: TextEncoder, text: str, count: int | None = None) -> Tensor:
-    """Return the token vectors (count, d) of a text, each repeated in order to make `count`.
-
-    Raises ValueError for a text without tokens, or of more tokens than `count`.
-    """
+    """Return the token vectors (count, d) of a text, each repeated in order to make `count` (None: as they are)."""
     ids = encoder.tokenizer.encode(text)
     if not ids or (count is not None and len(ids) > count):
         raise ValueError(f"the initial words {text!r} are {len(ids)} tokens: they must be 1 to the number of vectors")

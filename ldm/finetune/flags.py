@@ -125,8 +125,6 @@ def move_in(source: str, folder: Path) -> None:
     """Make the run that is to go on lie in `folder`: copied there from `source`, unless that is "latest" or the folder.
 
     A run may have been moved since it was saved: the paths in its configuration are set right.
-
-    Raises FileNotFoundError where there is no run, ValueError when both folders hold one.
     """
     import yaml
 

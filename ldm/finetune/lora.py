@@ -55,20 +55,17 @@ class Adapter(nn.Module):
     """The change of one layer: scale * up(down(x)), with scale = strength * alpha / rank.
 
     Args:
-        down: (rank, in), or (rank, in, k, k) for a convolution. up: (out, rank), or (out, rank, 1, 1).
-        strength: may be set at any time; 0 changes nothing.
-
-    Raises ValueError for matrices that do not fit together.
+        down: (rank, in), or (rank, in, k, k) for a convolution.
+        up: (out, rank), or (out, rank, 1, 1).
+        strength: may be set at any time.
     """
 
     def __init__(self, down: Tensor, up: Tensor, alpha: float, strength: float = 1.0) -> None:
         super().__init__()
         if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != len(down) or up.shape[2:].numel() != 1:
             raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are not two matrices of one rank")
-        self.down = nn.Parameter(down)
-        self.up = nn.Parameter(up)
-        self.alpha = alpha
-        self.strength = strength
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.alpha, self.strength = alpha, strength
         self._remove: Callable[[], None] | None = None  # takes it off its layer
         self.merged: float | None = None  # the strength at which it is in the layer's weights
 
@@ -86,12 +83,7 @@ class Adapter(nn.Module):
         return self.strength if self._remove is not None else self.merged
 
     def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """Return what is added to the layer's output, computed in the adapter's dtype, or autocast's.
-
-        Args:
-            x: the layer's input.
-            layer: a convolution's stride, padding and dilation are used.
-        """
+        """Return what is added to the layer's output for its input x, in the adapter's dtype, or autocast's."""
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.dtype)
         if self.down.ndim == 2:
             return F.linear(self.scale * F.linear(x, self.down), self.up)  # (..., rank), (..., out)
@@ -104,7 +96,7 @@ class Adapter(nn.Module):
         return self.scale * einsum(up, self.down.detach().float(), "o r, r ... -> o ...")
 
     def connect(self, place: Place) -> None:
-        """Add the change to the layer's output from now on; several adapters of a layer add up."""
+        """Add the change to the layer's output from now on."""
         assert self._remove is None, "an adapter is at one layer"
         self.to(place.weight.device)
         module = place.layer if place.part is None else place.layer.projection
@@ -114,7 +106,7 @@ class Adapter(nn.Module):
         """Remove the change from the layer, if it is at one."""
         if self._remove is not None:
             self._remove()
-        self._remove = None
+            self._remove = None
 
     def _hook(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Any, part: int | None) -> Any:
         own = output if part is None else output[part]
@@ -145,17 +137,14 @@ def places(network: nn.Module) -> dict[str, Place]:
 
 
 def select(names: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Return the names that match a target: a group of `TARGETS`, or a regular expression searched in the name.
-
-    A group may be empty, as "text" is in a UNet. Raises ValueError when nothing matches, or nothing an expression.
-    """
+    """Return the names that match a target: a group of `TARGETS`, or a regular expression searched in the name."""
     chosen = set()
     for target in targets:
         try:
             fitting = {name for name in names if re.search(TARGETS.get(target, target), name)}
         except re.error as error:
             raise ValueError(f"target {target!r} is not a regular expression: {error}") from None
-        if not fitting and target not in TARGETS:
+        if not fitting and target not in TARGETS:  # a group may be empty, as "text" is in a UNet
             raise ValueError(
                 f"target {target!r} fits no layer: it is one of {', '.join(TARGETS)}, or a regular expression for "
                 f"names such as {', '.join(list(names)[:3])}"
@@ -167,11 +156,7 @@ def select(names: Sequence[str], targets: Sequence[str]) -> list[str]:
 
 
 def attach(
-    network: nn.Module,
-    rank: int,
-    alpha: float | None = None,
-    targets: Sequence[str] = DEFAULT_TARGETS,
-    seed: int = 0,
+    network: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = DEFAULT_TARGETS, seed: int = 0
 ) -> dict[str, Adapter]:
     """Add trainable adapters to the chosen layers of a network, and return them by the layers' names.
 
@@ -213,7 +198,7 @@ def detach(adapters: Mapping[str, Adapter]) -> None:
 
 
 class Replaced(dict[str, Tensor]):
-    """The weights that a `merge` replaced, by parameter, and the adapters that it merged."""
+    """The former weights that a `merge` replaced, by parameter, and the adapters that it merged."""
 
     def __init__(self, weights: Mapping[str, Tensor], adapters: Sequence[Adapter]) -> None:
         super().__init__(weights)
@@ -225,10 +210,9 @@ class Replaced(dict[str, Tensor]):
 
 @torch.no_grad()
 def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
-    """Add adapters to the weights, at their strengths, and remove them from their layers.
+    """Add adapters to the weights, at their strengths, and remove them from their layers; `restore` undoes it.
 
-    Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once. Return the
-    replaced weights by parameter: the former tensors themselves, which `restore` puts back.
+    Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once.
     """
     detach(adapters)
     found, kept = places(network), Replaced({}, list(adapters.values()))
@@ -264,7 +248,7 @@ class Resized(NamedTuple):
 def resized(adapter: Adapter, rank: int) -> Resized:
     """Return the nearest adapter of that rank, by singular values (Eckart & Young 1936), with the same alpha / rank.
 
-    The singular values are split evenly between up and down. An adapter of at most that rank is returned as it is.
+    An adapter of at most that rank is returned as it is.
     """
     up, down = (matrix.double().flatten(1) for matrix in (adapter.up, adapter.down))  # (out, r), (r, in * k * k)
     # up @ down = q_up (r_up @ r_down^T) q_down^T: the decomposition of a small matrix
@@ -273,7 +257,7 @@ def resized(adapter: Adapter, rank: int) -> Resized:
     energy = (adapter.scale * s).square()
     if rank >= adapter.rank:
         return Resized(adapter, energy.sum().item(), energy.sum().item())
-    root = s[:rank].sqrt()
+    root = s[:rank].sqrt()  # half of each singular value goes to up, half to down
     new_up = ((q_up @ u[:, :rank]) * root).reshape(-1, len(root), *adapter.up.shape[2:])
     new_down = (root[:, None] * (vh[:rank] @ q_down.T)).reshape(-1, *adapter.down.shape[1:])
     dtype = adapter.down.dtype

@@ -39,7 +39,7 @@ SETTINGS = "lora_adapter_metadata"
 
 
 class LoraFile(NamedTuple):
-    """A file's adapters by layer (in the one naming of `lora_names`), names of other tensors, header, and format."""
+    """A file's adapters by layer (in the naming of `lora_names`), names of other tensors, header, and format."""
 
     adapters: dict[str, Adapter]
     others: list[str]
@@ -48,11 +48,7 @@ class LoraFile(NamedTuple):
 
 
 def read_lora(path: str | Path) -> LoraFile:
-    """Read the adapters in a file (safetensors, or .ckpt, .pt and .bin, in which nothing is executed), as stored.
-
-    Raises FileNotFoundError, and ValueError for a file that holds no LoRA, or one that is not supported: LoHa, LoKr,
-    OFT, DoRA ..., or for another family of models.
-    """
+    """Read the adapters in a file (safetensors, or .ckpt, .pt and .bin, in which nothing is executed), as stored."""
     contents = read_tensors(path)
     state, metadata = contents.state, contents.metadata
     base = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
@@ -125,10 +121,8 @@ def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
     """Return the alpha with which alpha / rank is the layer's scale, by PEFT's settings."""
     part, _, name = layer.partition(".")
     alpha, patterns = settings.get(f"{part}.lora_alpha", rank), settings.get(f"{part}.alpha_pattern") or {}
-    try:
-        matching = (
-            own for pattern, own in dict(patterns).items() if re.match(rf"(.*\.)?({pattern})$", name)
-        )  # as PEFT
+    try:  # patterns match as PEFT's
+        matching = (own for pattern, own in dict(patterns).items() if re.match(rf"(.*\.)?({pattern})$", name))
         alpha = float(next(matching, alpha))
     except (ValueError, TypeError, re.error) as error:
         raise ValueError(f"its settings of alpha cannot be read ({error})") from None
@@ -137,10 +131,7 @@ def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
 
 
 def load_lora(path: str | Path, model: LatentDiffusion, strength: float = 1.0) -> tuple[dict[str, Adapter], list[str]]:
-    """Return a file's adapters, in float32, by our names of the model's layers, and notes on what has no place there.
-
-    Raises, besides what `read_lora` does, ValueError for a LoRA made for a model of another architecture.
-    """
+    """Return a file's adapters, in float32, by our names of the model's layers, and notes on what has no place."""
     found, lora = places(model), read_lora(path)
     ours = own_spellings(model) | layers_of(model)
     adapters, left = {}, list(lora.others)
@@ -175,8 +166,8 @@ def _shaped(matrix: Tensor, ndim: int) -> Tensor:
 def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> dict[str, Adapter]:
     """Add a file's adapters to the model; several files' changes add up. Notes go to `model.notes`.
 
-    The weights stay as they are, and each adapter's `strength` may change at any time; `lora.detach` removes them.
-    Where the strength is settled, the model samples faster after `merge_lora`. Errors as `load_lora`.
+    Each adapter's `strength` may change at any time, and `lora.detach` removes them; after `merge_lora` instead, the
+    model samples faster. Errors as `load_lora`.
     """
     adapters, notes = load_lora(path, model, strength)
     connect(model, adapters)
@@ -186,10 +177,7 @@ def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) 
 
 
 def merge_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> Replaced:
-    """Merge a file's adapters into the model's weights; `lora.restore` undoes it with the result, bit for bit.
-
-    Notes go to `model.notes`. Errors as `load_lora`.
-    """
+    """Merge what `apply_lora` adds into the model's weights; `lora.restore` undoes it with the result, bit for bit."""
     return merge(model, apply_lora(model, path, strength))
 
 
@@ -230,8 +218,6 @@ def save_lora(
             on sees an alpha that is not the rank.
         dtype: of the matrices; None is the adapters' own.
         metadata: further texts for the header.
-
-    Raises ValueError for an unknown format or a layer that these formats have no name for; OSError.
     """
     theirs = {own: layer for layer, own in layers_of(model).items()}
     nameless = [name for name in adapters if name not in theirs]
@@ -273,19 +259,17 @@ def _peft_settings(layers: Mapping[str, Adapter]) -> dict[str, Any]:
     """Return LoraConfig's arguments for each part: its most common rank and alpha, and the layers with others."""
     settings = {}
     for part in PARTS:
+        own = {n.removeprefix(f"{part}."): a for n, a in layers.items() if n.startswith(f"{part}.")}
         # transformers has had CLIP with `text_model.` and without; PEFT takes a name's end for the name
-        own = {
-            n.removeprefix(f"{part}.").removeprefix("text_model."): a
-            for n, a in layers.items()
-            if n.startswith(f"{part}.")
-        }
+        own = {name.removeprefix("text_model."): adapter for name, adapter in own.items()}
         if not own:
             continue
-        for name, pattern, attribute in (("r", "rank_pattern", "rank"), ("lora_alpha", "alpha_pattern", "alpha")):
+        for name, attribute in (("r", "rank"), ("lora_alpha", "alpha")):
             values = {layer: getattr(adapter, attribute) for layer, adapter in own.items()}
-            usual = Counter(values.values()).most_common(1)[0][0]
+            ((usual, _),) = Counter(values.values()).most_common(1)
             settings[f"{part}.{name}"] = usual
-            settings[f"{part}.{pattern}"] = {layer: value for layer, value in values.items() if value != usual}
+            others = {layer: value for layer, value in values.items() if value != usual}
+            settings[f"{part}.{attribute}_pattern"] = others
         settings[f"{part}.target_modules"] = sorted(own)
     return settings
 
@@ -299,12 +283,9 @@ def rewrite(
 ) -> list[str]:
     """Write a LoRA file in another format, of a smaller rank, or in another dtype; return notes on the result.
 
-    No model is needed: CompVis's block names become diffusers', as in Stable Diffusion 1 and 2. Errors as `read_lora`
-    and `save_lora`.
+    No model is needed: CompVis's block names become diffusers', as in Stable Diffusion 1 and 2.
 
-    Args:
-        rank: layers of a larger rank get the nearest change of this one.
-        format: None keeps it.
+    rank: layers of a larger rank get the nearest change of this one.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank {rank} must be at least 1")

@@ -70,10 +70,7 @@ def refuse_other_kinds(names: Iterable[str]) -> None:
 
 
 def parse(key: str) -> tuple[str, str] | None:
-    """Return a weight's layer, in the one naming, and which matrix it is ("down", "up", "mid") or "alpha".
-
-    Return None for a name that is not a LoRA's.
-    """
+    """Return a LoRA weight's layer and what it is of it: "down", "up", "mid" or "alpha"; None for any other name."""
     found = _WEIGHT.fullmatch(key)
     if found is None:
         return None
@@ -107,52 +104,47 @@ def with_usual_levels(layers: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for a block that those models do not have.
     """
-    prefix, blocks = "unet.", ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
-    ours = {n.removeprefix(prefix): v for n, v in layers.items() if n.removeprefix(prefix).startswith(blocks)}
-    theirs = unet_to_diffusers(ours, USUAL_LEVELS)
-    rest = {n: v for n, v in layers.items() if n.removeprefix(prefix) not in ours}
-    return {**rest, **{prefix + name: value for name, value in theirs.items()}}
+    blocks = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
+    ours = {name: value for name, value in layers.items() if name.removeprefix("unet.").startswith(blocks)}
+    theirs = unet_to_diffusers({name.removeprefix("unet."): value for name, value in ours.items()}, USUAL_LEVELS)
+    rest = {name: value for name, value in layers.items() if name not in ours}
+    return rest | {f"unet.{name}": value for name, value in theirs.items()}
 
 
 def own_spellings(model: LatentDiffusion) -> dict[str, str]:
     """Return our names of a model's layers by CompVis's and open_clip's names behind the one naming's parts."""
-    prefixes = {PREFIXES["unet"]: "unet.", PREFIXES["text"]: "text_encoder."}
+    parts = {PREFIXES["unet"]: "unet.", PREFIXES["text"]: "text_encoder."}
     return {
         part + name.removeprefix(prefix): name
         for name in places(model)
-        for prefix, part in prefixes.items()
+        for prefix, part in parts.items()
         if name.startswith(prefix)
     }
 
 
 def layers_of(model: LatentDiffusion) -> dict[str, str]:
-    """Return our names of all layers of a model that can be adapted, by the one naming.
-
-    Raises ValueError for a UNet whose blocks diffusers has no names for.
-    """
-    ours = list(places(model))
-    unet, text = PREFIXES["unet"], PREFIXES["text"]
-    named = {f"{name.removeprefix(unet)}.weight": name for name in ours if name.startswith(unet)}
-    theirs = unet_to_diffusers(named, unet_levels(model.config["unet_config"]["params"]))
-    found = {f"unet.{name.removesuffix('.weight')}": own for name, own in theirs.items()}
+    """Return our names of all layers of a model that can be adapted, by the one naming."""
+    own = own_spellings(model)
+    unet = {f"{n.removeprefix('unet.')}.weight": ours for n, ours in own.items() if n.startswith("unet.")}
+    theirs = unet_to_diffusers(unet, unet_levels(model.config["unet_config"]["params"]))
+    found = {f"unet.{name.removesuffix('.weight')}": ours for name, ours in theirs.items()}
     if isinstance(model.cond_stage_model, TextEncoder):
-        names = [name.removeprefix(text) for name in ours if name.startswith(text)]
-        for name, own in _text(model.cond_stage_model, names).items():
-            found[f"text_encoder.{name}"] = text + own
+        text = {n.removeprefix("text_encoder."): ours for n, ours in own.items() if n.startswith("text_encoder.")}
+        found |= {f"text_encoder.{name}": ours for name, ours in _text(model.cond_stage_model, text).items()}
     return found
 
 
-def _text(encoder: TextEncoder, ours: list[str]) -> dict[str, str]:
-    """Return our names by transformers', both without the part."""
+def _text(encoder: TextEncoder, own: Mapping[str, str]) -> dict[str, str]:
+    """Return the text encoder's layers by transformers' names instead of open_clip's or its own."""
     if encoder.layout == "transformers":
-        return {name.removeprefix("transformer."): name for name in ours}
+        return {name.removeprefix("transformer."): ours for name, ours in own.items()}
     # q, k and v lie where out_proj does, on both sides
-    named = {f"{name.removeprefix('model.')}.weight": name for name in ours if not re.search("[qkv]_proj$", name)}
+    named = {f"{n.removeprefix('model.')}.weight": v for n, v in own.items() if not re.search("[qkv]_proj$", n)}
     found = {}
-    for name, own in openclip_to_transformers(named, encoder.layers).items():
+    for name, ours in openclip_to_transformers(named, encoder.layers).items():
         name = name.removesuffix(".weight")
-        found[name] = own
+        found[name] = ours
         if name.endswith(".out_proj"):
             for part in "qkv":
-                found[name.replace("out_proj", f"{part}_proj")] = own.replace("out_proj", f"{part}_proj")
+                found[name.replace("out_proj", f"{part}_proj")] = ours.replace("out_proj", f"{part}_proj")
     return found

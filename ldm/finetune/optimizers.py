@@ -15,8 +15,6 @@ def make_optimizer(groups: list[dict[str, Any]], name: str, betas: Sequence[floa
 
     adamw keeps 8 bytes of state for each weight. adamw8bit keeps 2, by bitsandbytes (Dettmers et al. 2021). adafactor
     keeps sums over rows and columns (Shazeer & Stern 2018); its learning rate is relative to the size of the weights.
-
-    Raises ValueError for another name, a learning rate that is not a positive number, and without bitsandbytes.
     """
     for group in groups:
         if not 0 < group["lr"] < math.inf:

@@ -99,10 +99,7 @@ def known_prompts(tokenizer: object) -> list[str]:
 
 
 def choose_text(train_text: str, words: Sequence[str], lora: bool) -> str:
-    """Return what to train of the text encoder: "none", "words" or "all".
-
-    Raises ValueError for another choice, and for words where a LoRA file is to hold what is learned.
-    """
+    """Return what to train of the text encoder: "none", "words" or "all"."""
     if train_text == "auto":
         return "all" if lora else "words" if words else "none"
     if train_text not in ("none", "words", "all"):
@@ -121,10 +118,7 @@ def rate_for(name: str, rates: float | Mapping[str, float] | None, part: str) ->
 
 
 def choose_layers(network: nn.Module, layers: str) -> None:
-    """Let only the weights train whose names the layers (a name in LAYERS, or a regular expression) match.
-
-    Raises ValueError for a pattern that is none, or that matches nothing.
-    """
+    """Let only the weights train whose names the layers (a name in LAYERS, or a regular expression) match."""
     try:
         pattern = re.compile(LAYERS.get(layers, layers))
     except re.error as error:
@@ -136,10 +130,7 @@ def choose_layers(network: nn.Module, layers: str) -> None:
 
 
 def train_words(encoder: nn.Module, words: Sequence[str]) -> None:
-    """Let nothing train of the text encoder but the vectors of the words' tokens.
-
-    Raises ValueError for no words.
-    """
+    """Let nothing train of the text encoder but the vectors of the words' tokens."""
     rows = sorted({token for word in words for token in encoder.tokenizer.encode(word)})
     if not rows:
         raise ValueError("there are no words to train: those of the subject's prompt that a class's prompt lacks")

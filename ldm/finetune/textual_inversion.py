@@ -151,8 +151,6 @@ def captions(tokenizer: Tokenizer, word: str, vectors: int, frames: Sequence[str
     Args:
         frames: a name in FRAMES, or captions with {} for the word; None: the "object" ones, or, for a model that knows
             only digits, those that it was trained on.
-
-    Raises ValueError for a frame without {}, or when none leaves room for the word.
     """
     if frames is None:
         frames = [render(frame, "{}") for frame in TRAIN_FRAMES] if knows_only_digits(tokenizer) else "object"

@@ -102,10 +102,7 @@ def generate_again(
     init: "InitImage | None" = None,
     guide: Guide | None = None,
 ) -> Iterator[Generated]:
-    """Generate that recipe's image, to the byte: at the same place of a batch of the same shape.
-
-    Raises ValueError if another model made it.
-    """
+    """Generate that recipe's image, to the byte: at the same place of a batch of the same shape."""
     if recipe.model_hash not in ("", model.hash):
         raise ValueError(
             f"the image was made by the model {recipe.model_name} with hash {recipe.model_hash}, "

@@ -17,10 +17,7 @@ class InitImage:
 
     @classmethod
     def read(cls, path: Path, mask_path: Path | None = None, invert: bool = False) -> "InitImage":
-        """Read both from files, upright. White in the mask is generated anew (black with `invert`).
-
-        Raises FileNotFoundError, and ValueError naming the file if it is not an image, or the mask has another size.
-        """
+        """Read both from files, upright. White in the mask is generated anew (black with `invert`)."""
         image = open_image(path)
         if mask_path is None:
             return cls(image)

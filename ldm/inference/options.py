@@ -116,36 +116,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add two groups of options: which model, and how it computes. What is not given is None (a flag: False)."""
     group = parser.add_argument_group("model")
     add_checkpoint_options(group)
-    group.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add this LoRA's change (1); repeatable"
-    )
-    group.add_argument(
-        "--embedding", type=Path, action="append", default=[], metavar="FILE", help="learned words; repeatable"
-    )
+    add = group.add_argument
+    add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add this LoRA's change (1); repeatable")
+    add("--embedding", type=Path, action="append", default=[], metavar="FILE", help="learned words; repeatable")
 
     add = parser.add_argument_group("speed and memory (images stay the same but for rounding)").add_argument
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="of UNet and text encoder: float32, bfloat16, float16 (GPU only), or mixed (full)",
-    )
+    text = "of UNet and text encoder: float32, bfloat16, float16 (GPU only), or mixed (full)"
+    add("--precision", choices=PRECISIONS, help=text)
     add("--attention", choices=("auto", "sdpa", "xformers", "math"), help="its kernel; math: plain, in float32 (auto)")
     add("--channels-last", action="store_true", help="another memory layout, which convolutions may prefer")
     add("--compile", action="store_true", help="torch.compile the UNet: a minute or more once, then faster steps")
     add("--vae-slicing", action="store_true", help="encode and decode one image at a time")
-    add(
-        "--vae-tiling",
-        type=int_range(1),
-        nargs="?",
-        const=128,
-        metavar="SIDE",
-        help="encode and decode images of more than SIDE x SIDE (128) pixels in bands, in less memory, seamlessly",
-    )
-    add(
-        "--offload",
-        choices=("cpu", "swap"),
-        help="text encoder and first stage compute on the CPU, or wait there and are on the GPU only while used",
-    )
+    text = "encode and decode images of more than SIDE x SIDE (128) pixels in bands, in less memory, seamlessly"
+    add("--vae-tiling", type=int_range(1), nargs="?", const=128, metavar="SIDE", help=text)
+    text = "text encoder and first stage compute on the CPU, or wait there and are on the GPU only while used"
+    add("--offload", choices=("cpu", "swap"), help=text)
 
 
 def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:

@@ -43,8 +43,6 @@ class Recipe(Guidance, Settings):
     `index` is the image's place in its run, whose first seed was `seed - index`. The last of an image's bits depend
     on the shapes that it was computed in, so these are part of it: the size of its batch, its place there, how many
     different prompts the batch had, and which of those was its own.
-
-    Raises ValueError for a prompt that the PNG could not give back.
     """
 
     interval: tuple[float, float] = field(default=ALL_SIGMAS, metadata={"setting": setting_rows(Settings)["interval"]})

@@ -61,18 +61,18 @@ class PixelDiffusionStage(DenoisingStage):
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
         adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
         super().__init__(objective, shown, preview_columns, **adam)
-        if cond is not None and list(cond.parameters()):  # class embeddings, which learn
+        if cond is not None and any(True for _ in cond.parameters()):  # class embeddings, which learn
             self.networks["cond_stage"] = cond
         self.class_dropout = check_probability("class_dropout", class_dropout)
 
     def prepare(self, dataset: Dataset) -> Dataset:
         """Raise ValueError for images of another size than the model's, or without labels that it needs."""
-        model, found = self.latent_diffusion, tuple(dataset[0]["image"].shape)
+        model, sample = self.latent_diffusion, dataset[0]
         size = model.latent_size(model.defaults["height"], model.defaults["width"])
-        if found != size:
+        if tuple(sample["image"].shape) != size:
             raise ValueError(
-                f"the images of {type(dataset).__name__} are {found} and the model's, by its channels and its "
-                f"defaults' height and width, {size}: make them equal"
+                f"the images of {type(dataset).__name__} are {tuple(sample['image'].shape)} and the model's, by its "
+                f"channels and its defaults' height and width, {size}: make them equal"
             )
         if model.cond_stage_model is not None:
             check_labels(dataset)
