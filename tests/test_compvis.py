@@ -208,15 +208,10 @@ def test_a_file_of_ours_has_the_published_names_and_shapes(model, prediction):
     assert same(normalise(written)[0], state)
     version = {"sd-v1": "1", "sd-v2": "2-768-v" if prediction == "v" else "2-512"}[model]
     size = "768x768" if version == "2-768-v" else "512x512"
+    expected = {"sai_model_spec": "1.0.0", "architecture": f"stable-diffusion-v{version}", "resolution": size}
+    expected |= {"prediction_type": {"eps": "epsilon", "v": "v"}[prediction]}
     assert (
-        metadata.items()
-        >= {
-            "format": "pt",
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": f"stable-diffusion-v{version}",
-            "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[prediction],
-            "modelspec.resolution": size,
-        }.items()
+        metadata.items() >= {"format": "pt", **{f"modelspec.{name}": value for name, value in expected.items()}}.items()
     )
     assert {"modelspec.title", "modelspec.implementation"} < metadata.keys()  # which the standard demands
     assert all(isinstance(value, str) and value for value in metadata.values())
@@ -263,13 +258,12 @@ def test_schedule_buffers_are_compvis_s():
         torch.testing.assert_close(buffers[name], golden[f"ddpm/{name}"], rtol=1e-6, atol=1e-9)
     betas = golden["betas/linear"]
     ab = (1 - betas).cumprod(0)
-    torch.testing.assert_close(buffers["betas"], betas.float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(buffers["alphas_cumprod"], ab.float(), rtol=1e-6, atol=0)
+    expected = {"betas": betas, "alphas_cumprod": ab, "sqrt_alphas_cumprod": ab.sqrt()}
+    expected |= {"sqrt_one_minus_alphas_cumprod": (1 - ab).sqrt(), "log_one_minus_alphas_cumprod": (1 - ab).log()}
+    for name, values in expected.items():
+        torch.testing.assert_close(buffers[name], values.float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(buffers["alphas_cumprod_prev"][1:], ab.float()[:-1], rtol=1e-6, atol=0)
     assert buffers["alphas_cumprod_prev"][0] == 1
-    torch.testing.assert_close(buffers["sqrt_alphas_cumprod"], ab.sqrt().float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(buffers["sqrt_one_minus_alphas_cumprod"], (1 - ab).sqrt().float(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(buffers["log_one_minus_alphas_cumprod"], (1 - ab).log().float(), rtol=1e-6, atol=0)
 
 
 def test_schedule_buffers_at_zero_signal_are_finite():

@@ -9,21 +9,13 @@ from ldm.diffusion.loss import WEIGHTINGS, loss_weight, mean_error
 from ldm.diffusion.schedule import make_schedule, q_sample
 
 # The weight of x0's error.
-OF_X0 = {
-    "snr": lambda snr: snr,
-    "truncated_snr": lambda snr: snr.clamp(min=1),
-    "min_snr": lambda snr: snr.clamp(max=5),
-}
+OF_X0 = {"snr": lambda snr: snr, "truncated_snr": lambda snr: snr.clamp(min=1), "min_snr": lambda snr: snr.clamp(max=5)}
 
 
 def test_min_snr_against_the_papers_table():
     """Hang et al. 2023, section 3.4, at SNR 0.25, 5 and 99 with gamma 5."""
     ab = torch.tensor([0.2, 5 / 6, 0.99], dtype=torch.float64)
-    expected = {
-        "x0": [0.25, 5.0, 5.0],
-        "eps": [1.0, 1.0, 5 / 99],
-        "v": [0.25 / 1.25, 5 / 6, 5 / 100],
-    }
+    expected = {"x0": [0.25, 5.0, 5.0], "eps": [1.0, 1.0, 5 / 99], "v": [0.25 / 1.25, 5 / 6, 5 / 100]}
     for prediction, weights in expected.items():
         assert loss_weight("min_snr", prediction, ab).tolist() == pytest.approx(weights, rel=1e-6), prediction
 
@@ -49,12 +41,7 @@ def test_finite_at_zero_terminal_snr():
     zero, found = torch.zeros(1), {}
     for name in WEIGHTINGS:
         found[name] = [loss_weight(name, prediction, zero).item() for prediction in ("eps", "x0", "v")]
-    assert found == {
-        "none": [1, 1, 1],
-        "snr": [1, 0, 0],
-        "truncated_snr": [float("inf"), 1, 1],
-        "min_snr": [1, 0, 0],
-    }
+    assert found == {"none": [1, 1, 1], "snr": [1, 0, 0], "truncated_snr": [float("inf"), 1, 1], "min_snr": [1, 0, 0]}
 
 
 def test_errors():

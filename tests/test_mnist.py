@@ -118,58 +118,48 @@ def test_loader_collates(root: Path) -> None:
     assert batch["label"].tolist() == list(range(8)) and torch.stack(batch["stated"], 1).shape == (8, 2)
 
 
-def damage(raw: Path, kind: str) -> None:
-    images, labels = raw / "train-images-idx3-ubyte", raw / "train-labels-idx1-ubyte"
-    content = images.read_bytes()
-    if kind == "empty":
-        images.write_bytes(b"")
-    elif kind == "magic":
-        images.write_bytes(b"\x89PNG" + content[4:])
-    elif kind == "swapped":
-        images.write_bytes(labels.read_bytes())
-    elif kind == "truncated":
-        images.write_bytes(content[:-1])
-    elif kind == "too long":
-        images.write_bytes(content + b"\0")
-    elif kind == "negative size":
-        images.write_bytes(content[:4] + struct.pack(">i", -20) + content[8:])
-    elif kind == "huge size":
-        images.write_bytes(content[:4] + struct.pack(">3i", *[2**31 - 1] * 3) + content[16:])
-    elif kind == "wrong shape":
-        images.write_bytes(idx(np.zeros((20, 14, 56))))
-    elif kind == "no images":
-        images.write_bytes(idx(np.zeros((0, 28, 28))))
-        labels.write_bytes(idx(np.zeros(0)))
-    elif kind == "fewer labels":
-        labels.write_bytes(idx(np.zeros(19)))
-    elif kind == "label 10":
-        labels.write_bytes(idx(np.full(20, 10)))
-    elif kind in ("gzip truncated", "gzip flipped", "no gzip"):
-        packed = bytearray(gzip.compress(content))
-        packed[len(packed) // 2] ^= 0xFF if kind == "gzip flipped" else 0
-        packed = packed[:-20] if kind == "gzip truncated" else packed
-        images.unlink()
-        images.with_name(images.name + ".gz").write_bytes(content if kind == "no gzip" else packed)
-
-
-KINDS = {
-    **dict.fromkeys(("empty", "magic", "swapped"), "is not the MNIST file of that name"),
-    **dict.fromkeys(("truncated", "too long", "negative size", "huge size"), "but its header says"),
-    "wrong shape": "not 28 x 28",
-    "no images": "holds no images",
-    "fewer labels": "19 labels for the 20 images",
-    "label 10": "a label 10",
-    **dict.fromkeys(("gzip truncated", "gzip flipped", "no gzip"), ".gz is corrupt"),
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+FOREIGN, SIZES, PACKED = "is not the MNIST file of that name", "but its header says", ".gz is corrupt"
+DAMAGE = {  # what is wrong -> the file, its content from the undamaged one, and what is said of it
+    "empty": (IMAGES, lambda content: b"", FOREIGN),
+    "magic": (IMAGES, lambda content: b"\x89PNG" + content[4:], FOREIGN),
+    "swapped": (IMAGES, lambda content: idx(np.arange(20) % 10), FOREIGN),
+    "truncated": (IMAGES, lambda content: content[:-1], SIZES),
+    "too long": (IMAGES, lambda content: content + b"\0", SIZES),
+    "negative size": (IMAGES, lambda content: content[:4] + struct.pack(">i", -20) + content[8:], SIZES),
+    "huge size": (IMAGES, lambda content: content[:4] + struct.pack(">3i", *[2**31 - 1] * 3) + content[16:], SIZES),
+    "wrong shape": (IMAGES, lambda content: idx(np.zeros((20, 14, 56))), "not 28 x 28"),
+    "fewer labels": (LABELS, lambda content: idx(np.zeros(19)), "19 labels for the 20 images"),
+    "label 10": (LABELS, lambda content: idx(np.full(20, 10)), "a label 10"),
+    "gzip truncated": (f"{IMAGES}.gz", lambda content: gzip.compress(content)[:-20], PACKED),
+    "gzip flipped": (f"{IMAGES}.gz", lambda content: flipped(gzip.compress(content)), PACKED),
+    "no gzip": (f"{IMAGES}.gz", lambda content: content, PACKED),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def flipped(content: bytes) -> bytes:
+    """The bits of the middle byte inverted."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_named(root: Path, kind: str) -> None:
-    damage(root / "MNIST" / "raw", kind)
+    name, damaged, expected = DAMAGE[kind]
+    file = root / "MNIST" / "raw" / name
+    content = file.with_name(name.removesuffix(".gz")).read_bytes()
+    file.with_name(name.removesuffix(".gz")).unlink()
+    file.write_bytes(damaged(content))
     with pytest.raises(ValueError) as caught:
         MNIST(root=str(root))
     message = str(caught.value)
-    assert "train-" in message and KINDS[kind] in message and "\n" not in message
+    assert "train-" in message and expected in message and "\n" not in message
+
+
+def test_files_without_images(root: Path) -> None:
+    for name, shape in ((IMAGES, (0, 28, 28)), (LABELS, (0,))):
+        (root / "MNIST" / "raw" / name).write_bytes(idx(np.zeros(shape)))
+    refused("train-.* holds no images", MNIST, root=str(root))
 
 
 def test_missing_files(tmp_path: Path) -> None:
