@@ -3,7 +3,7 @@
 The reading path: all that it takes to train the digits model and to sample from it, in this order (with lines).
 
 How an image is sampled:
-    diffusion/schedule.py            331  noise levels: betas, alpha-bar, sigma; the timesteps to visit
+    diffusion/schedule.py            319  noise levels: betas, alpha-bar, sigma; the timesteps to visit
     diffusion/denoiser.py            170  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
     diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
     diffusion/sampling/              505  first_order explains DDIM and DDPM; the others refine it
@@ -19,10 +19,10 @@ The networks:
 How the model is trained:
     diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
     training/stage.py                175  what a stage of training is, and its loss (objective.py)
-    training/autoencoder.py          139  stage 1: the first stage
+    training/autoencoder.py          132  stage 1: the first stage
     training/clip.py                 112  stage 2: the text encoder
     training/diffusion.py            242  stage 3: the UNet (with denoising.py and latents.py)
-    training/loop.py                 484  the training loop, its EMA, learning rate and data order
+    training/loop.py                 473  the training loop, its EMA, learning rate and data order
     data/captions.py                 246  the captions of digits (with captioned.py)
     data/mnist.py                    288  MNIST, scikit-learn's digits, and their measured style (measure.py)
     loading.py                       409  load and save, our own file format (checkpoint/file.py)

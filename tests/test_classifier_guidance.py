@@ -138,11 +138,8 @@ def test_scale_0_is_unguided_to_the_bit_and_asks_no_classifier():
 
 
 def test_classifier_guidance_adds_to_classifier_free():
-    sigma, cond, uncond = (
-        1.7,
-        {"c": torch.full((2, 1), 0.8, dtype=torch.float64)},
-        {"c": torch.full((2, 1), 0.4, dtype=torch.float64)},
-    )
+    sigma = 1.7
+    cond, uncond = ({"c": torch.full((2, 1), value, dtype=torch.float64)} for value in (0.8, 0.4))
 
     def denoise(x, sigma, cond):
         return Prediction(torch.tanh(cond["c"].view(-1, 1, 1, 1) * x))

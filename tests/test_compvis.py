@@ -141,15 +141,8 @@ def test_what_others_leave_out_of_openclip_is_supplied():
         found, notes = normalise(on_meta({name: shape for name, shape in sizes.items() if name not in names}))
         assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in whole.items()}
         assert notes == [f"the file lacks {len(names)} tensors of OpenCLIP that nothing reads; stand-ins were supplied"]
-    state = random(
-        {
-            f"{tower}token_embedding.weight": (5, 4),
-            f"{tower}ln_final.weight": (4,),
-            f"{tower}transformer.resblocks.0.ln_1.bias": (4,),
-            f"{tower}transformer.resblocks.1.ln_1.bias": (4,),
-        }
-        | MODEL
-    )
+    blocks = {f"{tower}transformer.resblocks.{i}.ln_1.bias": (4,) for i in range(2)}
+    state = random({f"{tower}token_embedding.weight": (5, 4), f"{tower}ln_final.weight": (4,)} | blocks | MODEL)
     found, _ = normalise({name: tensor.half() for name, tensor in state.items()})
     blocks = [found[f"{tower}transformer.resblocks.{i}.ln_1.bias"] for i in range(3)]
     # or no file could be saved
@@ -173,13 +166,8 @@ def test_a_first_stage_in_diffusers_names():
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    theirs = AutoencoderKL(
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        layers_per_block=2,
-    ).eval()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    theirs = AutoencoderKL(block_out_channels=(32, 64), latent_channels=4, layers_per_block=2, **blocks).eval()
     recognised = recognise(theirs.state_dict())
     assert (recognised.family, recognised.part) == ("kl-f2", "first_stage")
     ours = instantiate_network(recognised.config).eval()
@@ -233,11 +221,8 @@ def test_marks_scale_factor_and_architecture():
     assert written.keys() == {*SCHEDULE_BUFFERS, "v_pred", "ztsnr"}
     assert written["v_pred"].numel() == written["ztsnr"].numel() == 0
     assert metadata["modelspec.architecture"] == "latent-diffusion" and metadata["modelspec.resolution"] == "32x64"
-    vq = params | {
-        "first_stage_config": {"target": VQ_TARGET, "params": {}},
-        "prediction": "eps",
-        "concat": "latents_mask",
-    }
+    vq = params | {"first_stage_config": {"target": VQ_TARGET, "params": {}}, "prediction": "eps"}
+    vq["concat"] = "latents_mask"
     written, metadata = single_file({}, {"params": vq})
     assert written["scale_factor"] == torch.tensor(0.18215) and "v_pred" not in written
     assert metadata["modelspec.architecture"] == "latent-diffusion-inpainting"

@@ -28,25 +28,16 @@ def ddconfig(**changes) -> dict:
 KL_F8 = {
     "target": "ldm.models.autoencoder.AutoencoderKL",
     "params": {
-        "embed_dim": 4,
-        "monitor": "val/rec_loss",
-        "ckpt_path": "models/first_stage_models/kl-f8/model.ckpt",
-        "ddconfig": ddconfig(),
-        "lossconfig": {"target": "torch.nn.Identity"},
+        **{"embed_dim": 4, "monitor": "val/rec_loss", "ckpt_path": "models/first_stage_models/kl-f8/model.ckpt"},
+        **{"ddconfig": ddconfig(), "lossconfig": {"target": "torch.nn.Identity"}},
     },
 }
 
 
 def vq_f4(**changes) -> dict:
-    return {
-        "target": "ldm.models.autoencoder.VQModelInterface",
-        "params": {
-            "embed_dim": 3,
-            "n_embed": 8192,
-            "ddconfig": ddconfig(double_z=False, z_channels=3, ch_mult=[1, 2, 4]) | changes,
-            "lossconfig": {"target": "torch.nn.Identity"},
-        },
-    }
+    params = {"embed_dim": 3, "n_embed": 8192, "lossconfig": {"target": "torch.nn.Identity"}}
+    params["ddconfig"] = ddconfig(double_z=False, z_channels=3, ch_mult=[1, 2, 4]) | changes
+    return {"target": "ldm.models.autoencoder.VQModelInterface", "params": params}
 
 
 def unet(channels: int, out: int, width: int, mult: list[int], attention: list[int], **others) -> dict:

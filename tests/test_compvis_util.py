@@ -216,13 +216,9 @@ def test_cycles():
 
 
 def test_stable_diffusion_s_schedule_in_torch():
-    config = {
-        "target": "ldm.lr_scheduler.LambdaLinearScheduler",
-        "params": {
-            **{"warm_up_steps": [10000], "cycle_lengths": [10000000000000]},
-            **{"f_start": [1e-6], "f_max": [1.0], "f_min": [1.0]},
-        },
-    }
+    params = {"warm_up_steps": [10000], "cycle_lengths": [10000000000000]}
+    params |= {"f_start": [1e-6], "f_max": [1.0], "f_min": [1.0]}
+    config = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": params}
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1e-4)
     scheduler = LambdaLR(optimizer, lr_lambda=instantiate_from_config(config).schedule)
     assert scheduler.get_last_lr() == [pytest.approx(1e-10)]
@@ -248,12 +244,8 @@ class Numbers(torch.utils.data.Dataset):
 
 def test_data_module():
     numbers = {"target": f"{__name__}.Numbers", "params": {"n": 10}}
-    module = instantiate_from_config(
-        {
-            "target": "main.DataModuleFromConfig",
-            "params": {"batch_size": 4, "num_workers": 0, "wrap": True, "train": numbers, "validation": numbers},
-        }
-    )
+    params = {"batch_size": 4, "num_workers": 0, "wrap": True, "train": numbers, "validation": numbers}
+    module = instantiate_from_config({"target": "main.DataModuleFromConfig", "params": params})
     module.setup()
     assert [batch.tolist() for batch in module.val_dataloader()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     torch.manual_seed(0)

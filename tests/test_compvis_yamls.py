@@ -27,15 +27,11 @@ from test_compvis_config import (
 from ldm.util import Unfilled, instantiate_from_config
 
 DOCS = Path(__file__).parents[1] / "docs/reference/compvis.md"
+KL_LOSS = {"disc_start": 50001, "kl_weight": 1e-6, "disc_weight": 0.5}
+VQ_LOSS = {"disc_conditional": False, "disc_in_channels": 3, "disc_start": 250001, "codebook_weight": 1.0}
 LOSSES = {
-    "AutoencoderKL": {
-        "target": "ldm.modules.losses.LPIPSWithDiscriminator",
-        "params": {"disc_start": 50001, "kl_weight": 1e-6, "disc_weight": 0.5},
-    },
-    "VQModel": {
-        "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
-        "params": {"disc_conditional": False, "disc_in_channels": 3, "disc_start": 250001, "codebook_weight": 1.0},
-    },
+    "AutoencoderKL": {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": KL_LOSS},
+    "VQModel": {"target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator", "params": VQ_LOSS},
 }
 
 

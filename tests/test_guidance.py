@@ -201,11 +201,8 @@ def test_in_interval_calls_one_or_the_other():
 
 def test_limits_keep_what_guidance_noted():
     guided = autoguidance(bound(1.0), bound(0.3), 2.0)
-    for limited in (
-        clip_x0(guided),
-        dynamic_threshold(guided),
-        inpaint(guided, torch.zeros_like(X), torch.ones_like(X)),
-    ):
+    everywhere = inpaint(guided, torch.zeros_like(X), torch.ones_like(X))
+    for limited in (clip_x0(guided), dynamic_threshold(guided), everywhere):
         assert torch.equal(limited(X, 1.0).unguided, torch.tanh(X))
 
 

@@ -33,11 +33,8 @@ def test_patching_a_class_by_its_old_name():
 
     def forward(self, x, context=None, mask=None):  # what research code reads of it
         calls.append(self.heads)
-        q, k, v = (
-            self.to_q(x),
-            self.to_k(x if context is None else context),
-            self.to_v(x if context is None else context),
-        )
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         out = (q @ k.transpose(-1, -2) * self.scale).softmax(-1) @ v
         return self.to_out(out.transpose(1, 2).flatten(2)) * 1.0

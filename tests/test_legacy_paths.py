@@ -145,12 +145,8 @@ def missing(name):
 
 
 def test_unknown_names_fail_as_ever():
-    for name in (
-        "ldm.nonsense",
-        "ldm.modules.nonsense",
-        "ldm.models.diffusion.nonsense",
-        "ldm.modules.losses.nonsense",
-    ):
+    for package in ("ldm", "ldm.modules", "ldm.models.diffusion", "ldm.modules.losses"):
+        name = f"{package}.nonsense"
         assert missing(name) == f"No module named '{name}'"
     name = "ldm.modules.attention.nonsense"
     assert missing(name) == f"No module named '{name}'; 'ldm.modules.attention' is not a package"

@@ -290,16 +290,9 @@ def test_ddim_agrees_with_diffusers(spacing, steps, prediction, one):
     # diffusers' trailing steps to t - 1000 // S, which is right only where S divides 1000; `one`: it ends at ab = 1.
     from diffusers import DDIMScheduler
 
-    theirs = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=one,
-        steps_offset=1,
-        timestep_spacing=spacing,
-        prediction_type=prediction,
-    )
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    settings |= {"set_alpha_to_one": one, "timestep_spacing": spacing, "prediction_type": prediction}
+    theirs = DDIMScheduler(**settings, steps_offset=1)
     theirs.set_timesteps(steps)
     cond = {"c_crossattn": GOLDEN["toy/c"].double()}
     x = x_T = GOLDEN["toy/x_T"].double()
