@@ -3,18 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.latent_diffusion import LatentDiffusion
-
-
-def uncompiled() -> AbstractContextManager:
-    """Return a context in which compiled networks run uncompiled: compiled code runs no hooks."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def channels_last(model: LatentDiffusion) -> ExitStack:

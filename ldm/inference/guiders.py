@@ -20,7 +20,7 @@ from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.schedule import Schedule, make_schedule
-from ldm.inference.compile import uncompiled
+from ldm.inference.nan_check import uncompiled
 from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock

@@ -1,7 +1,8 @@
 """Find where NaN or infinity begins: the first module whose output is not finite, by name."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ldm.inference.compile import uncompiled
 from ldm.latent_diffusion import LatentDiffusion
 
 
@@ -46,6 +46,11 @@ def generate_checked(model: LatentDiffusion, *args: Any, **settings: Any) -> lis
 def _check_pixels(decoder: nn.Module, args: tuple, pixels: Tensor) -> None:
     if not torch.isfinite(pixels).all():
         raise NotFinite("an image is not finite (NaN or infinite pixels); txt2img.py names the module at fault")
+
+
+def uncompiled() -> AbstractContextManager:
+    """Return a context in which compiled networks run uncompiled: compiled code runs no hooks."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager
