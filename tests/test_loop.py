@@ -83,12 +83,19 @@ def test_run_folder(alone):
 
 
 @pytest.mark.smoke
-def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("first_version", [False, True])
+def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path, monkeypatch, first_version):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "preview", interrupt)  # Ctrl-C in step 3, in the middle of the second epoch
         with pytest.raises(Interrupted, match="stopped at step 3, saved in .*--resume"):
             train(config(tmp_path, accumulate=2), device="cpu")
-    assert (tmp_path / "autoencoder" / "resume.pt").exists()
+    saved = tmp_path / "autoencoder" / "resume.pt"
+    if first_version:  # the same state as version 0.1.0 first saved it
+        state = torch.load(saved, weights_only=True)
+        optimizers = [state[f"optimizer_{k}"] for k in range(2)]
+        networks = {"batches": torch.tensor(2 * state["step"]), **state["networks"]}
+        old = {"stage": networks, "optimizers": optimizers, "scaler": None}
+        torch.save({"step": state["step"], "ema": state["ema"], **old}, saved)
     torch.manual_seed(99)  # nothing may depend on the random state of the process
     assert_same(train(config(tmp_path, accumulate=2), resume=True, device="cpu"), alone)
     assert not (tmp_path / "autoencoder" / "resume.pt").exists()

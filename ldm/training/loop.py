@@ -233,9 +233,13 @@ def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:
     state = folder.load_state()
     if state is None:
         return 0
+    if "optimizers" in state:  # as it was first saved in version 0.1.0
+        state["stage"].pop("batches", None)
+        optimizers = {f"optimizer_{k}": saved for k, saved in enumerate(state["optimizers"])}
+        state |= {"networks": state["stage"], **optimizers}
     try:
         for key, part in parts.items():
-            if key in state or key != "scaler":
+            if state.get(key) is not None or key != "scaler":
                 part.load_state_dict(state[key])
     except (KeyError, ValueError, RuntimeError):
         raise ValueError(
