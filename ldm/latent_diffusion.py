@@ -71,7 +71,6 @@ class LatentDiffusion(nn.Module):
     """
 
     target = "ldm.latent_diffusion.LatentDiffusion"  # the class that a checkpoint names
-    clip: float | None = None  # limit of |x0| in sampling: 1 for pixels
     random_x0 = False  # whether the network has noise of its own, so that two predictions differ by it
 
     def __init__(
@@ -145,6 +144,11 @@ class LatentDiffusion(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def clip(self) -> float | None:
+        """The limit of |x0| in sampling; None, as latents have no limit."""
+        return None
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None, mode: bool = False) -> Tensor:
         """Encode pixels (b, c, h, w) in [-1, 1] to scaled latents (b, z, h/f, w/f): a posterior sample, or its mode."""

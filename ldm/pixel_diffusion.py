@@ -29,7 +29,7 @@ class PixelDiffusion(LatentDiffusion):
         unet_config: the network: (x_t (b, c, h, w), t (b,), and y or context where there is conditioning) -> eps, x0 or
             v of x's shape; with a `downsampling` of which sizes must be multiples.
         channels: of the images.
-        clip: clamp x0 to [-1, 1] in sampling (Ho et al. 2020, in their code).
+        clip: clamp x0 to [-1, 1] in sampling (Ho et al. 2020, in their code); a number is another limit.
         learned_variance: the network also predicts the variance of `ddpm`'s steps, in as many output channels again
             (Nichol & Dhariwal 2021, section 3.1).
         self_condition: the network also takes its last x0, in as many input channels again (Chen et al. 2022,
@@ -37,6 +37,7 @@ class PixelDiffusion(LatentDiffusion):
     """
 
     target = "ldm.pixel_diffusion.PixelDiffusion"
+    clip: float | None = None  # the limit of |x0|
 
     def __init__(
         self,
@@ -46,13 +47,13 @@ class PixelDiffusion(LatentDiffusion):
         schedule: Mapping[str, Any] | None = None,
         prediction: str = "eps",
         defaults: Mapping[str, Any] | None = None,
-        clip: bool = True,
+        clip: bool | float = True,
         learned_variance: bool = False,
         self_condition: bool = False,
     ) -> None:
         first_stage = {"target": "ldm.models.identity.IdentityFirstStage", "params": {"channels": channels}}
         super().__init__(unet_config, first_stage, cond_stage_config, schedule, prediction, defaults=defaults)
-        self.clip = 1.0 if clip else None
+        self.clip = float(clip) or None
         self.learned_variance, self.self_condition = learned_variance, self_condition
 
     @property
@@ -60,7 +61,7 @@ class PixelDiffusion(LatentDiffusion):
         config = self._config_without(first_stage_config=self.first_stage_config, scale_factor=1.0, concat=None)
         return config | {
             "channels": self.channels,
-            "clip": self.clip is not None,
+            "clip": True if self.clip == 1 else self.clip or False,
             "learned_variance": self.learned_variance,
             "self_condition": self.self_condition,
         }

@@ -5,6 +5,7 @@ the reference page follow from this table. It imports no torch.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from operator import index
 from typing import Any, NamedTuple
 
 from ldm.changes import changes_from_text, changes_to_text
@@ -146,7 +147,17 @@ def from_keywords(given: Mapping[str, Any]) -> Settings:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}"
             raise TypeError(f"unknown setting {name!r}; {hint}")
+        if given[name] is not None and not _is_number(given[name], known[name].type):
+            kind = "an integer" if known[name].type is INT else "a finite number"
+            raise ValueError(f"{name} {given[name]!r} is not {kind}")
     return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def _is_number(value: Any, type: Type) -> bool:
+    try:
+        return type not in (INT, FLOAT) or math.isfinite(index(value) if type is INT else value)
+    except TypeError:
+        return False
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -271,3 +271,11 @@ def test_what_a_pixel_model_cannot_save_is_refused(fixed, tmp_path):
     refused(f"a PixelDiffusion always has {name}", ldm.save, model, tmp_path / "pixel.safetensors")
     setattr(model, name, PixelDiffusion(unet, channels=4).__dict__[name])
     assert model.config["clip"] is False and model.config["learned_variance"] is True
+    model.clip = 0.5
+    assert PixelDiffusion(**model.config).clip == 0.5
+
+
+def test_latents_have_no_limit_to_set(tiny_model):
+    """It would be lost in a file."""
+    with pytest.raises(AttributeError, match="property 'clip' of 'LatentDiffusion'"):
+        tiny_model.clip = 1.0

@@ -45,5 +45,11 @@ def test_a_typo_is_named(tiny_model, given, message):
     refused(message, tiny_model.generate, ["5"], **given, error=TypeError)
 
 
+@pytest.mark.parametrize("given", [{"scale": float("nan")}, {"scale": "2"}, {"steps": 2.5}, {"eta": float("inf")}])
+def test_what_is_not_a_number_is_refused(tiny_model, given):
+    with pytest.raises(ValueError, match=" is not an? (integer|finite number)"):
+        tiny_model.generate(["5"], **given)
+
+
 def test_none_is_not_given():
     assert from_keywords({"rescale": None, "steps": 3}) == Settings(steps=3)
