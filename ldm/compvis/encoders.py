@@ -28,7 +28,7 @@ class AbstractEncoder(nn.Module):
     device = property(lambda self: next(self.parameters()).device, lambda self, _: None)  # setting: no effect
 
     def encode(self, *args: Any, embedding_manager: Callable | None = None, **kwargs: Any) -> Any:
-        """Encode; textual inversion's manager maps tokens (b, n) and their vectors (b, n, d) to other vectors."""
+        """Encode prompts. Textual inversion's manager maps tokens (b, n) and vectors (b, n, d) to other vectors."""
         if embedding_manager is None:
             return self(*args, **kwargs)
         hook = self.token_embedding.register_forward_hook(lambda _, given, out: embedding_manager(given[0], out))

@@ -278,7 +278,7 @@ class AutoencoderKL(Autoencoder):
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Pixels (b, c, h, w) -> the posterior over latents (b, embed_dim, h / f, w / f), in float32 or wider."""
+        """Map pixels (b, c, h, w) to the posterior over latents (b, embed_dim, h / f, w / f), in float32 or wider."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
 
     def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:

@@ -65,14 +65,14 @@ class Judge(nn.Module):
         self.head = nn.Linear(third, classes)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Images (b, c, 28 or 32, same) in [-1, 1] -> features at 28, 14 and 7 pixels, for a perceptual distance."""
+        """Map images (b, c, 28 or 32, same) in [-1, 1] to features at 28, 14 and 7 pixels for a perceptual loss."""
         fine = F.relu(self.stem(inner(images, self.size)))  # (b, widths[0], 28, 28)
         middle = self.block1(F.relu(self.down1(F.max_pool2d(fine, 2))))  # (b, widths[1], 14, 14)
         coarse = self.block2(F.relu(self.down2(F.max_pool2d(middle, 2))))  # (b, widths[2], 7, 7)
         return [fine, middle, coarse]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
+        """Map images (b, c, 28 or 32, same) in [-1, 1] to logits (b, classes)."""
         return self.head(self.maps(images)[-1].amax(dim=(2, 3)))  # (b, widths[2]) -> (b, classes)
 
 
@@ -106,11 +106,11 @@ class FeatureNetwork(nn.Module):
         self.head = nn.Linear(features, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (b, c, 28 or 32, same) in [-1, 1] -> features (b, d)."""
+        """Map images (b, c, 28 or 32, same) in [-1, 1] to features (b, d)."""
         x = F.max_pool2d(F.gelu(self.conv1(inner(images, self.size))), 2)  # (b, widths[0], 14, 14)
         x = F.max_pool2d(F.gelu(self.conv2(x)), 2)  # (b, widths[1], 7, 7)
         return self.norm(self.project(x.flatten(1)))  # (b, widths[1] * 49) -> (b, d)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (b, c, 28 or 32, same) in [-1, 1] -> logits (b, classes)."""
+        """Map images (b, c, 28 or 32, same) in [-1, 1] to logits (b, classes)."""
         return self.head(F.gelu(self.features(images)))

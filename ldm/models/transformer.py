@@ -59,7 +59,7 @@ class TransformerWrapper(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, return_embeddings: bool = False) -> Tensor:
-        """tokens int64 (b, n), n <= max_seq_len -> logits (b, n, num_tokens), or the normed embeddings (b, n, dim)."""
+        """Map tokens int64 (b, n), n <= max_seq_len, to logits (b, n, num_tokens) or normed embeddings (b, n, dim)."""
         x = self.token_emb(tokens) + self.pos_emb.emb.weight[: tokens.shape[1]]  # (b, n, dim)
         x = self.norm(self.attn_layers(self.emb_dropout(x)))
         return x if return_embeddings else self.to_logits(x)

@@ -48,11 +48,11 @@ class VQModel(Autoencoder):
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
 
     def encode_to_prequant(self, x: Tensor) -> Tensor:
-        """Pixels (b, c, h, w) -> the latents before quantization (b, embed_dim, h / f, w / f)."""
+        """Map pixels (b, c, h, w) to the latents before quantization (b, embed_dim, h / f, w / f)."""
         return self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Info]:
-        """Pixels (b, c, h, w) -> quantized latents (b, embed_dim, h / f, w / f), the codebook loss () and indices."""
+        """Map pixels (b, c, h, w) to quantized latents (b, embed_dim, h / f, w / f), codebook loss () and indices."""
         return self.quantize(self.encode_to_prequant(x))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class VQModelInterface(VQModel):
     """VQModel as a first stage: latents are those before quantization, which becomes part of the decoder."""
 
     def encode(self, x: Tensor) -> Tensor:
-        """Pixels (b, c, h, w) -> raw (unscaled) latents before quantization (b, embed_dim, h / f, w / f)."""
+        """Map pixels (b, c, h, w) to raw (unscaled) latents before quantization (b, embed_dim, h / f, w / f)."""
         return self.encode_to_prequant(x)
 
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:

@@ -93,7 +93,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         return [adamw(n.parameters(), **self.adam | {"lr": rate}) for n, rate in networks]
 
     def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
-        """As in `Stage`; the discriminator judges the steps of the generator's turn."""
+        """Return the loss as `Stage` says; the discriminator judges the steps of the generator's turn."""
         if k == 1:
             return *self._discriminator_loss(shared, penalised=number % self.r1_every == 0), None
         x0, cond = self.data(batch)

@@ -101,7 +101,7 @@ class EncoderUNetModel(UNetEncoder):
         self.out = nn.Sequential(normalization(width, self.norm_groups), nn.SiLU(), *pooling)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """x (b, in_channels, h, w), variance-preserving, and timesteps (b,) in 0..T-1 -> logits (b, out_channels)."""
+        """Map variance-preserving x (b, in_channels, h, w) at timesteps (b,) in 0..T-1 to logits (b, out_channels)."""
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.dtype))  # (b, 4 c)
         h, means = x.to(self.dtype), []
         for block in [*self.input_blocks, self.middle_block]:

@@ -48,7 +48,7 @@ class SimpleUNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], channels, 1)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """x (b, channels, h, w), timesteps (b,) in 0..T-1 -> (b, channels, h, w)."""
+        """Map x (b, channels, h, w) and timesteps (b,) in 0..T-1 to (b, channels, h, w)."""
         features = timestep_embedding(timesteps, self.time_channels, sines_first=True, shift=1)
         emb = self.time_embed(features.to(x.dtype))  # (b, time_channels)
         h = self.conv_in(x)  # (b, widths[0], h, w)

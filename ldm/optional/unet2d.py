@@ -76,7 +76,7 @@ class UNet2D(nn.Module):
         self.out = nn.Sequential(normalization(width, norm_groups), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (b, channels, h, w), timesteps (b,) in 0..T-1, class numbers y (b,) -> (b, channels, h, w)."""
+        """Map x (b, channels, h, w), timesteps (b,) in 0..T-1 and class numbers y (b,) to (b, channels, h, w)."""
         assert (y is None) == (self.class_embed is None), "give y if and only if the network has classes"
         features = timestep_embedding(timesteps, self.time_channels, sines_first=True)
         emb = self.time_embed(features.to(x.dtype))  # (b, 4 widths[0])
