@@ -86,8 +86,8 @@ def _find(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(
-        f"neither {path} nor {path.name}.gz exists: set LDM_DATA or root to the folder that holds MNIST/raw, "
-        "or download it with download=true"
+        f"neither {path} nor {path.name}.gz exists: set LDM_DATA to the folder that holds MNIST/raw, or "
+        "download it: scripts/train.py ... data.params.download=true"
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ldm.checkpoint.file import atomic
 
@@ -18,8 +18,9 @@ def save_contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: 
     width = max(sum(image.width + GAP for image in images) for images in rows) + GAP
     sheet = Image.new("RGB", (max(width, 320), sum(heights) + len(rows) * (LINE + GAP) + GAP), "white")
     top, pen = 0, ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)  # at the default 10 pixels the spaces between words disappear
     for label, images, height in zip(labels, rows, heights, strict=True):
-        pen.text((GAP, top + 2), label, fill="black")
+        pen.text((GAP, top), label, fill="black", font=font)
         left, top = GAP, top + LINE
         for image in images:
             sheet.paste(image, (left, top))

@@ -58,7 +58,7 @@ TRAINING = [
     ("--lr_scheduler", "loop.lr_schedule", choose({name: {"name": name} for name in ("constant", "linear", "cosine")}),
      "how the learning rates fall, from the start on"),
     ("--lr_warmup_steps", "loop.lr_schedule.warmup", number(int_range(0)), "(0)"),
-    ("--seed", "seed", number(int_range(0)), "of everything but the class images (0)"),
+    ("--seed", "seed", number(int_range(0)), "of the training (0)"),
     ("--resolution", "stage.params.resolution", number(int_range(1), "PIXELS"),
      "side of the squares to train on (the model's own)"),
 ]  # fmt: skip

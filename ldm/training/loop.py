@@ -244,7 +244,7 @@ def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:
     except (KeyError, ValueError, RuntimeError):
         raise ValueError(
             f"cannot resume from {str(folder.state)!r}, which another version of ldm saved: resume with that version, "
-            "or start again in another outdir"
+            "or start again in another output folder"
         ) from None
     return state["step"]
 

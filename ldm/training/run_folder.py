@@ -36,7 +36,7 @@ class RunFolder:
             return
         if not resume:
             raise ValueError(
-                f"{str(self.path)!r} already holds a run: continue it with --resume, or choose another outdir"
+                f"{str(self.path)!r} already holds a run: continue it with --resume, or choose another output folder"
             )
         before, now = flatten(OmegaConf.to_container(OmegaConf.load(saved))), flatten(config)
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
@@ -44,7 +44,7 @@ class RunFolder:
         if fixed:
             raise ValueError(
                 f"{str(self.path)!r} was started with other settings of {', '.join(fixed)}: resume with those, or "
-                "choose another outdir"
+                "choose another output folder"
             )
         if changed and not self.finished:
             print(f"{self.path}: resumed with other settings of {', '.join(changed)} than it was started with")
