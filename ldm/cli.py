@@ -127,7 +127,7 @@ def check_writable(path: Path | None) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{path} cannot be written: name a file in a folder of yours")
+            raise PermissionError(f"{path} cannot be written: name a file in a folder that you may write to")
 
 
 def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:

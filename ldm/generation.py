@@ -93,7 +93,7 @@ def _init_images(model: Any, image: "Images", mask: "Images | None", count: int,
     init = InitImages(image, mask, count, model.image_channels, model.multiple)
     for name, asked, own in (("height", chosen.height, init.height), ("width", chosen.width, init.width)):
         if asked not in (None, own):
-            raise ValueError(f"{name} {asked} is not that of the init image, {own}: resize the image first")
+            raise ValueError(f"{name} {asked} differs from the init image's {own}: resize the image first")
     return init
 
 

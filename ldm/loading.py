@@ -235,7 +235,7 @@ def _build(
     wrong = sorted(name for name, t in state.items() if t.is_floating_point() != own[name].is_floating_point())
     if wrong:
         some = f"{len(wrong)} tensors, such as {wrong[0]} ({state[wrong[0]].dtype})"
-        raise ValueError(f"checkpoint {str(path)!r} has numbers of the wrong kind in {some}")
+        raise ValueError(f"checkpoint {str(path)!r} has integers for floats, or floats for integers, in {some}")
     for name, tensor in state.items():
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     module.load_state_dict(state, assign=True)

@@ -86,8 +86,8 @@ class Settings:
     width: int | None = setting(None, INT, "Width", "width in pixels", "--W", f"{OWN}, or the init image's", 1)
     height: int | None = setting(None, INT, "Height", "height in pixels", "--H", f"{OWN}, or the init image's", 1)
     strength: float | None = setting(
-        None, FLOAT, "Denoising strength", "share of the steps applied to the init image: 0 keeps it, 1 keeps next to "
-        "nothing of it", "--strength", "1 with a mask or an instruction model, else 0.75", 0, 1)
+        None, FLOAT, "Denoising strength", "share of the denoising steps applied to the init image: 0 keeps it, 1 "
+        "keeps almost nothing of it", "--strength", "1 with a mask or an instruction model, else 0.75", 0, 1)
     spacing: str | None = setting(
         None, STR, "Spacing", "of the timesteps: trailing, leading, linspace, quad, compvis, karras, exponential, or "
         'noise levels of your own: "999,749,499,249" or "sigmas 14,3.6,1.2"', "--spacing",

@@ -5,7 +5,7 @@ python scripts/img2img.py --init-img photo.jpg --resize --prompt "an oil paintin
 python scripts/img2img.py --from-png outputs/img2img-samples/samples/00003.png --init-img photo.jpg
 
 --strength is the share of the denoising steps that are taken, from the image noised to the first of their noise
-levels: 0 gives it back through the first stage, 1 keeps next to nothing of it. It is rounded down to whole steps, at
+levels: 0 gives it back through the first stage, 1 keeps almost nothing of it. It is rounded down to whole steps, at
 least 1: 0.75 of 50 are 37.
 
 The result has the image's own size. Where the model needs another (Stable Diffusion: multiples of 64), the image is

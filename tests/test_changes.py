@@ -79,7 +79,7 @@ def test_the_library_and_the_script_say_the_same_and_order_does_not_matter(model
     (again,) = samples(generate("--from-png", first, *options[2:], *options[:2], out="again", steps=None))
     assert abs(pixels(again).astype(int) - pixels(first)).max() <= 1  # sums in another order
     for other in (options[:2], [], ["--lora", loras[0], "--lora", loras[1]]):
-        with pytest.raises(ValueError, match="made with lora a .* at 0.5; lora b .* in the model, and now there is"):
+        with pytest.raises(ValueError, match="made with lora a .* at 0.5; lora b .* in the model, which now has"):
             generate("--from-png", first, *other)
 
 

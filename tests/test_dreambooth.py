@@ -288,7 +288,7 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
     move_in(str(tmp_path / "elsewhere"), tmp_path / "third")
     resumed = train(settings("third"), resume=True)
     assert whole.read_bytes() == resumed.read_bytes()
-    refused("holds no run to go on with", move_in, str(tmp_path / "part"), tmp_path / "fourth", error=FileNotFoundError)
+    refused("holds no run to resume", move_in, str(tmp_path / "part"), tmp_path / "fourth", error=FileNotFoundError)
     refused("already holds a run", move_in, str(tmp_path / "elsewhere"), tmp_path / "third")
 
 

@@ -226,7 +226,7 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         "bitsandbytes, which is not installed": line("--use_8bit_adam"),
         "adafactor's learning rate is relative": line("--optimizer", "adafactor"),
         "did you mean --learning_rate?": line("--learning_rat", "1"),
-        "holds no run to go on with": line("--resume_from_checkpoint", str(tmp_path / "none")),
+        "holds no run to resume": line("--resume_from_checkpoint", str(tmp_path / "none")),
     }
     for message, argv in mistakes.items():
         with pytest.raises(SystemExit) as ended:

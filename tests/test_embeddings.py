@@ -157,7 +157,7 @@ def test_of_two_words_that_begin_alike_the_longer_is_meant():
         ("a\\b", "syntax in prompts"),
         ("BREAK", "syntax in prompts"),
         ("cat", r"'cat' is a word that the text encoder has already \(token \d+\): .* such as '<cat>'"),
-        ("<Known>", "'<Known>' is learned already"),
+        ("<Known>", "'<Known>' is already a learned word"),
     ],
 )
 def test_a_word_that_cannot_be_one(model, word, sentence):

@@ -239,13 +239,13 @@ def test_over_an_image_with_half_precision_weights(tiny_model, mask):
     ("settings", "message"),
     [
         ({"image": make_image(), "strength": 1.5}, "strength must be from 0 to 1, got 1.5"),
-        ({"image": make_image(), "strength": float("nan")}, "strength must be from 0 to 1, got nan"),
+        ({"image": make_image(), "strength": float("nan")}, "strength nan is not a finite number"),
         ({"mask": top_half()}, "need an init image"),
         ({"strength": 0.5}, "need an init image"),
         ({"image": make_image(), "mask": top_half(16, 32)}, "the mask is 16 x 32 pixels and the image 32 x 32"),
         ({"image": make_image(width=7)}, "7 x 32 pixels, too small for this model: its minimum is 8 x 8"),
-        ({"image": make_image(), "width": 64}, "width 64 is not that of the init image, 32"),
-        ({"image": make_image(), "height": 31}, "height 31 is not that of the init image, 32"),
+        ({"image": make_image(), "width": 64}, "width 64 differs from the init image's 32"),
+        ({"image": make_image(), "height": 31}, "height 31 differs from the init image's 32"),
         ({"image": [make_image()] * 3}, "2 results need one or 2 images"),
     ],
 )

@@ -274,7 +274,7 @@ def test_strictly(theirs, tmp_path):
 def test_numbers_of_the_wrong_kind(theirs, tmp_path, dtype):
     name = "model.diffusion_model.out.2.bias"
     path = write("zip", tmp_path / "a.ckpt", theirs | {name: theirs[name].to(dtype)})
-    refused(f"wrong kind in 1 tensors, such as {name} \\({dtype}\\)", load, path)
+    refused(f"integers for floats, or floats for integers, in 1 tensors, such as {name} \\({dtype}\\)", load, path)
 
 
 def test_what_is_no_model(tmp_path, theirs):

@@ -69,9 +69,9 @@ def test_text_of_another_program_reads():
     [
         ("", "it names no 'Size'"),
         ("a five\nSteps: 20, Size: 32x32", "it names no 'Sampler'"),
-        (FIVE.to_text().replace("Steps: 20", "Steps: few"), "do not read"),
-        (FIVE.to_text().replace("32x32", "32"), "do not read"),
-        (FIVE.to_text() + ", Guidance interval: 1", "do not read"),
+        (FIVE.to_text().replace("Steps: 20", "Steps: few"), "settings cannot be read"),
+        (FIVE.to_text().replace("32x32", "32"), "settings cannot be read"),
+        (FIVE.to_text() + ", Guidance interval: 1", "settings cannot be read"),
         (FIVE.to_text() + ", Grid: 2x3", "a grid of 2x3 images"),
     ],
 )
@@ -134,7 +134,7 @@ def test_refill_keeps_the_length(prompt):
     "wrong", [{"batch_position": 4}, {"batch_prompts": 0}, {"prompt_position": 1}, {"batch_size": 0}]
 )
 def test_places_that_do_not_exist(wrong):
-    refused("has no place", refill, replace(replace(FIVE, batch_size=4), **wrong))
+    refused("has no position", refill, replace(replace(FIVE, batch_size=4), **wrong))
 
 
 def test_prompt_files(tmp_path):

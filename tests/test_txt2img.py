@@ -241,7 +241,7 @@ def test_a_yaml_in_place_of_what_the_checkpoint_says(generate, tmp_path, tiny_mo
     OmegaConf.save(config, path)
     generated = samples(generate("--config", path, "--C", tiny_model.channels, "--f", tiny_model.downsampling))
     assert len(generated) == 1 and "Changes: config" in Image.open(generated[0]).text["parameters"]
-    refused("made with config .* in the model, and now there is nothing", generate, "--from-png", generated[0])
+    refused("made with config .* in the model, which now has nothing", generate, "--from-png", generated[0])
     for content in ("a: [", "just text", "other: 1", "model: 3", "${nothing"):
         path.write_text(content)
         refused("configuration", generate, "--config", path)

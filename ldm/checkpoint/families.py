@@ -117,7 +117,7 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
         conditioner["params"]["n_stages"] = int(math.log2(_downsampling(first_stage)))  # halvings to the latents' size
     if "num_classes" in unet:
         if kind(conditioner) != "openclip" or unet.get("adm_in_channels") != conditioner["params"]["projection_dim"]:
-            raise ValueError("the UNet takes classes or pooled text (label_emb), which no encoder in the file gives")
+            raise ValueError("the UNet takes classes or pooled text (label_emb), which no encoder in the file provides")
         conditioner["params"]["pooled"] = True
     return conditioner
 

@@ -115,7 +115,7 @@ class TorchFile:
 
 def _dtype(name: str) -> torch.dtype:
     if name not in STORAGE_DTYPES:
-        raise ValueError(f"its kind of numbers ({name!r}) is not supported")
+        raise ValueError(f"its dtype ({name!r}) is not supported")
     return STORAGE_DTYPES[name]
 
 

@@ -102,7 +102,9 @@ class Reference:
         below = max((size for size in self.floors if size < n), default=None)
         above = min((size for size in self.floors if size > n), default=None)
         if below is None or above is None:
-            raise ValueError(f"no floor is known for {n} images: use {min(self.floors)} to {max(self.floors)}")
+            raise ValueError(
+                f"no distance between real images is known for {n} images: use {min(self.floors)} to {max(self.floors)}"
+            )
         share = (1 / n - 1 / above) / (1 / below - 1 / above)
         low, high = asdict(self.floors[below]), asdict(self.floors[above])
         return Floor(**{name: share * low[name] + (1 - share) * high[name] for name in low})

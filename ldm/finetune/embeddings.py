@@ -138,7 +138,7 @@ def check_word(encoder: TextEncoder, word: str) -> None:
     if set(word) & set("()[]\\") or BREAK.search(word):
         raise ValueError(f"{word!r} cannot be a learned word: brackets, backslashes and BREAK are syntax in prompts")
     if word.lower() in map(str.lower, getattr(encoder.tokenizer, "words", ())):
-        raise ValueError(f"{word!r} is learned already: call one of the two otherwise")
+        raise ValueError(f"{word!r} is already a learned word of this model: rename one of the two")
     ids = encoder.tokenizer.encode(word)
     if len(ids) == 1:
         raise ValueError(

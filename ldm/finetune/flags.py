@@ -133,7 +133,7 @@ def move_in(source: str, folder: Path) -> None:
 
     origin = folder if source == "latest" else Path(source)
     if not (origin / "config.yaml").is_file():
-        raise FileNotFoundError(f"{origin} holds no run to go on with: it has no config.yaml")
+        raise FileNotFoundError(f"{origin} holds no run to resume: it has no config.yaml")
     if origin.resolve() != folder.resolve():
         if (folder / "config.yaml").exists():
             raise ValueError(f"{folder} already holds a run: choose another --output_dir to go on from {origin}")

@@ -133,7 +133,7 @@ def train_words(encoder: nn.Module, words: Sequence[str]) -> None:
     """Let nothing train of the text encoder but the vectors of the words' tokens."""
     rows = sorted({token for word in words for token in encoder.tokenizer.encode(word)})
     if not rows:
-        raise ValueError("there are no words to train: those of the subject's prompt that a class's prompt lacks")
+        raise ValueError("there are no words to train: the subject's prompt has none that the class's prompt lacks")
     encoder.requires_grad_(False)
     vectors = token_embedding(encoder).weight
     chosen = torch.zeros(len(vectors), 1).index_fill_(0, torch.tensor(rows), 1.0)  # (vocabulary, 1)

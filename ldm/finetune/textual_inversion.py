@@ -157,7 +157,7 @@ def captions(tokenizer: Tokenizer, word: str, vectors: int, frames: Sequence[str
     frames = FRAMES[frames] if isinstance(frames, str) else frames
     without = [frame for frame in frames if "{}" not in frame]
     if without or not frames:
-        raise ValueError(f"the caption {(without or [''])[0]!r} has no {{}}, where the word is to stand")
+        raise ValueError(f"the caption {(without or [''])[0]!r} has no {{}}, where the word goes")
     room = tokenizer.context_length - 2 - vectors
     fitting = [frame for frame in frames if len(tokenizer.encode(frame.replace("{}", " "))) <= room]
     if not fitting:

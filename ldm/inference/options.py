@@ -40,8 +40,8 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
     add("--n_iter", type=int_range(1), default=1, metavar="N", help="iterations, each n_samples more per prompt (1)")
     add("--batch-size", type=int_range(1), metavar="N", help="images at a time (16): only bounds the memory")
     add_settings(group, "seed", "fixed_code", "height", "width")
-    add("--C", type=int_range(1), metavar="N", help="latent channels; only checked, the model knows them")
-    add("--f", type=int_range(1), metavar="N", help="pixels per latent; only checked")
+    add("--C", type=int_range(1), metavar="N", help="latent channels; must agree with the model")
+    add("--f", type=int_range(1), metavar="N", help="pixels per latent; must agree with the model")
 
     group = parser.add_argument_group("sampling (what is not given is the checkpoint's own)")
     add_settings(group, "negative", *(name for name in setting_rows(Settings) if name not in NOT_SAMPLING))

@@ -103,7 +103,7 @@ class Recipe(Guidance, Settings):
         try:
             values = {name: row.type.read(entries[row.key]) for name, row in _KEYS.items() if row.key in entries}
         except ValueError as error:
-            raise ValueError(f"its settings do not read ({error})") from None
+            raise ValueError(f"its settings cannot be read ({error})") from None
         values |= _guidance_among(values.get("changes", ()))
         return cls(prompt=prompt[1:], negative=negative, **values)
 
@@ -189,8 +189,8 @@ def refill(recipe: Recipe, count: Callable[[str], int] = lambda prompt: 1) -> li
         len(ranks)
     ):
         raise ValueError(
-            f"a batch of {recipe.batch_size} with {recipe.batch_prompts} prompts has no place {recipe.batch_position} "
-            f"for prompt {recipe.prompt_position}"
+            f"a batch of {recipe.batch_size} with {recipe.batch_prompts} prompts has no position "
+            f"{recipe.batch_position} for prompt {recipe.prompt_position}"
         )
     others = {rank: _another(recipe.prompt, rank, count) for rank in set(ranks) - {recipe.prompt_position}}
     return [others.get(rank, recipe.prompt) for rank in ranks]
