@@ -33,7 +33,7 @@ DEFAULTS |= {"spacing": None, "interval": None}
 class DiffusionWrapper(nn.Module):
     """Pass the conditioning dict to the UNet, whose name in checkpoints is `model.diffusion_model`."""
 
-    def __init__(self, diffusion_model: nn.Module) -> None:
+    def __init__(self, diffusion_model: Any) -> None:
         super().__init__()
         self.diffusion_model = diffusion_model
         self.autocast = False  # compute in `torch.autocast`'s precision, and the text encoder with it
@@ -70,6 +70,8 @@ class LatentDiffusion(nn.Module):
             inpainting), "latents_mask" (that of Rombach et al. 2022), "latents" (InstructPix2Pix), or None.
     """
 
+    first_stage_model: Any  # of the classes that the configurations name
+    cond_stage_model: Any
     target = "ldm.latent_diffusion.LatentDiffusion"  # the class that a checkpoint names
     random_x0 = False  # whether the network has noise of its own, so that two predictions differ by it
 
@@ -155,7 +157,7 @@ class LatentDiffusion(nn.Module):
         code = self.first_stage_model.encode(images.to(self.device))
         if isinstance(code, Tensor):  # of a VQ autoencoder, or pixels: there is no posterior
             return self.scale_factor * code.to(self.device)  # it may have been offloaded
-        return self.scale_factor * (code.mode() if mode else code.sample(generator)).to(self.device)
+        return (code.mode() if mode else code.sample(generator)).to(self.device) * self.scale_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (b, z, h/f, w/f) to pixels (b, c, h, w), nominally in [-1, 1]."""
@@ -167,7 +169,7 @@ class LatentDiffusion(nn.Module):
         return None if self.cond_stage_model is None else self.cond_stage_model.null
 
     def condition(
-        self, prompts: Sequence[Any], chunks: int | None = None, clip_skip: int = 1, plain: bool = False
+        self, prompts: Sequence[Any] | Tensor, chunks: int | None = None, clip_skip: int = 1, plain: bool = False
     ) -> Conditioning:
         """Encode prompts (or classes or images) as `encode_prompts` does; {} for an unconditional model."""
         if self.cond_stage_model is None:

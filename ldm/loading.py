@@ -212,9 +212,7 @@ def _set_vocabulary(params: Config, path: Path) -> None:
     conditioner["params"]["vocab"] = read_vocab(path)
 
 
-def _build(
-    path: str | Path, config: Config, state: State, device: torch.device, dtype: torch.dtype | None
-) -> nn.Module:
+def _build(path: str | Path, config: Config, state: State, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
     if "target" not in config:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it names no target)")

@@ -114,7 +114,7 @@ def call_with(part: str, function: Callable[..., Any], params: Mapping[str, Any]
         raise ValueError(f"{part}: {error}") from error
 
 
-def instantiate_network(config: Mapping[str, Any]) -> nn.Module:
+def instantiate_network(config: Mapping[str, Any]) -> Any:
     """Build a network as `instantiate_from_config` does: a checkpoint may build nothing else, such as a data set."""
     if "target" in config and not issubclass(get_obj_from_str(config["target"]), nn.Module):
         raise ValueError(f"target {config['target']!r} is not a network (torch.nn.Module)")
@@ -151,7 +151,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        content = OmegaConf.to_container(load_yaml(path), resolve=True)
+        content: Any = OmegaConf.to_container(load_yaml(path), resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration {str(path)!r} does not resolve: {error}") from None
     if not isinstance(content, dict):

@@ -77,7 +77,7 @@ def from_compvis(yaml: Mapping[str, Any]) -> Config:
     raise ValueError(f"the model's target {target!r} is not supported: known are {known}")
 
 
-def _model(params: Mapping[str, Any]) -> Config:
+def _model(params: Config) -> Config:
     params = _kept(params, "LatentDiffusion", _READ, _TRAINING, needs=3)
     unet = _translated(params["unet_config"], _UNETS, "the UNet")
     first_stage = _translated(params["first_stage_config"], _FIRST_STAGES, "the first stage")

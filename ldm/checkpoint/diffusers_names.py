@@ -7,7 +7,7 @@ table; that all weights are there is checked by the network that gets them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.checkpoint.structure import count
 from ldm.checkpoint.tensors import State
 
+T = TypeVar("T")  # tensors, or what stands for them
 Table = dict[str, str]  # how a name begins: ours -> theirs
 
 RESNET = {
@@ -55,7 +56,7 @@ class UNetLevel(NamedTuple):
     attention: bool
 
 
-def unet_to_diffusers(state: Mapping[str, Tensor], levels: Sequence[UNetLevel]) -> State:
+def unet_to_diffusers(state: Mapping[str, T], levels: Sequence[UNetLevel]) -> dict[str, T]:
     """Rename our UNetModel's weights to UNet2DConditionModel's."""
     return _renamed(state, _unet(levels), "the UNet")
 
@@ -162,7 +163,7 @@ def _block(name: str, blocks: str) -> int:
     return int(number) if name.startswith(blocks) and number.isdecimal() else -1
 
 
-def _renamed(state: Mapping[str, Tensor], heads: Mapping[str, str], whose: str) -> State:
+def _renamed(state: Mapping[str, T], heads: Mapping[str, str], whose: str) -> dict[str, T]:
     """Replace the longest beginning of every name that `heads` has."""
     renamed, unknown = {}, []
     for name, tensor in state.items():

@@ -35,7 +35,7 @@ def text_params(config: Mapping[str, Any], merges: list[str] | None, pad: int) -
     if config.get("use_attention_mask"):
         raise ValueError("the text encoder has use_attention_mask true: Stable Diffusion's does not mask its padding")
     openclip = own["activation"] == OPENCLIP_SETTINGS["activation"]
-    tokenizer = {} if merges is None else {"merges": merges}
+    tokenizer: dict[str, Any] = {} if merges is None else {"merges": merges}
     eos = own["vocab_size"] - 1
     if pad != (0 if openclip else eos):
         tokenizer["pad"] = "eos" if pad == eos else pad

@@ -85,9 +85,9 @@ def write_pipeline(
         notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
     tokenizer, width = encoder.tokenizer, text["width"]
     text_config = transformers.CLIPTextConfig(
-        **{theirs: text[ours] for ours, theirs in CLIP_KEYS.items()} | {"num_hidden_layers": encoder.state},
-        **{"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad},
-        **{"intermediate_size": 4 * width, "projection_dim": width},
+        **{theirs: text[ours] for ours, theirs in CLIP_KEYS.items()}
+        | {"num_hidden_layers": encoder.state, "intermediate_size": 4 * width, "projection_dim": width}
+        | {"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     )
     latents = [defaults[side] // 2 ** (len(ddconfig["ch_mult"]) - 1) for side in ("height", "width")]
     classes = {
@@ -120,7 +120,7 @@ def _save(pipeline: Any, folder: Path, text: State, dtype: torch.dtype | None) -
     config.write_text(json.dumps(content | {key: "float32" for key in content.keys() & {"dtype", "torch_dtype"}}))
 
 
-def _networks(params: Config) -> tuple[Config, Config, Config, nn.Module]:
+def _networks(params: Config) -> tuple[Config, Config, Config, Any]:
     """Return the arguments of UNet, first stage and text encoder, and the latter on the meta device."""
     configs = [params[f"{part}_config"] for part in ("unet", "first_stage", "cond_stage")]
     targets = [None if own is None else own["target"] for own in configs]
@@ -146,7 +146,7 @@ def _networks(params: Config) -> tuple[Config, Config, Config, nn.Module]:
 
 
 def _weights(
-    state: Mapping[str, Tensor], levels: list[names.UNetLevel], ddconfig: Config, encoder: nn.Module
+    state: Mapping[str, Tensor], levels: list[names.UNetLevel], ddconfig: Config, encoder: Any
 ) -> dict[str, State]:
     """Return the weights of each part under diffusers' names."""
     openclip = encoder.layout == "openclip"
@@ -246,8 +246,8 @@ def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tupl
     curves = {own: theirs for theirs, own in BETA_CURVES.items() if theirs != "sigmoid"}
     _refuse({f"the noise schedule {name!r}": name not in curves})
     ends, T = {}, schedule.get("T", 1000)
-    if SCHEDULES[name] is not None:
-        for end, usual in zip(("start", "end"), SCHEDULES[name], strict=True):
+    if (usual_ends := SCHEDULES[name]) is not None:
+        for end, usual in zip(("start", "end"), usual_ends, strict=True):
             ends[f"beta_{end}"] = usual if schedule.get(end) is None else schedule[end]
     sampler = choose_sampler(defaults.get("sampler", "ddim"), defaults.get("steps", 50), T)
     spacing = defaults.get("spacing")
@@ -290,7 +290,7 @@ def write_tokenizer(folder: Path, merges: Sequence[str], pad: int, context_lengt
     from transformers import CLIPTokenizer
 
     write_vocabulary(folder, merges)
-    settings = {"pad_token": vocabulary(merges)[pad], "model_max_length": context_length}
+    settings: dict[str, Any] = {"pad_token": vocabulary(merges)[pad], "model_max_length": context_length}
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **settings)
     tokenizer.save_pretrained(folder)
     return tokenizer

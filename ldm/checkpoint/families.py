@@ -113,12 +113,13 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
         raise ValueError(f"the UNet attends to {context}, but the file has no encoder for it (cond_stage_model.*)")
     if conditioner is None and unet["in_channels"] == first_stage["params"]["embed_dim"] + image_channels:
         conditioner = {"target": networks.IMAGE_TARGET, "params": {}}  # a low-resolution image, as wide as the latents
+    params = {} if conditioner is None else conditioner["params"]
     if kind(conditioner) == "rescaler":
-        conditioner["params"]["n_stages"] = int(math.log2(_downsampling(first_stage)))  # halvings to the latents' size
+        params["n_stages"] = int(math.log2(_downsampling(first_stage)))  # halvings to the latents' size
     if "num_classes" in unet:
-        if kind(conditioner) != "openclip" or unet.get("adm_in_channels") != conditioner["params"]["projection_dim"]:
+        if kind(conditioner) != "openclip" or unet.get("adm_in_channels") != params["projection_dim"]:
             raise ValueError("the UNet takes classes or pooled text (label_emb), which no encoder in the file provides")
-        conditioner["params"]["pooled"] = True
+        params["pooled"] = True
     return conditioner
 
 
@@ -164,7 +165,7 @@ def _schedule(state: State, family: Family) -> tuple[Config, str]:
     # what a yaml would say of these betas: its numbers are round
     start, end = (float(f"{value:.{3 if half else 4}g}") for value in (betas[0], betas[-1]))
     sizes = {"start": start, "end": end, "T": len(betas)}
-    candidates = [assumed, assumed | {"zero_terminal_snr": True}, {"name": "cosine", "T": len(betas)}]
+    candidates: list[Config] = [assumed, assumed | {"zero_terminal_snr": True}, {"name": "cosine", "T": len(betas)}]
     if 0 < start < 1 and 0 < end < 1:
         candidates += [{"name": name} | sizes for name in ("scaled_linear", "linear")]
     for candidate in candidates:

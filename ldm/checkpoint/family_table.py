@@ -50,7 +50,7 @@ SD2_BASE = Family("sd-v2-base", "Stable Diffusion 2 base", _SD2, scale=9.0)
 # super-resolution models: what its README and notebooks use. Unconditional models: CelebA-HQ, FFHQ and LSUN bedrooms
 # have a VQ first stage, LSUN churches a KL one.
 FAMILIES = {
-    (conditioner, first_stage, concat): Family(name, title, heads, **rest)
+    (conditioner, first_stage, concat): Family(name, title, heads, **dict[str, Any](rest))
     for conditioner, first_stage, concat, name, title, heads, rest in (
         ("clip", "kl", None, "sd-v1", "Stable Diffusion 1", _SD1, {"scale": 7.5}),
         ("clip", "kl", "mask_latents", "sd-v1-inpainting", "Stable Diffusion 1 inpainting", _SD1, {"scale": 7.5}),
@@ -103,7 +103,7 @@ def find_family(in_channels: int, first_stage: Config, conditioner: Config | Non
     z, given = int(first_stage["params"]["embed_dim"]), 0
     if kind(conditioner) == "image":
         given = first_stage["params"]["ddconfig"]["in_channels"]
-    elif kind(conditioner) == "rescaler":
+    elif conditioner is not None and kind(conditioner) == "rescaler":
         params = conditioner["params"]
         given = params.get("in_channels", 3) if params.get("out_channels") is None else params["out_channels"]
     concat = find_concat(int(in_channels) - z - given, z, kind(conditioner) in ("clip", "openclip"))

@@ -9,6 +9,7 @@ and lists alone. `pickletools` of the standard library, a disassembler, cuts the
 """
 
 from dataclasses import dataclass
+from mmap import mmap
 from pickletools import genops, markobject
 from typing import Any, BinaryIO
 
@@ -56,7 +57,7 @@ class Parameters(dict):
     """A torch.nn.ParameterDict, in which textual inversion keeps its embeddings: its parameters are an attribute."""
 
 
-def read_pickle(file: BinaryIO) -> tuple[Any, dict[str, Storage]]:
+def read_pickle(file: BinaryIO | mmap) -> tuple[Any, dict[str, Storage]]:
     """Return the value of the pickle at the file's position, and every storage that it mentions, by key.
 
     The value is made of dict (only items whose keys are strings), list, tuple, str, bytes, bytearray, int, float, bool,

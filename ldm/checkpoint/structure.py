@@ -4,7 +4,7 @@ Every function takes `{name: shape}` with the names inside its network. What wei
 attention heads come from `families`; the group size of normalisations and dropout keep the networks' defaults.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ldm.checkpoint import networks
 from ldm.checkpoint.networks import Config
@@ -55,7 +55,7 @@ def under(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
-def count(shapes: Shapes, prefix: str) -> int:
+def count(shapes: Collection[str], prefix: str) -> int:
     """Return how many numbered modules there are: one more than the highest N of the names `prefix`N..."""
     numbers = (name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix))
     total = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import schedule_buffers
 from ldm.checkpoint.compvis_config import schedule_params
 from ldm.checkpoint.tensors import read_tensors
@@ -84,8 +83,12 @@ class DDPM(nn.Module):
         settings: See `DDPM_SETTINGS`.
     """
 
+    if TYPE_CHECKING:  # the attributes of `DDPM_SETTINGS`, networks and buffers
+
+        def __getattr__(self, name: str) -> Any: ...
+
     global_step, current_epoch, logger, cond_stage_trainable = 0, 0, None, False
-    device = core.LatentDiffusion.device
+    device = property(lambda self: next(self.model.parameters()).device)
     parameterization = property(lambda self: self.prediction, lambda self, kind: setattr(self, "prediction", kind))
 
     def __init__(
@@ -131,9 +134,9 @@ class DDPM(nn.Module):
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """Keep the buffers in float32 under `half()`: rounded to 16 bits they would be another schedule."""
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
+        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False) if buffer.is_floating_point()}
         super()._apply(fn, recurse)
-        self._buffers.update({name: buffer.to(self._buffers[name].device) for name, buffer in kept.items()})
+        self._buffers.update({name: buffer.to(getattr(self, name).device) for name, buffer in kept.items()})
         return self
 
     def _restore(self) -> None:

@@ -133,7 +133,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
         """Return scaled latents (b, z, h, w) from a posterior, or from unscaled latents."""
         is_posterior = isinstance(encoder_posterior, DiagonalGaussianDistribution)
-        return self.scale_factor * (encoder_posterior.sample() if is_posterior else encoder_posterior)
+        return (encoder_posterior.sample() if is_posterior else encoder_posterior) * self.scale_factor
 
     def differentiable_decode_first_stage(
         self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False

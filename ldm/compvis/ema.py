@@ -11,6 +11,9 @@ from ldm.training.ema import ema_decay
 class LitEma(nn.Module):
     """EMA weights as in CompVis's checkpoints: buffers named without the dots, in the dtype of the weights."""
 
+    decay: Tensor
+    num_updates: Tensor
+
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
         super().__init__()
         if not 0 <= decay <= 1:

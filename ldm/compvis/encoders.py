@@ -8,7 +8,7 @@ that no checkpoint contains, FrozenCLIPTextEmbedder and FrozenClipImageEmbedder,
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,10 @@ from ldm.models import clip
 
 class AbstractEncoder(nn.Module):
     """CompVis's base class of encoders: `encode` calls `forward`, which may be replaced."""
+
+    if TYPE_CHECKING:  # the subclasses' networks and buffers
+
+        def __getattr__(self, name: str) -> Any: ...
 
     device = property(lambda self: next(self.parameters()).device, lambda self, _: None)  # setting: no effect
 
@@ -43,6 +47,10 @@ class AbstractEncoder(nn.Module):
 
 class Embeddings(nn.ModuleDict):
     """transformers' CLIPTextEmbeddings. Checkpoints may contain `position_ids` or not; it is not used."""
+
+    token_embedding: nn.Embedding
+    position_embedding: nn.Embedding
+    position_ids: Tensor
 
     def __init__(self, modules: Mapping[str, nn.Module], length: int) -> None:
         super().__init__(modules)
@@ -136,7 +144,8 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
             raise ValueError(f"unknown layer {layer!r}; choose from last, penultimate")
         name = f"{arch}/{version}"
         params, state = _read(name if Path(version).is_file() else None, name, openclip_config, {"arch": arch})
-        super().__init__(**params | {"layer": layer})
+        params["layer"] = layer
+        super().__init__(**params)
         self.max_length, self.layer_idx = max_length, self.LAYERS.index(layer)
         if state is not None:
             self.load_state_dict(state)
@@ -175,6 +184,10 @@ class FrozenCLIPTextEmbedder(AbstractEncoder, TextEncoder):
 
 class FrozenClipImageEmbedder(nn.Module):
     """CLIP's embeddings of images (b, 3, h, w) in [-1, 1]: (b, p). model: like FrozenCLIPTextEmbedder's version."""
+
+    model: Any
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: str = "ViT-L/14", jit: bool = False, device: Any = "cuda", antialias: bool = False):
         import open_clip

@@ -7,7 +7,7 @@ gives the same images.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,10 @@ class CompVisSampler:
     """
 
     walk, step = "ddim_sampling", "p_sample_ddim"  # the methods that `sample` and the loop call
+    if TYPE_CHECKING:  # the tables of `make_schedule`
+
+        def __getattr__(self, name: str) -> Any: ...
+
     multistep = False  # whether the step takes the last eps and returns its own; such steps add no noise
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None, **kwargs: Any) -> None:
@@ -221,7 +225,7 @@ class DDIMSampler(CompVisSampler):
         self, x_latent: Tensor, cond: Any, t_start: int, unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None, use_original_steps: bool = False, callback: Callable | None = None,
     ) -> Tensor:  # fmt: skip
-        guidance = {"unconditional_guidance_scale": unconditional_guidance_scale, "callback": callback}
+        guidance: dict[str, Any] = {"unconditional_guidance_scale": unconditional_guidance_scale, "callback": callback}
         guidance |= {"unconditional_conditioning": unconditional_conditioning, "timesteps": t_start}
         return self._walk(cond, x_latent.shape, x_latent, use_original_steps, **guidance)[0]
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.conditioning.text import TextEncoder, distinct_prompts
 from ldm.conditioning.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ def _end(tokens: list[int], room: int, comma: int) -> int:
     return room if tokens[room] == comma else next((i + 1 for i in near if tokens[i] == comma), room)
 
 
-def count_chunks(encoder: nn.Module, prompts: Sequence[Any], plain: bool = False) -> list[int]:
+def count_chunks(encoder: Any, prompts: Sequence[Any], plain: bool = False) -> list[int]:
     """Return the number of chunks of each prompt: 1 for encoders other than TextEncoder."""
     if not _weighs(encoder, prompts):
         return [1] * len(prompts)
@@ -151,7 +151,7 @@ def count_chunks(encoder: nn.Module, prompts: Sequence[Any], plain: bool = False
 
 
 def encode_prompts(
-    encoder: nn.Module, prompts: Sequence[Any], chunks: int | None = None, clip_skip: int = 1, plain: bool = False
+    encoder: Any, prompts: Sequence[Any] | Tensor, chunks: int | None = None, clip_skip: int = 1, plain: bool = False
 ) -> dict[str, Tensor]:
     """Encode prompts into the conditioning dict.
 
@@ -209,7 +209,7 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     return (weighted * factor[:, None, None]).to(states.dtype)
 
 
-def _weighs(encoder: nn.Module, prompts: Sequence[Any]) -> bool:
+def _weighs(encoder: Any, prompts: Sequence[Any] | Tensor) -> bool:
     """Return whether chunks and weights apply: to texts for a TextEncoder, but not to token ids."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of prompts, not one string ({prompts[:40]!r})")

@@ -56,8 +56,8 @@ class TextEncoder(nn.Module):
         self.state = _state_number(layer, layer_index, layers)
         self.layers = layers
         self.pooled = pooled
-        cleaning = "clip" if layout == "transformers" else "openclip"
-        self.tokenizer = Tokenizer(**{"context_length": context_length, "cleaning": cleaning, **(tokenizer or {})})
+        own: dict[str, Any] = {"cleaning": "clip" if layout == "transformers" else "openclip", **(tokenizer or {})}
+        self.tokenizer = Tokenizer(**{"context_length": context_length} | own)
         if (self.tokenizer.vocab_size, self.tokenizer.context_length) != (vocab_size, context_length):
             raise ValueError(
                 f"the text tower has {vocab_size} tokens and context {context_length}, its tokenizer "

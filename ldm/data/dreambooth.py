@@ -46,7 +46,7 @@ class DreamBooth(Dataset):
     ) -> None:
         if not subjects:
             raise ValueError("DreamBooth needs a subject: give a folder with its images")
-        settings = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
+        settings: dict[str, Any] = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
         self.instances: list[Any] = [
             Folder(one["instance_dir"], caption=one["instance_prompt"], buckets=buckets, **settings) for one in subjects
         ]

@@ -13,13 +13,13 @@ GAP, LINE = 4, 16  # pixels between images, and of a label's line
 
 def save_contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
     """Write rows of images, each under its label, on white, as a PNG file, atomically."""
-    labels, rows = [label for label, _ in rows], [[_enlarged(image) for image in images] for _, images in rows]
-    heights = [max(image.height for image in images) for images in rows]
-    width = max(sum(image.width + GAP for image in images) for images in rows) + GAP
+    lines = [[_enlarged(image) for image in images] for _, images in rows]
+    heights = [max(image.height for image in images) for images in lines]
+    width = max(sum(image.width + GAP for image in images) for images in lines) + GAP
     sheet = Image.new("RGB", (max(width, 320), sum(heights) + len(rows) * (LINE + GAP) + GAP), "white")
     top, pen = 0, ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)  # at the default 10 pixels the spaces between words disappear
-    for label, images, height in zip(labels, rows, heights, strict=True):
+    for (label, _), images, height in zip(rows, lines, heights, strict=True):
         pen.text((GAP, top), label, fill="black", font=font)
         left, top = GAP, top + LINE
         for image in images:

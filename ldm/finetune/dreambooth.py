@@ -101,7 +101,7 @@ class DreamBoothStage(FineTuningStage):
         if self.train_text:
             part = train_text if lora is None else "lora"
             self.text_learning_rate = rate_for("text_learning_rate", text_learning_rate, part)
-        self.optimizer = {"name": optimizer, "betas": tuple(betas), "weight_decay": weight_decay}
+        self.optimizer: dict[str, Any] = {"name": optimizer, "betas": tuple(betas), "weight_decay": weight_decay}
         self.cache, self.previews = cache, prompts if previews is None else list(previews)
         self.texts: dict[str, Conditioning] = {}  # cached
         self.class_directions: Conditioning = {}  # of the class images' captions, where words are trained
@@ -134,7 +134,7 @@ class DreamBoothStage(FineTuningStage):
         return super().data_params() | {"model": self.latent_diffusion}
 
     @torch.no_grad()
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         """Generate what the contact sheet shows of the model as it was; cache latents and text embeddings."""
         for images in dataset.instances:
             check_apart(images.root, self.sheet)
@@ -152,7 +152,7 @@ class DreamBoothStage(FineTuningStage):
             dataset.map(self._encoded)
         return dataset
 
-    def _encoded(self, images: Dataset) -> Dataset:
+    def _encoded(self, images: Any) -> Dataset:
         """Return a set of images as the means and deviations of their latents, on the CPU."""
         batch_size = 16 if len(set(images.shapes)) == 1 else 1
         return LatentDataset(images, *encode_dataset(self.first_stage, images, batch_size))

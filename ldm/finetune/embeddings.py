@@ -9,6 +9,7 @@ them.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +109,12 @@ def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:
         )
     if len(vectors) > room:
         raise ValueError(f"{word!r} has {len(vectors)} vectors, and a prompt of this model has room for {room} tokens")
+    parent = _embeddings(encoder)
     if not isinstance(encoder.tokenizer, WordTokenizer):
         encoder.tokenizer = WordTokenizer(encoder.tokenizer)
-        parent = encoder.tower.text_model.embeddings if encoder.layout == "transformers" else encoder.tower
         parent.token_embedding = WordEmbedding(parent.token_embedding)
     encoder.tokenizer.add(word, len(vectors))
-    token_embedding(encoder).vectors.append(vectors)
+    parent.token_embedding.vectors.append(vectors)
 
 
 def text_encoder(model: LatentDiffusion) -> TextEncoder:
@@ -127,8 +128,13 @@ def text_encoder(model: LatentDiffusion) -> TextEncoder:
 
 def token_embedding(encoder: TextEncoder) -> nn.Embedding:
     """Return the text tower's token embedding, in either layout."""
-    tower = encoder.tower
-    return tower.text_model.embeddings.token_embedding if encoder.layout == "transformers" else tower.token_embedding
+    return _embeddings(encoder).token_embedding
+
+
+def _embeddings(encoder: TextEncoder) -> Any:
+    """Return the module that has the token embedding."""
+    tower: Any = encoder.tower
+    return tower.text_model.embeddings if encoder.layout == "transformers" else tower
 
 
 def check_word(encoder: TextEncoder, word: str) -> None:

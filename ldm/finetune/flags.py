@@ -85,7 +85,8 @@ def add_flags(
     for title, rows in tables.items():
         group = parser.add_argument_group(title)
         for names, key, settings, text in rows:
-            group.add_argument(*names.split(), dest=key, help=text, **{"default": argparse.SUPPRESS, **settings})
+            options: dict[str, Any] = {"dest": key, "help": text, "default": argparse.SUPPRESS, **settings}
+            group.add_argument(*names.split(), **options)
     parser.set_defaults(resume=None, **defaults)
 
 
@@ -118,7 +119,8 @@ def begin(
         keys["loop.log_every"] = min(50, max(1, keys["loop.steps"] // 10))
     for key in sorted(keys):  # a mapping before what is in it
         OmegaConf.update(config, key, keys[key], merge=False, force_add=True)
-    return OmegaConf.to_container(config, resolve=True), model, these.is_main_process
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return plain, model, these.is_main_process
 
 
 def move_in(source: str, folder: Path) -> None:

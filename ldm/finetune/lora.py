@@ -8,6 +8,7 @@ https://arxiv.org/abs/2309.14859). The network keeps its modules, their classes 
 adapter hooks onto the layer that it changes, or is merged into its weights.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -37,7 +38,7 @@ DEFAULT_TARGETS = ("attention", "text")
 class Place(NamedTuple):
     """A layer that can be adapted, its weight's name, and which third of the weight where q, k and v are stacked."""
 
-    layer: nn.Linear | nn.Conv2d | StackedAttention
+    layer: Any  # nn.Linear, nn.Conv2d or StackedAttention
     parameter: str
     part: int | None = None
 
@@ -62,7 +63,7 @@ class Adapter(nn.Module):
 
     def __init__(self, down: Tensor, up: Tensor, alpha: float, strength: float = 1.0) -> None:
         super().__init__()
-        if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != len(down) or up.shape[2:].numel() != 1:
+        if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != len(down) or math.prod(up.shape[2:]) != 1:
             raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are not two matrices of one rank")
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.alpha, self.strength = alpha, strength
@@ -82,7 +83,7 @@ class Adapter(nn.Module):
         """The strength at which it changes its layer now, merged or not; None if it does not."""
         return self.strength if self._remove is not None else self.merged
 
-    def forward(self, x: Tensor, layer: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, layer: Any) -> Tensor:
         """Return what is added to the layer's output for its input x, in the adapter's dtype, or autocast's."""
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.dtype)
         if self.down.ndim == 2:

@@ -160,7 +160,7 @@ def _shaped(matrix: Tensor, ndim: int) -> Tensor:
     """Return a linear layer's matrix as a 1 x 1 convolution's, or the reverse; both compute the same."""
     if ndim == 4 and matrix.ndim == 2:
         return matrix[:, :, None, None]
-    return matrix.flatten(1) if ndim == 2 and matrix.shape[2:].numel() == 1 else matrix
+    return matrix.flatten(1) if ndim == 2 and math.prod(matrix.shape[2:]) == 1 else matrix
 
 
 def apply_lora(model: LatentDiffusion, path: str | Path, strength: float = 1.0) -> dict[str, Adapter]:
@@ -308,7 +308,7 @@ def rewrite(
 def _energy(layers: Mapping[str, Any], rank: int) -> str:
     kept, total = (sum(getattr(own, name) for own in layers.values()) for name in ("kept", "total"))
     shares = {layer: own.kept / own.total if own.total > 0 else 1.0 for layer, own in layers.items()}
-    least = min(shares, key=shares.get)
+    least = min(shares, key=lambda layer: shares[layer])
     share = kept / total if total > 0 else 1.0
     return (
         f"rank {rank}: {share:.2%} of the change (its squared norm) is kept in all {len(layers)} layers, and at least "

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
 from ldm.data.captions import NUMBER_WORDS, TRAIN_FRAMES, render
 from ldm.finetune.embeddings import token_embedding
@@ -129,7 +130,7 @@ def choose_layers(network: nn.Module, layers: str) -> None:
         raise ValueError(f"layers {layers!r} match no weight of the UNet: use {', '.join(LAYERS)} or part of a name")
 
 
-def train_words(encoder: nn.Module, words: Sequence[str]) -> None:
+def train_words(encoder: TextEncoder, words: Sequence[str]) -> None:
     """Let nothing train of the text encoder but the vectors of the words' tokens."""
     rows = sorted({token for word in words for token in encoder.tokenizer.encode(word)})
     if not rows:

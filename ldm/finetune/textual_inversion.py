@@ -91,7 +91,7 @@ class TextualInversionStage(FineTuningStage):
         self.captions = captions(encoder.tokenizer, word, len(start), frames)
 
     @torch.no_grad()
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         """Encode the images, once, and generate what the contact sheet shows of the initial words."""
         check_apart(dataset.root, self.sheet)
         for note in notes_on_images(dataset.root):

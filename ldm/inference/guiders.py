@@ -129,7 +129,7 @@ def identity_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
             hook.remove()
 
 
-def _identity(attention: nn.Module, x: Tensor) -> Tensor:
+def _identity(attention: Any, x: Tensor) -> Tensor:
     """Compute a CrossAttention with the identity as its map: x (b, n, d) -> (b, n, d)."""
     return attention.to_out(attention.to_v(x))
 

@@ -82,7 +82,8 @@ def add_settings(group: argparse._ArgumentGroup | Parser, *names: str) -> None:
         options: dict[str, Any] = {"dest": name, "default": None, "help": help_text(row), **_value(row)}
         group.add_argument(main, **options)
         if others:
-            group.add_argument(*others, **options | {"help": argparse.SUPPRESS})
+            options["help"] = argparse.SUPPRESS
+            group.add_argument(*others, **options)
 
 
 def _value(row: Setting) -> dict[str, Any]:

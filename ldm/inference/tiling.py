@@ -14,6 +14,7 @@ about half (Stable Diffusion's decoder at 512 x 512: from 0.9 to 0.44 GiB above 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class Tiling:
         if self.side is None or height * width <= self.side**2 or height % f or width % f:
             return torch.cat([coder.compute(image) for image in x.split(1)])
         rows = max(1, self.side**2 // (width * f))  # of latents, in a band
-        if encodes:
+        if isinstance(coder, Encoder):
             return torch.cat([_encode(coder, image, rows * f, self.store) for image in x.split(1)])
         return torch.cat([_decode(coder, z, rows, self.store) for z in x.split(1)])
 
@@ -96,7 +97,7 @@ def _encode(encoder: Encoder, x: Tensor, rows: int, store: torch.device) -> Tens
     return encoder.conv_out(F.silu(encoder.norm_out(h)))
 
 
-def _level(x: "_Bands", level: nn.Module) -> None:
+def _level(x: "_Bands", level: Any) -> None:
     """Apply the residual blocks of a level, and its attention, which sees all positions and is for small maps."""
     for j, block in enumerate(level.block):
         _residual(x, block)

@@ -168,7 +168,7 @@ class Encoder(_Half):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.conv_in = nn.Conv2d(self.in_channels, self.ch, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         width = self.ch
         for i, mult in enumerate(self.ch_mult):
             level = self.level(i, width, self.num_res_blocks)
@@ -205,12 +205,12 @@ class Decoder(_Half):
             if i > 0:
                 level.upsample = Upsample(width, self.resamp_with_conv)
             levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))
+        self.up: Any = nn.ModuleList(reversed(levels))
         self.norm_out = normalization(width, self.norm_groups, EPS)
         self.conv_out = nn.Conv2d(width, self.out_ch, 3, padding=1)
 
-    def compute(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+    def compute(self, x: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(x))
         for i, level in reversed(list(enumerate(self.up))):
             h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
             if i > 0:
@@ -229,6 +229,8 @@ def require_unset(**settings: Any) -> None:
 class Autoencoder(nn.Module):
     """What the KL and the VQ autoencoder share."""
 
+    post_quant_conv: nn.Conv2d
+
     def __init__(self, ddconfig: dict[str, Any], embed_dim: int) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -241,7 +243,7 @@ class Autoencoder(nn.Module):
         """Return pixels (b, c, h, w), not clamped to [-1, 1], in the parameters' dtype, of z (b, embed_dim, ...)."""
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
-    def get_last_layer(self) -> nn.Parameter:
+    def get_last_layer(self) -> Tensor:
         """Return the decoder's last weight, at which the gradients of the losses are compared."""
         return self.decoder.conv_out.weight
 

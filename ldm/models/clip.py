@@ -7,6 +7,7 @@ both models were trained without a mask, and the tokens after the end of text ar
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -74,7 +75,7 @@ class StackedAttention(CausalSelfAttention):
 class StackedProjection(nn.Module):
     """Compute q, k and v by one matrix; a module without weights, so that hooks can change each of the three."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return nn.functional.linear(x, weight, bias).chunk(3, dim=-1)
 
 
@@ -170,7 +171,7 @@ class CLIPTextModel(TextTower):
             "token_embedding": nn.Embedding(self.vocab_size, self.width),
             "position_embedding": nn.Embedding(self.context_length, self.width),
         }
-        self.text_model = nn.ModuleDict(
+        self.text_model: Any = nn.ModuleDict(
             {
                 "embeddings": nn.ModuleDict(embeddings),
                 "encoder": nn.ModuleDict({"layers": blocks}),
@@ -207,7 +208,7 @@ class OpenCLIPTextModel(TextTower):
         self.positional_embedding = nn.Parameter(torch.empty(self.context_length, self.width))
         self.text_projection = nn.Parameter(torch.empty(self.width, projection_dim))
         self.logit_scale = nn.Parameter(torch.tensor(0.0))  # not used by the tower, but in every public file
-        self.transformer = nn.ModuleDict({"resblocks": blocks})
+        self.transformer: Any = nn.ModuleDict({"resblocks": blocks})
         self.token_embedding = nn.Embedding(self.vocab_size, self.width)
         self.ln_final = nn.LayerNorm(self.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -63,7 +63,7 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
     return -logits_fake.mean()
 
 
-def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
     """Return |grad loss| / |grad adversarial| at the last layer (Esser et al. 2021, eq. 7), clamped to [0, 1e4]."""
     gradients = [torch.autograd.grad(value, last_layer, retain_graph=True)[0].norm() for value in (loss, adversarial)]
     return (gradients[0] / (gradients[1] + 1e-4)).clamp(0.0, 1e4).detach()

@@ -1,6 +1,8 @@
 """A BERT-style transformer over tokens (Devlin et al. 2018, arXiv:1810.04805, with pre-norm blocks), under the
 parameter names of CompVis's x_transformer. It is the text encoder of LDM's own text-to-image model."""
 
+from typing import Any
+
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.dim = dim
         layers = [layer for _ in range(depth) for layer in (BERTAttention(dim), FeedForward(dim))]
-        self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), layer]) for layer in layers)
+        self.layers: Any = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), layer]) for layer in layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, layer in self.layers:
@@ -50,7 +52,7 @@ class TransformerWrapper(nn.Module):
         dim = attn_layers.dim
         self.max_seq_len = max_seq_len
         self.token_emb = nn.Embedding(num_tokens, dim)
-        self.pos_emb = nn.ModuleDict({"emb": nn.Embedding(max_seq_len, dim)})
+        self.pos_emb: Any = nn.ModuleDict({"emb": nn.Embedding(max_seq_len, dim)})
         self.emb_dropout = nn.Dropout(emb_dropout)
         self.attn_layers = attn_layers
         self.norm = nn.LayerNorm(dim)

@@ -45,7 +45,7 @@ class NoisyClassifierStage(Stage):
         self.networks["model"] = self.model
         self.timesteps = timestep_settings(timesteps, self.schedule.T)
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         """Keep an image for each row of the preview; raise ValueError if images do not fit the network."""
         check_labels(dataset)
         shown = [dataset[i] for i in range(min(10, len(dataset)))]

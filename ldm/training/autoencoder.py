@@ -58,11 +58,12 @@ class AutoencoderStage(Stage):
         super().__init__(preview_columns, lr=learning_rate, betas=(0.5, 0.9))
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
-        params = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
+        params: dict[str, Any] = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
         self.config = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
         self.model = AutoencoderKL(**params)
         self.networks["model"] = self.model
-        self.discriminator = self.perceptual = None
+        self.discriminator: Any = None
+        self.perceptual: Any = None
         if discriminator is not None:
             self.discriminator = call_with("discriminator", NLayerDiscriminator, discriminator)
             self.networks["discriminator"] = self.discriminator
@@ -75,7 +76,7 @@ class AutoencoderStage(Stage):
     def optimizers(self) -> list[Optimizer]:
         return [adamw(network.parameters(), **self.adam) for network in self.networks.values()]
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         self.preview_columns = min(self.preview_columns, len(dataset))
         count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # complete rows
         self.shown = torch.stack([dataset[i * (len(dataset) // count)]["image"] for i in range(count)])

@@ -48,7 +48,7 @@ class ClassifierStage(Stage):
         self.label_smoothing = label_smoothing
         self.transform = {"rotation": rotation, "shear": shear, "scale": scale, "shift": shift}
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         check_labels(dataset)
         shown = [dataset[i]["image"] for i in range(min(self.preview_columns**2, len(dataset)))]
         self.shown = torch.stack(shown)
@@ -68,7 +68,7 @@ class ClassifierStage(Stage):
         return to_pil(images[torch.argsort(predicted - confidence / 2)])
 
     @torch.no_grad()
-    def finish(self, dataset: Dataset) -> None:
+    def finish(self, dataset: Any) -> None:
         """Measure all batch statistics again: on images without transforms, and for the averaged weights."""
         subset = Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
         batches = in_batches(subset, 500, "measuring batch statistics")

@@ -49,14 +49,14 @@ class CLIPStage(Stage):
         self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
         self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         """Choose the vocabulary from the data set's captions and build the two towers."""
         from open_clip import CLIP
 
         merges = reduce(dataset.texts(), self.merges_first, cleaning="openclip")
         vocab_size = 512 + len(merges) + 2
         # Exported in the end; its tower has the same parameters as the text half of the CLIP that trains.
-        self.params = {
+        self.params: dict[str, Any] = {
             **self.text, "layout": "openclip", "activation": "gelu", "vocab_size": vocab_size,
             "projection_dim": self.projection_dim, "pooled": True, "tokenizer": {"merges": merges},
         }  # fmt: skip

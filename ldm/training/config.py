@@ -73,7 +73,7 @@ def _resolve(path: str, config: Any) -> dict[str, Any]:
     try:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"configuration {path!r} needs {', '.join(f'{key}=...' for key in missing)}")
-        plain = OmegaConf.to_container(config, resolve=True)
+        plain: Any = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"configuration {path!r} does not resolve: {error}") from None
     for part in ("stage", "data"):

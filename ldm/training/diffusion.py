@@ -57,7 +57,7 @@ class DiffusionStage(DenoisingStage):
         self.caption_dropout = check_probability("caption_dropout", caption_dropout)
         self.cache_latents = cache_latents
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         if self.cache_latents and getattr(dataset, "augments", False):
             raise ValueError(

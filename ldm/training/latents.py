@@ -13,7 +13,7 @@ from ldm.training.order import in_batches
 class LatentDataset(Dataset):
     """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each."""
 
-    def __init__(self, dataset: Dataset, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
+    def __init__(self, dataset: Any, mean: Sequence[Tensor] | Tensor, std: Sequence[Tensor] | Tensor) -> None:
         self.dataset, self.mean, self.std = dataset, mean, std
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ def encode_dataset(first_stage: nn.Module, dataset: Dataset, batch_size: int) ->
     return means, stds
 
 
-def posterior(first_stage: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def posterior(first_stage: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and deviation of images' unscaled latents, (b, z, h/f, w/f) each; a VQ autoencoder's deviate by 0."""
     code = first_stage.encode(images)
     return (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.std)

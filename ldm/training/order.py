@@ -3,6 +3,7 @@
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -65,7 +66,7 @@ def mix_seed(*numbers: int) -> int:
     return state >> 1
 
 
-def training_batches(dataset: Dataset, order: EpochBatches, first: int, workers: int) -> Iterator[tuple[int, dict]]:
+def training_batches(dataset: Any, order: EpochBatches, first: int, workers: int) -> Iterator[tuple[int, dict]]:
     """Yield (number, batch) without end, from batch number `first` of the run on, as dicts of stacked fields."""
     number = first
     while True:

@@ -65,7 +65,7 @@ class PixelDiffusionStage(DenoisingStage):
             self.networks["cond_stage"] = cond
         self.class_dropout = check_probability("class_dropout", class_dropout)
 
-    def prepare(self, dataset: Dataset) -> Dataset:
+    def prepare(self, dataset: Any) -> Dataset:
         """Raise ValueError for images of another size than the model's, or without labels that it needs."""
         model, sample = self.latent_diffusion, dataset[0]
         size = model.latent_size(model.defaults["height"], model.defaults["width"])

@@ -96,7 +96,7 @@ class Trained(nn.ModuleDict):
     """The networks of a stage that train, as one module whose forward is the loss: what accelerate and DDP wrap."""
 
     def __init__(self, stage: Stage) -> None:
-        super().__init__(stage.networks)
+        super().__init__(dict(stage.networks.items()))
         self.stage = stage
 
     def forward(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict, Any]:
