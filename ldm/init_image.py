@@ -83,7 +83,7 @@ class InitImages:
         has the image's colours and transparency too (c is 3 or 4), and what was generated is opaque.
         """
         new = to_uint8(generated)[..., : self.height, : self.width].cpu()
-        if self.levels is None:
+        if self.levels is None or self.kept is None:
             return new
         channels = self.kept.shape[1]
         if new.shape[1] < min(channels, 3):

@@ -156,7 +156,7 @@ class LatentDiffusion(nn.Module):
         """Encode pixels (b, c, h, w) in [-1, 1] to scaled latents (b, z, h/f, w/f): a posterior sample, or its mode."""
         code = self.first_stage_model.encode(images.to(self.device))
         if isinstance(code, Tensor):  # of a VQ autoencoder, or pixels: there is no posterior
-            return self.scale_factor * code.to(self.device)  # it may have been offloaded
+            return code.to(self.device) * self.scale_factor  # it may have been offloaded
         return (code.mode() if mode else code.sample(generator)).to(self.device) * self.scale_factor
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def _downsampling(first_stage: Config) -> int:
 
 def _name(config: Config) -> str:
     """Return "kl-f8" or "vq-f4" of a first stage, the kind of a conditioner."""
-    return kind(config) + (f"-f{_downsampling(config)}" if "ddconfig" in config["params"] else "")
+    return f"{kind(config)}" + (f"-f{_downsampling(config)}" if "ddconfig" in config["params"] else "")
 
 
 def _sizes(unet: Config, first_stage: Config, conditioner: Config | None) -> str:

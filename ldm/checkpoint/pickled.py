@@ -9,9 +9,8 @@ and lists alone. `pickletools` of the standard library, a disassembler, cuts the
 """
 
 from dataclasses import dataclass
-from mmap import mmap
 from pickletools import genops, markobject
-from typing import Any, BinaryIO
+from typing import Any
 
 # Against small files that fill the memory: an instruction is as short as a byte and takes up to 100 bytes in memory,
 # and a long text can be named again and again. The limit is reached in 5 s; Stable Diffusion 1 has 34,000.
@@ -57,15 +56,15 @@ class Parameters(dict):
     """A torch.nn.ParameterDict, in which textual inversion keeps its embeddings: its parameters are an attribute."""
 
 
-def read_pickle(file: BinaryIO | mmap) -> tuple[Any, dict[str, Storage]]:
-    """Return the value of the pickle at the file's position, and every storage that it mentions, by key.
+def read_pickle(file: Any) -> tuple[Any, dict[str, Storage]]:
+    """Return the value of the pickle at the position of a file or mmap, and every storage that it mentions, by key.
 
     The value is made of dict (only items whose keys are strings), list, tuple, str, bytes, bytearray, int, float, bool,
     None and the classes above. ValueError when the bytes are not a complete pickle.
     """
     stack: list[Any] = []
     marks: list[int] = []  # heights of the stack
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     storages: dict[str, Storage] = {}
 
     def take(count: int) -> list[Any]:
@@ -97,7 +96,7 @@ def read_pickle(file: BinaryIO | mmap) -> tuple[Any, dict[str, Storage]]:
                 values = take(len(stack) - marks.pop()) if markobject in takes else []
                 values = take(takes.index(markobject) if markobject in takes else len(takes)) + values
                 if name in ("GLOBAL", "INST"):
-                    values = [_name(*argument.split(" ", 1)), *values]
+                    values = [_name(*str(argument).split(" ", 1)), *values]
                 elif name in ("EXT1", "EXT2", "EXT4"):
                     values = ["copyreg", str(argument)]
                 made = MAKERS[name](*values)

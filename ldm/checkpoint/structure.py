@@ -19,7 +19,7 @@ _CLIP_TOKENS, _OPENCLIP_TOKENS = f"{_CLIP}embeddings.token_embedding.weight", "m
 _BERT_TOKENS, _CLASSES, _MAPPER = "transformer.token_emb.weight", "embedding.weight", "channel_mapper.weight"
 # Signatures: a weight that only such a conditioner has -> its class, the settings that its weights do not show, and
 # which argument shows where: (weight, dimension), or (how numbered modules begin, -N) with N modules per layer.
-CONDITIONERS = {
+CONDITIONERS: dict[str, tuple[str, Config, Config]] = {
     _CLIP_TOKENS: (
         networks.TEXT_TARGET,
         networks.CLIP_SETTINGS,

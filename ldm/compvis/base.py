@@ -102,7 +102,7 @@ class DDPM(nn.Module):
         super().__init__(**({} if _networks is None else {"unet_config": unet_config, **_networks}))
         unet = unet_config if _networks is None else self.model.diffusion_model
         self.model = DiffusionWrapper(unet, conditioning_key)
-        self.embedding_manager = None  # of textual inversion
+        self.embedding_manager: Any = None  # of textual inversion
         for name, value in (DDPM_SETTINGS | settings).items():
             setattr(self, name, value)
         self.register_schedule(**{name: getattr(self, name) for name in list(DDPM_SETTINGS)[:6]})

@@ -29,7 +29,7 @@ def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
     return self
 
 
-def _first(cond: Any, n: int) -> Any:
+def _first(cond: Any, n: int | None) -> Any:
     """Return the conditioning, in any form, of the first n images."""
     if isinstance(cond, Mapping):
         return {key: _first(value, n) for key, value in cond.items()}
@@ -112,7 +112,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     def null(self) -> Any:
         return getattr(self.cond_stage_model, "null", None)
 
-    def condition(self, prompts: Sequence[Any], chunks: Any = None, clip_skip: int = 1, plain: bool = False) -> Any:
+    def condition(self, prompts: Any, chunks: Any = None, clip_skip: int = 1, plain: bool = False) -> Any:
         """Encode prompts for `generate` as CompVis's code does, without weights or long prompts."""
         key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
         return {} if self.model.conditioning_key is None else {key: self.get_learned_conditioning(prompts)}
@@ -206,8 +206,8 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         temperature: float = 1.0, noise_dropout: float = 0.0, score_corrector: Any = None,
         corrector_kwargs: Mapping | None = None,
     ) -> Any:  # fmt: skip
-        settings = {"quantize_denoised": quantize_denoised, "score_corrector": score_corrector, "return_x0": True}
-        settings |= {"clip_denoised": clip_denoised, "corrector_kwargs": corrector_kwargs}
+        settings: dict[str, Any] = {"quantize_denoised": quantize_denoised, "score_corrector": score_corrector}
+        settings |= {"clip_denoised": clip_denoised, "corrector_kwargs": corrector_kwargs, "return_x0": True}
         mean, _, log_variance, x0 = self.p_mean_variance(x=x, c=c, t=t, **settings)
         noise = F.dropout(noise_like(x.shape, x.device, repeat_noise) * temperature, noise_dropout)
         x = self._noised(mean, log_variance, t, noise)
@@ -215,7 +215,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
 
     def _ancestral(self, cond: Any, shape: Sequence[int], **options: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run `_walk` with `p_sample`; options are those of `_walk`, and PER_STEP for `p_sample`."""
-        settings = {"clip_denoised": self.clip_denoised, "return_x0": True}
+        settings: dict[str, Any] = {"clip_denoised": self.clip_denoised, "return_x0": True}
         settings |= {name: options.pop(name) for name in PER_STEP if name in options}
         cond = _first(cond, shape[0])
         return self._walk(lambda x, t: self.p_sample(x, cond, t, **settings), shape, **options)
@@ -255,8 +255,8 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         unconditional_guidance_label: Any = None, use_ema_scope: bool = True, **kwargs: Any,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Return images (b, c, h, w), and rows of them (c, h, w), that show the state of training, by name."""
-        options = {"return_first_stage_outputs": True, "force_c_encode": True, "return_original_cond": True}
-        z, c, x, xrec, xc = self.get_input(batch, self.first_stage_key, bs=N, **options)
+        options: dict[str, Any] = {"force_c_encode": True, "return_original_cond": True, "bs": N}
+        z, c, x, xrec, xc = self.get_input(batch, self.first_stage_key, return_first_stage_outputs=True, **options)
         ddim, decode = {} if ddim_steps is None else {"eta": ddim_eta}, self.decode_first_stage
         sample_log = partial(self.sample_log, c, len(z), ddim_steps is not None, ddim_steps, **ddim)
         log = {"inputs": x, "reconstruction": xrec} | self._condition_images(batch, x, c, xc)

@@ -141,7 +141,7 @@ def log_txt_as_img(wh: Sequence[int], xc: Sequence[str], size: int = 10) -> Tens
 
     images, columns = [], max(1, int(40 * wh[0] / 256))
     for text in xc:
-        image = Image.new("RGB", tuple(wh), "white")
+        image = Image.new("RGB", (wh[0], wh[1]), "white")
         lines = "\n".join(text[i : i + columns] for i in range(0, len(text), columns))
         ImageDraw.Draw(image).text((0, 0), lines, fill="black", font=ImageFont.load_default(size))
         images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1)  # (3, h, w)

@@ -1,6 +1,6 @@
 """Encode prompts with CLIP: its hidden states for cross-attention and, on request, its pooled text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,8 +56,9 @@ class TextEncoder(nn.Module):
         self.state = _state_number(layer, layer_index, layers)
         self.layers = layers
         self.pooled = pooled
-        own: dict[str, Any] = {"cleaning": "clip" if layout == "transformers" else "openclip", **(tokenizer or {})}
-        self.tokenizer = Tokenizer(**{"context_length": context_length} | own)
+        cleaning = "clip" if layout == "transformers" else "openclip"
+        own: dict[str, Any] = {"context_length": context_length, "cleaning": cleaning, **(tokenizer or {})}
+        self.tokenizer = Tokenizer(**own)
         if (self.tokenizer.vocab_size, self.tokenizer.context_length) != (vocab_size, context_length):
             raise ValueError(
                 f"the text tower has {vocab_size} tokens and context {context_length}, its tokenizer "
@@ -107,7 +108,7 @@ class TextEncoder(nn.Module):
         return cond
 
 
-def distinct_prompts(prompts: Sequence[str]) -> tuple[list[str], Tensor]:
+def distinct_prompts(prompts: Collection[Any]) -> tuple[list[str], Tensor]:
     """Return the distinct prompts in order, and the index of each prompt among them, int64 (b,)."""
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     return list(index), torch.tensor([index[prompt] for prompt in prompts], dtype=torch.long)

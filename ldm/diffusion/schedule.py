@@ -157,7 +157,8 @@ class Schedule:
 
     def t_at(self, sigma: float) -> float:
         """Return the fractional timestep of sigma: exactly i for sigmas[i], clamped to 0..T-1."""
-        t = float(np.interp(math.log1p(sigma * sigma), *reversed(self._knots)))
+        timesteps, logs = self._knots
+        t = float(np.interp(math.log1p(sigma * sigma), logs, timesteps))
         # log1p rounds, but sigmas[i] must give back the integer timestep that the network was trained on.
         return float(round(t)) if abs(t - round(t)) < 1e-6 else t
 

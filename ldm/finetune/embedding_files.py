@@ -22,7 +22,7 @@ from ldm.checkpoint.pickled import StoredTensor
 from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, read_tensors
 from ldm.checkpoint.torch_file import TorchFile
 
-FORMATS = ("diffusers", "a1111", "compvis")
+WORD_FORMATS = ("diffusers", "a1111", "compvis")
 ANY, ANY_TOKEN = "*", 265  # the placeholder, and its token in CLIP's vocabularies
 TABLE = "string_to_param"
 
@@ -105,7 +105,7 @@ def write_words(path: str | Path, learned: LearnedWord, format: str) -> None:
             table = nn.ParameterDict({ANY: nn.Parameter(vectors)})
             content = {"string_to_token": {ANY: torch.tensor(ANY_TOKEN)}, TABLE: table, "name": word}
         case _:
-            raise ValueError(f"format {format!r} is unknown for {str(path)!r}: it is one of {', '.join(FORMATS)}")
+            raise ValueError(f"format {format!r} is unknown for {str(path)!r}: it is one of {', '.join(WORD_FORMATS)}")
     if safe:
         return save_file(path, content)
     with atomic(path) as temporary:

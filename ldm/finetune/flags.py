@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # it imports torch
 CONFIGS = Path(__file__).parents[2] / "configs" / "finetune"
 SMALL = 50_000_000  # weights of a UNet below which a model is small
 KEYS = ("seed", "stage.", "data.", "loop.")  # how the names of a configuration's keys begin
-PRECISIONS = {"auto": "auto", "fp32": "fp32", "no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # "no": diffusers' word
+MIXED_PRECISIONS = {"auto": "auto", "fp32": "fp32", "no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # diffusers: "no"
 
 
 class Choose(argparse.Action):
@@ -65,7 +65,7 @@ TRAINING = [
 MEMORY = [
     ("--gradient_accumulation_steps", "loop.accumulate", number(int_range(1)), "batches to an optimizer step (1)"),
     ("--gradient_checkpointing", "stage.params.gradient_checkpointing", const(True), "less memory, a third more work"),
-    ("--mixed_precision", "loop.precision", choose(PRECISIONS), "auto: bf16 where it is fast (auto)"),
+    ("--mixed_precision", "loop.precision", choose(MIXED_PRECISIONS), "auto: bf16 where it is fast (auto)"),
 ]
 OUTPUT = [
     ("--output_dir", "output_dir", {"type": Path, "metavar": "DIR"}, "(outputs/, the script's name)"),

@@ -33,7 +33,7 @@ from ldm.finetune.lora_names import (
 )
 from ldm.latent_diffusion import LatentDiffusion
 
-FORMATS = ("kohya", "peft")
+LORA_FORMATS = ("kohya", "peft")
 # diffusers' key in the header: arguments of PEFT's LoraConfig as JSON, each with `unet.` or `text_encoder.` before it
 SETTINGS = "lora_adapter_metadata"
 
@@ -234,8 +234,8 @@ def _write(
     metadata: Mapping[str, str] | None,
 ) -> None:
     """Write adapters by layers in the one naming."""
-    if format not in FORMATS:
-        raise ValueError(f"LoRA format {format!r} is unknown: it is one of {', '.join(FORMATS)}")
+    if format not in LORA_FORMATS:
+        raise ValueError(f"LoRA format {format!r} is unknown: it is one of {', '.join(LORA_FORMATS)}")
     state, texts = {}, {**(metadata or {}), "format": "pt"}
     for layer, adapter in layers.items():
         down, up = (m.detach() if dtype is None else m.detach().to(dtype) for m in (adapter.down, adapter.up))

@@ -191,7 +191,7 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if self.h_upd is None:
+        if self.h_upd is None or self.x_upd is None:
             h = self.in_layers(x)  # (b, out_channels, h, w)
         else:
             norm, silu, conv = self.in_layers

@@ -156,7 +156,7 @@ class UNetModel(UNetEncoder):
             zero_module(nn.Conv2d(width, self.out_channels * self.patch**2, 3, padding=1)),
         )
         self.predict_codebook_ids = self.n_embed is not None
-        if self.predict_codebook_ids:
+        if self.n_embed is not None:
             self.id_predictor = nn.Sequential(normalization(width, self.norm_groups), nn.Conv2d(width, self.n_embed, 1))
 
     def attend(self, level: Level, part: str = "encoder") -> nn.Module:

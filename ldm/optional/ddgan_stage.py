@@ -63,7 +63,7 @@ class DenoisingGANStage(PixelDiffusionStage):
                 f"r1_every {r1_every} must be at least 1, r1_weight {r1_weight} and reconstruction {reconstruction} "
                 "at least 0"
             )
-        shown = {"previews": previews, "preview_columns": preview_columns}
+        shown: dict[str, Any] = {"previews": previews, "preview_columns": preview_columns}
         super().__init__(model, learning_rate, class_dropout, betas=betas, weight_decay=0.0, **shown)
         self.discriminator = call_with("discriminator", Discriminator, discriminator)
         self.networks["discriminator"] = self.discriminator

@@ -87,7 +87,7 @@ class Stage:
     def finish(self, dataset: Dataset) -> None:
         """Complete the averaged weights before they are exported, for example by measured statistics."""
 
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def export(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return (configuration, tensors) of the stage's checkpoint."""
         return self.config, self.networks["model"].state_dict()
 
