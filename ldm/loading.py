@@ -131,7 +131,7 @@ def _set_prediction(path: Path, config: Config, prediction: str) -> None:
 def _is_model(target: str | None) -> bool:
     """Return whether a target is LatentDiffusion, or one of ours that builds on it, such as PixelDiffusion."""
     try:
-        return issubclass(get_obj_from_str(target), LatentDiffusion)
+        return target is not None and issubclass(get_obj_from_str(target), LatentDiffusion)
     except ValueError:
         return False
 

@@ -291,7 +291,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         words = {**dict.fromkeys(TEXT_KEYS, key), **dict.fromkeys(CLASS_KEYS, "human_label")}.get(key)
         if hasattr(self.cond_stage_model, "decode"):
             images["conditioning"] = self.cond_stage_model.decode(c)
-        elif words in batch:
+        elif words is not None and words in batch:
             (h, w), size = x.shape[-2:], max(10, x.shape[-1] // 25)
             images["conditioning"] = log_txt_as_img((w, h), batch[words][: len(x)], size)
         elif isimage(xc):

@@ -87,7 +87,7 @@ class TextualInversionStage(FineTuningStage):
         if (learning_rate is None) == (relative_learning_rate is None):
             raise ValueError("give either learning_rate or relative_learning_rate")
         self.deviation = deviation(encoder)
-        self.adam["lr"] = relative_learning_rate * self.deviation if learning_rate is None else learning_rate
+        self.adam["lr"] = learning_rate if relative_learning_rate is None else relative_learning_rate * self.deviation
         self.captions = captions(encoder.tokenizer, word, len(start), frames)
 
     @torch.no_grad()

@@ -170,7 +170,7 @@ class _Bands:
 
     def norm(self, layer: nn.GroupNorm) -> Callable[[Tensor], Tensor]:
         """Return `layer` with the statistics of the whole map: then it is a batch normalisation in eval mode."""
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for band in self.bands:
             band = band.to(self.device)
             wide = band.to(torch.promote_types(band.dtype, torch.float32))

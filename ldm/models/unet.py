@@ -262,7 +262,7 @@ class UNetModel(UNetEncoder):
             emb = emb + self.label_emb(y.to(dtype) if isinstance(self.num_classes, str) else y)
         if isinstance(context, list | tuple):
             context = [part.to(dtype) for part in context]
-        elif context is not None:
+        elif isinstance(context, Tensor):
             context = context.to(dtype)
         h = F.pixel_unshuffle(x.to(dtype), self.patch)  # (b, in_channels patch^2, h / patch, w / patch)
         skips = []

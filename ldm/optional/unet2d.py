@@ -80,7 +80,7 @@ class UNet2D(nn.Module):
         assert (y is None) == (self.class_embed is None), "give y if and only if the network has classes"
         features = timestep_embedding(timesteps, self.time_channels, sines_first=True)
         emb = self.time_embed(features.to(x.dtype))  # (b, 4 widths[0])
-        if y is not None:
+        if self.class_embed is not None:
             emb = emb + self.class_embed(y)
         h = self.conv_in(x)  # (b, widths[0], h, w)
         skips = [h]
