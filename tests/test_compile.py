@@ -1,5 +1,7 @@
 """Memory layout and torch.compile change nothing but the order of sums."""
 
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -139,3 +141,14 @@ def test_on_a_gpu():
 
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
+
+
+def test_a_copy_is_uncompiled(capfd):
+    model, unet = small()
+    compile_unet(model, backend="eager")
+    x, t = torch.ones(1, 4, 8, 8), torch.ones(1)
+    expected = unet(x, t)
+    assert "compiling" in capfd.readouterr().err
+    for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        torch.testing.assert_close(copied(torch.cat([x, x]), torch.ones(2))[:1], expected)
+    assert "compiling" not in capfd.readouterr().err

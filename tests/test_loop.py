@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ldm.training import loop
 from ldm.training.loop import Interrupted, mixed_precision, train
+from ldm.training.run_folder import RunFolder
 
 AUTOENCODER = {
     "target": "ldm.training.autoencoder.AutoencoderStage",
@@ -247,6 +248,8 @@ def test_an_existing_run_is_not_overwritten(alone, tmp_path):
     changed = config(alone.parent.parent, accumulate=2) | {"seed": 4}
     with pytest.raises(ValueError, match="other settings of seed"):
         train(changed, resume=True, device="cpu")
+    with pytest.raises(ValueError, match=r"settings of a, b, c, d, data\S+ and \d+ more: resume"):  # another layout
+        RunFolder(alone.parent, dict.fromkeys("abcd", 1), resume=True, writes=True)
 
 
 def test_a_damaged_state_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,21 +29,21 @@ def compile_unet(model: LatentDiffusion, backend: str | Callable = "inductor") -
     stderr. A failure of the compiler (no C++ compiler, no Triton, an unknown operation) is then a ValueError.
     """
     wrapper, unet = model.model, model.model.diffusion_model
-    compiled: set[tuple[torch.Size, ...]] = set()
-
-    def warm_up(wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        shapes = tuple(part.shape for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
-        if shapes not in compiled:
-            size = " x ".join(map(str, shapes[0]))
-            print(f"compiling the UNet for an input of {size} ...", file=sys.stderr, flush=True)
-            _compile(wrapper.forward, args, kwargs)
-            compiled.add(shapes)
-
     undo = ExitStack()
-    undo.callback(wrapper.register_forward_pre_hook(warm_up, with_kwargs=True).remove)
+    undo.callback(wrapper.register_forward_pre_hook(partial(_warm_up, set()), with_kwargs=True).remove)
     unet.compile(backend=backend, dynamic=False)
     undo.callback(vars(unet).pop, "_compiled_call_impl")  # torch has no call that takes it back
     return undo
+
+
+def _warm_up(compiled: set[tuple[torch.Size, ...]], wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Compile for these shapes of inputs, once; not in a copied or unpickled model, which is uncompiled."""
+    shapes = tuple(part.shape for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
+    if shapes not in compiled and wrapper.diffusion_model._compiled_call_impl is not None:
+        size = " x ".join(map(str, shapes[0]))
+        print(f"compiling the UNet for an input of {size} ...", file=sys.stderr, flush=True)
+        _compile(wrapper.forward, args, kwargs)
+        compiled.add(shapes)
 
 
 def _compile(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:

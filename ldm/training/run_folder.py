@@ -42,8 +42,9 @@ class RunFolder:
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         fixed = [key for key in changed if not key.startswith(FREE)]
         if fixed:
+            few = ", ".join(fixed[:5]) + (f" and {len(fixed) - 5} more" if len(fixed) > 5 else "")
             raise ValueError(
-                f"{str(self.path)!r} was started with other settings of {', '.join(fixed)}: resume with those, or "
+                f"{str(self.path)!r} was started with other settings of {few}: resume with those, or "
                 "choose another output folder"
             )
         if changed and not self.finished:
