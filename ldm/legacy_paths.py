@@ -44,6 +44,8 @@ EARLIER = {
     "ldm.data.degradation": "ldm.compvis.degradation",
     "ldm.denoising_gan": "ldm.optional.denoising_gan",
     "ldm.finetune.embedding_manager": "ldm.compvis.embedding_manager",
+    "ldm.finetune.personalized": "ldm.compvis.personalized",
+    "ldm.finetune.personalized_style": "ldm.compvis.personalized_style",
     "ldm.models.ddgan": "ldm.optional.ddgan",
     "ldm.models.noisy_classifier": "ldm.optional.noisy_classifier",
     "ldm.models.teaching.simple_unet": "ldm.optional.simple_unet",
