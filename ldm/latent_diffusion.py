@@ -206,7 +206,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """The number of pixels of which the height and width of images are multiples."""
+        """Return the number of which height and width in pixels must be multiples."""
         return self.downsampling * self.model.diffusion_model.downsampling
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:

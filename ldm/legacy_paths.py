@@ -46,6 +46,7 @@ EARLIER = {
     "ldm.finetune.embedding_manager": "ldm.compvis.embedding_manager",
     "ldm.finetune.personalized": "ldm.compvis.personalized",
     "ldm.finetune.personalized_style": "ldm.compvis.personalized_style",
+    "ldm.inference.guides": "ldm.inference.guiders",
     "ldm.models.ddgan": "ldm.optional.ddgan",
     "ldm.models.noisy_classifier": "ldm.optional.noisy_classifier",
     "ldm.models.teaching.simple_unet": "ldm.optional.simple_unet",
@@ -142,7 +143,7 @@ ELSEWHERE = {
 }
 
 OLD_NAMES = HOMES | EARLIER
-REAL = ("ldm", "ldm.data", "ldm.finetune", "ldm.models", "ldm.training")
+REAL = ("ldm", "ldm.data", "ldm.finetune", "ldm.inference", "ldm.models", "ldm.training")
 PACKAGES = {name[:i] for name in OLD_NAMES for i in range(len(name)) if name[i] == "."} - set(REAL)
 
 

@@ -109,13 +109,15 @@ def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Fo
         hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
         raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a complete model{hint}")
     if replacements and target != networks.MODEL_TARGET:
-        raise ValueError(f"checkpoint {str(path)!r} holds a {target}, whose parts cannot be exchanged")
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds a {target}: only latent diffusion models have --vae and --unet"
+        )
     params, state, notes = deepcopy(found.config["params"]), found.state, found.notes
     for part, new in replacements.items():
         if new.scale_factor not in (None, params["scale_factor"]):
             own = f"the model {str(path)!r} has scale factor {params['scale_factor']:g}"
             given = f"the first stage given has {new.scale_factor:g}"
-            raise ValueError(f"{own}, and {given}: they are not for the same latents ({new.notes[0]})")
+            raise ValueError(f"{own}, and {given}: they have different latent spaces ({new.notes[0]})")
         params[f"{part}_config"] = new.config
         state, notes = _swapped(state, part, new), [*notes, *new.notes]
     return Found({"target": target, "params": params}, state, notes)
@@ -149,7 +151,9 @@ def _open(
         from ldm.checkpoint.diffusers_folder import read_pipeline, read_vae_folder
 
         if ema or config is not None:
-            raise ValueError(f"folder {str(path)!r} has {NO_EMA if ema else 'a configuration: load it without config'}")
+            raise ValueError(
+                f"folder {str(path)!r} has {NO_EMA if ema else 'its own configuration: load it without config'}"
+            )
         if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
             return Found(*read_vae_folder(path))
         return Found(*read_pipeline(path, variant))

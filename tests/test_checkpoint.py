@@ -152,7 +152,7 @@ def test_failing_at_the_very_end_leaves_no_temporary(tmp_path, monkeypatch, call
 
 def test_a_folder_is_not_replaced(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(OSError, match="a' is a folder: a file is to be written there, so name another"):
+    with pytest.raises(OSError, match="a' is a folder: give the path of a file"):
         save_file(tmp_path / "a", tensors(), CONFIG)
     assert files(tmp_path) == ["a"] and (tmp_path / "a").is_dir()
 

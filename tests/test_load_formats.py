@@ -233,7 +233,7 @@ def test_what_would_change_nothing_is_refused(model, theirs, tmp_path):
     yaml = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
     for name in ("folder", "own.safetensors", "theirs.ckpt"):
         refused(f"{name}'.* has no averaged weights", load, tmp_path / name, ema=True)
-    refused("folder' has a configuration: load it without config", load, tmp_path / "folder", config=yaml)
+    refused("folder' has its own configuration: load it without config", load, tmp_path / "folder", config=yaml)
     refused("theirs.ckpt' is one file: only diffusers' folders have a variant 'fp16'", load, path, variant="fp16")
 
 

@@ -111,7 +111,9 @@ def test_a_file_gives_the_model_back(tmp_path):
     again = ldm.load(tmp_path / "pixel.safetensors", device="cpu")
     assert type(again) is PixelDiffusion and again.clip == 1.0
     assert (pixels(model, [1, 2]) == pixels(again, [1, 2])).all()
-    with pytest.raises(ValueError, match="holds a ldm.pixel_diffusion.PixelDiffusion, whose parts cannot be exchanged"):
+    with pytest.raises(
+        ValueError, match="holds a ldm.pixel_diffusion.PixelDiffusion: only latent diffusion models have --vae"
+    ):
         ldm.load(tmp_path / "pixel.safetensors", vae=ldm.loading.SHIPPED)
     with pytest.raises(ValueError, match="holds a ldm.pixel_diffusion.PixelDiffusion, which cannot be a model's unet"):
         ldm.load(unet=tmp_path / "pixel.safetensors")

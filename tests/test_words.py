@@ -14,8 +14,8 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 # Parts of names: what stands between underscores, or between capitals.
 NAMES = set("picture pictures draw draws drawn drawing told tell teller hears whole leftover".split())
-# "spatial.Picture" is the name in checkpoints of version 0.1; Pillow has ImageDraw.
-ALLOWED_NAMES = {"Picture", "ImageDraw"}
+# "spatial.Picture" is a name in checkpoints of version 0.1, PictureNoise in its README; Pillow has ImageDraw.
+ALLOWED_NAMES = {"Picture", "PictureNoise", "ImageDraw"}
 PHRASES = re.compile(
     r"\b(told|tells? (?:of|it|them|the model|the network)|teller|say(?:s|ing)? nothing|hears|left over|leaves over"
     r"|dealt|deals out|pictures?|draw(?:s|n|ing)?|(?:is|are) no (?!longer\b|more\b)\w+|at the (?:most|least)\b)",

@@ -176,7 +176,7 @@ def _renamed(state: Mapping[str, T], heads: Mapping[str, str], whose: str) -> di
         renamed[new] = tensor
     if unknown:
         names = ", ".join(sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise ValueError(f"{whose} has {len(unknown)} weights that do not belong to it: {names}")
+        raise ValueError(f"{whose} has {len(unknown)} unexpected weights: {names}")
     return renamed
 
 

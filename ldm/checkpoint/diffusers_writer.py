@@ -306,7 +306,7 @@ def _refuse(reasons: Mapping[str, bool]) -> None:
 def _replacing(path: Path) -> Iterator[Path]:
     """`with _replacing(path) as temporary:` what is written there becomes `path` if the block succeeds."""
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{str(path)!r} is a file: a folder is to be written there, so name another")
+        raise ValueError(f"{str(path)!r} is a file: give the path of a folder")
     found = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
     index = path / "model_index.json"
     ours = index.is_file() and read_json(index).items() >= MARK.items()

@@ -111,7 +111,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder: a file is to be written there, so name another")
+        raise IsADirectoryError(f"{str(path)!r} is a folder: give the path of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -45,7 +45,7 @@ class Record(NamedTuple):
 class TorchFile:
     """A file that torch.save wrote: `value` is what its pickle describes, and `tensor` makes a tensor of that.
 
-    ValueError says that it is damaged, absurd or another kind of file, in words that follow "cannot be read:".
+    ValueError says that it is damaged, impossible or another kind of file, in words that follow "cannot be read:".
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -76,7 +76,7 @@ class TorchFile:
         if (offset + reach) * dtype.itemsize > memory.nbytes():
             raise ValueError(f"its size {size} with stride {stride} from {offset} on reaches beyond its storage")
         if math.prod(max(n, 1) for n in size) * dtype.itemsize > self.limit:
-            raise ValueError(f"its size {size} is absurd in a file of {len(self.bytes)} bytes")
+            raise ValueError(f"its size {size} is too large for a file of {len(self.bytes)} bytes")
         return torch.empty(0, dtype=dtype).set_(memory, offset, size, stride)
 
     def _memory(self, storage: Storage) -> torch.UntypedStorage:

@@ -48,7 +48,7 @@ class Detector:
         return (_nearest(features, self.subject) < _nearest(features, self.others)).tolist()
 
     def errors(self) -> dict[str, Any]:
-        """Return its error rates on the real images themselves, each left out in turn."""
+        """Return its error rates on the real images themselves, by leave-one-out."""
         missed = kth_nearest(self.subject, 1) >= _nearest(self.subject, self.others)
         false = _nearest(self.others, self.subject) < kth_nearest(self.others, 1)
         return {"missed": accuracy(missed.tolist()), "false_alarms": accuracy(false.tolist())}

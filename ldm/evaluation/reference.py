@@ -88,7 +88,7 @@ class Reference:
 
     @property
     def image_labels(self) -> Tensor:
-        """Labels (m,) of `images`."""
+        """Return the labels (m,) of `images`."""
         return torch.empty_like(self.labels).scatter_(0, self.indices, self.labels)[: len(self.images)]
 
     def floor(self, n: int) -> Floor:

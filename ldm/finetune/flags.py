@@ -74,7 +74,7 @@ OUTPUT = [
     ("--report_to", "loop.tensorboard", choose({"tensorboard": True, "none": False}),
      "metrics.jsonl is always written (tensorboard)"),
     ("--resume_from_checkpoint --resume", "resume", {"nargs": "?", "const": "latest", "metavar": "DIR"},
-     "go on with the run in OUTPUT_DIR (latest), or with a copy of that in another folder"),
+     "resume the run in OUTPUT_DIR (latest), or a copy of the run in another folder"),
 ]  # fmt: skip
 
 

@@ -233,7 +233,7 @@ def _write(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
 ) -> None:
-    """Write adapters by layers in the one naming."""
+    """Write adapters by layers under our common names."""
     if format not in LORA_FORMATS:
         raise ValueError(f"LoRA format {format!r} is unknown: it is one of {', '.join(LORA_FORMATS)}")
     state, texts = {}, {**(metadata or {}), "format": "pt"}

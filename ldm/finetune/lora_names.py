@@ -79,7 +79,7 @@ def parse(key: str) -> tuple[str, str] | None:
 
 
 def _normalise(layer: str) -> str:
-    """Return a layer's name, in any naming, in the one naming."""
+    """Return our common name of a layer named in any way."""
     # Prefixes of PEFT's own files, and where diffusers' adapters once were.
     name = layer.replace("base_model.model.", "").replace(".processor.", ".")
     text = _TEXT.match(name)

@@ -14,7 +14,7 @@ from ldm.latent_diffusion import LatentDiffusion
 
 
 def channels_last(model: LatentDiffusion) -> ExitStack:
-    """Lay out convolutions of UNet and first stage as (b, h, w, c), faster on CPUs and GPUs, until this is closed."""
+    """Lay out convolutions of UNet and first stage as (b, h, w, c), faster on CPUs and GPUs, until it is closed."""
     undo = ExitStack()
     for network in (model.model, model.first_stage_model):
         network.to(memory_format=torch.channels_last)

@@ -110,7 +110,9 @@ def generate_again(
         )
     if not same_changes(recipe.changes, changes_of(model)):
         made, now = (changes_to_text(changes) or "nothing" for changes in (recipe.changes, changes_of(model)))
-        raise ValueError(f"the image was made with {made} in the model, which now has {now}: give the same options")
+        raise ValueError(
+            f"the image was made with {made} in the model, which now has {now}: give the same --lora, --vae ..."
+        )
     shape = recipe
     if not isinstance(model.cond_stage_model, TextEncoder):  # others take classes, and encode each, equal or not
         shape = replace(recipe, batch_prompts=1, prompt_position=0)

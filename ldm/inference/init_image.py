@@ -36,7 +36,7 @@ class InitImage:
 
     @cached_property
     def mask_hash(self) -> str:
-        """Return the same of the mask; "" if there is none."""
+        """Return the hash of the mask; "" if there is none."""
         return "" if self.mask is None else _hash(self.mask)
 
     def size(self, own: tuple[int, int], width: int | None, height: int | None, resize: bool) -> tuple[int, int]:

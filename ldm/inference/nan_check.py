@@ -19,7 +19,7 @@ class NotFinite(ValueError):
 
 
 def check_images(model: LatentDiffusion) -> ExitStack:
-    """Raise NotFinite whenever the model decodes an image with NaN or infinite pixels, until this is closed."""
+    """Raise NotFinite whenever the model decodes an image with NaN or infinite pixels, until the stack is closed."""
     undo = ExitStack()
     undo.callback(model.first_stage_model.decoder.register_forward_hook(_check_pixels).remove)
     return undo

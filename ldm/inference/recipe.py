@@ -250,7 +250,7 @@ def check_init_image(recipe: Recipe, given: "InitImage | None", path: Path) -> N
     script = "inpaint.py" if recipe.mask_hash else "img2img.py"
     if given is None:
         if recipe.strength is not None:
-            raise ValueError(f"{path} was made from an init image, which has to be given again: use scripts/{script}")
+            raise ValueError(f"{path} was made from an init image, to give with --init-img: use scripts/{script}")
         return
     if recipe.strength is None:
         raise ValueError(f"{path} was made from text alone: use scripts/txt2img.py")

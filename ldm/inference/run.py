@@ -32,7 +32,7 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
         raise ValueError("--from-png makes one image: leave out --n_samples and --n_iter")
     prompts = args.prompts if args.from_file is None else read_lines(args.from_file, "prompt")
     if args.classifier is not None and args.from_png is None and not any(prompts):
-        raise ValueError("--classifier needs classes to guide to: name them by --class")
+        raise ValueError("--classifier needs a class to guide towards: give --class")
     made = None if args.from_png is None else read_recipe(args.from_png)
     if made is not None:
         check_init_image(made, init, args.from_png)

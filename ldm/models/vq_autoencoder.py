@@ -69,5 +69,5 @@ class VQModelInterface(VQModel):
         return self.encode_to_prequant(x)
 
     def decode(self, h: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Raw latents (b, embed_dim, h / f, w / f) -> pixels (b, c, h, w), quantized first by default."""
+        """Decode raw latents (b, embed_dim, h / f, w / f) -> pixels (b, c, h, w), quantized first by default."""
         return super().decode(h if force_not_quantize else self.quantize(h)[0])

@@ -23,3 +23,6 @@ class SeededNoise:
 
     def __call__(self) -> Tensor:
         return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+
+
+PictureNoise = SeededNoise  # its name in version 0.1
