@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.latent_diffusion import LatentDiffusion
 
@@ -36,7 +36,7 @@ def compile_unet(model: LatentDiffusion, backend: str | Callable = "inductor") -
     return undo
 
 
-def _warm_up(compiled: set[tuple[torch.Size, ...]], wrapper: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _warm_up(compiled: set[tuple[torch.Size, ...]], wrapper: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Compile for these shapes of inputs, once; not in a copied or unpickled model, which is uncompiled."""
     shapes = tuple(part.shape for part in (*args, *kwargs.values()) if isinstance(part, Tensor))
     if shapes not in compiled and wrapper.diffusion_model._compiled_call_impl is not None:
