@@ -11,7 +11,7 @@ from script_runs import load_script, pixels, recipe, runner, samples
 import ldm
 from ldm.changes import Change, changes_from_text, changes_of, changes_to_text, same_changes
 from ldm.finetune.embedding_files import LearnedWord, write_words
-from ldm.finetune.embeddings import apply_embedding
+from ldm.finetune.embeddings import add_word, apply_embedding
 from ldm.finetune.lora import detach, merge, restore
 from ldm.finetune.lora_files import apply_lora, merge_lora, save_lora
 
@@ -54,6 +54,15 @@ def test_a_lora_is_there_while_it_is(model, loras):
     adapters = apply_lora(model, loras[1])
     detach(adapters)
     assert listed(model) == [("lora", "a", 0.75)]
+
+
+def test_a_word_added_in_python(model):
+    vectors = torch.randn(1, 32)
+    add_word(model, "<it>", vectors)
+    (before,) = changes_of(model)
+    assert before[:2] == ("words", "<it>") and len(before.hash) == 10
+    vectors += 1  # trained
+    assert changes_of(model)[0].hash != before.hash
 
 
 def test_words_parts_and_settings(model, tiny_checkpoint, tmp_path):

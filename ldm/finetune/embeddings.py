@@ -6,10 +6,11 @@ without the word are tokenized as before. `ldm.save` writes the model without th
 them.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,16 +86,28 @@ def apply_embedding(model: LatentDiffusion, path: str | Path, word: str | None =
 
     word: renames a single one.
     """
-    found = read_words(path, word)
+    found, before = read_words(path, word), list(model.changes)
     for learned in found:
         try:
             add_word(model, learned.word, learned.vectors)
         except ValueError as error:
             raise ValueError(f"embedding {str(path)!r}: {error}") from None
     words = [learned.word for learned in found]
-    model.changes.append(Change("words", " ".join(words), file_hash(Path(path))))
+    model.changes = [*before, Change("words", " ".join(words), file_hash(Path(path)))]  # the file, not each word
     model.notes.append(f"learned words of {path}: {' '.join(words)}")
     return words
+
+
+class AddedWord(NamedTuple):
+    """An entry of `model.changes`: a word without a file, whose vectors may be trained."""
+
+    word: str
+    vectors: Tensor
+
+    def current(self) -> Change:
+        """Return the change with the hash of the vectors as they are now."""
+        digits = hashlib.sha256(self.vectors.detach().float().cpu().numpy().tobytes()).hexdigest()
+        return Change("words", self.word, digits[:10])
 
 
 def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:
@@ -115,6 +128,7 @@ def add_word(model: LatentDiffusion, word: str, vectors: Tensor) -> None:
         parent.token_embedding = WordEmbedding(parent.token_embedding)
     encoder.tokenizer.add(word, len(vectors))
     parent.token_embedding.vectors.append(vectors)
+    model.changes.append(AddedWord(word, vectors))
 
 
 def text_encoder(model: LatentDiffusion) -> TextEncoder:
