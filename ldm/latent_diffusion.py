@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.changes import Change
 from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import encode_prompts
 from ldm.diffusion.denoiser import Denoise, make_denoiser
@@ -101,7 +100,7 @@ class LatentDiffusion(nn.Module):
         self.prediction, self.scale_factor, self.concat = prediction, scale_factor, concat
         self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
-        self.changes: list[Change] = []  # to it since that file, each recorded by what made it: see `ldm.changes`
+        self.changes: list[Any] = []  # to it since that file, each recorded by what made it: see `ldm.changes`
         self.loaded_settings: dict[str, Any] | None = None  # `ldm.changes.settings_of_model` of that file
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.channels = self.first_stage_model.embed_dim
