@@ -45,7 +45,7 @@ def test_train_and_generate(generate):
         (other,) = generate("--class", 3, "--sampler", sampler, "--classifier-scale", 500)
         assert recipe(again).sampler == sampler and not np.array_equal(pixels(again), pixels(other))
 
-    with pytest.raises(ValueError, match="name them by --class"):
+    with pytest.raises(ValueError, match="give --class"):
         generate()
     with pytest.raises(ValueError, match="class 'five' does not exist"):
         generate("--class", "five")
