@@ -1,4 +1,4 @@
-"""LatentDiffusion.generate over an image: levels, noise, what a mask keeps, models that are told of it, mistakes."""
+"""LatentDiffusion.generate over an image: levels, noise, what a mask keeps, models that take it as input, mistakes."""
 
 import copy
 
