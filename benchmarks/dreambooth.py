@@ -124,7 +124,7 @@ def measure(work: Callable[[], None], steps: int) -> None:
 
 def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
     """Run scripts/dreambooth.py itself, as a user does."""
-    import runpy
+    from ldm.commands.dreambooth import main
 
     with tempfile.TemporaryDirectory() as out:
         argv = ["--ckpt", checkpoint / "model.safetensors", "--output_dir", Path(out, "run"), "--device", args.device]
@@ -132,8 +132,7 @@ def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
         argv += ["--class_data_dir", args.images, "--class_prompt", CLASS, "--train_batch_size", 1]
         argv += ["--train_text", "none", "--report_to", "none", "--num_validation_images", 1]
         argv += ["--mixed_precision", "fp32", "--max_train_steps", args.steps + 9, *OURS[name]]
-        script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "dreambooth.py"))
-        script["main"]([str(option) for option in argv])
+        main([str(option) for option in argv])
 
 
 def peer(name: str, checkpoint: Path, args: argparse.Namespace) -> None:

@@ -1,42 +1,6 @@
-"""Train the stages that the given configurations describe, in the order given.
+"""The command `ldm train` as a file of a clone: see ldm/commands/train.py."""
 
-    python scripts/train.py configs/digits/*.yaml [key=value ...] [--resume]
-
-key=value changes a setting in every configuration that has it (loop.steps=100, outdir=runs/mine); NAME.key=value only
-in the stage of that name (diffusion.loop.steps=100). The same command with --resume continues an interrupted run.
-"""
-
-from ldm.cli import Parser, run
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="yaml files, then settings to change")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run, skip finished stages")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="PACKAGE", help="package whose classes may be built"
-    )
-    args = parser.parse_args(argv)
-
-    from ldm import util
-    from ldm.training.config import read_configs
-    from ldm.training.loop import LoopSettings, processes, train
-
-    util.ALLOWED_PACKAGES.update(args.allow)
-    paths = [argument for argument in args.arguments if "=" not in argument]
-    changes = [argument for argument in args.arguments if "=" in argument]
-    configs = read_configs(paths, changes)
-    for config in configs:  # a mistake in the last stage should not show after hours of the first
-        LoopSettings.of(config)
-        util.get_obj_from_str(config["stage"]["target"])
-        util.get_obj_from_str(config["data"]["target"])
-    is_main = processes(args.device).is_main_process
-    for config in configs:
-        result = train(config, args.resume, args.device)
-        if is_main:
-            print(f"{config['name']}: {result}", flush=True)
-
+from ldm.__main__ import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("train")

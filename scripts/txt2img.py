@@ -1,26 +1,6 @@
-"""Generate images from text.
+"""The command `ldm txt2img` as a file of a clone: see ldm/commands/txt2img.py."""
 
-python scripts/txt2img.py --prompt "a handwritten digit five"
-python scripts/txt2img.py --prompt "a bold seven leaning right" --n_samples 8 --steps 20 --scale 2 --seed 1
-python scripts/txt2img.py --from-file prompts.txt --n_samples 4 --n_iter 2 --outdir outputs/mine
-python scripts/txt2img.py --from-png outputs/mine/samples/00003.png
-
-Each prompt gets n_samples x n_iter images. Image k of the whole run, counted over all images of the first prompt,
-then of the next, has seed `--seed` + k. Files: OUTDIR/samples/00000.png, OUTDIR/grid-0000.png, numbered on from those
-that are there.
-"""
-
-from collections.abc import Sequence
-
-from ldm.cli import run
-from ldm.inference.options import image_parser
-from ldm.inference.run import generate_files
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = image_parser(__doc__, "a handwritten digit five", "outputs/txt2img-samples")
-    generate_files(parser.parse_args(argv))
-
+from ldm.__main__ import run_command
 
 if __name__ == "__main__":
-    run(main, fast_exit=True)
+    run_command("txt2img")

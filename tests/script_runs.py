@@ -1,6 +1,6 @@
 """What tests of the sampling scripts share: running a script in this process or as a program, and looking at files."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -21,10 +21,7 @@ def script_path(name: str) -> Path:
 
 
 def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, script_path(name))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"ldm.commands.{name}")
 
 
 def runner(script: ModuleType, checkpoint: Path, folder: Path) -> Callable[..., Path]:

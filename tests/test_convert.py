@@ -1,6 +1,5 @@
 """scripts/convert.py: precision, formats, own settings, LoRAs merged and rewritten, mistakes."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,12 @@ from safetensors.torch import save_file
 
 import ldm
 from ldm.checkpoint.file import load_file
+from ldm.commands.convert import main as convert
 from ldm.finetune import lora
 from ldm.finetune.lora_files import merge_lora, save_lora
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 
-
-@pytest.fixture(scope="module")
-def convert():
-    spec = importlib.util.spec_from_file_location("convert", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def test_half_precision_rounds_each_weight_once_and_halves_the_file(convert, tiny_checkpoint, tmp_path):
+def test_half_precision_rounds_each_weight_once_and_halves_the_file(tiny_checkpoint, tmp_path):
     out = tmp_path / "half.safetensors"
     convert(
         [str(tiny_checkpoint), str(out), "--dtype", "fp16", "--default", "scale=1.25", "--default", "interval=[0.5, 4]"]
@@ -40,7 +30,7 @@ def test_half_precision_rounds_each_weight_once_and_halves_the_file(convert, tin
     assert ldm.load(out, device="cpu").defaults["scale"] == 1.25
 
 
-def test_mistakes_are_named_and_leave_the_output_alone(convert, tiny_checkpoint, tmp_path):
+def test_mistakes_are_named_and_leave_the_output_alone(tiny_checkpoint, tmp_path):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"kept")
     with pytest.raises(ValueError, match="'stepz=3' must be KEY=VALUE with a key of height"):
@@ -63,7 +53,7 @@ def stable(tmp_path_factory):
     return model, *map(str, paths)
 
 
-def test_loras_are_merged_at_their_strengths(convert, stable, tmp_path):
+def test_loras_are_merged_at_their_strengths(stable, tmp_path):
     model, file, a, b = stable
     out = tmp_path / "merged.safetensors"
     convert([file, str(out), "--lora", f"{a}:0.5", "--lora", b])
@@ -77,7 +67,7 @@ def test_loras_are_merged_at_their_strengths(convert, stable, tmp_path):
     assert all(torch.allclose(merged[name], wanted[name], atol=1e-6) for name in merged)  # of another order
 
 
-def test_every_format_is_written_and_read_back(convert, stable, tmp_path, capsys):
+def test_every_format_is_written_and_read_back(stable, tmp_path, capsys):
     model, file, *_ = stable
     for format, name in (("ldm", "a.safetensors"), ("compvis", "b.safetensors"), ("diffusers", "folder")):
         convert([file, str(tmp_path / name), "--format", format])
@@ -91,7 +81,7 @@ def test_every_format_is_written_and_read_back(convert, stable, tmp_path, capsys
     assert "a folder of diffusers, StableDiffusionPipeline" in capsys.readouterr().out  # model.notes
 
 
-def test_parts_and_prediction_are_those_asked_for(convert, stable, tmp_path):
+def test_parts_and_prediction_are_those_asked_for(stable, tmp_path):
     _, file, *_ = stable
     other = tiny("sd1")
     for parameter in other.first_stage_model.parameters():
@@ -107,7 +97,7 @@ def test_parts_and_prediction_are_those_asked_for(convert, stable, tmp_path):
     refused("averaged", convert, [str(tmp_path / "plain.safetensors"), str(out), "--ema"])
 
 
-def test_a_lora_is_rewritten(convert, stable, tmp_path, capsys):
+def test_a_lora_is_rewritten(stable, tmp_path, capsys):
     *_, a, _ = stable
     out = tmp_path / "out.safetensors"
     convert([a, str(out), "--rank", "2", "--lora-format", "peft", "--dtype", "fp16"])
@@ -121,7 +111,7 @@ def test_a_lora_is_rewritten(convert, stable, tmp_path, capsys):
     assert out.read_bytes() == Path(a).read_bytes()
 
 
-def test_options_of_the_other_kind_are_refused(convert, stable, tmp_path):
+def test_options_of_the_other_kind_are_refused(stable, tmp_path):
     _, file, a, b = stable
     out = str(tmp_path / "out.safetensors")
     refused(r"--rank is for LoRA files, and '.*model.safetensors' is none", convert, [file, out, "--rank", "4"])

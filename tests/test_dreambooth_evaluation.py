@@ -9,10 +9,10 @@ import torch
 from conftest import refused
 from PIL import Image
 
+from ldm.commands import evaluate
 from ldm.data.measure import SLANTS, STROKE_WEIGHTS
 from ldm.evaluation.dreambooth import Detector, compare, read_folder, similarity, styled
 from ldm.evaluation.subjects import FOOT, ORDINARY, foot, star, stars, write_images
-from scripts import evaluate
 
 
 def image_of(rows: list[str]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from conftest import refused
 from PIL import Image
 
 from ldm.checkpoint.file import save_file
+from ldm.commands import evaluate
 from ldm.conditioning.classes import ClassLabels
 from ldm.data.captions import Caption
 from ldm.data.digits import Digits
@@ -22,7 +23,6 @@ from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, loa
 from ldm.evaluation.reference import load_reference, measure_reference, save_reference
 from ldm.images import to_pil
 from ldm.models.classifier import FeatureNetwork, Judge, inner
-from scripts import evaluate
 
 SIZES = (50, 100, 200)
 SHEET_HEIGHT = 2 * (10 * 30 - 2)

@@ -8,12 +8,12 @@ import torch
 from conftest import refused
 from test_pixel_diffusion import build, widened
 
+from ldm.commands import evaluate
 from ldm.data.digits import Digits
 from ldm.diffusion.bound import prior_bits, step_bits
 from ldm.diffusion.schedule import q_sample
 from ldm.evaluation.likelihood import bits_per_dimension, check_variance, measure_bits
 from ldm.loading import save
-from scripts import evaluate
 
 SHORT = {"name": "linear", "T": 20, "start": 0.01, "end": 0.4}
 SHORTER = SHORT | {"T": 5}

@@ -111,7 +111,7 @@ def test_the_path_is_short_and_its_line_counts_are_current():
 def test_training_and_sampling_the_digits_imports_the_path_and_its_support_only(tmp_path):
     code = f"""
 import json, sys
-from scripts.train import main
+from ldm.commands.train import main
 main([*{sorted(str(p) for p in (ROOT / "configs" / "sklearn").glob("*.yaml"))}, "outdir={tmp_path}", "loop.steps=1",
       "loop.batch_size=8", "loop.save_every=1", "loop.preview_every=1", "--device", "cpu"])
 import ldm, ldm.data.mnist

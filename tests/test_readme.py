@@ -45,6 +45,9 @@ class Parsed(Exception):
 
 
 def load_script(name: str):
+    if name.startswith("scripts/"):
+        assert (ROOT / name).is_file()
+        return importlib.import_module(f"ldm.commands.{Path(name).stem}")
     spec = importlib.util.spec_from_file_location(f"readme_{Path(name).stem}", ROOT / name)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

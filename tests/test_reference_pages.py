@@ -5,7 +5,7 @@
 
 import argparse
 import dataclasses
-import importlib.util
+import importlib
 import inspect
 import re
 from collections import defaultdict
@@ -73,9 +73,7 @@ class _Parsed(Exception):
 @cache
 def parser_of(script: str) -> Parser:
     """Return the parser that a script builds."""
-    spec = importlib.util.spec_from_file_location(f"page_{script}", ROOT / "scripts" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"ldm.commands.{script}")
     found = []
 
     def capture(self: Parser, *args: Any) -> None:

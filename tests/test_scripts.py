@@ -15,6 +15,7 @@ from script_runs import ROOT, load_script, run_program, script_path
 from test_pixel_diffusion import build
 
 import ldm
+from ldm.__main__ import SUMMARIES
 
 HEAVY = {
     *("torch._dynamo", "sympy", "transformers", "open_clip", "torchvision", "sklearn", "accelerate", "diffusers"),
@@ -61,8 +62,7 @@ def argv(tiny_checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_imports_no_torch(name):
     """It prints the script's own description."""
-    path = str(script_path(name))
-    code = f"import runpy, sys; main = runpy.run_path({path!r})['main']"
+    code = f"import sys; from ldm.commands.{name} import main"
     code += "\ntry: main(['--help'])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr == "False\n" and load_script(name).__doc__.strip().split("\n")[0] in done.stdout
@@ -87,8 +87,9 @@ def test_a_mistake_is_one_sentence(argv, name):
 
 def imported(name: str, argv: list[str]) -> set[str]:
     """The modules that a run imports; of ours, their files."""
-    code = f"""import json, runpy, sys
-runpy.run_path({str(script_path(name))!r})["main"]({argv})
+    code = f"""import json, sys
+from ldm.commands.{name} import main
+main({argv})
 print(json.dumps([getattr(m, "__file__", None) if n.split(".")[0] == "ldm" else n for n, m in sys.modules.items()]))"""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -103,7 +104,7 @@ def test_a_run_imports_nothing_heavy(argv, name):
 def test_txt2img_imports_what_it_needs(argv):
     """By files and lines: no format but our own, no init images, guiders, LoRAs, offloading, tiling, training."""
     files = [Path(file) for file in imported("txt2img", argv("txt2img")) if file and str(ROOT / "ldm") in file]
-    assert len(files) <= 47 and sum(len(file.read_text().splitlines()) for file in files) <= 6800
+    assert len(files) <= 49 and sum(len(file.read_text().splitlines()) for file in files) <= 6800
 
 
 @pytest.mark.parametrize("name", ["txt2img", "img2img", "inpaint", "sample"])
@@ -136,3 +137,22 @@ def test_start_up_time(tmp_path):
     torch_alone = sorted(cpu_seconds("-c", "import torch") for _ in range(5))[2]
     whole = sorted(cpu_seconds(script_path("txt2img"), "--outdir", tmp_path) for _ in range(5))[2]
     assert whole <= 1.6 * torch_alone
+
+
+@pytest.mark.smoke
+def test_every_command_is_listed_and_has_a_script(argv):
+    """`ldm NAME`, `python -m ldm NAME` and `scripts/NAME.py` are one program."""
+    commands = {path.stem for path in (ROOT / "ldm" / "commands").glob("*.py")} - {"__init__"}
+    assert commands == set(SCRIPTS) == SUMMARIES.keys()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def program(*words: object) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "ldm", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    done = program("txt2img", *argv("txt2img"))
+    assert (done.returncode, done.stderr, done.stdout.split()) == (0, "", [f"out/{file}" for file in FILES])
+    assert all(name in program("--help").stdout for name in commands)
+    assert "(ldm txt2img --help lists the options)" in program("txt2img", "--none").stderr
+    wrong = program("text2img")
+    assert wrong.returncode == 2 and "txt2img" in wrong.stderr and wrong.stderr.count("\n") == 1

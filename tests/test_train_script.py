@@ -1,6 +1,5 @@
 """scripts/train.py: the shipped configurations from nothing to a model that draws, and every mistake one sentence."""
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -11,23 +10,13 @@ from PIL import Image
 
 import ldm
 from ldm.cli import run
+from ldm.commands import train
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "train.py"
 STAGES = ("autoencoder", "clip", "diffusion")
 # The networks as they are; of everything else as little as possible.
 SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false", "diffusion.stage.params.defaults.steps=2"]
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train = load_script()
 
 
 def configs(system: str) -> list[str]:
