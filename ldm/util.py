@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -32,19 +33,20 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
     """Return the class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`.
 
     Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets defined in one of the running
-    program's own packages (`is_own_package`), in another module that the program has imported, or in a package in
-    `ALLOWED_PACKAGES`. Everything else raises ValueError. A module may have its old name; `reload` reloads it first.
+    program's own packages (`is_own_package`), in another module that the program has imported, or in a package of
+    `allowed_packages`. Everything else raises ValueError. A module may have its old name; `reload` reloads it first.
     """
     module_name, _, name = str(string).rpartition(".")
     if module_name not in sys.modules:  # the program's own `main` or `taming` wins
         module_name = CONFIG_HOMES.get(module_name, module_name)
     package = module_name.partition(".")[0]
     ours, imported = package == "ldm", package not in ("torch", "torchvision") and module_name in sys.modules
-    named = string in ALLOWED or package in ALLOWED_PACKAGES
+    named = string in ALLOWED or package in allowed_packages()
     own = not (ours or named) and is_own_package(package)
     if not (ours or own or named or imported):
         raise ValueError(
-            f"target {string!r} is not an allowed class: use one of ldm, or import its package (--allow PACKAGE) first"
+            f"target {string!r} is not an allowed class: use one of ldm, or import its package first, or allow it "
+            f"(--allow {package}, or LDM_ALLOW={package} in the environment)"
         )
     try:
         module = open_home(module_name)
@@ -61,6 +63,11 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
     if not ours and string not in ALLOWED and not issubclass(found, (nn.Module, Dataset)):
         raise ValueError(f"target {string!r} is neither a torch Module nor a Dataset, so it is not an allowed class")
     return found
+
+
+def allowed_packages() -> set[str]:
+    """Return the packages that `--allow` names, or LDM_ALLOW, with commas, for programs without that option."""
+    return ALLOWED_PACKAGES.union(filter(None, os.environ.get("LDM_ALLOW", "").split(",")))
 
 
 def is_own_package(name: str) -> bool:

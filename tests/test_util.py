@@ -66,7 +66,7 @@ def test_optimizers_and_transforms_are_allowed():
 
 
 def test_a_package_is_allowed_once_the_program_has_imported_it(package):
-    refused("import its package \\(--allow PACKAGE\\) first", get_obj_from_str, "some_research.nets.Net")
+    refused("import its package first, .* LDM_ALLOW=some_research", get_obj_from_str, "some_research.nets.Net")
     assert "some_research" not in sys.modules  # refusing imports nothing
     importlib.import_module("some_research.other")  # of its own, one module is enough
     net = instantiate_from_config({"target": "some_research.nets.Net", "params": {"width": 7}})
@@ -103,8 +103,10 @@ def test_a_stranger_s_configuration_reaches_nothing_through_a_package_of_the_pro
     assert not (tmp_path / "hit").exists()
 
 
-def test_a_package_is_allowed_that_the_user_names(package, monkeypatch):
-    monkeypatch.setattr(util, "ALLOWED_PACKAGES", {"some_research"})
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_a_package_is_allowed_that_the_user_names(package, monkeypatch, how):
+    monkeypatch.setattr(util, "ALLOWED_PACKAGES", {"some_research"} if how == "option" else set())
+    monkeypatch.setenv("LDM_ALLOW", "" if how == "option" else "another,some_research")
     assert get_obj_from_str("some_research.nets.Net").__name__ == "Net"
     refused("neither a torch Module nor a Dataset", get_obj_from_str, "some_research.nets.Plain")
     refused("not an allowed class", get_obj_from_str, "some_research2.nets.Net")
