@@ -3,12 +3,12 @@
 python benchmarks/dreambooth.py --images photographs --out cost.jsonl    # Stable Diffusion 1 at full size
 python benchmarks/dreambooth.py --images photographs --rows lora --ckpt model.safetensors
 
-Every row is a fresh process: --steps optimizer steps on pairs of an image and a class image (the same images,
-which cost as much), after one that is not counted. Seconds are the median between two ends of a step, of wall clock and
-of the process's CPU time; memory is the process's peak from its start to the last step. Without --ckpt the model is
-Stable Diffusion 1 with random weights (13 GB of disk). The peer does what diffusers' train_dreambooth.py does by its
-defaults: images and captions encoded at every step, AdamW, gradients kept as zeros, no autocast; LoRA by peft. Rows
-that --out has are not measured again. `full` needs 18 GiB of memory at full size.
+Every row is a fresh process: --steps optimizer steps on pairs of an image and a class image (the same images
+inverted, which cost as much), after one that is not counted. Seconds are the median between two ends of a step, of wall
+clock and of the process's CPU time; memory is the process's peak from its start to the last step. Without --ckpt the
+model is Stable Diffusion 1 with random weights (13 GB of disk). The peer does what train_dreambooth.py of diffusers
+does by default: images and captions encoded at every step, AdamW, gradients kept as zeros, no autocast; LoRA by peft.
+Rows that --out has are not measured again. `full` needs 18 GiB of memory at full size.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(args.out)
     done = {(row["row"], row["who"]) for row in rows}
     with tempfile.TemporaryDirectory(dir=args.out.resolve().parent) as folder:
-        checkpoint = prepare(args.ckpt, Path(folder))
+        checkpoint = prepare(args.ckpt, args.images, Path(folder))
         for name in args.rows:
             for who in ("ldm", "diffusers"):
                 if (name, who) not in done and (who == "ldm" or name in PEERS):
@@ -69,9 +69,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(path: Path | None, folder: Path) -> Path:
-    """Write the same model for both in a folder: model.safetensors, which previews in one step, and diffusers/."""
+def prepare(path: Path | None, images: Path, folder: Path) -> Path:
+    """Write the same model for both in a folder: model.safetensors, which previews in one step, and diffusers/; beside
+    them class/, the images inverted."""
+    from PIL import ImageOps
+
     import ldm
+    from ldm.data.folder import find_images
+    from ldm.data.image_files import read_image
+
+    (folder / "ours" / "class").mkdir(parents=True)
+    for i, image in enumerate(find_images(images)):
+        ImageOps.invert(read_image(image, 3)).save(folder / "ours" / "class" / f"{i}.png")
 
     if path is None:
         from benchmarks.loading import make_stable_diffusion
@@ -129,7 +138,7 @@ def ours(name: str, checkpoint: Path, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as out:
         argv = ["--ckpt", checkpoint / "model.safetensors", "--output_dir", Path(out, "run"), "--device", args.device]
         argv += ["--instance_data_dir", args.images, "--instance_prompt", SUBJECT, "--resolution", args.resolution]
-        argv += ["--class_data_dir", args.images, "--class_prompt", CLASS, "--train_batch_size", 1]
+        argv += ["--class_data_dir", checkpoint / "class", "--class_prompt", CLASS, "--train_batch_size", 1]
         argv += ["--train_text", "none", "--report_to", "none", "--num_validation_images", 1]
         argv += ["--mixed_precision", "fp32", "--max_train_steps", args.steps + 9, *OURS[name]]
         main([str(option) for option in argv])

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 
-from ldm.data.dreambooth import DreamBooth, choices, identifiers, unread
+from ldm.data.dreambooth import DreamBooth, choices, identifiers, subjects, unread
 
 
 def write(folder, count, level=0, size=(12, 12)):
@@ -60,7 +61,7 @@ def test_several_subjects_weigh_the_same(tmp_path):
         DreamBooth([rows[0], subject(tmp_path, "cow", 2)], 8)
 
 
-def test_captions_of_single_images(tmp_path):
+def test_captions_of_single_images(tmp_path, capsys):
     row = subject(tmp_path, "dog", 4)
     folder = tmp_path / "dog"
     (folder / "0.txt").write_text("a sks dog asleep\n")
@@ -69,9 +70,34 @@ def test_captions_of_single_images(tmp_path):
     data = DreamBooth([row], 8)
     captions = ["a sks dog asleep", "a sks dog in snow", "a sks dog on a beach", "a sks dog"]
     assert [data[i]["caption"] for i in range(4)] == captions and data.captions() == captions
+    assert capsys.readouterr().err == ""
+    (folder / "0.txt").write_text(" \n")  # what failed captioning leaves: not the empty prompt
+    (folder / "2.txt").write_text("")  # the list has one for it
+    captions[0] = "a sks dog"
+    assert DreamBooth([row], 8).captions() == list(dict.fromkeys(captions))
+    assert (
+        f"note: 1 captions are empty, and the caption for all is used instead: {folder / '0.txt'}"
+        in capsys.readouterr().err
+    )
+    (folder / "0.txt").unlink()
+    (folder / "2.txt").unlink()
     (folder / "notes.pdf").write_text("x")
     (folder / ".DS_Store").write_text("x")
     assert unread(folder, data.instances[0].paths) == [".DS_Store", "notes.pdf"]
+
+
+def test_subject_and_class_have_different_images(tmp_path):
+    folder, others = write(tmp_path / "dog", 2), write(tmp_path / "dogs", 3, level=50)
+    (tmp_path / "link").symlink_to(folder)
+    rows = [(folder, others), (others, folder)]
+    assert len(subjects([str(a) for a, _ in rows[:1]], "a sks dog", "a dog", str(others))) == 1
+    for same in (folder, tmp_path / "link"):
+        refused("dog|link would hold", subjects, str(folder), "a sks dog", "a dog", str(same))
+    refused("would hold", subjects, *zip(*[(str(a), "a sks dog", "a dog", str(b)) for a, b in rows], strict=True))
+    subjects(str(folder), "a sks dog", None, str(folder))  # without a class there is nothing to confuse
+    (others / "9.png").hardlink_to(folder / "1.png")
+    refused("1.png is an image of the subject, and .*9.png", subjects, str(folder), "a sks dog", "a dog", str(others))
+    refused("' ' is empty", subjects, str(folder), " ", None, str(others))
 
 
 def test_images_of_every_kind(tmp_path):

@@ -18,7 +18,7 @@ from ldm.util import get_obj_from_str, read_yaml
 
 dreambooth, txt2img = load_script("dreambooth"), load_script("txt2img")
 SHORT = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_validation_images", "1", "--report_to", "none"]
-SHORT += ["--num_class_images", "3", "--mixed_precision", "fp32", "--device", "cpu"]
+SHORT += ["--mixed_precision", "fp32", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -36,6 +36,7 @@ def subject(tmp_path):
 
 def options(checkpoint, subject, out, *more):
     named = ["--instance_data_dir", subject, "--instance_prompt", "a sks five", "--class_prompt", "a five"]
+    named += ["--num_class_images", "3"]
     return [str(option) for option in ["--ckpt", checkpoint, *named, "--output_dir", out, *SHORT, *more]]
 
 
@@ -130,7 +131,7 @@ def test_several_subjects_and_own_class_images(tiny_checkpoint, subject, tmp_pat
     for folder, count in ((second, 2), (own, 4)):
         folder.mkdir()
         for i in range(count):
-            Image.new("L", (32, 32), 50 * i).save(folder / f"{i}.png")
+            Image.new("L", (32, 32), 50 * i + count).save(folder / f"{i}.png")
     more = ["--instance_data_dir", second, "--instance_prompt", "a zwx six", "--class_prompt", "a six"]
     dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", *more, *["--class_data_dir", own] * 2))
     assert not (tmp_path / "out" / "class").exists() and len(list(own.iterdir())) == 4
@@ -143,7 +144,7 @@ def test_a_single_image_is_enough_but_said(tiny_checkpoint, subject, tmp_path, c
         (subject / name).unlink()
     line = options(tiny_checkpoint, subject, tmp_path / "out")
     at = line.index("--class_prompt")
-    dreambooth.main(line[:at] + line[at + 2 :])  # without a class, any word may be the identifier
+    dreambooth.main(line[:at] + line[at + 4 :])  # without a class, any word may be the identifier
     said = capsys.readouterr().err
     assert "holds a single image: three to five" in said and "'sks' into" in said
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -208,16 +209,30 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies" / "z.png").write_bytes((subject / "a.png").read_bytes())
+    (tmp_path / "link").symlink_to(subject)
     (tmp_path / "bad" / "x.png").write_bytes((subject / "a.png").read_bytes()[:50])
     plain = ["--output_dir", str(tmp_path / "no"), "--ckpt", str(tiny_checkpoint), *SHORT]
     only = [*plain, "--instance_prompt", "a sks five"]
+    own = ["--instance_data_dir", str(subject)]
+    of_class = {"--num_class_images": "3", "--prior_loss_weight": "0.5", "--class_guidance_scale": "2"}
+    of_class |= {"--sample_batch_size": "2", "--keep_prompt": "a six", "--class_data_dir": str(tmp_path / "copies")}
     mistakes = {
         "give the folder": plain,
         "need as many --instance_prompt, got 0": [*plain, "--instance_data_dir", str(subject)],
         "empty holds no images": [*only, "--instance_data_dir", str(tmp_path / "empty")],
         "none is not a folder": [*only, "--instance_data_dir", str(tmp_path / "none")],
         "x.png ": [*only, "--instance_data_dir", str(tmp_path / "bad")],
-        "needs --class_prompt": [*only, "--instance_data_dir", str(subject), "--with_prior_preservation"],
+        "needs --class_prompt": [*only, *own, "--with_prior_preservation"],
+        **{f"{flag} would have": [*only, *own, flag, value] for flag, value in of_class.items()},
+        f"{subject} would hold": line("--class_data_dir", str(tmp_path / "link")),
+        "z.png of its class has the same bytes": line("--class_data_dir", str(tmp_path / "copies")),
+        "--instance_prompt ' ' is empty": [*plain, *own, "--instance_prompt", " "],
+        "--num_class_images would have no effect: --prior_loss_weight 0": line("--prior_loss_weight", "0"),
+        "--lora_alpha, --lora_format would have": line("--lora_alpha", "2", "--lora_format", "peft"),
+        "--adam_beta1 would have": line("--adam_beta1", "0.8", "--optimizer", "adafactor"),
+        "by lora.targets": line("--rank", "2", "--train_layers", "attention"),
         "keep them apart": line("--output_dir", str(subject / "out")),
         f"{subject} lies in {tmp_path}": line("--class_data_dir", str(tmp_path)),
         "cannot be made by this model": line("--resolution", "33"),

@@ -173,6 +173,9 @@ def test_faults_are_named(tmp_path: Path) -> None:
     refused("holds no images", Folder, str(tmp_path), 8, error=FileNotFoundError)
     bare = save(tmp_path, "bare.png", colour(8, 8), None)
     refused("bare.png has no caption.*bare.txt", Folder, str(tmp_path), 8)
+    (tmp_path / "bare.txt").write_text("\ufeff\n")
+    refused("the caption of .*bare.png is empty", Folder, str(tmp_path), 8)
+    assert Folder(str(tmp_path), 8, caption="").captions.count("") == 1  # asked for
     bare.unlink()
     save(tmp_path, "a.png", colour(8, 8))
     for settings in ({"size": 0}, {"size": -8}, {"size": 8.5}, {"channels": 4}, {"crop": "centre"}):

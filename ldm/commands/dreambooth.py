@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from ldm.cli import Parser, finite_float, int_range
-from ldm.finetune.flags import MEMORY, OUTPUT, TRAINING, add_flags, begin, choose, const, many, number, path
+from ldm.finetune.flags import (
+    MEMORY,
+    OUTPUT,
+    TRAINING,
+    add_flags,
+    begin,
+    check_effects,
+    choose,
+    const,
+    many,
+    number,
+    path,
+)
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 
 
@@ -101,6 +113,22 @@ FLAGS = {
 }  # fmt: skip
 
 
+WEIGHT, PROMPT, RANK = "stage.params.prior_weight", "data.params.class_prompt", "stage.params.lora.rank"
+OF_CLASS_IMAGES = ("prior", *(f"data.params.{name}" for name in (
+    "class_data_dir", "keep_prompt", "num_class_images", "class_guidance_scale", "sample_batch_size"
+)))  # fmt: skip
+# What `check_effects` takes: which flags have an effect when, and what is said otherwise.
+RULES = [
+    ((*OF_CLASS_IMAGES, WEIGHT), lambda given: PROMPT in given,
+     "prior preservation needs --class_prompt: what the subject is one of ('a photo of a dog')"),
+    (OF_CLASS_IMAGES, lambda given: given.get(WEIGHT) != 0, "--prior_loss_weight 0 uses no class images"),
+    ([f"stage.params.{name}" for name in ("lora.alpha", "lora.targets", "lora_format")], lambda given: RANK in given,
+     "LoRA needs --rank"),
+    (("stage.params.betas.0", "stage.params.betas.1"),
+     lambda given: given.get("stage.params.optimizer") != "adafactor", "--optimizer adafactor has no betas"),
+]  # fmt: skip
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the options; ValueError for those that do not fit together."""
     parser = Parser(description=__doc__)
@@ -110,8 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     given = vars(args)
     if "use_ema" in given:
         given.setdefault("loop.ema", 0.99)
-    if ("prior" in given or "data.params.class_data_dir" in given) and "data.params.class_prompt" not in given:
-        raise ValueError("prior preservation needs --class_prompt: what the subject is one of ('a photo of a dog')")
+    check_effects(given, FLAGS, RULES)
     return args
 
 

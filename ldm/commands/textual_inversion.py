@@ -59,6 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_flags(parser, FLAGS, output_dir=Path("outputs/textual_inversion"))
     args = parser.parse_args(argv)
     if args.templates is not None:
+        if "stage.params.frames" in vars(args):
+            raise ValueError("--learnable_property chooses captions, and --templates has your own: give one of them")
         vars(args)["stage.params.frames"] = read_lines(args.templates, "caption")
     if "stage.params.learning_rate" in vars(args):
         vars(args)["stage.params.relative_learning_rate"] = None

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from filecmp import cmp
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,17 +143,35 @@ def subjects(
     rows["class_prompt"] = rows["class_prompt"] or [None] * count
     found = [Subject(Path(a), b, c, Path(d)) for a, b, c, d in zip(folders, *rows.values(), strict=True)]
     for subject in found:
-        if subject.class_prompt is not None:
-            check_apart(subject.instance_dir, subject.class_dir)
-            check_apart(subject.class_dir, subject.instance_dir)
+        if not subject.instance_prompt.strip():
+            raise ValueError(f"--instance_prompt {subject.instance_prompt!r} is empty: it is what names the subject")
+        for folder in {other.class_dir for other in found if other.class_prompt is not None}:
+            check_apart(subject.instance_dir, folder)
+            check_apart(folder, subject.instance_dir)
+            check_different(subject.instance_dir, folder)
         DreamBooth([{"instance_dir": subject.instance_dir, "instance_prompt": subject.instance_prompt}], size=1)
     return found
 
 
 def check_apart(images: Path, other: Path | None) -> None:
-    """Raise ValueError where another path lies in a folder of images, whose sub-folders are read with it."""
-    if other is not None and images.resolve() in other.resolve().parents:
+    """Raise ValueError where another path is a folder of images, or lies in it: its sub-folders are read with it."""
+    if other is None:
+        return
+    if images.resolve() == other.resolve():
+        raise ValueError(f"{other} would hold the subject's images and its class's: give each a folder of its own")
+    if images.resolve() in other.resolve().parents:
         raise ValueError(f"{other} lies in {images}, whose images are read with those below it: keep them apart")
+
+
+def check_different(subject: Path, others: Path) -> None:
+    """Raise ValueError where an image of the subject is among the class's too, by a link or as a copy.
+
+    The class would be learned as the subject, which its images are there to prevent.
+    """
+    for path in find_images(subject):
+        same = [one for one in find_images(others, empty=True) if cmp(path, one, shallow=False)]
+        if same:
+            raise ValueError(f"{path} is an image of the subject, and {same[0]} of its class has the same bytes")
 
 
 def notes_on_images(folder: Path) -> list[str]:

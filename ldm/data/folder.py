@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class Folder(Dataset):
         crop: "center", or "random", at a place that is a function of (seed, epoch, index).
         flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
         seed: Of crops and mirroring.
-        caption: For images that have none, one for all or by their paths from root; without it every image needs one.
+        caption: For images that have none, or an empty one, one for all or by their paths from root; without it every
+            image needs one.
         paths: Only these images below `root`, instead of all.
         buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio,
             which `shapes` lists. Images of different shapes cannot share a batch.
@@ -68,8 +70,18 @@ class Folder(Dataset):
         self.paths = everything if paths is None else paths
         listed = _read_metadata(self.root / "metadata.jsonl", {self._name(path) for path in everything})
         others = caption if isinstance(caption, Mapping) else {self._name(path): caption for path in self.paths}
-        captions = {**others, **listed}
-        self.captions = [_find_caption(path, captions.get(self._name(path))) for path in self.paths]
+        found = [_own_caption(path, listed.get(self._name(path))) for path in self.paths]
+        self.captions = [
+            _caption(path, text, others.get(self._name(path)))
+            for path, (text, _) in zip(self.paths, found, strict=True)
+        ]
+        empty = [source for text, source in found if text == ""]
+        if empty and any(self.captions):
+            some = ", ".join(map(str, empty[:3])) + (", ..." if len(empty) > 3 else "")
+            print(
+                f"note: {len(empty)} captions are empty, and the caption for all is used instead: {some}",
+                file=sys.stderr,
+            )
         for path in self.paths:
             check_image(path)
         if buckets is None:
@@ -128,25 +140,46 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return planes.float().div_(127.5).sub_(1).contiguous()
 
 
-def find_images(root: Path) -> list[Path]:
-    """Return the images below a folder, sorted by name. FileNotFoundError if it does not exist or has none."""
+def find_images(root: Path, empty: bool = False) -> list[Path]:
+    """Return the images below a folder, sorted by name. FileNotFoundError if there are none, unless it may be empty."""
+    if empty and not root.is_dir():
+        return []
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give one that holds images")
     files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     # Hidden folders hold what editors and notebooks leave there.
     paths = sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts))
-    if not paths:
+    if not paths and not empty:
         raise FileNotFoundError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))})")
     return paths
 
 
-def _find_caption(path: Path, otherwise: str | None) -> str:
+def _own_caption(path: Path, listed: str | None) -> tuple[str | None, Path]:
+    """Return the caption in the first of an image's own files that has one, and that file; "" if all are empty."""
+    found = None, path
     for sidecar in (path.with_suffix(".txt"), path.with_suffix(".caption")):
         if sidecar.is_file():
-            return _read_text(sidecar).strip()
-    if otherwise is None:
+            found = _read_text(sidecar).strip(), sidecar
+            if found[0]:
+                return found
+    return found if listed is None else (listed, path)
+
+
+def _caption(path: Path, own: str | None, otherwise: str | None) -> str:
+    """Return an image's own caption, or the other where it has none.
+
+    Programs that write captions leave an empty file when they fail. It is not taken for the empty prompt, which is the
+    null condition: that would train what guidance leads away from.
+    """
+    if own:
+        return own
+    if otherwise is not None:
+        return otherwise
+    if own is None:
         raise ValueError(f"{path} has no caption: write {path.stem}.txt beside it or a line in metadata.jsonl")
-    return otherwise
+    raise ValueError(
+        f"the caption of {path} is empty: write one, or set data.params.caption, which may be '', for all such images"
+    )
 
 
 def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:

@@ -109,6 +109,11 @@ class DreamBoothStage(FineTuningStage):
 
     def _choose(self, layers: str, lora: Mapping[str, Any] | None) -> None:
         """Set what trains: weights of the UNet and the text encoder, or adapters beside them."""
+        if lora is not None and layers != "all":
+            raise ValueError(
+                f"layers {layers!r} are of the UNet's own weights, which stay as they are with LoRA: "
+                "choose those of the adapters by lora.targets (--lora_targets)"
+            )
         self.model, self.text = self.latent_diffusion.model, self.latent_diffusion.cond_stage_model
         self.freeze(first_stage=self.first_stage)
         for name, network, trains in (("model", self.model, True), ("text", self.text, self.train_text)):

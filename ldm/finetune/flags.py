@@ -90,6 +90,21 @@ def add_flags(
     parser.set_defaults(resume=None, **defaults)
 
 
+def check_effects(given: Mapping[str, Any], tables: Mapping[str, Iterable[tuple]], rules: Iterable[tuple]) -> None:
+    """Raise ValueError for a flag that would have no effect beside the others.
+
+    Args:
+        given: the values of the flags that were given, by their keys.
+        rules: (keys, condition, why): flags with these keys have an effect where `condition(given)` is true. A value
+            that asks for nothing (0, or an empty text) needs no effect.
+    """
+    names = {key: flags.split()[0] for rows in tables.values() for flags, key, *_ in reversed(list(rows))}
+    for keys, condition, why in rules:
+        useless = [names[key] for key in keys if given.get(key) not in (None, 0, [""])]
+        if useless and not condition(given):
+            raise ValueError(f"{', '.join(useless)} would have no effect: {why}")
+
+
 def begin(
     name: str, args: argparse.Namespace, loading: Mapping[str, Any]
 ) -> tuple[dict[str, Any], "LatentDiffusion", bool]:

@@ -30,10 +30,7 @@ GENERATED = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
 
 def users_images(folder: Path) -> list[str]:
     """Return the names of the images below the folder that were not generated here."""
-    try:
-        paths = find_images(folder)
-    except FileNotFoundError:  # no folder, or an empty one
-        return []
+    paths = find_images(folder, empty=True)
     return [path.relative_to(folder).as_posix() for path in paths if not GENERATED.fullmatch(path.name)]
 
 
@@ -76,6 +73,8 @@ class SubjectImages(DreamBooth):
         min_samples: int = 1,
         buckets: bool = False,
     ) -> None:
+        if class_prompt is None and (num_class_images is not None or any(as_list(keep_prompt))):
+            raise ValueError("num_class_images and keep_prompt need class_prompt: without it there are no class images")
         found = subjects(instance_data_dir, instance_prompt, class_prompt, class_data_dir)
         shapes = bucket_shapes(size, model.multiple) if buckets else None
         for note in (note for subject in found for note in notes_on(subject, model)):
