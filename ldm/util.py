@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
@@ -144,8 +145,7 @@ def load_yaml(path: str | Path) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"configuration {str(path)!r} does not exist")
+    check_file(Path(path), "configuration")
     try:
         return OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -177,3 +177,15 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device {name!r} is not available here: use auto, cpu, cuda or mps") from None
     return device
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raise FileNotFoundError where nothing is, ValueError where a folder is, in a message that begins with `what`."""
+    if path.is_dir():
+        raise ValueError(f"{what} {str(path)!r} is a folder, not a file")
+    if not path.exists():
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            fetch = f"fetch it first (hf download {path} --local-dir FOLDER) and give that folder"
+            hint = f"; if it is a name on the Hugging Face hub: nothing is downloaded here, so {fetch}"
+        raise FileNotFoundError(f"{what} {str(path)!r} does not exist{hint}")

@@ -1,14 +1,18 @@
 """What is wrong with a folder of diffusers, or with a model for one, is said in one sentence that names it."""
 
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
 from tiny_stable_diffusion import MERGES, SD1, VAE, changed, edit, model_config
 
+from ldm.checkpoint import diffusers_folder
+from ldm.checkpoint.diffusers_files import read_json
 from ldm.checkpoint.diffusers_folder import read_pipeline
 from ldm.checkpoint.diffusers_writer import write_pipeline
 from ldm.checkpoint.networks import CLASSES_TARGET
@@ -174,3 +178,18 @@ def test_a_missing_package_is_named(state, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)  # as when it is not installed
     refused("needs diffusers: pip install diffusers", write_pipeline, tmp_path / "out", model_config(SD1), state)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_refused(folder, monkeypatch):
+    """Its parts could be of two models."""
+    file = folder / "vae/config.json"
+
+    def replacing(path: Path):
+        found = read_json(path)
+        if path == file:
+            shutil.copy(file, folder / "copy")
+            os.replace(folder / "copy", file)
+        return found
+
+    monkeypatch.setattr(diffusers_folder, "read_json", replacing)
+    refused("was changed while it was read: load it again", read_pipeline, folder)

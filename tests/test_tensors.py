@@ -1,13 +1,17 @@
 """Tensors by name from a file of any kind, recognised by content, and other files named."""
 
+import builtins
 import json
 import os
 import random
 import struct
 import subprocess
 import sys
+import zipfile
 from collections import OrderedDict
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import pickle_files
 import pytest
@@ -18,6 +22,16 @@ from safetensors.torch import save_file as save_safetensors
 from torch import nn
 
 from ldm.checkpoint.tensors import Contents, read_sharded, read_tensors
+
+
+def write_packed(tensors: dict, path: Path, kind: int) -> None:
+    """Write torch's file with its records compressed."""
+    torch.save(tensors, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -76,6 +90,11 @@ def test_unread_tensors_are_not_missed_in_silence(tmp_path):
     refused("^checkpoint '.*a' cannot be read: its tensor 'wrong' is damaged: its size ", read_tensors, tmp_path / "a")
 
 
+def test_the_state_of_a_run_is_named(tmp_path):
+    torch.save({"step": 5, "networks": {"a": torch.ones(2)}, "ema": {}, "optimizer_0": {}}, tmp_path / "resume.pt")
+    refused("is the state of a training run, which --resume continues", read_tensors, tmp_path / "resume.pt")
+
+
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
@@ -121,6 +140,27 @@ def test_other_files_are_named(tmp_path, content, sentence):
 def test_no_file(tmp_path):
     refused("^checkpoint '.*nowhere' does not exist$", read_tensors, tmp_path / "nowhere", error=FileNotFoundError)
     refused(f"^checkpoint '{tmp_path}' is a folder, not a file$", read_tensors, tmp_path)
+    hub = "hub: nothing is downloaded here, so fetch it first .hf download runwayml/sd --local-dir FOLDER"
+    refused(hub, read_tensors, "runwayml/sd", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("write", [save_safetensors, torch.save, partial(write_packed, kind=zipfile.ZIP_DEFLATED)])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(tmp_path, monkeypatch, write):
+    """The file is replaced as soon as it is opened, and a second opening would find the new one."""
+    old, new = ({f"w{i}": torch.full((1000,), value) for i in range(3)} for value in (1.0, 2.0))
+    write(old, tmp_path / "a")
+    write(new, tmp_path / "b")
+    opened = builtins.open
+
+    def replacing(file, *args, **options):
+        found = opened(file, *args, **options)
+        os.replace(tmp_path / "b", tmp_path / "a")
+        monkeypatch.setattr(builtins, "open", opened)
+        return found
+
+    monkeypatch.setattr(builtins, "open", replacing)
+    assert same(read_tensors(tmp_path / "a").state, old)
+    assert same(read_tensors(tmp_path / "a").state, new)
 
 
 def test_damaged_safetensors(tmp_path):
@@ -206,6 +246,7 @@ def test_damaged_indices(tmp_path, content):
 
 AUDITED = """
 import sys
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 import encodings.cp437  # zipfile's, for names

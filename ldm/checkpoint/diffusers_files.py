@@ -3,10 +3,13 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.tensors import State, read_sharded, read_tensors
+from ldm.util import check_file
 
 _WEIGHTS = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
 WEIGHT_FILES = {  # how the names of files begin and end, the preferred first
@@ -16,10 +19,23 @@ WEIGHT_FILES = {  # how the names of files begin and end, the preferred first
 }
 
 
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Raise ValueError if the folder or a file in it was replaced by the end of the block: its parts may not match."""
+    before = _stamps(folder)
+    yield
+    if _stamps(folder) != before:
+        raise ValueError(f"folder {str(folder)!r} was changed while it was read: load it again")
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; ValueError when it is anything else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} does not exist")
+    check_file(path, "file")
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

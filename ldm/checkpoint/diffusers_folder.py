@@ -12,7 +12,7 @@ from typing import Any
 from ldm.checkpoint import diffusers_names as names
 from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae
-from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights
+from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights, unchanged
 from ldm.checkpoint.diffusers_text import read_tokenizer, text_params
 from ldm.checkpoint.family_table import find_concat
 from ldm.checkpoint.networks import Config
@@ -45,6 +45,11 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config,
             files without a variant, or the only variant where there are no others.
     """
     path = Path(path)
+    with unchanged(path):
+        return _read_pipeline(path, variant)
+
+
+def _read_pipeline(path: Path, variant: str | None) -> tuple[Config, State, list[str]]:
     pipeline = _check_index(path)
     config = {part: read_json(path / part / "config.json") for part in WEIGHT_FILES}
     with _naming(path):
@@ -90,7 +95,7 @@ def read_vae_folder(path: str | Path) -> tuple[Config, State, list[str], float |
     if kind not in (None, "AutoencoderKL"):
         known = "pipelines, with a model_index.json, and an AutoencoderKL"
         raise ValueError(f"folder {str(path)!r} holds a {kind} alone: supported are {known}")
-    with _naming(path):
+    with _naming(path), unchanged(path):
         vae, scale_factor = read_vae(config)
         state = names.vae_from_diffusers(read_weights(path, "vae", None)[0])
     given = scale_factor if "scaling_factor" in config else None

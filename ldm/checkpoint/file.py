@@ -12,15 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, read_tensors
 
 CONFIG_KEY = "ldm.config"
-SAFETENSORS_DTYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
-    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"},
-}
 
 
 def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

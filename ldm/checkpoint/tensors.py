@@ -1,17 +1,29 @@
 """Tensors by name out of a file of any kind, recognised by its content: safetensors, or what torch.save wrote."""
 
 import json
+import math
+import mmap
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
+
+from ldm.util import check_file
 
 State = dict[str, Tensor]
 
 ZIP_START = b"PK\3\4"
 PICKLE_START = b"\x80"  # PROTO, in every protocol that torch.save can use
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, which its own library limits so
+SAFETENSORS_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8"},
+}
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 class Contents(NamedTuple):
@@ -25,31 +37,31 @@ class Contents(NamedTuple):
 def read_tensors(path: str | Path) -> Contents:
     """Read a checkpoint without executing anything in it. The tensors are mapped: they take memory once written to.
 
-    In torch's files the tensors may be the file itself or lie under "state_dict", once or twice; of what else lies
-    there, `facts` keeps the numbers and texts (`global_step`, `epoch`).
+    The file is opened once, so that what takes its place in the meantime is not mixed with it. In torch's files the
+    tensors may be the file itself or lie under "state_dict", once or twice; of what else lies there, `facts` keeps the
+    numbers and texts (`global_step`, `epoch`).
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"checkpoint {str(path)!r} is a folder, not a file")
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    check_file(path, "checkpoint")
     with open(path, "rb") as file:
         start = file.read(512)
-    if len(start) > 8 and start[8:9] == b"{" and struct.unpack_from("<Q", start)[0] < 2**40:  # a length, then JSON
-        return _read_safetensors(path)
-    if start.startswith((ZIP_START, PICKLE_START)):
-        try:
-            return _read_torch(path)
-        except ValueError as error:
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from None
+        if len(start) > 8 and start[8:9] == b"{" and struct.unpack_from("<Q", start)[0] < 2**40:  # a length, then JSON
+            try:
+                return _read_safetensors(file)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"checkpoint {str(path)!r} is not a complete safetensors file ({error})") from None
+        if start.startswith((ZIP_START, PICKLE_START)):
+            try:
+                return _read_torch(file)
+            except ValueError as error:
+                raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from None
     raise ValueError(f"checkpoint {str(path)!r} {_what_it_is(start)}")
 
 
 def read_sharded(path: str | Path) -> State:
     """Read all shards that an index names: `model.safetensors.index.json`, `pytorch_model.bin.index.json`."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"index {str(path)!r} does not exist")
+    check_file(path, "index")
     try:
         shards = dict(json.loads(path.read_bytes())["weight_map"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -79,21 +91,53 @@ def _what_it_is(start: bytes) -> str:
     return f"is neither safetensors nor torch's format (it begins with {start[:8]!r})"
 
 
-def _read_safetensors(path: Path) -> Contents:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {str(path)!r} is not a complete safetensors file ({error})") from None
+def _read_safetensors(file: BinaryIO) -> Contents:
+    """Map the tensors that the header describes: 8 bytes of length, JSON, and the tensors without a gap.
+
+    The library opens the file a second time for the tensors, which may be another file by then.
+    """
+    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    begin = 8 + struct.unpack_from("<Q", data)[0]
+    if begin > min(len(data), MAX_HEADER):
+        raise ValueError(f"its header ends at byte {begin}, and the file at {len(data)}")
+    header = json.loads(data[8:begin])
+    metadata = header.pop("__metadata__", None) or {}
+    if not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
+        raise ValueError("its metadata are not texts")
+    state, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape, (start, end) = _described(name, entry)
+        spans.append((start, end))
+        if end > len(data) - begin:
+            raise ValueError(f"its tensor {name!r} ends at byte {begin + end}, and the file at {len(data)}")
+        if (begin + start) % dtype.itemsize:  # torch wants numbers at multiples of their size
+            numbers = torch.frombuffer(bytearray(data[begin + start : begin + end]), dtype=dtype)
+        elif start < end:
+            numbers = torch.frombuffer(data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=begin + start)
+        else:
+            numbers = torch.empty(0, dtype=dtype)
+        state[name] = numbers.reshape(shape)
+    ends = [0, *(end for _, end in sorted(spans))]
+    if [start for start, _ in sorted(spans)] != ends[:-1] or begin + ends[-1] != len(data):
+        raise ValueError("its tensors do not fill the file without gaps")
     return Contents(state, metadata, {})
 
 
-def _read_torch(path: Path) -> Contents:
+def _described(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
+    """Return a tensor's dtype, shape, first byte and end after its entry in a safetensors header."""
+    match entry:
+        case {"dtype": str(kind), "shape": list(shape), "data_offsets": [int(start), int(end)]} if kind in _DTYPES:
+            valid = all(type(size) is int and size >= 0 for size in shape) and 0 <= start <= end
+            if valid and len(shape) <= 64 and end - start == math.prod(shape) * _DTYPES[kind].itemsize:
+                return _DTYPES[kind], shape, (start, end)
+    raise ValueError(f"its tensor {name[:99]!r} is described as {str(entry)[:99]}")
+
+
+def _read_torch(opened: BinaryIO) -> Contents:
     from ldm.checkpoint.pickled import Inert, StoredTensor
     from ldm.checkpoint.torch_file import TorchFile
 
-    file = TorchFile(path)
+    file = TorchFile(opened)
     level, facts = file.value, {}
     for _ in range(2):
         if isinstance(level, dict) and isinstance(level.get("state_dict"), dict):
@@ -111,6 +155,9 @@ def _read_torch(path: Path) -> Contents:
     if state:
         return Contents(state, {}, _plain(level) | facts)
     match level:
+        case {"step": int(), "networks": dict(), "ema": dict()}:  # our `RunFolder.save_state`
+            model = "the model is the model.safetensors that the run leaves beside it when it has finished"
+            raise ValueError(f"it is the state of a training run, which --resume continues; {model}")
         case Inert(maker):
             found = f"an object of {maker!r}: save its state_dict() instead"
         case dict():

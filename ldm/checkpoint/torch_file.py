@@ -9,8 +9,7 @@ import mmap
 import struct
 import zipfile
 from io import BytesIO
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,17 +44,18 @@ class Record(NamedTuple):
 class TorchFile:
     """A file that torch.save wrote: `value` is what its pickle describes, and `tensor` makes a tensor of that.
 
+    It must stay open while tensors are made.
+
     ValueError says that it is damaged, impossible or another kind of file, in words that follow "cannot be read:".
     """
 
-    def __init__(self, path: str | Path) -> None:
-        with open(path, "rb") as file:
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    def __init__(self, file: BinaryIO) -> None:
+        self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         # What is compressed or repeats itself takes more memory than its file: this is how far it may go.
         self.limit = self.left = 64 * 2**20 + 50 * len(self.bytes)
         self.made: dict[str, torch.UntypedStorage] = {}
         if self.bytes[:4] == ZIP_START:
-            self.archive, self.records = _zip_records(path, self.bytes)
+            self.archive, self.records = _zip_records(file, self.bytes)
             if "byteorder" in self.records and self._read(self.records["byteorder"]) != b"little":
                 raise ValueError("it was not written on a little-endian machine")
             self.value, _ = read_pickle(BytesIO(self._read(self.records["data.pkl"])))
@@ -119,10 +119,10 @@ def _dtype(name: str) -> torch.dtype:
     return STORAGE_DTYPES[name]
 
 
-def _zip_records(path: str | Path, data: mmap.mmap) -> tuple[zipfile.ZipFile, dict[str, Record]]:
+def _zip_records(file: BinaryIO, data: mmap.mmap) -> tuple[zipfile.ZipFile, dict[str, Record]]:
     """Return torch's zip file and the records in it, by their names in its one folder."""
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file)
     except Exception as error:  # a damaged directory breaks zipfile in any way: BadZipFile, struct.error, OSError ...
         raise ValueError(f"it is not a complete zip file ({error})") from None
     names = archive.namelist()

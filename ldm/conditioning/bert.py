@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.conditioning.tokenizer import without_surrogates
 from ldm.models.transformer import Encoder, TransformerWrapper
+from ldm.util import check_file
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # bert-base-uncased: how many tokens its vocab.txt has, and which of them begins, ends and pads a text
@@ -18,8 +19,7 @@ BERT_TOKENS, BERT_CLS, BERT_SEP, BERT_PAD = 30522, 101, 102, 0
 def read_vocab(path: str | Path) -> list[str]:
     """Read BERT's tokens in the order of their ids from a `vocab.txt`, one per line."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"vocabulary {str(path)!r} does not exist: give the path of BERT's vocab.txt")
+    check_file(path, "BERT's vocabulary, a vocab.txt,")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -21,6 +21,7 @@ from ldm.checkpoint.file import atomic, save_file
 from ldm.checkpoint.pickled import StoredTensor
 from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, read_tensors
 from ldm.checkpoint.torch_file import TorchFile
+from ldm.util import check_file
 
 WORD_FORMATS = ("diffusers", "a1111", "compvis")
 ANY, ANY_TOKEN = "*", 265  # the placeholder, and its token in CLIP's vocabularies
@@ -50,17 +51,15 @@ def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
 
 def read_table(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
     """Return vectors by word, the word that "*" stands for, and the step."""
-    if not path.is_file():
-        raise FileNotFoundError(f"embedding {str(path)!r} does not exist")
+    check_file(path, "embedding")
     with open(path, "rb") as opened:
-        start = opened.read(len(ZIP_START))
-    if not start.startswith((ZIP_START, PICKLE_START)):
-        return _safetensors(path)
-    file = TorchFile(path)
-    top: Mapping[str, Any] = file.value if isinstance(file.value, dict) else {}
-    table, name, step = top.get(TABLE, top), top.get("name"), top.get("step")
-    table = table if isinstance(table, dict) else {}
-    found = {key: file.tensor(value) for key, value in table.items() if isinstance(value, StoredTensor)}
+        if not opened.read(len(ZIP_START)).startswith((ZIP_START, PICKLE_START)):
+            return _safetensors(path)
+        file = TorchFile(opened)
+        top: Mapping[str, Any] = file.value if isinstance(file.value, dict) else {}
+        table, name, step = top.get(TABLE, top), top.get("name"), top.get("step")
+        table = table if isinstance(table, dict) else {}
+        found = {key: file.tensor(value) for key, value in table.items() if isinstance(value, StoredTensor)}
     _refuse_others(found)
     name = name if TABLE in top and type(name) is str and name else path.stem
     return found, name, step if type(step) is int else None

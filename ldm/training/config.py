@@ -39,10 +39,9 @@ def _read(path: str) -> Any:
     config = load_yaml(path)
     found = set(config) if OmegaConf.is_dict(config) else set()
     missing, unknown = [k for k in SECTIONS if k not in found], sorted(found - set(SECTIONS))
-    if missing or unknown:
-        raise ValueError(
-            f"configuration {path!r} lacks {missing} and has unknown keys {unknown}: the keys are {SECTIONS}"
-        )
+    wrong = [f"{word} {', '.join(keys)}" for word, keys in (("lacks", missing), ("has unknown keys", unknown)) if keys]
+    if wrong:
+        raise ValueError(f"configuration {path!r} {' and '.join(wrong)}: the keys are {', '.join(SECTIONS)}")
     if not isinstance(config.name, str):
         raise ValueError(f"configuration {path!r}: the name {config.name!r} must be a word")
     return config
