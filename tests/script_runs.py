@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from ldm.inference.recipe import Recipe, read_png_text
+from ldm.inference.recipe import Recipe, read_image_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +41,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def recipe(path: Path) -> Recipe:
-    return Recipe.from_text(read_png_text(path))
+    return Recipe.from_text(read_image_text(path))
 
 
 def samples(folder: Path) -> list[Path]:
@@ -57,7 +57,7 @@ def check_reproduced(generate: Callable[..., Path], paths: list[Path], *options:
     for path in paths:
         (again,) = samples(generate("--from-png", path, *options, out=f"again-{path.stem}", steps=None))
         assert np.array_equal(pixels(again), pixels(path))
-        assert read_png_text(again) == read_png_text(path)
+        assert read_image_text(again) == read_image_text(path)
 
 
 def saved(path: Path, image: Image.Image, **options: object) -> Path:

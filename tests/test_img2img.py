@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples, saved
 
 import ldm
-from ldm.inference.recipe import read_png_text, save_png
+from ldm.inference.recipe import read_image_text, save_image
 
 img2img = load_script("img2img")
 
@@ -37,7 +37,7 @@ def test_one_image_and_its_grid_at_the_default_strength(generate, five, tiny_mod
     assert (made.prompt, made.strength, made.steps) == ("", 0.75, tiny_model.defaults["steps"])
     assert (made.width, made.height) == Image.open(samples(out)[0]).size == (32, 32)
     assert len(made.init_hash) == 10 and int(made.init_hash, 16) >= 0 and made.mask_hash == ""
-    assert "Denoising strength: 0.75, Init image hash: " in read_png_text(samples(out)[0])
+    assert "Denoising strength: 0.75, Init image hash: " in read_image_text(samples(out)[0])
 
 
 def test_the_image_is_that_of_the_library(generate, five, tiny_checkpoint):
@@ -57,7 +57,7 @@ def test_counts_and_seeds_are_as_in_txt2img(generate, five, tmp_path):
         ("a two", 10),
     ]
     assert len({pixels(path).tobytes() for path in samples(out)}) == 4
-    assert read_png_text(out / "grid-0000.png").endswith("Grid: 2x2")
+    assert read_image_text(out / "grid-0000.png").endswith("Grid: 2x2")
 
 
 def test_compvis_flags_and_the_default_folder(five):
@@ -113,7 +113,7 @@ def test_an_image_of_another_program_says_no_hash(generate, five, tmp_path):
     text = (
         "a five\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 3, Size: 32x32, Denoising strength: 0.5, Version: v1.9"
     )
-    save_png(make_image(), tmp_path / "foreign.png", text)
+    save_image(make_image(), tmp_path / "foreign.png", text)
     out = generate("--from-png", tmp_path / "foreign.png", "--init-img", five, steps=None)
     made = recipe(samples(out)[0])
     assert (made.strength, made.seed) == (0.5, 3) and made.init_hash != ""

@@ -11,7 +11,7 @@ from PIL import Image
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples, saved
 
 import ldm
-from ldm.inference.recipe import read_png_text
+from ldm.inference.recipe import read_image_text
 
 inpaint = load_script("inpaint")
 
@@ -53,7 +53,7 @@ def test_the_image_is_that_of_the_library_and_says_how_it_was_made(generate, pai
     made = recipe(samples(out)[0])
     assert (made.strength, len(made.init_hash), len(made.mask_hash)) == (1.0, 10, 10)
     assert made.mask_hash != made.init_hash
-    assert "Mask hash: " in read_png_text(samples(out)[0])
+    assert "Mask hash: " in read_image_text(samples(out)[0])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])

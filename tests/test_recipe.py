@@ -10,7 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from ldm.changes import Change
 from ldm.cli import read_lines
-from ldm.inference.recipe import NEGATIVE, Recipe, plan, read_png_text, refill, save_png
+from ldm.inference.recipe import NEGATIVE, Recipe, plan, read_image_text, refill, save_image
 from ldm.settings import ALL_SIGMAS
 
 FIVE = Recipe(
@@ -192,21 +192,21 @@ IMAGE = Image.linear_gradient("L").resize((32, 32))
 
 @pytest.mark.parametrize("text", ["a five\nSteps: 20", "an ö", "五 🎨\nSteps: 1", "nul \0 and \r\n", ""])
 def test_text_and_pixels_come_back(text, tmp_path):
-    save_png(IMAGE, tmp_path / "a.png", text)
-    assert read_png_text(tmp_path / "a.png") == text
+    save_image(IMAGE, tmp_path / "a.png", text)
+    assert read_image_text(tmp_path / "a.png") == text
     assert Image.open(tmp_path / "a.png").tobytes() == IMAGE.tobytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_web_ui_tools_find_the_text(tmp_path):
-    save_png(IMAGE, tmp_path / "a.png", "a five\nSteps: 20")
+    save_image(IMAGE, tmp_path / "a.png", "a five\nSteps: 20")
     assert Image.open(tmp_path / "a.png").info == {"parameters": "a five\nSteps: 20"}
     assert b"tEXtparameters\0a five\nSteps: 20" in (tmp_path / "a.png").read_bytes()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(error, tmp_path, monkeypatch):
-    save_png(IMAGE, tmp_path / "a.png", "old")
+    save_image(IMAGE, tmp_path / "a.png", "old")
 
     def half(self, file, **options):
         file.write(b"\x89PNG half")
@@ -214,30 +214,32 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(error, tmp_path, mo
 
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(type(error)):
-        save_png(IMAGE, tmp_path / "a.png", "new")
+        save_image(IMAGE, tmp_path / "a.png", "new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
-    assert read_png_text(tmp_path / "a.png") == "old"
+    assert read_image_text(tmp_path / "a.png") == "old"
 
 
 def test_files_without_a_text_are_refused(tmp_path):
     IMAGE.save(tmp_path / "plain.png")
-    IMAGE.save(tmp_path / "a.jpg")
+    for name in ("a.jpg", "a.gif"):
+        IMAGE.save(tmp_path / name)
     (tmp_path / "empty.png").touch()
-    save_png(IMAGE, tmp_path / "whole.png", "text")
+    save_image(IMAGE, tmp_path / "whole.png", "text")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:50])
     for name, message in [
         ("plain.png", "carries no text chunk 'parameters'"),
-        ("a.jpg", "not a PNG image"),
-        ("empty.png", "not a PNG image"),
-        ("cut.png", "not a PNG image"),
+        ("a.jpg", "carries no text chunk"),
+        ("a.gif", "not a PNG, JPEG or WebP image"),
+        ("empty.png", "not a PNG, JPEG or WebP image"),
+        ("cut.png", "not a PNG, JPEG or WebP image"),
     ]:
-        refused(message, read_png_text, tmp_path / name)
+        refused(message, read_image_text, tmp_path / name)
     with pytest.raises(OSError):
-        read_png_text(tmp_path / "missing.png")
+        read_image_text(tmp_path / "missing.png")
 
 
 def test_compressed_text_of_another_program_reads(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_itxt("parameters", "a 五", zip=True)
     IMAGE.save(tmp_path / "a.png", pnginfo=info)
-    assert read_png_text(tmp_path / "a.png") == "a 五"
+    assert read_image_text(tmp_path / "a.png") == "a 五"

@@ -1,13 +1,17 @@
 """The output folder: numbering, grids, and finding out early that it cannot be written."""
 
 import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from conftest import refused
-from PIL import Image
+from PIL import Image, ImageChops
 
-from ldm.inference.recipe import read_png_text
-from ldm.inference.run import OutputFolder
+from ldm.inference.init_image import InitImage
+from ldm.inference.recipe import read_image_text, save_image
+from ldm.inference.run import OutputFolder, check_format
 
 IMAGE = Image.new("L", (8, 8), 255)
 
@@ -40,11 +44,11 @@ def test_grids_and_strips_count_for_themselves(tmp_path):
     grid = output.save_grid([IMAGE] * 5, 2, "text of image 0")
     strip = output.save_strip(IMAGE, "text")
     assert names(tmp_path) == ["grid-0000.png", "samples", "strip-0000.png"]
-    assert read_png_text(grid) == "text of image 0, Grid: 2x3"
+    assert read_image_text(grid) == "text of image 0, Grid: 2x3"
     width, height = Image.open(grid).size
     assert width < height  # two columns, three rows
     assert output.save_grid([IMAGE], 4, "t").name == "grid-0001.png"
-    assert read_png_text(strip) == "text"
+    assert read_image_text(strip) == "text"
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
@@ -63,3 +67,57 @@ def test_a_folder_without_permission(tmp_path):
 def test_trying_leaves_nothing(tmp_path):
     OutputFolder(tmp_path)
     assert names(tmp_path) == ["samples"] and names(tmp_path / "samples") == []
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from PIL import Image, ImageChops
+from ldm.inference.run import OutputFolder, check_format
+output = OutputFolder(Path(sys.argv[1]))
+sys.stdin.readline()  # both processes start at once
+for _ in range(300):
+    output.save_sample(Image.new("L", (8, 8)), sys.argv[2])
+"""
+
+
+def test_two_processes_in_one_folder_lose_nothing(tmp_path):
+    """Each text is on exactly as many images as its process saved."""
+    command = [sys.executable, "-c", WRITE, str(tmp_path)]
+    running = [subprocess.Popen([*command, text], stdin=subprocess.PIPE) for text in ("a", "b")]
+    for process in running:
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    assert [process.wait() for process in running] == [0, 0]
+    texts = [read_image_text(path) for path in (tmp_path / "samples").iterdir()]
+    assert (texts.count("a"), texts.count("b"), len(texts)) == (300, 300, 600)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_replaces_none(links, tmp_path, monkeypatch):
+    def no_links(old, new):
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    save_image(IMAGE, tmp_path / "a.png", "first", new=True)
+    refused("a.png", save_image, IMAGE, tmp_path / "a.png", "second", new=True, error=FileExistsError)
+    assert names(tmp_path) == ["a.png"] and read_image_text(tmp_path / "a.png") == "first"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_other_formats_carry_the_text_too(suffix, mode, tmp_path):
+    image = Image.linear_gradient("L").resize((16, 16)).convert(mode)
+    path = OutputFolder(tmp_path, suffix).save_sample(image, "a ö 🎨\nSteps: 1")
+    assert path.name == f"00000{suffix}" and read_image_text(path) == "a ö 🎨\nSteps: 1"
+    same = ImageChops.difference(Image.open(path).convert(mode), image).getextrema()
+    assert max(high for _, high in np.reshape(same, (-1, 2))) <= (8 if suffix == ".jpg" else 0)
+    assert OutputFolder(tmp_path).save_sample(image, "t").name == "00001.png"
+
+
+def test_what_jpeg_cannot_hold():
+    clear = InitImage(Image.new("RGBA", (8, 8)), Image.new("L", (8, 8)))
+    refused("JPEG has no transparency", check_format, "jpg", [""], clear)
+    refused("30,000 characters", check_format, "jpg", ["a" * 30_001], None)
+    check_format("webp", ["a" * 30_001], clear)

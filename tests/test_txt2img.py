@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples
 
 import ldm
-from ldm.inference.recipe import read_png_text, save_png
+from ldm.inference.recipe import read_image_text, save_image
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import save
 
@@ -84,12 +84,12 @@ def test_prompt_file(generate, tmp_path):
     made = [recipe(path) for path in samples(out)]
     assert [r.prompt for r in made] == ["a one", "a one", "a two", "a two"]
     assert [r.seed for r in made] == [0, 1, 2, 3]
-    assert read_png_text(out / "grid-0000.png").endswith("Grid: 2x2")
+    assert read_image_text(out / "grid-0000.png").endswith("Grid: 2x2")
 
 
 def test_grid_columns(generate):
     out = generate("--n_samples", 4, "--n_rows", 3)
-    assert read_png_text(out / "grid-0000.png").endswith("Grid: 3x2")
+    assert read_image_text(out / "grid-0000.png").endswith("Grid: 3x2")
     width, height = Image.open(out / "grid-0000.png").size
     assert width > height
 
@@ -160,7 +160,7 @@ def test_prompts_taken_literally(generate, tmp_path):
         generate("--prompt", "(a one:1.4)", "--plain"),
     )
     assert not np.array_equal(pixels(samples(weighted)[0]), pixels(samples(literal)[0]))
-    assert recipe(samples(literal)[0]).plain and "Plain prompt: True" in read_png_text(samples(literal)[0])
+    assert recipe(samples(literal)[0]).plain and "Plain prompt: True" in read_image_text(samples(literal)[0])
     (again,) = samples(generate("--from-png", samples(literal)[0], out="again", steps=None))
     assert np.array_equal(pixels(samples(literal)[0]), pixels(again))
 
@@ -181,12 +181,19 @@ def test_an_image_made_again_with_a_change(generate):
 
 def test_what_each_png_says(generate):
     out = generate("--prompt", "a one", "--negative-prompt", "bold", "--scale", 2.5, "--seed", 9, "--n_samples", 2)
-    prompt, negative, settings = read_png_text(samples(out)[1]).split("\n")
+    prompt, negative, settings = read_image_text(samples(out)[1]).split("\n")
     assert (prompt, negative) == ("a one", "Negative prompt: bold")
     pairs = dict(pair.split(": ") for pair in settings.split(", "))
     assert pairs["Seed"] == "10" and pairs["Index"] == "1" and pairs["CFG scale"] == "2.5" and pairs["Steps"] == "3"
     assert pairs["Sampler"] == "ddim" and pairs["Eta"] == "0.0" and pairs["Version"] == f"ldm {ldm.__version__}"
     assert {"Size", "Model hash", "Model", "Spacing"} <= pairs.keys()
+
+
+def test_another_format(generate):
+    png, webp = (samples(generate("--format", name, out=name)) for name in ("png", "webp"))
+    assert webp[0].suffix == ".webp" and np.array_equal(pixels(webp[0])[..., 0], pixels(png[0]))
+    (again,) = samples(generate("--from-png", webp[0], out="again", steps=None))
+    assert np.array_equal(pixels(again), pixels(png[0])) and read_image_text(webp[0]) == read_image_text(png[0])
 
 
 def test_strip(generate, tiny_model):
@@ -204,7 +211,7 @@ def test_strip(generate, tiny_model):
             assert np.abs(same - final).max() <= 1
         for noised in (shown[0][1], shown[1][0]):
             assert np.abs(noised - final).max() > 1
-        assert read_png_text(out / f"strip-{i:04}.png") == read_png_text(sample)
+        assert read_image_text(out / f"strip-{i:04}.png") == read_image_text(sample)
 
 
 def test_long_runs_show_ten_columns(generate, tiny_model):
@@ -338,8 +345,8 @@ def test_guidance_is_part_of_the_recipe(generate):
     options = ["--pag", 3, "--pag-layers", "output_blocks", "--threshold", 0.9]
     (first,), (plain,) = samples(generate(*options, out="guided")), samples(generate())
     assert not np.array_equal(pixels(first), pixels(plain))
-    assert "PAG scale: 3.0, PAG layers: output_blocks, Dynamic threshold: 0.9" in read_png_text(first)
-    assert "PAG" not in read_png_text(plain)
+    assert "PAG scale: 3.0, PAG layers: output_blocks, Dynamic threshold: 0.9" in read_image_text(first)
+    assert "PAG" not in read_image_text(plain)
     (again,) = samples(generate("--from-png", first, out="again", steps=None))
     assert np.array_equal(pixels(again), pixels(first)) and recipe(again) == recipe(first)
     (weaker,) = samples(generate("--from-png", first, "--pag", 2, out="weaker", steps=None))
@@ -371,8 +378,8 @@ def test_a_weaker_model_is_part_of_the_recipe(generate, tmp_path, tiny_model):
 
 def test_recipes_of_the_version_that_kept_guidance_among_the_changes(generate, tmp_path):
     (plain,) = samples(generate())
-    text = read_png_text(plain).replace(", Model: ", ", Changes: pag 3 output_blocks; threshold 0.9, Model: ")
-    save_png(Image.open(plain), tmp_path / "old.png", text)
+    text = read_image_text(plain).replace(", Model: ", ", Changes: pag 3 output_blocks; threshold 0.9, Model: ")
+    save_image(Image.open(plain), tmp_path / "old.png", text)
     (again,) = samples(generate("--from-png", tmp_path / "old.png", out="again", steps=None))
     (now,) = samples(generate("--pag", 3, "--pag-layers", "output_blocks", "--threshold", 0.9, out="now"))
     assert np.array_equal(pixels(again), pixels(now)) and recipe(again) == recipe(now)

@@ -23,8 +23,16 @@ from pathlib import Path
 
 from ldm.inference.init_image import InitImage
 from ldm.inference.options import add_init_image_options, image_parser, settings_of
-from ldm.inference.recipe import plan, save_png
-from ldm.inference.run import build_guide, generate_files, guide_hashes, init_settings, load_checked, make_writable
+from ldm.inference.recipe import plan, save_image
+from ldm.inference.run import (
+    build_guide,
+    check_format,
+    generate_files,
+    guide_hashes,
+    init_settings,
+    load_checked,
+    make_writable,
+)
 
 MASK = "_mask.png"
 
@@ -68,8 +76,8 @@ def inpaint_folder(args: argparse.Namespace) -> None:
     def inits() -> Iterator[InitImage]:
         return (InitImage.read(*pair, args.invert_mask) for pair in pairs)
 
-    for _ in inits():
-        pass
+    for init in inits():
+        check_format(args.format, args.prompts, init)
     make_writable(args.outdir)
 
     model = load_checked(args)
@@ -80,12 +88,12 @@ def inpaint_folder(args: argparse.Namespace) -> None:
         recipe.changed(**init_settings(init, args, model))
         for recipe, init in zip(plan(first, args.prompts, len(pairs), 1), inits(), strict=True)
     ]
-    guide, paths = build_guide(model, first, args), [args.outdir / path.name for path, _ in pairs]
+    guide, paths = build_guide(model, first, args), [args.outdir / f"{path.stem}.{args.format}" for path, _ in pairs]
     with progress(recipes) as callback:
         for recipe, init, path in zip(recipes, inits(), paths, strict=True):
             init = init.resized(recipe.width, recipe.height)
             for result in generate_run(model, [recipe], callback, init, guide):
-                save_png(result.image, path, recipe.to_text())
+                save_image(result.image, path, recipe.to_text())
     for path in paths:
         print(path)
 

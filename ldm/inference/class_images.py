@@ -22,7 +22,7 @@ from ldm.data.dreambooth import DreamBooth, Subject, as_list, choices, identifie
 from ldm.data.folder import find_images
 from ldm.finetune.parts import known_prompts
 from ldm.inference.generate import default_recipe, generate_run
-from ldm.inference.recipe import Recipe, plan, read_png_text, save_png
+from ldm.inference.recipe import Recipe, plan, read_image_text, save_image
 from ldm.latent_diffusion import LatentDiffusion
 
 GENERATED = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
@@ -196,7 +196,7 @@ def generate_class_images(
             for recipe, image, index in generate_run(model, [recipe for recipe, _ in row[start:]]):
                 path = row[start + index][1]
                 if path in missing:
-                    save_png(image, path, recipe.to_text())
+                    save_image(image, path, recipe.to_text())
                     missing.remove(path)
                     bar.update()
     return [[path.name for _, path in row] for row in rows]
@@ -214,6 +214,6 @@ def _without_batch(recipe: Recipe) -> Recipe:
 
 def _is_there(path: Path, recipe: Recipe) -> bool:
     try:
-        return _without_batch(Recipe.from_text(read_png_text(path))) == _without_batch(recipe)
+        return _without_batch(Recipe.from_text(read_image_text(path))) == _without_batch(recipe)
     except (FileNotFoundError, ValueError):  # missing, or damaged
         return False

@@ -61,6 +61,7 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
 
     add = parser.add_argument_group("files").add_argument
     add("--outdir", type=Path, default=Path(outdir), metavar="DIR", help=f"({outdir})")
+    add("--format", choices=("png", "jpg", "webp"), default="png", help="of the images; jpg loses detail (png)")
     add("--skip_save", action="store_true", help="do not save the single images")
     add("--skip_grid", action="store_true", help="do not save the grid")
     add("--n_rows", type=int_range(0), default=0, metavar="N", help="images in a row of the grid (0: n_samples)")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from ldm import __version__
 from ldm.batching import batches
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 CHUNK = "parameters"  # the text chunk that AUTOMATIC1111's web UI writes and that its users' tools read
 NEGATIVE = "Negative prompt: "
+# Suffix -> Pillow's name of the format, and how to save in it.
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
+_COMMENT, _UTF16 = 0x9286, b"UNICODE\0"  # EXIF's UserComment, and the mark of its encoding
 _ENTRY = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _REQUIRED = ("Width", "Height", "Steps", "Sampler", "CFG scale", "Seed")
 # Keys that come first in the text, in the web UI's order; the others follow in the order of the fields.
@@ -204,30 +211,53 @@ def _another(prompt: str, number: int, count: Callable[[str], int]) -> str:
     return next(same, f"{prompt} {number}")
 
 
-def save_png(image: Image.Image, path: Path, text: str) -> None:
-    """Write the image with the text in its chunk `parameters`, whole or not at all.
+def save_image(image: Image.Image, path: Path, text: str, new: bool = False) -> None:
+    """Write the image and the text in the format of the path's suffix (`FORMATS`), whole or not at all.
 
     It is written under a temporary name and renamed, so that an interruption or a full disk leaves no half image.
+
+    new: whether to raise FileExistsError where there is a file, be it that another process wrote it just now.
     """
-    info = PngImagePlugin.PngInfo()
-    info.add_text(CHUNK, text)
+    name, options = FORMATS[path.suffix]
+    if name == "PNG":
+        info = PngImagePlugin.PngInfo()
+        info.add_text(CHUNK, text)
+        options = {"pnginfo": info}
+    else:  # where the web UI puts it
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif)[_COMMENT] = _UTF16 + text.encode("utf-16-be")
+        options = options | {"exif": exif}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            image.save(file, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    except BaseException:
+            image.save(file, format=name, **options)
+        _rename_to_new(temporary, path) if new else os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename_to_new(old: Path, new: Path) -> None:
+    """Rename a file; FileExistsError if there is one of the new name."""
+    try:
+        os.link(old, new)
+    except FileExistsError:
         raise
+    except OSError:  # a file system without links: an empty file takes the name first
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(old, new)
 
 
-def read_png_text(path: Path) -> str:
-    """Read the text in the chunk `parameters`. ValueError for a file that is not a PNG, or one without it; OSError."""
+def read_image_text(path: Path) -> str:
+    """Read the text that `save_image` writes. ValueError for a file of another format, or one without it; OSError."""
     with open(path, "rb") as file:
         try:
-            text = Image.open(file, formats=["PNG"]).info.get(CHUNK)
-        except (OSError, SyntaxError, ValueError, EOFError):  # what Pillow raises for files that are no whole PNG
-            raise ValueError(f"{path} is not a PNG image, or is damaged") from None
+            image = Image.open(file, formats=[name for name, _ in FORMATS.values()])
+            text = image.info.get(CHUNK)
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(_COMMENT)
+            if text is None and isinstance(comment, bytes) and comment.startswith(_UTF16):
+                text = comment.removeprefix(_UTF16).decode("utf-16-be")
+        except (OSError, SyntaxError, ValueError, EOFError):  # what Pillow raises for files that are no whole images
+            raise ValueError(f"{path} is not a PNG, JPEG or WebP image, or is damaged") from None
     if not isinstance(text, str):
         raise ValueError(f"{path} carries no text chunk {CHUNK!r}, so nothing says how it was made")
     return str(text)
@@ -235,7 +265,7 @@ def read_png_text(path: Path) -> str:
 
 def read_recipe(path: Path) -> Recipe:
     """Read the recipe that a PNG carries. ValueError naming the file if it carries none."""
-    text = read_png_text(path)
+    text = read_image_text(path)
     try:
         return Recipe.from_text(text)
     except ValueError as error:

@@ -5,6 +5,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from ldm.cli import read_lines
 from ldm.inference.options import load_model, settings_of
-from ldm.inference.recipe import Recipe, check_init_image, plan, read_recipe, save_png
+from ldm.inference.recipe import Recipe, check_init_image, plan, read_recipe, save_image
 from ldm.settings import Guidance, setting_rows
 
 if TYPE_CHECKING:  # they import torch
@@ -37,7 +38,8 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
     if made is not None:
         check_init_image(made, init, args.from_png)
         args.precision = made.precision if args.precision is None else args.precision
-    output = OutputFolder(args.outdir)
+    check_format(args.format, prompts, init)
+    output = OutputFolder(args.outdir, f".{args.format}")
 
     model = load_checked(args)
     from ldm.inference.generate import generate_again, generate_run, progress, steps_of
@@ -68,6 +70,14 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
         saved.append(output.save_grid(shown, columns, recipes[0].to_text()))
     for path in saved:
         print(path)
+
+
+def check_format(name: str, prompts: Sequence[str], init: "InitImage | None") -> None:
+    """Raise ValueError for what JPEG cannot hold: transparency, and texts of more than 65,533 bytes with the recipe."""
+    if name == "jpg" and init is not None and init.mask is not None and init.image.mode == "RGBA":
+        raise ValueError("the init image is transparent, and JPEG has no transparency: use --format png or webp")
+    if name == "jpg" and max(map(len, prompts)) > 30_000:
+        raise ValueError("a JPEG holds no prompt of more than 30,000 characters: use --format png or webp")
 
 
 def load_checked(args: argparse.Namespace) -> "LatentDiffusion":
@@ -159,8 +169,8 @@ class OutputFolder:
     It is made, and tried for writing, before any work is done. Each method returns the path that it wrote.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, suffix: str = ".png") -> None:
+        self.path, self.suffix = path, suffix
         self.next: dict[str, int] = {}  # prefix -> next number
         for folder in (path, path / "samples"):
             make_writable(folder)
@@ -182,11 +192,12 @@ class OutputFolder:
     def _save(self, image: Image.Image, text: str, folder: Path, prefix: str, digits: int) -> Path:
         """Save under the next free number: one more than the highest there, so that a gap is never filled."""
         number = self.next[prefix] if prefix in self.next else _next_number(folder, prefix)
-        while (path := folder / f"{prefix}{number:0{digits}}.png").exists():  # another run may write here too
-            number += 1
-        save_png(image, path, text)
-        self.next[prefix] = number + 1
-        return path
+        while True:
+            path = folder / f"{prefix}{number:0{digits}}{self.suffix}"
+            self.next[prefix] = number = number + 1
+            with suppress(FileExistsError):  # another run may write here too
+                save_image(image, path, text, new=True)
+                return path
 
 
 def make_writable(folder: Path) -> None:
@@ -200,7 +211,7 @@ def make_writable(folder: Path) -> None:
 
 
 def _next_number(folder: Path, prefix: str) -> int:
-    """Return one more than the highest number among the folder's `PREFIXnnn.png`, 0 if there is none."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.png")
+    """Return one more than the highest number among the folder's images `PREFIXnnn.*`, 0 if there is none."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(png|jpg|webp)")
     matches = (pattern.fullmatch(entry.name) for entry in folder.iterdir())
     return max((int(match[1]) for match in matches if match), default=-1) + 1
