@@ -1,6 +1,7 @@
 """What the benchmarks share: rows in a file, tables, measurements in a fresh process, and matplotlib."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -33,7 +34,8 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def run_fresh(name: str, *argv: object) -> dict[str, float]:
     """Run Python with these arguments; return the JSON of its last line. ValueError, with its own, if it fails."""
-    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise ValueError(f"{name} ended with {done.returncode}: {done.stderr.strip()[-300:] or 'killed?'}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,7 +1,7 @@
 """Seconds a step and peak memory of scripts/dreambooth.py, beside a loop over diffusers' classes.
 
-python benchmarks/dreambooth.py --images photographs --out cost.jsonl    # Stable Diffusion 1 at full size
-python benchmarks/dreambooth.py --images photographs --rows lora --ckpt model.safetensors
+python -m benchmarks.dreambooth --images photographs --out cost.jsonl    # Stable Diffusion 1 at full size
+python -m benchmarks.dreambooth --images photographs --rows lora --ckpt model.safetensors
 
 Every row is a fresh process: --steps optimizer steps on pairs of an image and a class image (the same images
 inverted, which cost as much), after one that is not counted. Seconds are the median between two ends of a step, of wall

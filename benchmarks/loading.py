@@ -1,7 +1,7 @@
 """Compare ways to load a checkpoint: `ldm.load`, and building the model, reading the file, `load_state_dict`.
 
-python benchmarks/loading.py                      # Stable Diffusion 1 at full size, random weights (8.5 GB of disk)
-python benchmarks/loading.py --ckpt model.safetensors --repeat 3
+python -m benchmarks.loading                      # Stable Diffusion 1 at full size, random weights (8.5 GB of disk)
+python -m benchmarks.loading --ckpt model.safetensors --repeat 3
 
 Each way runs in a fresh process, with the file in the page cache. Seconds are wall clock and CPU time of loading alone,
 without imports. Memory is the process's growth while it loads: its peak, and what is private to it afterwards (not the

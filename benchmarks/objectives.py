@@ -1,6 +1,6 @@
 """Train one small network under each schedule, prediction, loss weight ..., and measure the digits that it generates.
 
-python benchmarks/objectives.py --out objectives.jsonl
+python -m benchmarks.objectives --out objectives.jsonl
 
 The network is configs/pixel/objectives.yaml's, on MNIST. Rows that --out has already are kept.
 """

@@ -1,6 +1,6 @@
 """Measure every sampler at several numbers of steps on the model that ships, or another.
 
-python benchmarks/samplers.py --out samplers.jsonl --plot samplers.png --precision autocast
+python -m benchmarks.samplers --out samplers.jsonl --plot samplers.png --precision autocast
 
 Each row generates the captions of held-out MNIST images (--data or LDM_DATA), with the model's own settings otherwise,
 and measures prompt accuracy, the Fréchet distance over that between as many real images, and recall. Rows that --out

@@ -1,6 +1,6 @@
 """Compare generators on the generative learning trilemma (Xiao et al. 2022, figure 1): quality, coverage and speed.
 
-python benchmarks/trilemma.py --ddgan ddgan.safetensors --ddpm ddpm.safetensors --plot trilemma.png
+python -m benchmarks.trilemma --ddgan ddgan.safetensors --ddpm ddpm.safetensors --plot trilemma.png
 
 A VAE (the first stage of the model that ships, sampled from a unit normal prior), a denoising diffusion GAN, and a
 pixel-space diffusion model by its own ancestral sampler and by DDIM generate digits. Quality is the Fréchet distance

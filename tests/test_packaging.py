@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,39 @@ def test_distribution_and_version():
     assert PROJECT["project"]["name"] != "ldm"  # another project's on PyPI
     (version,) = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', (ROOT / "ldm" / "__init__.py").read_text(), re.M)
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "ldm.__version__"} and version
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory) -> Path:
+    """What an editable installation of a small clone puts into site-packages; the clone has scripts, too."""
+    pytest.importorskip("setuptools")
+    clone, site = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("site")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    for name, code in (("ldm/__init__", '__version__ = "0.1.0"'), ("ldm/part", ""), ("scripts/txt2img", "")):
+        (clone / name).parent.mkdir(exist_ok=True)
+        (clone / f"{name}.py").write_text(code)
+    build = f"from setuptools import build_meta; build_meta.build_editable({str(site)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, cwd=clone)
+    (wheel,) = site.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    return site
+
+
+@pytest.mark.parametrize(
+    ("here", "found"), [("notes.txt", "clone"), ("ldm/notes.txt", "clone"), ("ldm/__init__.py", "here")]
+)
+def test_an_editable_installation_has_ldm_alone(editable, tmp_path, here, found):
+    """A folder without `__init__.py` in the working directory does not win, another package does; no `scripts`."""
+    folder = tmp_path / "here"
+    (folder / here).parent.mkdir(parents=True, exist_ok=True)
+    (folder / here).touch()
+    code = f"import site, sys; sys.path.insert(0, {str(folder)!r}); site.addsitedir({str(editable)!r})"
+    code += "; import ldm; print(ldm.__file__); import importlib.util as u; print(u.find_spec('scripts'))"
+    code += "; print(u.find_spec('ldm.part') is not None)"
+    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    file, scripts, part = run.stdout.splitlines()
+    assert found in Path(file).parts[-3] and scripts == "None" and part == str(found == "clone")
 
 
 def test_every_import_is_a_dependency():

@@ -1,7 +1,7 @@
 """The README's commands and those of docs/: every script and config exists and its options parse; files and settings
 that are named exist."""
 
-import importlib.util
+import importlib
 import re
 import shlex
 import shutil
@@ -36,7 +36,7 @@ SCRIPTS = {
     f"{name}: {' '.join(words)}": words
     for name, page in PAGES.items()
     for words in commands(page)
-    if any(word.startswith(("scripts/", "benchmarks/")) for word in words)
+    if any(word.startswith(("scripts/", "benchmarks.")) for word in words)
 }
 
 
@@ -48,15 +48,12 @@ def load_script(name: str):
     if name.startswith("scripts/"):
         assert (ROOT / name).is_file()
         return importlib.import_module(f"ldm.commands.{Path(name).stem}")
-    spec = importlib.util.spec_from_file_location(f"readme_{Path(name).stem}", ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 @pytest.mark.parametrize("words", SCRIPTS.values(), ids=SCRIPTS)
 def test_script_exists_and_its_options_parse(words, monkeypatch):
-    at = next(i for i, word in enumerate(words) if word.startswith(("scripts/", "benchmarks/")))
+    at = next(i for i, word in enumerate(words) if word.startswith(("scripts/", "benchmarks.")))
     parse = Parser.parse_args
 
     def parse_and_stop(self, args=None, namespace=None):
