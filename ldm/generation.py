@@ -183,20 +183,18 @@ def _start_from(
 ) -> tuple[Tensor, BoundDenoise]:
     """Return (x, denoise) for an init image, where x is the image noised to the first noise level.
 
-    With all steps to take, x stays pure noise where the image is generated anew under a mask, and where the model has
-    the whole image in its input.
+    With all steps to take, x stays pure noise where the image is generated anew under a mask, and everywhere where the
+    model has what is kept in its input.
     """
     known, mask = model.encode(init.pixels, mode=True).float(), init.mask
     noised = known + run.sigmas[0] * start
-    if mask is not None:
+    put_back = mask is not None and model.concat in (None, "latents")  # the others have the mask in their input
+    if put_back:
         mask = nn.functional.adaptive_max_pool2d(mask, run.size[1:]).to(x)  # a latent is new if any pixel of it is
-        if model.concat in (None, "latents"):  # the others have the mask in their input
-            denoise = guidance.inpaint(denoise, known, mask)
-    if run.settings.strength < 1:
+        denoise = guidance.inpaint(denoise, known, mask)
+    if run.settings.strength < 1 or (mask is None and model.concat != "latents"):
         return noised, denoise
-    if mask is None:
-        return x if model.concat == "latents" else noised, denoise
-    return torch.lerp(noised, x, mask), denoise
+    return torch.lerp(noised, x, mask) if put_back else x, denoise
 
 
 class _Run(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomised, refused
+from PIL import Image
 from safetensors import safe_open
 from tiny_stable_diffusion import KINDS, MERGES, PROMPTS, SD1, SD2, TEXT, VAE, built, changed, edit, model_config
 
@@ -21,6 +22,7 @@ from ldm.checkpoint.diffusers_folder import read_pipeline
 from ldm.checkpoint.diffusers_writer import WRITTEN, write_pipeline, write_tokenizer
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import get_sampler
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.latent_diffusion import LatentDiffusion
 
@@ -281,6 +283,31 @@ def test_models_that_change_images(tmp_path, concat, channels, pipeline):
     assert config["params"]["concat"] == concat and pipeline in notes[0]
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items()) and len(state) == len(expected)
+
+
+def test_inpainting_agrees_under_a_partial_mask(tmp_path, monkeypatch):
+    """At strength 1 both start from noise alone, kept parts too: the network has these in its input."""
+    import diffusers
+
+    torch.manual_seed(0)
+    params = changed(SD1, "unet", in_channels=9) | {"concat": "mask_latents"}
+    model = randomised(LatentDiffusion(**params)).eval().requires_grad_(False)
+    write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict())
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_pretrained(tmp_path / "x", local_files_only=True)
+
+    def encode(image, generator):  # theirs samples the posterior
+        return pipe.vae.encode(image).latent_dist.mode() * pipe.vae.config.scaling_factor
+
+    monkeypatch.setattr(pipe, "_encode_vae_image", encode)
+    levels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    image, mask = Image.fromarray(levels), Image.new("L", (32, 32))
+    mask.paste(255, (8, 0, 32, 20))
+    images = {"image": image, "mask_image": mask, "output_type": "np"}
+    steps = {"num_inference_steps": 4, "guidance_scale": 3.0, "strength": 1.0, "height": 32, "width": 32}
+    theirs = pipe(PROMPTS[0], latents=SeededNoise([5], (4, 8, 8))(), **images, **steps).images[0]
+    (ours,) = model.generate(PROMPTS[:1], seed=5, image=image, mask=mask, steps=4, scale=3.0, strength=1.0)
+    difference = np.abs(np.asarray(ours) - 255 * theirs)[np.asarray(mask) > 0]
+    assert difference.max() <= 0.6 and np.ptp(theirs) > 0.2  # half a level is rounding
 
 
 def test_nothing_is_lost(models, tmp_path, monkeypatch):
