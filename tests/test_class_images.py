@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_whole_images_only(model, tmp_path, monkeypatch):
     def full(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            args[0].write(b"half an image")
+            args[0].write_bytes(b"half an image")
             raise OSError(28, "No space left on device")
         return save(self, *args, **kwargs)
 

@@ -43,7 +43,7 @@ SUPPORT = {
     "cli util images batching": "helpers: errors, configurations, PNG images, batches",
     "settings changes": "the tables of sampling settings and of changes to a model, for recipes",
     "training/config training/processes training/run_folder": "configuration files, many processes, the run folder",
-    "checkpoint/networks checkpoint/tensors": "file formats of other programs",
+    "checkpoint/networks checkpoint/tensors checkpoint/atomic": "file formats of other programs, complete files",
     "conditioning/prompt": "weighted and long prompts",
     "models/kernels models/linear_attention": "implementations of attention to choose from",
     "models/discriminator models/perceptual": "losses of larger first stages, which the digits do not use",

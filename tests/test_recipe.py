@@ -209,7 +209,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(error, tmp_path, mo
     save_image(IMAGE, tmp_path / "a.png", "old")
 
     def half(self, file, **options):
-        file.write(b"\x89PNG half")
+        file.write_bytes(b"\x89PNG half")
         raise error
 
     monkeypatch.setattr(Image.Image, "save", half)

@@ -1,17 +1,17 @@
 """Our checkpoint file: safetensors with the configuration in the header, so that the file alone rebuilds the model."""
 
+import errno
 import hashlib
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from ldm.checkpoint.atomic import atomic
 from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, read_tensors
 
 CONFIG_KEY = "ldm.config"
@@ -54,18 +54,15 @@ def save_file(
         metadata: further texts for the header.
     """
     texts = dict(metadata or {}) | ({} if config is None else {CONFIG_KEY: json.dumps(config, sort_keys=True)})
-    with atomic(path) as temporary:
-        try:
-            with open(temporary, "wb") as file:
-                _write(file, state, texts, dtype)
-        except OSError as error:
-            raise OSError(f"cannot write checkpoint {str(path)!r}: {error}") from None
+    dtypes = {n: dtype if dtype is not None and t.is_floating_point() else t.dtype for n, t in state.items()}
+    with atomic(path, sum(t.numel() * dtypes[n].itemsize for n, t in state.items())) as temporary:
+        with open(temporary, "wb") as file:
+            _write(file, state, texts, dtypes)
 
 
-def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], dtype: torch.dtype | None) -> None:
+def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], dtypes: dict[str, torch.dtype]) -> None:
     """Write the format's 8 bytes of length, JSON header and tensors. The library wants all of them at once, converted,
     and writes the header's texts in random order; here one tensor at a time is in memory a second time."""
-    dtypes = {n: dtype if dtype is not None and t.is_floating_point() else t.dtype for n, t in state.items()}
     unknown = sorted(name for name in state if dtypes[name] not in SAFETENSORS_DTYPES)
     if unknown:
         raise ValueError(f"safetensors has no {dtypes[unknown[0]]}, the dtype of {unknown[0]!r}")
@@ -84,6 +81,23 @@ def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], d
         file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
+def save_torch(path: str | Path, content: Any) -> None:
+    """Write what `torch.save` takes, atomically."""
+    with atomic(path, _bytes(content)) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's for a full disk, which says "unexpected pos 64 vs 0"
+            raise OSError(errno.ENOSPC, f"torch.save failed: {str(error).splitlines()[0]}") from None
+
+
+def _bytes(content: Any) -> int:
+    """Return how many bytes the tensors have in nested mappings and sequences."""
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    values = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
+    return sum(map(_bytes, values))
+
+
 def file_hash(path: Path) -> str:
     """Return the first ten hexadecimal digits of a file's SHA-256, as A1111's users know models.
 
@@ -95,26 +109,3 @@ def file_hash(path: Path) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()[:10]
-
-
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """`with atomic(path) as temporary:` what is written to `temporary` becomes `path` if the block succeeds.
-
-    IsADirectoryError, before anything is written, where `path` is a folder.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{str(path)!r} is a folder: give the path of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        umask = os.umask(0)  # there is no other way to read it
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner may read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # a rename that survives a power cut needs its data on the disk first
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.file import atomic
+from ldm.checkpoint.file import save_torch
 from ldm.compvis.personalized import per_img_token_list
 from ldm.finetune.embedding_files import TABLE, read_table
 
@@ -69,8 +69,7 @@ class EmbeddingManager(nn.Module):
 
     def save(self, ckpt_path: str | Path) -> None:
         """Write an `embeddings.pt`, which `ldm.finetune.embedding_files` reads too."""
-        with atomic(Path(ckpt_path)) as temporary:
-            torch.save({"string_to_token": self.string_to_token_dict, TABLE: self.string_to_param_dict}, temporary)
+        save_torch(ckpt_path, {"string_to_token": self.string_to_token_dict, TABLE: self.string_to_param_dict})
 
     def load(self, ckpt_path: str | Path, full: bool = True) -> None:
         """Replace all words by those of such a file, without running pickled code."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ldm.checkpoint.file import atomic
+from ldm.checkpoint.atomic import atomic
 
 MINIMUM = 64  # pixels of height; smaller images are enlarged by an integer factor
 GAP, LINE = 4, 16  # pixels between images, and of a label's line

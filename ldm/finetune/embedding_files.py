@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.file import atomic, save_file
+from ldm.checkpoint.file import save_file, save_torch
 from ldm.checkpoint.pickled import StoredTensor
 from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, read_tensors
 from ldm.checkpoint.torch_file import TorchFile
@@ -105,10 +105,4 @@ def write_words(path: str | Path, learned: LearnedWord, format: str) -> None:
             content = {"string_to_token": {ANY: torch.tensor(ANY_TOKEN)}, TABLE: table, "name": word}
         case _:
             raise ValueError(f"format {format!r} is unknown for {str(path)!r}: it is one of {', '.join(WORD_FORMATS)}")
-    if safe:
-        return save_file(path, content)
-    with atomic(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"cannot write {str(path)!r}: {error}") from None
+    save_file(path, content) if safe else save_torch(path, content)

@@ -145,7 +145,7 @@ def move_in(source: str, folder: Path) -> None:
     """
     import yaml
 
-    from ldm.checkpoint.file import atomic
+    from ldm.checkpoint.atomic import atomic
     from ldm.util import read_yaml
 
     origin = folder if source == "latest" else Path(source)

@@ -8,7 +8,6 @@ The text is that of AUTOMATIC1111's web UI in the PNG chunk `parameters`, so tha
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +19,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from ldm import __version__
 from ldm.batching import batches
 from ldm.changes import Change
+from ldm.checkpoint.atomic import atomic
 from ldm.settings import ALL_SIGMAS, CHANGES, INT, STR, Guidance, Settings, setting, setting_rows
 
 if TYPE_CHECKING:
@@ -212,12 +212,7 @@ def _another(prompt: str, number: int, count: Callable[[str], int]) -> str:
 
 
 def save_image(image: Image.Image, path: Path, text: str, new: bool = False) -> None:
-    """Write the image and the text in the format of the path's suffix (`FORMATS`), whole or not at all.
-
-    It is written under a temporary name and renamed, so that an interruption or a full disk leaves no half image.
-
-    new: whether to raise FileExistsError where there is a file, be it that another process wrote it just now.
-    """
+    """Write the image and the text, atomically, in the format of the path's suffix (`FORMATS`); new: as in `atomic`."""
     name, options = FORMATS[path.suffix]
     if name == "PNG":
         info = PngImagePlugin.PngInfo()
@@ -227,24 +222,8 @@ def save_image(image: Image.Image, path: Path, text: str, new: bool = False) -> 
         exif = Image.Exif()
         exif.get_ifd(ExifTags.IFD.Exif)[_COMMENT] = _UTF16 + text.encode("utf-16-be")
         options = options | {"exif": exif}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            image.save(file, format=name, **options)
-        _rename_to_new(temporary, path) if new else os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _rename_to_new(old: Path, new: Path) -> None:
-    """Rename a file; FileExistsError if there is one of the new name."""
-    try:
-        os.link(old, new)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links: an empty file takes the name first
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(old, new)
+    with atomic(path, new=new) as temporary:
+        image.save(temporary, format=name, **options)
 
 
 def read_image_text(path: Path) -> str:

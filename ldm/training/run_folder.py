@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.file import atomic, save_file
+from ldm.checkpoint.atomic import atomic, sweep
+from ldm.checkpoint.file import save_file, save_torch
 from ldm.images import image_grid
 
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
@@ -60,8 +61,7 @@ class RunFolder:
             self.writer = SummaryWriter(self.path, purge_step=step + 1)  # drops what an interrupted run wrote later
         with atomic(self.path / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(config), temporary)
-        for temporary in self.path.glob(f".{self.state.name}.*.tmp"):  # of runs that were killed while saving
-            temporary.unlink()
+        sweep(self.path)
 
     @property
     def finished(self) -> bool:
@@ -71,11 +71,7 @@ class RunFolder:
         """Replace the saved state, atomically."""
         if not self.writes:
             return
-        with atomic(self.state) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # torch's error for a full disk
-                raise OSError(f"cannot write {str(self.state)!r}: {error}") from None
+        save_torch(self.state, state)
 
     def load_state(self) -> dict[str, Any] | None:
         """Return the saved state, or None, and cut the metrics back to it; no pickled code is run."""
