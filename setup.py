@@ -1,8 +1,8 @@
-"""How an editable installation finds `ldm`; the rest is in pyproject.toml."""
+"""How an editable installation finds `ldm`, and `configs/` as a part of it; the rest is in pyproject.toml."""
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.editable_wheel import editable_wheel
 
 MODULE = "__editable___ldm"
@@ -52,4 +52,8 @@ class EditableWheel(editable_wheel):
 
 
 if __name__ == "__main__":
-    setup(cmdclass={"editable_wheel": EditableWheel})
+    setup(
+        cmdclass={"editable_wheel": EditableWheel},
+        packages=[*find_packages(include=["ldm*"]), "ldm.configs"],
+        package_dir={"": ".", "ldm.configs": "configs"},  # in an installation that is not editable
+    )

@@ -27,6 +27,10 @@ ALLOWED_IN = {
     "torchvision.transforms": "Resize RandomCrop CenterCrop RandomHorizontalFlip",
 }
 ALLOWED = {f"{module}.{name}" for module, names in ALLOWED_IN.items() for name in names.split()}
+CONFIGS = next(  # the configurations that ship: in the package, or beside it in a clone
+    (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if path.is_dir()),
+    Path("configs"),
+)
 ALLOWED_PACKAGES: set[str] = set()  # named by `--allow PACKAGE`: their modules may be imported and their classes built
 
 
@@ -140,11 +144,16 @@ class Unfilled(TorchFunctionMode):
 
 
 def load_yaml(path: str | Path) -> Any:
-    """Load a yaml file with OmegaConf, unresolved. FileNotFoundError, or ValueError for a file that is not yaml."""
+    """Load a yaml file with OmegaConf, unresolved. FileNotFoundError, or ValueError for a file that is not yaml.
+
+    Outside a clone, `configs/...` is the file of that name that is installed with the package.
+    """
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if Path(path).parts[:1] == ("configs",) and not Path(path).exists():
+        path = CONFIGS.joinpath(*Path(path).parts[1:])
     check_file(Path(path), "configuration")
     try:
         return OmegaConf.load(path)

@@ -110,6 +110,7 @@ def editable(tmp_path_factory) -> Path:
     """What an editable installation of a small clone puts into site-packages; the clone has scripts, too."""
     pytest.importorskip("setuptools")
     clone, site = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("site")
+    (clone / "configs").mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
     for name, code in (("ldm/__init__", '__version__ = "0.1.0"'), ("ldm/part", ""), ("scripts/txt2img", "")):
@@ -136,6 +137,29 @@ def test_an_editable_installation_has_ldm_alone(editable, tmp_path, here, found)
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
     file, scripts, part = run.stdout.splitlines()
     assert found in Path(file).parts[-3] and scripts == "None" and part == str(found == "clone")
+
+
+def test_an_installation_has_the_commands_and_the_configurations(tmp_path):
+    """Without the clone, `ldm train configs/...` finds the yaml that is installed with the package."""
+    pytest.importorskip("setuptools")
+    clone, site = tmp_path / "clone", tmp_path / "site"
+    for name in ("ldm", "configs"):
+        shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(site)!r})"
+    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, cwd=clone)
+    (wheel,) = site.glob("*.whl")
+    shutil.unpack_archive(wheel, site, "zip")
+    installed = {str(path.relative_to(site / "ldm")) for path in (site / "ldm" / "configs").rglob("*.yaml")}
+    assert installed == {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
+    (entry_points,) = site.glob("*.dist-info/entry_points.txt")
+    assert "ldm = ldm.__main__:main" in entry_points.read_text()
+    options = ["loop.steps=1", "outdir=runs", "--device", "cpu"]
+    command = [sys.executable, "-m", "ldm", "train", "configs/sklearn/autoencoder.yaml", *options]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and (tmp_path / "runs/autoencoder/model.safetensors").is_file(), run.stderr
 
 
 def test_every_import_is_a_dependency():

@@ -14,7 +14,6 @@ from ldm.cli import int_range
 if TYPE_CHECKING:  # it imports torch
     from ldm.latent_diffusion import LatentDiffusion
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "finetune"
 SMALL = 50_000_000  # weights of a UNet below which a model is small
 KEYS = ("seed", "stage.", "data.", "loop.")  # how the names of a configuration's keys begin
 MIXED_PRECISIONS = {"auto": "auto", "fp32": "fp32", "no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # diffusers: "no"
@@ -118,7 +117,7 @@ def begin(
 
     import ldm
     from ldm.training.loop import processes
-    from ldm.util import load_yaml
+    from ldm.util import CONFIGS, load_yaml
 
     these = processes(args.device)
     if args.resume is not None and these.is_main_process:
@@ -126,7 +125,8 @@ def begin(
     these.wait_for_everyone()
     model = ldm.load(args.ckpt, device="cpu", dtype=None, **loading)  # in the file's dtypes, which the result keeps
     small = sum(parameter.numel() for parameter in model.model.parameters()) < SMALL
-    config, output = load_yaml(CONFIGS / f"{name}{'' if small else '_large'}.yaml"), args.output_dir.resolve()
+    config = load_yaml(CONFIGS / "finetune" / f"{name}{'' if small else '_large'}.yaml")
+    output = args.output_dir.resolve()
     keys = {key: value for key, value in vars(args).items() if key.startswith(KEYS)}
     keys |= {"name": output.name, "outdir": str(output.parent), "stage.params.loading": loading}
     keys["stage.params.ckpt"] = None if args.ckpt is None else str(args.ckpt.resolve())

@@ -194,7 +194,11 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     if args.vae_tiling is not None or args.vae_slicing:
         from ldm.inference.tiling import slice_vae, tile_vae
 
+        if not any(True for _ in model.first_stage_model.parameters()):
+            print("--vae-slicing and --vae-tiling have no effect: the model works in pixels", file=sys.stderr)
         slice_vae(model) if args.vae_tiling is None else tile_vae(model, args.vae_tiling)
+    if args.offload is not None and device.type == "cpu":
+        print("--offload has no effect: the model is on the CPU", file=sys.stderr)
     if args.offload is None or device.type == "cpu":
         model.to(device)
     else:
