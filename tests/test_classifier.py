@@ -7,6 +7,7 @@ from torch.utils.data import default_collate as collate
 
 from ldm.models.classifier import FeatureNetwork, Judge, inner
 from ldm.training.classifier import ClassifierStage, random_affine
+from ldm.training.contract import check_dataset
 
 STILL = {"rotation": 0.0, "shear": 0.0, "scale": 0.0, "shift": 0.0}
 
@@ -117,7 +118,7 @@ def test_stage_learns_and_finishes_with_measured_statistics():
 
 def test_stage_refuses_images_without_labels():
     stage = ClassifierStage({"target": "ldm.models.classifier.Judge"}, learning_rate=1e-3)
-    refused("no labels", stage.prepare, [{"image": torch.zeros(1, 32, 32), "caption": ""}])
+    refused("have no label", check_dataset, stage, [{"image": torch.zeros(1, 32, 32), "caption": ""}])
 
 
 def test_the_shipped_judges_maps_lead_to_its_logits():

@@ -102,7 +102,6 @@ def test_wrong_settings_are_refused(changes, message):
 @pytest.mark.parametrize(
     "data, message",
     [
-        ([{"image": torch.zeros(1, 16, 16)}], "no labels"),
         (bars(image=torch.zeros(3, 16, 16)), r"does not fit images of \(3, 16, 16\)"),
         (bars(image=torch.zeros(1, 32, 32)), "8 x 8, and got 16 x 16"),
         (bars(classes=10), "label 9, and the network.s classes end at 3"),

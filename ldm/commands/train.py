@@ -21,18 +21,16 @@ def main(argv: list[str] | None = None) -> None:
 
     from ldm import util
     from ldm.training.config import read_configs
-    from ldm.training.loop import LoopSettings, processes, train
+    from ldm.training.loop import processes, train
+    from ldm.training.rehearsal import rehearse
 
     util.ALLOWED_PACKAGES.update(args.allow)
     paths = [argument for argument in args.arguments if "=" not in argument]
     changes = [argument for argument in args.arguments if "=" in argument]
     configs = read_configs(paths, changes)
-    for config in configs:  # a mistake in the last stage should not show after hours of the first
-        LoopSettings.of(config)
-        util.get_obj_from_str(config["stage"]["target"])
-        util.get_obj_from_str(config["data"]["target"])
-    is_main = processes(args.device).is_main_process
+    state = processes(args.device)
+    rehearse(configs, args.resume, state.device if state.num_processes > 1 else util.pick_device(args.device))
     for config in configs:
         result = train(config, args.resume, args.device)
-        if is_main:
+        if state.is_main_process:
             print(f"{config['name']}: {result}", flush=True)

@@ -37,7 +37,7 @@ class Folder(Dataset):
             image needs one.
         paths: Only these images below `root`, instead of all.
         buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio,
-            which `shapes` lists. Images of different shapes cannot share a batch.
+            which `shapes` lists. Images of different shapes cannot share a batch (`groups`).
 
     Raises ValueError, naming the file, for an image without caption, a caption without image, a bad line or a file that
     is not an image. An image damaged after its header is found only when it is read.
@@ -63,6 +63,9 @@ class Folder(Dataset):
             raise ValueError(f"channels is 1 (grey) or 3 (colour), not {channels!r}")
         if crop not in ("center", "random"):
             raise ValueError(f"crop is 'center' or 'random', not {crop!r}")
+        pairs = [shape if isinstance(shape, Sequence) else () for shape in buckets or ()]
+        if buckets is not None and not (pairs and all(len(p) == 2 and min(p) > 0 for p in pairs)):
+            raise ValueError(f"buckets is a list of [width, height] in pixels, not {buckets!r}")
         self.root, self.size, self.channels = Path(root), size, channels
         self.crop, self.flip, self.seed, self.epoch = crop, flip, seed, 0
         self.augments = flip or crop == "random"
@@ -85,9 +88,10 @@ class Folder(Dataset):
         for path in self.paths:
             check_image(path)
         if buckets is None:
-            self.shapes = [(size, size)] * len(self.paths)
+            self.shapes, self.groups = [(size, size)] * len(self.paths), None
         else:
             self.shapes = [nearest(buckets, *read_image(path, channels).size) for path in self.paths]
+            self.groups = self.shapes
 
     def __len__(self) -> int:
         return len(self.paths)

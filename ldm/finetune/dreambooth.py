@@ -54,6 +54,8 @@ class DreamBoothStage(FineTuningStage):
         seed: of the adapters' initial weights.
     """
 
+    takes_shapes = True
+
     def __init__(
         self,
         ckpt: str | LatentDiffusion | None,
@@ -159,8 +161,7 @@ class DreamBoothStage(FineTuningStage):
 
     def _encoded(self, images: Any) -> Dataset:
         """Return a set of images as the means and deviations of their latents, on the CPU."""
-        batch_size = 16 if len(set(images.shapes)) == 1 else 1
-        return LatentDataset(images, *encode_dataset(self.first_stage, images, batch_size))
+        return LatentDataset(images, *encode_dataset(self.first_stage, images, 16))
 
     def optimizers(self) -> list[Optimizer]:
         weights = {name: p for name, p in self.latent_diffusion.named_parameters() if p.requires_grad}

@@ -42,6 +42,8 @@ class FineTuningStage(Stage):
         preview_columns, adam: of `Stage`.
     """
 
+    rehearses = False
+
     def __init__(
         self,
         ckpt: str | LatentDiffusion | None,

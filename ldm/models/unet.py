@@ -92,7 +92,7 @@ class UNetModel(UNetEncoder):
     The fields are the constructor's arguments, in CompVis's order.
     """
 
-    image_size: int  # for callers that read it; the network takes any size that halves len(channel_mult) - 1 times
+    image_size: int | None  # for callers that read it; the network takes any size that is a multiple of `downsampling`
     in_channels: int  # channels of x
     model_channels: int  # width of the first level
     out_channels: int  # channels of the prediction

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
 from ldm.training.objective import timestep_settings
-from ldm.training.stage import Loss, Stage, check_labels
+from ldm.training.stage import Loss, Stage
 from ldm.util import call_with, instantiate_from_config
 
 
@@ -26,6 +26,8 @@ class NoisyClassifierStage(Stage):
         schedule: arguments of `make_schedule`.
         timesteps: arguments of `training_timesteps`; None is uniform.
     """
+
+    reads = ("image", "label")
 
     def __init__(
         self,
@@ -46,8 +48,7 @@ class NoisyClassifierStage(Stage):
         self.timesteps = timestep_settings(timesteps, self.schedule.T)
 
     def prepare(self, dataset: Any) -> Dataset:
-        """Keep an image for each row of the preview; raise ValueError if images do not fit the network."""
-        check_labels(dataset)
+        """Keep an image for each row of the preview; raise ValueError if images or labels do not fit the network."""
         shown = [dataset[i] for i in range(min(10, len(dataset)))]
         self.shown = torch.stack([sample["image"] for sample in shown])
         self.labels = torch.tensor([sample["label"] for sample in shown])

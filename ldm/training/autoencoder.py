@@ -18,6 +18,7 @@ from ldm.loading import load_network
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
 from ldm.models.perceptual import perceptual_distance
+from ldm.training.contract import check_image_size
 from ldm.training.latents import encode_dataset
 from ldm.training.stage import Loss, Stage, adamw
 from ldm.util import call_with
@@ -30,7 +31,8 @@ class AutoencoderStage(Stage):
         ddconfig, embed_dim: of `AutoencoderKL`.
         kl_weight: weight of the mean KL per latent element, relative to the mean error per pixel.
         reconstruction: error of the pixels, l2 or l1.
-        discriminator: arguments of `NLayerDiscriminator`; None trains without one.
+        discriminator: arguments of `NLayerDiscriminator`, its input_nc being the images' channels; None trains without
+            one.
         disc_start: batch at which the adversarial loss starts.
         disc_weight: of the adversarial loss, besides its adaptive weight.
         perceptual: checkpoint of a network with `maps(x) -> list of feature maps`, such as a `Judge` (not the one that
@@ -65,7 +67,9 @@ class AutoencoderStage(Stage):
         self.discriminator: Any = None
         self.perceptual: Any = None
         if discriminator is not None:
-            self.discriminator = call_with("discriminator", NLayerDiscriminator, discriminator)
+            self.discriminator = call_with(
+                "discriminator", NLayerDiscriminator, {"input_nc": ddconfig["out_ch"], **discriminator}
+            )
             self.networks["discriminator"] = self.discriminator
         if perceptual is not None:
             self.perceptual = load_network(perceptual)
@@ -77,6 +81,7 @@ class AutoencoderStage(Stage):
         return [adamw(network.parameters(), **self.adam) for network in self.networks.values()]
 
     def prepare(self, dataset: Any) -> Dataset:
+        check_image_size(dataset, self.model.image_channels, self.model.downsampling)
         self.preview_columns = min(self.preview_columns, len(dataset))
         count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # complete rows
         self.shown = torch.stack([dataset[i * (len(dataset) // count)]["image"] for i in range(count)])

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from ldm.images import to_pil
 from ldm.training.order import in_batches
-from ldm.training.stage import Loss, Stage, check_labels
+from ldm.training.stage import Loss, Stage
 from ldm.util import instantiate_from_config
 
 CALIBRATION_IMAGES = 10_000  # enough for means and variances to a percent
@@ -27,6 +27,8 @@ class ClassifierStage(Stage):
         label_smoothing: probability spread over all classes (Szegedy et al. 2016, section 7).
         rotation, shear, scale, shift: bounds of the transforms, see `random_affine`.
     """
+
+    reads = ("image", "label")
 
     def __init__(
         self,
@@ -49,7 +51,6 @@ class ClassifierStage(Stage):
         self.transform = {"rotation": rotation, "shear": shear, "scale": scale, "shift": shift}
 
     def prepare(self, dataset: Any) -> Dataset:
-        check_labels(dataset)
         shown = [dataset[i]["image"] for i in range(min(self.preview_columns**2, len(dataset)))]
         self.shown = torch.stack(shown)
         return dataset

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
+from ldm.training.contract import check_image_size
 from ldm.training.stage import Loss, Stage
 
 
@@ -24,11 +25,13 @@ class CLIPStage(Stage):
 
     Args:
         width, layers, heads, context_length, projection_dim: of the text tower.
-        vision: open_clip's vision_cfg, with the data's image_size.
+        vision: open_clip's vision_cfg; its image_size, if not given, is the data's.
         merges_first: how many of CLIP's byte-pair merges to keep besides those that the captions need.
         agreement: weight of a caption that is entirely true of an image (label and stated style), where one that only
             names its label has weight 1.
     """
+
+    reads, methods = ("image", "caption"), ("texts",)
 
     def __init__(
         self,
@@ -53,6 +56,13 @@ class CLIPStage(Stage):
         """Choose the vocabulary from the data set's captions and build the two towers."""
         from open_clip import CLIP
 
+        height, width = check_image_size(dataset, None, self.vision.get("patch_size", 1))
+        size = self.vision.setdefault("image_size", height)
+        if not height == width == size:
+            raise ValueError(
+                f"the images of {type(dataset).__name__} are {width} x {height} pixels, and CLIP's, by its "
+                f"vision.image_size, {size} x {size}"
+            )
         merges = reduce(dataset.texts(), self.merges_first, cleaning="openclip")
         vocab_size = 512 + len(merges) + 2
         # Exported in the end; its tower has the same parameters as the text half of the CLIP that trains.

@@ -32,7 +32,12 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
                 f"{change!r} changes nothing: no given configuration has that key; they have name, outdir, seed, "
                 "stage.*, data.* and loop.*"
             )
-    return [_resolve(path, config) for path, config in zip(paths, configs, strict=True)]
+    resolved = [_resolve(path, config) for path, config in zip(paths, configs, strict=True)]
+    folders = [(config["outdir"], config["name"]) for config in resolved]
+    for outdir, name in folders:
+        if folders.count((outdir, name)) > 1:
+            raise ValueError(f"two configurations have the name {name!r} in the folder {outdir!r}: change one of them")
+    return resolved
 
 
 def _read(path: str) -> Any:

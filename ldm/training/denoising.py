@@ -65,6 +65,23 @@ class DenoisingStage(Stage):
         model = self.latent_diffusion
         return model.condition(self.preview_prompts[-1:] if model.null is None else [model.null])
 
+    def check_size(self, dataset: Any) -> None:
+        """Raise ValueError for images of another size than the model's own, or, in buckets, of one it cannot make."""
+        model, found = self.latent_diffusion, tuple(dataset[0]["image"].shape)
+        size = model.image_channels, model.defaults["height"], model.defaults["width"]
+        groups = getattr(dataset, "groups", None)
+        for width, height in () if groups is None else sorted(set(groups)):
+            model.latent_size(height, width)
+        if found != size and (groups is None or found[0] != size[0]):
+            raise ValueError(
+                f"the images of {type(dataset).__name__} are {found} and the model's, by its channels and its "
+                f"defaults' height and width, {size}: make them equal"
+            )
+
+    def try_preview(self) -> None:
+        """Generate one image in two denoising steps."""
+        self.latent_diffusion.generate(self.preview_prompts[:1], steps=min(2, self.latent_diffusion.schedule.T))
+
     def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
         """Return the latents (or pixels) (b, c, h, w) of a batch and their conditioning."""
         raise NotImplementedError

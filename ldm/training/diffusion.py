@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.denoising import DenoisingStage, check_probability
 from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.objective import Objective
+from ldm.training.order import first_images
 
 
 class DiffusionStage(DenoisingStage):
@@ -25,6 +26,9 @@ class DiffusionStage(DenoisingStage):
         cache_latents: encode the data set once; not for data sets that augment their images.
         error, weight, noise, timesteps: of `Objective`.
     """
+
+    reads = ("image", "caption")
+    takes_shapes = True
 
     def __init__(
         self,
@@ -59,14 +63,16 @@ class DiffusionStage(DenoisingStage):
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
+        self.check_size(dataset)
         if self.cache_latents and getattr(dataset, "augments", False):
             raise ValueError(
                 f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
-        some = dataset if self.cache_latents else Subset(dataset, range(min(256, len(dataset))))  # enough to measure
-        mean, std = map(torch.stack, encode_dataset(self.latent_diffusion.first_stage_model, some, 256))
-        variance = mean.double().var() + (std.double() ** 2).mean()
+        some = dataset if self.cache_latents else first_images(dataset, 256)  # enough to measure
+        mean, std = encode_dataset(self.latent_diffusion.first_stage_model, some, 256)
+        means, stds = (torch.cat([z.flatten() for z in part]).double() for part in (mean, std))
+        variance = means.var() + stds.square().mean()
         self.latent_diffusion.scale_factor = float(variance**-0.5)
         return LatentDataset(dataset, mean, std) if self.cache_latents else dataset
 

@@ -15,6 +15,7 @@ class LatentDataset(Dataset):
 
     def __init__(self, dataset: Any, mean: Sequence[Tensor] | Tensor, std: Sequence[Tensor] | Tensor) -> None:
         self.dataset, self.mean, self.std = dataset, mean, std
+        self.groups = getattr(dataset, "groups", None)  # the latents of a batch have one shape, too
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -34,8 +35,13 @@ class LatentDataset(Dataset):
 
 @torch.no_grad()
 def encode_dataset(first_stage: nn.Module, dataset: Dataset, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return mean and standard deviation of each image's unscaled latents, (z, h/f, w/f) each, on the CPU."""
+    """Return mean and standard deviation of each image's unscaled latents, (z, h/f, w/f) each, on the CPU.
+
+    Images of several shapes (`groups`) are encoded one at a time.
+    """
     means, stds = [], []
+    if len(set(getattr(dataset, "groups", None) or [0])) > 1:
+        batch_size = 1
     device = next(first_stage.parameters()).device
     for batch in in_batches(dataset, batch_size, "encoding latents"):
         mean, std = posterior(first_stage, batch["image"].to(device))

@@ -11,7 +11,6 @@ from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.denoising import DenoisingStage, check_probability
 from ldm.training.objective import Objective
-from ldm.training.stage import check_labels
 from ldm.util import instantiate_from_config
 
 
@@ -61,21 +60,14 @@ class PixelDiffusionStage(DenoisingStage):
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
         adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
         super().__init__(objective, shown, preview_columns, **adam)
+        self.reads = ("image",) if cond is None else ("image", "label")
         if cond is not None and any(True for _ in cond.parameters()):  # class embeddings, which learn
             self.networks["cond_stage"] = cond
         self.class_dropout = check_probability("class_dropout", class_dropout)
 
     def prepare(self, dataset: Any) -> Dataset:
-        """Raise ValueError for images of another size than the model's, or without labels that it needs."""
-        model, sample = self.latent_diffusion, dataset[0]
-        size = model.latent_size(model.defaults["height"], model.defaults["width"])
-        if tuple(sample["image"].shape) != size:
-            raise ValueError(
-                f"the images of {type(dataset).__name__} are {tuple(sample['image'].shape)} and the model's, by its "
-                f"channels and its defaults' height and width, {size}: make them equal"
-            )
-        if model.cond_stage_model is not None:
-            check_labels(dataset)
+        """Raise ValueError for images of another size than the model's."""
+        self.check_size(dataset)
         return dataset
 
     def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:

@@ -1,7 +1,7 @@
 """What the training loop asks of a stage."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -26,6 +26,10 @@ class Stage:
     """
 
     config: dict[str, Any]
+    reads: tuple[str, ...] = ("image",)  # what a sample of its data set needs
+    methods: ClassVar[tuple[str, ...]] = ()  # what its data set needs besides
+    takes_shapes: ClassVar[bool] = False  # whether the images of its data set may have several shapes
+    rehearses: ClassVar[bool] = True  # whether it can be tried on two images: not where a model is loaded to be tuned
 
     def __init__(self, preview_columns: int, **adam: Any) -> None:
         self.networks, self.frozen = nn.ModuleDict(), nn.ModuleDict()
@@ -84,6 +88,10 @@ class Stage:
         """Return images that show what the networks have learned, `preview_columns` to a row."""
         raise NotImplementedError
 
+    def try_preview(self) -> None:
+        """Do what `preview` does, as quickly as possible: a mistake in it should show before training."""
+        self.preview()
+
     def finish(self, dataset: Dataset) -> None:
         """Complete the averaged weights before they are exported, for example by measured statistics."""
 
@@ -101,12 +109,6 @@ class Trained(nn.ModuleDict):
 
     def forward(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict, Any]:
         return self.stage.turn(batch, k, number, shared)
-
-
-def check_labels(dataset: Dataset) -> None:
-    """Raise ValueError unless the data set has labels."""
-    if "label" not in dataset[0]:
-        raise ValueError(f"{type(dataset).__name__} has no labels: use one of the digit sets")
 
 
 def adamw(parameters: Iterable[nn.Parameter], **options: Any) -> AdamW:

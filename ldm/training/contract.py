@@ -1,0 +1,54 @@
+"""What stages need of a data set, own ones included: docs/how-to/your_own_data.md lists it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ldm.training.stage import Stage
+
+
+def check_dataset(stage: Stage, dataset: Any) -> None:
+    """Raise ValueError for a data set that is not as the stage needs it (docs/how-to/your_own_data.md)."""
+    name, groups = type(dataset).__name__, getattr(dataset, "groups", None)
+
+    def require(good: bool, wrong: str) -> None:
+        if not good:
+            raise ValueError(f"{name} is not a data set for {type(stage).__name__}: {wrong}")
+
+    lacking = [method for method in ("__len__", "__getitem__", *stage.methods) if not hasattr(dataset, method)]
+    require(not lacking, f"it has no method {', '.join(lacking)}")
+    require(len(dataset) > 0, "it holds no images")
+    first, last = dataset[0], dataset[len(dataset) - 1]
+    require(isinstance(first, Mapping), f"its samples are of type {type(first).__name__}, not mappings")
+    lacking = [key for key in stage.reads if key not in first]
+    require(not lacking, f"its samples have no {', '.join(lacking)}, only {', '.join(map(str, first))}")
+    image, caption = first["image"], first.get("caption", "")
+    require(isinstance(image, Tensor), f"its image must be a tensor, not of type {type(image).__name__}")
+    found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
+    good = image.is_floating_point() and image.ndim == 3
+    require(good, f"its image must be floats (channels, height, width), not {found}")
+    low, high = image.min().item(), image.max().item()
+    require(-1.01 <= low and high <= 1.01, f"its image must be in [-1, 1], not from {low:g} to {high:g}")
+    require(isinstance(caption, str), f"its caption must be a text, not {caption!r}")
+    require(groups is None or len(groups) == len(dataset), "its groups must list the shape of each image")
+    shapes = {tuple(image.shape), tuple(last["image"].shape)} if groups is None else set(groups)
+    single, some = len(shapes) == 1, ", ".join(map(str, sorted(shapes)[:3]))
+    good = single or (stage.takes_shapes and groups is not None)
+    require(good, f"its images have several shapes ({some}): leave out buckets here")
+
+
+def check_image_size(dataset: Any, channels: int | None, multiple: int) -> tuple[int, int]:
+    """Return the height and width of a data set's images; raise ValueError if they do not fit a network."""
+    found, height, width = dataset[0]["image"].shape
+    if channels is not None and found != channels:
+        raise ValueError(
+            f"the images of {type(dataset).__name__} have {found} channels, and those of the network have {channels}"
+        )
+    for side in (height, width):
+        if side % multiple:
+            raise ValueError(
+                f"the images of {type(dataset).__name__} are {width} x {height} pixels, but the network takes "
+                f"multiples of {multiple}"
+            )
+    return height, width

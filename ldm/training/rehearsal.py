@@ -1,0 +1,98 @@
+"""Try all stages on two images before the first one trains: a mistake in the last should not show after hours."""
+
+import io
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from ldm.checkpoint.file import save_file
+from ldm.training.contract import check_dataset
+from ldm.training.loop import LoopSettings, mixed_precision
+from ldm.training.order import EpochBatches, first_images
+from ldm.training.run_folder import RunFolder
+from ldm.training.stage import Stage
+from ldm.util import get_obj_from_str, instantiate_from_config
+
+
+def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.device) -> None:
+    """Do everything that training does once, and one batch of it; raise ValueError for what does not work.
+
+    Every stage is built with its real networks, tried, and thrown away. Where a later stage reads the checkpoint of an
+    earlier one, that of the trial, in a temporary folder, takes its place. Finished stages are not tried, and only
+    named where the stage says so (`Stage.rehearses`).
+    """
+    with TemporaryDirectory(prefix="ldm-rehearsal-") as temporary:
+        tried: dict[str, str] = {}  # checkpoint of a stage -> that of its trial
+        for number, config in enumerate(configs):
+            LoopSettings.of(config)
+            get_obj_from_str(config["data"]["target"])
+            kind = get_obj_from_str(config["stage"]["target"])
+            if not issubclass(kind, Stage):
+                raise ValueError(f"{config['name']}: {config['stage']['target']} is not a stage of training")
+            folder = RunFolder(Path(config["outdir"]) / config["name"], dict(config), resume, writes=False)
+            if folder.finished or not kind.rehearses:
+                continue
+            stage = _try({**config, "stage": _replaced(config["stage"], tried)}, device)
+            path = os.path.normpath(folder.model)
+            if any(path in _texts(other["stage"]) for other in configs[number + 1 :]):
+                tried[path] = str(Path(temporary) / f"{number}.safetensors")
+                save_file(tried[path], stage.export()[1], stage.export()[0])
+
+
+def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
+    """Build a stage and its data, compute the loss of a batch, a preview and what is done at the end."""
+    from accelerate.utils import send_to_device
+
+    settings, name = LoopSettings.of(config), config["name"]
+    mixed_precision(settings.precision, device)
+    torch.manual_seed(config["seed"])
+    try:
+        with redirect_stderr(io.StringIO()):  # notes and bars are training's, which begins anew
+            stage = instantiate_from_config(config["stage"]).to(device).train(False)
+            dataset = instantiate_from_config(config["data"], **stage.data_params())
+            check_dataset(stage, dataset)
+            groups = getattr(dataset, "groups", None)
+            EpochBatches(len(dataset), settings.batch_size, 0, groups=groups)
+            prepared = stage.prepare(first_images(dataset, 2))
+            stage.to(device)
+            alike = [i for i in range(min(2, len(dataset))) if groups is None or groups[i] == groups[0]]
+            batch = send_to_device(next(iter(DataLoader(prepared, batch_sampler=[alike]))), device)
+            shared = None
+            for k, _ in enumerate(stage.optimizers()):
+                _, _, shared = stage.turn(batch, k, 0, shared)
+            with torch.no_grad():
+                stage.try_preview()
+                stage.finish(prepared)
+            return stage
+    except OSError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:  # of a network that does not fit, or of the user's own module
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.filename}, line {last.lineno}"
+        text = " ".join(str(error).split())[:400]
+        raise ValueError(f"{name}: does not train: {type(error).__name__}: {text} ({where})") from error
+
+
+def _texts(value: Any) -> set[str]:
+    """Return all texts within a configuration, as paths."""
+    if isinstance(value, Mapping | list):
+        return set().union(*map(_texts, value.values() if isinstance(value, Mapping) else value))
+    return {os.path.normpath(value)} if isinstance(value, str) else set()
+
+
+def _replaced(value: Any, paths: Mapping[str, str]) -> Any:
+    """Return a configuration with these paths exchanged."""
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, paths) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, paths) for item in value]
+    return paths.get(os.path.normpath(value), value) if isinstance(value, str) else value
