@@ -1,11 +1,14 @@
 """What scripts share: the option parser, option types, and how a program ends. It imports nothing heavy."""
 
 import argparse
+import codecs
+import io
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,11 +25,25 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse as argparse does, with every long option in the spelling in which it was added."""
+        """Parse as argparse does, with every long option in the spelling in which it was added.
+
+        A text (`--prompt`) may begin with a dash, unless it is an option's name.
+        """
         args = sys.argv[1:] if args is None else list(args)
-        options = args.index("--") if "--" in args else len(args)  # what follows `--` are values
-        spelled = {_canonical(name): name for name in self._option_string_actions}
-        return super().parse_known_args([_respell(arg, spelled) for arg in args[:options]] + args[options:], namespace)
+        end = args.index("--") if "--" in args else len(args)  # what follows `--` are values
+        spelled, options = {_canonical(name): name for name in self._option_string_actions}, []
+        for arg in (_respell(arg, spelled) for arg in args[:end]):
+            known = arg.partition("=")[0] in self._option_string_actions
+            if arg.startswith("-") and not known and options and self._takes_text(options[-1]):
+                options[-1] += f"={arg}"
+            else:
+                options.append(arg)
+        return super().parse_known_args(options + args[end:], namespace)
+
+    def _takes_text(self, option: str) -> bool:
+        """Return whether an option takes one free text."""
+        action = self._option_string_actions.get(option)
+        return action is not None and action.nargs in (None, 1) and not action.choices and action.type in (None, str)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse as argparse does, with options and positional arguments in any order.
@@ -44,13 +61,24 @@ class Parser(argparse.ArgumentParser):
         """Print one sentence (argparse would put the usage, a screenful, before it) and exit with status 2."""
         self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
 
-    def _known_options(self) -> set[str]:
-        """Return the long options of this parser and of its sub-commands."""
-        known = {name for name in self._option_string_actions if name.startswith("--")}
+    def _known_options(self) -> dict[str, str]:
+        """Return the long options of this parser and of its sub-commands, each with the name that `--help` shows."""
+        shown = {a.dest: a.option_strings[0] for a in reversed(self._actions) if a.option_strings and _is_shown(a)}
+        options = self._option_string_actions.items()
+        known = {
+            name: name if _is_shown(action) else shown[action.dest]
+            for name, action in options
+            if name.startswith("--") and action.dest in shown
+        }
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                known = known.union(*(sub._known_options() for sub in action.choices.values()))
+                for sub in action.choices.values():
+                    known |= sub._known_options()
         return known
+
+
+def _is_shown(action: argparse.Action) -> bool:
+    return action.help != argparse.SUPPRESS
 
 
 def _canonical(option: str) -> str:
@@ -65,15 +93,15 @@ def _respell(arg: str, spelled: dict[str, str]) -> str:
     return spelled.get(_canonical(name), name) + equals + value
 
 
-def _unknown(arg: str, known: Iterable[str]) -> str:
-    from difflib import get_close_matches  # only a mistake needs it
+def _unknown(arg: str, known: Mapping[str, str]) -> str:
+    from ldm.spelling import nearest_name  # only a mistake needs it
 
     name = arg.partition("=")[0]
     if not name.startswith("-"):
         return f"unexpected argument {arg!r}: a value with spaces needs quotes"
-    by_canonical = {_canonical(option): option for option in known}
-    near = get_close_matches(_canonical(name), list(by_canonical), n=1)
-    return f"unknown option {name}" + (f"; did you mean {by_canonical[near[0]]}?" if near else "")
+    shown = {_canonical(option).removeprefix("--"): main for option, main in known.items()}
+    near = nearest_name(_canonical(name).lstrip("-"), shown)
+    return f"unknown option {name}" + (f"; did you mean {shown[near]}?" if near is not None else "")
 
 
 def int_range(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
@@ -133,26 +161,61 @@ def check_writable(path: Path | None) -> None:
 def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
     """Run a script's `main()` and end the process: status 0, 2 with one sentence for a user's mistake, 130 for Ctrl-C.
 
-    Users' mistakes are ValueError and OSError; anything else is a bug and keeps its traceback. `LDM_TRACEBACK=1` shows
-    it for all. A KeyboardInterrupt may carry a sentence of its own (how to go on). `fast_exit` leaves out the
+    Users' mistakes are ValueError and OSError, and too little memory; anything else is a bug and keeps its traceback.
+    `LDM_TRACEBACK=1` shows it for all. A KeyboardInterrupt may carry a sentence of its own (how to go on). Where nobody
+    reads the output any more (`| head -0`) the status is 141, as of other programs. `fast_exit` leaves out the
     interpreter's teardown (0.7 s of CPU time after `import torch`); only for scripts that have closed what they opened.
     """
     status = 0
+    codecs.register_error("ldm", _as_bytes_or_escaped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="ldm")
     try:
         main()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        status = 141
     except (ValueError, OSError) as error:
         status = _report(f"error: {sentence(error)}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        status = _report(f"error: there is not enough memory{said}: smaller images or batches need less", 2)
     except KeyboardInterrupt as error:
         status = _report(str(error) or "interrupted: what was finished is saved", 130)
     except SystemExit as error:
         if not isinstance(error.code, int | None):
             raise
         status = error.code or 0
-    if fast_exit:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    if not _flush() or fast_exit:  # the interpreter would fail to flush too, and change the status
         os._exit(status)
     sys.exit(status)
+
+
+def _as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encode what the output's encoding lacks: bytes of file names as they are, letters as `\\xf6`."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+def _flush() -> bool:
+    """Flush what was printed; return whether somebody could read it."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # the process was started without it
+                stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether it is Python's, or torch's (on a GPU, on a CPU), error for too little memory."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "you tried to allocate" in str(error)
 
 
 def sentence(error: BaseException) -> str:
@@ -165,5 +228,6 @@ def sentence(error: BaseException) -> str:
 def _report(message: str, status: int) -> int:
     if os.environ.get("LDM_TRACEBACK") == "1":
         traceback.print_exc()
-    print(message, file=sys.stderr)
+    with suppress(BrokenPipeError):
+        print(message, file=sys.stderr)
     return status

@@ -142,10 +142,10 @@ def from_keywords(given: Mapping[str, Any]) -> Settings:
         if name in setting_rows(Guidance):
             raise TypeError(f"{name} is an argument of make_guide: give generate its result as guide=")
         if name not in known:
-            from difflib import get_close_matches  # only a mistake needs it
+            from ldm.spelling import nearest_name  # only a mistake needs it
 
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(known)}"
+            near = nearest_name(name, known)
+            hint = f"the settings are {', '.join(known)}" if near is None else f"did you mean {near!r}?"
             raise TypeError(f"unknown setting {name!r}; {hint}")
         if given[name] is not None and not _is_number(given[name], known[name].type):
             kind = "an integer" if known[name].type is INT else "a finite number"

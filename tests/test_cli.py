@@ -1,5 +1,7 @@
 """The option parser, the number types, and how a script ends."""
 
+import argparse
+import os
 import subprocess
 import sys
 
@@ -7,13 +9,16 @@ import pytest
 from conftest import refused
 
 from ldm.cli import Parser, check_writable, finite_float, int_range, run, sentence
+from ldm.spelling import nearest_name
 
 
 def parser() -> Parser:
     parser = Parser(prog="sample.py")
     parser.add_argument("--n_samples", type=int_range(1), default=1)
     parser.add_argument("--from-file")
-    parser.add_argument("--scale", "--cfg_scale", type=finite_float())
+    parser.add_argument("--scale", type=finite_float())
+    parser.add_argument("--cfg_scale", dest="scale", type=finite_float(), help=argparse.SUPPRESS)
+    parser.add_argument("--olds", help=argparse.SUPPRESS)
     parser.add_argument("-q", action="store_true")
     parser.add_argument("overrides", nargs="*")
     return parser
@@ -42,12 +47,40 @@ def test_values_are_left_alone():
     assert args.overrides == ["train.max-steps_a=3", "--n-samples"]
 
 
+def test_a_text_may_begin_with_a_dash():
+    argv = ["--from_file", "--x", "--scale", "-1", "-q", "a"]
+    args = parser().parse_args(argv)
+    assert (args.from_file, args.scale, args.q, args.overrides) == ("--x", -1.0, True, ["a"])
+    assert parser().parse_args(["--from-file", "-x=y"]).from_file == "-x=y"
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--from-file", "--scale", "2"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "known", "expected"),
+    [
+        ("sead", ("scale", "seed"), "seed"),
+        ("stpes", ("strip", "steps"), "steps"),  # two letters swapped
+        ("n-sampels", ("n-samples",), "n-samples"),
+        ("negativ-promt", ("negative-prompt",), "negative-prompt"),
+        ("size", ("resize", "outsize"), None),
+        ("emb", ("ema",), None),
+        ("resume", ("resize",), None),
+        ("x", (), None),
+    ],
+)
+def test_a_hint_is_near(typed, known, expected):
+    assert nearest_name(typed, known) == expected
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--n-sample", "3"], "unknown option --n-sample; did you mean --n_samples?"),
         (["--from_fil=x"], "unknown option --from_fil; did you mean --from-file?"),
-        (["--zzz"], "unknown option --zzz"),
+        (["--zzz"], "unknown option --zzz ("),
+        (["--cfg-scael", "3"], "unknown option --cfg-scael; did you mean --scale?"),  # whose other name is near
+        (["--old", "3"], "unknown option --old ("),  # is near an option that --help does not show
         (["-x"], "unknown option -x"),
         (["--n_samples", "0"], "0 is out of range: it must be at least 1"),
         (["--n_samples", "many"], "'many' is not an integer"),
@@ -99,6 +132,13 @@ def ending(error: BaseException | None, capsys) -> tuple[object, str]:
         (None, 0, ""),
         (ValueError("steps 0 are too few"), 2, "error: steps 0 are too few\n"),
         (FileNotFoundError(2, "No such file or directory", "a.txt"), 2, "error: a.txt: No such file or directory\n"),
+        (MemoryError(), 2, "error: there is not enough memory: smaller images or batches need less\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nBacktrace"),
+            2,
+            "error: there is not enough memory (DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+            "bytes.): smaller images or batches need less\n",
+        ),
         (KeyboardInterrupt(), 130, "interrupted: what was finished is saved\n"),
         (KeyboardInterrupt("saved; go on with --resume"), 130, "saved; go on with --resume\n"),
     ],
@@ -141,3 +181,33 @@ def test_fast_exit_keeps_output_and_status():
     code += "run(main, fast_exit=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "done\n", "error: not saved\n")
+
+
+def program(code: str, fast_exit: bool = True, encoding: str | None = None, shell: str = "") -> tuple[int, bytes]:
+    """The status and output of a program whose main is `code`, with that redirection of the shell."""
+    text = f"from ldm.cli import run\ndef main():\n    {code}\nrun(main, {fast_exit})"
+    environment = os.environ | ({} if encoding is None else {"PYTHONIOENCODING": encoding})
+    command = ["bash", "-c", f'"$0" -c "$1" {shell}; exit ${{PIPESTATUS[0]}}', sys.executable, text]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_any_path_can_be_printed(encoding):
+    """Letters that the encoding lacks are escaped; bytes of names that are not UTF-8 come out as they are."""
+    shown = "ö" if encoding != "ascii" else "\\xf6"
+    status, printed = program(r"print('\xf6/\u4e94/\udcff')", encoding=encoding)
+    assert status == 0
+    assert printed == f"{shown}/{'五' if encoding == 'utf-8' else chr(92) + 'u4e94'}/".encode(encoding) + b"\xff\n"
+
+
+@pytest.mark.parametrize("fast_exit", [True, False])
+@pytest.mark.parametrize(
+    ("shell", "status", "printed"),
+    [("| head -0", 141, b""), ("2>&1 | head -0", 141, b""), (">&-", 0, b""), ("2>&-", 0, b"x\n"),
+     (">/dev/full", 2, b"No space left on device\n")],
+)  # fmt: skip
+def test_nobody_reads_the_output(fast_exit, shell, status, printed):
+    code = "print('x', flush=True); import time; time.sleep(0.3); print('x' * 9)" if "head" in shell else "print('x')"
+    found, text = program(code, fast_exit, shell=shell)
+    assert found == status and text.endswith(printed) and b"Traceback" not in text

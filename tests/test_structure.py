@@ -28,7 +28,7 @@ FLOORS = (
     ("checkpoint", "data"),
     ("diffusion", "models"),
     ("util", "images", "cli", "batching", "settings"),
-    ("legacy_paths", "changes"),
+    ("legacy_paths", "changes", "spelling"),
 )
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for folder in ("ldm", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py"))

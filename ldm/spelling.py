@@ -1,0 +1,26 @@
+"""What someone who mistyped a name may have meant. Only a mistake imports it."""
+
+from collections.abc import Iterable
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is the fewest typing mistakes away, or None if none is near.
+
+    A name of up to 3 letters has no near ones, one of up to 6 is near with one mistake, a longer one with two: a hint
+    that is wrong is worse than none.
+    """
+    distance, found = min(((_mistakes(name.lower(), other.lower()), other) for other in known), default=(3, ""))
+    return found if distance <= min((len(name) - 1) // 3, 2) else None
+
+
+def _mistakes(a: str, b: str) -> int:
+    """Count the letters that are added, left out, wrong or swapped: the distance of Damerau and Levenshtein."""
+    rows = [list(range(len(b) + 1))]
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != other)))
+            if i > 1 and j > 1 and a[i - 2 : i] == other + b[j - 2]:
+                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
+        rows.append(row)
+    return rows[-1][-1]
