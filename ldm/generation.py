@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ldm.batching import batches
 from ldm.conditioning.prompt import count_chunks
@@ -17,7 +17,7 @@ from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
-from ldm.settings import ALL_SIGMAS, Settings, documented, from_keywords
+from ldm.settings import ALL_SIGMAS, BATCH_SIZE, SEED, Settings, documented, from_keywords, listed, of_model
 
 if TYPE_CHECKING:
     from ldm.init_image import Images, InitImages
@@ -30,13 +30,14 @@ def generate(
     prompts: Sequence[Any],
     negative: Any = None,
     *,
-    seed: int = 0,
+    seed: int | None = 0,
     seeds: Sequence[int] | None = None,
     image: "Images | None" = None,
     mask: "Images | None" = None,
-    batch_size: int = 16,
+    batch_size: int | None = 16,
     guide: guidance.Guide | None = None,
     callback: Callable[[Step], None] | None = None,
+    progress: bool = False,
     **settings: Any,
 ) -> list[Image.Image]:
     """Generate one image per prompt.
@@ -51,9 +52,15 @@ def generate(
         guide: guidance besides the classifier-free one (`ldm.inference.guiders`): guide(denoise, cond, prompts) ->
             denoise.
         callback: is given every `Step` (index, sigma, x, x0: latents of the current batch) as it is made.
+        progress: show a bar of all denoising steps.
         **settings: `ldm.settings.Settings`.
     """
-    chosen, own, init = from_keywords(settings), model.defaults, None
+    chosen, own, init = from_keywords(settings), of_model(model.defaults), None
+    prompts = prompts if isinstance(prompts, Tensor) else listed("prompts", prompts)
+    seeds, batch_size = _seeds(seed, seeds, len(prompts)), BATCH_SIZE.checked("batch_size", given(batch_size, 16))
+    for name, function in (("guide", guide), ("callback", callback)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} must be a function, got {function!r}")
     sampler, sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing)
     strength, height, width = chosen.strength, given(chosen.height, own["height"]), given(chosen.width, own["width"])
     if image is not None:
@@ -63,27 +70,37 @@ def generate(
         height, width = init.pixels.shape[-2:]  # padded
     elif mask is not None or strength is not None:
         raise ValueError("mask and strength need an init image: give image too")
-    seeds = list(range(seed, seed + len(prompts)) if seeds is None else seeds)
     scale, negative = plan_guidance(model, chosen.scale, negative)
     negatives = negative if isinstance(negative, list | tuple | Tensor) else [negative] * len(prompts)
-    if batch_size < 1 or not len(prompts) == len(seeds) == len(negatives):
+    if not len(prompts) == len(seeds) == len(negatives):
         raise ValueError(
-            f"{len(prompts)} prompts need as many seeds and negative prompts, and batches of at least 1; "
-            f"got {len(seeds)} seeds, {len(negatives)} negative prompts, batch_size {batch_size}"
+            f"{len(prompts)} prompts need as many seeds and negative prompts; "
+            f"got {len(seeds)} seeds, {len(negatives)} negative prompts"
         )
     interval = tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS))
     chosen = replace(chosen, strength=strength, scale=scale, interval=interval)
-    run = _Run(chosen, sampler, sigmas, model.latent_size(height, width), seeds[0] if seeds else 0, guide, callback)
+    size, first = model.latent_size(height, width), seeds[0] if seeds else 0
     lengths = count_chunks(model.cond_stage_model, prompts, chosen.plain)
     if scale != 1:
         lengths = list(map(max, lengths, count_chunks(model.cond_stage_model, negatives, chosen.plain)))
-    images = []
-    for batch in batches(lengths, batch_size):
-        part = None if init is None else init[batch]
-        encode = partial(model.condition, chunks=lengths[batch.start], clip_skip=chosen.clip_skip, plain=chosen.plain)
-        cond, uncond = encode(prompts[batch]), None if scale == 1 else encode(negatives[batch])
-        images += to_pil(_sample(model, run, prompts[batch], cond, uncond, seeds[batch], part))
+    images, parts = [], batches(lengths, batch_size)
+    with tqdm(total=len(parts) * (len(sigmas) - 1), unit="step", disable=not progress) as bar:
+        run = _Run(chosen, sampler, sigmas, size, first, guide, callback, bar)
+        for batch in parts:
+            part = None if init is None else init[batch]
+            options = {"chunks": lengths[batch.start], "clip_skip": chosen.clip_skip, "plain": chosen.plain}
+            cond = model.condition(prompts[batch], **options)
+            uncond = None if scale == 1 else model.condition(negatives[batch], **options)
+            images += to_pil(_sample(model, run, prompts[batch], cond, uncond, seeds[batch], part))
     return images
+
+
+def _seeds(seed: int | None, seeds: Sequence[int] | None, count: int) -> list[int]:
+    """Return `count` seeds from `seed` (0) on, or those that are given. ValueError for what is not a seed."""
+    if seeds is not None:
+        return [SEED.checked("seed", one) for one in listed("seeds", seeds)]
+    first = SEED.checked("seed", given(seed, 0))
+    return list(range(first, first + count))
 
 
 def _init_images(model: Any, image: "Images", mask: "Images | None", count: int, chosen: Settings) -> "InitImages":
@@ -111,7 +128,7 @@ def plan_sampling(
     model: Any, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
 ) -> tuple[Sampler, list[float]]:
     """Return the sampler and the noise levels that it visits, in sigma; what is None is the model's own default."""
-    own = model.defaults
+    own = of_model(model.defaults)
     steps = given(steps, own["steps"])
     row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
     spacing = given(given(spacing, own["spacing"]), row.spacing)
@@ -120,12 +137,22 @@ def plan_sampling(
 
 def plan_guidance(model: Any, scale: float | None = None, negative: Any = None) -> tuple[float, Any]:
     """Return the guidance scale and the negative condition; what is None is the model's own."""
-    scale, negative = given(scale, model.defaults["scale"]), given(negative, model.null)
+    scale, negative = given(scale, of_model(model.defaults)["scale"]), given(negative, model.null)
     if isinstance(negative, str) and negative == "":  # scripts' way to give none
         negative = model.null
     if scale != 1 and (negative is None or model.cond_stage_model is None):
         raise ValueError(f"guidance scale {scale:g} needs a null or negative condition; use scale 1")
     return scale, negative
+
+
+def check_defaults(model: Any) -> tuple[int, int, int]:
+    """Return the latents' size by the model's own settings. ValueError where no image can be generated with those."""
+    try:
+        plan_sampling(model)
+        plan_guidance(model)
+        return model.latent_size(model.defaults["height"], model.defaults["width"])
+    except ValueError as error:
+        raise ValueError(f"the model's defaults: {error}") from None
 
 
 def _sample(
@@ -157,6 +184,7 @@ def _sample(
         x, denoise = _start_from(model, init, x, start, run, denoise)
     steps = run.sampler(denoise, x, run.sigmas, eta=run.settings.eta, noise=noise) if len(run.sigmas) > 1 else ()
     for step in steps:
+        run.bar.update()
         if run.callback is not None:
             run.callback(step)
         x = step.x
@@ -207,6 +235,7 @@ class _Run(NamedTuple):
     first_seed: int  # of the start noise that all images share with `fixed_code`
     guide: guidance.Guide | None
     callback: Callable[[Step], None] | None
+    bar: tqdm
 
 
 def given(value: Any, default: Any) -> Any:

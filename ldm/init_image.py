@@ -95,9 +95,10 @@ class InitImages:
 
 def _upright(images: Images, count: int, what: str) -> list[Image.Image]:
     """Return the images in mode "L", "RGB" or "RGBA". ValueError unless they are one or `count`, and of one size."""
-    images = [images] if isinstance(images, Image.Image) else list(images)
-    if not all(isinstance(image, Image.Image) for image in images):
-        raise ValueError(f"{what} are PIL images, as PIL.Image.open reads them, got {type(images[0]).__name__}")
+    images = [images] if isinstance(images, Image.Image) or not isinstance(images, Sequence) else list(images)
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{what} are PIL images, as PIL.Image.open reads them, got {type(image).__name__}")
     images = [upright(image) for image in images]
     sizes = sorted({image.size for image in images})
     if len(images) not in (1, count) or len(sizes) != 1:

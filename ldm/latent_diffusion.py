@@ -19,14 +19,12 @@ from ldm.diffusion.denoiser import Denoise, make_denoiser
 from ldm.diffusion.loss import prediction_loss
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
 from ldm.generation import generate
+from ldm.settings import of_model
 from ldm.util import call_with, instantiate_network
 
 Conditioning = dict[str, Tensor]
 # What a UNet has in its input channels beside the noised latents: see `ldm.init_image.concat_condition`.
 CONCATS = (None, "mask_latents", "latents_mask", "latents")
-# The settings of a model without its own; spacing None is the sampler's, interval None everywhere.
-DEFAULTS: dict[str, Any] = {"height": 512, "width": 512, "steps": 50, "scale": 7.5, "sampler": "ddim"}
-DEFAULTS |= {"spacing": None, "interval": None}
 
 
 class DiffusionWrapper(nn.Module):
@@ -88,8 +86,6 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         if concat not in CONCATS:
             raise ValueError(f"concat {concat!r} is unknown: it is one of {', '.join(map(str, CONCATS))}")
-        if unknown := sorted(set(defaults or ()) - set(DEFAULTS)):
-            raise ValueError(f"defaults has unknown settings {unknown}: a model's own settings are {list(DEFAULTS)}")
         self.model = DiffusionWrapper(instantiate_network(unet_config))
         self.first_stage_model = instantiate_network(first_stage_config)
         self.cond_stage_model = None if cond_stage_config is None else instantiate_network(cond_stage_config)
@@ -102,7 +98,7 @@ class LatentDiffusion(nn.Module):
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume
         self.changes: list[Any] = []  # to it since that file, each recorded by what made it: see `ldm.changes`
         self.loaded_settings: dict[str, Any] | None = None  # `ldm.changes.settings_of_model` of that file
-        self.defaults = {**DEFAULTS, **(defaults or {})}
+        self.defaults = of_model(defaults or {})
         self.channels = self.first_stage_model.embed_dim
         self.image_channels = self.first_stage_model.image_channels
         self.downsampling = self.first_stage_model.downsampling  # pixels per latent

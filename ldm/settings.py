@@ -3,36 +3,86 @@ the reference page follow from this table. It imports no torch.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from operator import index
 from typing import Any, NamedTuple
 
 from ldm.changes import changes_from_text, changes_to_text
 
 ALL_SIGMAS = (0.0, math.inf)  # the guidance interval that leaves nothing out
 OWN = "the model's own"
-
-
-def _interval(text: str) -> tuple[float, float]:
-    low, high = text.split(" to ")
-    return float(low), float(high)
+# The settings of a model without its own; spacing None is the sampler's, interval None everywhere.
+DEFAULTS: dict[str, Any] = {"height": 512, "width": 512, "steps": 50, "scale": 7.5, "sampler": "ddim"}
+DEFAULTS |= {"spacing": None, "interval": None}
 
 
 class Type(NamedTuple):
-    """A type of settings: its name in the docs and in `--help`, and a value from and to the text in a PNG."""
+    """A type of settings.
+
+    Args:
+        name, metavar: in the docs, and in `--help`.
+        words: what a value is, for messages.
+        read: a value of Python's, numpy's or torch's, or the text in a PNG, as this type. It raises for anything else.
+        write: a value as the text in a PNG.
+    """
 
     name: str
     metavar: str | tuple[str, ...] | None
-    read: Callable[[str], Any]
+    words: str
+    read: Callable[[Any], Any]
     write: Callable[[Any], str] = str
 
 
-INT, FLOAT, STR = Type("int", "N", int), Type("float", "X", float), Type("str", "TEXT", str)
-FLAG = Type("bool", None, "True".__eq__)
-INTERVAL = Type("two floats", ("LOW", "HIGH"), _interval, lambda value: f"{value[0]} to {value[1]}")
-NAMES = Type("names", "NAME", lambda text: tuple(text.split()), " ".join)
-CHANGES = Type("changes", None, changes_from_text, changes_to_text)
+def _integer(value: Any) -> int:
+    number = int(_no_bool(value))
+    if number != value and not isinstance(value, str):
+        raise ValueError
+    return number
+
+
+def _number(value: Any) -> float:
+    number = value if type(value) in (int, float) else float(_no_bool(value))
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _flag(value: Any) -> bool:
+    return {"True": True, "1": True, "False": False, "0": False}[str(value).capitalize()]
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    low, high = value.split(" to ") if isinstance(value, str) else value
+    return float(low), float(high)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return str(value)
+
+
+def _listed(value: Any) -> str:
+    return value if isinstance(value, str) else ",".join(map(str, value))
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(value.split()) if isinstance(value, str) else tuple(map(_text, value))
+
+
+INT, FLOAT = Type("int", "N", "an integer", _integer), Type("float", "X", "a finite number", _number)
+STR, LISTED = Type("str", "TEXT", "text", _text), Type("str", "TEXT", "text or a list of numbers", _listed)
+FLAG = Type("bool", None, "True or False", _flag)
+INTERVAL = Type("two floats", ("LOW", "HIGH"), "two numbers", _interval, lambda value: f"{value[0]} to {value[1]}")
+NAMES = Type("names", "NAME", "a list of names", _names, " ".join)
+CHANGES = Type("changes", None, "a record of changes", changes_from_text, changes_to_text)
 
 
 class Setting(NamedTuple):
@@ -66,6 +116,23 @@ class Setting(NamedTuple):
             return f"{self.low:g} to {self.high:g}"
         return f"at least {self.low:g}" if self.low > -math.inf else ""
 
+    def checked(self, name: str, value: Any) -> Any:
+        """Return the value as this setting's type, from text too. ValueError by that name if it is none, or too far."""
+        try:
+            found = self.type.read(value)
+        except (TypeError, ValueError, KeyError, OverflowError, RuntimeError):  # torch raises all of them
+            raise ValueError(f"{name} {reprlib.repr(value)} is not {self.type.words}") from None
+        numbers = {INT: (found,), FLOAT: (found,), INTERVAL: found}.get(self.type, ())
+        if not all(self.low <= number <= self.high for number in numbers):
+            limit = f"from {self.range}" if self.high < math.inf else self.range
+            raise ValueError(f"{name} must be {limit}, got {reprlib.repr(value)}")
+        return found
+
+
+# Of a run of images, not of one: arguments of `generate` beside the settings.
+SEED = Setting(INT, "Seed", "seed of the first image", ("--seed",), "0", 0, always=True)
+BATCH_SIZE = Setting(INT, "Batch size", low=1, always=True)
+
 
 def setting(default: Any, type: Type, key: str, help: str = "", flags: str = "", *args: Any, **more: Any) -> Any:
     """Declare a dataclass field with that default and a `Setting` of the other arguments."""
@@ -89,8 +156,8 @@ class Settings:
         None, FLOAT, "Denoising strength", "share of the denoising steps applied to the init image: 0 keeps it, 1 "
         "keeps almost nothing of it", "--strength", "1 with a mask or an instruction model, else 0.75", 0, 1)
     spacing: str | None = setting(
-        None, STR, "Spacing", "of the timesteps: trailing, leading, linspace, quad, compvis, karras, exponential, or "
-        'noise levels of your own: "999,749,499,249" or "sigmas 14,3.6,1.2"', "--spacing",
+        None, LISTED, "Spacing", "of the timesteps: trailing, leading, linspace, quad, compvis, karras, exponential, "
+        'or noise levels of your own: "999,749,499,249" or "sigmas 14,3.6,1.2"', "--spacing",
         f"{OWN}, or the sampler's")
     eta: float | None = setting(
         None, FLOAT, "Eta", "share of fresh noise in each step: 0 is DDIM, 1 is DDPM", "--eta --ddim_eta",
@@ -147,17 +214,32 @@ def from_keywords(given: Mapping[str, Any]) -> Settings:
             near = nearest_name(name, known)
             hint = f"the settings are {', '.join(known)}" if near is None else f"did you mean {near!r}?"
             raise TypeError(f"unknown setting {name!r}; {hint}")
-        if given[name] is not None and not _is_number(given[name], known[name].type):
-            kind = "an integer" if known[name].type is INT else "a finite number"
-            raise ValueError(f"{name} {given[name]!r} is not {kind}")
-    return Settings(**{name: value for name, value in given.items() if value is not None})
+    return Settings(**checked(Settings, given))
 
 
-def _is_number(value: Any, type: Type) -> bool:
+def checked(of: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings of a dataclass that are not None, each as its type and in its range (else ValueError)."""
+    rows = setting_rows(of)
+    return {name: rows[name].checked(name, value) for name, value in given.items() if value is not None}
+
+
+def of_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model's own settings, checked: `DEFAULTS` with those `given` that are not None in their place."""
+    if unknown := sorted(set(given) - set(DEFAULTS)):
+        raise ValueError(f"defaults has unknown settings {unknown}: a model's own settings are {list(DEFAULTS)}")
+    return DEFAULTS | checked(Settings, given)
+
+
+def listed(name: str, values: Any) -> Sequence[Any]:
+    """Return the values as a list, or another sequence. ValueError for one value alone."""
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes):
+        return values
     try:
-        return type not in (INT, FLOAT) or math.isfinite(index(value) if type is INT else value)
+        if isinstance(values, str | bytes | Mapping):
+            raise TypeError
+        return list(values)
     except TypeError:
-        return False
+        raise ValueError(f"{name} must be a list of {name}, not {reprlib.repr(values)}") from None
 
 
 def documented(function: Callable[..., Any]) -> Callable[..., Any]:

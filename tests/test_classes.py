@@ -2,12 +2,13 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused
 from golden_fill import fill
 
-from ldm.conditioning.classes import ClassEmbedder, ClassLabels
+from ldm.conditioning.classes import ClassEmbedder, ClassLabels, class_numbers
 
 
 @torch.no_grad()
@@ -53,6 +54,10 @@ def test_it_trains():
 @pytest.mark.parametrize("wrong", [11, -1, "three", "-1", "٣", 2.0, True, None])
 def test_what_is_no_class_is_refused_by_value(wrong):
     refused(f"class {wrong!r} does not exist: this model's are 0 to 10", ClassEmbedder(8, 11), [3, wrong])
+
+
+def test_classes_may_be_numpys():
+    assert class_numbers(np.arange(3), 11, 10).tolist() == class_numbers(["0", 1, np.int32(2)], 11, 10).tolist()
 
 
 @pytest.mark.parametrize("wrong", [11, 1.0, [1, 2]])

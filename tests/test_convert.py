@@ -35,6 +35,12 @@ def test_mistakes_are_named_and_leave_the_output_alone(tiny_checkpoint, tmp_path
     out.write_bytes(b"kept")
     with pytest.raises(ValueError, match="'stepz=3' must be KEY=VALUE with a key of height"):
         convert([str(tiny_checkpoint), str(out), "--default", "stepz=3"])
+    for default, message in {
+        "steps=ten": "steps 'ten' is not an integer",
+        "sampler=dimm": "the model's defaults: unknown sampler 'dimm'",
+        "height=36": "the model's defaults: height 36 cannot be made by this model",
+    }.items():
+        refused(message, convert, [str(tiny_checkpoint), str(out), "--default", default])
     refused("does not exist", convert, [str(tmp_path / "none.safetensors"), str(out)], error=FileNotFoundError)
     assert out.read_bytes() == b"kept"
 

@@ -344,4 +344,4 @@ def test_all_at_once_are_the_guides_in_turn(model):
         expected = guidance.dynamic_threshold(denoise, 0.9, limit=None)(x, 1.5).x0
     torch.testing.assert_close(got.x0, expected, atol=1e-5, rtol=1e-5)
     assert got.x0.abs().max() < 0.9 * unlimited.abs().max()
-    refused("at most 1, got 99.5", model.generate, ["five"], guide=make_guide(model, threshold=99.5))
+    refused("threshold must be from 0 to 1, got 99.5", make_guide, model, threshold=99.5)

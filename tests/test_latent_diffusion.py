@@ -128,17 +128,18 @@ def test_callback_is_given_every_step_of_every_batch(tiny_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "from 1 to 1000 .* got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"steps": 1001}, "from 1 to 1000 .* got 1001"),
         ({"sampler": "dimm"}, "unknown sampler 'dimm'; choose from ddim, ddpm"),
         ({"spacing": "even"}, "unknown spacing 'even'"),
         ({"height": 36}, "height 36 .* multiple of 8"),
-        ({"width": 0}, "width 0 .* multiple of 8"),
-        ({"height": -8}, "height -8 "),
-        ({"seed": -1}, "seed must be from 0 .* got -1"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"height": -8}, "height must be at least 1, got -8"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": 2**64}, "seed must be from 0 .* got 18446744073709551616"),
         ({"seeds": [1]}, "2 prompts need .* got 1 seeds"),
         ({"negative": ["a", "b", "c"]}, "2 prompts need .* 3 negative prompts"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"eta": 1.5}, "eta must be from 0 to 1, got 1.5"),
         ({"rescale": 2.0}, "rescale must be from 0 to 1, got 2.0"),
         ({"interval": (2.0, 1.0)}, "interval .* got 2.0 to 1.0"),
@@ -149,8 +150,15 @@ def test_what_is_out_of_range_is_named(tiny_model, settings, message):
 
 
 def test_one_string_is_no_list_of_prompts(tiny_model):
-    refused("a list of prompts, not one string \\('five'\\)", tiny_model.generate, "five")
+    refused("a list of prompts, not 'five'", tiny_model.generate, "five")
     assert tiny_model.generate([]) == []
+
+
+def test_progress_is_a_bar_of_all_steps(tiny_model, capsys):
+    quiet = tiny_model.generate(["5", "6", "7"], steps=2, batch_size=2)
+    assert capsys.readouterr().err == ""
+    assert tiny_model.generate(["5", "6", "7"], steps=2, batch_size=2, progress=True) == quiet
+    assert "4/4" in capsys.readouterr().err  # two batches of two steps
 
 
 def test_other_sizes(tiny_model):

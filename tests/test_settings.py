@@ -1,15 +1,35 @@
 """Settings: written down once, and the command line, `generate`, recipes and docs agree with that."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import refused
+import torch
+from conftest import TINY, refused
 
 from ldm.generation import generate
 from ldm.inference.options import add_init_image_options, image_parser
 from ldm.inference.recipe import Recipe
-from ldm.settings import Guidance, Settings, from_keywords, setting_rows
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.loading import load, save
+from ldm.settings import (
+    BATCH_SIZE,
+    DEFAULTS,
+    FLAG,
+    FLOAT,
+    INT,
+    INTERVAL,
+    LISTED,
+    NAMES,
+    SEED,
+    STR,
+    Guidance,
+    Settings,
+    from_keywords,
+    setting_rows,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,10 +65,93 @@ def test_a_typo_is_named(tiny_model, given, message):
     refused(message, tiny_model.generate, ["5"], **given, error=TypeError)
 
 
-@pytest.mark.parametrize("given", [{"scale": float("nan")}, {"scale": "2"}, {"steps": 2.5}, {"eta": float("inf")}])
-def test_what_is_not_a_number_is_refused(tiny_model, given):
-    with pytest.raises(ValueError, match=" is not an? (integer|finite number)"):
-        tiny_model.generate(["5"], **given)
+ROWS = setting_rows(Settings) | setting_rows(Guidance) | {"seed": SEED, "batch_size": BATCH_SIZE}
+# By type: values and what they mean; values without a meaning.
+PLAIN = {
+    INT: [("3", 3), (3.0, 3), (np.int64(3), 3), (np.float32(3), 3), (torch.tensor(3), 3)],
+    FLOAT: [("1", 1.0), (np.float32(0.5), 0.5), (np.int64(1), 1.0), (torch.tensor(0.5), 0.5), (1, 1)],
+    STR: [("a", "a"), (np.str_("a"), "a")],
+    LISTED: [("karras", "karras"), ([9, 4.5], "9,4.5"), (np.array([9, 4]), "9,4"), ("sigmas 3 1", "sigmas 3 1")],
+    FLAG: [(True, True), ("false", False), (np.bool_(True), True), (0, False)],
+    INTERVAL: [([0, 2], (0.0, 2.0)), (np.array([0.5, np.inf]), (0.5, math.inf)), ("0.5 to 2", (0.5, 2.0))],
+    NAMES: [("a b", ("a", "b")), (["a", "b"], ("a", "b"))],
+}
+MEANINGLESS = {
+    INT: [2.5, "3.5", "three", True, [3], math.nan, math.inf, torch.arange(2), object(), b"3"],
+    FLOAT: ["much", True, [1.0], math.nan, "inf", torch.ones(2), object()],
+    STR: [3, b"a", ["a"], object()],
+    LISTED: [3, object()],
+    FLAG: ["no", 7, [True], 0.5, object()],
+    INTERVAL: [3, (1,), (1, 2, 3), "0 2", ("a", "b"), object()],
+    NAMES: [3, [3], object()],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_values_with_a_plain_meaning_are_taken_and_others_refused_by_name(name):
+    row = ROWS[name]
+    for given, meant in PLAIN[row.type]:
+        found = row.checked(name, given)
+        assert found == meant and type(found) is type(meant)
+        assert row.checked(name, row.type.write(found)) == found  # as a PNG has it
+    for given in MEANINGLESS[row.type]:
+        refused(f"^{name} .* is not {row.type.words}$", row.checked, name, given)
+    if row.low > -math.inf:
+        low = (row.low - 1, 9) if row.type is INTERVAL else row.low - 1
+        refused(f"^{name} must be (at least|from) {row.low}.*, got ", row.checked, name, low)
+    if row.high < math.inf:
+        refused(f"^{name} must be from .* to {row.high}, got ", row.checked, name, row.high + 1)
+
+
+@pytest.mark.parametrize(
+    "seeds", [{"seed": None}, {"seed": "0"}, {"seeds": np.arange(2)}, {"seeds": torch.arange(2)}, {"seeds": ["0", 1.0]}]
+)
+def test_generate_takes_them_too(tiny_model, seeds):
+    given = {"steps": "2", "width": 32.0, "batch_size": np.int64(1)}
+    expected = tiny_model.generate(["5", "6"], steps=2, batch_size=1)
+    assert tiny_model.generate((prompt for prompt in "56"), **seeds, **given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seeds": 5}, "seeds must be a list of seeds, not 5"),
+        ({"seeds": [0, 0.5]}, "seed 0.5 is not an integer"),
+        ({"prompts": None}, "prompts must be a list of prompts, not None"),
+        ({"prompts": {"a": 1}}, "prompts must be a list of prompts, not {'a': 1}"),
+        ({"prompts": ["5", 6]}, "prompt 6 is not text"),
+        ({"negative": 6}, "prompt 6 is not text"),
+        ({"image": Path("5.png")}, "images are PIL images, as PIL.Image.open reads them, got PosixPath"),
+        ({"image": np.zeros((32, 32))}, "images are PIL images, as PIL.Image.open reads them, got ndarray"),
+        ({"guide": 3}, "guide must be a function, got 3"),
+        ({"callback": "print"}, "callback must be a function, got 'print'"),
+    ],
+)
+def test_other_arguments_of_generate_are_refused_by_name(tiny_model, given, message):
+    refused(message, tiny_model.generate, **{"prompts": ["5", "6"], "steps": 1} | given)
+
+
+@pytest.mark.parametrize("own", [{"height": 16, "width": 16.0}, {"scale": None, "width": 16, "height": "16"}])
+def test_a_models_own_settings_are_completed(model, own):
+    model.defaults = own
+    assert model.generate(["5"], steps=2)[0].size == (16, 16)
+    assert LatentDiffusion(**TINY | {"defaults": own}).defaults == DEFAULTS | {"height": 16, "width": 16}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"steps": "ten"}, "steps 'ten' is not an integer"),
+        ({"height": 0}, "height must be at least 1, got 0"),
+        ({"interval": 3}, "interval 3 is not two numbers"),
+        ({"eta": 1}, r"unknown settings \['eta'\]"),
+    ],
+)
+def test_a_models_own_settings_are_checked(model, tmp_path, own, message):
+    model.defaults |= own  # a dict, which anyone may change
+    refused(message, model.generate, ["5"])
+    save(model, tmp_path / "a.safetensors")
+    refused(f"a.safetensors' has a configuration that cannot be built: .*{message}", load, tmp_path / "a.safetensors")
 
 
 def test_none_is_not_given():

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 from ldm.cli import Parser, int_range
 from ldm.inference.options import LOADING, add_loading_options, loading_arguments
+from ldm.settings import of_model
 
 if TYPE_CHECKING:  # it takes a second, which --help has no use for
     import torch
+
+    from ldm.latent_diffusion import LatentDiffusion
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 OF_MODELS = (*LOADING, "format", "lora", "default")
@@ -74,23 +77,26 @@ def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list
     """Write the model that the options describe; return what is to be said about it."""
     import ldm
     from ldm.finetune.lora_files import merge_lora, split_strength
+    from ldm.generation import check_defaults
 
     model = ldm.load(args.input, device="cpu", **loading_arguments(args))
     for change in args.default:
-        set_default(model.defaults, change)
+        set_default(model, change)
+    if args.default:
+        check_defaults(model)
     for text in args.lora:
         merge_lora(model, *split_strength(text))
     return model.notes + ldm.save(model, args.output, dtype, "ldm" if args.format is None else args.format)
 
 
-def set_default(defaults: dict, change: str) -> None:
+def set_default(model: "LatentDiffusion", change: str) -> None:
     """Change one setting, `KEY=VALUE` with the value in yaml; ValueError for a key that models do not have."""
     import yaml
 
     key, equals, value = change.partition("=")
-    if key not in defaults or not equals:
-        raise ValueError(f"--default {change!r} must be KEY=VALUE with a key of {', '.join(defaults)}")
+    if key not in model.defaults or not equals:
+        raise ValueError(f"--default {change!r} must be KEY=VALUE with a key of {', '.join(model.defaults)}")
     try:
-        defaults[key] = yaml.safe_load(value)
+        model.defaults = of_model(model.defaults | {key: yaml.safe_load(value)})
     except yaml.YAMLError:
         raise ValueError(f"--default {change!r}: the value is not yaml") from None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +68,9 @@ def class_numbers(classes: Sequence[int | str] | Tensor, n_classes: int, null: i
 
 
 def _number(given: int | str, null: int | None) -> int | str:
-    """Convert a text to the number that it is; anything else stays as it is."""
+    """Convert a text, or an integer of numpy's, to the number that it is; anything else stays as it is."""
+    if isinstance(given, np.integer):
+        return int(given)
     if given == "" and null is not None:
         return null
     return int(given) if isinstance(given, str) and given.isascii() and given.isdecimal() else given

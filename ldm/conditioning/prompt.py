@@ -25,6 +25,7 @@ alternation `[a|b]` and AND are not read. compel's syntax and meaning differ (`(
 """
 
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -213,4 +214,8 @@ def _weighs(encoder: Any, prompts: Sequence[Any] | Tensor) -> bool:
     """Return whether chunks and weights apply: to texts for a TextEncoder, but not to token ids."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of prompts, not one string ({prompts[:40]!r})")
-    return isinstance(encoder, TextEncoder) and not isinstance(prompts, Tensor)
+    weighs = isinstance(encoder, TextEncoder) and not isinstance(prompts, Tensor)
+    for prompt in prompts if weighs else ():
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {reprlib.repr(prompt)} is not text, which this model is conditioned on")
+    return weighs

@@ -18,7 +18,7 @@ from ldm.inference.nan_check import generate_checked
 from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import Recipe, refill
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.settings import Settings, setting_rows
+from ldm.settings import Settings, of_model, setting_rows
 
 if TYPE_CHECKING:
     from ldm.inference.init_image import InitImage
@@ -36,9 +36,7 @@ class Generated(NamedTuple):
 
 def default_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
     """Return the recipe of the model's own defaults, with those `settings` that are not None in their place."""
-    own: dict[str, Any] = {key: value for key, value in model.defaults.items() if value is not None}
-    if "interval" in own:
-        own["interval"] = tuple(map(float, own["interval"]))
+    own = {key: value for key, value in of_model(model.defaults).items() if value is not None}
     own |= {"precision": precision_of(model), "model_hash": model.hash, "model_name": name}
     return _complete(Recipe(**own, changes=changes_of(model)), model, settings)
 

@@ -25,6 +25,7 @@ from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
 from ldm.models.blocks import AttentionBlock
+from ldm.settings import Guidance, checked
 from ldm.util import call_with
 
 PAG_LAYERS = ("middle_block",)
@@ -48,17 +49,19 @@ def make_guide(
         weak, autoguide_scale: the weaker model, or its checkpoint, and the scale of `autoguide`; scale 1 is off.
         classifier, classifier_scale: of `classifier_guide`, the classifier or its checkpoint; scale 0 is off.
     """
+    scales = {"autoguide_scale": autoguide_scale, "classifier_scale": classifier_scale}
+    own = Guidance(**checked(Guidance, {"threshold": threshold, "pag": pag, "pag_layers": pag_layers, **scales}))
     guides: list[Guide] = []
     if weak is not None:
         weak = load_weak(weak, model) if isinstance(weak, str | Path) else weak
-        guides.append(autoguide(model, weak, autoguide_scale))
-    if pag != 0:
-        guides.append(pag_guide(model, pag, pag_layers))
+        guides.append(autoguide(model, weak, own.autoguide_scale))
+    if own.pag != 0:
+        guides.append(pag_guide(model, own.pag, own.pag_layers))
     if classifier is not None:
         classifier = load_classifier(classifier, model) if isinstance(classifier, str | Path) else classifier
-        guides.append(classifier_guide(classifier, classifier_scale))
-    if threshold is not None:
-        guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, threshold, limit=model.clip))
+        guides.append(classifier_guide(classifier, own.classifier_scale))
+    if own.threshold is not None:
+        guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, own.threshold, limit=model.clip))
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         for add in guides:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.cli import Parser, finite_float, int_range
-from ldm.settings import FLAG, INT, INTERVAL, NAMES, STR, Setting, Settings, help_text, setting_rows
+from ldm.settings import FLAG, FLOAT, INT, INTERVAL, NAMES, Setting, Settings, help_text, setting_rows
 
 if TYPE_CHECKING:  # they import torch
     from ldm.latent_diffusion import LatentDiffusion
@@ -92,7 +92,7 @@ def _value(row: Setting) -> dict[str, Any]:
     if row.type is FLAG:
         return {"action": "store_true"}
     number = finite_float(row.low, row.high, infinite=row.type is INTERVAL)
-    read = int_range(int(row.low)) if row.type is INT else str if row.type in (STR, NAMES) else number
+    read = int_range(int(row.low)) if row.type is INT else number if row.type in (FLOAT, INTERVAL) else str
     count = {"nargs": 2} if row.type is INTERVAL else {"nargs": "+"} if row.type is NAMES else {}
     return {"metavar": row.type.metavar, "type": read, **count}
 

@@ -20,7 +20,7 @@ from ldm import __version__
 from ldm.batching import batches
 from ldm.changes import Change
 from ldm.checkpoint.atomic import atomic
-from ldm.settings import ALL_SIGMAS, CHANGES, INT, STR, Guidance, Settings, setting, setting_rows
+from ldm.settings import ALL_SIGMAS, BATCH_SIZE, CHANGES, INT, SEED, STR, Guidance, Settings, setting, setting_rows
 
 if TYPE_CHECKING:
     from ldm.inference.init_image import InitImage
@@ -55,7 +55,7 @@ class Recipe(Guidance, Settings):
     interval: tuple[float, float] = field(default=ALL_SIGMAS, metadata={"setting": setting_rows(Settings)["interval"]})
     prompt: str = ""
     negative: str = setting("", STR, "", "negative prompt: what guidance leads away from", "--negative-prompt")
-    seed: int = setting(0, INT, "Seed", "seed of the first image", "--seed", "0", 0, always=True)
+    seed: int = field(default=0, metadata={"setting": SEED})
     init_hash: str = setting("", STR, "Init image hash")
     mask_hash: str = setting("", STR, "Mask hash")
     model_hash: str = setting("", STR, "Model hash")
@@ -65,7 +65,7 @@ class Recipe(Guidance, Settings):
     autoguide_hash: str = setting("", STR, "Autoguidance hash")
     classifier_hash: str = setting("", STR, "Classifier hash")
     precision: str = setting("full", STR, "Precision", always=True)
-    batch_size: int = setting(1, INT, "Batch size", always=True)
+    batch_size: int = field(default=1, metadata={"setting": BATCH_SIZE})
     batch_position: int = setting(0, INT, "Batch pos", always=True)
     batch_prompts: int = setting(1, INT, "Batch prompts")
     prompt_position: int = setting(0, INT, "Prompt pos", needs="batch_prompts")
@@ -108,7 +108,7 @@ class Recipe(Guidance, Settings):
                 missing = "Size" if key in ("Width", "Height") else key
                 raise ValueError(f"it names no {missing!r}, so the image cannot be made again")
         try:
-            values = {name: row.type.read(entries[row.key]) for name, row in _KEYS.items() if row.key in entries}
+            values = {name: row.checked(row.key, entries[row.key]) for name, row in _KEYS.items() if row.key in entries}
         except ValueError as error:
             raise ValueError(f"its settings cannot be read ({error})") from None
         values |= _guidance_among(values.get("changes", ()))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.diffusion.schedule import Schedule
-from ldm.generation import plan_guidance, plan_sampling
+from ldm.generation import check_defaults
 from ldm.latent_diffusion import Conditioning
 from ldm.training.objective import Objective
 from ldm.training.stage import Loss, Stage
@@ -38,14 +38,9 @@ class DenoisingStage(Stage):
     def _check(self) -> None:
         """Raise ValueError for mistakes that would otherwise show in the first batch, or in the first preview."""
         model = self.latent_diffusion
-        plan_sampling(model)
-        try:
-            plan_guidance(model)
-        except ValueError as error:
-            raise ValueError(f"the model's defaults: {error}") from None
+        size = check_defaults(model)
         if not self.preview_prompts:
             raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")
-        size = model.latent_size(model.defaults["height"], model.defaults["width"])
         self.train(False)  # batch statistics need more than one image
         try:
             with torch.no_grad():
