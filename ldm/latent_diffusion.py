@@ -87,8 +87,8 @@ class LatentDiffusion(nn.Module):
         if concat not in CONCATS:
             raise ValueError(f"concat {concat!r} is unknown: it is one of {', '.join(map(str, CONCATS))}")
         self.model = DiffusionWrapper(instantiate_network(unet_config))
-        self.first_stage_model = instantiate_network(first_stage_config)
-        self.cond_stage_model = None if cond_stage_config is None else instantiate_network(cond_stage_config)
+        self.instantiate_first_stage(first_stage_config)
+        self.instantiate_cond_stage(cond_stage_config)
         self.unet_config, self.first_stage_config = unet_config, first_stage_config
         self.cond_stage_config = cond_stage_config
         self.schedule_params = schedule or {"name": "scaled_linear"}
@@ -102,6 +102,12 @@ class LatentDiffusion(nn.Module):
         self.channels = self.first_stage_model.embed_dim
         self.image_channels = self.first_stage_model.image_channels
         self.downsampling = self.first_stage_model.downsampling  # pixels per latent
+
+    def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
+        self.first_stage_model = instantiate_network(config)
+
+    def instantiate_cond_stage(self, config: Any) -> None:
+        self.cond_stage_model = None if config is None else instantiate_network(config)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -143,7 +143,10 @@ class ControlLDM(LatentDiffusion):
         return self.get_learned_conditioning([""] * N)
 
     @torch.no_grad()
-    def log_images(self, batch, N=4, ddim_steps=50, ddim_eta=0.0, unconditional_guidance_scale=9.0, **kwargs):
+    def log_images(
+        self, batch, N=4, sample=False, ddim_steps=50, ddim_eta=0.0, plot_denoise_rows=False,
+        unconditional_guidance_scale=9.0, **kwargs,
+    ):  # fmt: skip
         log = dict()
         z, c = self.get_input(batch, self.first_stage_key, bs=N)
         c_cat, c = c["c_concat"][0][:N], c["c_crossattn"][0][:N]
@@ -151,6 +154,12 @@ class ControlLDM(LatentDiffusion):
         log["reconstruction"] = self.decode_first_stage(z)
         log["control"] = c_cat * 2.0 - 1.0
         log["conditioning"] = log_txt_as_img((64, 64), batch[self.cond_stage_key][:N], size=8)
+        if sample:
+            cond = {"c_concat": [c_cat], "c_crossattn": [c]}
+            samples, z_denoise_row = self.sample_log(cond, N, ddim=True, ddim_steps=ddim_steps, eta=ddim_eta)
+            log["samples"] = self.decode_first_stage(samples)
+            if plot_denoise_rows:
+                log["denoise_row"] = self._get_denoise_row_from_list(z_denoise_row)
         uc_full = {"c_concat": [c_cat], "c_crossattn": [self.get_unconditional_conditioning(N)]}
         samples, _ = self.sample_log(
             cond={"c_concat": [c_cat], "c_crossattn": [c]},

@@ -161,6 +161,28 @@ def test_nothing_in_a_checkpoint_is_executed(model, tmp_path):
     model.init_from_ckpt(str(path))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_buffers_of_controlnet_s_checkpoints(clip, model, learned):
+    """ControlNet's code saves `logvar` and CompVis's does not: either file loads strictly."""
+    state = model.state_dict() | {"logvar": torch.full((1000,), 0.25)}
+    fresh = instantiate_from_config(config(clip, learn_logvar=learned))
+    fresh.load_state_dict(state, strict=True)
+    assert fresh.logvar.unique().tolist() == [0.25 if learned else 0.0]
+    if not learned:
+        fresh.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_sequential_cross_attention(clip):
+    """With `sequential_crossattn` beside the UNet's target, it gets the conditionings as a list."""
+    section = config(clip)
+    section["params"]["unet_config"]["sequential_crossattn"] = True
+    wrapper = instantiate_from_config(section).model
+    wrapper.diffusion_model = Recorder()
+    parts = [randn(2, 7, 16), randn(2, 3, 16)]
+    wrapper(randn(2, 4, 8, 8), torch.tensor([1, 2]), c_crossattn=parts)
+    assert wrapper.diffusion_model.given["context"] is parts
+
+
 def test_a_first_stage_with_a_file_of_its_own(clip, model, tmp_path):
     own = {name: tensor + 1 for name, tensor in model.first_stage_model.state_dict().items()}
     path = save_ckpt(tmp_path / "kl.ckpt", own | {"loss.logvar": torch.zeros(())})

@@ -106,6 +106,11 @@ def test_controlnet_trains_its_control_alone(controlled):
     assert any(p is out for group in controlled.configure_optimizers().param_groups for p in group["params"])
 
 
+def test_controlnet_logs_denoise_rows(controlled):
+    log = controlled.log_images(hinted(), sample=True, ddim_steps=2, plot_denoise_rows=True)
+    assert log["denoise_row"].shape == (3, 2 * 16, 3 * 16)  # two images; the start and two steps
+
+
 def test_controlnet_logs_images(controlled, twin):
     torch.manual_seed(0)
     log = controlled.log_images(hinted(), N=2, ddim_steps=4, unconditional_guidance_scale=3.0)

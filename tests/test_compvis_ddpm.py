@@ -385,3 +385,29 @@ def test_what_is_not_here_is_refused(clip, changes, sentence):
     refused(sentence, instantiate_from_config, config(clip, **changes))
     with pytest.raises(ValueError, match="finetune_keys"):
         ddpm.LatentInpaintDiffusion(finetune_keys=["model.diffusion_model.input_blocks.0.0.weight"])
+
+
+class Building(ddpm.LatentDiffusion):
+    """As research code extends the parts: reads the model's settings, and changes what was built."""
+
+    def instantiate_first_stage(self, config):
+        assert isinstance(self.model, nn.Module) and self.first_stage_key == "jpg" and "ddconfig" in config["params"]
+        super().instantiate_first_stage(config)
+        self.first_stage_model.marked = True
+
+    def instantiate_cond_stage(self, config):
+        assert self.first_stage_model.marked and not self.cond_stage_trainable and self.image_size == 8
+        self.cond_stage_model = instantiate_from_config(config)
+        self.cond_stage_model.layer = "pooled"
+
+    def instantiate_embedding_manager(self, config, embedder):
+        return super().instantiate_embedding_manager(config, embedder).double()
+
+
+def test_overrides_that_build_the_parts_are_called(clip):
+    words = {"target": "ldm.modules.embedding_manager.EmbeddingManager", "params": {"placeholder_strings": ["*"]}}
+    model = instantiate_from_config(config(clip, target=f"{__name__}.Building", personalization_config=words))
+    assert model.get_learned_conditioning(["a"]).shape == (1, 1, 16)
+    assert model.embedding_manager.string_to_param_dict["*"].dtype == torch.float64
+    assert model.num_downs == 1 and model.bbox_tokenizer is None
+    assert model.num_timesteps_cond == 1 and not model.shorten_cond_schedule

@@ -147,6 +147,32 @@ def test_training_and_drawing(clip, tmp_path):
     refused("unfreeze_model are not supported", built, config(clip, unfreeze_model=True))
 
 
+def test_words_start_from_the_weights_of_the_checkpoint(clip, tmp_path):
+    """The initializer's vector is read after the checkpoint is loaded; another file replaces the words."""
+    model = built(config(clip), seed=3)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
+    words = {"placeholder_strings": ["*"], "initializer_words": ["dog"], "num_vectors_per_token": 1}
+    personal = {"target": "ldm.modules.embedding_manager.EmbeddingManager", "params": words}
+    settings = {"personalization_config": personal, "ckpt_path": str(tmp_path / "model.ckpt")}
+    words["embedding_manager_ckpt"] = ""  # as textual inversion's own program writes
+    started = instantiate_from_config(config(clip, **settings))
+    (dog,) = started.cond_stage_model.word_ids("dog")
+    expected = model.cond_stage_model.token_embedding.weight[dog]
+    assert torch.equal(started.embedding_manager.string_to_param_dict["*"][0], expected)
+    learned = EmbeddingManager(model.cond_stage_model, ["x"])
+    learned.save(tmp_path / "words.pt")
+    words["embedding_manager_ckpt"] = str(tmp_path / "words.pt")
+    resumed = instantiate_from_config(config(clip, **settings)).embedding_manager
+    assert torch.equal(resumed.string_to_param_dict["x"], learned.string_to_param_dict["x"])
+    assert list(resumed.string_to_param_dict) == ["x"] and resumed.string_to_param_dict["x"].requires_grad
+
+
+def test_no_setting_of_words_is_ignored(encoder):
+    refused("'nonsense'", EmbeddingManager, encoder, ["*"], nonsense=1, error=TypeError)
+    refused("shuffle_mode 'all' is not supported", EmbeddingManager, encoder, ["*"], shuffle_mode="all")
+    EmbeddingManager(encoder, ["*"], shuffle_mode="off")
+
+
 # its data set
 
 

@@ -34,10 +34,13 @@ DDPM_SETTINGS = {
     **{"logvar_init": 0.0, "monitor": "val/loss", "scheduler_config": None, "ucg_training": None},
     **{"first_stage_key": "image", "image_size": 256, "channels": 3, "use_positional_encodings": False},
     **{"use_ema": True, "reset_ema": False, "reset_num_ema_updates": False, "make_it_fit": False},
+    **{"use_fp16": True},  # no effect: the network computes in its parameters' dtype
     **{"ckpt_path": None, "ignore_keys": (), "load_only_unet": False},
     **{"personalization_config": None, "embedding_reg_weight": 0.0, "unfreeze_model": False, "model_lr": 0.0},
 }
 
+# Buffers that some of CompVis's code registers (ControlNet's) and some does not: not loaded.
+OPTIONAL_BUFFERS = ("logvar", "lvlb_weights")
 UNSUPPORTED = ("v_posterior", "use_positional_encodings", "make_it_fit", "unfreeze_model")  # if not null, false or 0
 
 
@@ -51,6 +54,8 @@ class DiffusionWrapper(nn.Module):
         built = isinstance(diff_model_config, nn.Module)
         self.diffusion_model = diff_model_config if built else instantiate_from_config(diff_model_config)
         self.conditioning_key = conditioning_key
+        # whether the UNet gets the list, with a context for each block, instead of one that is joined
+        self.sequential_cross_attn = not built and bool(diff_model_config.get("sequential_crossattn", False))
 
     def forward(self, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, c_adm: Any = None) -> Tensor:
         """Run the UNet. Each conditioning is a tensor, or a list to concatenate along channels or tokens."""
@@ -58,7 +63,7 @@ class DiffusionWrapper(nn.Module):
         if kinds[0] in ("concat", "hybrid"):
             x = torch.cat([x, _joined(c_concat).to(x.dtype)], dim=1)  # (b, c + channels, h, w)
         if kinds[0] in ("crossattn", "hybrid"):
-            inputs["context"] = _joined(c_crossattn)  # (b, n, d)
+            inputs["context"] = c_crossattn if self.sequential_cross_attn else _joined(c_crossattn)  # (b, n, d)
         if kinds[-1] == "adm":
             y = c_crossattn if kinds == ["adm"] else c_adm
             inputs["y"] = y[0] if isinstance(y, list | tuple) else y
@@ -99,12 +104,15 @@ class DDPM(nn.Module):
             raise TypeError(f"unknown arguments {unknown}; besides its networks it takes {list(DDPM_SETTINGS)}")
         if any(settings.get(name) for name in UNSUPPORTED):
             raise ValueError(f"{', '.join(UNSUPPORTED)} are not supported")
+        settings = DDPM_SETTINGS | settings
+        self._set(settings)  # for overrides of `instantiate_first_stage` and `instantiate_cond_stage`, called next
         super().__init__(**({} if _networks is None else {"unet_config": unet_config, **_networks}))
         unet = unet_config if _networks is None else self.model.diffusion_model
         self.model = DiffusionWrapper(unet, conditioning_key)
+        if _networks is not None:
+            self.model.sequential_cross_attn = bool(unet_config.get("sequential_crossattn", False))
         self.embedding_manager: Any = None  # of textual inversion
-        for name, value in (DDPM_SETTINGS | settings).items():
-            setattr(self, name, value)
+        self._set(settings)
         self.register_schedule(**{name: getattr(self, name) for name in list(DDPM_SETTINGS)[:6]})
         logvar = torch.full((self.num_timesteps,), float(self.logvar_init), device="cpu")
         if self.learn_logvar:
@@ -116,6 +124,10 @@ class DDPM(nn.Module):
             self.model_ema = LitEma(self.model)
         if _networks is None:
             self._restore()
+
+    def _set(self, settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
+            setattr(self, name, value)
 
     def register_schedule(self, **line: Any) -> None:
         """Make the twelve buffers of every checkpoint, and the weights of the variational bound."""
@@ -138,6 +150,12 @@ class DDPM(nn.Module):
         super()._apply(fn, recurse)
         self._buffers.update({name: buffer.to(getattr(self, name).device) for name, buffer in kept.items()})
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in OPTIONAL_BUFFERS:
+            if name not in self._parameters:
+                state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _restore(self) -> None:
         self.restarted_from_ckpt = self.ckpt_path is not None and self.device.type != "meta"
@@ -309,23 +327,34 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def log_images(
-        self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, sample: bool = True, return_keys: Any = None
-    ) -> dict[str, Tensor]:
+        self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, sample: bool = True, return_keys: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Return images (b, c, h, w), and rows of them (c, h, w), that show the state of training, by name."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         log = {"inputs": x, "diffusion_row": self._diffusion_row(x[:n_row])}
         if sample:
             with self.ema_scope("Plotting"):
                 log["samples"], steps = self.sample(len(x), return_intermediates=True)
-            log["denoise_row"] = self._row(steps)
+            log["denoise_row"] = self._get_rows_from_list(steps)
         return wanted(log, return_keys)
 
     def _diffusion_row(self, x: Tensor) -> Tensor:
         levels = [t for t in range(self.num_timesteps) if t % self.log_every_t == 0 or t == self.num_timesteps - 1]
-        return self._row([self.q_sample(x, torch.full((len(x),), t, device=x.device)) for t in levels])
+        noised = [self.q_sample(x, torch.full((len(x),), t, device=x.device)) for t in levels]
+        return self._get_denoise_row_from_list(noised)
 
-    def _row(self, steps: Sequence[Tensor]) -> Tensor:
-        return rearrange(torch.stack([self.decode_first_stage(x) for x in steps]), "n b c h w -> c (b h) (n w)")
+    def _get_rows_from_list(self, samples: Sequence[Tensor]) -> Tensor:
+        """Join the images (b, c, h, w) of n steps: (c, b h, n w)."""
+        return rearrange(torch.stack([*samples]), "n b c h w -> c (b h) (n w)")
+
+    def _get_denoise_row_from_list(
+        self, samples: Any, desc: str = "", force_no_decoder_quantization: bool = False
+    ) -> Tensor:
+        """Do the same with latents, or with those of a sampler's intermediates."""
+        steps = samples["x_inter"] if isinstance(samples, Mapping) else samples
+        options = {"force_not_quantize": True} if force_no_decoder_quantization else {}
+        return self._get_rows_from_list([self.decode_first_stage(x.to(self.device), **options) for x in steps])
 
     def decode_first_stage(self, x: Tensor) -> Tensor:
         return x

@@ -29,6 +29,13 @@ def disabled_train(self: nn.Module, mode: bool = True) -> nn.Module:
     return self
 
 
+def _without_file(config: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return a first stage's configuration without the file of its weights, and that file or None."""
+    params = dict(config.get("params") or {})
+    file, _ = params.pop("ckpt_path", None), params.pop("ignore_keys", None)
+    return {**config, "params": params}, file
+
+
 def _first(cond: Any, n: int | None) -> Any:
     """Return the conditioning, in any form, of the first n images."""
     if isinstance(cond, Mapping):
@@ -53,28 +60,52 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
             conditioning_key = None
-        params = dict(first_stage_config.get("params") or {})
-        file, _ = params.pop("ckpt_path", None), params.pop("ignore_keys", None)
-        networks = {"first_stage_config": {**first_stage_config, "params": params}, "scale_factor": scale_factor}
-        networks["cond_stage_config"] = None if isinstance(cond_stage_config, str) else cond_stage_config
-        super().__init__(conditioning_key=conditioning_key, _networks=networks, **settings)
+        self.num_timesteps_cond, self.shorten_cond_schedule, self.bbox_tokenizer = 1, False, None
         self.cond_stage_key, self.cond_stage_trainable = cond_stage_key, cond_stage_trainable
         self.cond_stage_forward, self.force_null_conditioning = cond_stage_forward, force_null_conditioning
-        self.concat_mode, self.clip_denoised, self.scale_by_std = concat_mode, False, scale_by_std
+        self.concat_mode, self.scale_by_std = concat_mode, scale_by_std
+        networks = {"first_stage_config": first_stage_config, "cond_stage_config": cond_stage_config}
+        super().__init__(
+            conditioning_key=conditioning_key, _networks={**networks, "scale_factor": scale_factor}, **settings
+        )
+        self.first_stage_config = _without_file(first_stage_config)[0]
+        self.cond_stage_config = None if isinstance(cond_stage_config, str) else cond_stage_config
+        params = self.first_stage_config["params"]
+        self.num_downs, self.clip_denoised = len(params.get("ddconfig", {}).get("ch_mult", [1])) - 1, False
         self.defaults |= dict.fromkeys(("height", "width"), self.image_size * self.downsampling)
-        if cond_stage_config == "__is_first_stage__":
-            self.cond_stage_model = self.first_stage_model
-        if file is not None and self.device.type != "meta":
-            self.first_stage_model.load_state_dict(normalise(read_tensors(file).state)[0])
         if scale_by_std:
             del self.scale_factor
             self.register_buffer("scale_factor", torch.tensor(scale_factor, device="cpu"))
-        for part in self._frozen():
-            part.eval().requires_grad_(False)
-        if self.personalization_config is not None:  # textual inversion trains only these words
-            words = instantiate_from_config(self.personalization_config, embedder=self.cond_stage_model)
-            self.requires_grad_(False).embedding_manager = words
         self._restore()
+        if self.personalization_config is not None:  # textual inversion trains only these words
+            words = self.instantiate_embedding_manager(self.personalization_config, self.cond_stage_model)
+            self.requires_grad_(False).embedding_manager = words
+
+    def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
+        """Build the first stage, frozen, and load the file that its configuration names."""
+        config, file = _without_file(config)
+        super().instantiate_first_stage(config)
+        if file is not None and self.device.type != "meta":
+            self.first_stage_model.load_state_dict(normalise(read_tensors(file).state)[0])
+        self.first_stage_model.eval().requires_grad_(False)
+
+    def instantiate_cond_stage(self, config: Any) -> None:
+        """Build the conditioner, frozen unless `cond_stage_trainable`; or take the first stage, or none."""
+        if isinstance(config, str):  # one of CompVis's two marks
+            self.cond_stage_model = self.first_stage_model if config == "__is_first_stage__" else None
+            return
+        super().instantiate_cond_stage(config)
+        if not self.cond_stage_trainable:
+            self.cond_stage_model.eval().requires_grad_(False)
+
+    def instantiate_embedding_manager(self, config: Mapping[str, Any], embedder: Any) -> nn.Module:
+        """Build textual inversion's words, after the weights are loaded, and load those of `embedding_manager_ckpt`."""
+        params = dict(config.get("params") or {})
+        file = params.pop("embedding_manager_ckpt", None)
+        words = instantiate_from_config({**config, "params": params}, embedder=embedder)
+        if file:  # textual inversion's own program writes "" for none
+            words.load(file)
+        return words
 
     def _frozen(self) -> list[nn.Module]:
         parts = (self.first_stage_model, None if self.cond_stage_trainable else self.cond_stage_model)
@@ -267,7 +298,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
                 samples, steps = sample_log()
                 log["samples"] = decode(samples)
                 if plot_denoise_rows:
-                    log["denoise_row"] = self._row(steps["x_inter"] if isinstance(steps, Mapping) else steps)
+                    log["denoise_row"] = self._get_denoise_row_from_list(steps)
             if sample and quantize_denoised and isinstance(self.first_stage_model, VQModelInterface):
                 log["samples_x0_quantized"] = decode(sample_log(quantize_denoised=True)[0])
             if unconditional_guidance_scale > 1:
@@ -283,7 +314,8 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
                 log["samples_inpainting"] = decode(sample_log(x0=z, mask=mask)[0])
                 log["samples_outpainting"] = decode(sample_log(x0=z, mask=1 - mask)[0])
             if plot_progressive_rows:
-                log["progressive_row"] = self._row(self.progressive_denoising(c, z.shape, verbose=False)[1])
+                progress = self.progressive_denoising(c, z.shape, verbose=False)[1]
+                log["progressive_row"] = self._get_denoise_row_from_list(progress)
         return wanted(log, return_keys)
 
     def _condition_images(self, batch: Mapping[str, Any], x: Tensor, c: Any, xc: Any) -> dict[str, Tensor]:

@@ -32,9 +32,11 @@ class EmbeddingManager(nn.Module):
     def __init__(
         self, embedder: Any, placeholder_strings: Sequence[str] | None = None,
         initializer_words: Sequence[str] | None = None, per_image_tokens: bool = False, num_vectors_per_token: int = 1,
-        progressive_words: bool = False, **kwargs: Any,
+        progressive_words: bool = False, shuffle_mode: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if shuffle_mode not in (None, "off"):
+            raise ValueError(f"shuffle_mode {shuffle_mode!r} is not supported: leave it out, or off")
         self.embedder = [embedder]  # in a list, so that it is not a submodule
         self.max_vectors_per_token = num_vectors_per_token
         self.progressive_words, self.progressive_counter = progressive_words, 0
