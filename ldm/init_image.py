@@ -1,5 +1,6 @@
 """Init images and masks as tensors: padded to sizes that the model supports, and the results cut and pasted back."""
 
+import warnings
 from collections.abc import Sequence
 from copy import copy
 from typing import Any
@@ -49,6 +50,10 @@ class InitImages:
         if mask is not None:
             masks = _upright(mask, count, "masks")
             self.levels = _stack([over(one, "black").convert("L") for one in masks])  # (1 or count, 1, h, w)
+            if not (self.levels >= 128).any():
+                warnings.warn(
+                    "the mask is black (below 128) everywhere: nothing of the image is generated anew", stacklevel=4
+                )
             height, width = self.levels.shape[-2:]
             if (height, width) != (self.height, self.width):
                 raise ValueError(

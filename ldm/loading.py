@@ -16,7 +16,7 @@ from ldm.changes import Change, settings_of_model
 from ldm.checkpoint import networks
 from ldm.checkpoint.file import CONFIG_KEY, file_hash, load_file, read_config, save_file
 from ldm.checkpoint.networks import Config
-from ldm.checkpoint.tensors import State, read_tensors
+from ldm.checkpoint.tensors import State, check_finite, read_tensors, vanishing
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import Unfilled, get_obj_from_str, instantiate_network, pick_device, read_yaml
@@ -197,6 +197,7 @@ def _take(part: str, path: Path, ema: bool = False) -> Found:
         config, scale_factor = params[f"{part}_config"], params["scale_factor"] if part == "first_stage" else None
     elif _is_model(target) or PART_OF.get(target, part) != part:
         raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
+    check_finite(f"{str(path)!r}", state)  # here under its name; `_build` knows the model's alone
     return Found(config, state, [f"{OPTIONS[part]}: {path}"], scale_factor)
 
 
@@ -238,6 +239,7 @@ def _build(path: str | Path, config: Config, state: State, device: torch.device,
     if wrong:
         some = f"{len(wrong)} tensors, such as {wrong[0]} ({state[wrong[0]].dtype})"
         raise ValueError(f"checkpoint {str(path)!r} has integers for floats, or floats for integers, in {some}")
+    check_finite(f"checkpoint {str(path)!r}", state)
     for name, tensor in state.items():
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     module.load_state_dict(state, assign=True)
@@ -260,14 +262,15 @@ def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = N
     if format == "diffusers":
         from ldm.checkpoint.diffusers_writer import write_pipeline
 
-        return write_pipeline(path, config, state, dtype)
+        check_finite("the model", state, dtype)
+        return vanishing(state, dtype) + write_pipeline(path, config, state, dtype)
     if format == "compvis":
         from ldm.checkpoint.compvis import single_file
 
         state, metadata = single_file(state, config)
         metadata["modelspec.title"] = Path(path).stem
     save_file(path, state, config, dtype, metadata)
-    return []
+    return vanishing(state, dtype)
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import refused
 from lora_models import learned, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file as read_tensors
 from safetensors.torch import save_file
 
@@ -126,4 +127,31 @@ def test_options_of_the_other_kind_are_refused(stable, tmp_path):
     with pytest.raises(FileNotFoundError, match="none.safetensors' does not exist"):
         convert([file, out, "--lora", str(tmp_path / "none.safetensors:0.5")])
     refused("holds no LoRA weights", convert, [file, out, "--lora", file])
+    assert not Path(out).exists()
+
+
+def test_weights_that_are_not_finite_are_refused_by_file(stable, tmp_path, capsys):
+    """In a checkpoint, a part and a LoRA, by the name of the file that has them; nothing is written."""
+    _, file, a, _ = stable
+    out, bad = str(tmp_path / "out.safetensors"), {}
+    for what, source in (("model", file), ("lora", a)):
+        state, bad[what] = dict(read_tensors(source)), str(tmp_path / f"bad_{what}.safetensors")
+        name = next(
+            name for name in state if name.endswith(("lora_up.weight", "first_stage_model.decoder.conv_in.bias"))
+        )
+        state[name] = state[name] * torch.nan
+        with safe_open(source, "pt") as opened:
+            save_file(state, bad[what], opened.metadata())
+    refused("checkpoint '.*bad_model.safetensors' .* not finite", convert, [bad["model"], out])
+    refused("^'.*bad_model.safetensors' .* not finite", convert, [file, out, "--vae", bad["model"]])
+    convert([file, out, "--unet", bad["model"]])  # of which only the UNet is used
+    Path(out).unlink()
+    for line in ([file, out, "--lora", bad["lora"]], [bad["lora"], out, "--rank", "2"]):
+        refused("LoRA '.*bad_lora.safetensors' is damaged: .* not finite", convert, line)
+    large = ldm.load(file, device="cpu")
+    large.model.diffusion_model.out[2].bias.data[0] = 1e5
+    ldm.save(large, tmp_path / "large.safetensors")
+    for format in ("ldm", "compvis", "diffusers"):
+        line = [str(tmp_path / "large.safetensors"), out, "--dtype", "fp16", "--format", format]
+        refused("has 1e.05 in .*, too large for torch.float16", convert, line)
     assert not Path(out).exists()

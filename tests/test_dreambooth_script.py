@@ -11,10 +11,9 @@ from script_runs import load_script, recipe, samples
 import ldm
 from ldm.cli import run
 from ldm.finetune import flags
-from ldm.finetune.flags import CONFIGS
 from ldm.inference.class_images import SubjectImages
 from ldm.training.loop import LoopSettings
-from ldm.util import get_obj_from_str, read_yaml
+from ldm.util import CONFIGS, get_obj_from_str, read_yaml
 
 dreambooth, txt2img = load_script("dreambooth"), load_script("txt2img")
 SHORT = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_validation_images", "1", "--report_to", "none"]
@@ -173,7 +172,7 @@ def test_train_gives_what_the_script_gives(tiny_checkpoint, subject, tmp_path, m
     params |= {"loop.steps": 2, "loop.batch_size": 2, "loop.precision": "fp32", "loop.tensorboard": "false"}
     params |= {"data.params.class_guidance_scale": 1}
     settings = [f"{key}={value}" for key, value in params.items()]
-    yaml = CONFIGS / f"dreambooth{size}.yaml"
+    yaml = CONFIGS / "finetune" / f"dreambooth{size}.yaml"
     load_script("train").main([str(yaml), *settings, "--device", "cpu"])
     results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("train", "script")]
     assert results[0] == results[1]
@@ -186,7 +185,7 @@ def test_every_flag_sets_a_key_that_exists(script):
     """Of the loop, the stage and the data set that both of its configurations name."""
     rows = [row for table in load_script(script).FLAGS.values() for row in table]
     for size in ("", "_large"):
-        config = read_yaml(CONFIGS / f"{script}{size}.yaml")
+        config = read_yaml(CONFIGS / "finetune" / f"{script}{size}.yaml")
         known = {f"loop.{name}" for name in LoopSettings.__dataclass_fields__}
         for part in ("stage", "data"):
             takes = signature(get_obj_from_str(config[part]["target"])).parameters

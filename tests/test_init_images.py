@@ -1,5 +1,6 @@
 """InitImages: what the model sees, what is kept to the byte, sizes that do not divide, modes, mistakes."""
 
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -205,3 +206,11 @@ def test_one_for_all_or_one_each():
 )
 def test_mistakes(arguments, message):
     refused(message, InitImages, *arguments, 1, 8)
+
+
+def test_a_black_mask_is_said():
+    with pytest.warns(UserWarning, match="the mask is black .* everywhere"):
+        InitImages(grey(), Image.new("L", (32, 32), 127), 1, 1, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        InitImages(grey(), Image.new("L", (32, 32), 128), 1, 1, 8)

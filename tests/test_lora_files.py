@@ -443,3 +443,62 @@ def test_what_the_header_says_of_training_stays_and_old_hashes_go(written, tmp_p
 def test_file_and_strength(text, wanted):
     path, strength = split_strength(text)
     assert (str(path), strength) == wanted
+
+
+def damaged(path, to, end, value):
+    """Copy a LoRA file with one number, or the only one, of the first tensor with this ending replaced."""
+    state = load_file(path)
+    name = next(name for name in state if name.endswith(end))
+    state[name] = torch.zeros_like(state[name]) + state[name]
+    state[name].view(-1)[0] = value
+    save_file(state, to)
+    return to
+
+
+@pytest.mark.parametrize("end", ["lora_up.weight", "lora_down.weight", "alpha"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_by_name(written, model, tmp_path, end, value):
+    before, path = list(model.changes), damaged(written, tmp_path / "bad.safetensors", end, value)
+    for read in (read_lora, lambda path: apply_lora(model, path), lambda path: rewrite(path, tmp_path / "x", rank=1)):
+        refused(r"LoRA '.*bad.safetensors' is damaged.*finite", read, path)
+    assert model.changes == before and not (tmp_path / "x").exists()
+
+
+def test_alphas_and_ranks_that_cannot_be(tmp_path):
+    layer, down, up = "unet.x.to_q", torch.ones(2, 4), torch.ones(4, 2)
+    cases = {
+        "NaN": ({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, '{"unet.lora_alpha": NaN}'),
+        "rank 0": ({f"{layer}.lora_A.weight": down[:0], f"{layer}.lora_B.weight": up[:, :0]}, "{}"),
+    }
+    for sentence, (state, settings) in cases.items():
+        save_file(state, tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
+        refused(f"is damaged at {layer}: (?i:.*{sentence})", read_lora, tmp_path / "a.safetensors")
+    torch.save({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up, f"{layer}.alpha": up}, tmp_path / "a.pt")
+    refused("is damaged at", read_lora, tmp_path / "a.pt")
+
+
+def test_a_merge_that_overflows_changes_nothing(written, model):
+    half = tiny("sd1").half()
+    before = {name: tensor.clone() for name, tensor in half.state_dict().items()}
+    refused(
+        "LoRA at strength 1e.07: the merged model has .* too large for torch.float16", merge_lora, half, written, 1e7
+    )
+    refused("the merged model holds weights that are not finite", merge_lora, half, written, float("nan"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in half.state_dict().items())
+    assert ldm.changes.changes_of(half) == ()
+
+
+def test_what_vanishes_or_does_nothing_is_said(written, model, tmp_path):
+    weak = tmp_path / "weak.safetensors"
+    state = {n: t * 1e-9 if n.endswith("up.weight") else t for n, t in load_file(written).items()}
+    save_file(state, weak)
+    assert rewrite(weak, tmp_path / "x", dtype=torch.bfloat16) == []
+    (note,) = rewrite(weak, tmp_path / "x", dtype=torch.float16)
+    assert re.search(r"\d\d\.\d% of the nonzero weights are too small for torch.float16", note)
+    assert load_lora(weak, model)[1] == []
+    refused("too large for torch.float16", rewrite, damaged(weak, weak, "up.weight", 1e5), tmp_path / "y", None, None,
+            torch.float16)  # fmt: skip
+    assert not (tmp_path / "y").exists()
+    save_file({n: t if n.endswith("alpha") else t * 0 for n, t in state.items()}, weak)
+    for notes in (load_lora(weak, model)[1], rewrite(weak, tmp_path / "x")):
+        assert len(notes) == 1 and "it changes nothing" in notes[0]

@@ -21,7 +21,7 @@ from pickle_files import call, mapping, name, storage, tensor, write_legacy, wri
 from safetensors.torch import save_file as save_safetensors
 from torch import nn
 
-from ldm.checkpoint.tensors import Contents, read_sharded, read_tensors
+from ldm.checkpoint.tensors import Contents, check_finite, read_sharded, read_tensors, vanishing
 
 
 def write_packed(tensors: dict, path: Path, kind: int) -> None:
@@ -287,3 +287,33 @@ def test_nothing_runs(tmp_path):
     refused = ["BINPERSID", "BINPERSID of a call", "PERSID", "a persistent id that is called"]
     assert len(read) == 3 * (len(payloads) - len(refused))
     assert not (tmp_path / "hit").exists()
+
+
+BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
+def test_one_number_that_is_not_finite_is_found(bad, dtype):
+    weight = torch.ones(3, 5).to(dtype)
+    state = {"a": weight, "none": torch.empty(0), "ids": torch.arange(3), "b": weight.clone()}
+    check_finite("it", state)
+    state["b"][2, 4] = bad
+    refused("it holds weights that are not finite .* of b", check_finite, "it", state)
+
+
+def test_numbers_that_a_dtype_cannot_hold_are_found():
+    state = {"a": torch.tensor([1.0, -65519.0])}
+    check_finite("it", state, torch.float16)  # which rounds it to its largest, 65504
+    state["a"][1] = -65520.0
+    refused("it has 6.55e.04 in a, too large for torch.float16", check_finite, "it", state, torch.float16)
+    check_finite("it", state, torch.bfloat16)
+
+
+def test_numbers_that_become_zero_are_noted():
+    small = {"a": torch.full((100,), 1e-9), "b": torch.ones(300), "c": torch.zeros(9), "i": torch.arange(3)}
+    assert vanishing(small, torch.bfloat16) == vanishing(small, None) == []
+    assert "25.0% of the nonzero weights are too small for torch.float16" in vanishing(small, torch.float16)[0]
+    small["a"][:96] = 0
+    small["a"][96] = 1
+    assert vanishing(small, torch.float16) == []  # 3 of 304

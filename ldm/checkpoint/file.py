@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.atomic import atomic
-from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, read_tensors
+from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, check_finite, read_tensors
 
 CONFIG_KEY = "ldm.config"
 
@@ -20,6 +20,7 @@ CONFIG_KEY = "ldm.config"
 def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read (configuration, tensors) of a checkpoint of ours; the tensors are mapped from the file, not copied."""
     state, metadata, _ = read_tensors(path)
+    check_finite(f"checkpoint {str(path)!r}", state)
     return read_config(path, metadata), state
 
 
@@ -47,12 +48,13 @@ def save_file(
 ) -> None:
     """Write tensors and configuration atomically: whatever goes wrong, `path` is the old file or the complete new one.
 
-    Equal contents make equal files.
+    Equal contents make equal files. ValueError where a weight is not finite, or too large for `dtype`.
 
     Args:
         dtype: converts floating-point tensors, e.g. torch.float16 to halve the file.
         metadata: further texts for the header.
     """
+    check_finite(f"what is to be written to {str(path)!r}", state, dtype)
     texts = dict(metadata or {}) | ({} if config is None else {CONFIG_KEY: json.dumps(config, sort_keys=True)})
     dtypes = {n: dtype if dtype is not None and t.is_floating_point() else t.dtype for n, t in state.items()}
     with atomic(path, sum(t.numel() * dtypes[n].itemsize for n, t in state.items())) as temporary:

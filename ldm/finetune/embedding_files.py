@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.file import save_file, save_torch
 from ldm.checkpoint.pickled import StoredTensor
-from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, read_tensors
+from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, check_finite, read_tensors
 from ldm.checkpoint.torch_file import TorchFile
 from ldm.util import check_file
 
@@ -81,8 +81,9 @@ def _refuse_others(found: Mapping[str, Tensor]) -> None:
 
 def _vectors(word: str, value: Tensor) -> Tensor:
     vectors = torch.atleast_2d(value).float()  # (d) or (n, d) -> (n, d)
-    if vectors.numel() == 0 or not vectors.isfinite().all():
-        raise ValueError(f"the vectors of {word!r} are {'not finite' if vectors.numel() else 'empty'}")
+    if vectors.numel() == 0:
+        raise ValueError(f"the vectors of {word!r} are empty")
+    check_finite("it", {word: vectors})
     return vectors
 
 
@@ -92,6 +93,7 @@ def write_words(path: str | Path, learned: LearnedWord, format: str) -> None:
     In compvis's format the word is "*", as it would have to be a token of the vocabulary.
     """
     word, vectors = learned.word, learned.vectors.detach().cpu().clone()
+    check_finite(f"what is to be written to {str(path)!r}", {word: vectors})
     safe = Path(path).suffix == ".safetensors"
     match format:
         case "diffusers":

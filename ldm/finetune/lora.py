@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
+from ldm.checkpoint.tensors import check_finite
 from ldm.conditioning.text import TextEncoder
 from ldm.models.clip import StackedAttention
 
@@ -65,6 +66,8 @@ class Adapter(nn.Module):
         super().__init__()
         if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != len(down) or math.prod(up.shape[2:]) != 1:
             raise ValueError(f"down {tuple(down.shape)} and up {tuple(up.shape)} are not two matrices of one rank")
+        if len(down) == 0 or not math.isfinite(alpha):
+            raise ValueError(f"rank {len(down)} must be at least 1, and alpha {alpha} finite")
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.alpha, self.strength = alpha, strength
         self._remove: Callable[[], None] | None = None  # takes it off its layer
@@ -77,6 +80,11 @@ class Adapter(nn.Module):
     @property
     def scale(self) -> float:
         return self.strength * self.alpha / self.rank
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing at any strength."""
+        return self.alpha == 0 or not (self.down.any() and self.up.any())
 
     @property
     def applied(self) -> float | None:
@@ -213,7 +221,8 @@ class Replaced(dict[str, Tensor]):
 def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
     """Add adapters to the weights, at their strengths, and remove them from their layers; `restore` undoes it.
 
-    Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once.
+    Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once. ValueError, with the
+    network as it was without the adapters, where one becomes infinite.
     """
     detach(adapters)
     found, kept = places(network), Replaced({}, list(adapters.values()))
@@ -224,7 +233,13 @@ def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
             kept[place.parameter] = parameter.data
             parameter.data = parameter.data.clone()
         part = place.part_of(parameter.data)
-        part.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) + adapter.delta().to(part.device))
+        changed = part.to(torch.promote_types(part.dtype, torch.float32)) + adapter.delta().to(part.device)
+        try:
+            check_finite(f"LoRA at strength {adapter.strength:g}: the merged model", {name: changed}, part.dtype)
+        except ValueError:
+            restore(network, kept)
+            raise
+        part.copy_(changed)
     return kept
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ldm.changes import Change
 from ldm.checkpoint.file import file_hash, save_file
-from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.tensors import check_finite, read_tensors, vanishing
 from ldm.finetune.lora import Adapter, Replaced, connect, merge, places, resized
 from ldm.finetune.lora_names import (
     PARTS,
@@ -36,6 +36,8 @@ from ldm.latent_diffusion import LatentDiffusion
 LORA_FORMATS = ("kohya", "peft")
 # diffusers' key in the header: arguments of PEFT's LoraConfig as JSON, each with `unet.` or `text_encoder.` before it
 SETTINGS = "lora_adapter_metadata"
+
+ZERO = "it changes nothing: all of its changes are zero"
 
 
 class LoraFile(NamedTuple):
@@ -63,6 +65,7 @@ def read_lora(path: str | Path) -> LoraFile:
         adapters = {layer: _adapter(layer, own, settings) for layer, own in matrices.items()}
         if any(re.search(r"attn2\.to_[kv]$", n) and a.down.shape[1] == XL_CONTEXT for n, a in adapters.items()):
             raise ValueError(XL)
+        check_finite("is damaged: it", _matrices(adapters))
     except ValueError as error:
         raise ValueError(f"LoRA {str(path)!r} {error}") from None
     form = "kohya" if any(name.startswith("lora_") for name in state) else "peft"
@@ -99,8 +102,12 @@ def _adapter(layer: str, own: Mapping[str, Tensor], settings: Mapping[str, Any])
             down = einsum(own["mid"].float(), down.float().flatten(1), "r s h w, s i -> r i h w")
         alpha = own["alpha"].item() if "alpha" in own else _alpha(settings, layer, len(down))
         return Adapter(down, up.to(down.dtype), alpha).requires_grad_(False)
-    except (ValueError, RuntimeError) as error:  # torch's and einops's are RuntimeErrors
+    except (ValueError, TypeError, RuntimeError) as error:  # torch's and einops's are RuntimeErrors
         raise ValueError(f"is damaged at {layer}: {error}") from None
+
+
+def _matrices(layers: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    return {f"{layer}.{end}": matrix for layer, own in layers.items() for end, matrix in own.named_parameters()}
 
 
 def _settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -151,9 +158,10 @@ def load_lora(path: str | Path, model: LatentDiffusion, strength: float = 1.0) -
     few = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
     if not adapters:
         raise ValueError(f"LoRA {str(path)!r} is for a model of another architecture: this one has no {few}")
-    if not left:
-        return adapters, []
-    return adapters, [f"LoRA {path}: {len(left)} of its names have no place in this model and are left out: {few}"]
+    notes = [f"LoRA {path}: {ZERO}"] if all(adapter.is_zero for adapter in adapters.values()) else []
+    if left:
+        notes += [f"LoRA {path}: {len(left)} of its names have no place in this model and are left out: {few}"]
+    return adapters, notes
 
 
 def _shaped(matrix: Tensor, ndim: int) -> Tensor:
@@ -209,8 +217,8 @@ def save_lora(
     format: str = "kohya",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write adapters atomically; equal ones make equal files. Strengths are not written.
+) -> list[str]:
+    """Write adapters atomically, and return notes; equal ones make equal files. Strengths are not written.
 
     Args:
         adapters: by the names that `lora.attach` gives them for a LatentDiffusion.
@@ -223,7 +231,7 @@ def save_lora(
     nameless = [name for name in adapters if name not in theirs]
     if nameless:
         raise ValueError(f"LoRA files have no name for {len(nameless)} of the layers ({', '.join(nameless[:3])})")
-    _write(path, {theirs[name]: adapter for name, adapter in adapters.items()}, format, dtype, metadata)
+    return _write(path, {theirs[name]: adapter for name, adapter in adapters.items()}, format, dtype, metadata)
 
 
 def _write(
@@ -232,16 +240,19 @@ def _write(
     format: str,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
-) -> None:
-    """Write adapters by layers under our common names."""
+) -> list[str]:
+    """Write adapters by layers under our common names, and return notes."""
     if format not in LORA_FORMATS:
         raise ValueError(f"LoRA format {format!r} is unknown: it is one of {', '.join(LORA_FORMATS)}")
+    check_finite("the LoRA", _matrices(layers), dtype)
+    notes = vanishing(_matrices(layers), dtype)
+    if not notes and all(adapter.is_zero for adapter in layers.values()):
+        notes = [ZERO]
     state, texts = {}, {**(metadata or {}), "format": "pt"}
     for layer, adapter in layers.items():
         down, up = (m.detach() if dtype is None else m.detach().to(dtype) for m in (adapter.down, adapter.up))
         if format == "kohya":
-            name = to_kohya(layer)
-            alpha = torch.tensor(float(adapter.alpha))
+            name, alpha = to_kohya(layer), torch.tensor(float(adapter.alpha))
             state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
         else:
             state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
@@ -253,6 +264,7 @@ def _write(
     else:
         texts[SETTINGS] = json.dumps(_peft_settings(layers), sort_keys=True)
     save_file(path, state, metadata=texts)
+    return notes
 
 
 def _peft_settings(layers: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -301,8 +313,7 @@ def rewrite(
         layers = {layer: own.adapter for layer, own in smaller.items()}
     # The header's hashes and settings of the old file go; its record of the training stays.
     texts = {k: v for k, v in lora.metadata.items() if k != SETTINGS and not re.match(r"sshs_|modelspec\.hash", k)}
-    _write(target, layers, lora.format if format is None else format, dtype, texts)
-    return notes
+    return notes + _write(target, layers, lora.format if format is None else format, dtype, texts)
 
 
 def _energy(layers: Mapping[str, Any], rank: int) -> str:
