@@ -32,6 +32,7 @@ PART_OF = {
     networks.BERT_TARGET: "text",
 }
 OPTIONS = {"first_stage": "vae", "unet": "unet"}
+NEEDS = {"first_stage": ("embed_dim", "image_channels", "downsampling"), "unet": ("downsampling",)}  # of those parts
 NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
 
 
@@ -81,7 +82,7 @@ def load(
         _set_prediction(path, found.config, prediction)
     if vocab is not None:
         _set_vocabulary(found.config["params"], Path(vocab))
-    model = _build(path, found.config, found.state, pick_device(device), dtype)
+    model = _build(_called(path, replacements), found.config, found.state, pick_device(device), dtype)
     try:
         check_prediction(model.prediction)
         model.schedule  # noqa: B018 - made on first use; a damaged one is an error of the file, not of sampling
@@ -98,7 +99,12 @@ def load(
 
 def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load any network saved with its configuration: a first stage, a text encoder, a classifier."""
-    return _build(path, *load_file(path), pick_device(device), dtype)
+    return _build(_called(path), *load_file(path), pick_device(device), dtype)
+
+
+def _called(path: str | Path, replacements: Mapping[str, Found] | None = None) -> str:
+    """Return what messages call a checkpoint, with the parts that were put into it."""
+    return f"checkpoint {str(path)!r}" + "".join(f" (with {new.notes[0]})" for new in (replacements or {}).values())
 
 
 def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Found:
@@ -183,21 +189,23 @@ def _open(
             return Found(described, clean, [*notes, f"the configuration is that of {config}"])
         recognised = recognise(state, contents.metadata, contents.facts, prediction)
     except ValueError as error:
-        raise ValueError(f"checkpoint {str(path)!r}: {error}") from None
+        raise ValueError(f"{_called(path, replacements)}: {error}") from None
     return Found(recognised.config, clean, [*recognised.notes, *notes])
 
 
 def _take(part: str, path: Path, ema: bool = False) -> Found:
     """Read a part out of a file or folder, under its own names: of that part alone, or of a model."""
     config, state, _, scale_factor = _open(path, ema=ema)
-    target = config.get("target")
+    target = found = config.get("target")
     if target == networks.MODEL_TARGET:
         prefix, params = networks.PREFIXES[part], config["params"]
         state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         config, scale_factor = params[f"{part}_config"], params["scale_factor"] if part == "first_stage" else None
-    elif _is_model(target) or PART_OF.get(target, part) != part:
-        raise ValueError(f"{str(path)!r} holds a {target}, which cannot be a model's {OPTIONS[part]}")
-    check_finite(f"{str(path)!r}", state)  # here under its name; `_build` knows the model's alone
+        target = config["target"]
+    module, state = _fitted(_called(path), config, state)
+    other = _is_model(target) or PART_OF.get(target, part) != part
+    if other or not all(hasattr(module, name) for name in NEEDS[part]):
+        raise ValueError(f"{str(path)!r} holds a {found}, which cannot be a model's {OPTIONS[part]}")
     return Found(config, state, [f"{OPTIONS[part]}: {path}"], scale_factor)
 
 
@@ -217,16 +225,25 @@ def _set_vocabulary(params: Config, path: Path) -> None:
     conditioner["params"]["vocab"] = read_vocab(path)
 
 
-def _build(path: str | Path, config: Config, state: State, device: torch.device, dtype: torch.dtype | None) -> Any:
+def _build(what: str, config: Config, state: State, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
+    module, state = _fitted(what, config, state)
+    for name, tensor in state.items():
+        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
+    """Return what `config` describes, on the meta device, and the tensors for it. ValueError where they do not fit."""
     if "target" not in config:
-        raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration (it names no target)")
+        raise ValueError(f"{what} has a damaged configuration (it names no target)")
     try:
         with torch.device("meta"), Unfilled():
             module = instantiate_network(config)
     except Exception as error:  # a damaged configuration may break a constructor in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]  # torch appends its own stack
-        raise ValueError(f"checkpoint {str(path)!r} has a configuration that cannot be built: {reason}") from error
+        raise ValueError(f"{what} has a configuration that cannot be built: {reason}") from error
     own = module.state_dict()
     if own.keys() != state.keys() and config["target"] == networks.MODEL_TARGET:
         from ldm.checkpoint.compvis import normalise
@@ -234,16 +251,13 @@ def _build(path: str | Path, config: Config, state: State, device: torch.device,
         state, _ = normalise(state)  # what `save` added for other programs goes again
     expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
     if expected != found:
-        raise ValueError(f"checkpoint {str(path)!r} does not fit its configuration: {_differences(expected, found)}")
+        raise ValueError(f"{what} does not fit its configuration: {_differences(expected, found)}")
     wrong = sorted(name for name, t in state.items() if t.is_floating_point() != own[name].is_floating_point())
     if wrong:
         some = f"{len(wrong)} tensors, such as {wrong[0]} ({state[wrong[0]].dtype})"
-        raise ValueError(f"checkpoint {str(path)!r} has integers for floats, or floats for integers, in {some}")
-    check_finite(f"checkpoint {str(path)!r}", state)
-    for name, tensor in state.items():
-        state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)
+        raise ValueError(f"{what} has integers for floats, or floats for integers, in {some}")
+    check_finite(what, state)
+    return module, state
 
 
 def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None, format: str = "ldm") -> list[str]:
@@ -257,6 +271,7 @@ def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = N
     if format not in MODEL_FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
     config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}
+    _fitted("the model", config, dict(state))  # what cannot be loaded again is not written
     if format != "ldm" and model.target != networks.MODEL_TARGET:
         raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
     if format == "diffusers":

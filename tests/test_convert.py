@@ -88,6 +88,29 @@ def test_every_format_is_written_and_read_back(stable, tmp_path, capsys):
     assert "a folder of diffusers, StableDiffusionPipeline" in capsys.readouterr().out  # model.notes
 
 
+@pytest.mark.parametrize("format", ["ldm", "compvis"])
+def test_a_ckpt_is_torchs_and_has_all(stable, tmp_path, format):
+    """Tensors and texts alone, as CompVis's scripts and torch read them; the configuration travels."""
+    model, file, *_ = stable
+    out = tmp_path / "out.ckpt"
+    convert([file, str(out), "--format", format, "--default", "steps=7", "--dtype", "fp16"])
+    found = torch.load(out, weights_only=True)
+    assert all(torch.equal(found["state_dict"][n], t.half()) for n, t in model.state_dict().items())
+    assert ("betas" in found["state_dict"]) == (format == "compvis")
+    loaded = ldm.load(out, device="cpu")
+    assert loaded.notes == [] and loaded.defaults == model.defaults | {"steps": 7}
+    assert loaded.config["unet_config"] == model.config["unet_config"]
+
+
+def test_a_name_that_promises_another_format_is_refused(stable, tmp_path):
+    _, file, a, _ = stable
+    refused("looks like a folder.*--format diffusers", convert, [file, str(tmp_path / "E")])
+    refused("has the name of torch's format", convert, [a, str(tmp_path / "lora.pt")])
+    convert([file, str(tmp_path / "E"), "--format", "ldm"])
+    convert([file, str(tmp_path / "E")])  # a file that is there
+    assert load_file(tmp_path / "E")[1].keys() == load_file(file)[1].keys()
+
+
 def test_parts_and_prediction_are_those_asked_for(stable, tmp_path):
     _, file, *_ = stable
     other = tiny("sd1")

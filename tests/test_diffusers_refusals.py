@@ -108,7 +108,7 @@ def test_a_variant_that_is_missing_or_not_the_only_one(folder):
         ("vae/config.json", {"use_quant_conv": False}, "autoencoder has use_quant_conv False"),
         ("vae/config.json", {"latents_mean": [0.0]}, "autoencoder has latents_mean"),
         ("text_encoder/config.json", {"hidden_act": "relu"}, "hidden_act 'relu': known is quick_gelu or gelu"),
-        ("text_encoder/config.json", {"intermediate_size": 99}, "intermediate_size 99: known is 128"),
+        ("text_encoder/config.json", {"layer_norm_eps": 1e-6}, "layer_norm_eps 1e-06: known is 1e-05"),
         ("text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "trained_betas"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "'flow_prediction': known are eps"),

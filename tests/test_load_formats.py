@@ -96,6 +96,35 @@ def test_round_trips_are_bit_exact(model, tmp_path, format):
     assert np.array_equal(pixels(loaded), pixels(model))
 
 
+@pytest.mark.parametrize("format", ["compvis", "diffusers"])
+def test_a_text_encoder_with_another_mlp_width(model, tmp_path, format):
+    """As some CLIPs have; a single file shows it by the shapes of its weights."""
+    config = copy.deepcopy(model.config)
+    config["cond_stage_config"]["params"]["mlp_width"] = 40
+    other = randomised(LatentDiffusion(**config)).eval().requires_grad_(False)
+    path = tmp_path / "a"
+    if format == "compvis":
+        write("safetensors", path, single_file(other.state_dict(), {"target": MODEL_TARGET, "params": config})[0])
+    else:
+        ldm.save(other, path, format=format)
+    (cond,) = load(path).condition(["a cat"]).values()
+    assert torch.equal(cond, other.condition(["a cat"])["c_crossattn"])
+
+
+@pytest.mark.parametrize("style", ["to_q to_k to_v to_out.0", "query key value proj_attn"])
+def test_attention_of_a_first_stage_under_diffusers_names(model, theirs, tmp_path, style):
+    """As programs write it that take a model of diffusers apart; linear layers, where CompVis has convolutions."""
+    names = dict(zip(("q", "k", "v", "proj_out"), style.split(), strict=True)) | {"norm": "group_norm"}
+    state = {}
+    for name, tensor in theirs.items():
+        if "mid.attn_1." in name:
+            *head, layer, kind = name.split(".")
+            name, tensor = ".".join([*head, names[layer], kind]), tensor.squeeze()
+        state[name] = tensor
+    assert len(state.keys() - theirs.keys()) == 20
+    assert same_weights(load(write("safetensors", tmp_path / "a.safetensors", state)), model.state_dict())
+
+
 def test_an_unknown_format_is_named(model, tmp_path):
     with pytest.raises(ValueError, match="format 'onnx' is unknown: it is one of ldm, compvis, diffusers"):
         ldm.save(model, tmp_path / "out", format="onnx")

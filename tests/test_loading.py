@@ -106,6 +106,33 @@ def test_a_damaged_configuration_in_one_sentence(tiny_model, tmp_path, damage):
     refused("^checkpoint '.*' has a damaged configuration.*[^\\n]$", load, tmp_path / "a")
 
 
+def test_what_could_not_be_loaded_is_not_written(model, tmp_path):
+    model.cond_stage_config = None  # while its network stays
+    message = r"the model does not fit its configuration: \d+ unexpected \(cond_stage_model"
+    refused(message, ldm.save, model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_part_is_named_by_its_own_file(model, tiny_checkpoint, tmp_path):
+    judge = ldm.loading.SHIPPED.with_name("judge.safetensors")
+    refused("judge.safetensors' holds a ldm.models.classifier.Judge, .* a model's unet", load, unet=judge)
+    refused("judge.safetensors' holds a ldm.models.classifier.Judge, .* a model's vae", load, vae=judge)
+    first_stage, path = model.config["first_stage_config"], tmp_path / "vae"
+    save_file(path, {}, first_stage)
+    refused("^checkpoint '.*vae' does not fit its configuration", load, tiny_checkpoint, vae=path)
+    save_file(path, model.first_stage_model.state_dict(), {"params": first_stage["params"]})
+    refused("^checkpoint '.*vae' .*names no target", load, tiny_checkpoint, vae=path)
+    refused(r"^checkpoint '.*a' \(with unet: .*tiny", load, broken(tiny_checkpoint, tmp_path), unet=tiny_checkpoint)
+
+
+def broken(checkpoint, folder):
+    """A checkpoint without its text encoder's weights."""
+    config, state = load_file(checkpoint)
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("cond_stage_model.")}
+    save_file(folder / "a", kept, config)
+    return folder / "a"
+
+
 @pytest.mark.parametrize("target", ["os.system", "torch.hub.load", "ldm.loading.load", "subprocess.Popen"])
 def test_a_configuration_reaches_nothing_but_classes(tmp_path, target):
     params = {"command": f"touch {tmp_path}/hit", "args": ["touch", f"{tmp_path}/hit"]}
@@ -189,5 +216,5 @@ except AttributeError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    own = "['file', 'networks', 'tensors']\n"  # the reader of our own format, and no other
+    own = "['atomic', 'file', 'networks', 'tensors']\n"  # the reader of our own format, and no other
     assert (done.stdout, done.stderr) == (f"{own}[]\nmodule 'ldm' has no attribute 'loda'\n", "")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import networks
-from ldm.checkpoint.diffusers_names import complete_openclip, vae_from_diffusers
+from ldm.checkpoint.diffusers_names import attention_from_diffusers, complete_openclip, vae_from_diffusers
 from ldm.checkpoint.family_table import SCALE_FACTORS, kind
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import count
@@ -102,7 +102,8 @@ def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[st
 
 def _renamed(name: str) -> str:
     renamed = (re.sub("^" + pattern, new, name) for pattern, new in _RENAMES if re.match(pattern, name))
-    return next(renamed, name)
+    name = next(renamed, name)
+    return attention_from_diffusers(name) if name.startswith(networks.PREFIXES["first_stage"]) else name
 
 
 def _averaged(state: State) -> State:

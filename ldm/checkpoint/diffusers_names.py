@@ -6,6 +6,7 @@ without the prefixes of a complete model (`model.diffusion_model.` ...). Every m
 table; that all weights are there is checked by the network that gets them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -89,6 +90,15 @@ def vae_from_diffusers(state: Mapping[str, Tensor]) -> State:
         name: rearrange(tensor, "o i -> o i 1 1") if name.endswith(VAE_CONVOLUTIONS) and tensor.ndim == 2 else tensor
         for name, tensor in _renamed(state, heads, "the autoencoder").items()
     }
+
+
+def attention_from_diffusers(name: str) -> str:
+    """Return an autoencoder's name with the layers of its attention, in CompVis's place, under CompVis's names."""
+    place = re.fullmatch(r"(.*\.attn(?:_1|\.\d+))(\..*)(\.\w+)", name)
+    if place is None:
+        return name
+    layer = {old: new for new, old in OLD_VAE_NAMES.items()}.get(place[2], place[2])
+    return place[1] + "." + _inverse(VAE_ATTENTION).get(layer[1:], layer[1:]) + place[3]
 
 
 def clip_to_transformers(state: Mapping[str, Tensor], layers: int) -> State:

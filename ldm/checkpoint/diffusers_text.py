@@ -51,11 +51,12 @@ def read_text_sizes(config: Mapping[str, Any]) -> Config:
     """Return the TextEncoder's arguments that CLIPTextModel's configuration has."""
     own = TEXT_DEFAULTS | {key: value for key, value in config.items() if key in TEXT_DEFAULTS}
     activations = (CLIP_SETTINGS["activation"], OPENCLIP_SETTINGS["activation"])
-    known = {"hidden_act": activations, "layer_norm_eps": (1e-5,), "intermediate_size": (4 * own["hidden_size"],)}
+    known = {"hidden_act": activations, "layer_norm_eps": (1e-5,)}
     for key, values in known.items():
         if own[key] not in values:
             raise ValueError(f"the text encoder has {key} {own[key]!r}: known is {' or '.join(map(str, values))}")
-    return {ours: own[theirs] for ours, theirs in CLIP_KEYS.items()}
+    inner, usual = own["intermediate_size"], 4 * own["hidden_size"]
+    return {ours: own[theirs] for ours, theirs in CLIP_KEYS.items()} | ({} if inner == usual else {"mlp_width": inner})
 
 
 def vocabulary(merges: Sequence[str]) -> list[str]:

@@ -86,7 +86,8 @@ def write_pipeline(
     tokenizer, width = encoder.tokenizer, text["width"]
     text_config = transformers.CLIPTextConfig(
         **{theirs: text[ours] for ours, theirs in CLIP_KEYS.items()}
-        | {"num_hidden_layers": encoder.state, "intermediate_size": 4 * width, "projection_dim": width}
+        | {"num_hidden_layers": encoder.state, "intermediate_size": text["mlp_width"] or 4 * width}
+        | {"projection_dim": width}
         | {"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     )
     latents = [defaults[side] // 2 ** (len(ddconfig["ch_mult"]) - 1) for side in ("height", "width")]

@@ -15,6 +15,7 @@ from ldm.checkpoint.atomic import atomic
 from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, check_finite, read_tensors
 
 CONFIG_KEY = "ldm.config"
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -48,7 +49,9 @@ def save_file(
 ) -> None:
     """Write tensors and configuration atomically: whatever goes wrong, `path` is the old file or the complete new one.
 
-    Equal contents make equal files. ValueError where a weight is not finite, or too large for `dtype`.
+    Equal contents make equal files. ValueError where a weight is not finite, or too large for `dtype`. A model whose
+    path ends in .ckpt, .pt, .pth or .bin is written in torch's format, as {"state_dict": tensors} beside the texts,
+    which `torch.load(path, weights_only=True)` reads.
 
     Args:
         dtype: converts floating-point tensors, e.g. torch.float16 to halve the file.
@@ -57,6 +60,11 @@ def save_file(
     check_finite(f"what is to be written to {str(path)!r}", state, dtype)
     texts = dict(metadata or {}) | ({} if config is None else {CONFIG_KEY: json.dumps(config, sort_keys=True)})
     dtypes = {n: dtype if dtype is not None and t.is_floating_point() else t.dtype for n, t in state.items()}
+    if Path(path).suffix.lower() in TORCH_SUFFIXES:
+        if config is None:
+            raise ValueError(f"{str(path)!r} has the name of torch's format, and safetensors is written: end it so")
+        tensors = {name: t.detach().to("cpu", dtypes[name]).contiguous() for name, t in state.items()}
+        return save_torch(path, {"state_dict": tensors, **texts})
     with atomic(path, sum(t.numel() * dtypes[n].itemsize for n, t in state.items())) as temporary:
         with open(temporary, "wb") as file:
             _write(file, state, texts, dtypes)

@@ -16,6 +16,7 @@ CLIP_HEAD_WIDTH = 64  # of every CLIP published, by OpenAI and by open_clip up t
 
 _CLIP = "transformer.text_model."
 _CLIP_TOKENS, _OPENCLIP_TOKENS = f"{_CLIP}embeddings.token_embedding.weight", "model.token_embedding.weight"
+_CLIP_MLP, _OPENCLIP_MLP = f"{_CLIP}encoder.layers.0.mlp.fc1.weight", "model.transformer.resblocks.0.mlp.c_fc.weight"
 _BERT_TOKENS, _CLASSES, _MAPPER = "transformer.token_emb.weight", "embedding.weight", "channel_mapper.weight"
 # Signatures: a weight that only such a conditioner has -> its class, the settings that its weights do not show, and
 # which argument shows where: (weight, dimension), or (how numbered modules begin, -N) with N modules per layer.
@@ -189,6 +190,9 @@ def infer_conditioner(shapes: Shapes) -> Config:
     }
     if target == networks.TEXT_TARGET:
         params["heads"] = max(1, params["width"] // CLIP_HEAD_WIDTH)
+        inner = shapes.get(_OPENCLIP_MLP if mark == _OPENCLIP_TOKENS else _CLIP_MLP)
+        if inner is not None and inner[0] != 4 * params["width"]:
+            params["mlp_width"] = inner[0]
     if "channel_mapper.bias" in shapes:
         params["bias"] = True
     return {"target": target, "params": params}

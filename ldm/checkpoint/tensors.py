@@ -28,7 +28,8 @@ _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
 class Contents(NamedTuple):
-    """What a file holds: tensors by name, a safetensors header's texts, and the plain values beside the tensors."""
+    """What a file holds: tensors by name, the texts of a safetensors header or beside the tensors, and all plain values
+    beside the tensors."""
 
     state: State
     metadata: dict[str, str]
@@ -192,7 +193,8 @@ def _read_torch(opened: BinaryIO) -> Contents:
             except ValueError as error:
                 raise ValueError(f"its tensor {name!r} is damaged: {error}") from None
     if state:
-        return Contents(state, {}, _plain(level) | facts)
+        facts = _plain(level) | facts
+        return Contents(state, {name: fact for name, fact in facts.items() if isinstance(fact, str)}, facts)
     match level:
         case {"step": int(), "networks": dict(), "ema": dict()}:  # our `RunFolder.save_state`
             model = "the model is the model.safetensors that the run leaves beside it when it has finished"

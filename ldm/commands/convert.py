@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm.finetune.lora_files import holds_lora, rewrite
 
+    if args.format is None and not args.output.suffix and not args.output.is_file():
+        raise ValueError(
+            f"{str(args.output)!r} looks like a folder, and what is written without --format is one file: "
+            "give --format diffusers, or a name that ends in .safetensors"
+        )
     dtype = None if args.dtype is None else getattr(torch, DTYPES[args.dtype])
     is_lora = args.input.is_file() and holds_lora(args.input)
     for name in OF_MODELS if is_lora else OF_LORAS:

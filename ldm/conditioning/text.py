@@ -18,7 +18,8 @@ class TextEncoder(nn.Module):
     Args:
         layout: "transformers": parameters `transformer.text_model.*`, as in Stable Diffusion 1's files; "openclip":
             `model.*`, as in Stable Diffusion 2's.
-        width, layers, heads, vocab_size, context_length, projection_dim, activation: as in `ldm.models.clip.TextTower`.
+        width, layers, heads, vocab_size, context_length, projection_dim, activation, mlp_width: as in
+            `ldm.models.clip.TextTower`.
         layer: which hidden state becomes the context. "last": after the last block and the final norm (Stable Diffusion
             1); "penultimate": before the last block, then the final norm (Stable Diffusion 2); "hidden": number
             `layer_index` of 0 (embedding) .. layers (last block), negative from the end, without the norm.
@@ -42,9 +43,10 @@ class TextEncoder(nn.Module):
         layer_index: int | None = None,
         pooled: bool = False,
         tokenizer: Mapping[str, Any] | None = None,
+        mlp_width: int | None = None,
     ):
         super().__init__()
-        sizes = (vocab_size, width, layers, heads, context_length, activation, projection_dim)
+        sizes = (vocab_size, width, layers, heads, context_length, activation, projection_dim, mlp_width)
         if layout not in ("transformers", "openclip"):
             raise ValueError(f"text layout {layout!r} is unknown; it is transformers or openclip")
         if layout == "transformers":

@@ -82,11 +82,11 @@ class StackedProjection(nn.Module):
 class CLIPBlock(nn.Module):
     """transformers' layer: x + attention(norm x), then x + mlp(norm x)."""
 
-    def __init__(self, width: int, heads: int, activation: str):
+    def __init__(self, width: int, heads: int, activation: str, mlp_width: int):
         super().__init__()
         self.self_attn = SeparateAttention(width, heads)
         self.layer_norm1 = nn.LayerNorm(width)
-        self.mlp = _mlp(width, activation, "fc1", "fc2")
+        self.mlp = _mlp(width, activation, mlp_width, "fc1", "fc2")
         self.layer_norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ class CLIPBlock(nn.Module):
 class OpenCLIPBlock(nn.Module):
     """open_clip's ResidualAttentionBlock, which computes the same as CLIPBlock."""
 
-    def __init__(self, width: int, heads: int, activation: str):
+    def __init__(self, width: int, heads: int, activation: str, mlp_width: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = StackedAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = _mlp(width, activation, "c_fc", "c_proj")
+        self.mlp = _mlp(width, activation, mlp_width, "c_fc", "c_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -123,6 +123,7 @@ class TextTower(nn.Module):
     context_length: int  # maximum number of tokens per prompt
     activation: str  # "quick_gelu" (OpenAI's CLIP, Stable Diffusion 1) or "gelu" (exact; open_clip, Stable Diffusion 2)
     projection_dim: int | None = None  # features p of the pooled text; None: no projection, or width (open_clip)
+    mlp_width: int | None = None  # features between the two layers of a block's MLP; None: 4 width
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -130,6 +131,7 @@ class TextTower(nn.Module):
             raise ValueError(f"activation {self.activation!r} is unknown: it is one of {', '.join(ACTIVATIONS)}")
         if self.width % self.heads:
             raise ValueError(f"text width {self.width} does not split into {self.heads} heads: heads must divide it")
+        self.block_sizes = self.width, self.heads, self.activation, self.mlp_width or 4 * self.width
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return token plus position embeddings, (b, n) -> (b, n, d)."""
@@ -166,7 +168,7 @@ class CLIPTextModel(TextTower):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        blocks = nn.ModuleList(CLIPBlock(self.width, self.heads, self.activation) for _ in range(self.layers))
+        blocks = nn.ModuleList(CLIPBlock(*self.block_sizes) for _ in range(self.layers))
         embeddings = {
             "token_embedding": nn.Embedding(self.vocab_size, self.width),
             "position_embedding": nn.Embedding(self.context_length, self.width),
@@ -203,7 +205,7 @@ class OpenCLIPTextModel(TextTower):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        blocks = nn.ModuleList(OpenCLIPBlock(self.width, self.heads, self.activation) for _ in range(self.layers))
+        blocks = nn.ModuleList(OpenCLIPBlock(*self.block_sizes) for _ in range(self.layers))
         projection_dim = self.width if self.projection_dim is None else self.projection_dim
         self.positional_embedding = nn.Parameter(torch.empty(self.context_length, self.width))
         self.text_projection = nn.Parameter(torch.empty(self.width, projection_dim))
@@ -228,11 +230,11 @@ class OpenCLIPTextModel(TextTower):
         return x @ self.text_projection
 
 
-def _mlp(width: int, activation: str, first: str, second: str) -> nn.Sequential:
-    """Return width -> 4 width -> width, with the layout's names for the two layers."""
+def _mlp(width: int, activation: str, inner: int, first: str, second: str) -> nn.Sequential:
+    """Return width -> inner -> width, with the layout's names for the two layers."""
     layers = [
-        (first, nn.Linear(width, 4 * width)),
+        (first, nn.Linear(width, inner)),
         ("gelu", ACTIVATIONS[activation]()),
-        (second, nn.Linear(4 * width, width)),
+        (second, nn.Linear(inner, width)),
     ]
     return nn.Sequential(OrderedDict(layers))
