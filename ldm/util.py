@@ -175,6 +175,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def escaped(value: Any) -> Any:
+    """Return a text, or containers of texts, so that a configuration with it resolves to it: `${` is escaped.
+
+    ValueError for a name of a file that is not UTF-8: yaml has no such texts.
+    """
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{value!r} is not UTF-8 text, so a run's configuration cannot hold it: rename it first")
+    if isinstance(value, Mapping):
+        return {key: escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(entry) for entry in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """Return the device of that name; `auto` is the GPU if there is one. ValueError if torch does not have it."""
     if name == "auto":

@@ -1,6 +1,7 @@
 """scripts/dreambooth.py as a user runs it: from images to a model that generates, LoRA, several subjects, mistakes."""
 
 import json
+import os
 from inspect import signature
 
 import pytest
@@ -61,6 +62,25 @@ def test_from_images_to_a_model_that_generates(tiny_checkpoint, subject, tmp_pat
     txt2img.main(["--ckpt", str(result), "--prompt", "a sks five", "--steps", "2", "--outdir", str(images)])
     assert len(samples(images)) >= 1
     refused("already holds a run", dreambooth.main, options(tiny_checkpoint, subject, out))
+
+
+def test_prompts_are_left_alone(tiny_checkpoint, subject, tmp_path):
+    """Prompts with `${...}`, which a yaml would replace by another value; what a yaml cannot hold is found early."""
+    out = tmp_path / "out ${oc.env:HOME}"
+    prompts = ["a ${sks} \\${name} five", "a ${sks"]
+
+    def line(folder, *more):
+        given = options(tiny_checkpoint, subject, folder, "--validation_prompt", prompts[1], *more)
+        return [prompts[0] if word == "a sks five" else word for word in given]
+
+    dreambooth.main(line(out))
+    found = read_yaml(out / "config.yaml")
+    assert found["data"]["params"]["instance_prompt"] == [prompts[0]] and found["name"] == out.name
+    assert found["stage"]["params"]["previews"] == [prompts[1]]
+    dreambooth.main(line(out, "--resume"))  # is finished, with the same settings
+    dreambooth.main(line(tmp_path / "copy", "--resume", out))
+    refused("not UTF-8", dreambooth.main, line(tmp_path / os.fsdecode(b"\xff")))
+    assert not (tmp_path / os.fsdecode(b"\xff") / "class").exists()
 
 
 @pytest.mark.smoke

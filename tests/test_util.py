@@ -6,9 +6,12 @@ import sys
 import pytest
 import torch
 from conftest import refused
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from ldm import util
-from ldm.util import call_with, get_obj_from_str, instantiate_from_config, pick_device
+from ldm.util import call_with, escaped, get_obj_from_str, instantiate_from_config, pick_device
 
 PACKAGE = """
 from os import system
@@ -171,3 +174,10 @@ def test_pick_device():
     assert pick_device() == pick_device("auto") == torch.device(expected)
     for name in ("gpu", "", "cuda:99", "tpu"):
         refused(f"device '{name}' is not available here: use auto", pick_device, name)
+
+
+@given(st.text("$}{\\:ab'\" \n", max_size=12))
+def test_an_escaped_text_resolves_to_itself(text):
+    config = OmegaConf.create({"a": 1, "x": escaped([text, {"y": text}])})
+    assert OmegaConf.to_container(config, resolve=True)["x"] == [text, {"y": text}]
+    refused("is not UTF-8 text", escaped, [text + "\udcff"])

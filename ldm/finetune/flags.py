@@ -117,7 +117,7 @@ def begin(
 
     import ldm
     from ldm.training.loop import processes
-    from ldm.util import CONFIGS, load_yaml
+    from ldm.util import CONFIGS, escaped, load_yaml
 
     these = processes(args.device)
     if args.resume is not None and these.is_main_process:
@@ -133,7 +133,7 @@ def begin(
     if "loop.steps" in keys:
         keys["loop.log_every"] = min(50, max(1, keys["loop.steps"] // 10))
     for key in sorted(keys):  # a mapping before what is in it
-        OmegaConf.update(config, key, keys[key], merge=False, force_add=True)
+        OmegaConf.update(config, key, escaped(keys[key]), merge=False, force_add=True)
     plain: Any = OmegaConf.to_container(config, resolve=True)
     return plain, model, these.is_main_process
 
@@ -146,7 +146,7 @@ def move_in(source: str, folder: Path) -> None:
     import yaml
 
     from ldm.checkpoint.atomic import atomic
-    from ldm.util import read_yaml
+    from ldm.util import escaped, read_yaml
 
     origin = folder if source == "latest" else Path(source)
     if not (origin / "config.yaml").is_file():
@@ -161,7 +161,7 @@ def move_in(source: str, folder: Path) -> None:
     if before != str(home):
         moved = _relocated(saved, before, str(home)) | {"outdir": str(home.parent), "name": home.name}
         with atomic(path) as temporary:
-            temporary.write_text(yaml.safe_dump(moved, sort_keys=False), encoding="utf-8")
+            temporary.write_text(yaml.safe_dump(escaped(moved), sort_keys=False), encoding="utf-8")
 
 
 def _relocated(value: Any, before: str, now: str) -> Any:

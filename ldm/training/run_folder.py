@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.checkpoint.atomic import atomic, sweep
 from ldm.checkpoint.file import save_file, save_torch
 from ldm.images import image_grid
+from ldm.util import escaped
 
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = tuple(f"loop.{name}" for name in ("steps", "precision", "clip", "lr_schedule", "log_every", "preview_every"))
@@ -39,7 +40,7 @@ class RunFolder:
             raise ValueError(
                 f"{str(self.path)!r} already holds a run: continue it with --resume, or choose another output folder"
             )
-        before, now = flatten(OmegaConf.to_container(OmegaConf.load(saved))), flatten(config)
+        before, now = flatten(OmegaConf.to_container(OmegaConf.load(saved), resolve=True)), flatten(config)
         changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
         fixed = [key for key in changed if not key.startswith(FREE)]
         if fixed:
@@ -60,7 +61,7 @@ class RunFolder:
 
             self.writer = SummaryWriter(self.path, purge_step=step + 1)  # drops what an interrupted run wrote later
         with atomic(self.path / "config.yaml") as temporary:
-            OmegaConf.save(OmegaConf.create(config), temporary)
+            OmegaConf.save(OmegaConf.create(escaped(config)), temporary)
         sweep(self.path)
 
     @property
