@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checks import Width
 from ldm.diffusion.bound import step_bits
 from ldm.diffusion.denoiser import (
     Denoise,
@@ -42,7 +43,7 @@ class PixelDiffusion(LatentDiffusion):
     def __init__(
         self,
         unet_config: Mapping[str, Any],
-        channels: int,
+        channels: Width,
         cond_stage_config: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
         prediction: str = "eps",

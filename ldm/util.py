@@ -5,16 +5,18 @@ import inspect
 import os
 import re
 import sys
-import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
+from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
+from ldm.checks import shorten, unfit
 from ldm.legacy_paths import CONFIG_HOMES, elsewhere, open_home
 
 __getattr__ = elsewhere(__name__)  # CompVis's other helpers
@@ -38,20 +40,22 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
     """Return the class that a configuration's `target` names, e.g. `ldm.models.unet.UNetModel`.
 
     Allowed are classes defined in `ldm`, the names in `ALLOWED`, and Modules or Datasets defined in one of the running
-    program's own packages (`is_own_package`), in another module that the program has imported, or in a package of
-    `allowed_packages`. Everything else raises ValueError. A module may have its old name; `reload` reloads it first.
+    program's own packages (`is_own_package`) or in a package of `allowed_packages`. Everything else raises ValueError.
+    A module may have its old name; `reload` reloads it first.
     """
-    module_name, _, name = str(string).rpartition(".")
+    if not isinstance(string, str):
+        raise ValueError(f"target {shorten(repr(string))} must be a text, the name of a class with its module")
+    module_name, _, name = string.rpartition(".")
     if module_name not in sys.modules:  # the program's own `main` or `taming` wins
         module_name = CONFIG_HOMES.get(module_name, module_name)
     package = module_name.partition(".")[0]
-    ours, imported = package == "ldm", package not in ("torch", "torchvision") and module_name in sys.modules
-    named = string in ALLOWED or package in allowed_packages()
+    ours, named = package == "ldm", string in ALLOWED or package in allowed_packages()
     own = not (ours or named) and is_own_package(package)
-    if not (ours or own or named or imported):
+    if not (ours or own or named):
         raise ValueError(
-            f"target {string!r} is not an allowed class: use one of ldm, or import its package first, or allow it "
-            f"(--allow {package}, or LDM_ALLOW={package} in the environment)"
+            f"target {shorten(repr(string))} is not an allowed class: use one of ldm, or one of your own code that the "
+            f"program has imported, or allow its package (--allow {shorten(package)}, or LDM_ALLOW={shorten(package)} "
+            "in the environment)"
         )
     try:
         module = open_home(module_name)
@@ -76,34 +80,39 @@ def allowed_packages() -> set[str]:
 
 
 def is_own_package(name: str) -> bool:
-    """Return whether the running program has imported that package as its own: neither installed nor Python's.
+    """Return whether the running program has imported that package, or module, as its own: not an installed one.
 
-    By importing one module of its code a program allows all of that package. Of an installed package a configuration
-    may reach only the modules that the program has imported, or that `--allow` permits.
+    By importing one module of its code a program allows all of that package.
     """
-    folders = [Path(folder).resolve() for folder in getattr(sys.modules.get(name), "__path__", ())]
-    python = Path(sysconfig.get_path("stdlib")).resolve()
-    foreign = [{"site-packages", "dist-packages"} & set(folder.parts) or python in folder.parents for folder in folders]
-    return len(folders) > 0 and not any(foreign)
+    if name not in sys.modules or name in (*sys.stdlib_module_names, "torch", "torchvision"):
+        return False
+    module = sys.modules[name]
+    places = [*getattr(module, "__path__", ()), *filter(None, [getattr(module, "__file__", None)])]
+    return not any({"site-packages", "dist-packages"} & set(Path(place).resolve().parts) for place in places)
 
 
 def instantiate_from_config(config: Mapping[str, Any], **extra: Any) -> Any:
     """Build `config["target"]` with the keyword arguments `config["params"]` and `extra`.
 
-    Raises:
-        KeyError: there is no target.
-        ValueError: a target that is not allowed, or a parameter that it does not take.
+    Raises ValueError for a target that is missing or not allowed, and as `call_with` does.
     """
     if config in ("__is_first_stage__", "__is_unconditional__"):  # CompVis's marks for "has no network"
         return None
-    if "target" not in config:
-        raise KeyError("Expected key `target` to instantiate.")
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise ValueError(f"{shorten(repr(config))} names no class to build: it must be a mapping with a `target`")
+    params = config.get("params")
+    if isinstance(params, Mapping):
+        params = {name: value for name, value in params.items() if name not in extra}
     cls = get_obj_from_str(config["target"])
-    return call_with(config["target"], cls, {**(config.get("params") or {}), **extra})
+    with at_most():
+        return call_with(config["target"], cls, {} if params is None else params, **extra)
 
 
 def call_with(part: str, function: Callable[..., Any], params: Mapping[str, Any], **own: Any) -> Any:
-    """Return `function(**own, **params)`; a key in `params` that is unknown, missing or in `own` raises ValueError.
+    """Return `function(**own, **params)`, the one way from a configuration's values to what they build.
+
+    A key in `params` that is unknown, missing or in `own` raises ValueError, and so does a value that does not fit the
+    type hint that a function or class of ours has for it (`ldm.checks.unfit`).
 
     Args:
         part: name of this part of a configuration, for messages.
@@ -114,23 +123,57 @@ def call_with(part: str, function: Callable[..., Any], params: Mapping[str, Any]
     signature = signature.replace(parameters=[p for p in signature.parameters.values() if p.name not in own])
     takes = list(signature.parameters)
     if not isinstance(params, Mapping):
-        raise ValueError(f"{part}: {params!r} is not a mapping; it takes {takes}")
+        raise ValueError(f"{part}: {shorten(repr(params))} is not a mapping; it takes {takes}")
     try:
         signature.bind_partial(**params)  # unknown keys first: one may be a missing key, misspelt
         signature.bind(**params)
     except TypeError as error:
-        raise ValueError(f"{part}: {error}; it takes {takes}") from None
+        from ldm.spelling import nearest_name  # only a mistake needs it
+
+        near = [nearest_name(str(name), takes) for name in params if name not in takes]
+        hint = "".join(f"; did you mean {name}?" for name in near if name)
+        raise ValueError(f"{part}: {error}{hint}; it takes {takes}") from None
+    hints = {}
+    if function.__module__.startswith("ldm."):  # other packages' hints need not be complete
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    for name, value in params.items():
+        if wanted := unfit(value, hints.get(name, Any)):
+            raise ValueError(f"{part}: {name} {shorten(repr(value))} must be {wanted}")
     try:
         return function(**own, **params)
-    except TypeError as error:  # a value of the wrong type, or a parameter within a parameter such as ddconfig
+    except (TypeError, RuntimeError) as error:  # within a parameter, or sizes that torch cannot make
         raise ValueError(f"{part}: {error}") from error
 
 
 def instantiate_network(config: Mapping[str, Any]) -> Any:
-    """Build a network as `instantiate_from_config` does: a checkpoint may build nothing else, such as a data set."""
-    if "target" in config and not issubclass(get_obj_from_str(config["target"]), nn.Module):
-        raise ValueError(f"target {config['target']!r} is not a network (torch.nn.Module)")
+    """Build a network as `instantiate_from_config` does, and nothing else, such as a data set."""
+    if isinstance(config, Mapping) and "target" in config:
+        if not issubclass(get_obj_from_str(config["target"]), nn.Module):
+            raise ValueError(f"target {config['target']!r} is not a network (torch.nn.Module)")
     return instantiate_from_config(config)
+
+
+@contextmanager
+def at_most(tensors: int = 2**16, numbers: int = 2**34) -> Iterator[None]:
+    """Stop the construction of networks, with ValueError, that have more tensors or numbers than that."""
+    left = {"tensors": tensors, "numbers": numbers}
+
+    def subtract(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        left["tensors"] -= tensor is not None
+        left["numbers"] -= 0 if tensor is None else tensor.numel()
+        for what, limit in {"tensors": tensors, "numbers": numbers}.items():
+            if left[what] < 0:
+                raise ValueError(f"the configuration describes a network with more than {limit} {what}")
+
+    hooks = [
+        registration.register_module_parameter_registration_hook(subtract),
+        registration.register_module_buffer_registration_hook(subtract),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Unfilled(TorchFunctionMode):

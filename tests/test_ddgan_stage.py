@@ -169,7 +169,7 @@ def test_the_shipped_configuration_has_the_papers_numbers():
         ({"model": PARAMS["model"] | {"target": "ldm.pixel_diffusion.PixelDiffusion"}}, "has no latent generator"),
         ({"model": PARAMS["model"] | {"params": MODEL | {"cond_stage_config": EMBEDDER}}}, "use .*ClassLabels"),
         ({"r1_weight": -1.0}, "weight -1"),
-        ({"discriminator": {**DISCRIMINATOR, "clases": 11}}, "^discriminator: .*'clases'; it takes .*'classes'"),
+        ({"discriminator": {**DISCRIMINATOR, "clases": 11}}, "^discriminator: .*'clases'.*; it takes .*'classes'"),
         ({"reconstruction": -0.5}, "reconstruction -0.5 at least 0"),
         ({"discriminator": {**DISCRIMINATOR, "classes": 11, "patch": 3}}, r"discriminator does not fit \(1, 32, 32\)"),
         ({"discriminator": {**DISCRIMINATOR, "classes": 10}}, "discriminator does not fit .* classes: index out of"),

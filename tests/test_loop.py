@@ -271,15 +271,18 @@ def test_a_damaged_state_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"steps": 0}, "loop.steps is 0"),
-        ({"steps": "many"}, "loop.steps is 'many'"),
+        ({"steps": "many"}, "steps 'many' must be an integer"),
         ({"precision": "half"}, "'half' is unknown: use auto, fp32"),
         ({"lr_schedule": {"name": "steps"}}, "'steps' is unknown: use constant"),
         (
             {"lr_schedule": {"name": "cosine", "warmpu": 1}},
-            "loop.lr_schedule: .*'warmpu'; it takes .'name', 'warmup', 'decay'",
+            "loop.lr_schedule: .*'warmpu'; did you mean warmup.; it takes .'name', 'warmup', 'decay'",
         ),
         ({"ema": 1.5}, "loop.ema 1.5 must be from 0 to below 1"),
-        ({"stepz": 1}, "loop of 'autoencoder': .*'stepz'; it takes .'steps', 'batch_size', 'accumulate'"),
+        (
+            {"stepz": 1},
+            "loop of 'autoencoder': .*'stepz'; did you mean steps.; it takes .'steps', 'batch_size', 'accumulate'",
+        ),
     ],
 )
 def test_bad_settings_are_named(tmp_path, settings, message):

@@ -91,7 +91,7 @@ def test_it_learns_and_what_it_leaves_is_a_classifier_with_its_schedule(tmp_path
     [
         ({"timesteps": {"name": "normal"}}, "unknown distribution of timesteps 'normal'"),
         ({"schedule": {"name": "linaer"}}, "unknown noise schedule 'linaer'"),
-        ({"schedule": {"nam": "linear"}}, "^schedule: .*'nam'; it takes"),
+        ({"schedule": {"nam": "linear"}}, "^schedule: .*'nam'.*; it takes"),
         ({"network": {"target": "ldm.optional.noisy_classifier.EncoderUNetModel", "params": {"pol": "x"}}}, "'pol'"),
     ],
 )

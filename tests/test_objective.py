@@ -37,7 +37,7 @@ def build(tiny_parts, tiny_checkpoint):
 
 @pytest.mark.parametrize("stage", [*DENOISING, *OTHERS])
 def test_every_stage_refuses_an_unknown_option(build, stage):
-    with pytest.raises(ValueError, match=f"{stage}: .*'errror'; it takes .*'learning_rate'"):
+    with pytest.raises(ValueError, match=f"{stage}: .*'errror'.*; it takes .*'learning_rate'"):
         build(stage, errror="l1")
 
 
@@ -47,14 +47,14 @@ def test_every_stage_refuses_an_unknown_option(build, stage):
     [
         ({"error": "l3"}, "unknown error 'l3'"),
         ({"weight": {"name": "max_snr"}}, "unknown loss weight 'max_snr'"),
-        ({"weight": {"nam": "snr"}}, r"^weight: .*'nam'; it takes \['name', 'gamma'\]$"),
-        ({"weight": "min_snr"}, "^weight: 'min_snr' is no"),
+        ({"weight": {"nam": "snr"}}, r"^weight: .*'nam'; it takes"),
+        ({"weight": "min_snr"}, "weight 'min_snr' must be a mapping or null"),
         ({"noise": {"offset": -1.0}}, "offset -1.0 must not be below 0"),
-        ({"noise": {"ofset": 0.1}}, r"^noise: .*'ofset'; it takes \['offset', 'immiscible'\]$"),
+        ({"noise": {"ofset": 0.1}}, r"^noise: .*'ofset'; did you mean offset\?"),
         ({"timesteps": {"name": "even"}}, "distribution of timesteps 'even'"),
-        ({"timesteps": {"name": "uniform", "men": 1}}, r"^timesteps: .*'men'; it takes \['name', 'mean', 'std'\]$"),
+        ({"timesteps": {"name": "uniform", "men": 1}}, r"^timesteps: .*'men'; it takes"),
         ({"timesteps": {"mean": 1}}, "^timesteps: missing .*'name'"),
-        ({"timesteps": "uniform"}, "^timesteps: 'uniform' is no"),
+        ({"timesteps": "uniform"}, "timesteps 'uniform' must be a mapping or null"),
     ],
 )
 def test_every_denoising_stage_names_a_bad_value(build, stage, options, message):

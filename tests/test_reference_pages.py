@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 from unittest.mock import patch
 
 import pytest
@@ -174,6 +175,12 @@ def parameters(of: Callable[..., Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _type(annotation: Any) -> str:
+    args, origin = get_args(annotation), get_origin(annotation)
+    if origin is Annotated:
+        return f"{args[0].__name__}{args[1]}"  # its range: see ldm/checks.py
+    if "Annotated" in str(annotation):
+        parts = ["None" if arg is NoneType else _type(arg) for arg in args]
+        return " | ".join(parts) if origin in (Union, UnionType) else f"{origin.__name__}[{', '.join(parts)}]"
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     text = re.sub(r"Callable\[.*\]", "function", re.sub(r"(?:\w+\.)+(\w+)", r"\1", text))
     return "" if annotation is inspect.Parameter.empty else text.replace("Mapping[str, Any]", "mapping")

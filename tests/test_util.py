@@ -69,7 +69,7 @@ def test_optimizers_and_transforms_are_allowed():
 
 
 def test_a_package_is_allowed_once_the_program_has_imported_it(package):
-    refused("import its package first, .* LDM_ALLOW=some_research", get_obj_from_str, "some_research.nets.Net")
+    refused("the program has imported, .* LDM_ALLOW=some_research", get_obj_from_str, "some_research.nets.Net")
     assert "some_research" not in sys.modules  # refusing imports nothing
     importlib.import_module("some_research.other")  # of its own, one module is enough
     net = instantiate_from_config({"target": "some_research.nets.Net", "params": {"width": 7}})
@@ -80,15 +80,24 @@ def test_a_package_is_allowed_once_the_program_has_imported_it(package):
             get_obj_from_str(f"some_research.nets.{name}")
 
 
-def test_of_an_installed_package_only_imported_modules_are_allowed(tmp_path, package, monkeypatch):
+def test_an_installed_package_is_not_allowed_by_importing_it(tmp_path, package, monkeypatch):
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "some_research").rename(tmp_path / "site-packages" / "some_research")
     monkeypatch.syspath_prepend(tmp_path / "site-packages")
-    importlib.import_module("some_research.other")
-    refused("not an allowed class", get_obj_from_str, "some_research.nets.Net")
-    assert "some_research.nets" not in sys.modules
     importlib.import_module("some_research.nets")
+    refused("not an allowed class: .*--allow some_research", get_obj_from_str, "some_research.nets.Net")
+    monkeypatch.setenv("LDM_ALLOW", "some_research")
     assert get_obj_from_str("some_research.nets.Net").__name__ == "Net"
+
+
+def test_a_single_module_of_the_program_is_its_own(tmp_path, monkeypatch):
+    (tmp_path / "some_nets.py").write_text(PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    refused("not an allowed class", get_obj_from_str, "some_nets.Net")
+    importlib.import_module("some_nets")
+    assert get_obj_from_str("some_nets.Net").__name__ == "Net"
+    refused("not defined in some_nets", get_obj_from_str, "some_nets.Linear")
+    del sys.modules["some_nets"]
 
 
 def test_a_stranger_s_configuration_reaches_nothing_through_a_package_of_the_program(package, tmp_path):
@@ -131,7 +140,9 @@ def test_parameters_that_a_class_does_not_take_are_named():
     linear = {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 3}}
     assert instantiate_from_config(linear).weight.shape == (3, 2)
     assert instantiate_from_config(linear, bias=False).bias is None
-    with pytest.raises(ValueError, match="torch.nn.Linear.*'out_feature'; it takes .*'out_features'"):
+    with pytest.raises(
+        ValueError, match="torch.nn.Linear.*'out_feature'; did you mean out_features\\?; it takes .*'out_features'"
+    ):
         instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 2, "out_feature": 3}})
     refused("torch.nn.Linear: missing .*'in_features'", instantiate_from_config, {"target": "torch.nn.Linear"})
     with pytest.raises(ValueError, match="torch.nn.Linear: .*str"):  # of the wrong kind
@@ -153,6 +164,41 @@ def test_a_configurations_part_is_given_beside_what_is_the_callers_own():
     refused(r"^part: missing a required argument: 'a'; it takes \['a', 'b', 'c'\]$", call_with, "part", function, {})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"num_res_blocks": 10**6},
+            "UNetModel: num_res_blocks 1000000 must be an integer from 1 to 1024 or a list",
+        ),
+        ({"norm_groups": 0}, "norm_groups 0 must be an integer from 1"),
+        ({"dropout": float("nan")}, "dropout nan must be a number from 0 to 1"),
+        ({"in_channels": "x" * 1000}, f"in_channels '{'x' * 99} ... {'x' * 49}' must be an integer"),
+        ({"channel_mult": [1, None]}, "channel_mult .* must be a list, each an integer"),
+        ({"num_head_channels": 0}, "num_head_channels 0 must be -1 or an integer from 1"),
+        ({"use_checkpoint": "yes"}, "use_checkpoint 'yes' must be true or false"),
+        ({"num_clases": 3}, "'num_clases'; did you mean num_classes\\?"),
+        ([], "UNetModel: .. is not a mapping"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_type_hint_is_named(change, message):
+    from conftest import TINY
+
+    config = TINY["unet_config"]
+    refused(message, instantiate_from_config, {**config, "params": change and {**config["params"], **change}})
+
+
+def test_construction_stops_above_a_number_of_tensors():
+    from torch import nn
+
+    with util.at_most(tensors=4, numbers=100):
+        nn.Linear(3, 4), nn.Linear(3, 4)
+        refused("more than 4 tensors", nn.Linear, 3, 4)
+    with util.at_most(tensors=4, numbers=100):
+        refused("more than 100 numbers", nn.Linear, 10, 11)
+    nn.Linear(10, 11), nn.Linear(10, 11), nn.Linear(10, 11)
+
+
 def test_a_parameter_of_a_parameter_is_named():
     from conftest import TINY
 
@@ -165,7 +211,8 @@ def test_a_parameter_of_a_parameter_is_named():
 def test_compvis_marks_and_missing_target():
     assert instantiate_from_config("__is_first_stage__") is None
     assert instantiate_from_config("__is_unconditional__") is None
-    refused("target", instantiate_from_config, {"params": {}}, error=KeyError)
+    for config in ({"params": {}}, "UNetModel", None, 5, []):
+        refused("names no class to build: it must be a mapping with a `target`", instantiate_from_config, config)
 
 
 def test_pick_device():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ldm.checks import Count, Entries, Probability, Width
 from ldm.conditioning.tokenizer import without_surrogates
 from ldm.models.transformer import Encoder, TransformerWrapper
 from ldm.util import check_file
@@ -70,12 +71,12 @@ class BERTEncoder(nn.Module):
 
     def __init__(
         self,
-        n_embed: int,
-        n_layer: int,
-        vocab_size: int = BERT_TOKENS,
-        max_seq_len: int = 77,
+        n_embed: Width,
+        n_layer: Count,
+        vocab_size: Entries = BERT_TOKENS,
+        max_seq_len: Width = 77,
         vocab: Sequence[str] | None = None,
-        embedding_dropout: float = 0.0,
+        embedding_dropout: Probability = 0.0,
     ) -> None:
         super().__init__()
         if vocab is not None and len(vocab) != vocab_size:

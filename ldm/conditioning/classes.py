@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.checks import Entries, Width
+
 
 class ClassLabels(nn.Module):
     """Pass class numbers to networks that embed them, such as a UNetModel with `num_classes: n_classes`.
@@ -16,7 +18,7 @@ class ClassLabels(nn.Module):
             in training.
     """
 
-    def __init__(self, n_classes: int, null: bool = True) -> None:
+    def __init__(self, n_classes: Entries, null: bool = True) -> None:
         super().__init__()
         if n_classes < 1 + null:
             beside = " besides the null class: count it too, or set null: false" if null else ""
@@ -35,7 +37,7 @@ class ClassEmbedder(nn.Module):
     The last class is the null condition: number 1000 of ImageNet's 1001 in latent diffusion's model.
     """
 
-    def __init__(self, embed_dim: int, n_classes: int = 1000) -> None:
+    def __init__(self, embed_dim: Width, n_classes: Entries = 1000) -> None:
         super().__init__()
         self.n_classes = n_classes
         self.null = n_classes - 1

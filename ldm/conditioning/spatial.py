@@ -1,7 +1,11 @@
 """Condition on images, which the UNet takes as additional input channels at the size of its latents."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.checks import Range, Width
 
 METHODS = ("nearest", "bilinear", "bicubic", "area")
 
@@ -19,11 +23,11 @@ class SpatialRescaler(nn.Module):
 
     def __init__(
         self,
-        n_stages: int = 1,
+        n_stages: Annotated[int, Range(0, 32)] = 1,
         method: str = "bilinear",
-        multiplier: float = 0.5,
-        in_channels: int = 3,
-        out_channels: int | None = None,
+        multiplier: Annotated[float, Range(2**-10, 2**10)] = 0.5,
+        in_channels: Width = 3,
+        out_channels: Width | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()

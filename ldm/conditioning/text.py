@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checks import Count, Entries, Width
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.models.clip import CLIPTextModel, OpenCLIPTextModel, TextTower
+from ldm.util import call_with
 
 CONTEXT_LAYERS = ("last", "penultimate", "hidden")
 
@@ -32,13 +34,13 @@ class TextEncoder(nn.Module):
     def __init__(
         self,
         layout: str,
-        width: int,
-        layers: int,
-        heads: int,
+        width: Width,
+        layers: Count,
+        heads: Count,
         activation: str,
-        vocab_size: int = 49408,
-        context_length: int = 77,
-        projection_dim: int | None = None,
+        vocab_size: Entries = 49408,
+        context_length: Width = 77,
+        projection_dim: Width | None = None,
         layer: str = "last",
         layer_index: int | None = None,
         pooled: bool = False,
@@ -60,7 +62,7 @@ class TextEncoder(nn.Module):
         self.pooled = pooled
         cleaning = "clip" if layout == "transformers" else "openclip"
         own: dict[str, Any] = {"context_length": context_length, "cleaning": cleaning, **(tokenizer or {})}
-        self.tokenizer = Tokenizer(**own)
+        self.tokenizer = call_with("tokenizer", Tokenizer, own)
         if (self.tokenizer.vocab_size, self.tokenizer.context_length) != (vocab_size, context_length):
             raise ValueError(
                 f"the text tower has {vocab_size} tokens and context {context_length}, its tokenizer "

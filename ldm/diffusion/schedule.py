@@ -19,10 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ldm.checks import Range
 
 MIN_ALPHA_BAR = 2.0**-24  # replaces ab = 0 (zero terminal SNR), so that sigma is finite: 4096
 
@@ -165,7 +168,7 @@ class Schedule:
 
 def make_schedule(
     name: str = "cosine",
-    T: int = 1000,
+    T: Annotated[int, Range(1, 2**16)] = 1000,
     start: float | None = None,
     end: float | None = None,
     zero_terminal_snr: bool = False,

@@ -1,7 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), in CompVis's names."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import silu as nonlinearity  # CompVis's name, under which research code replaces it
 
+from ldm.checks import Count, Probability, Width
 from ldm.legacy_paths import elsewhere
 from ldm.models.blocks import normalization
 from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.kernels import attention
+from ldm.util import call_with
 
 __getattr__ = elsewhere(__name__)  # the other names of CompVis's file
 
@@ -114,20 +116,20 @@ class _Half(nn.Module):
     One ddconfig serves both, so each takes some arguments that only the other uses.
     """
 
-    ch: int  # width of the first level
-    out_ch: int  # channels of the decoded image
-    num_res_blocks: int  # per level; the decoder has one more
+    ch: Width  # width of the first level
+    out_ch: Width  # channels of the decoded image
+    num_res_blocks: Count  # per level; the decoder has one more
     attn_resolutions: Sequence[int]  # heights of the feature maps with attention, for images of height `resolution`
-    in_channels: int  # channels of the image
-    resolution: int  # height of the images, for attn_resolutions
-    z_channels: int  # channels between encoder and decoder
-    ch_mult: Sequence[int] = (1, 2, 4, 8)  # width of each level in units of ch
-    dropout: float = 0.0  # in the residual blocks
+    in_channels: Width  # channels of the image
+    resolution: Width  # height of the images, for attn_resolutions
+    z_channels: Width  # channels between encoder and decoder
+    ch_mult: Sequence[Count] = (1, 2, 4, 8)  # width of each level in units of ch
+    dropout: Probability = 0.0  # in the residual blocks
     resamp_with_conv: bool = True  # resample with convolutions
     double_z: bool = True  # the encoder gives means and log variances
     attn_type: str = "vanilla"  # or "none": no attention anywhere
     tanh_out: bool = False  # bound the decoder's output to [-1, 1]
-    norm_groups: int = 32  # must divide every width
+    norm_groups: Count = 32  # must divide every width
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -231,11 +233,11 @@ class Autoencoder(nn.Module):
 
     post_quant_conv: nn.Conv2d
 
-    def __init__(self, ddconfig: dict[str, Any], embed_dim: int) -> None:
+    def __init__(self, ddconfig: Mapping[str, Any], embed_dim: Width) -> None:
         super().__init__()
         self.embed_dim = embed_dim
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
+        part = f"{type(self).__name__}: ddconfig"
+        self.encoder, self.decoder = call_with(part, Encoder, ddconfig), call_with(part, Decoder, ddconfig)
         self.image_channels = self.encoder.conv_in.in_channels
         self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
 
@@ -259,9 +261,9 @@ class AutoencoderKL(Autoencoder):
 
     def __init__(
         self,
-        ddconfig: dict,
+        ddconfig: Mapping[str, Any],
         lossconfig: dict | None = None,
-        embed_dim: int | None = None,
+        embed_dim: Width | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         image_key: str = "image",

@@ -49,7 +49,7 @@ def normalization(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.Grou
 
     torch's kernels sum half-precision inputs in float32, so nothing is cast.
     """
-    if channels % groups:
+    if groups < 1 or channels % groups:
         raise ValueError(
             f"{channels} channels do not split into {groups} groups: use widths in multiples of {groups}, "
             "or set norm_groups to a divisor of every width"

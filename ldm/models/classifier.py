@@ -8,6 +8,8 @@ distance and the precision and recall measured in its features do not repeat the
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checks import Entries, Width
+
 INNER = 28  # MNIST's own size; two pixels of padding on each side make it 32 x 32
 PADDING = 2
 
@@ -52,7 +54,11 @@ class Judge(nn.Module):
     """
 
     def __init__(
-        self, widths: tuple[int, int, int] = (24, 48, 96), classes: int = 10, in_channels: int = 1, size: int = INNER
+        self,
+        widths: tuple[Width, Width, Width] = (24, 48, 96),
+        classes: Entries = 10,
+        in_channels: Width = 1,
+        size: Width = INNER,
     ):
         super().__init__()
         self.size = size
@@ -90,11 +96,11 @@ class FeatureNetwork(nn.Module):
 
     def __init__(
         self,
-        widths: tuple[int, int] = (16, 32),
-        features: int = 64,
-        classes: int = 10,
-        in_channels: int = 1,
-        size: int = INNER,
+        widths: tuple[Width, Width] = (16, 32),
+        features: Width = 64,
+        classes: Entries = 10,
+        in_channels: Width = 1,
+        size: Width = INNER,
     ):
         super().__init__()
         self.size = size

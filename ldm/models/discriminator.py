@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checks import Count, Width
+
 
 class NLayerDiscriminator(nn.Module):
     """Classifies overlapping patches as real or generated: (b, input_nc, h, w) -> (b, 1, about h / 2^n_layers, ...).
@@ -17,7 +19,7 @@ class NLayerDiscriminator(nn.Module):
         n_layers: at least 1.
     """
 
-    def __init__(self, input_nc: int = 3, ndf: int = 64, n_layers: int = 3) -> None:
+    def __init__(self, input_nc: Width = 3, ndf: Width = 64, n_layers: Count = 3) -> None:
         super().__init__()
         if n_layers < 1:
             raise ValueError(f"n_layers is {n_layers}: a discriminator needs at least 1 layer")

@@ -2,11 +2,13 @@
 
 from torch import Tensor, nn
 
+from ldm.checks import Width
+
 
 class IdentityFirstStage(nn.Module):
     """A first stage without parameters whose latents are the pixels, so that code for latents serves pixels too."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: Width) -> None:
         super().__init__()
         self.embed_dim = self.image_channels = channels
         self.downsampling = 1

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checks import Count, CountOrNone, Entries, Probability, Width
 from ldm.models.attention import SpatialTransformer
 from ldm.models.blocks import (
     AttentionBlock,
@@ -93,41 +94,41 @@ class UNetModel(UNetEncoder):
     """
 
     image_size: int | None  # for callers that read it; the network takes any size that is a multiple of `downsampling`
-    in_channels: int  # channels of x
-    model_channels: int  # width of the first level
-    out_channels: int  # channels of the prediction
-    num_res_blocks: int | Sequence[int]  # per level, or one number for all; one list entry per level once built
+    in_channels: Width  # channels of x
+    model_channels: Width  # width of the first level
+    out_channels: Width  # channels of the prediction
+    num_res_blocks: Count | Sequence[Count]  # per level, or one number for all; one list entry per level once built
     attention_resolutions: Sequence[int]  # the *downsampling factors* (1, 2, 4, ...) of the levels with attention
-    dropout: float = 0.0  # in the residual blocks
-    channel_mult: Sequence[int] = (1, 2, 4, 8)  # width of each level in units of model_channels
+    dropout: Probability = 0.0  # in the residual blocks
+    channel_mult: Sequence[Count] = (1, 2, 4, 8)  # width of each level in units of model_channels
     conv_resample: bool = True  # resample with convolutions
     dims: int = 2  # must be 2
     # A number of classes (y: integer (b,)), "continuous" (y: (b, 1)) or "sequential" (y: (b, adm_in_channels), such as
     # pooled text). The embedded y is added to the embedded time.
-    num_classes: int | str | None = None
+    num_classes: Entries | str | None = None
     use_checkpoint: bool = False  # recompute activations in the backward pass
     use_fp16: bool = False  # no effect, as use_bf16: the network computes in its parameters' dtype
     use_bf16: bool = False  # no effect
-    num_heads: int = -1  # attention heads; set this or num_head_channels
-    num_head_channels: int = -1  # width of an attention head
-    num_heads_upsample: int = -1  # num_heads of the decoder's attention blocks in legacy models; -1: num_heads
+    num_heads: Literal[-1] | Count = -1  # attention heads; set this or num_head_channels
+    num_head_channels: Literal[-1] | Width = -1  # width of an attention head
+    num_heads_upsample: Literal[-1] | Count = -1  # in legacy models' decoder, for num_heads; -1: num_heads
     use_scale_shift_norm: bool = False  # the time scales and shifts features (AdaGN) instead of being added
     resblock_updown: bool = False  # resample with residual blocks
     use_new_attention_order: bool = False  # the other channel layout of AttentionBlock
     use_spatial_transformer: bool = False  # transformers with cross-attention in place of attention blocks
-    transformer_depth: int | Sequence[int] = 1  # blocks of each, per level (the middle has the last level's) or for all
-    context_dim: int | Sequence[int] | None = None  # width of the context, or one per transformer block
-    n_embed: int | None = None  # predict logits over so many codebook entries instead
+    transformer_depth: CountOrNone | Sequence[CountOrNone] = 1  # blocks of each, per level (the middle as the last)
+    context_dim: Width | Sequence[Width] | None = None  # width of the context, or one per transformer block
+    n_embed: Entries | None = None  # predict logits over so many codebook entries instead
     legacy: bool = True  # how num_head_channels is read, see `attend`; False for Stable Diffusion
     disable_self_attentions: Sequence[bool] | None = None  # per level: each first attention is to the context too
-    num_attention_blocks: Sequence[int] | None = None  # per level: residual blocks with attention; default all
+    num_attention_blocks: Sequence[CountOrNone] | None = None  # per level: residual blocks with attention; default all
     disable_middle_self_attn: bool = False  # the same in the middle
     use_linear_in_transformer: bool = False  # linear, not convolutional, projections around the transformers
-    adm_in_channels: int | None = None  # width of y where num_classes is "sequential"
-    norm_groups: int = 32  # of every group normalisation; they must divide every width
-    patch: int = 1  # squares of so many pixels become the channels of one position; attention_resolutions count from it
+    adm_in_channels: Width | None = None  # width of y where num_classes is "sequential"
+    norm_groups: Count = 32  # of every group normalisation; they must divide every width
+    patch: Count = 1  # side of the squares whose pixels become one position; attention_resolutions count from it
     attention_type: str = "full"  # or "linear": `LinearAttentionBlock` in the levels, full attention in the middle
-    attention_memory: int = 0  # of LinearAttentionBlock
+    attention_memory: CountOrNone = 0  # of LinearAttentionBlock
 
     def __post_init__(self) -> None:
         super().__init__()

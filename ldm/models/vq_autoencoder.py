@@ -1,11 +1,12 @@
 """The VQ autoencoder of latent diffusion, a VQGAN (Esser et al. 2021; Rombach et al. 2022, section 3.1), with CompVis's
 names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from ldm.checks import Entries, Width
 from ldm.models.autoencoder import Autoencoder, require_unset
 from ldm.models.quantize import VectorQuantizer
 
@@ -22,9 +23,9 @@ class VQModel(Autoencoder):
 
     def __init__(
         self,
-        ddconfig: dict[str, Any],
-        embed_dim: int,
-        n_embed: int,
+        ddconfig: Mapping[str, Any],
+        embed_dim: Width,
+        n_embed: Entries,
         lossconfig: dict[str, Any] | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),

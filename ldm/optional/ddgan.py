@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checks import Count, Entries, Width
 from ldm.diffusion.posterior import levels
 from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 from ldm.models.blocks import TimestepBlock, timestep_embedding, zero_module
@@ -38,10 +39,10 @@ class Generator(nn.Module):
     def __init__(
         self,
         unet: Mapping[str, Any],
-        latent_dim: int = 100,
-        mapped: int = 256,
-        layers: int = 4,
-        classes: int | None = None,
+        latent_dim: Width = 100,
+        mapped: Width = 256,
+        layers: Count = 4,
+        classes: Entries | None = None,
     ) -> None:
         super().__init__()
         own = sorted({"num_classes", "adm_in_channels"} & set(unet))
@@ -87,12 +88,12 @@ class Discriminator(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 1,
-        width: int = 64,
-        channel_mult: Sequence[int] = (1, 2, 4, 4),
-        time_channels: int = 128,
-        classes: int | None = None,
-        patch: int = 1,
+        in_channels: Width = 1,
+        width: Width = 64,
+        channel_mult: Sequence[Count] = (1, 2, 4, 4),
+        time_channels: Width = 128,
+        classes: Entries | None = None,
+        patch: Count = 1,
     ) -> None:
         super().__init__()
         self.time_channels, self.classes, self.patch = time_channels, classes, patch

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.checks import Width
 from ldm.diffusion.denoiser import Denoise, make_denoiser
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.latent_diffusion import Conditioning
@@ -29,7 +30,7 @@ class DenoisingGAN(PixelDiffusion):
     def __init__(
         self,
         unet_config: Mapping[str, Any],
-        channels: int,
+        channels: Width,
         cond_stage_config: Mapping[str, Any] | None = None,
         schedule: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.checks import Count, Probability, Width
 from ldm.models.blocks import count_heads, normalization, require_two_dims, timestep_embedding, zero_module
 from ldm.models.kernels import attention
 from ldm.models.levels import plan_levels
@@ -54,20 +56,20 @@ class EncoderUNetModel(UNetEncoder):
     The fields are the constructor's arguments, in CompVis's order; those without a comment are as in UNetModel.
     """
 
-    image_size: int  # only `pool` "attention" is bound to it
-    in_channels: int
-    model_channels: int
-    out_channels: int  # number of classes
-    num_res_blocks: int
+    image_size: Width  # only `pool` "attention" is bound to it
+    in_channels: Width
+    model_channels: Width
+    out_channels: Width  # number of classes
+    num_res_blocks: Count
     attention_resolutions: Sequence[int]
-    dropout: float = 0.0
-    channel_mult: Sequence[int] = (1, 2, 4, 8)
+    dropout: Probability = 0.0
+    channel_mult: Sequence[Count] = (1, 2, 4, 8)
     conv_resample: bool = True
     dims: int = 2
     use_checkpoint: bool = False
     use_fp16: bool = False
-    num_heads: int = 1
-    num_head_channels: int = -1
+    num_heads: Literal[-1] | Count = 1
+    num_head_channels: Literal[-1] | Width = -1
     num_heads_upsample: int = -1  # no effect: there is no decoder
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
@@ -76,7 +78,7 @@ class EncoderUNetModel(UNetEncoder):
     # AttentionPool2d, as in ADM's published classifiers; needs num_head_channels. "spatial", "spatial_v2": the means of
     # every layer's features, then a hidden layer with ReLU, or with normalisation and SiLU.
     pool: str = "adaptive"
-    norm_groups: int = 32
+    norm_groups: Count = 32
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checks import Width
 from ldm.models.blocks import timestep_embedding
 
 
@@ -22,9 +23,9 @@ class SimpleUNet(nn.Module):
 
     def __init__(
         self,
-        channels: int = 3,
-        widths: Sequence[int] = (64, 128, 256, 512, 1024),
-        time_channels: int = 32,
+        channels: Width = 3,
+        widths: Sequence[Width] = (64, 128, 256, 512, 1024),
+        time_channels: Width = 32,
         shared_norm: bool = False,
     ) -> None:
         super().__init__()

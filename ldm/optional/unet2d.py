@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.checks import Count, Entries, Width
 from ldm.models.blocks import count_heads, normalization, timestep_embedding, zero_module
 from ldm.models.kernels import attention
 
@@ -32,15 +33,15 @@ class UNet2D(nn.Module):
 
     def __init__(
         self,
-        channels: int = 1,
-        widths: Sequence[int] = (32, 64, 32),
-        blocks: int = 2,
-        num_classes: int | None = None,
+        channels: Width = 1,
+        widths: Sequence[Width] = (32, 64, 32),
+        blocks: Count = 2,
+        num_classes: Entries | None = None,
         order: str = "pre",
         attention: str = "residual",
         upsample: str = "interpolate",
-        head_channels: int = 8,
-        norm_groups: int = 32,
+        head_channels: Width = 8,
+        norm_groups: Count = 32,
     ) -> None:
         super().__init__()
         self.time_channels, emb_channels = widths[0], 4 * widths[0]

@@ -1,0 +1,84 @@
+"""Checks of values that come from outside, from configurations and headers of files, by type hints; and how a message
+echoes such a value. It imports nothing heavy.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+ECHOED = 200  # characters of a value that a message repeats
+
+
+class Range(NamedTuple):
+    """The range of a number, in `Annotated[int, Range(1, 8)]`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    infinite: bool = False  # whether infinity is in it, as "no limit"; nan never is
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f" from {self.low:g} to {self.high:.12g}"
+        return f" of at least {self.low:g}" if self.low > -math.inf else ""
+
+
+# Hints of constructors. The limits are far above every published network, and keep a file from asking for any work.
+Count = Annotated[int, Range(1, 2**10)]  # blocks, heads, groups
+CountOrNone = Annotated[int, Range(0, 2**10)]
+Width = Annotated[int, Range(1, 2**16)]  # channels, features
+Entries = Annotated[int, Range(1, 2**24)]  # tokens, classes, codes
+Probability = Annotated[float, Range(0, 1)]  # probabilities
+
+
+def unfit(value: Any, hint: Any) -> str:
+    """Return what a value should be by a type hint, such as "an integer"; "" if it is, or if the hint is a class."""
+    kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated:
+        return _out_of_range(value, args[0], args[1])
+    if kind in (Union, UnionType):
+        wanted = [unfit(value, arg) for arg in args]
+        return "" if "" in wanted else " or ".join(wanted)
+    if kind in (int, float):
+        return _out_of_range(value, kind, Range())
+    if kind is Literal:
+        return "" if value in args else " or ".join(map(repr, args))
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if kind in (str, Path):
+        return "" if isinstance(value, str | Path) else "a text"
+    if kind is NoneType:
+        return "" if value is None else "null"
+    if kind in (dict, Mapping):
+        wanted = [unfit(entry, args[1]) for entry in value.values()] if isinstance(value, Mapping) and args else []
+        return "" if isinstance(value, Mapping) and not any(wanted) else "a mapping"
+    if kind in (list, tuple, Sequence):
+        return _unfit_list(value, kind, args)
+    return ""
+
+
+def _out_of_range(value: Any, kind: type, limits: Range) -> str:
+    largest = 2**63 - 1 if kind is int else math.inf if limits.infinite else sys.float_info.max
+    if isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
+        if max(limits.low, -largest) <= value <= min(limits.high, largest):
+            return ""
+    return f"{'an integer' if kind is int else 'a number'}{limits}"
+
+
+def _unfit_list(value: Any, kind: type, args: tuple) -> str:
+    """Return what a list's entries should be: by one hint for all, or of a tuple by one hint for each."""
+    each = args[:1] if kind is not tuple or args[1:] == (...,) else args
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        entries = each * len(value) if len(each) == 1 else each
+        if not each or (len(entries) == len(value) and not any(map(unfit, value, entries))):
+            return ""
+    words = unfit(object(), each[0]) if each else ""
+    return f"a list of {len(each)} entries" if len(each) > 1 else "a list" + (words and f", each {words}")
+
+
+def shorten(text: str) -> str:
+    """Return a text for a message, of which at most ECHOED characters remain."""
+    return text if len(text) <= ECHOED else f"{text[: ECHOED // 2]} ... {text[-ECHOED // 4 :]}"
