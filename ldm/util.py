@@ -241,7 +241,9 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {name!r} is not available here: use auto, cpu, cuda or mps") from None
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        usable = ["auto", "cpu", *(kind for kind, there in found.items() if there)]
+        raise ValueError(f"device {name!r} is not available here: use {' or '.join(usable)}") from None
     return device
 
 

@@ -13,6 +13,7 @@ from ldm.commands import evaluate
 from ldm.data.measure import SLANTS, STROKE_WEIGHTS
 from ldm.evaluation.dreambooth import Detector, compare, read_folder, similarity, styled
 from ldm.evaluation.subjects import FOOT, ORDINARY, foot, star, stars, write_images
+from ldm.finetune.embedding_files import LearnedWord, write_words
 
 
 def image_of(rows: list[str]) -> torch.Tensor:
@@ -112,6 +113,13 @@ def test_the_command(tiny_checkpoint, tmp_path):
     assert found["detector"]["missed"]["n"] == 5 and found["detector"]["false_alarms"]["n"] > 500
     assert found["before"] == found["after"] == found["without_prior"]
     assert found["after"]["subject"]["recognised"]["n"] == 10 and found["after"]["other_digits"]["n"] == 18
+    words = LearnedWord("<star>", torch.ones(1, 32), 1)
+    write_words(tmp_path / "star.safetensors", words, "diffusers")
+    prompts[1] = "a <star>"
+    evaluate.main([*argv, *prompts[:2], "--embedding", str(tmp_path / "star.safetensors"), "--out", str(report)])
+    found = json.loads(report.read_text())
+    assert found["before"]["class"] == found["after"]["class"]
+    assert found["before"]["subject"] != found["after"]["subject"]
     with Image.open(sheet) as image:
         assert image.width > image.height
     for path in (tmp_path / "star" / "heldout").glob("00[1-4].png"):

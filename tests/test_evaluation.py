@@ -310,6 +310,21 @@ def test_an_unconditional_model_has_no_accuracy(measure, measuring):
     assert result["frechet"]["ratio"] > 0
 
 
+def test_a_classifier_guides_to_the_digits(measure, real, files, monkeypatch):
+    given = []
+    monkeypatch.setattr(commands, "make_guide", lambda model, **settings: given.append(settings) or "guide")
+    for conditioner, kind in ((None, int), ("of texts", str)):
+        model = Copier(conditioner)
+        result = measure("model", model, "--n", 30, "--classifier", files["judge"], "--classifier-scale", 2)
+        assert model.prompts == [kind(label) for label in real.labels[:30].tolist()]
+        assert model.calls[0][2] == {"guide": "guide"} and result["prompt_accuracy"]["n"] == 30
+        assert result["settings"]["classifier_scale"] == 2 and result["settings"]["classifier"] == fingerprint(
+            files["judge"]
+        )
+    assert given == [{"classifier": files["judge"], "classifier_scale": 2.0}] * 2
+    refused("classifier-scale 2 would have no effect", measure, "model", Copier(), "--classifier-scale", 2)
+
+
 def test_script_measures_an_autoencoder(measure):
     result = measure("autoencoder", Doubling(), "--split", "heldout", "--n", 60)
     assert result["reference"] == "digits heldout" and result["n"] == 60

@@ -6,12 +6,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import refused
 from PIL import Image, ImageChops
 
+import ldm
+from ldm.conditioning.tokenizer import Tokenizer
+from ldm.finetune.embeddings import add_word
 from ldm.inference.init_image import InitImage
 from ldm.inference.recipe import read_image_text, save_image
-from ldm.inference.run import OutputFolder, check_format
+from ldm.inference.run import OutputFolder, check_format, unknown_prompts
 
 IMAGE = Image.new("L", (8, 8), 255)
 
@@ -121,3 +125,14 @@ def test_what_jpeg_cannot_hold():
     refused("JPEG has no transparency", check_format, "jpg", [""], clear)
     refused("30,000 characters", check_format, "jpg", ["a" * 30_001], None)
     check_format("webp", ["a" * 30_001], clear)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "unknown"),
+    [(["cat", "a cat", "Fluffy, giraffe!", "a five", "a bold cat"], 3), (["five", "<mine>", "9", "", "a 7"], 0)],
+)
+def test_prompts_of_words_that_the_captions_never_had(prompts, unknown):
+    model = ldm.load(device="cpu")
+    add_word(model, "<mine>", torch.ones(2, 128))
+    assert unknown_prompts(model.cond_stage_model.tokenizer, prompts) == prompts[:unknown]
+    assert unknown_prompts(Tokenizer(), prompts) == unknown_prompts(None, prompts) == []

@@ -141,7 +141,10 @@ def run(checkpoint, subject, folder, *options: object) -> None:
 def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject, tmp_path, capsys):
     before = tiny_checkpoint.read_bytes()
     all_formats = ("diffusers", "a1111", "compvis")
-    run(tiny_checkpoint, subject, tmp_path / "out", "--report_to", "tensorboard", "--format", *all_formats)
+    objective = ("--error", "l1", "--snr_gamma", 5, "--offset_noise")
+    run(tiny_checkpoint, subject, tmp_path / "out", "--report_to", "tensorboard", *objective, "--format", *all_formats)
+    stage = load_yaml(tmp_path / "out" / "config.yaml").stage.params
+    assert (stage.error, stage.weight.gamma, stage.noise.offset) == ("l1", 5, 0.1)
     assert tiny_checkpoint.read_bytes() == before
     words = [read_words(tmp_path / "out" / name) for name in ("learned_embeds.safetensors", "sks.pt", "embeddings.pt")]
     assert all(found[0].word == "<sks>" and torch.equal(found[0].vectors, words[0][0].vectors) for found in words)

@@ -14,11 +14,11 @@ configs/finetune/dreambooth.yaml, or dreambooth_large.yaml for a model of the si
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ldm.cli import Parser, finite_float, int_range
 from ldm.finetune.flags import (
     MEMORY,
+    OBJECTIVE,
     OUTPUT,
     TRAINING,
     add_flags,
@@ -31,12 +31,6 @@ from ldm.finetune.flags import (
     path,
 )
 from ldm.inference.options import add_checkpoint_options, loading_arguments
-
-
-def min_snr(text: str) -> dict[str, Any]:
-    """An option type: a gamma, as the weighting that it stands for."""
-    return {"name": "min_snr", "gamma": finite_float(0)(text)}
-
 
 # names, the yaml's key, how they are parsed, help
 FLAGS = {
@@ -85,11 +79,7 @@ FLAGS = {
          "attention, text, feed_forward, text_feed_forward, projection, convolution, or regular expressions"),
         ("--lora_format", "stage.params.lora_format", choose(("kohya", "peft")),
          "how the file names its layers (kohya)"),
-        ("--snr_gamma", "stage.params.weight", number(min_snr, "GAMMA"),
-         "weigh each image's loss by min-SNR; the paper takes 5"),
-        ("--noise_offset", "stage.params.noise.offset", number(finite_float(0), "X"),
-         "noise that is the same all over a channel (0)"),
-        ("--offset_noise", "stage.params.noise.offset", const(0.1), "the same as --noise_offset 0.1"),
+        *OBJECTIVE,
         ("--use_ema", "use_ema", const(True), "the result is an average of the weights over the last steps"),
         ("--ema_decay", "loop.ema", number(finite_float(0), "X"), "of that average (0.99)"),
         ("--max_grad_norm", "loop.clip", number(finite_float(0), "X"), "gradients are clipped to it (1)"),

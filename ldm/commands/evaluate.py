@@ -80,6 +80,8 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
             "--ckpt": {"required": True, "help": "the tuned model"},
             "--before": FILE | {"help": "the model that it was (the digits model that ships)"},
             "--without": FILE | {"help": "what the same command gives with --prior_loss_weight 0"},
+            "--embedding": FILE
+            | {"action": "append", "default": [], "help": "learned words of the tuned model; repeatable"},
             "--subject": DIR
             | {
                 "required": True,
@@ -107,6 +109,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--picture", dest="image", type=Path, help=argparse.SUPPRESS)
         if name == "model":
             add_settings(command, *SAMPLING)
+            command.add_argument("--classifier", **FILE, help="guide to the digits by this classifier of noisy images")
+            add_settings(command, "classifier_scale")
             add_model_options(command)
     return parser.parse_args(argv)
 

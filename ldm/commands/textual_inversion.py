@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.cli import Parser, finite_float, int_range, read_lines
-from ldm.finetune.flags import MEMORY, OUTPUT, TRAINING, add_flags, begin, choose, number, path
+from ldm.finetune.flags import MEMORY, OBJECTIVE, OUTPUT, TRAINING, add_flags, begin, choose, number, path
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 
 # names, the yaml's key, how they are parsed, help
@@ -41,6 +41,7 @@ FLAGS = {
          "how far a step moves a vector's numbers"),
         ("--pull", "stage.params.pull", number(finite_float(0), "X"),
          "weight of the distance to the initial words (0)"),
+        *OBJECTIVE,
         *MEMORY,
     ],
     "output": [

@@ -87,7 +87,7 @@ def _find(path: Path) -> Path:
             return candidate
     raise FileNotFoundError(
         f"neither {path} nor {path.name}.gz exists: set LDM_DATA to the folder that holds MNIST/raw, or "
-        "download it: scripts/train.py ... data.params.download=true"
+        "download it: ldm train ... data.params.download=true"
     )
 
 

@@ -21,9 +21,12 @@ from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
 from ldm.evaluation.report import report_autoencoder, report_model
 from ldm.evaluation.samples import image_sheet, images_by_class, prompts_for, sample_images
+from ldm.finetune.embeddings import apply_embedding
+from ldm.inference.guiders import make_guide
 from ldm.inference.options import load_model, settings_of
 from ldm.loading import SHIPPED
 from ldm.models.classifier import INNER, inner
+from ldm.settings import Guidance
 
 Result = tuple[dict[str, Any] | None, Image.Image | None]
 
@@ -34,11 +37,12 @@ def evaluate_model(args: argparse.Namespace) -> Result:
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
     n = len(reference.labels) if args.n is None else args.n
     frames = "train" if args.wording == "seen" else "unseen"
-    prompts, captions = prompts_for(model, reference.captions(n, frames))
+    prompts, captions = prompts_for(model, reference.captions(n, frames), args.classifier is not None)
     given = {name: value for name, value in settings_of(args).items() if value is not None}
     given = {name: value for name, value in given.items() if name not in ("seed", "precision")}
+    guide, settings = _guide(model, args, given)
     started = time.perf_counter()
-    images = sample_images(model, prompts, args.seed, args.batch_size, networks.size, **given)
+    images = sample_images(model, prompts, args.seed, args.batch_size, networks.size, **guide, **given)
     generated = time.perf_counter() - started
     report = report_model(images, captions, frames, reference, networks, training)
     measured = time.perf_counter() - started - generated
@@ -50,11 +54,24 @@ def evaluate_model(args: argparse.Namespace) -> Result:
             **{"wording": args.wording, "seed": args.seed, "batch_size": args.batch_size},
             **model.defaults,
             **given,
+            **settings,
         },
         "seconds": {"generating": generated, "measuring": measured, "images_per_second": n / generated},
         **report,
     }
     return report, image_sheet(sheet)
+
+
+def _guide(model: Any, args: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `generate`'s guide and its settings for the report, taking its scale out of the others."""
+    scale = given.pop("classifier_scale", None)
+    if args.classifier is None:
+        if scale is not None:
+            raise ValueError(f"--classifier-scale {scale:g} would have no effect: it is for --classifier")
+        return {}, {}
+    scale = Guidance.classifier_scale if scale is None else scale
+    settings = {"classifier": fingerprint(args.classifier), "classifier_scale": scale}
+    return {"guide": make_guide(model, classifier=args.classifier, classifier_scale=scale)}, settings
 
 
 def evaluate_autoencoder(args: argparse.Namespace) -> Result:
@@ -95,6 +112,8 @@ def evaluate_dreambooth(args: argparse.Namespace) -> Result:
     for name, path in (("before", args.before), ("after", args.ckpt), ("without_prior", args.without)):
         if name != "without_prior" or path is not None:
             model = ldm.load(path, device=args.device)
+            for file in args.embedding if name == "after" else ():
+                apply_embedding(model, file)
             figures[name], shown = measure_subject(model, prompts, detector, networks, args.n, args.batch_size)
             rows.append(shown)
     report = {

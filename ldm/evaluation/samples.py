@@ -57,18 +57,22 @@ def image_sheet(blocks: Sequence[Tensor], between: int = 12, magnify: int = 2) -
     return sheet.resize((magnify * sheet.width, magnify * sheet.height), Image.Resampling.NEAREST)
 
 
-def prompts_for(model: Any, captions: Sequence[Caption]) -> tuple[list[Any], list[Caption]]:
+def prompts_for(model: Any, captions: Sequence[Caption], classes: bool = False) -> tuple[list[Any], list[Caption]]:
     """Return the model's condition for each caption, and the caption reduced to what that condition states.
 
     Args:
         model: a LatentDiffusion conditioned on text (all of the caption), on classes (its digit; the conditioner has
             `n_classes`), or unconditional.
+        classes: a classifier guides to the digit, whatever the model is conditioned on.
     """
-    if model.cond_stage_model is None:
+    if model.cond_stage_model is None and not classes:
         return [""] * len(captions), [Caption("")] * len(captions)
-    if hasattr(model.cond_stage_model, "n_classes"):
-        digits = [caption.digit for caption in captions]
-        return digits, [Caption(str(digit), digit) for digit in digits]
+    digits = [caption.digit for caption in captions]
+    stated = [Caption(str(digit), digit) for digit in digits]
+    if model.cond_stage_model is None or hasattr(model.cond_stage_model, "n_classes"):
+        return digits, stated
+    if classes:
+        return [caption.text for caption in stated], stated
     return [caption.text for caption in captions], list(captions)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import int_range
+from ldm.cli import finite_float, int_range
 
 if TYPE_CHECKING:  # it imports torch
     from ldm.latent_diffusion import LatentDiffusion
@@ -51,6 +51,11 @@ def many(kind: Any, metavar: str) -> dict[str, Any]:
     return {"action": "append", "type": kind, "metavar": metavar}
 
 
+def min_snr(text: str) -> dict[str, Any]:
+    """An option type: a gamma, as the weighting that it stands for."""
+    return {"name": "min_snr", "gamma": finite_float(0)(text)}
+
+
 # names, the key that they set, how they are parsed, help: what both scripts have
 TRAINING = [
     ("--max_train_steps", "loop.steps", number(int_range(1)), "optimizer steps"),
@@ -60,6 +65,14 @@ TRAINING = [
     ("--seed", "seed", number(int_range(0)), "of the training (0)"),
     ("--resolution", "stage.params.resolution", number(int_range(1), "PIXELS"),
      "side of the squares to train on (the model's own)"),
+]  # fmt: skip
+OBJECTIVE = [
+    ("--error", "stage.params.error", choose(("l2", "l1")), "of the network's prediction: squared, or absolute (l2)"),
+    ("--snr_gamma", "stage.params.weight", number(min_snr, "GAMMA"),
+     "weigh each image's loss by min-SNR; the paper takes 5"),
+    ("--noise_offset", "stage.params.noise.offset", number(finite_float(0), "X"),
+     "noise that is the same all over a channel (0)"),
+    ("--offset_noise", "stage.params.noise.offset", const(0.1), "the same as --noise_offset 0.1"),
 ]  # fmt: skip
 MEMORY = [
     ("--gradient_accumulation_steps", "loop.accumulate", number(int_range(1)), "batches to an optimizer step (1)"),

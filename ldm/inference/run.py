@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,11 +114,39 @@ def plan_recipes(
 def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:
     """Return the prompts, or empty ones, with a warning, for an unconditional model."""
     if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
+        for prompt in unknown_prompts(getattr(model.cond_stage_model, "tokenizer", None), prompts)[:5]:
+            print(f"note: the model was trained on none of the words of {prompt!r}", file=sys.stderr)
         return prompts
     if args.classes:
         raise ValueError("--class needs a class-conditional model, or --classifier")
     print("this model is unconditional: the prompt is ignored", file=sys.stderr)
     return [""] * len(prompts)
+
+
+def unknown_prompts(tokenizer: object, prompts: Sequence[str]) -> list[str]:
+    """Return the prompts none of whose words was in the captions, by a vocabulary that was reduced to what they need.
+
+    It splits a word of theirs into as few tokens as CLIP's does, and most others into more.
+    """
+    from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
+
+    if not isinstance(tokenizer, Tokenizer) or not 100 < len(tokenizer.merges) < NUM_CLIP_MERGES:
+        return []  # it has all words, or none
+
+    full = cache(lambda: Tokenizer(cleaning=tokenizer.cleaning))  # made only for a word of several tokens
+
+    def is_known(word: str) -> bool:
+        tokens = tokenizer.encode(word)
+        learned = max(tokens, default=0) > tokenizer.eos
+        return learned or len(tokens) <= 1 or len(tokens) == len(full().encode(word))
+
+    unknown = []
+    for prompt in dict.fromkeys(prompts):
+        words = re.findall(r"<\S+>|\w+", prompt)
+        words = [word for word in words if len(word) > 2] or words  # a, of, in are in every vocabulary
+        if words and not any(map(is_known, sorted(words, key=len))):
+            unknown.append(prompt)
+    return unknown
 
 
 def init_settings(
