@@ -1,10 +1,31 @@
-"""Conversions between tensors of pixels and PIL images, and grids of images."""
+"""Opening image files, conversions between tensors of pixels and PIL images, and grids of images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+# Pillow's name of each format that is read -> its plugin. Pillow decides by the content, not by the suffix, and gives
+# PostScript to Ghostscript, a program: so no EPS, PS or PDF, and nothing that is not needed.
+READ = {
+    **{"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "PPM": "Ppm"},
+    **{"AVIF": "Avif", "JPEG2000": "Jpeg2K", "TGA": "Tga"},  # the last has no signature
+}
+
+
+def open_pillow(file: str | Path | BinaryIO, formats: Iterable[str] = READ) -> Image.Image:
+    """Open an image file of one of these formats, as `PIL.Image.open` does, the only place that calls it."""
+    for name in formats:
+        if name not in Image.OPEN:
+            try:
+                import_module(f"PIL.{READ[name]}ImagePlugin")
+            except ImportError:
+                continue  # this Pillow is older than the format
+    return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -4,9 +4,35 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
-from PIL import Image
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
-from ldm.images import image_grid, to_pil, to_uint8
+from ldm.data.image_files import read_image
+from ldm.images import READ, image_grid, open_pillow, to_pil, to_uint8
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: started.append(args))
+    for name in ("a.png", "a.eps", "a.jpg"):
+        (tmp_path / name).write_bytes(POSTSCRIPT)
+        assert Image.open(tmp_path / name).format == "EPS"  # as Pillow alone would read it
+        refused("cannot identify", open_pillow, tmp_path / name, error=UnidentifiedImageError)
+        refused(f"{name} is not an image of a format that is read: PNG, JPEG", read_image, tmp_path / name)
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
+    refused("not an image", read_image, tmp_path / "a.pdf")
+    assert started == [] and not {"EPS", "PDF", "PSD", "MPEG", "WMF"} & READ.keys()
+
+
+def test_every_format_is_read(tmp_path):
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    Image.init()
+    for name in READ.keys() & Image.SAVE.keys():
+        image.save(tmp_path / "a.png", format=name)  # the content counts
+        assert open_pillow(tmp_path / "a.png").format == name
+        assert read_image(tmp_path / "a.png").size == (8, 8)
+    assert READ.keys() - Image.SAVE.keys() <= {"AVIF", "JPEG2000"}
 
 
 def test_levels_round_to_the_nearest_and_clip():

@@ -100,6 +100,21 @@ def test_public_names_are_defined_once():
     assert COMPVIS_NAMES <= twice.keys(), "these are defined once: take them off the list"
 
 
+def test_one_function_opens_image_files():
+    """Pillow starts Ghostscript for PostScript, whatever a file's name: `ldm.images.open_pillow` allows the formats."""
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", "") in ("Image", "PIL")
+    ]
+    assert len(calls) == 1 and calls[0].startswith("ldm/images.py")
+    for path, tree in TREES.items():  # nor by another way
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":
+                assert "open" not in [alias.name for alias in node.names], path
+
+
 # What these modules do not import, one after the other: the command line is quick, and no library is imported early.
 NOT_IMPORTED = {
     "ldm": "torch numpy PIL einops",

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from ldm.images import to_pil
+from ldm.images import open_pillow, to_pil
 
 KERNEL = 21  # pixels across
 SHRINKS = ("bilinear", "bicubic", "area")
@@ -72,7 +71,7 @@ def jpeg(x: Tensor, qualities: tuple[int, int]) -> Tensor:
     """Encode x (1, c, h, w) in [-1, 1] as JPEG and decode it."""
     file = io.BytesIO()
     to_pil(x)[0].save(file, format="JPEG", quality=random.randint(*qualities))
-    return _tensor(np.asarray(Image.open(file)))
+    return _tensor(np.asarray(open_pillow(file)))
 
 
 def _tensor(image: np.ndarray) -> Tensor:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ldm.images import READ, open_pillow
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
@@ -57,12 +59,12 @@ def _open(path: Path) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # Pillow warns above 89 million pixels and raises above twice as many; only the error matters.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
+            with open_pillow(path) as opened:
                 yield opened
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read") from error
+        raise ValueError(f"{path} is not an image of a format that is read: {', '.join(READ)}") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         # Pillow reports damage as any of these: SyntaxError for a broken PNG chunk, ValueError for a broken header ...
         raise ValueError(f"{path} cannot be read as an image: {str(error).rstrip('.')}") from error

@@ -20,6 +20,7 @@ from ldm import __version__
 from ldm.batching import batches
 from ldm.changes import Change
 from ldm.checkpoint.atomic import atomic
+from ldm.images import open_pillow
 from ldm.settings import ALL_SIGMAS, BATCH_SIZE, CHANGES, INT, SEED, STR, Guidance, Settings, setting, setting_rows
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def read_image_text(path: Path) -> str:
     """Read the text that `save_image` writes. ValueError for a file of another format, or one without it; OSError."""
     with open(path, "rb") as file:
         try:
-            image = Image.open(file, formats=[name for name, _ in FORMATS.values()])
+            image = open_pillow(file, [name for name, _ in FORMATS.values()])
             text = image.info.get(CHUNK)
             comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(_COMMENT)
             if text is None and isinstance(comment, bytes) and comment.startswith(_UTF16):
