@@ -19,7 +19,7 @@ from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State, check_finite, read_tensors, vanishing
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.util import Unfilled, get_obj_from_str, instantiate_network, pick_device, read_yaml
+from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, read_yaml
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
 MODEL_FORMATS = ("ldm", "compvis", "diffusers")
@@ -33,6 +33,7 @@ PART_OF = {
 }
 OPTIONS = {"first_stage": "vae", "unet": "unet"}
 NEEDS = {"first_stage": ("embed_dim", "image_channels", "downsampling"), "unet": ("downsampling",)}  # of those parts
+MORE_TENSORS = 4096  # than twice the file's, above which a configuration is not even built, to list what does not fit
 NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
 
 
@@ -239,7 +240,7 @@ def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
     if "target" not in config:
         raise ValueError(f"{what} has a damaged configuration (it names no target)")
     try:
-        with torch.device("meta"), Unfilled():
+        with torch.device("meta"), Unfilled(), at_most(2 * len(state) + MORE_TENSORS):
             module = instantiate_network(config)
     except Exception as error:  # a damaged configuration may break a constructor in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]  # torch appends its own stack

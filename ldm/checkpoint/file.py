@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.atomic import atomic
+from ldm.checkpoint.networks import check_targets
 from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, check_finite, read_tensors
 
 CONFIG_KEY = "ldm.config"
@@ -35,6 +36,7 @@ def read_config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]
             raise ValueError("it is not a mapping")
         if not isinstance(config.get("target"), str | None):
             raise ValueError(f"its target is {config['target']!r}")
+        check_targets(config)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration ({error})") from None
     return config

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from ldm.checks import shorten
+from ldm.util import ALLOWED, allowed_packages, get_obj_from_str
+
 Config = dict[str, Any]
 
 MODEL_TARGET = "ldm.latent_diffusion.LatentDiffusion"
@@ -14,8 +17,55 @@ CLASSES_TARGET = "ldm.conditioning.classes.ClassEmbedder"
 RESCALER_TARGET = "ldm.conditioning.spatial.SpatialRescaler"
 IMAGE_TARGET = "ldm.conditioning.spatial.ConcatImage"
 
+# The classes that the header of a checkpoint may name. None of them opens a file or downloads anything.
+BUILT_IN = {
+    **{
+        "ldm.latent_diffusion": "LatentDiffusion",
+        "ldm.pixel_diffusion": "PixelDiffusion",
+        "ldm.models.unet": "UNetModel",
+    },
+    **{"ldm.models.autoencoder": "AutoencoderKL", "ldm.models.vq_autoencoder": "VQModel VQModelInterface"},
+    **{"ldm.models.identity": "IdentityFirstStage", "ldm.models.classifier": "Judge FeatureNetwork"},
+    **{"ldm.conditioning.text": "TextEncoder", "ldm.conditioning.bert": "BERTEncoder"},
+    **{"ldm.conditioning.classes": "ClassEmbedder ClassLabels"},
+    **{"ldm.conditioning.spatial": "SpatialRescaler ConcatImage", "ldm.optional.simple_unet": "SimpleUNet"},
+    **{
+        "ldm.optional.unet2d": "UNet2D",
+        "ldm.optional.denoising_gan": "DenoisingGAN",
+        "ldm.optional.ddgan": "Generator",
+    },
+    **{"ldm.optional.noisy_classifier": "EncoderUNetModel"},
+}
+BUILT = {f"{module}.{name}" for module, names in BUILT_IN.items() for name in names.split()}
+UNUSED = ("lossconfig", "scheduler_config")  # arguments of CompVis's autoencoders, of which nothing is built
+
 PREFIXES = {"unet": "model.diffusion_model.", "first_stage": "first_stage_model.", "text": "cond_stage_model."}
 
 # What distinguishes OpenAI's CLIP (Stable Diffusion 1) from OpenCLIP (2) besides the names of their weights.
 CLIP_SETTINGS = {"layout": "transformers", "activation": "quick_gelu", "layer": "last"}
 OPENCLIP_SETTINGS = {"layout": "openclip", "activation": "gelu", "layer": "penultimate"}
+
+
+def check_targets(config: Any) -> None:
+    """Raise ValueError if a header's configuration names a class, at any depth, that a checkpoint may not build.
+
+    It may build those in BUILT, by any of their names, torch's layers in ALLOWED, and those of packages that the user
+    allows.
+    """
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if not isinstance(config, dict):
+        return
+    target = config.get("target")
+    package = str(target).partition(".")[0]
+    if target is not None and str(target) not in ALLOWED and package not in allowed_packages():
+        cls = get_obj_from_str(target) if package == "ldm" else None
+        if cls is None or f"{cls.__module__}.{cls.__qualname__}" not in BUILT:
+            raise ValueError(
+                f"it names {shorten(repr(target))}, and a checkpoint may name only networks of ldm that open no files: "
+                "if you trust it, give its configuration as a yaml of your own (--config FILE), or allow its package "
+                f"(--allow {shorten(package)}, or LDM_ALLOW={shorten(package)} in the environment)"
+            )
+    for key, value in config.items():
+        if key not in UNUSED:
+            check_targets(value)
