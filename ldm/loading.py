@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.changes import Change, settings_of_model
 from ldm.checkpoint import networks
@@ -44,6 +44,7 @@ class Found(NamedTuple):
     state: State
     notes: list[str]
     scale_factor: float | None = None  # of a first stage taken from a model or folder that has one
+    words: Mapping[str, Tensor] = {}  # vectors of learned words
 
 
 def load(
@@ -89,6 +90,11 @@ def load(
         model.schedule  # noqa: B018 - made on first use; a damaged one is an error of the file, not of sampling
     except (ValueError, TypeError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration: {error}") from None
+    if found.words:
+        from ldm.conditioning.words import learn
+
+        for word, vectors in found.words.items():
+            learn(model.cond_stage_model, word, vectors)
     model.path, model.notes = path, found.notes
     files = {"vae": vae, "unet": unet, "config": config, "vocab": vocab}
     words = {"ema": "ema" if ema else None, "prediction": prediction, "variant": variant}
@@ -127,7 +133,7 @@ def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Fo
             raise ValueError(f"{own}, and {given}: they have different latent spaces ({new.notes[0]})")
         params[f"{part}_config"] = new.config
         state, notes = _swapped(state, part, new), [*notes, *new.notes]
-    return Found({"target": target, "params": params}, state, notes)
+    return Found({"target": target, "params": params}, state, notes, words=found.words)
 
 
 def _set_prediction(path: Path, config: Config, prediction: str) -> None:
@@ -163,7 +169,8 @@ def _open(
             )
         if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
             return Found(*read_vae_folder(path))
-        return Found(*read_pipeline(path, variant))
+        config, state, notes, words = read_pipeline(path, variant)
+        return Found(config, state, notes, words=words)
     contents = read_tensors(path)
     if variant is not None:
         raise ValueError(f"checkpoint {str(path)!r} is one file: only diffusers' folders have a variant {variant!r}")
@@ -196,7 +203,7 @@ def _open(
 
 def _take(part: str, path: Path, ema: bool = False) -> Found:
     """Read a part out of a file or folder, under its own names: of that part alone, or of a model."""
-    config, state, _, scale_factor = _open(path, ema=ema)
+    config, state, _, scale_factor, _ = _open(path, ema=ema)
     target = found = config.get("target")
     if target == networks.MODEL_TARGET:
         prefix, params = networks.PREFIXES[part], config["params"]
@@ -272,21 +279,28 @@ def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = N
     if format not in MODEL_FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
     config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}
-    _fitted("the model", config, dict(state))  # what cannot be loaded again is not written
+    built, _ = _fitted("the model", config, dict(state))  # what cannot be loaded again is not written
+    if (type(built.null), built.null) != (type(model.null), model.null):
+        hint = f"set cond_stage_model.null back to {built.null!r}, and give the other as the negative prompt"
+        raise ValueError(f"the null condition {model.null!r} was set by hand, and files cannot hold it: {hint}")
+    words = getattr(getattr(model.cond_stage_model, "tokenizer", None), "words", {})
+    notes = vanishing(state, dtype)
+    if words:
+        notes.append(f"learned words are not part of the file: {' '.join(words)}")
     if format != "ldm" and model.target != networks.MODEL_TARGET:
         raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
     if format == "diffusers":
         from ldm.checkpoint.diffusers_writer import write_pipeline
 
         check_finite("the model", state, dtype)
-        return vanishing(state, dtype) + write_pipeline(path, config, state, dtype)
+        return notes + write_pipeline(path, config, state, dtype)
     if format == "compvis":
         from ldm.checkpoint.compvis import single_file
 
         state, metadata = single_file(state, config)
         metadata["modelspec.title"] = Path(path).stem
     save_file(path, state, config, dtype, metadata)
-    return vanishing(state, dtype)
+    return notes
 
 
 def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:

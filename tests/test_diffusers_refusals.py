@@ -134,6 +134,8 @@ def test_another_kind_of_scheduler_is_refused(folder):
 
 def test_tokens_that_were_added_are_named(folder):
     (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<my-cat>": 514 + len(MERGES)}))
+    refused("no vector for the token '<my-cat>'", read_pipeline, folder)  # the text encoder was not resized
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<my-cat>": 7}))
     refused("not in their place: <my-cat>", read_pipeline, folder)
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer").mkdir()

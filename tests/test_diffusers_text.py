@@ -35,7 +35,8 @@ def test_transformers_reads_our_tokenizer(tmp_path, files, vocabulary, cleaning)
     assert (own.bos_token_id, own.eos_token_id) == (ours.sot, ours.eos)
     ids = own(AWKWARD, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     assert torch.equal(ids, ours(AWKWARD))
-    merges, pad = read_tokenizer(tmp_path)
+    merges, pad, size, added = read_tokenizer(tmp_path)
+    assert (size, added) == (ours.vocab_size, {})
     assert pad == ours.pad and merges == (None if vocabulary == "full" else MERGES)
 
 

@@ -17,8 +17,9 @@ import ldm
 from ldm.conditioning.prompt import cut, encode_prompts
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer, reduce
-from ldm.finetune.embedding_files import LearnedWord, read_words, write_words
-from ldm.finetune.embeddings import WordTokenizer, add_word, apply_embedding, initial_vectors, token_embedding
+from ldm.conditioning.words import WordTokenizer, token_embedding
+from ldm.finetune.embedding_files import LearnedWord, read_words, split_word, write_words
+from ldm.finetune.embeddings import add_word, apply_embedding, check_new_word, initial_vectors
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import instantiate_network
 
@@ -150,20 +151,62 @@ def test_of_two_words_that_begin_alike_the_longer_is_meant():
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("", "visible characters, without spaces"),
-        ("my word", "visible characters, without spaces"),
+        ("", "visible characters"),
+        (" a", "visible characters"),
         ("a\x00b", "visible characters"),
+        ("a BREAK b", "visible characters, and without BREAK"),
+        ("<Known>", "'<Known>' is already a learned word"),
+        ("my word", "new word: spaces, brackets and backslashes"),
         ("[V]", "syntax in prompts"),
         ("a\\b", "syntax in prompts"),
-        ("BREAK", "syntax in prompts"),
         ("cat", r"'cat' is a word that the text encoder has already \(token \d+\): .* such as '<cat>'"),
-        ("<Known>", "'<Known>' is already a learned word"),
     ],
 )
 def test_a_word_that_cannot_be_one(model, word, sentence):
+    """The last four only where it is to be trained: files are called as they are."""
     add_word(model, "<known>", VECTORS)
-    refused(sentence, add_word, model, word, VECTORS)
+    encoder = model.cond_stage_model
+    refused(sentence, *((check_new_word, encoder, word) if "new" in sentence or "syntax" in sentence or "already (" in
+                        sentence or "token" in sentence else (add_word, model, word, VECTORS)))  # fmt: skip
     assert list(model.cond_stage_model.tokenizer.words) == ["<known>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "others"),
+    [
+        ("cat", ["a cat", "Cat, a"], ["a concatenation", "cats"]),  # a token of the vocabulary
+        ("@", ["a @ b", "me@here"], ["a at b"]),
+        ("bad hands", ["a bad hands", "Bad \n hands"], ["badhands"]),
+        ("style (v2) [x]", [r"a style \(v2\) \[x\]"], ["a style (v2) [x]", "style v2 x"]),
+        ("caf\u00e9", ["a caf\u00e9", "cafe\u0301"], ["a cafe"]),
+        ("cafe\u0301", ["a caf\u00e9", "cafe\u0301"], ["a cafe"]),  # as macOS writes names
+        ("cafe", ["a cafe"], ["caf\u00e9", "cafe\u0301"]),
+    ],
+)
+def test_a_file_is_called_by_its_name_whatever_that_is(model, tmp_path, name, prompts, others):
+    tokenizer = model.cond_stage_model.tokenizer
+    known = len(tokenizer.encode(name)) == 1
+    write_words(tmp_path / f"{name}.pt", LearnedWord("inside", VECTORS), "a1111")
+    (word,) = apply_embedding(model, tmp_path / f"{name}.pt")
+    words = model.cond_stage_model.tokenizer
+    first = tokenizer.vocab_size
+
+    def learned(prompt):
+        return {first, first + 1, first + 2} <= {token for chunk in cut(words, prompt) for token in chunk.tokens}
+
+    assert all(map(learned, prompts)) and not any(map(learned, others)), word
+    assert [note for note in model.notes if "it now means the learned word" in note] == model.notes[:-1] * known
+    assert "(inside it is called 'inside')" in model.notes[-1]
+
+
+def test_a_file_and_the_word_that_it_is_to_be(tmp_path):
+    for name in ("a.pt", "a=b.pt"):
+        (tmp_path / name).write_bytes(b"")
+    file, other = tmp_path / "a.pt", tmp_path / "a=b.pt"
+    assert split_word(str(file)) == (file, None) and split_word(str(other)) == (other, None)
+    assert split_word(f"{file}=<a=b>") == (file, "<a=b>") and split_word(f"{other}=c") == (other, "c")
+    assert split_word(str(tmp_path / "none.pt")) == (tmp_path / "none.pt", None)
+    assert split_word(f"{tmp_path}/none.pt=x") == (tmp_path / "none.pt", "x")
 
 
 def test_vectors_of_another_text_encoder(model, tmp_path, tiny_model):
@@ -199,22 +242,50 @@ def test_half_precision_and_gradients(model):
     assert (vectors.grad.abs().sum(1) > 0).all() and all(p.grad is None for p in encoder.parameters())
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@torch.no_grad()
+def test_words_among_the_tokens_of_a_pipeline(tmp_path, kind, capsys):
+    """A pipeline as diffusers' textual_inversion.py saves it, with rows for its tokens, gives the same text states."""
+    from diffusers import StableDiffusionPipeline
+
+    model = make(kind)
+    ldm.save(model, tmp_path / "folder", format="diffusers")
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", safety_checker=None)
+    tokens = ["<sks>", "<sks>_1", "<sks>_2", "<one>"]  # of a word of three vectors, and of one
+    assert theirs.tokenizer.add_tokens(tokens) == 4
+    theirs.text_encoder.resize_token_embeddings(len(theirs.tokenizer))
+    first = theirs.tokenizer.convert_tokens_to_ids("<sks>")
+    rows = theirs.text_encoder.get_input_embeddings().weight
+    rows[first : first + 3], rows[first + 3] = VECTORS, VECTORS[0]
+    theirs.save_pretrained(tmp_path / "learned")
+    found = ldm.load(tmp_path / "learned", device="cpu")
+    assert "learned words among its tokens: <sks> <one>" in found.notes and found.changes == []
+    assert torch.equal(*(token_embedding(one.cond_stage_model).weight for one in (found, model)))
+    for prompt, said in (("a <sks> cat, <one>", "a <sks> <sks>_1 <sks>_2 cat, <one>"), ("a cat", "a cat")):
+        ids = theirs.tokenizer([said], padding="max_length", max_length=24, return_tensors="pt").input_ids
+        expected = theirs.text_encoder(ids)[0]
+        torch.testing.assert_close(found.cond_stage_model([prompt])["c_crossattn"], expected, rtol=1e-4, atol=1e-5)
+    assert "<sks> <one>" in ldm.save(found, tmp_path / "back.safetensors")[0]  # which is without them
+    refused("'<one>' is already a learned word", add_word, found, "<one>", VECTORS)
+
+
 # --- in files
 
 
 @pytest.mark.parametrize(
-    ("name", "format"),
+    ("name", "format", "word"),
     [
-        ("learned_embeds.safetensors", "diffusers"),
-        ("learned_embeds.bin", "diffusers"),
-        ("sks.pt", "a1111"),
-        ("embeddings.pt", "compvis"),
+        ("learned_embeds.safetensors", "diffusers", "<sks>"),
+        ("learned_embeds.bin", "diffusers", "<sks>"),
+        ("mine.pt", "a1111", "mine"),
+        ("embeddings.pt", "compvis", "embeddings"),
     ],
 )
-def test_files_come_back_as_they_were(tmp_path, name, format):
+def test_files_come_back_as_they_were(tmp_path, name, format, word):
     write_words(tmp_path / name, LearnedWord("<sks>", VECTORS[1:], step=7), format)
     (found,) = read_words(tmp_path / name)
-    assert (found.word, found.step) == ("<sks>", 7 if format == "a1111" else None)
+    assert (found.word, found.step) == (word, 7 if format == "a1111" else None)
+    assert found.inside == (None if word == "<sks>" else "<sks>")
     torch.testing.assert_close(found.vectors, VECTORS[1:], **EXACT)
     assert read_words(tmp_path / name, "<other>")[0].word == "<other>"
     assert (tmp_path / name).stat().st_size < 4000  # the vectors, and not all that they were cut from
@@ -313,7 +384,7 @@ def test_texts_are_encoded_as_by_diffusers(tmp_path, kind, format):
     model = make(kind)
     ldm.save(model, tmp_path / "folder", format="diffusers")
     write_words(tmp_path / "sks.pt", LearnedWord("<sks>", VECTORS), format)
-    assert apply_embedding(model, tmp_path / "sks.pt") == ["<sks>"]
+    assert apply_embedding(model, tmp_path / "sks.pt", "<sks>") == ["<sks>"]  # diffusers reads the name inside
     theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", safety_checker=None)
     theirs.load_textual_inversion(str(tmp_path / "sks.pt"))
     prompts = ["a photo of a <sks>", "<sks>, riding a horse", "a photo of a cat"]

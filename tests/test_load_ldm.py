@@ -1,5 +1,6 @@
 """`ldm.load` on files of latent diffusion's models before Stable Diffusion: tiny ones of each family."""
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -133,3 +134,12 @@ def test_words_by_a_vocabulary_are_its_ids(family, tmp_path):
     assert np.array_equal(pixels(loaded, ["a Cat"]), pixels(model, ids))
     ldm.save(loaded, tmp_path / "own.safetensors")  # the words travel
     assert np.array_equal(pixels(load(tmp_path / "own.safetensors"), ["a Cat"]), pixels(model, ids))
+
+
+def test_a_null_condition_set_by_hand_is_not_lost(tiny_model, tmp_path):
+    model = copy.deepcopy(tiny_model)
+    for null in ("a blur", torch.zeros(2), None):
+        model.cond_stage_model.null = null
+        refused("null condition .* was set by hand", ldm.save, model, tmp_path / "x.safetensors")
+    model.cond_stage_model.null = ""
+    ldm.save(model, tmp_path / "x.safetensors")

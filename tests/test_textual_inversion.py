@@ -16,6 +16,7 @@ from torch.utils.data import default_collate as collate
 
 import ldm
 from ldm.conditioning.tokenizer import Tokenizer
+from ldm.conditioning.words import token_embedding
 from ldm.data.captions import TRAIN_FRAMES
 from ldm.data.folder import Folder
 from ldm.diffusion.schedule import q_sample
@@ -24,7 +25,7 @@ from ldm.evaluation.reference import load_reference
 from ldm.evaluation.samples import from_pil
 from ldm.finetune import flags
 from ldm.finetune.embedding_files import read_words
-from ldm.finetune.embeddings import apply_embedding, token_embedding
+from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
 from ldm.training.stage import Trained
 from ldm.util import load_yaml
@@ -124,7 +125,8 @@ def test_captions_suit_the_model():
 
 def test_models_and_words_that_are_refused(tiny_checkpoint):
     refused("initial words", stage_of, tiny_checkpoint, initial="")
-    refused("cannot be a learned word", stage_of, tiny_checkpoint, word="my word")
+    refused("cannot be a new word", stage_of, tiny_checkpoint, word="my word")
+    refused("a word that the text encoder has already", stage_of, tiny_checkpoint, word="a")
     refused("height 33 cannot be made", stage_of, tiny_checkpoint, resolution=33)
 
 
@@ -147,11 +149,16 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert (stage.error, stage.weight.gamma, stage.noise.offset) == ("l1", 5, 0.1)
     assert tiny_checkpoint.read_bytes() == before
     words = [read_words(tmp_path / "out" / name) for name in ("learned_embeds.safetensors", "sks.pt", "embeddings.pt")]
-    assert all(found[0].word == "<sks>" and torch.equal(found[0].vectors, words[0][0].vectors) for found in words)
+    assert [(found[0].word, found[0].inside) for found in words] == [
+        ("<sks>", None),
+        ("sks", "<sks>"),
+        ("embeddings", "<sks>"),
+    ]
+    assert all(torch.equal(found[0].vectors, words[0][0].vectors) for found in words)
     assert words[0][0].vectors.shape == (2, 32) and words[1][0].step == 6
     printed = capsys.readouterr()
     assert "skipped .DS_Store, notes.pdf" in printed.err
-    assert "sks.pt (2 vectors), where a1111 calls it sks" in printed.out
+    assert "sks.pt (2 vectors), which is sks by the file's name" in printed.out
     assert re.search(r"--ckpt \S*tiny.safetensors --embedding \S*learned_embeds.safetensors --prompt 'a ", printed.out)
     assert pixels(tmp_path / "out" / "previews" / "000006.png").shape[0] == 2 * 32 + 2  # the subject's and the word's
     written = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (tmp_path / "out").iterdir()}

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ldm.checkpoint import diffusers_names as names
 from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights, unchanged
-from ldm.checkpoint.diffusers_text import read_tokenizer, text_params
+from ldm.checkpoint.diffusers_text import added_words, read_text_sizes, read_tokenizer, text_params
 from ldm.checkpoint.family_table import find_concat
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State
@@ -35,8 +37,17 @@ COMPONENTS = {
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # a filter, and IP-Adapter's: not part of the model
 
 
-def read_pipeline(path: str | Path, variant: str | None = None) -> tuple[Config, State, list[str]]:
-    """Return a diffusers folder's LatentDiffusion configuration, weights under CompVis's names, mapped, and notes.
+class Pipeline(NamedTuple):
+    """A LatentDiffusion's configuration, its weights under CompVis's names, notes, and vectors of learned words."""
+
+    config: Config
+    state: State
+    notes: list[str]
+    words: dict[str, Tensor]
+
+
+def read_pipeline(path: str | Path, variant: str | None = None) -> Pipeline:
+    """Read a diffusers folder; the weights are mapped.
 
     Names and shapes are not compared with the configuration here.
 
@@ -55,7 +66,10 @@ def _read_pipeline(path: Path, variant: str | None) -> tuple[Config, State, list
     with _naming(path):
         unet = read_unet(config["unet"])
         vae, scale_factor = read_vae(config["vae"])
-        text = text_params(config["text_encoder"], *read_tokenizer(path / "tokenizer"))
+        tokenizer = read_tokenizer(path / "tokenizer")
+        rows = read_text_sizes(config["text_encoder"])["vocab_size"]
+        sizes = {"vocab_size": min(rows, tokenizer.size)}  # rows behind the vocabulary are those of added words
+        text = text_params({**config["text_encoder"], **sizes}, tokenizer.merges, tokenizer.pad)
         scheduler, notes = read_scheduler(read_json(path / "scheduler" / "scheduler_config.json"))
         concat = find_concat(unet["in_channels"] - vae["embed_dim"], vae["embed_dim"], text=True)
         if concat == "latents" and pipeline != PIPELINES["latents"]:
@@ -84,7 +98,13 @@ def _read_pipeline(path: Path, variant: str | None) -> tuple[Config, State, list
         raise ValueError(f"folder {str(path)!r} holds no weights of the variant {variant!r}")
     notes += [f"{part}/: the weights' variant {own!r}" for part, own in variants.items() if own is not None]
     with _naming(path):
-        return {"target": networks.MODEL_TARGET, "params": params}, _from_diffusers(weights, text), notes
+        state, words = _from_diffusers(weights, text), {}
+        for name in [name for name in state if name.endswith("token_embedding.weight")]:
+            words = added_words(tokenizer.added, state[name][tokenizer.size :], tokenizer.size)
+            state[name] = state[name][: tokenizer.size]
+    if words:
+        notes.append(f"learned words among its tokens: {' '.join(words)}")
+    return Pipeline({"target": networks.MODEL_TARGET, "params": params}, state, notes, words)
 
 
 def read_vae_folder(path: str | Path) -> tuple[Config, State, list[str], float | None]:

@@ -6,7 +6,9 @@ Versions before 5 wrote vocab.json and merges.txt (slow) or tokenizer.json (fast
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ldm.checkpoint.diffusers_files import read_json
 from ldm.checkpoint.networks import CLIP_SETTINGS, OPENCLIP_SETTINGS, Config
@@ -67,14 +69,21 @@ def vocabulary(merges: Sequence[str]) -> list[str]:
     return letters + [letter + "</w>" for letter in letters] + [m.replace(" ", "") for m in merges] + [START, END]
 
 
-def read_tokenizer(folder: Path) -> tuple[list[str] | None, int]:
-    """Return (merges, or None for CLIP's own, and the id of the pad token) of a tokenizer's folder.
+class TokenizerFiles(NamedTuple):
+    """A tokenizer's merges (None: CLIP's own), the id of its pad token, its size, and tokens added behind, by id."""
 
-    Tokens that are not in CLIP's order (bytes, merges, start, end), such as those that textual inversion adds, raise
-    ValueError.
-    """
+    merges: list[str] | None
+    pad: int
+    size: int
+    added: dict[int, str]
+
+
+def read_tokenizer(folder: Path) -> TokenizerFiles:
+    """Read a tokenizer's folder. ValueError for tokens that are not in CLIP's order (bytes, merges, start, end)."""
     ids, merges = _vocabulary_files(folder)
     expected = {name: i for i, name in enumerate(vocabulary(merges))}
+    added = {i: name for name, i in ids.items() if i >= len(expected) and name not in expected}  # by textual inversion
+    ids = {name: i for name, i in ids.items() if added.get(i) != name}
     strange = sorted(name for name, i in ids.items() if expected.get(name) != i)
     if strange or len(ids) != len(expected):
         named = f"{len(strange)} of its tokens are not in their place" + (": " if strange else "")
@@ -88,7 +97,24 @@ def read_tokenizer(folder: Path) -> tuple[list[str] | None, int]:
     if pad not in ids:
         raise ValueError(f"the pad token {pad!r} in {str(folder)!r} is not in the vocabulary")
     digest = hashlib.sha256("\n".join(merges).encode()).hexdigest()
-    return (None if digest == CLIP_MERGES_SHA256 else merges), ids[pad]
+    return TokenizerFiles(None if digest == CLIP_MERGES_SHA256 else merges, ids[pad], len(expected), added)
+
+
+def added_words(added: Mapping[int, str], rows: Tensor, size: int) -> dict[str, Tensor]:
+    """Return the vectors (n, d) of each added word, from the rows of the token embedding behind the vocabulary.
+
+    Textual inversion names the tokens of a word of several vectors WORD, WORD_1, WORD_2 ...
+    """
+    words: dict[str, list[int]] = {}
+    for i, name in sorted(added.items()):
+        word, _, number = name.rpartition("_")
+        if word in words and words[word][-1] == i - 1 and number == str(len(words[word])):
+            words[word].append(i)
+        else:
+            words[name] = [i]
+    if added and max(added) - size >= len(rows):
+        raise ValueError(f"the text encoder has no vector for the token {added[max(added)]!r} of its tokenizer")
+    return {word: rows[ids[0] - size : ids[-1] - size + 1].float() for word, ids in words.items()}
 
 
 def _vocabulary_files(folder: Path) -> tuple[dict[str, int], list[str]]:

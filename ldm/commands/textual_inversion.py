@@ -90,13 +90,15 @@ def write(result: Path, word: str, args: argparse.Namespace, steps: int, prompt:
     learned = LearnedWord(word, read_tensors(result).state[word], steps)
     stem = re.sub(r"[^\w.-]", "", word) or "word"  # A1111 calls a word by its file's name, where < and > may not be
     names = {"diffusers": "learned_embeds.safetensors", "a1111": f"{stem}.pt", "compvis": "embeddings.pt"}
-    called = {"diffusers": word, "a1111": stem, "compvis": "*"}
+    called = {"diffusers": word, "a1111": stem, "compvis": "embeddings"}
     for format in args.format:
         path = args.output_dir / names[format]
         write_words(path, learned, format)
-        said = "" if called[format] == word else f", where {format} calls it {called[format]}"
+        said = "" if called[format] == word else f", which is {called[format]} by the file's name"
         print(f"{word}: {path} ({len(learned.vectors)} vectors){said}")
     print(f"contact sheet: {args.output_dir / 'contact_sheet.png'}")
     options = [] if args.ckpt is None else ["--ckpt", str(args.ckpt)]
-    options += ["--embedding", str(args.output_dir / names[args.format[0]]), "--prompt", prompt]
+    first = args.format[0]
+    renamed = "" if called[first] == word else f"={word}"
+    options += ["--embedding", f"{args.output_dir / names[first]}{renamed}", "--prompt", prompt]
     print(f"use it: ldm txt2img {shlex.join(options)}")

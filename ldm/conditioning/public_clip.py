@@ -71,7 +71,9 @@ def _from_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dict[st
     except ValueError as error:
         raise ValueError(f"text encoder {name!r} is not one that we know: {error}") from None
     if any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):  # if not, the vocabulary is CLIP's
-        merges, pad = read_tokenizer(folder)
+        merges, pad, _, added = read_tokenizer(folder)
+        if added:
+            raise ValueError(f"text encoder {name!r} has tokens that were added ({', '.join(added.values())})")
         params["tokenizer"] = {"pad": pad} if merges is None else {"pad": pad, "merges": merges}
     state = clip_from_transformers(read_weights(folder, "text_encoder", variant=None)[0])
     return params, {f"transformer.{key}": t for key, t in state.items() if not key.startswith(NOT_TEXT)}

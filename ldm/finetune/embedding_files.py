@@ -6,10 +6,11 @@
     compvis     embeddings.pt of the textual inversion code: {"string_to_token": {word: token}, "string_to_param":
                 nn.ParameterDict of {word: vectors}}, of one word or several
 
-Vectors are (n, d), or (d) for a single one. "*" in the last two is a placeholder: the word is the "name", or else, as
-always in AUTOMATIC1111's web UI, the file's name.
+Vectors are (n, d), or (d) for a single one. "*" in the last two is a placeholder: the word is the file's name, as in
+AUTOMATIC1111's web UI, and not the "name" inside.
 """
 
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +30,12 @@ TABLE = "string_to_param"
 
 
 class LearnedWord(NamedTuple):
-    """A word, its vectors (n, d) in float32, and the training steps that it took, if known."""
+    """A word, its vectors (n, d) in float32 and, if known, its training steps and what it is called inside its file."""
 
     word: str
     vectors: Tensor
     step: int | None = None
+    inside: str | None = None
 
 
 def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
@@ -43,14 +45,28 @@ def read_words(path: str | Path, word: str | None = None) -> list[LearnedWord]:
         named, name, step = read_table(path)
         if word is not None and len(named) > 1:
             raise ValueError(f"it holds {len(named)} words ({', '.join(named)}), which cannot all be called {word!r}")
-        own = {word if word is not None else (name if key == ANY else key): value for key, value in named.items()}
-        return [LearnedWord(key, _vectors(key, value), step) for key, value in own.items()]
+        found = []
+        for key, value in named.items():
+            inside = name if key == ANY else key
+            own = word if word is not None else path.stem.strip() if key == ANY else key
+            other = None if unicodedata.normalize("NFC", own) == inside else inside
+            found.append(LearnedWord(own, _vectors(own, value), step, other))
+        return found
     except ValueError as error:
         raise ValueError(f"embedding {str(path)!r} cannot be read: {error}") from None
 
 
-def read_table(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
-    """Return vectors by word, the word that "*" stands for, and the step."""
+def split_word(text: str) -> tuple[Path, str | None]:
+    """Return (file, word) of `FILE[=WORD]`; the word is None if not given. Both may contain "="."""
+    heads = [text[:i] for i, letter in enumerate(text) if letter == "="]
+    if Path(text).exists() or not heads:
+        return Path(text), None
+    head = next((head for head in heads if Path(head).is_file()), heads[0])
+    return Path(head), text[len(head) + 1 :]
+
+
+def read_table(path: Path) -> tuple[dict[str, Tensor], str | None, int | None]:
+    """Return vectors by word, the name inside that "*" stands for, if there is one, and the step."""
     check_file(path, "embedding")
     with open(path, "rb") as opened:
         if not opened.read(len(ZIP_START)).startswith((ZIP_START, PICKLE_START)):
@@ -61,14 +77,14 @@ def read_table(path: Path) -> tuple[dict[str, Tensor], str, int | None]:
         table = table if isinstance(table, dict) else {}
         found = {key: file.tensor(value) for key, value in table.items() if isinstance(value, StoredTensor)}
     _refuse_others(found)
-    name = name if TABLE in top and type(name) is str and name else path.stem
+    name = name if TABLE in top and type(name) is str and name else None
     return found, name, step if type(step) is int else None
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Tensor], str, None]:
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], None, None]:
     state = read_tensors(path).state
     _refuse_others(state)
-    return ({ANY: state["emb_params"]} if state.keys() == {"emb_params"} else state), path.stem, None
+    return ({ANY: state["emb_params"]} if state.keys() == {"emb_params"} else state), None, None
 
 
 def _refuse_others(found: Mapping[str, Tensor]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
+from ldm.conditioning.words import token_embedding
 from ldm.data.captions import NUMBER_WORDS, TRAIN_FRAMES, render
-from ldm.finetune.embeddings import token_embedding
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load
 from ldm.training.latents import posterior

@@ -16,7 +16,7 @@ from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.data.dreambooth import check_apart, notes_on_images
 from ldm.finetune.contact_sheet import save_contact_sheet
-from ldm.finetune.embeddings import add_word, deviation, initial_vectors, text_encoder
+from ldm.finetune.embeddings import add_word, check_new_word, deviation, initial_vectors, text_encoder
 from ldm.finetune.parts import FineTuningStage, knows_only_digits
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
@@ -82,6 +82,7 @@ class TextualInversionStage(FineTuningStage):
         start = initial_vectors(encoder, initial, vectors)
         self.vectors = nn.Parameter(start.clone())  # (n, d)
         self.networks["word"] = nn.ParameterList([self.vectors])
+        check_new_word(encoder, word)
         add_word(model, word, self.vectors)
         self.word, self.initial, self.start, self.pull = word, initial, start, pull
         if (learning_rate is None) == (relative_learning_rate is None):

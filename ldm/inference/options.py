@@ -120,7 +120,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(group)
     add = group.add_argument
     add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="add this LoRA's change (1); repeatable")
-    add("--embedding", type=Path, action="append", default=[], metavar="FILE", help="learned words; repeatable")
+    add("--embedding", action="append", default=[], metavar="FILE[=WORD]", help="learned words; repeatable")
 
     add = parser.add_argument_group("speed and memory (images stay the same but for rounding)").add_argument
     text = "of UNet and text encoder: float32, bfloat16, float16 (GPU only), or mixed (full)"
@@ -180,10 +180,11 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
         for path, strength in map(split_strength, args.lora):
             merge_lora(model, path, strength)
     if args.embedding:
+        from ldm.finetune.embedding_files import split_word
         from ldm.finetune.embeddings import apply_embedding
 
-        for path in args.embedding:
-            apply_embedding(model, path)
+        for path, word in map(split_word, args.embedding):
+            apply_embedding(model, path, word)
     for note in model.notes:
         print(note, file=sys.stderr)
     set_precision(model, "full" if args.precision is None else args.precision, device)
