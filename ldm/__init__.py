@@ -7,8 +7,8 @@ How an image is sampled:
     diffusion/denoiser.py            170  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
     diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
     diffusion/sampling/              505  first_order explains DDIM and DDPM; the others refine it
-    latent_diffusion.py              219  first stage + text encoder + UNet + schedule
-    generation.py                    226  generate: prompts -> images
+    latent_diffusion.py              246  first stage + text encoder + UNet + schedule
+    generation.py                    246  generate: prompts -> images
 The networks:
     models/unet.py                   280  the UNet
     models/blocks.py                 302  its residual blocks, and its plan of levels (levels.py)
@@ -39,7 +39,8 @@ from ldm import legacy_paths
 __version__ = "0.1.0"
 
 _HOMES = {"load": "ldm.loading", "save": "ldm.loading", "LatentDiffusion": "ldm.latent_diffusion"}
-__all__ = ["LatentDiffusion", "__version__", "load", "save"]
+_HOMES["interpolate"] = "ldm.interpolation"
+__all__ = ["LatentDiffusion", "__version__", "interpolate", "load", "save"]
 
 legacy_paths.install()
 

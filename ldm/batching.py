@@ -1,7 +1,23 @@
 """How a run of images is split into batches. It imports no torch: recipes are planned before that is imported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Any, NamedTuple
+
+
+class Blend(NamedTuple):
+    """A prompt or seed between two others: the first at share 0, the last at share 1 (`ldm.interpolation`)."""
+
+    first: Any
+    last: Any
+    share: float
+
+
+def of_ends(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return the function's result, of a blend the blend of those of its ends."""
+    if not isinstance(value, Blend):
+        return function(value)
+    return Blend(function(value.first), function(value.last), value.share)
 
 
 def batches(lengths: Sequence[int], size: int) -> list[slice]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.batching import batches
+from ldm.batching import batches, of_ends
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, from_vp, to_vp
@@ -44,7 +45,8 @@ def generate(
 
     Args:
         model: the LatentDiffusion; not to be given where this is its method.
-        prompts: texts; classes or images for models conditioned on those.
+        prompts: texts; classes or images for models conditioned on those. `ldm.interpolate` makes prompts and seeds
+            between two.
         negative: what guidance leads away from: one prompt, or one per image; the null condition if not given.
         seed, seeds: image i has the noise of seed + i, or of seeds[i]: the same alone and in any batch.
         image, mask: an init image, or one per prompt, and what to change in it (`ldm.init_image.InitImages`).
@@ -98,7 +100,8 @@ def generate(
 def _seeds(seed: int | None, seeds: Sequence[int] | None, count: int) -> list[int]:
     """Return `count` seeds from `seed` (0) on, or those that are given. ValueError for what is not a seed."""
     if seeds is not None:
-        return [SEED.checked("seed", one) for one in listed("seeds", seeds)]
+        check = partial(SEED.checked, "seed")
+        return [of_ends(check, one) for one in listed("seeds", seeds)]
     first = SEED.checked("seed", given(seed, 0))
     return list(range(first, first + count))
 

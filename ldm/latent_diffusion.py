@@ -8,7 +8,7 @@ from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
 from ldm.generation import generate
 from ldm.settings import of_model
 from ldm.util import call_with, instantiate_network
+
+if TYPE_CHECKING:
+    from ldm.init_image import Images
 
 Conditioning = dict[str, Tensor]
 # What a UNet has in its input channels beside the noised latents: see `ldm.init_image.concat_condition`.
@@ -153,8 +156,22 @@ class LatentDiffusion(nn.Module):
         """The limit of |x0| in sampling; None, as latents have no limit."""
         return None
 
-    def encode(self, images: Tensor, generator: torch.Generator | None = None, mode: bool = False) -> Tensor:
-        """Encode pixels (b, c, h, w) in [-1, 1] to scaled latents (b, z, h/f, w/f): a posterior sample, or its mode."""
+    @property
+    def tokenizer(self) -> Any:
+        """The text encoder's tokenizer; None for a model without one."""
+        return getattr(self.cond_stage_model, "tokenizer", None)
+
+    def encode(self, images: "Tensor | Images", generator: torch.Generator | None = None, mode: bool = False) -> Tensor:
+        """Encode images to scaled latents (b, z, h/f, w/f): a posterior sample, or its mode.
+
+        images: pixels (b, c, h, w) in [-1, 1], or PIL images of one size, which `InitImages` pads to a multiple of f.
+        """
+        if not isinstance(images, Tensor):
+            from ldm.init_image import InitImages  # only for PIL images
+
+            count = len(images) if isinstance(images, Sequence) else 1
+            images = InitImages(images, None, count, self.image_channels, self.downsampling).pixels
+        _check_shape("pixels in [-1, 1]", images, self.image_channels)
         code = self.first_stage_model.encode(images.to(self.device))
         if isinstance(code, Tensor):  # of a VQ autoencoder, or pixels: there is no posterior
             return code.to(self.device) * self.scale_factor  # it may have been offloaded
@@ -162,6 +179,7 @@ class LatentDiffusion(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (b, z, h/f, w/f) to pixels (b, c, h, w), nominally in [-1, 1]."""
+        _check_shape("latents", latents, self.channels)
         return self.first_stage_model.decode(latents / self.scale_factor).to(self.device).float()
 
     @property
@@ -224,3 +242,11 @@ class LatentDiffusion(nn.Module):
         return 1.0 if masked or self.concat == "latents" else 0.75
 
     generate = generate  # prompts -> images: see there for its arguments
+
+
+def _check_shape(what: str, x: Any, channels: int) -> None:
+    """Raise ValueError unless x is a tensor of floats (b, channels, h, w)."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{what} are a tensor (b, {channels}, h, w), got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+        raise ValueError(f"{what} are floats (b, {channels}, h, w), got {x.dtype} {tuple(x.shape)}")

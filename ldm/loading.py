@@ -19,7 +19,7 @@ from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State, check_finite, read_tensors, vanishing
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, read_yaml
+from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype, read_yaml
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
 MODEL_FORMATS = ("ldm", "compvis", "diffusers")
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 def load(
     path: str | Path | None = None,
     device: str = "auto",
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | str | None = torch.float32,
     config: str | Path | None = None,
     vae: str | Path | None = None,
     unet: str | Path | None = None,
@@ -64,8 +64,8 @@ def load(
     Args:
         path: a checkpoint of ours, a single file of CompVis's kind (.safetensors or .ckpt; nothing in it is executed),
             or a folder of diffusers. `model.notes` says what was recognised in it and what had to be assumed.
-        device, dtype: where the weights go, and as what (None: as the file has them). On the CPU, in the file's own
-            dtype, they stay mapped: they take memory when they are first used, and none of their own.
+        device, dtype: where the weights go, and as what ("fp16", say; None: as the file has them). On the CPU, in the
+            file's own dtype, they stay mapped: they take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
         vae, unet: files that hold that part, to be used in place of the checkpoint's own.
         ema: take the averaged weights of a training checkpoint (`model_ema.*`), the file that the UNet comes from.
@@ -104,7 +104,7 @@ def load(
     return model
 
 
-def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_network(path: str | Path, device: str = "cpu", dtype: torch.dtype | str | None = torch.float32) -> nn.Module:
     """Load any network saved with its configuration: a first stage, a text encoder, a classifier."""
     return _build(_called(path), *load_file(path), pick_device(device), dtype)
 
@@ -233,8 +233,9 @@ def _set_vocabulary(params: Config, path: Path) -> None:
     conditioner["params"]["vocab"] = read_vocab(path)
 
 
-def _build(what: str, config: Config, state: State, device: torch.device, dtype: torch.dtype | None) -> Any:
+def _build(what: str, config: Config, state: State, device: torch.device, dtype: torch.dtype | str | None) -> Any:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
+    dtype = pick_dtype(dtype)
     module, state = _fitted(what, config, state)
     for name, tensor in state.items():
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
@@ -268,14 +269,17 @@ def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
     return module, state
 
 
-def save(model: LatentDiffusion, path: str | Path, dtype: torch.dtype | None = None, format: str = "ldm") -> list[str]:
+def save(
+    model: LatentDiffusion, path: str | Path, dtype: torch.dtype | str | None = None, format: str = "ldm"
+) -> list[str]:
     """Write a model, atomically, and return notes on what the format cannot express.
 
     Args:
-        dtype: of the weights in the file; torch.float16, say, makes it smaller.
+        dtype: of the weights in the file; "fp16" or torch.float16, say, makes it smaller.
         format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
             (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers).
     """
+    dtype = pick_dtype(dtype)
     if format not in MODEL_FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
     config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}

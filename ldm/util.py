@@ -33,6 +33,7 @@ CONFIGS = next(  # the configurations that ship: in the package, or beside it in
     (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if path.is_dir()),
     Path("configs"),
 )
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALLOWED_PACKAGES: set[str] = set()  # named by `--allow PACKAGE`: their modules may be imported and their classes built
 
 
@@ -232,15 +233,24 @@ def escaped(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """Return the device of that name; `auto` is the GPU if there is one. ValueError if torch does not have it."""
-    if name == "auto":
+def pick_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype of that name, "fp16" or "float16" say; None is none. ValueError unless it is one of floats."""
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+    found = dtype if name is None else FLOATS.get(name, getattr(torch, name, None))
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"dtype {dtype!r} is not one of floats: use {', '.join(FLOATS)}, or torch.float16, say")
+    return found
+
+
+def pick_device(name: str | torch.device | None = "auto") -> torch.device:
+    """Return the device of that name; `auto`, or None, is the GPU if there is one. ValueError if torch has it not."""
+    if name is None or name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         usable = ["auto", "cpu", *(kind for kind, there in found.items() if there)]
         raise ValueError(f"device {name!r} is not available here: use {' or '.join(usable)}") from None

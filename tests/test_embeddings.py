@@ -145,7 +145,8 @@ def test_of_two_words_that_begin_alike_the_longer_is_meant():
     words.add("<s", 1)
     words.add("<s>", 2)
     first = words.vocab_size
-    assert words.encode("<s> <s") == [first + 1, first + 2, first]
+    ids = [first + 1, first + 2, first]
+    assert words.encode("<s> <s") == ids and words.decode(ids) == "<s> <s"
 
 
 @pytest.mark.parametrize(

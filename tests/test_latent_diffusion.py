@@ -177,6 +177,37 @@ def test_latents_are_scaled_after_encoding_and_back_before_decoding(tiny_model):
     assert torch.equal(model.decode(z), model.first_stage_model.decode(z / 0.18215))
 
 
+def test_images_are_encoded_as_their_pixels(tiny_model):
+    levels = torch.arange(1024).view(1, 1, 32, 32) % 256
+    (image,), x = to_pil(levels.byte()), levels / 127.5 - 1
+    expected = tiny_model.encode(x, mode=True)
+    assert torch.equal(tiny_model.encode(image, mode=True), expected)
+    two = tiny_model.encode([image.convert("RGB")] * 2, mode=True)
+    assert torch.equal(two, tiny_model.encode(x.expand(2, -1, -1, -1), mode=True))
+    assert tiny_model.encode(image.crop((0, 0, 30, 29)), mode=True).shape == expected.shape  # padded
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("encode", "a.png", "images are PIL images, .* got str"),
+        ("encode", np.zeros((32, 32)), "images are PIL images, .* got ndarray"),
+        ("encode", torch.zeros(1, 32, 32), r"\(b, 1, h, w\), got torch.float32 \(1, 32, 32\)"),
+        ("encode", torch.zeros(1, 3, 32, 32), r"\(b, 1, h, w\), got torch.float32 \(1, 3, 32, 32\)"),
+        ("encode", torch.zeros(1, 1, 32, 32, dtype=torch.uint8), "got torch.uint8"),
+        ("decode", np.zeros((1, 4, 8, 8)), r"latents are a tensor \(b, 4, h, w\), got ndarray"),
+        ("decode", torch.zeros(4, 8, 8), r"latents are floats \(b, 4, h, w\), got torch.float32 \(4, 8, 8\)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_encoded_or_decoded_is_named(tiny_model, name, given, message):
+    refused(message, getattr(tiny_model, name), given)
+
+
+def test_the_tokenizer_reads_and_writes(tiny_model):
+    assert tiny_model.tokenizer is tiny_model.cond_stage_model.tokenizer
+    assert LatentDiffusion(**TINY | {"cond_stage_config": None}).tokenizer is None
+
+
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_loss_is_the_squared_error_of_what_is_predicted(tiny_model, prediction):
     model = copy.deepcopy(tiny_model)

@@ -52,7 +52,8 @@ def test_a_half_precision_file_and_half_precision_in_memory(tiny_model, tiny_che
     # weights are bytes here; names and configuration take as much room in both files
     saved = tiny_checkpoint.stat().st_size - path.stat().st_size
     assert saved == pytest.approx(2 * sum(p.numel() for p in tiny_model.parameters()), rel=0.01)
-    assert {p.dtype for p in load(path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    for dtype in (torch.bfloat16, "bf16"):
+        assert {p.dtype for p in load(path, dtype=dtype).parameters()} == {torch.bfloat16}
 
 
 def test_a_loaded_model_can_be_saved_over_its_own_file(tiny_checkpoint, tmp_path):

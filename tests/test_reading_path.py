@@ -40,7 +40,7 @@ PATH = {
 # Imported too, but not needed to understand the method.
 SUPPORT = {
     "__init__ */__init__ legacy_paths": "names: what the package exports, and CompVis's module names",
-    "cli util images batching checks": "helpers: errors, configurations, PNG images, batches",
+    "cli util images batching checks interpolation": "helpers: errors, configurations, PNG images, batches",
     "settings changes": "the tables of sampling settings and of changes to a model, for recipes",
     "training/config training/contract": "configuration files, and checks of own data sets",
     "training/processes training/run_folder": "many processes, the run folder",

@@ -27,6 +27,7 @@ FLOORS = (
     ("conditioning",),
     ("checkpoint", "data"),
     ("diffusion", "models"),
+    ("interpolation",),
     ("util", "images", "cli", "batching", "settings"),
     ("legacy_paths", "changes", "checks", "spelling"),
 )

@@ -160,6 +160,14 @@ def test_any_text_equals_open_clip(openclip, open_clip, text):
     assert torch.equal(openclip([text]), open_clip([text]))
 
 
+@pytest.mark.parametrize("text", ["a red kite , 3 5", "café ☃", "", "it 's <b>"])
+def test_ids_decode_to_their_text(clip, openclip, text):
+    for tokenizer in (clip, openclip):
+        assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer([text])[0])
+    assert clip.decode(clip.encode(text)).split() == text.replace("<b>", "< b >").split()
+    refused("token 49408 does not exist: this vocabulary has 0 to 49407", clip.decode, [49408])
+
+
 def test_long_prompts_keep_the_end(clip, openclip):
     for tokenizer in (clip, openclip):
         row = tokenizer(["cat " * 500])[0]

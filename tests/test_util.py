@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ldm import util
-from ldm.util import call_with, escaped, get_obj_from_str, instantiate_from_config, pick_device
+from ldm.util import call_with, escaped, get_obj_from_str, instantiate_from_config, pick_device, pick_dtype
 
 PACKAGE = """
 from os import system
@@ -213,6 +213,13 @@ def test_compvis_marks_and_missing_target():
     assert instantiate_from_config("__is_unconditional__") is None
     for config in ({"params": {}}, "UNetModel", None, 5, []):
         refused("names no class to build: it must be a mapping with a `target`", instantiate_from_config, config)
+
+
+def test_pick_dtype():
+    half = (torch.float16, "fp16", "float16", "half", "torch.float16")
+    assert {pick_dtype(dtype) for dtype in half} == {torch.float16} and pick_dtype(None) is None
+    for wrong in ("int8", torch.int8, "Tensor", "fp8", float, 16):
+        refused("is not one of floats: use fp32, fp16, bf16, or torch.float16, say", pick_dtype, wrong)
 
 
 def test_pick_device():

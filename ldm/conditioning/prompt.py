@@ -33,6 +33,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ldm.batching import Blend
 from ldm.conditioning.text import TextEncoder, distinct_prompts
 from ldm.conditioning.tokenizer import Tokenizer
 
@@ -146,6 +147,9 @@ def _end(tokens: list[int], room: int, comma: int) -> int:
 
 def count_chunks(encoder: Any, prompts: Sequence[Any], plain: bool = False) -> list[int]:
     """Return the number of chunks of each prompt: 1 for encoders other than TextEncoder."""
+    first, last = _ends(prompts)
+    if last is not None:
+        return list(map(max, count_chunks(encoder, first, plain), count_chunks(encoder, last, plain)))
     if not _weighs(encoder, prompts):
         return [1] * len(prompts)
     return [len(cut(encoder.tokenizer, prompt, plain)) for prompt in prompts]
@@ -162,7 +166,7 @@ def encode_prompts(
 
     Args:
         encoder: a TextEncoder; any other conditioner is called as it is, without reading syntax.
-        prompts: texts; classes or images for other conditioners.
+        prompts: texts, or `Blend`s of two; classes or images for other conditioners.
         chunks: k, to which shorter prompts are padded with empty chunks. None: the longest prompt's number, so that a
             prompt's conditioning depends on the others in its batch; see `count_chunks`.
         clip_skip: as in TextEncoder.forward.
@@ -172,6 +176,13 @@ def encode_prompts(
         {"c_crossattn": (b, k n, d)} of k chunks of n tokens and, if pooled, "c_adm": (b, p), that of the first chunk,
         unweighted, as in A1111.
     """
+    first, last = _ends(prompts)
+    if last is not None:
+        from ldm.interpolation import lerp_conditions  # only a blend needs it
+
+        chunks = max(count_chunks(encoder, prompts, plain)) if chunks is None else chunks
+        both = [encode_prompts(encoder, end, chunks, clip_skip, plain) for end in (first, last)]
+        return lerp_conditions(*both, [prompt.share if isinstance(prompt, Blend) else 0.0 for prompt in prompts])
     if not _weighs(encoder, prompts):
         if clip_skip != 1 or chunks not in (None, 1):
             raise ValueError(
@@ -208,6 +219,14 @@ def weigh(states: Tensor, weights: Tensor) -> Tensor:
     sound = (share > 0) & (least <= share) & (share <= most)
     factor = torch.where(sound, before / after, 1.0)
     return (weighted * factor[:, None, None]).to(states.dtype)
+
+
+def _ends(prompts: Sequence[Any] | Tensor) -> tuple[Any, Any]:
+    """Return the prompts at the first and at the last ends of those that are blends; (prompts, None) without any."""
+    if isinstance(prompts, Tensor) or not any(isinstance(prompt, Blend) for prompt in prompts):
+        return prompts, None
+    both = [prompt if isinstance(prompt, Blend) else Blend(prompt, prompt, 0.0) for prompt in prompts]
+    return [blend.first for blend in both], [blend.last for blend in both]
 
 
 def _weighs(encoder: Any, prompts: Sequence[Any] | Tensor) -> bool:

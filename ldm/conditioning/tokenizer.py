@@ -90,6 +90,22 @@ class Tokenizer:
         words = [prompt[slice(*span)] for _, span in self.pipeline.pre_tokenizer.pre_tokenize_str(prompt)]
         return [i for word in words for i in ([special[word]] if word in special else self.pipeline.encode(word).ids)]
 
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Return the text of one prompt's token ids, up to the end of text: in lower case, single spaces between."""
+        from tokenizers import decoders
+
+        ids = [int(i) for i in ids]
+        ids = ids[: ids.index(self.eos)] if self.eos in ids else ids
+        names = [self.name(i) for i in ids if i != self.sot]
+        return decoders.ByteLevel().decode(names).replace("</w>", " ").strip()
+
+    def name(self, token: int) -> str:
+        """Return the name of a token, as byte-pair encoding writes it. ValueError where there is none."""
+        name = self.pipeline.id_to_token(token) if token >= 0 else None
+        if name is None:
+            raise ValueError(f"token {token} does not exist: this vocabulary has 0 to {self.vocab_size - 1}")
+        return name
+
     def divides(self, tokens: Sequence[int], at: int) -> bool:
         """Return whether a cut before tokens[at] would divide a learned word; CLIP's own tokens have none."""
         return False

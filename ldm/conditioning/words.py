@@ -52,6 +52,13 @@ class WordTokenizer(Tokenizer):
             end = match.end()
         return ids + super().encode(prompt[end:])
 
+    def name(self, token: int) -> str:
+        """Return the name of a token; that of a learned word for its first one."""
+        for word, ids in self.words.items():
+            if token in ids:
+                return f"{word}</w>" if token == ids[0] else ""
+        return super().name(token)
+
 
 def _pattern(word: str) -> str:
     before, after = (r"(?<!\w)" if word[0].isalnum() else ""), (rf"(?![\w{ACCENTS}])" if word[-1].isalnum() else "")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.batching import of_ends
 from ldm.checks import Width
 from ldm.diffusion.denoiser import Denoise, make_denoiser
 from ldm.diffusion.sampling.noise import SeededNoise
@@ -59,7 +60,9 @@ class DenoisingGAN(PixelDiffusion):
         """
         noise = None
         if seeds is not None:
-            noise = SeededNoise([latent_seed(seed) for seed in seeds], (self.model.diffusion_model.latent_dim,))
+            noise = SeededNoise(
+                [of_ends(latent_seed, seed) for seed in seeds], (self.model.diffusion_model.latent_dim,)
+            )
 
         def network(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
             if noise is None:
