@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_are_refused_by_file(stable, tmp_path, capsy
         with safe_open(source, "pt") as opened:
             save_file(state, bad[what], opened.metadata())
     refused("checkpoint '.*bad_model.safetensors' .* not finite", convert, [bad["model"], out])
-    refused("^'.*bad_model.safetensors' .* not finite", convert, [file, out, "--vae", bad["model"]])
+    refused("^checkpoint '.*bad_model.safetensors' .* not finite", convert, [file, out, "--vae", bad["model"]])
     convert([file, out, "--unet", bad["model"]])  # of which only the UNet is used
     Path(out).unlink()
     for line in ([file, out, "--lora", bad["lora"]], [bad["lora"], out, "--rank", "2"]):

@@ -37,10 +37,7 @@ def offload(
             _move(network, home, torch.float32 if half else None, undo)
     # A first stage is not called as such: `encode` and `decode` call its parts.
     for network in (*model.first_stage_model.children(), *([] if text is None else [text])):
-        visit = _Visit(place)
-        undo.callback(visit.leave)  # after an interrupt, at which torch calls no hooks
-        undo.callback(network.register_forward_pre_hook(visit.enter, with_kwargs=True).remove)
-        undo.callback(network.register_forward_hook(visit.leave, always_call=True).remove)
+        Visit(place).hook(network, undo)
     return undo
 
 
@@ -51,21 +48,38 @@ def _move(network: nn.Module, device: torch.device, dtype: torch.dtype | None, u
         network.to(device, dtype)
 
 
-class _Visit:
-    """Hooks that take a network and its inputs to `place` while it computes."""
+class Visit:
+    """Hooks with which a network, and all in it, computes on `place`: copies of its weights are there while it does."""
 
     def __init__(self, place: torch.device) -> None:
         self.place = place
         self.at_home: list[tuple[nn.Module, str, Tensor]] = []  # what has a copy on `place` now
 
-    def enter(self, network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def hook(self, network: nn.Module, undo: ExitStack) -> None:
+        undo.callback(self.leave)  # after an interrupt, at which torch calls no hooks
+        undo.callback(network.register_forward_pre_hook(self.enter, with_kwargs=True).remove)
+        undo.callback(network.register_forward_hook(self.leave, always_call=True).remove)
+
+    def visitors(self, network: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+        """Return the tensors that are copied, with their modules and names."""
+        found = []
         for module in network.modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-                if tensor.device != self.place:
-                    self.at_home.append((module, name, tensor))
-                    copy = tensor.detach().to(self.place)
-                    setattr(module, name, nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy)
-        return tree_map_only(Tensor, lambda tensor: tensor.to(self.place), (args, kwargs))
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            found += [(module, name, tensor) for name, tensor in own if tensor.device != self.place]
+        return found
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.place)
+
+    def enter(self, network: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        for module, name, tensor in self.visitors(network):
+            self.at_home.append((module, name, tensor))
+            copy = self.copy(tensor.detach())
+            setattr(module, name, nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy)
+        return self.inputs(args), self.inputs(kwargs)
+
+    def inputs(self, given: Any) -> Any:
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self.place), given)
 
     def leave(self, *_: Any) -> None:
         while self.at_home:

@@ -164,6 +164,8 @@ def loading_arguments(args: argparse.Namespace) -> dict[str, object]:
 
 def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     """Load the model that the options of `add_model_options` describe; print what had to be assumed about it."""
+    import torch
+
     import ldm
     from ldm.inference.nan_check import check_images
     from ldm.inference.precision import set_precision
@@ -173,7 +175,8 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     device = pick_device(args.device)
     set_attention("auto" if args.attention is None else args.attention)
     # first onto the CPU, where a mapped file takes no memory: what goes to the device goes there once, in its precision
-    model = ldm.load(args.ckpt, device="cpu", **loading_arguments(args))
+    dtype = torch.float32 if args.lora or args.embedding or args.compile else None  # changes are not rounded
+    model = ldm.load(args.ckpt, device="cpu", dtype=dtype, **loading_arguments(args))
     if args.lora:
         from ldm.finetune.lora_files import merge_lora, split_strength
 
@@ -187,7 +190,7 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
             apply_embedding(model, path, word)
     for note in model.notes:
         print(note, file=sys.stderr)
-    set_precision(model, "full" if args.precision is None else args.precision, device)
+    set_precision(model, "full" if args.precision is None else args.precision, device, as_stored=True)
     if args.channels_last:
         from ldm.inference.compile import channels_last
 

@@ -11,18 +11,26 @@ The first stage stays in float32: it runs once, not at every step, and it makes 
 bfloat16 there changes pixels by up to 3 of 255, on average four times as much as bfloat16 in the UNet does over 20
 steps, and in float16 some published first stages overflow. Samplers and guidance always compute in float32.
 
+On a CPU, the half-precision weights of a large file stay as they are, mapped from it, and each layer copies its own
+into the precision while it computes: the same images, in about the memory of the file.
+
 float16 is refused on a CPU, whose libraries lack kernels for it: a convolution of Stable Diffusion's UNet takes 140
 times as long as in float32 (AMD Zen 5, torch 2.15); bfloat16 takes half as long.
 """
 
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ldm.inference.offload import Visit
 from ldm.latent_diffusion import LatentDiffusion
 
 DTYPES = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32}
+HALVES = (torch.float16, torch.bfloat16)
+MANY = 2**28  # bytes of weights in a model, from which on they wait; copying costs small models more time than it saves
+LARGE = 2**18  # numbers in a weight that waits
 Kept = tuple[dict[str, Tensor | None], str, Tensor, Tensor]  # parameters or buffers, a key, its tensor, its data
 
 
@@ -34,13 +42,16 @@ def precision_of(model: LatentDiffusion) -> str:
     return next((name for name, own in DTYPES.items() if own == dtype), "full")
 
 
-def set_precision(model: LatentDiffusion, name: str, device: str | torch.device | None = None) -> ExitStack:
+def set_precision(
+    model: LatentDiffusion, name: str, device: str | torch.device | None = None, as_stored: bool = False
+) -> ExitStack:
     """Convert the UNet and the text encoder to a precision, until the result is closed.
 
     Args:
         name: full, bf16, fp16 or autocast, as in the table above.
         device: where to move the UNet at the same time, so that there it only ever exists in its precision. None: leave
             it where it is.
+        as_stored: the weights are as their file has them (`ldm.load(dtype=None)`), so that all precisions are open.
 
     Returns:
         What restores the weights. It holds them as they were, on their device: drop it to free them.
@@ -51,16 +62,68 @@ def set_precision(model: LatentDiffusion, name: str, device: str | torch.device 
     if name == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 on a CPU takes a hundred times as long as full: use bf16, or full")
     own = precision_of(model)
-    if own != name and own in ("bf16", "fp16"):
+    if own != name and own in ("bf16", "fp16") and not as_stored:
         raise ValueError(f"the model's weights are rounded to {own} already: load it again for precision {name}")
     undo = ExitStack()
     undo.callback(setattr, model.model, "autocast", own == "autocast")
-    for network, place in ((model.model, device), (model.cond_stage_model, None)):
-        if network is not None:
-            undo.callback(_restore, _tensors(network))
-            network.to(place, DTYPES[name])
+    half = sum(p.nbytes for p in model.parameters() if p.dtype in HALVES and p.device.type == "cpu")
+    waits = device.type == "cpu" and half >= MANY
+    parts = ((model.model, device), (model.cond_stage_model, None), (model.first_stage_model, None))
+    for network, place in ((network, place) for network, place in parts if network is not None):
+        dtype = torch.float32 if network is model.first_stage_model else DTYPES[name]
+        undo.callback(_restore, _tensors(network))
+        if not waits:
+            network.to(place, dtype)
+            continue
+        _widen_small(network, dtype)
+        if network is model.model:  # each layer by itself; the others' parts at once, as they compute once a batch
+            first = next(network.parameters())  # says what a network computes in (`UNetModel.dtype`)
+            first.data = first.data.to(dtype)
+            layers = [module for module in network.modules() if any(map(_is_large, module._parameters.values()))]
+        else:  # a first stage is not called as such: `encode` and `decode` call its parts
+            layers = network.children() if network is model.first_stage_model else [network]
+        for layer in layers:
+            Widened(torch.float32 if network is model.first_stage_model else model.model).hook(layer, undo)
     model.model.autocast = name == "autocast"
     return undo
+
+
+class Widened(Visit):
+    """Hooks with which a network computes in a dtype of which its large half-precision weights are not.
+
+    Args:
+        dtype: or the network that has it, which may change.
+    """
+
+    def __init__(self, dtype: torch.dtype | nn.Module) -> None:
+        super().__init__(torch.device("cpu"))
+        self.asked = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.asked.parameters()).dtype if isinstance(self.asked, nn.Module) else self.asked
+
+    def visitors(self, network: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+        dtype = self.dtype
+        own = ((module, name, t) for module in network.modules() for name, t in module._parameters.items())
+        return [(module, name, t) for module, name, t in own if _is_large(t) and t.dtype != dtype]
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype)
+
+    def inputs(self, given: Any) -> Any:
+        return given
+
+
+def _is_large(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype in HALVES and tensor.numel() >= LARGE
+
+
+def _widen_small(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert all but the large half-precision weights."""
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point() and not _is_large(tensor):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _tensors(network: nn.Module) -> list[Kept]:
