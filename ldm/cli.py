@@ -81,6 +81,20 @@ def _is_shown(action: argparse.Action) -> bool:
     return action.help != argparse.SUPPRESS
 
 
+class Allow(argparse.Action):
+    """The option --allow: let configurations build classes of a package, installed or in the current folder."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        # The environment, because processes that load data build such classes, too.
+        os.environ["LDM_ALLOW"] = ",".join(filter(None, [os.environ.get("LDM_ALLOW"), values]))
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+
+
+ALLOW: dict[str, Any] = {"action": Allow, "metavar": "PACKAGE", "default": argparse.SUPPRESS}
+ALLOW["help"] = "package whose classes a configuration or checkpoint may build; repeatable"
+
+
 def _canonical(option: str) -> str:
     return option.replace("_", "-") if option.startswith("--") else option
 

@@ -56,6 +56,13 @@ class DiffusionWrapper(nn.Module):
             return self.diffusion_model(x, t, **given)
 
 
+def require(part: str, found: Any, *names: str) -> None:
+    """Raise ValueError if a part of a model lacks what the rest uses of it (docs/how-to/your_own_data.md)."""
+    lacking = [name for name in names if not hasattr(found, name)]
+    if lacking:
+        raise ValueError(f"the {part} {type(found).__name__} lacks {', '.join(lacking)}, which every {part} has")
+
+
 class LatentDiffusion(nn.Module):
     """A text-to-image model, or one conditioned on classes or images, or on nothing.
 
@@ -92,6 +99,7 @@ class LatentDiffusion(nn.Module):
         self.model = DiffusionWrapper(instantiate_network(unet_config))
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
+        require("first stage", self.first_stage_model, "embed_dim", "image_channels", "downsampling")
         self.unet_config, self.first_stage_config = unet_config, first_stage_config
         self.cond_stage_config = cond_stage_config
         self.schedule_params = schedule or {"name": "scaled_linear"}

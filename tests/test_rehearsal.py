@@ -1,12 +1,18 @@
 """What shows before the first stage trains: every mistake of a later one, and what own classes lack."""
 
+import argparse
+import importlib
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
 from PIL import Image
-from test_train_script import SHORT, configs
+from test_reference_pages import SCRIPTS as COMMANDS
+from test_reference_pages import parser_of
+from test_train_script import ROOT, SHORT, configs
 
 import ldm
 from ldm.commands import train
@@ -148,3 +154,48 @@ def test_what_a_data_set_lacks_is_named():
     stage.methods = ()
     refused("its samples have no label, only image, caption", check_dataset, stage, WithoutTexts())
     refused("its samples are of type tuple", check_dataset, stage, [(torch.zeros(1), 0)])
+
+
+def test_the_example_of_own_classes_trains_and_samples(tmp_path, monkeypatch, capsys):
+    """As docs/how-to/your_own_data.md has it; a program that did not import the module needs --allow."""
+    page = (ROOT / "docs/how-to/your_own_data.md").read_text()
+    for suffix in ("python", "yaml"):
+        (text,) = re.findall(rf"^```{suffix}\n(.*?)^```$", page, re.M | re.S)
+        (tmp_path / f"shapes.{suffix.removesuffix('thon')}").write_text(text)
+    commands = [line.split()[1:] for line in re.findall(r"^ldm .*--allow shapes$", page, re.M)]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    short = ["loop.steps=2", "data.params.count=70", "--device=cpu"]
+
+    def run(command, *more, allowed=True):
+        monkeypatch.setenv("LDM_ALLOW", "")
+        monkeypatch.delitem(sys.modules, "shapes", raising=False)  # each command is a program of its own
+        name, *argv = [*command, *more]
+        argv = argv if allowed else [word for word in argv if word not in ("--allow", "shapes")]
+        importlib.import_module(f"ldm.commands.{name}").main(argv)
+
+    refused("shapes.Shapes.* not an allowed class", run, commands[0], *short, allowed=False)
+    for change, said in (
+        ("    downsampling = 1", "the network Network lacks downsampling"),
+        ('return {"image"', "Shapes is not a data set for PixelDiffusionStage: its samples have no image"),
+        (", y: Tensor | None = None", "Network.forward.* unexpected keyword argument 'y'"),
+    ):
+        text = (tmp_path / "shapes.py").read_text()
+        (tmp_path / "shapes.py").write_text(text.replace(change, 'return {"picture"' if "image" in change else ""))
+        importlib.invalidate_caches()
+        refused(said, run, commands[0], *short)
+        (tmp_path / "shapes.py").write_text(text)
+    assert not (tmp_path / "runs").exists()
+    run(commands[0], *short)
+    refused("shapes.Network", run, commands[1], "--device=cpu", allowed=False)
+    run(commands[1], "--device=cpu")
+    assert len(list(tmp_path.rglob("samples/*.png"))) == 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_that_loads_a_model_has_allow(name):
+    parser = parser_of(name)
+    subs = [action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for part in [parser] if not subs else subs[0]:
+        if {"--ckpt", "--vae", "--resume"} & set(part._option_string_actions):
+            assert "--allow" in part._option_string_actions, part.prog

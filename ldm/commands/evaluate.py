@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import Parser, check_writable, int_range
+from ldm.cli import ALLOW, Parser, check_writable, int_range
 from ldm.inference.options import add_model_options, add_settings
 
 IMAGE = Path("outputs/evaluate.png")
@@ -44,6 +44,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--data": {"metavar": "ROOT", "help": "folder that holds MNIST/raw (LDM_DATA, else ./data)"},
     "--judge": FILE | {"help": "classifier (the one that ships)"},
     "--features": FILE | {"help": "feature network (the one that ships)"},
+    "--allow": ALLOW,
 }
 MEASURED, NETWORKS = "--dataset --split --n --batch-size --out --image", "--data --judge --features"
 # Command -> what it does, its shared options, and its own ones or what differs in the shared ones.
@@ -53,10 +54,10 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
         f"{MEASURED} {NETWORKS} --seed",
         {"--wording": {"choices": ("seen", "unseen"), "default": "seen", "help": "captions as in training, or new"}},
     ),
-    "autoencoder": ("measure what a first stage loses", f"--ckpt --device {MEASURED} {NETWORKS}", {}),
+    "autoencoder": ("measure what a first stage loses", f"--ckpt --device --allow {MEASURED} {NETWORKS}", {}),
     "bits": (
         "bits per dimension of test images under a diffusion model of pixels",
-        "--dataset --data --batch-size --seed --device --out",
+        "--dataset --data --batch-size --seed --device --allow --out",
         {
             "--ckpt": {"required": True, "help": "the model"},
             "--variance": {"metavar": "NAME", "help": "of a step: learned, small or large (the first that it has)"},
@@ -75,7 +76,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
     ),
     "dreambooth": (
         "measure what a model learnt of a subject, and what it forgot",
-        f"--batch-size --device --out --image {NETWORKS}",
+        f"--batch-size --device --allow --out --image {NETWORKS}",
         {
             "--ckpt": {"required": True, "help": "the tuned model"},
             "--before": FILE | {"help": "the model that it was (the digits model that ships)"},

@@ -6,7 +6,7 @@ key=value changes a setting in every configuration that has it (loop.steps=100, 
 in the stage of that name (diffusion.loop.steps=100). The same command with --resume continues an interrupted run.
 """
 
-from ldm.cli import Parser
+from ldm.cli import ALLOW, Parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -14,22 +14,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="yaml files, then settings to change")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run, skip finished stages")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--allow", action="append", default=[], metavar="PACKAGE", help="package whose classes may be built"
-    )
+    parser.add_argument("--allow", **ALLOW)
     args = parser.parse_args(argv)
 
-    from ldm import util
     from ldm.training.config import read_configs
     from ldm.training.loop import processes, train
     from ldm.training.rehearsal import rehearse
+    from ldm.util import pick_device
 
-    util.ALLOWED_PACKAGES.update(args.allow)
     paths = [argument for argument in args.arguments if "=" not in argument]
     changes = [argument for argument in args.arguments if "=" in argument]
     configs = read_configs(paths, changes)
     state = processes(args.device)
-    rehearse(configs, args.resume, state.device if state.num_processes > 1 else util.pick_device(args.device))
+    rehearse(configs, args.resume, state.device if state.num_processes > 1 else pick_device(args.device))
     for config in configs:
         result = train(config, args.resume, args.device)
         if state.is_main_process:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, finite_float, int_range
+from ldm.cli import ALLOW, Parser, finite_float, int_range
 from ldm.settings import FLAG, FLOAT, INT, INTERVAL, NAMES, Setting, Settings, help_text, setting_rows
 
 if TYPE_CHECKING:  # they import torch
@@ -153,6 +153,7 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
     add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
     add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
     add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
+    add("--allow", **ALLOW)
     add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
-from ldm.latent_diffusion import Conditioning
+from ldm.latent_diffusion import Conditioning, require
 from ldm.training.objective import Objective
 from ldm.training.stage import Loss, Stage
 
@@ -38,6 +38,9 @@ class DenoisingStage(Stage):
     def _check(self) -> None:
         """Raise ValueError for mistakes that would otherwise show in the first batch, or in the first preview."""
         model = self.latent_diffusion
+        require("network", model.model.diffusion_model, "downsampling")
+        if model.cond_stage_model is not None:
+            require("conditioner", model.cond_stage_model, "null")
         size = check_defaults(model)
         if not self.preview_prompts:
             raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")

@@ -4,7 +4,7 @@ import io
 import os
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +36,8 @@ def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.d
             kind = get_obj_from_str(config["stage"]["target"])
             if not issubclass(kind, Stage):
                 raise ValueError(f"{config['name']}: {config['stage']['target']} is not a stage of training")
-            folder = RunFolder(Path(config["outdir"]) / config["name"], dict(config), resume, writes=False)
+            with redirect_stdout(io.StringIO()):  # its notes are training's
+                folder = RunFolder(Path(config["outdir"]) / config["name"], dict(config), resume, writes=False)
             if folder.finished or not kind.rehearses:
                 continue
             stage = _try({**config, "stage": _replaced(config["stage"], tried)}, device)
