@@ -5,6 +5,7 @@ import os
 from inspect import signature
 
 import pytest
+import torch
 from conftest import refused
 from PIL import Image
 from script_runs import load_script, recipe, samples
@@ -12,6 +13,7 @@ from script_runs import load_script, recipe, samples
 import ldm
 from ldm.cli import run
 from ldm.finetune import flags
+from ldm.finetune.lora_files import load_lora, merge_lora
 from ldm.inference.class_images import SubjectImages
 from ldm.training.loop import LoopSettings
 from ldm.util import CONFIGS, get_obj_from_str, read_yaml
@@ -114,6 +116,31 @@ def test_lora_and_a_model_that_it_is_not_for(tiny_checkpoint, subject, tmp_path,
         run(lambda: txt2img.main(line))
     assert ended.value.code == 2 and "another architecture" in capsys.readouterr().err.splitlines()[-1]
     assert not list((tmp_path / "images").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("large", "option"), [(True, []), (False, ["--merge_lora", "no"]), (True, ["--merge_lora", "yes"])]
+)
+def test_a_merged_model_is_written_where_it_is_small_or_asked_for(
+    tiny_checkpoint, subject, tmp_path, monkeypatch, capsys, large, option
+):
+    monkeypatch.setattr(flags, "SMALL", 0 if large else flags.SMALL)
+    more = ["--rank", "2", "--lora_format", "peft", "--learning_rate", "1e-2", *option]
+    dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", *more))
+    files, said = [tmp_path / "out" / f"{name}.safetensors" for name in ("model", "lora")], capsys.readouterr().out
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    merge_lora(model, files[1])
+    if "yes" in option:
+        assert f"model: {files[0]} (" in said
+        found = ldm.load(files[0], device="cpu").state_dict()
+        assert all(torch.allclose(tensor, found[name], atol=1e-6) for name, tensor in model.state_dict().items())
+        return
+    assert f"use it: ldm txt2img --ckpt {tiny_checkpoint} --lora {files[1]} --prompt 'a sks five'" in said
+    assert "model: " not in said and files[0].stat().st_size < tiny_checkpoint.stat().st_size / 2
+    adapters = [load_lora(file, model)[0] for file in files]  # the same twice, in both formats
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(own.delta(), adapters[1][name].delta()) for name, own in adapters[0].items())
+    refused("holds LoRA weights", ldm.load, files[0], device="cpu")
 
 
 def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):

@@ -12,6 +12,7 @@ configs/finetune/dreambooth.yaml, or dreambooth_large.yaml for a model of the si
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,6 +78,8 @@ FLAGS = {
          "their change is multiplied by alpha / rank (the rank)"),
         ("--lora_targets", "stage.params.lora.targets", {"nargs": "+", "metavar": "NAME"},
          "attention, text, feed_forward, text_feed_forward, projection, convolution, or regular expressions"),
+        ("--merge_lora", "stage.params.merge", choose({"yes": True, "no": False}),
+         "write the model too, with the matrices in its weights (yes for models under 50 million weights, else no)"),
         ("--lora_format", "stage.params.lora_format", choose(("kohya", "peft")),
          "how the file names its layers (kohya)"),
         *OBJECTIVE,
@@ -112,8 +115,8 @@ RULES = [
     ((*OF_CLASS_IMAGES, WEIGHT), lambda given: PROMPT in given,
      "prior preservation needs --class_prompt: what the subject is one of ('a photo of a dog')"),
     (OF_CLASS_IMAGES, lambda given: given.get(WEIGHT) != 0, "--prior_loss_weight 0 uses no class images"),
-    ([f"stage.params.{name}" for name in ("lora.alpha", "lora.targets", "lora_format")], lambda given: RANK in given,
-     "LoRA needs --rank"),
+    ([f"stage.params.{name}" for name in ("lora.alpha", "lora.targets", "lora_format", "merge")],
+     lambda given: RANK in given, "LoRA needs --rank"),
     (("stage.params.betas.0", "stage.params.betas.1"),
      lambda given: given.get("stage.params.optimizer") != "adafactor", "--optimizer adafactor has no betas"),
 ]  # fmt: skip
@@ -134,7 +137,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    from ldm.data.dreambooth import words_and_prompts
+    from ldm.data.dreambooth import as_list, words_and_prompts
     from ldm.finetune.parts import choose_text
     from ldm.training.loop import train
 
@@ -146,7 +149,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--text_encoder_lr is of no use: choose what to train by --train_text words or all")
     train(config, args.resume is not None, args.device, ckpt=model)
     if is_main:
-        names = ["model.safetensors"] if stage["lora"] is None else ["model.safetensors", "lora.safetensors"]
+        merged = [] if stage["lora"] is not None and not stage["merge"] else ["model.safetensors"]
+        names = merged if stage["lora"] is None else [*merged, "lora.safetensors"]
         for file in (args.output_dir / name for name in names):
             print(f"{file.stem}: {file} ({file.stat().st_size:,} bytes)")
+        if not merged:
+            options = [] if args.ckpt is None else ["--ckpt", str(args.ckpt)]
+            options += [
+                "--lora",
+                str(args.output_dir / "lora.safetensors"),
+                "--prompt",
+                as_list(stage["instance_prompt"])[0],
+            ]
+            print(f"use it: ldm txt2img {shlex.join(options)}")
         print(f"contact sheet: {args.output_dir / 'contact_sheet.png'}")

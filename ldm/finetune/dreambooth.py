@@ -19,7 +19,7 @@ from ldm.checkpoint.networks import MODEL_TARGET
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.contact_sheet import save_contact_sheet
 from ldm.finetune.lora import Adapter, attach, merge
-from ldm.finetune.lora_files import save_lora
+from ldm.finetune.lora_files import kohya_tensors, save_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.finetune.parts import FineTuningStage, choose_layers, choose_text, rate_for, train_words
 from ldm.images import to_pil
@@ -46,7 +46,8 @@ class DreamBoothStage(FineTuningStage):
         text_learning_rate: of the text encoder: a number, or one each for "words", "all" and "lora".
         layers: a name in `parts.LAYERS`, or a regular expression for names of the UNet's weights.
         lora: arguments of `lora.attach`: adapters are trained instead of the model's own weights.
-        lora_file, lora_format: where the adapters are written, besides being merged into the model, and how.
+        lora_file, lora_format: where the adapters are written, and how.
+        merge: whether the result is the model with the adapters merged, or the adapters once more.
         prior_weight: lambda.
         error, weight, noise, timesteps: of `Objective`, for both terms.
         optimizer, betas, weight_decay: adamw, adamw8bit or adafactor (`make_optimizer`), and its arguments.
@@ -70,6 +71,7 @@ class DreamBoothStage(FineTuningStage):
         lora: Mapping[str, Any] | None = None,
         lora_file: str | None = None,
         lora_format: str = "kohya",
+        merge: bool = True,
         prior_weight: float = 1.0,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
@@ -97,7 +99,7 @@ class DreamBoothStage(FineTuningStage):
         self.train_text, self.words = train_text != "none", words if train_text == "words" else None
         self._choose(layers, lora)
         self.lora_file = None if lora is None or lora_file is None else Path(lora_file)
-        self.prior_weight, self.lora_format = prior_weight, lora_format
+        self.prior_weight, self.lora_format, self.merge = prior_weight, lora_format, merge
         if optimizer == "adafactor" and isinstance(learning_rate, Mapping):  # AdamW's, by part
             raise ValueError("adafactor's learning rate is relative to the weights: give learning_rate, such as 1e-3")
         self.learning_rate = rate_for("learning_rate", learning_rate, "weights" if lora is None else "lora")
@@ -240,9 +242,14 @@ class DreamBoothStage(FineTuningStage):
             rows += [(f"{prompt}: before", self.before[chosen]), (f"{prompt}: after", after[chosen])]
         save_contact_sheet(rows, self.sheet)
 
-    def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the model, adapters merged, in the dtypes of the file that it came from, so that it is no larger."""
+    def export(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+        """Return the model, adapters merged, in the dtypes of the file that it came from, so that it is no larger.
+
+        If adapters are not to be merged, return them alone, as a LoRA file in kohya's format.
+        """
         model = self.latent_diffusion
+        if self.adapters and not self.merge:
+            return None, kohya_tensors(self.adapters, model, next(iter(self.dtypes.values())))
         merge(model, self.adapters)
         state = {name: tensor.to(self.dtypes[name]) for name, tensor in model.state_dict().items()}
         config = {name: value for name, value in model.config.items() if value is not None or name not in OPTIONAL}

@@ -227,11 +227,22 @@ def save_lora(
         dtype: of the matrices; None is the adapters' own.
         metadata: further texts for the header.
     """
+    return _write(path, _by_common_name(adapters, model), format, dtype, metadata)
+
+
+def kohya_tensors(
+    adapters: Mapping[str, Adapter], model: LatentDiffusion, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of `save_lora`'s kohya format, in which they are complete without a header."""
+    return _tensors(_by_common_name(adapters, model), "kohya", dtype)
+
+
+def _by_common_name(adapters: Mapping[str, Adapter], model: LatentDiffusion) -> dict[str, Adapter]:
     theirs = {own: layer for layer, own in layers_of(model).items()}
     nameless = [name for name in adapters if name not in theirs]
     if nameless:
         raise ValueError(f"LoRA files have no name for {len(nameless)} of the layers ({', '.join(nameless[:3])})")
-    return _write(path, {theirs[name]: adapter for name, adapter in adapters.items()}, format, dtype, metadata)
+    return {theirs[name]: adapter for name, adapter in adapters.items()}
 
 
 def _write(
@@ -248,14 +259,7 @@ def _write(
     notes = vanishing(_matrices(layers), dtype)
     if not notes and all(adapter.is_zero for adapter in layers.values()):
         notes = [ZERO]
-    state, texts = {}, {**(metadata or {}), "format": "pt"}
-    for layer, adapter in layers.items():
-        down, up = (m.detach() if dtype is None else m.detach().to(dtype) for m in (adapter.down, adapter.up))
-        if format == "kohya":
-            name, alpha = to_kohya(layer), torch.tensor(float(adapter.alpha))
-            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
-        else:
-            state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    texts = {**(metadata or {}), "format": "pt"}
     if format == "kohya":
         ranks, alphas = {a.rank for a in layers.values()}, {a.alpha for a in layers.values()}
         texts["ss_network_module"] = "networks.lora"
@@ -263,8 +267,21 @@ def _write(
         texts["ss_network_alpha"] = str(*alphas) if len(alphas) == 1 else "Dynamic"
     else:
         texts[SETTINGS] = json.dumps(_peft_settings(layers), sort_keys=True)
-    save_file(path, state, metadata=texts)
+    save_file(path, _tensors(layers, format, dtype), metadata=texts)
     return notes
+
+
+def _tensors(layers: Mapping[str, Adapter], format: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return a file's tensors: matrices in `dtype` and, in kohya's format, alphas in float32."""
+    state = {}
+    for layer, adapter in layers.items():
+        down, up = (m.detach() if dtype is None else m.detach().to(dtype) for m in (adapter.down, adapter.up))
+        if format == "kohya":
+            name, alpha = to_kohya(layer), torch.tensor(float(adapter.alpha))
+            state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
+        else:
+            state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    return state
 
 
 def _peft_settings(layers: Mapping[str, Adapter]) -> dict[str, Any]:
