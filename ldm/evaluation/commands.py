@@ -12,20 +12,24 @@ from PIL import Image
 
 import ldm
 from ldm.checkpoint.file import load_file, save_file
+from ldm.data.captions import NUMBER_WORDS
 from ldm.evaluation import subjects
 from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
-from ldm.evaluation.datasets import find_reference, open_data
+from ldm.evaluation.datasets import HELD_OUT, find_reference, open_data
 from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure_subject, read_folder
 from ldm.evaluation.likelihood import check_variance, measure_bits
 from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint
+from ldm.evaluation.own_data import Halves, prompts_of, report_images, report_reconstruction
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
 from ldm.evaluation.report import report_autoencoder, report_model
 from ldm.evaluation.samples import image_sheet, images_by_class, prompts_for, sample_images
 from ldm.finetune.embeddings import apply_embedding
+from ldm.images import image_grid, to_pil
 from ldm.inference.guiders import make_guide
 from ldm.inference.options import load_model, settings_of
+from ldm.inference.run import unknown_prompts
 from ldm.loading import SHIPPED
-from ldm.models.classifier import INNER, inner
+from ldm.models.classifier import INNER, PADDING, inner
 from ldm.settings import Guidance
 
 Result = tuple[dict[str, Any] | None, Image.Image | None]
@@ -33,7 +37,10 @@ Result = tuple[dict[str, Any] | None, Image.Image | None]
 
 def evaluate_model(args: argparse.Namespace) -> Result:
     """Generate and measure: the report, and a sheet of generated images beside real ones."""
+    if args.dataset not in HELD_OUT:
+        return _evaluate_on_folder(args)
     networks, model = Measuring.load(args.judge, args.features), load_model(args)
+    check_digits(model, networks.size)
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
     n = len(reference.labels) if args.n is None else args.n
     frames = "train" if args.wording == "seen" else "unseen"
@@ -78,6 +85,14 @@ def evaluate_autoencoder(args: argparse.Namespace) -> Result:
     """Reconstruct and measure: the report, and a sheet of reconstructions beside the real images."""
     networks = Measuring.load(args.judge, args.features)
     autoencoder, scale_factor = load_autoencoder(args.ckpt, args.device)
+    if args.dataset not in HELD_OUT:
+        check_folder_options(args)
+        encoder = getattr(autoencoder, "encoder", None)
+        size = (getattr(encoder, "resolution", 64),) * 2
+        images = Halves(Path(args.dataset), size, autoencoder.image_channels).images[: args.n]
+        report, made = report_reconstruction(autoencoder, images, args.batch_size)
+        return {**_head(args, dataset=args.dataset, n=len(images)), **report}, _pairs(made, images)
+    check_digits(autoencoder, networks.size)
     reference, _ = find_reference(args.dataset, args.split, args.data, networks, args.n)
     images, labels = reference.images[: args.n], reference.image_labels[: args.n]
     n = len(images)
@@ -89,11 +104,57 @@ def evaluate_autoencoder(args: argparse.Namespace) -> Result:
     return {**head, **report}, image_sheet([images_by_class(some, labels) for some in (result.images, images)])
 
 
+def check_digits(model: Any, size: int) -> None:
+    """Raise ValueError for a model, or first stage, that cannot be one of digits, by channels, size or vocabulary."""
+    wrong, own = None, getattr(model, "defaults", {})
+    if getattr(model, "image_channels", 1) != 1:
+        wrong = "has colours"
+    elif any(own.get(side, size) not in (size, size + 2 * PADDING) for side in ("height", "width")):
+        wrong = f"makes {own['width']} x {own['height']} pixels"
+    elif unknown_prompts(getattr(getattr(model, "cond_stage_model", None), "tokenizer", None), NUMBER_WORDS):
+        wrong = f"was not trained on the words of digits ({', '.join(NUMBER_WORDS)})"
+    if wrong is not None:
+        raise ValueError(f"the model {wrong}, so it is not one of digits: give your images as --dataset DIR")
+
+
+def check_folder_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for what is not a folder, and for options that have no effect on one."""
+    if not Path(args.dataset).is_dir():
+        raise ValueError(f"--dataset {args.dataset!r} is neither mnist, digits nor a folder")
+    fixed = {"split": "test", "wording": "seen", "data": None, "judge": None, "features": None, "classifier": None}
+    for name, default in fixed.items():
+        if getattr(args, name, default) != default:
+            raise ValueError(f"--{name} is for digits and would have no effect on a folder of images")
+
+
+def _evaluate_on_folder(args: argparse.Namespace) -> Result:
+    """Generate for the captions of half of a folder's images, and measure."""
+    check_folder_options(args)
+    model = load_model(args)
+    halves = Halves(Path(args.dataset), (model.defaults["width"], model.defaults["height"]), model.image_channels)
+    n = len(halves.captions) if args.n is None else args.n
+    if n > len(halves.captions):
+        raise ValueError(f"{n} images are more than half of {args.dataset}: use --n {len(halves.captions)} or less")
+    given = {name: value for name, value in settings_of(args).items() if value is not None}
+    given = {name: value for name, value in given.items() if name not in ("seed", "precision")}
+    prompts = prompts_of(model, halves.captions[:n])
+    images = sample_images(model, prompts, args.seed, args.batch_size, None, **given)
+    settings = {"seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given}
+    report = {**_head(args, dataset=args.dataset, n=n), "settings": settings, **report_images(images, halves)}
+    return report, _pairs(images, halves.images)
+
+
+def _pairs(images: torch.Tensor, real: torch.Tensor) -> Image.Image:
+    """Return a sheet of up to 60 of both, uint8 (n, c, h, w), beside each other."""
+    return image_grid([image_grid(to_pil(some[:60]), 6) for some in (images, real[: len(images)])], 2, 12)
+
+
 def evaluate_bits(args: argparse.Namespace) -> Result:
     """Measure the variational bound of the first test images."""
     model = ldm.load(args.ckpt, device=args.device)
     check_variance(model, args.variance)
     side = model.defaults["height"]
+    check_digits(model, min(side, INNER))
     data, _ = open_data(args.dataset, "test", args.data, min(side, INNER))  # padded, or pooled to what is smaller
     bits = measure_bits(model, data, args.n, args.batch_size, args.seed, args.variance)
     return {**_head(args, dataset=f"{args.dataset} test", n=args.n), **bits}, None

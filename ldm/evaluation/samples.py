@@ -31,6 +31,12 @@ def from_pil(images: Iterable, size: int = INNER) -> Tensor:
     return inner(torch.from_numpy(np.stack(arrays)), size)
 
 
+def _planes(images: Iterable) -> Tensor:
+    """Convert PIL images of one size and mode to uint8 (n, c, h, w)."""
+    arrays = torch.from_numpy(np.stack([np.array(image) for image in images]))
+    return rearrange(arrays, "n h w -> n 1 h w" if arrays.ndim == 3 else "n h w c -> n c h w")
+
+
 def to_unit(images: Tensor) -> Tensor:
     """Convert uint8 (n, h, w) to float32 (n, 1, h, w) in [-1, 1], as the networks take them."""
     return rearrange(images, "n h w -> n 1 h w").float() / 127.5 - 1
@@ -77,14 +83,14 @@ def prompts_for(model: Any, captions: Sequence[Caption], classes: bool = False) 
 
 
 def sample_images(
-    model: Any, prompts: Sequence[Any], seed: int, batch_size: int, size: int = INNER, **settings: Any
+    model: Any, prompts: Sequence[Any], seed: int, batch_size: int, size: int | None = INNER, **settings: Any
 ) -> Tensor:
     """Generate uint8 images (n, size, size), image i from the noise of seed + i, under a progress bar.
 
     Args:
         model: a LatentDiffusion.
         prompts: texts or classes, as the model takes them.
-        size: side of the inner part that is measured.
+        size: side of the inner part that is measured; None keeps images as they are, (n, c, h, w).
         settings: of its `generate`.
 
     Raises:
@@ -95,6 +101,6 @@ def sample_images(
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             made = generate_checked(model, batch, seed=seed + first, batch_size=batch_size, **settings)
-            images.append(from_pil(made, size))
+            images.append(_planes(made) if size is None else from_pil(made, size))
             bar.update(len(batch))
     return torch.cat(images)

@@ -1,0 +1,83 @@
+"""What can be measured on a folder of own images, of which no judge or feature network exists.
+
+Half of the images, chosen at random, are the reference: a model generates an image for the caption of each. The other
+half is what real images reach in their place. Distances are between pixels, for the Fréchet distance averaged to
+AVERAGED x AVERAGED: they see layout and colours, not what an image shows, and compare models of the same folder only.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.data.folder import Folder
+from ldm.evaluation.autoencoder import psnr
+from ldm.evaluation.frechet import frechet_distance, moments
+from ldm.evaluation.memorisation import memorisation, nearest_training_distance, quantiles
+from ldm.evaluation.precision_recall import precision_recall
+from ldm.evaluation.reference import measure_floor
+from ldm.training.latents import posterior
+
+AVERAGED = 8
+
+
+class Halves:
+    """The images of a folder, uint8 (n, c, h, w), in two halves: of the reference, with captions, and the others."""
+
+    def __init__(self, root: Path, size: tuple[int, int], channels: int) -> None:
+        """size: (width, height) that the model makes; images are cropped to its shape."""
+        data = Folder(root, size[0], channels, caption="", buckets=[size])
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        images = torch.stack([((data[i]["image"] + 1) * 127.5).round().to(torch.uint8) for i in order])
+        half = len(order) // 2
+        if half < 10:
+            raise ValueError(f"{root} holds {len(order)} images: at least 20 are needed to measure by")
+        self.images, self.others = images[:half], images[half:]
+        self.captions = [data.captions[i] for i in order[:half]]
+
+
+def features(images: Tensor) -> Tensor:
+    """Return uint8 images (n, c, h, w) as features (n, d): pixels in [-1, 1], averaged to AVERAGED x AVERAGED."""
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, AVERAGED).flatten(1)
+
+
+def report_images(images: Tensor, halves: Halves) -> dict[str, Any]:
+    """Return the figures of generated images, uint8 (n, c, h, w), each beside what as many real ones reach."""
+    made, real, n = features(images), features(halves.images), len(images)
+    floor = measure_floor(real, features(halves.others), n)
+    distance, found = frechet_distance(*moments(made), *moments(real)), precision_recall(real[:n], made)
+    training = torch.cat([halves.images, halves.others])
+    between = quantiles(nearest_training_distance(halves.images, halves.others))
+    return {
+        "features": f"pixels, averaged to {AVERAGED} x {AVERAGED}",
+        "frechet": {"distance": distance, "floor": floor.frechet, "ratio": distance / floor.frechet},
+        "precision_recall": found._asdict() | {"real_precision": floor.precision, "real_recall": floor.recall},
+        "memorisation": memorisation(nearest_training_distance(images, training), *between)._asdict(),
+    }
+
+
+@torch.inference_mode()
+def report_reconstruction(autoencoder: Any, images: Tensor, batch_size: int) -> tuple[dict[str, Any], Tensor]:
+    """Return the error of reconstructed images, uint8 (n, c, h, w), and these reconstructions."""
+    device, made = next(autoencoder.parameters()).device, []
+    for batch in images.split(batch_size):
+        decoded = autoencoder.decode(posterior(autoencoder, (batch.float() / 127.5 - 1).to(device))[0])
+        made.append(((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    result = torch.cat(made)
+    ratios = psnr(result / 127.5 - 1, images / 127.5 - 1)
+    figures = {"mean": ratios.mean().item(), "first_percentile": ratios.quantile(0.01).item()}
+    return {"psnr": figures}, result
+
+
+def prompts_of(model: Any, captions: Sequence[str]) -> list[Any]:
+    """Return the captions, or classes in turn, or nothing, as the model is conditioned."""
+    conditioner = model.cond_stage_model
+    if conditioner is None:
+        return [""] * len(captions)
+    if hasattr(conditioner, "n_classes"):
+        count = conditioner.n_classes if conditioner.null is None else conditioner.null
+        return [i % count for i in range(len(captions))]
+    return list(captions)
