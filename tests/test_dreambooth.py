@@ -23,6 +23,7 @@ from ldm.finetune.flags import move_in
 from ldm.finetune.lora_files import apply_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.finetune.parts import LAYERS
+from ldm.images import GAP, LINE
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import objective, run_folder
 from ldm.training.ema import EMA
@@ -251,7 +252,7 @@ def test_a_run_gives_one_file_no_larger_than_the_model(checkpoints, subject, tmp
     assert (tmp_path / "run" / "previews" / "000003.png").exists()
     # 3 images of the subject, two prompts before and after
     with Image.open(tmp_path / "run" / "contact_sheet.png") as sheet:
-        assert sheet.height == 5 * (16 + 4 + 64) + 4
+        assert sheet.height == 5 * (LINE + GAP + 64) + GAP
 
 
 @pytest.mark.parametrize("kind", ["plain", "buckets", "lora"])

@@ -7,7 +7,7 @@ from conftest import refused
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from ldm.data.image_files import read_image
-from ldm.images import READ, image_grid, open_pillow, to_pil, to_uint8
+from ldm.images import GAP, LINE, READ, Row, image_grid, labelled_rows, open_pillow, to_pil, to_uint8
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -81,3 +81,43 @@ def test_grid(mode):
 def test_grid_is_no_wider_than_its_images_and_never_empty():
     assert image_grid([Image.new("L", (4, 3))], columns=8).size == (4, 3)
     refused("at least one image", image_grid, [], columns=2)
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "side", "size"),
+    [
+        (1, 1, 32, (256, 256)),
+        (8, 4, 32, (4 * 128 + 6, 2 * 128 + 2)),
+        (100, 100, 32, (3200 + 198, 32)),  # is wide enough
+        (1, 1, 200, (400, 400)),
+        (1, 1, 256, (256, 256)),
+    ],
+)
+def test_small_grids_are_enlarged(count, columns, side, size):
+    images = [Image.effect_noise((side, side), 50)] * count
+    grid = image_grid(images, columns, factor=None)
+    assert grid.size == size
+    factor = size[1] // side if count == 1 else 1
+    assert count > 1 or np.array_equal(np.asarray(grid)[::factor, ::factor], np.asarray(images[0]))
+
+
+def test_labels_and_captions_do_not_meet_the_images_or_each_other():
+    black = Image.new("L", (32, 32))
+    rows = [Row("a long label of several words that is wider than the images", [black, black], ["step 20", "b\nc"])]
+    sheet = np.asarray(labelled_rows([*rows, Row("", [black] * 3)], side=40))
+    dark = (sheet < 200).any(2)
+    assert sheet.shape[0] == 3 * LINE + 64 + GAP + LINE + 64 + 2 * GAP  # enlarged twice
+    for top in (3 * LINE, 3 * LINE + 64 + GAP + LINE):
+        assert dark[top : top + 64, GAP : GAP + 64].all() and not dark[top + 64 : top + 64 + GAP].any()
+    ink = np.flatnonzero(dark[:LINE].any(0))
+    assert ink.max() < sheet.shape[1] - GAP
+    gaps = np.diff(ink)
+    assert (gaps > 4).sum() == 11  # between twelve words
+
+
+def test_captions_wider_than_their_images_move_these_apart():
+    dot, captions = Image.new("L", (8, 8)), ["sigma 0.00012", "sigma 0.00034"]
+    sheet = np.asarray(labelled_rows([Row("", [dot, dot], captions)], factor=1))
+    assert len(np.flatnonzero((sheet[2 * LINE + 3] < 200).any(1))) == 16
+    text = (sheet[LINE : 2 * LINE] < 200).any((0, 2))
+    assert np.diff(np.flatnonzero(text)).max() >= GAP

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from safetensors.torch import load_file
 
+from ldm.images import GAP, LINE
 from ldm.training import loop
 from ldm.training.loop import Interrupted, mixed_precision, train
 from ldm.training.run_folder import RunFolder
@@ -81,6 +83,8 @@ def test_run_folder(alone):
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert {"error", "kl", "adversarial", "discriminator", "grad_norm_0", "grad_norm_1"} <= lines[-1].keys()
     assert [p.name for p in sorted((folder / "previews").iterdir())] == ["000003.png", "000006.png"]
+    with Image.open(folder / "previews" / "000006.png") as sheet:
+        assert sheet.height == 4 * (LINE + GAP + 64) + GAP  # twice images and their reconstructions, under labels
 
 
 @pytest.mark.smoke

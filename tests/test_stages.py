@@ -145,6 +145,8 @@ def test_previews_of_large_and_small_data_sets(count, shown):
     assert stage.prepare(data) is data
     images = stage.train(False).preview()
     assert len(images) == shown and len(images) % stage.preview_columns == 0
+    assert len(stage.preview_labels()) == shown // stage.preview_columns
+    assert stage.preview_labels()[:2] == ["images", "their reconstructions"]
     assert images[0].tobytes() == bytes(data.images[0].flatten().tolist())
 
 

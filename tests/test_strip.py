@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ldm.diffusion.sampling import Step
+from ldm.images import GAP, LINE
 from ldm.inference.strip import StripRecorder
 
 
@@ -42,4 +43,5 @@ def test_a_strip_of_many_steps_keeps_ten():
         recorder(Step(index, 24.0 - index, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)))
     assert [len(row) for row in recorder.rows[0]] == [10, 10, 10]
     assert recorder.sigmas[-1] == 0 and len(recorder.sigmas) == 10
-    assert recorder.strip(0).size == (10 * 10 - 2, 3 * 10 - 2)
+    assert recorder.strip(0).size == recorder.strip(0, 12).size  # 96 pixels of height
+    assert recorder.strip(0).width >= 10 * (96 + GAP) and recorder.strip(0).height > 3 * (96 + 2 * LINE)

@@ -27,6 +27,7 @@ from ldm.finetune import flags
 from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
+from ldm.images import GAP, LINE
 from ldm.training.stage import Trained
 from ldm.util import load_yaml
 
@@ -160,7 +161,8 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert "skipped .DS_Store, notes.pdf" in printed.err
     assert "sks.pt (2 vectors), which is sks by the file's name" in printed.out
     assert re.search(r"--ckpt \S*tiny.safetensors --embedding \S*learned_embeds.safetensors --prompt 'a ", printed.out)
-    assert pixels(tmp_path / "out" / "previews" / "000006.png").shape[0] == 2 * 32 + 2  # the subject's and the word's
+    height = pixels(tmp_path / "out" / "previews" / "000006.png").shape[0]
+    assert height == 2 * (64 + LINE + GAP) + GAP  # the subject's and the word's, under labels
     written = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (tmp_path / "out").iterdir()}
     assert written == {"learned_embeds.safetensors", "sks.pt", "embeddings.pt", "contact_sheet.png", "previews"} | {
         *("metrics.jsonl", "events.out.tfevents", "config.yaml", "model.safetensors")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples
 
 import ldm
+from ldm.images import GAP, LINE
 from ldm.inference.recipe import read_image_text, save_image
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import save
@@ -92,6 +93,16 @@ def test_grid_columns(generate):
     assert read_image_text(out / "grid-0000.png").endswith("Grid: 3x2")
     width, height = Image.open(out / "grid-0000.png").size
     assert width > height
+
+
+def test_small_grids_are_enlarged_and_samples_are_not(generate):
+    out = generate("--n_samples", 2)
+    assert Image.open(out / "grid-0000.png").size == (2 * 8 * 32 + 2, 8 * 32)
+    assert Image.open(samples(out)[0]).size == (32, 32)
+    twice = generate("--n_samples", 2, "--enlarge", 2, out="twice")
+    assert Image.open(twice / "grid-0000.png").size == (2 * 2 * 32 + 2, 2 * 32)
+    assert np.array_equal(pixels(samples(twice)[1])[::2, ::2], pixels(samples(out)[1]))
+    assert recipe(samples(twice)[1]) == recipe(samples(out)[1])  # which is made again at 32 x 32
 
 
 def test_skipping(generate):
@@ -197,15 +208,15 @@ def test_another_format(generate):
 
 
 def test_strip(generate, tiny_model):
-    out = generate("--strip", "--n_samples", 3, "--batch-size", 2, steps=4)
+    out = generate("--strip", "--n_samples", 3, "--batch-size", 2, "--enlarge", 3, steps=4)
     assert names(out) == ["grid-0000.png", "samples", "strip-0000.png", "strip-0001.png", "strip-0002.png"]
-    side = tiny_model.defaults["width"]
+    side = 3 * tiny_model.defaults["width"]
     for i, sample in enumerate(samples(out)):
-        strip = pixels(out / f"strip-{i:04}.png")
-        assert abs(strip.shape[1] - 4 * side) < 20 and abs(strip.shape[0] - 3 * side) < 16
+        strip = pixels(out / f"strip-{i:04}.png")[..., 0]
         final = pixels(sample).astype(int)
-        rows = [(strip.shape[0] - side) * row // 2 for row in range(3)]
-        shown = [[strip[y : y + side, x : x + side] for x in (0, strip.shape[1] - side)] for y in rows]
+        assert final.shape == (side, side)
+        tops = [2 * LINE, 5 * LINE + side + GAP, 7 * LINE + 2 * (side + GAP)]  # under 1 + 1, 1 + 2, 1 + 1 lines
+        shown = [[strip[y : y + side, x : x + side] for x in (GAP, GAP + 3 * (side + GAP))] for y in tops]
         # noising begins with the image; drawing ends in it: x_t at sigma 0, and below the x0 predicted last
         for same in (shown[0][0], shown[1][1], shown[2][1]):
             assert np.abs(same - final).max() <= 1
@@ -216,7 +227,7 @@ def test_strip(generate, tiny_model):
 
 def test_long_runs_show_ten_columns(generate, tiny_model):
     out = generate("--strip", steps=25)
-    assert abs(Image.open(out / "strip-0000.png").width - 10 * tiny_model.defaults["width"]) < 40
+    assert Image.open(out / "strip-0000.png").width == 10 * (96 + GAP) + 2 * GAP
 
 
 MISTAKES = {

@@ -63,7 +63,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
 
     All pairs are checked before the first is generated, but only one is in memory at a time.
     """
-    others = ("init_img", "mask", "from_file", "from_png", "fixed_code", "skip_save", "strip")
+    others = ("init_img", "mask", "from_file", "from_png", "fixed_code", "skip_save", "strip", "enlarge")
     given = [name for name in others if getattr(args, name) not in (None, False)]
     given += ["n_samples", "n_iter"] if args.n_samples * args.n_iter != 1 else []
     if given:

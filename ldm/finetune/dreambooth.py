@@ -227,6 +227,9 @@ class DreamBoothStage(FineTuningStage):
         seeds = list(range(self.preview_columns)) * len(self.previews)
         return self.generate(prompts, seeds=seeds)
 
+    def preview_labels(self) -> list[str]:
+        return list(self.previews)
+
     def finish(self, dataset: Dataset) -> None:
         """Write the contact sheet and the adapters' own file."""
         if self.lora_file is not None:

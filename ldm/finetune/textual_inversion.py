@@ -117,6 +117,9 @@ class TextualInversionStage(FineTuningStage):
         shown = self.pixels[torch.arange(self.preview_columns) % len(self.pixels)]
         return to_pil(shown) + self._generate(self.captions[0])
 
+    def preview_labels(self) -> list[str]:
+        return ["the subject's images", self.captions[0]]
+
     def _generate(self, prompt: str) -> list[Image.Image]:
         return self.generate([prompt] * self.preview_columns, plain=True)
 

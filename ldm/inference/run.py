@@ -40,7 +40,7 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
         check_init_image(made, init, args.from_png)
         args.precision = made.precision if args.precision is None else args.precision
     check_format(args.format, prompts, init)
-    output = OutputFolder(args.outdir, f".{args.format}")
+    output = OutputFolder(args.outdir, f".{args.format}", args.enlarge)
 
     model = load_checked(args)
     from ldm.inference.generate import generate_again, generate_run, progress, steps_of
@@ -63,7 +63,7 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
             if not args.skip_save:
                 saved.append(output.save_sample(image, recipe.to_text()))
             if recorder is not None:
-                saved.append(output.save_strip(recorder.strip(index), recipe.to_text()))
+                saved.append(output.save_strip(recorder.strip(index, args.enlarge), recipe.to_text()))
             if not args.skip_grid:
                 shown.append(image)
     if shown:
@@ -195,16 +195,21 @@ def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespa
 class OutputFolder:
     """A folder for images: samples/00000.png, grid-0000.png, strip-0000.png, numbered on from those that are there.
 
-    It is made, and tried for writing, before any work is done. Each method returns the path that it wrote.
+    It is made, and tried for writing, before any work is done. Each method returns the path that it wrote. All images
+    are enlarged by `enlarge`; by None only those of small grids and strips.
     """
 
-    def __init__(self, path: Path, suffix: str = ".png") -> None:
-        self.path, self.suffix = path, suffix
+    def __init__(self, path: Path, suffix: str = ".png", enlarge: int | None = None) -> None:
+        self.path, self.suffix, self.enlarge = path, suffix, enlarge
         self.next: dict[str, int] = {}  # prefix -> next number
         for folder in (path, path / "samples"):
             make_writable(folder)
 
     def save_sample(self, image: Image.Image, text: str) -> Path:
+        if self.enlarge is not None:
+            from ldm.images import enlarge
+
+            image = enlarge(image, self.enlarge)
         return self._save(image, text, self.path / "samples", "", 5)
 
     def save_grid(self, images: Sequence[Image.Image], columns: int, text: str) -> Path:
@@ -213,7 +218,9 @@ class OutputFolder:
 
         columns = min(columns, len(images))
         rows = -(-len(images) // columns)
-        return self._save(image_grid(images, columns), f"{text}, Grid: {columns}x{rows}", self.path, "grid-", 4)
+        return self._save(
+            image_grid(images, columns, factor=self.enlarge), f"{text}, Grid: {columns}x{rows}", self.path, "grid-", 4
+        )
 
     def save_strip(self, image: Image.Image, text: str) -> Path:
         return self._save(image, text, self.path, "strip-", 4)

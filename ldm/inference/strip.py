@@ -9,8 +9,10 @@ from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step
 from ldm.diffusion.sampling.first_order import add_noise
 from ldm.diffusion.sampling.noise import SeededNoise
-from ldm.images import image_grid, to_pil
+from ldm.images import Row, labelled_rows, to_pil
 from ldm.latent_diffusion import LatentDiffusion
+
+STRIP_SIDE = 96  # pixels of an image's height, at least: its captions need the room
 
 
 class StripRecorder:
@@ -38,14 +40,22 @@ class StripRecorder:
         if step.index == self.last:
             self._add_forward_process(step.x)
 
-    def strip(self, place: int) -> Image.Image:
+    def strip(self, place: int, factor: int | None = None) -> Image.Image:
         """Return the strip of the image with this index among all images of the run.
 
         Its rows, from the top: the image noised to the kept noise levels, each from the one before; x_t after the kept
-        steps; the x0 that was predicted in each.
+        steps; the x0 that was predicted in each. factor: they are enlarged by it (None: to a height of STRIP_SIDE pixels).
         """
         forward, x_t, x0 = self.rows[place]
-        return image_grid(forward + x_t + x0, len(x_t))
+        levels = [f"sigma {sigma:.2g}" for sigma in self.sigmas]
+        steps = [f"step {index + 1}" for index in sorted(self.kept)]
+        after = [f"{step}\n{level}" for step, level in zip(steps, levels, strict=True)]
+        rows = [
+            Row("the image, with more and more noise (forward process)", forward, levels[::-1]),
+            Row("x_t: the noisy image after a denoising step", x_t, after),
+            Row("x0: the image without noise, as the step predicts it", x0, steps),
+        ]
+        return labelled_rows(rows, STRIP_SIDE, factor)
 
     def _add_forward_process(self, x: Tensor) -> None:
         """Noise the sampled x (b, ...) step by step (Ho et al. 2020, eq. 2), up through the kept noise levels."""

@@ -128,6 +128,9 @@ class AutoencoderStage(Stage):
         rows = pairs.unflatten(1, (-1, self.preview_columns))  # (2, rows, columns, c, h, w)
         return to_pil(rows.transpose(0, 1).flatten(0, 2))
 
+    def preview_labels(self) -> list[str]:
+        return ["images", "their reconstructions"] * (len(self.shown) // self.preview_columns)
+
     @torch.no_grad()
     def finish(self, dataset: Dataset) -> None:
         if not self.normalize:

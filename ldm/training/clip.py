@@ -115,6 +115,9 @@ class CLIPStage(Stage):
         closest = (texts[: self.preview_columns] @ images.T).topk(self.preview_columns, dim=1).indices
         return to_pil(batch["image"][closest.flatten()])
 
+    def preview_labels(self) -> list[str]:
+        return [sample["caption"] for sample in self.shown[: self.preview_columns]]
+
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = {name: p for name, p in self.clip.state_dict().items() if not name.startswith("visual.")}
         self.encoder.model.load_state_dict(state)

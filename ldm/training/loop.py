@@ -256,7 +256,7 @@ def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
     """Write the preview of the averaged weights, in eval mode."""
     with average.applied():
         stage.train(False)
-        folder.preview(step, stage.preview(), stage.preview_columns)
+        folder.preview(step, stage.preview(), stage.preview_columns, stage.preview_labels())
         stage.train()
 
 

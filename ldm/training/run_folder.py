@@ -4,6 +4,7 @@ OUTDIR/STAGE/config.yaml  metrics.jsonl  events.out.tfevents...  previews/000500
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ldm.checkpoint.atomic import atomic, sweep
 from ldm.checkpoint.file import save_file, save_torch
-from ldm.images import image_grid
+from ldm.images import Row, image_grid, labelled_rows
 from ldm.util import escaped
 
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
@@ -105,12 +106,14 @@ class RunFolder:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def preview(self, step: int, images: list[Image.Image], columns: int) -> None:
-        """Write the images on a grid, as a PNG and to TensorBoard."""
+    def preview(self, step: int, images: list[Image.Image], columns: int, labels: Sequence[str] = ()) -> None:
+        """Write the images on a grid, each row under its label if there are any, as a PNG and to TensorBoard."""
         if not self.writes:
             return
         path = self.path / "previews" / f"{step:06d}.png"
-        grid = image_grid(images, columns)
+        rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+        labelled = [Row(*both) for both in zip(labels, rows, strict=True)] if labels else []
+        grid = labelled_rows(labelled) if labelled else image_grid(images, columns)
         with atomic(path) as temporary:
             grid.save(temporary, format="PNG")
         if self.writer is not None:

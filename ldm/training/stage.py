@@ -88,6 +88,10 @@ class Stage:
         """Return images that show what the networks have learned, `preview_columns` to a row."""
         raise NotImplementedError
 
+    def preview_labels(self) -> list[str]:
+        """Return what the preview's rows show; [] where that needs no words."""
+        return []
+
     def try_preview(self) -> None:
         """Do what `preview` does, as quickly as possible: a mistake in it should show before training."""
         self.preview()
