@@ -1,16 +1,24 @@
 """What someone who mistyped a name may have meant. Only a mistake imports it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is the fewest typing mistakes away, or None if none is near.
 
     A name of up to 3 letters has no near ones, one of up to 6 is near with one mistake, a longer one with two: a hint
-    that is wrong is worse than none.
+    that is wrong is worse than none. One of over 64 has none either, as to look for it would take long.
     """
+    if len(name) > 64:
+        return None
     distance, found = min(((_mistakes(name.lower(), other.lower()), other) for other in known), default=(3, ""))
     return found if distance <= min((len(name) - 1) // 3, 2) else None
+
+
+def did_you_mean(names: Iterable[object], known: Collection[str]) -> str:
+    """Return "; did you mean NEAR?" for each unknown one of the names that has a near one."""
+    near = [nearest_name(str(name), known) for name in names if name not in known]
+    return "".join(f"; did you mean {name}?" for name in near if name is not None)
 
 
 def _mistakes(a: str, b: str) -> int:

@@ -34,6 +34,9 @@ CONFIGS = next(  # the configurations that ship: in the package, or beside it in
     Path("configs"),
 )
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_YAML = 2**20  # bytes of a configuration file, and values in it
+MAX_REFERENCES = 40  # in it: by n of them a text grows at most 3^(n/3) times
+REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # the beginning of one, unless it is escaped
 ALLOWED_PACKAGES: set[str] = set()  # named by `--allow PACKAGE`: their modules may be imported and their classes built
 
 
@@ -129,11 +132,9 @@ def call_with(part: str, function: Callable[..., Any], params: Mapping[str, Any]
         signature.bind_partial(**params)  # unknown keys first: one may be a missing key, misspelt
         signature.bind(**params)
     except TypeError as error:
-        from ldm.spelling import nearest_name  # only a mistake needs it
+        from ldm.spelling import did_you_mean  # only a mistake needs it
 
-        near = [nearest_name(str(name), takes) for name in params if name not in takes]
-        hint = "".join(f"; did you mean {name}?" for name in near if name)
-        raise ValueError(f"{part}: {error}{hint}; it takes {takes}") from None
+        raise ValueError(f"{part}: {error}{did_you_mean(params, takes)}; it takes {takes}") from None
     hints = {}
     if function.__module__.startswith("ldm."):  # other packages' hints need not be complete
         hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
@@ -190,7 +191,8 @@ class Unfilled(TorchFunctionMode):
 def load_yaml(path: str | Path) -> Any:
     """Load a yaml file with OmegaConf, unresolved. FileNotFoundError, or ValueError for a file that is not yaml.
 
-    Outside a clone, `configs/...` is the file of that name that is installed with the package.
+    Outside a clone, `configs/...` is the file of that name that is installed with the package. Values may refer to
+    other values, as in ${outdir}, but not to OmegaConf's resolvers, which read the environment (${oc.env:HOME}).
     """
     import yaml
     from omegaconf import OmegaConf
@@ -199,10 +201,46 @@ def load_yaml(path: str | Path) -> Any:
     if Path(path).parts[:1] == ("configs",) and not Path(path).exists():
         path = CONFIGS.joinpath(*Path(path).parts[1:])
     check_file(Path(path), "configuration")
+    name = f"configuration {str(path)!r}"
+    if Path(path).stat().st_size > MAX_YAML:
+        raise ValueError(f"{name} is larger than {MAX_YAML} bytes: it is not a configuration")
     try:
-        return OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"configuration {str(path)!r} is not yaml: {' '.join(str(error).split())}") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "*" in text and _expanded(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MAX_YAML:
+            raise ValueError(f"its aliases make more than {MAX_YAML} values of it")
+        config = OmegaConf.load(path)
+        texts = [text for text in _texts(OmegaConf.to_container(config, resolve=False)) if REFERENCE.search(text)]
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise ValueError(f"{name} is not yaml: {' '.join(str(error).split())}") from None
+    for text in texts:
+        plain, rest = text, ""
+        while rest != plain:  # from the innermost reference outwards
+            rest, plain = plain, re.sub(r"\$\{[^${}:]*\}", "_", plain)
+        if REFERENCE.search(rest):
+            raise ValueError(
+                f"{name} has {shorten(repr(text))}: only references to its other values, such as ${{outdir}}, resolve"
+            )
+    if (count := sum(len(REFERENCE.findall(text)) for text in texts)) > MAX_REFERENCES:
+        raise ValueError(f"{name} has {count} references ${{...}} to other values: {MAX_REFERENCES} are the maximum")
+    return config
+
+
+def _expanded(node: Any, sizes: dict[int, int]) -> int:
+    """Return how many values a yaml node holds with each alias in it written out; sizes: of nodes, by id."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1  # also what a node that holds itself counts within it
+        children = node.value if isinstance(getattr(node, "value", None), list) else []
+        parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        sizes[id(node)] = 1 + sum(_expanded(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
+def _texts(value: Any) -> list[str]:
+    """Return all texts in a configuration."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for entry in entries for text in _texts(entry)]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -212,7 +250,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     try:
         content: Any = OmegaConf.to_container(load_yaml(path), resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"configuration {str(path)!r} does not resolve: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"configuration {str(path)!r} is not a mapping")

@@ -143,6 +143,8 @@ def test_changes_apply_where_the_key_is(tmp_path):
     ("text", "changes", "message"),
     [
         (YAML, ["stage.parms.rate=1"], "changes nothing"),
+        (YAML, ["lop.steps=1"], r"changes nothing: .*; did you mean loop\.steps\?"),
+        (YAML.replace("outdir:", "oudir:"), [], r"has unknown keys oudir: .*; did you mean outdir\?"),
         (YAML, ["nothing=1"], "changes nothing: no given configuration has that key; they have name, outdir"),
         ("a: [", [], "is not yaml"),
         ("name: x", [], "' lacks outdir, seed, stage, data, loop: the keys"),
@@ -152,7 +154,30 @@ def test_changes_apply_where_the_key_is(tmp_path):
         (YAML, ["loop.steps={a"], "cannot be set"),
         (YAML, ["seed=-1"], "seed -1 must be an integer of at least 0"),
         (YAML.replace("target: c.D, ", ""), [], "data must be a mapping with a target and params"),
-        (YAML.replace("name: one", "name: 5"), [], "the name 5 must be a word"),
+        (YAML.replace("{target: c.D, params: {}}", "5"), [], "data 5 must be a mapping"),
+        (YAML.replace("name: one", "name: 5"), [], "name 5 must be a text"),
+        (YAML.replace("name: one", "name: ???"), [], "needs name="),
+        (YAML.replace("name: one", "name: ${nmae}"), [], "does not resolve"),
+        *(
+            (YAML.replace("name: one", f"name: {bad}"), [], "must be that of one folder")
+            for bad in ("../../x", "a/b", "..", "''")
+        ),
+        (YAML.replace("runs/x", "null"), [], "outdir None must be a text"),
+        (YAML.replace("seed: 0", "seed: true"), [], "seed True must be an integer"),
+        (YAML.replace("runs/x", "${oc.env:HOME}"), [], r"has '\$\{oc.env:HOME\}': only references to its other values"),
+        (YAML.replace("runs/x", "${${name}:HOME}"), [], "only references to its other values"),
+        (YAML.replace("runs/x", r"\\\${name}${oc.decode:x}"), [], "only references to its other values"),
+        (YAML.replace("loop: {", f"loop: {{a: {'[' * 2000 + ']' * 2000}, "), [], "not yaml: .*nest|nested too deeply"),
+        (
+            YAML
+            + "a: &a [x, x, x, x]\n"
+            + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(4 * ['*' + chr(97 + i)])}]\n" for i in range(15)),
+            [],
+            "aliases make more than",
+        ),
+        (YAML.replace("runs/x", "${name}" * 41), [], "has 42 references"),
+        ("#" * 2**21, [], "is larger than"),
+        ("5", [], "is not yaml"),
     ],
 )
 def test_bad_configurations_are_named(tmp_path, text, changes, message):

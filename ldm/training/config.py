@@ -1,16 +1,40 @@
 """Training configurations: yaml files and `key=value` changes, read into plain dicts and checked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from inspect import signature
+from typing import Annotated, Any
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.util import load_yaml
+from ldm.checks import Range, shorten
+from ldm.spelling import did_you_mean
+from ldm.training.run_folder import flatten
+from ldm.util import call_with, load_yaml
 
-SECTIONS = ("name", "outdir", "seed", "stage", "data", "loop")
+
+def check_values(
+    path: str,
+    name: str,
+    outdir: str,
+    seed: Annotated[int, Range(0)],
+    stage: Mapping[str, Any],
+    data: Mapping[str, Any],
+    loop: Mapping[str, Any],
+) -> None:
+    """Raise ValueError for a configuration, read from `path`, whose parts do not fit; the others are its keys."""
+    if name in ("", ".", "..") or any(letter in "/\\" or not letter.isprintable() for letter in name):
+        raise ValueError(
+            f"configuration {path!r}: the name {shorten(repr(name))} must be that of one folder, to be made in outdir"
+        )
+    for part, section in (("stage", stage), ("data", data)):
+        if "target" not in section or not isinstance(section.get("params", {}), dict):
+            raise ValueError(f"configuration {path!r}: {part} must be a mapping with a target and params")
+
+
+SECTIONS = tuple(signature(check_values).parameters)[1:]
 
 
 def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -28,9 +52,10 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
     configs = deepcopy(given)
     for change in changes:
         if not any([_apply(change, *pair) for pair in zip(configs, given, strict=True)]):
+            known = {key for config in configs for key in flatten(OmegaConf.to_container(config))}
             raise ValueError(
-                f"{change!r} changes nothing: no given configuration has that key; they have name, outdir, seed, "
-                "stage.*, data.* and loop.*"
+                f"{shorten(repr(change))} changes nothing: no given configuration has that key; they have name, "
+                f"outdir, seed, stage.*, data.* and loop.*{did_you_mean([change.partition('=')[0]], known)}"
             )
     resolved = [_resolve(path, config) for path, config in zip(paths, configs, strict=True)]
     folders = [(config["outdir"], config["name"]) for config in resolved]
@@ -43,25 +68,24 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
 def _read(path: str) -> Any:
     config = load_yaml(path)
     found = set(config) if OmegaConf.is_dict(config) else set()
-    missing, unknown = [k for k in SECTIONS if k not in found], sorted(found - set(SECTIONS))
+    missing, unknown = [k for k in SECTIONS if k not in found], sorted(map(str, found - set(SECTIONS)))
     wrong = [f"{word} {', '.join(keys)}" for word, keys in (("lacks", missing), ("has unknown keys", unknown)) if keys]
     if wrong:
-        raise ValueError(f"configuration {path!r} {' and '.join(wrong)}: the keys are {', '.join(SECTIONS)}")
-    if not isinstance(config.name, str):
-        raise ValueError(f"configuration {path!r}: the name {config.name!r} must be a word")
+        near = did_you_mean(unknown, SECTIONS)
+        raise ValueError(f"configuration {path!r} {' and '.join(wrong)}: the keys are {', '.join(SECTIONS)}{near}")
     return config
 
 
 def _apply(change: str, config: Any, given: Any) -> bool:
     """Apply `key=value` to a configuration, if it has the key now or as it was given; return whether it has."""
     key, _, value = change.partition("=")
-    key = key.removeprefix(config.name + ".")
+    key = key.removeprefix(f"{OmegaConf.to_container(config)['name']}.")
     try:
         if not (_has(config, key) or _has(given, key)):
             return False
         OmegaConf.update(config, key, OmegaConf.from_dotlist([f"x={value}"]).x)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{change!r} cannot be set: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{shorten(repr(change))} cannot be set: {' '.join(str(error).split())}") from None
     return True
 
 
@@ -78,14 +102,7 @@ def _resolve(path: str, config: Any) -> dict[str, Any]:
         if missing := sorted(OmegaConf.missing_keys(config)):
             raise ValueError(f"configuration {path!r} needs {', '.join(f'{key}=...' for key in missing)}")
         plain: Any = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ValueError(f"configuration {path!r} does not resolve: {error}") from None
-    for part in ("stage", "data"):
-        value = plain[part]
-        if not isinstance(value, dict) or "target" not in value or not isinstance(value.get("params", {}), dict):
-            raise ValueError(f"configuration {path!r}: {part} must be a mapping with a target and params")
-    if not isinstance(plain["loop"], dict):
-        raise ValueError(f"configuration {path!r}: loop must be a mapping with settings")
-    if not isinstance(plain["seed"], int) or plain["seed"] < 0:
-        raise ValueError(f"configuration {path!r}: seed {plain['seed']!r} must be an integer of at least 0")
+    call_with(f"configuration {path!r}", check_values, plain, path=path)
     return plain
