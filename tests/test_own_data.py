@@ -12,10 +12,13 @@ from PIL import Image
 from ldm.commands import evaluate
 from ldm.conditioning.classes import ClassLabels
 from ldm.conditioning.tokenizer import Tokenizer, reduce
+from ldm.data.folder import Folder
 from ldm.evaluation import commands
-from ldm.evaluation.own_data import Halves, report_images
+from ldm.evaluation.networks import load_image_network
+from ldm.evaluation.own_data import Halves, encode, report_agreement, report_images
 from ldm.images import to_pil
 from ldm.models.identity import IdentityFirstStage
+from ldm.training.clip import CLIPStage
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +117,26 @@ def test_a_model_of_other_things_is_not_measured_as_digits(monkeypatch, changes,
     model = Model(None, **changes)
     monkeypatch.setattr(commands, "load_model", lambda args: model)
     refused(said, evaluate.main, ["model", "--n", "10"])
+
+
+def test_agreement_by_the_models_own_clip(folder, tmp_path):
+    """The file of the image half gives the stage's own embeddings; a real image agrees with its caption as it does."""
+    vision = {"patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    path = tmp_path / "image_encoder.safetensors"
+    stage = CLIPStage(vision, 1e-3, width=16, layers=1, heads=2, projection_dim=12, image_encoder=str(path))
+    stage.prepare(Folder(folder, 16))
+    stage.train(False).finish(None)
+    stage.export()
+    halves = Halves(folder, (16, 16), 3)
+    pixels = halves.images.float() / 127.5 - 1
+    with torch.no_grad():
+        images, texts, _ = stage._embed({"image": pixels, "caption": halves.captions})
+    encoder = load_image_network(path)
+    torch.testing.assert_close(encode(encoder, halves.images), images, rtol=1e-5, atol=1e-6)
+    model = Model(None, stage.encoder)
+    found = report_agreement(model, encoder, halves.images[:20], halves)
+    expected = (images[:20] @ texts[:20].T).diagonal().mean().item()
+    assert found["own_caption"] == pytest.approx(expected, abs=1e-5) == found["real_own_caption"]
+    assert found["other_captions"] != pytest.approx(expected, abs=1e-5)
+    stage.encoder.pooled = False
+    refused("no pooled text", report_agreement, model, encoder, halves.images[:20], halves)

@@ -26,6 +26,7 @@ BUILT_IN = {
     },
     **{"ldm.models.autoencoder": "AutoencoderKL", "ldm.models.vq_autoencoder": "VQModel VQModelInterface"},
     **{"ldm.models.identity": "IdentityFirstStage", "ldm.models.classifier": "Judge FeatureNetwork"},
+    **{"ldm.models.image_encoder": "ImageEncoder"},
     **{"ldm.conditioning.text": "TextEncoder", "ldm.conditioning.bert": "BERTEncoder"},
     **{"ldm.conditioning.classes": "ClassEmbedder ClassLabels"},
     **{"ldm.conditioning.spatial": "SpatialRescaler ConcatImage", "ldm.optional.simple_unet": "SimpleUNet"},

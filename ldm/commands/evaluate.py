@@ -115,6 +115,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--picture", dest="image", type=Path, help=argparse.SUPPRESS)
         if name == "model":
             add_settings(command, *SAMPLING)
+            text = "image half of the model's own CLIP, as configs/folder/clip.yaml leaves it: agreement with captions"
+            command.add_argument("--clip", **FILE, help=f"{text} of DIR")
             command.add_argument("--classifier", **FILE, help="guide to the digits by this classifier of noisy images")
             add_settings(command, "classifier_scale")
             add_model_options(command)

@@ -18,8 +18,8 @@ from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
 from ldm.evaluation.datasets import HELD_OUT, find_reference, open_data
 from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure_subject, read_folder
 from ldm.evaluation.likelihood import check_variance, measure_bits
-from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint
-from ldm.evaluation.own_data import Halves, prompts_of, report_images, report_reconstruction
+from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint, load_image_network
+from ldm.evaluation.own_data import Halves, prompts_of, report_agreement, report_images, report_reconstruction
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
 from ldm.evaluation.report import report_autoencoder, report_model
 from ldm.evaluation.samples import image_sheet, images_by_class, prompts_for, sample_images
@@ -41,6 +41,8 @@ def evaluate_model(args: argparse.Namespace) -> Result:
         return _evaluate_on_folder(args)
     networks, model = Measuring.load(args.judge, args.features), load_model(args)
     check_digits(model, networks.size)
+    if args.clip is not None:
+        raise ValueError("--clip would have no effect on digits, whose captions the judge checks")
     reference, training = find_reference(args.dataset, args.split, args.data, networks, args.n)
     n = len(reference.labels) if args.n is None else args.n
     frames = "train" if args.wording == "seen" else "unseen"
@@ -138,9 +140,14 @@ def _evaluate_on_folder(args: argparse.Namespace) -> Result:
     given = {name: value for name, value in settings_of(args).items() if value is not None}
     given = {name: value for name, value in given.items() if name not in ("seed", "precision")}
     prompts = prompts_of(model, halves.captions[:n])
+    if args.clip is not None and prompts != halves.captions[:n]:
+        raise ValueError("--clip compares images with captions, which this model does not take")
+    encoder = None if args.clip is None else load_image_network(args.clip)
     images = sample_images(model, prompts, args.seed, args.batch_size, None, **given)
     settings = {"seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given}
     report = {**_head(args, dataset=args.dataset, n=n), "settings": settings, **report_images(images, halves)}
+    if encoder is not None:
+        report["clip"] = report_agreement(model, encoder, images, halves)
     return report, _pairs(images, halves.images)
 
 

@@ -44,6 +44,30 @@ def features(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, AVERAGED).flatten(1)
 
 
+@torch.inference_mode()
+def encode(encoder: Any, images: Tensor) -> Tensor:
+    """Return the unit vectors (n, d), float32, of uint8 images (n, c, h, w) by an `ImageEncoder`."""
+    return torch.cat([encoder(batch.float() / 127.5 - 1).float() for batch in images.split(100)])
+
+
+@torch.inference_mode()
+def report_agreement(model: Any, encoder: Any, images: Tensor, halves: Halves) -> dict[str, Any]:
+    """Return mean cosines of captions and images by the model's own CLIP; those of other captions are chance."""
+    cond = model.cond_stage_model(halves.captions[: len(images)])
+    if "c_adm" not in cond:
+        raise ValueError("the model's text encoder gives no pooled text, by which CLIP compares texts with images")
+    texts = F.normalize(cond["c_adm"].float().cpu(), dim=-1)
+    cosines, captions = encode(encoder, images) @ texts.T, halves.captions
+    other = torch.tensor([[a != b for b in captions[: len(images)]] for a in captions[: len(images)]])
+    real = (encode(encoder, halves.images[: len(images)]) * texts).sum(1)
+    return {
+        "by": "the model's own CLIP, which was trained on captions such as these and flatters the model",
+        "own_caption": cosines.diagonal().mean().item(),
+        "other_captions": cosines[other].mean().item(),
+        "real_own_caption": real.mean().item(),
+    }
+
+
 def report_images(images: Tensor, halves: Halves) -> dict[str, Any]:
     """Return the figures of generated images, uint8 (n, c, h, w), each beside what as many real ones reach."""
     made, real, n = features(images), features(halves.images), len(images)

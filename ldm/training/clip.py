@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.checkpoint.file import save_file
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
@@ -29,6 +30,7 @@ class CLIPStage(Stage):
         merges_first: how many of CLIP's byte-pair merges to keep besides those that the captions need.
         agreement: weight of a caption that is entirely true of an image (label and stated style), where one that only
             names its label has weight 1.
+        image_encoder: where the image half goes, as an `ImageEncoder` to measure by; None drops it.
     """
 
     reads, methods = ("image", "caption"), ("texts",)
@@ -44,6 +46,7 @@ class CLIPStage(Stage):
         projection_dim: int = 128,
         merges_first: int = 1000,
         agreement: float = 4.0,
+        image_encoder: str | None = None,
         weight_decay: float = 0.05,
         preview_columns: int = 10,
     ) -> None:
@@ -51,6 +54,7 @@ class CLIPStage(Stage):
         self.vision = dict(vision)
         self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
         self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement
+        self.image_encoder = image_encoder
 
     def prepare(self, dataset: Any) -> Dataset:
         """Choose the vocabulary from the data set's captions and build the two towers."""
@@ -117,6 +121,12 @@ class CLIPStage(Stage):
 
     def preview_labels(self) -> list[str]:
         return [sample["caption"] for sample in self.shown[: self.preview_columns]]
+
+    def finish(self, dataset: Dataset) -> None:
+        if self.image_encoder is not None:
+            state = {f"visual.{name}": tensor for name, tensor in self.clip.visual.state_dict().items()}
+            params = {"vision": self.vision, "projection_dim": self.projection_dim}
+            save_file(self.image_encoder, state, {"target": "ldm.models.image_encoder.ImageEncoder", "params": params})
 
     def export(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = {name: p for name, p in self.clip.state_dict().items() if not name.startswith("visual.")}

@@ -25,11 +25,11 @@ def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.d
     """Do everything that training does once, and one batch of it; raise ValueError for what does not work.
 
     Every stage is built with its real networks, tried, and thrown away. Where a later stage reads the checkpoint of an
-    earlier one, that of the trial, in a temporary folder, takes its place. Finished stages are not tried, and only
-    named where the stage says so (`Stage.rehearses`).
+    earlier one, that of the trial takes its place; a temporary folder stands for that of each stage. Finished stages
+    are not tried, nor those that load a model to tune it (`Stage.rehearses`).
     """
     with TemporaryDirectory(prefix="ldm-rehearsal-") as temporary:
-        tried: dict[str, str] = {}  # checkpoint of a stage -> that of its trial
+        tried: dict[str, str] = {}  # folder of a stage -> that of its trial
         for number, config in enumerate(configs):
             LoopSettings.of(config)
             get_obj_from_str(config["data"]["target"])
@@ -40,11 +40,12 @@ def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.d
                 folder = RunFolder(Path(config["outdir"]) / config["name"], dict(config), resume, writes=False)
             if folder.finished or not kind.rehearses:
                 continue
-            stage = _try({**config, "stage": _replaced(config["stage"], tried)}, device)
+            tried[os.path.normpath(folder.path)] = trial = os.path.join(temporary, str(number))
+            stage = _try({**config, "stage": _moved(config["stage"], tried)}, device)
             path = os.path.normpath(folder.model)
             if any(path in _texts(other["stage"]) for other in configs[number + 1 :]):
-                tried[path] = str(Path(temporary) / f"{number}.safetensors")
-                save_file(tried[path], stage.export()[1], stage.export()[0])
+                made, state = stage.export()
+                save_file(os.path.join(trial, folder.model.name), state, made)
 
 
 def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
@@ -90,10 +91,13 @@ def _texts(value: Any) -> set[str]:
     return {os.path.normpath(value)} if isinstance(value, str) else set()
 
 
-def _replaced(value: Any, paths: Mapping[str, str]) -> Any:
-    """Return a configuration with these paths exchanged."""
+def _moved(value: Any, folders: Mapping[str, str]) -> Any:
+    """Return a configuration with the paths within these folders moved into others."""
     if isinstance(value, Mapping):
-        return {key: _replaced(item, paths) for key, item in value.items()}
+        return {key: _moved(item, folders) for key, item in value.items()}
     if isinstance(value, list):
-        return [_replaced(item, paths) for item in value]
-    return paths.get(os.path.normpath(value), value) if isinstance(value, str) else value
+        return [_moved(item, folders) for item in value]
+    for folder, other in folders.items() if isinstance(value, str) else ():
+        if os.path.normpath(value).startswith(folder + os.sep):
+            return other + os.path.normpath(value)[len(folder) :]
+    return value
