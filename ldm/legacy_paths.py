@@ -75,6 +75,7 @@ ELSEWHERE = {
     "ldm.models.diffusion.dpm_solver": {"ldm.compvis.samplers": "DPMSolverSampler"},
     "ldm.modules.losses": {"ldm.compvis.losses": "LPIPSWithDiscriminator"},
     "ldm.compvis.ddpm": {
+        "ldm.compvis.finetune": "LatentFinetuneDiffusion LatentInpaintDiffusion",
         "ldm.compvis.util": f"{_UTIL} {_SCHEDULE} IdentityFirstStage",
         "ldm.compvis.ema": "LitEma",
         "ldm.models.autoencoder": "AutoencoderKL",
@@ -86,6 +87,7 @@ ELSEWHERE = {
         "contextlib": "contextmanager",
         "numpy": "np=",
     },
+    "ldm.compvis.encoders": {"ldm.compvis.util": "default count_params autocast"},
     "ldm.compvis.samplers": {"ldm.compvis.util": "extract_into_tensor", "functools": "partial"},
     "ldm.models.attention": {
         "ldm.compvis.util": "exists default Normalize",
@@ -142,6 +144,23 @@ ELSEWHERE = {
     },
 }
 
+# Modules of CompVis's, and names in homes, that are not here, and why.
+_MIDAS, _UPSCALER = "it needs MiDaS, a network of another project", "the x4 upscaler is not part of this package"
+_UNCLIP, _OTHERS = "unCLIP is not part of this package", "it is another project's code"
+ABSENT = {
+    **dict.fromkeys(("ldm.data.util", "ldm.modules.midas", "ldm.compvis.ddpm.LatentDepth2ImageDiffusion"), _MIDAS),
+    **dict.fromkeys((f"ldm.compvis.ddpm.LatentUpscale{name}Diffusion" for name in ("", "Finetune")), _UPSCALER),
+    "ldm.modules.diffusionmodules.upscaling": _UPSCALER,
+    "ldm.compvis.ddpm.ImageEmbeddingConditionedLatentDiffusion": _UNCLIP,
+    "ldm.modules.karlo": _UNCLIP,
+    "ldm.compvis.encoders.FrozenOpenCLIPImageEmbedder": _UNCLIP,
+    "ldm.compvis.encoders.ClipImageEmbedder": _UNCLIP,
+    "ldm.compvis.encoders.CLIPEmbeddingNoiseAugmentation": _UNCLIP,
+    "ldm.compvis.encoders.FrozenT5Embedder": "T5's network is not part of this package",
+    "ldm.models.diffusion.dpm_solver.dpm_solver": f"{_OTHERS}; DPMSolverSampler is here",
+    "ldm.models.diffusion.classifier": "it trains with Lightning; ldm.optional.noisy_classifier_stage trains the same",
+}
+
 OLD_NAMES = HOMES | EARLIER
 REAL = ("ldm", "ldm.data", "ldm.finetune", "ldm.inference", "ldm.models", "ldm.training")
 PACKAGES = {name[:i] for name in OLD_NAMES for i in range(len(name)) if name[i] == "."} - set(REAL)
@@ -167,6 +186,8 @@ def elsewhere(home: str) -> Callable[[str], Any]:
         if name == "__all__":
             public = (name for name in vars(sys.modules[home]) if not name.startswith("_"))
             return list(dict.fromkeys([*public, *places]))
+        if f"{home}.{name}" in ABSENT:  # no AttributeError, in whose place `from ... import` has its own message
+            raise ImportError(_absent(f"{home}.{name}"))
         if name not in places:
             raise AttributeError(f"module {home!r} has no attribute {name!r}")
         place, its_name = places[name]
@@ -176,12 +197,18 @@ def elsewhere(home: str) -> Callable[[str], Any]:
     return look_up
 
 
+def _absent(name: str) -> str:
+    return f"{name} is not here: {ABSENT[name]} (docs/reference/compvis.md, `What is not here`)"
+
+
 class _Finder:
     """Finds and loads the names in the table."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name in OLD_NAMES or name in PACKAGES:
             return ModuleSpec(name, self, origin=OLD_NAMES.get(name, "CompVis"), is_package=name in PACKAGES)
+        if name in ABSENT:
+            raise ModuleNotFoundError(_absent(name), name=name)
         return None
 
     def create_module(self, spec: ModuleSpec) -> None:

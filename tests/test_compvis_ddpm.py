@@ -383,8 +383,25 @@ def test_layouts(clip):
 )
 def test_what_is_not_here_is_refused(clip, changes, sentence):
     refused(sentence, instantiate_from_config, config(clip, **changes))
-    with pytest.raises(ValueError, match="finetune_keys"):
-        ddpm.LatentInpaintDiffusion(finetune_keys=["model.diffusion_model.input_blocks.0.0.weight"])
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_an_inpainting_model_goes_on_from_one_without(clip, tmp_path, ema):
+    """The weights of the mask's channels start at zero, in the averages too."""
+    plain = built(config(clip, use_ema=ema))
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.ckpt")
+    target = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+    section = config(clip, {"in_channels": 9}, target, conditioning_key="hybrid", use_ema=ema)
+    section["params"]["ckpt_path"] = str(tmp_path / "plain.ckpt")
+    wide, state = instantiate_from_config(section), plain.state_dict()
+    for name, tensor in wide.state_dict().items():
+        expected = state[name]
+        if tensor.shape != expected.shape:
+            assert "input_blocks" in name and tensor.shape[1] == 9 and not tensor[:, 4:].any()
+            tensor = tensor[:, :4]
+        assert torch.equal(tensor, expected), name
+    section["params"]["finetune_keys"] = None
+    refused("size mismatch for model.diffusion_model.input_blocks.0.0.weight", instantiate_from_config, section)
 
 
 class Building(ddpm.LatentDiffusion):

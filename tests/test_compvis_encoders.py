@@ -172,6 +172,59 @@ def test_a_name_that_is_nothing(monkeypatch):
         refused("is unknown", FrozenCLIPEmbedder, name)
 
 
+@torch.no_grad()
+def test_transformers_calls(encoder, theirs):
+    """Masks, positions, tuples, the text model on its own, and transformers' settings."""
+    tokens = theirs[1](PROMPTS[:2], padding=True, return_tensors="pt")
+    ours, their = encoder.transformer, getattr(theirs[0], "text_model", theirs[0])
+    for settings in (
+        dict(tokens),
+        {"input_ids": tokens["input_ids"], "position_ids": torch.tensor([[3, 1, 4, 1, 5, 9, 2]])},
+    ):
+        settings["position_ids"] = settings.get("position_ids", torch.arange(99)[None])[
+            :, : tokens["input_ids"].shape[1]
+        ]
+        expected = their(**settings)
+        for found in (ours(**settings), ours.text_model(**settings)):
+            for name in ("last_hidden_state", "pooler_output"):
+                torch.testing.assert_close(found[name], expected[name], **CLOSE)
+        last, pooled, states = ours(**settings, return_dict=False, output_hidden_states=True)
+        assert torch.equal(last, found[0]) and torch.equal(pooled, found[1]) and len(states) == LAYERS + 1
+    refused("output_attentions is not supported", ours, tokens["input_ids"], output_attentions=True)
+    known = theirs[0].config
+    for name in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "hidden_act", "eos_token_id"):
+        assert getattr(ours.config, name) == getattr(known, name)
+    assert ours.device.type == "cpu" and ours.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_words_added_as_with_transformers(clip, theirs):
+    encoder = FrozenCLIPEmbedder(str(clip))
+    ids = encoder.tokenizer(PROMPTS[0]).input_ids
+    for skip in (False, True):
+        own, their = (t.decode(ids, skip_special_tokens=skip).strip() for t in (encoder.tokenizer, theirs[1]))
+        assert own == their
+    vocabulary = encoder.tokenizer.encoder
+    assert vocabulary == theirs[1].get_vocab() and encoder.tokenizer.decoder[ids[1]] == "a</w>"
+    before = encoder(["a red dog"])
+    assert encoder.tokenizer.add_tokens(["<sks>"]) == 1
+    old = encoder.transformer.get_input_embeddings()
+    new = encoder.transformer.resize_token_embeddings(len(encoder.tokenizer))
+    assert new is encoder.token_embedding and new.weight.shape == (VOCABULARY + 1, 16)
+    assert torch.equal(new.weight[:-1], old.weight) and not new.weight.requires_grad
+    assert encoder.transformer.config.vocab_size == VOCABULARY + 1 and torch.equal(encoder(["a red dog"]), before)
+    new.weight[-1] = new.weight[encoder.word_ids("dog")[0]]
+    torch.testing.assert_close(encoder(["a red <sks>"]), before)
+    assert encoder.transformer.resize_token_embeddings() is new
+
+
+def test_seeds_are_left_as_transformers_leaves_them(clip):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    FrozenCLIPEmbedder(str(clip))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # OpenCLIP
 
 
@@ -198,6 +251,27 @@ def test_open_clip(tmp_path, monkeypatch):
         assert torch.equal(ours("x"), ours.encode(["x"])) and not any(p.requires_grad for p in ours.parameters())
     assert len(ours.model.transformer.resblocks) == 3 and ours.model.ln_final.normalized_shape == (32,)
     refused("layer 'hidden'", FrozenOpenCLIPEmbedder, "tiny", str(tmp_path / "weights.safetensors"), layer="hidden")
+
+
+@torch.no_grad()
+def test_open_clip_s_last_blocks_and_architectures(tmp_path):
+    """`layer_idx` may be set, `text_transformer_forward` replaced; programs register architectures."""
+    import open_clip
+
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 3}
+    vision = {"layers": 1, "width": 32, "head_width": 32, "patch_size": 8, "image_size": 8}
+    (tmp_path / "own-arch.json").write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "own-arch.json")
+    with pytest.warns(UserWarning, match="no weights of 'own-arch/none'"):
+        encoder = fill(FrozenOpenCLIPEmbedder("own-arch", "none", layer="last"), 0)
+    states = encoder.model.hidden_states(encoder.tokenizer(PROMPTS))
+    for layer_idx in range(3):
+        encoder.layer_idx = layer_idx
+        assert torch.equal(encoder(PROMPTS), encoder.model.ln_final(states[3 - layer_idx]))
+    assert torch.equal(encoder.model.attn_mask, open_clip.CLIP(24, vision, text).attn_mask)
+    encoder.text_transformer_forward = lambda x, attn_mask=None: torch.zeros_like(x)
+    assert torch.equal(encoder(["a"]), encoder.model.ln_final(torch.zeros(1, 77, 32)))
+    refused("arch 'no-arch' is unknown to open_clip", FrozenOpenCLIPEmbedder, "no-arch", "none")
 
 
 def test_open_clip_without_weights():

@@ -129,9 +129,14 @@ class DDPM(nn.Module):
         for name, value in settings.items():
             setattr(self, name, value)
 
-    def register_schedule(self, **line: Any) -> None:
+    def register_schedule(
+        self, given_betas: Any = None, beta_schedule: str = "linear", timesteps: int = 1000, linear_start: float = 1e-4,
+        linear_end: float = 2e-2, cosine_s: float = 8e-3,
+    ) -> None:  # fmt: skip
         """Make the twelve buffers of every checkpoint, and the weights of the variational bound."""
-        self.schedule_params, self.num_timesteps = schedule_params(line), int(line.get("timesteps", 1000))
+        line = {"given_betas": given_betas, "beta_schedule": beta_schedule, "timesteps": timesteps}
+        line |= {"linear_start": linear_start, "linear_end": linear_end, "cosine_s": cosine_s}
+        self.schedule_params, self.num_timesteps = schedule_params(line), int(timesteps)
         with torch.device("cpu"):  # the model may be built on the meta device
             for name, values in schedule_buffers(self.schedule_params).items():
                 self.register_buffer(name, values)
@@ -169,10 +174,15 @@ class DDPM(nn.Module):
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Load the weights that match by name, without running pickled code; a warning lists the others."""
         state = {k: v for k, v in read_tensors(path).state.items() if not k.startswith(tuple(ignore_keys))}
+        state = self._fitted(state)
         wrong = (self.model if only_model else self).load_state_dict(state, strict=False)
         for kind, names in zip(("missing", "unexpected"), wrong, strict=True):
             if names:
                 warnings.warn(f"{path}: {len(names)} tensors are {kind} ({', '.join(names[:5])} ...)", stacklevel=2)
+
+    def _fitted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a file's tensors in the shapes of this model."""
+        return state
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:

@@ -273,6 +273,7 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int | None, **options: Any) -> Any:
         """Return (latents, intermediates), by DDIM or with all steps."""
         if not ddim:
+            options.pop("eta", None)  # DDIM's
             return self.sample(cond, batch_size, return_intermediates=True, **options)
         shape = (self.channels, self.image_size, self.image_size)
         return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
@@ -338,34 +339,6 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             self.colorize = torch.randn(3, x.shape[1], 1, 1).to(x)
         x = F.conv2d(x, self.colorize)
         return 2 * (x - x.min()) / (x.max() - x.min()) - 1
-
-
-class LatentInpaintDiffusion(LatentDiffusion):
-    """Also gives its UNet the mask, at the latents' size, and the latents of the masked image: `concat_keys`."""
-
-    def __init__(
-        self, concat_keys: Sequence[str] = ("mask", "masked_image"), masked_image_key: str = "masked_image",
-        finetune_keys: Sequence[str] | None = None, **settings: Any,
-    ) -> None:  # fmt: skip
-        if finetune_keys is not None:
-            raise ValueError("finetune_keys, which reset input channels, are not supported: they must be null")
-        super().__init__(**settings)
-        self.concat_keys, self.masked_image_key, self.concat = concat_keys, masked_image_key, "mask_latents"
-
-    @torch.no_grad()
-    def get_input(
-        self, batch: Mapping[str, Any], k: str, return_first_stage_outputs: bool = False, **options: Any
-    ) -> list[Any]:
-        options |= {"force_c_encode": True, "return_original_cond": True}
-        z, c, *rest = super().get_input(batch, k, return_first_stage_outputs=True, **options)
-        parts = []
-        for key in self.concat_keys:
-            part = DDPM.get_input(self, batch, key)[: len(z)].to(z)
-            is_image = key == self.masked_image_key
-            encoded = self.get_first_stage_encoding(self.encode_first_stage(part)) if is_image else part
-            parts.append(F.interpolate(encoded, size=z.shape[-2:]))  # (b, 1 or z, h, w)
-        cond = {"c_concat": [torch.cat(parts, dim=1)], "c_crossattn": [c]}
-        return [z, cond, *(rest if return_first_stage_outputs else [])]
 
 
 class Layout2ImgDiffusion(LatentDiffusion):

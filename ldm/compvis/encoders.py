@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checkpoint.compvis_config import clip_config, openclip_config
+from ldm.checkpoint.compvis_config import clip_config
 from ldm.conditioning import bert, classes, spatial
-from ldm.conditioning.public_clip import read_text_encoder
+from ldm.conditioning.public_clip import open_clip_params, read_text_encoder
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.models import clip
@@ -56,34 +56,101 @@ class Embeddings(nn.ModuleDict):
         super().__init__(modules)
         self.register_buffer("position_ids", torch.arange(length, device="cpu")[None])
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device) if position_ids is None else position_ids
-        return self.token_embedding(input_ids) + self.position_embedding(positions)  # (b, n, d)
+    def forward(
+        self, input_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        embedded = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        positions = torch.arange(embedded.shape[1], device=embedded.device) if position_ids is None else position_ids
+        return embedded + self.position_embedding(positions)  # (b, n, d)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}position_ids", self.position_ids)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class TextModel(nn.ModuleDict):
+    """transformers' CLIPTextTransformer: the networks of a text tower, and their forward pass."""
+
+    embeddings: Any
+    encoder: Any
+    final_layer_norm: nn.LayerNorm
+
+    def __init__(self, modules: Mapping[str, nn.Module], eos: int) -> None:
+        super().__init__(modules)
+        self.eos = eos
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:  # fmt: skip
+        """Encode tokens (b, n): `last_hidden_state` (b, n, d), `pooler_output` (b, d), both normed, `hidden_states`.
+
+        attention_mask: (b, n), 0 for tokens that the others do not attend to.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        if output_attentions:
+            raise ValueError("output_attentions is not supported: the kernels do not return attention weights")
+        mask = None
+        if attention_mask is not None and not attention_mask.all():
+            n = input_ids.shape[1]
+            causal = torch.ones(n, n, dtype=torch.bool, device=input_ids.device).tril()
+            mask = causal & attention_mask.bool()[:, None, None]  # (b, 1, n, n)
+        states = [self.embeddings(input_ids, position_ids)]
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1], mask))
+        last = self.final_layer_norm(states[-1])
+        ends = (input_ids == self.eos).int().argmax(dim=-1)  # (b,)
+        pooled = last[torch.arange(len(last), device=last.device), ends]
+        out = BaseModelOutputWithPooling(last, pooled, tuple(states) if output_hidden_states else None)
+        return out.to_tuple() if return_dict is False else out
+
+
 class TransformersTextModel(clip.CLIPTextModel):
     """Our text tower with the interface of transformers' CLIPTextModel before 5.6, which removed `text_model`."""
 
+    device = property(lambda self: self.get_input_embeddings().weight.device)
+    dtype = property(lambda self: self.get_input_embeddings().weight.dtype)
+
     def __init__(self, vocab_size: int, width: int, layers: int, heads: int, context_length: int, activation: str):
+        from transformers import CLIPTextConfig
+
         super().__init__(vocab_size, width, layers, heads, context_length, activation)
+        self.text_model = TextModel(dict(self.text_model.items()), eos=vocab_size - 1)
         self.text_model.embeddings = Embeddings(self.text_model.embeddings, context_length)
-        self.eos = vocab_size - 1
+        sizes: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "max_position_embeddings": context_length, "hidden_act": activation}
+        sizes |= {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
+        sizes["intermediate_size"] = self.blocks()[0].mlp.fc1.out_features if layers else 4 * width
+        self.config = CLIPTextConfig(**sizes)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.text_model.embeddings(tokens)
 
-    def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> Any:
-        """Encode tokens (b, n): `last_hidden_state` (b, n, d), `pooler_output` (b, d), both normed, `hidden_states`."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode tokens (b, n) as `TextModel` does."""
+        return self.text_model(*args, **kwargs)
 
-        states = tuple(self.hidden_states(input_ids))
-        last = self.final_norm(states[-1])
-        pooled = self.pool(last, input_ids, self.eos)
-        return BaseModelOutputWithPooling(last, pooled, states if output_hidden_states else None)
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.text_model.embeddings.token_embedding = value
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None) -> nn.Embedding:
+        """Give the token embedding another number of rows, for words added to the tokenizer; new rows are random."""
+        old = self.get_input_embeddings()
+        if new_num_tokens is None or new_num_tokens == old.num_embeddings:
+            return old
+        new = nn.Embedding(new_num_tokens, old.embedding_dim, device=old.weight.device, dtype=old.weight.dtype)
+        kept = min(new_num_tokens, old.num_embeddings)
+        with torch.no_grad():
+            nn.init.normal_(new.weight, std=0.02)
+            new.weight[:kept] = old.weight[:kept]
+        self.set_input_embeddings(new.requires_grad_(old.weight.requires_grad))
+        self.config.vocab_size = self.vocab_size = new_num_tokens
+        return new
 
 
 class FrozenCLIPEmbedder(AbstractEncoder):
@@ -107,11 +174,12 @@ class FrozenCLIPEmbedder(AbstractEncoder):
         if layer not in self.LAYERS or (layer == "hidden") != (layer_idx is not None):
             raise ValueError(f"layer {layer!r} and layer_idx {layer_idx}: use last, pooled, or hidden with a layer_idx")
         folder = version if Path(version).is_dir() else _cached(version, "config.json")
-        params, state = _read(folder, version, clip_config, {"version": version})
+        params, state = _read(folder, version, None if folder else clip_config({"version": version})["params"])
         tokenizer = Tokenizer(**{"context_length": params.get("context_length", 77), **params.get("tokenizer", {})})
         self.tokenizer = _as_transformers(tokenizer)
         sizes = (tokenizer.vocab_size, params["width"], params["layers"], params["heads"], tokenizer.context_length)
-        self.transformer = TransformersTextModel(*sizes, params["activation"])
+        with torch.random.fork_rng(devices=[]):  # transformers' from_pretrained leaves the generator as it was, too
+            self.transformer = TransformersTextModel(*sizes, params["activation"])
         self.max_length, self.layer, self.layer_idx = max_length, layer, layer_idx
         if state is not None:
             self.load_state_dict(state)
@@ -143,10 +211,12 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
         if layer not in self.LAYERS:
             raise ValueError(f"unknown layer {layer!r}; choose from last, penultimate")
         name = f"{arch}/{version}"
-        params, state = _read(name if Path(version).is_file() else None, name, openclip_config, {"arch": arch})
+        params, state = _read(name if Path(version).is_file() else None, name, open_clip_params(arch))
         params["layer"] = layer
         super().__init__(**params)
         self.max_length, self.layer_idx = max_length, self.LAYERS.index(layer)
+        mask = torch.full((self.model.context_length,) * 2, -torch.inf, device="cpu").triu(1)
+        self.model.register_buffer("attn_mask", mask, persistent=False)
         if state is not None:
             self.load_state_dict(state)
         if freeze:
@@ -156,7 +226,17 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
         return self.encode_with_transformer(self.tokenizer([text] if isinstance(text, str) else text).to(self.device))
 
     def encode_with_transformer(self, text: Tensor) -> Tensor:
-        return TextEncoder.forward(self, text)["c_crossattn"]
+        x = self.model.embed(text).transpose(0, 1)  # (n, b, d)
+        x = self.text_transformer_forward(x, attn_mask=self.model.attn_mask)
+        return self.model.final_norm(x.transpose(0, 1))
+
+    def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Run all blocks but the last `layer_idx` on x (n, b, d). attn_mask: not used, as the blocks are causal."""
+        blocks = self.model.blocks()
+        x = x.transpose(0, 1)
+        for block in blocks[: len(blocks) - self.layer_idx]:
+            x = block(x)
+        return x.transpose(0, 1)
 
 
 class FrozenCLIPTextEmbedder(AbstractEncoder, TextEncoder):
@@ -278,23 +358,30 @@ def _cached(repository: str, needed: str) -> str | None:
     return str(Path(found).parent) if isinstance(found, str) else None
 
 
-def _read(path: str | None, name: str, known: Callable, asked: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Return TextEncoder's arguments and weights; without a path, `known(asked)` and None."""
+def _read(path: str | None, name: str, params: Any) -> tuple[dict[str, Any], Any]:
+    """Return TextEncoder's arguments and weights; without a path, `params` and None."""
     if path is not None:
         return read_text_encoder(path)
-    params = known(asked)["params"]
     warnings.warn(f"no weights of {name!r} were found: load a checkpoint into this text encoder", stacklevel=3)
     return params, None
 
 
 def _as_transformers(tokenizer: Tokenizer) -> Any:
+    from tokenizers import decoders
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
+
+    class CLIPTokenizer(PreTrainedTokenizerFast):
+        encoder = property(lambda self: self.get_vocab())
+        decoder = property(lambda self: {i: token for token, i in self.get_vocab().items()})
 
     start, end, pad = (tokenizer.pipeline.id_to_token(i) for i in (tokenizer.sot, tokenizer.eos, tokenizer.pad))
     names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
     length = tokenizer.context_length
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer.pipeline, **names, model_max_length=length)
+    made = CLIPTokenizer(tokenizer_object=tokenizer.pipeline, **names, model_max_length=length)
     frame = [(start, tokenizer.sot), (end, tokenizer.eos)]
+    made.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
+    )
     made.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=frame)
     return made

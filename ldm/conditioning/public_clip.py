@@ -5,6 +5,7 @@ number of heads and the activation cannot be seen in the weights.
 """
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def read_text_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     architecture, _, weights = name.partition("/")
     if Path(name).is_dir():
         return _from_transformers(name, Path(name))
-    if weights and (config := _open_clip_models() / f"{architecture}.json").is_file():
-        return _from_open_clip(name, read_json(config), architecture, weights)
+    if weights and _open_clip_config(architecture) is not None:
+        return _from_open_clip(name, architecture, weights)
     return _from_transformers(name, _download(name))
 
 
@@ -124,9 +125,24 @@ def _open_clip_models() -> Path:
     return Path(spec.origin).parent / "model_configs"
 
 
-def _from_open_clip(
-    name: str, config: Mapping[str, Any], architecture: str, weights: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _open_clip_config(architecture: str) -> dict[str, Any] | None:
+    """Return open_clip's settings of an architecture, or those that the program registered there, or None."""
+    path = _open_clip_models() / f"{architecture}.json"
+    if path.is_file():
+        return read_json(path)
+    open_clip = sys.modules.get("open_clip")  # `open_clip.add_model_config` registers
+    registered = open_clip is not None and architecture in open_clip.list_models()
+    return open_clip.get_model_config(architecture) if registered else None
+
+
+def open_clip_params(architecture: str, name: str | None = None) -> dict[str, Any]:
+    """Return TextEncoder's arguments except the layer for open_clip's architecture; name: for messages."""
+    name, config = name or architecture, _open_clip_config(architecture)
+    if config is None:
+        raise ValueError(
+            f"the text encoder's arch {architecture!r} is unknown to open_clip: register it by "
+            "open_clip.add_model_config, or use one of open_clip.list_models()"
+        )
     text = dict(config["text_cfg"])
     sizes = {key: text.pop(key, None) for key in ("width", "layers", "heads", "vocab_size", "context_length")}
     if text or None in sizes.values():
@@ -134,16 +150,20 @@ def _from_open_clip(
             f"text encoder {name!r} is not CLIP's own, the only one that is supported: its open_clip configuration "
             f"has {', '.join(config['text_cfg'])}"
         )
+    activation = "quick_gelu" if config.get("quick_gelu", False) else "gelu"
+    return {"layout": "openclip", **sizes, "activation": activation, "projection_dim": config["embed_dim"]}
+
+
+def _from_open_clip(name: str, architecture: str, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    params = open_clip_params(architecture, name)
     path, quick = _open_clip_weights(name, architecture, weights)
-    quick = quick or config.get("quick_gelu", False)
     state = {key.removeprefix("module."): tensor for key, tensor in read_tensors(path).state.items()}
     state = {"model." + key: tensor for key, tensor in state.items() if not key.startswith(NOT_TEXT_OPENCLIP)}
     check_finite(f"checkpoint {str(path)!r}", state)
     scale = state.get("model.logit_scale")
     if scale is not None and scale.shape == (1,):  # in some files
         state["model.logit_scale"] = scale[0]
-    activation = "quick_gelu" if quick else "gelu"
-    return {"layout": "openclip", **sizes, "activation": activation, "projection_dim": config["embed_dim"]}, state
+    return params | ({"activation": "quick_gelu"} if quick else {}), state
 
 
 def _open_clip_weights(name: str, architecture: str, weights: str) -> tuple[Path, bool]:

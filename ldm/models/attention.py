@@ -24,13 +24,18 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with `mult` times the width and GELU, or GEGLU with `glu`, between: (b, n, dim) both ways."""
+    """Two linear layers with `mult` times the width and GELU, or GEGLU with `glu`, between.
 
-    def __init__(self, dim: int, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> None:
+    (b, n, dim) -> (b, n, dim_out), by default dim.
+    """
+
+    def __init__(
+        self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        inner = dim * mult
+        inner = int(dim * mult)
         project_in = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
-        self.net = nn.Sequential(project_in, nn.Dropout(dropout), nn.Linear(inner, dim))
+        self.net = nn.Sequential(project_in, nn.Dropout(dropout), nn.Linear(inner, dim if dim_out is None else dim_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -49,7 +54,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         context_dim = query_dim if context_dim is None else context_dim
         inner = heads * dim_head
-        self.heads = heads
+        self.heads, self.dim_head = heads, dim_head
         self.scale = dim_head**-0.5
         self.to_q = nn.Linear(query_dim, inner, bias=False)
         self.to_k = nn.Linear(context_dim, inner, bias=False)
@@ -81,6 +86,8 @@ class BasicTransformerBlock(nn.Module):
         disable_self_attn: the first attention attends to the context too.
     """
 
+    ATTENTION_MODES = {"softmax": CrossAttention}  # research code puts its own class there
+
     def __init__(
         self,
         dim: int,
@@ -96,8 +103,9 @@ class BasicTransformerBlock(nn.Module):
         self.disable_self_attn = disable_self_attn
         self.checkpoint = checkpoint
         first_context = context_dim if disable_self_attn else None
-        self.attn1 = CrossAttention(dim, first_context, heads=n_heads, dim_head=d_head, dropout=dropout)
-        self.attn2 = CrossAttention(dim, context_dim, heads=n_heads, dim_head=d_head, dropout=dropout)
+        attend, heads = self.ATTENTION_MODES["softmax"], {"heads": n_heads, "dim_head": d_head, "dropout": dropout}
+        self.attn1 = attend(query_dim=dim, context_dim=first_context, **heads)
+        self.attn2 = attend(query_dim=dim, context_dim=context_dim, **heads)
         self.ff = FeedForward(dim, glu=gated_ff, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
@@ -106,7 +114,7 @@ class BasicTransformerBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return blocks.checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
 
-    def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x), context=context if self.disable_self_attn else None)
         x = x + self.attn2(self.norm2(x), context=context)
         return x + self.ff(self.norm3(x))

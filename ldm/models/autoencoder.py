@@ -24,26 +24,47 @@ EPS = 1e-6  # of every group normalisation here; 1e-5 in the UNet's residual blo
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised 3x3 convolutions, added to x: (b, in_channels, h, w) -> (b, out_channels, h, w)."""
+    """Two normalised 3x3 convolutions, added to x: (b, in_channels, h, w) -> (b, out_channels, h, w).
+
+    Args:
+        conv_shortcut: where the width changes, add x by a 3x3, not a 1x1, convolution.
+        temb_channels: width of an embedded time; 0, as in the autoencoders, for none.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int | None = None, dropout: float = 0.0, norm_groups: int = 32
+        self,
+        *,
+        in_channels: int,
+        out_channels: int | None = None,
+        conv_shortcut: bool = False,
+        dropout: float = 0.0,
+        temb_channels: int = 512,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = in_channels if out_channels is None else out_channels
+        self.use_conv_shortcut = conv_shortcut
         self.norm1 = normalization(in_channels, norm_groups, EPS)
         self.conv1 = nn.Conv2d(in_channels, self.out_channels, 3, padding=1)
+        if temb_channels > 0:
+            self.temb_proj = nn.Linear(temb_channels, self.out_channels)
         self.norm2 = normalization(self.out_channels, norm_groups, EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1)
-        if self.in_channels != self.out_channels:
+        if self.in_channels != self.out_channels and conv_shortcut:
+            self.conv_shortcut = nn.Conv2d(in_channels, self.out_channels, 3, padding=1)
+        elif self.in_channels != self.out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, self.out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(nonlinearity(self.norm1(x)))  # (b, out_channels, h, w)
+        if temb is not None:
+            h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
         h = self.conv2(self.dropout(nonlinearity(self.norm2(h))))
-        return (x if self.in_channels == self.out_channels else self.nin_shortcut(x)) + h
+        if self.in_channels != self.out_channels:
+            x = self.conv_shortcut(x) if self.use_conv_shortcut else self.nin_shortcut(x)
+        return x + h
 
 
 class AttnBlock(nn.Module):
@@ -51,6 +72,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, in_channels: int, norm_groups: int = 32) -> None:
         super().__init__()
+        self.in_channels = in_channels
         self.norm = normalization(in_channels, norm_groups, EPS)
         self.q = nn.Conv2d(in_channels, in_channels, 1)
         self.k = nn.Conv2d(in_channels, in_channels, 1)
@@ -129,10 +151,15 @@ class _Half(nn.Module):
     double_z: bool = True  # the encoder gives means and log variances
     attn_type: str = "vanilla"  # or "none": no attention anywhere
     tanh_out: bool = False  # bound the decoder's output to [-1, 1]
+    give_pre_end: bool = False  # the decoder's output is its features before the last norm
+    use_linear_attn: bool = False  # must be False: CompVis's attn_type "linear"
     norm_groups: Count = 32  # must divide every width
 
     def __post_init__(self) -> None:
         super().__init__()
+        if self.use_linear_attn:
+            raise ValueError("use_linear_attn is not supported: leave it out")
+        self.num_resolutions, self.temb_ch = len(self.ch_mult), 0
         self.tiling: Any = None  # `ldm.inference.tiling.Tiling`, to compute in less memory
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +170,8 @@ class _Half(nn.Module):
         raise NotImplementedError
 
     def residual(self, channels: int, out_channels: int) -> ResnetBlock:
-        return ResnetBlock(channels, out_channels, self.dropout, self.norm_groups)
+        widths = {"in_channels": channels, "out_channels": out_channels, "temb_channels": self.temb_ch}
+        return ResnetBlock(**widths, dropout=self.dropout, norm_groups=self.norm_groups)
 
     def attend(self, channels: int) -> nn.Module:
         if self.attn_type == "none":
@@ -217,6 +245,8 @@ class Decoder(_Half):
             h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
             if i > 0:
                 h = level.upsample(h)
+        if self.give_pre_end:
+            return h  # (b, ch * ch_mult[0], h, w)
         h = self.conv_out(nonlinearity(self.norm_out(h)))  # (b, out_ch, h, w)
         return torch.tanh(h) if self.tanh_out else h
 
@@ -285,9 +315,9 @@ class AutoencoderKL(Autoencoder):
         """Map pixels (b, c, h, w) to the posterior over latents (b, embed_dim, h / f, w / f), in float32 or wider."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
 
-    def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
+    def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Return the reconstruction (b, c, h, w) from a sample of the posterior, or its mode, and the posterior."""
-        posterior = self.encode(x)
+        posterior = self.encode(input)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
 

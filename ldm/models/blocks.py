@@ -13,7 +13,7 @@ from ldm.models.kernels import attention
 
 
 def timestep_embedding(
-    t: Tensor,
+    timesteps: Tensor,
     dim: int,
     max_period: float = 10000,
     repeat_only: bool = False,
@@ -27,18 +27,18 @@ def timestep_embedding(
     after it have `sines_first` and shift 1, with which the last frequency is exactly 1 / max_period.
 
     Args:
-        t: (b,), may be fractional.
-        repeat_only: return t itself in every column.
+        timesteps: (b,), may be fractional.
+        repeat_only: return the timestep itself in every column.
 
     Returns:
         (b, dim) in float32, with a zero column at the end when dim is odd.
     """
     if repeat_only:
-        return repeat(t, "b -> b d", d=dim)
+        return repeat(timesteps, "b -> b d", d=dim)
     half = dim // 2
     rate = -math.log(max_period) / max(half - shift, 1)  # the bound: a single frequency is 1 whatever the shift
-    frequencies = torch.arange(half, dtype=torch.float32, device=t.device).mul_(rate).exp_()
-    angles = t[:, None].float() * frequencies  # (b, dim / 2)
+    frequencies = torch.arange(half, dtype=torch.float32, device=timesteps.device).mul_(rate).exp_()
+    angles = timesteps[:, None].float() * frequencies  # (b, dim / 2)
     parts = (angles.sin(), angles.cos()) if sines_first else (angles.cos(), angles.sin())
     embedding = torch.cat(parts, dim=1)  # (b, dim)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
@@ -112,6 +112,7 @@ class Upsample(nn.Module):
         require_two_dims(dims)
         out_channels = channels if out_channels is None else out_channels
         assert use_conv or out_channels == channels, "only a convolution can change the number of channels"
+        self.channels, self.out_channels, self.use_conv, self.dims = channels, out_channels, use_conv, dims
         self.conv = nn.Conv2d(channels, out_channels, 3, padding=padding) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,6 +130,7 @@ class Downsample(nn.Module):
         require_two_dims(dims)
         out_channels = channels if out_channels is None else out_channels
         assert use_conv or out_channels == channels, "only a convolution can change the number of channels"
+        self.channels, self.out_channels, self.use_conv, self.dims = channels, out_channels, use_conv, dims
         self.op = nn.Conv2d(channels, out_channels, 3, stride=2, padding=padding) if use_conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,6 +167,8 @@ class ResBlock(TimestepBlock):
         require_two_dims(dims)
         assert not (up and down), "a block resamples in one direction"
         out_channels = channels if out_channels is None else out_channels
+        self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels
+        self.dropout, self.use_conv, self.updown = dropout, use_conv, up or down
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_checkpoint = use_checkpoint
         self.in_layers = nn.Sequential(
@@ -233,6 +237,7 @@ class AttentionBlock(nn.Module):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.num_heads = count_heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.use_new_attention_order = use_new_attention_order

@@ -35,9 +35,10 @@ class CausalSelfAttention(nn.Module):
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend within x (b, n, d); mask: boolean, broadcastable to (b, heads, n, n), in place of the causal one."""
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in self.qkv(x))
-        x = rearrange(attention(q, k, v, causal=True), "b h n d -> b n (h d)")
+        x = rearrange(attention(q, k, v, causal=mask is None, mask=mask), "b h n d -> b n (h d)")
         return self.out_proj(x)
 
 
@@ -89,8 +90,8 @@ class CLIPBlock(nn.Module):
         self.mlp = _mlp(width, activation, mlp_width, "fc1", "fc2")
         self.layer_norm2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
 

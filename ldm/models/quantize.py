@@ -1,6 +1,8 @@
 """Vector quantization: latents -> the nearest entries of a learned codebook (van den Oord et al. 2017,
 arXiv:1711.00937), as VQGAN has it (Esser et al. 2021, arXiv:2012.09841, section 3.1)."""
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -41,6 +43,14 @@ class VectorQuantizer(nn.Module):
         codebook = (z_q - z.detach()).square().mean()
         loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
         return z + (z_q - z).detach(), loss, (None, None, indices)
+
+    def get_codebook_entry(self, indices: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Return the entries of indices: (b, h, w) -> (b, e_dim, h, w), and flat ones (n) -> (n, e_dim).
+
+        shape: (b, h, w, e_dim) of flat indices (b h w).
+        """
+        entries = self.embedding(indices if shape is None else indices.reshape(tuple(shape)[:-1]))
+        return rearrange(entries, "b h w c -> b c h w") if entries.ndim == 4 else entries
 
     @torch.no_grad()
     def nearest(self, tokens: Tensor) -> Tensor:

@@ -191,6 +191,13 @@ class UNetModel(UNetEncoder):
         order = self.use_new_attention_order
         return AttentionBlock(level.width, heads, head_width, use_new_attention_order=order, **common)
 
+    def convert_to_fp16(self) -> None:
+        """Compute in float16: as `half`, under guided diffusion's name."""
+        self.half()
+
+    def convert_to_fp32(self) -> None:
+        self.float()
+
     def upsample(self, width: int) -> nn.Module:
         return self.residual(width, width, up=True) if self.resblock_updown else Upsample(width, self.conv_resample)
 

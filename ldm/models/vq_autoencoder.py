@@ -24,9 +24,9 @@ class VQModel(Autoencoder):
     def __init__(
         self,
         ddconfig: Mapping[str, Any],
-        embed_dim: Width,
-        n_embed: Entries,
         lossconfig: dict[str, Any] | None = None,
+        n_embed: Entries | None = None,
+        embed_dim: Width | None = None,
         ckpt_path: str | None = None,
         ignore_keys: Sequence[str] = (),
         image_key: str = "image",
@@ -41,9 +41,12 @@ class VQModel(Autoencoder):
     ) -> None:
         require_unset(ckpt_path=ckpt_path, colorize_nlabels=colorize_nlabels)
         require_unset(batch_resize_range=batch_resize_range, remap=remap, sane_index_shape=sane_index_shape)
+        if n_embed is None or embed_dim is None:
+            raise ValueError(f"n_embed is {n_embed} and embed_dim {embed_dim}: a codebook needs its size and its width")
         if ddconfig.get("double_z", True):
             raise ValueError("ddconfig needs double_z false: a VQ autoencoder's encoder gives no log variances")
         super().__init__(ddconfig, embed_dim)
+        self.n_embed = n_embed
         self.quantize = VectorQuantizer(n_embed, embed_dim)
         self.quant_conv = nn.Conv2d(ddconfig["z_channels"], embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
@@ -56,10 +59,15 @@ class VQModel(Autoencoder):
         """Map pixels (b, c, h, w) to quantized latents (b, embed_dim, h / f, w / f), codebook loss () and indices."""
         return self.quantize(self.encode_to_prequant(x))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction (b, c, h, w) of pixels x, and the codebook loss ()."""
-        quantized, loss, _ = self.quantize(self.encode_to_prequant(x))
-        return Autoencoder.decode(self, quantized), loss  # not the subclass's, which quantizes
+    def decode_code(self, code_b: Tensor) -> Tensor:
+        """Return pixels (b, c, h, w) of codebook indices, int64 (b, h / f, w / f)."""
+        return Autoencoder.decode(self, self.quantize.get_codebook_entry(code_b))
+
+    def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
+        """Return the reconstruction (b, c, h, w) of pixels, the codebook loss (), and on request the indices."""
+        quantized, loss, (_, _, indices) = self.quantize(self.encode_to_prequant(input))
+        image = Autoencoder.decode(self, quantized)  # not the subclass's, which quantizes
+        return (image, loss, indices) if return_pred_indices else (image, loss)
 
 
 class VQModelInterface(VQModel):
