@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:  # recipes are read before torch is imported
+    from torch import Tensor
 
 # Pillow's name of each format that is read -> its plugin. Pillow decides by the content, not by the suffix, and gives
 # PostScript to Ghostscript, a program: so no EPS, PS or PDF, and nothing that is not needed.
@@ -28,14 +29,16 @@ def open_pillow(file: str | Path | BinaryIO, formats: Iterable[str] = READ) -> I
     return Image.open(file, formats=[name for name in formats if name in Image.OPEN])
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: "Tensor") -> "Tensor":
     """Clip pixels in [-1, 1] and round them to uint8, of the same shape."""
+    import torch
+
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def to_pil(pixels: Tensor) -> list[Image.Image]:
+def to_pil(pixels: "Tensor") -> list[Image.Image]:
     """Convert pixels (b, c, h, w) in [-1, 1], or uint8, with c = 1 or 3, to b images in mode "L" or "RGB"."""
-    levels = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
+    levels = to_uint8(pixels) if pixels.is_floating_point() else pixels
     arrays = levels.permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, c)
     return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 

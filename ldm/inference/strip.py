@@ -44,7 +44,7 @@ class StripRecorder:
         """Return the strip of the image with this index among all images of the run.
 
         Its rows, from the top: the image noised to the kept noise levels, each from the one before; x_t after the kept
-        steps; the x0 that was predicted in each. factor: they are enlarged by it (None: to a height of STRIP_SIDE pixels).
+        steps; the x0 that was predicted in each. factor: they are enlarged by it (None: to STRIP_SIDE pixels).
         """
         forward, x_t, x0 = self.rows[place]
         levels = [f"sigma {sigma:.2g}" for sigma in self.sigmas]
