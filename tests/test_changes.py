@@ -12,7 +12,7 @@ import ldm
 from ldm.changes import Change, changes_from_text, changes_of, changes_to_text, same_changes
 from ldm.finetune.embedding_files import LearnedWord, write_words
 from ldm.finetune.embeddings import add_word, apply_embedding
-from ldm.finetune.lora import detach, merge, restore
+from ldm.finetune.lora import attach, detach, merge, restore
 from ldm.finetune.lora_files import apply_lora, merge_lora, save_lora
 
 
@@ -54,6 +54,22 @@ def test_a_lora_is_there_while_it_is(model, loras):
     adapters = apply_lora(model, loras[1])
     detach(adapters)
     assert listed(model) == [("lora", "a", 0.75)]
+
+
+def test_adapters_attached_in_python(model):
+    adapters = attach(model, rank=2, targets=["attention"])
+    assert listed(model) == []  # they change nothing yet
+    for adapter in adapters.values():
+        adapter.up.data.fill_(0.1)  # trained
+    (before,) = changes_of(model)
+    assert before[:2] == ("lora", "attached") and changes_from_text(changes_to_text([before])) == (before,)
+    next(iter(adapters.values())).strength = 0.5
+    (after,) = changes_of(model)
+    assert after.hash != before.hash
+    replaced = merge(model, adapters)
+    assert changes_of(model) == (after,)
+    restore(model, replaced)
+    assert listed(model) == []
 
 
 def test_a_word_added_in_python(model):

@@ -8,6 +8,7 @@ https://arxiv.org/abs/2309.14859). The network keeps its modules, their classes 
 adapter hooks onto the layer that it changes, or is merged into its weights.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
+from ldm.changes import Change
 from ldm.checkpoint.tensors import check_finite
 from ldm.conditioning.text import TextEncoder
 from ldm.models.clip import StackedAttention
@@ -171,7 +173,7 @@ def attach(
 
     They are not part of the network's parameters, of its `state_dict` or of what its `to` moves, and nothing of the
     network is frozen. At first they change nothing (Hu et al. 2021, section 4.1: down is normal, here with standard
-    deviation 1 / rank, and up is zero). They are float32 on the layers' device.
+    deviation 1 / rank, and up is zero). They are float32 on the layers' device. A LatentDiffusion records them.
 
     Args:
         network: a LatentDiffusion, if the adapters are to be saved by `lora_files.save_lora`; or any other.
@@ -190,7 +192,25 @@ def attach(
         up = torch.zeros(shape[0], rank, *[1] * len(shape[2:]))
         adapters[name] = Adapter(down, up, rank if alpha is None else alpha)
     connect(network, adapters)
+    if hasattr(network, "changes"):  # a LatentDiffusion; of a part alone, the model is not known
+        network.changes.append(AttachedLora(adapters))
     return adapters
+
+
+class AttachedLora(NamedTuple):
+    """An entry of `model.changes`: adapters without a file, which may be trained."""
+
+    adapters: Mapping[str, Adapter]
+
+    def current(self) -> Change | None:
+        """Return the change with the hash of the adapters as they are now; None while they change nothing."""
+        digest = hashlib.sha256()
+        used = {name: own for name, own in self.adapters.items() if own.applied and not own.is_zero}
+        for name, own in sorted(used.items()):
+            digest.update(f"{name} {own.applied} {own.alpha}".encode())
+            for matrix in (own.down, own.up):
+                digest.update(matrix.detach().float().cpu().numpy().tobytes())
+        return Change("lora", "attached", digest.hexdigest()[:10]) if used else None
 
 
 def connect(network: nn.Module, adapters: Mapping[str, Adapter]) -> None:
