@@ -64,7 +64,8 @@ def test_nothing_is_trained_before_all_stages_were_tried(tmp_path):
     refused("two configurations.*name 'clip'", train.main, [*configs("sklearn"), configs("sklearn")[1], *changes])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out/diffusion").mkdir(parents=True)
-    (tmp_path / "out/diffusion/config.yaml").write_text("seed: 0")
+    for name in ("config.yaml", "resume.pt"):
+        (tmp_path / "out/diffusion" / name).write_text("seed: 0")
     refused("already holds a run", train.main, [*configs("sklearn"), *changes])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["diffusion"]
 
