@@ -132,7 +132,7 @@ def test_what_is_offloaded_is_not_on_the_device(load, tiny_checkpoint):
 def test_ldm_load_is_given_what_was_given(monkeypatch, tiny_model, capsys):
     calls = []
 
-    def load(path, device, **given):
+    def load(path, device, dtype, **given):
         calls.append((path, device, given))
         model = copy.deepcopy(tiny_model)
         model.notes = ["it is taken to predict eps"]
