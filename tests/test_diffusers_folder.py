@@ -17,14 +17,19 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_stable_diffusion import KINDS, MERGES, PROMPTS, SD1, SD2, TEXT, VAE, built, changed, edit, model_config
 
+import ldm
 from ldm.checkpoint.diffusers_config import read_vae
 from ldm.checkpoint.diffusers_folder import read_pipeline
 from ldm.checkpoint.diffusers_writer import WRITTEN, write_pipeline, write_tokenizer
+from ldm.commands.train import main as train
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import get_sampler
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.training.diffusion import DiffusionStage
+
+ROOT = Path(__file__).parents[1]
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -378,3 +383,41 @@ def test_the_full_vocabulary_does_not_travel_in_the_configuration(models, tmp_pa
     assert config["params"]["cond_stage_config"]["params"] == text
     assert json.loads((tmp_path / "x/vae/config.json").read_text())["sample_size"] == 32
     assert read_vae(json.loads((tmp_path / "x/vae/config.json").read_text()))[0] == VAE
+
+
+STAGES = {
+    "autoencoder": ["stage.params.ddconfig.ch=8", "stage.params.ddconfig.norm_groups=4"],
+    "clip": [
+        "stage.params.width=32",
+        "stage.params.heads=2",
+        "stage.params.layers=2",
+        "stage.params.merges_first=0",
+        "stage.params.pooled=false",
+    ],
+    "diffusion": [
+        "stage.params.preview_prompts=['']",
+        "stage.params.unet_config.params.context_dim=32",
+        "stage.params.pooled=false",
+    ],
+}
+
+
+def test_what_the_three_stages_train_for_diffusers_is_sampled_there(tmp_path):
+    """`pooled=false` in the last two stages leaves out the pooled text, which diffusers does not have."""
+    (tmp_path / "images").mkdir()
+    for i, prompt in enumerate(PROMPTS):
+        Image.effect_noise((32, 32), 90 + i).convert("RGB").save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(prompt)
+    configs = [f"{ROOT}/configs/folder/{stage}.yaml" for stage in STAGES]
+    both = ["data.params.size=32", "loop.steps=1", "loop.batch_size=2"]
+    both += [f"data.params.root={tmp_path}/images", f"outdir={tmp_path}", "clip.stage.params.context_length=24"]
+    own = [f"{stage}.{change}" for stage, changes in STAGES.items() for change in changes]
+    train([*configs, *both, *own])
+    model = randomised(ldm.load(tmp_path / "diffusion/model.safetensors", device="cpu"))
+    model.defaults["spacing"] = "trailing"
+    ldm.save(model, tmp_path / "folder", format="diffusers")
+    assert_same_numbers(model, pipeline(tmp_path / "folder"))
+    unet = model.config["unet_config"]
+    pooled = {**unet, "params": unet["params"] | {"num_classes": "sequential", "adm_in_channels": 128}}
+    parts = [tmp_path / stage / "model.safetensors" for stage in ("autoencoder", "clip")]
+    refused("differ about pooled text", DiffusionStage, pooled, *parts, learning_rate=1e-3, schedule={"name": "cosine"})

@@ -1,9 +1,12 @@
 """Schedules, spacings and predictions against diffusers' schedulers."""
 
+import inspect
+import json
+
 import pytest
 import torch
 
-from ldm.checkpoint.diffusers_config import read_scheduler
+from ldm.checkpoint.diffusers_config import SCHEDULERS, read_scheduler
 from ldm.checkpoint.diffusers_writer import write_scheduler
 from ldm.diffusion.schedule import make_schedule, sampling_sigmas
 
@@ -44,8 +47,34 @@ def test_spacings_are_those_of_diffusers(spacing, steps):
     assert [schedule.t_at(sigma) for sigma in sigmas[:-1].tolist()] == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_no_field_of_a_scheduler_is_dropped_in_silence(name):
+    """Each field, with another value than the scheduler's own: it changes what is read, or it is named."""
+    import diffusers
+
+    scheduler = getattr(diffusers, name)
+    usual = {field.name: field.default for field in inspect.signature(scheduler).parameters.values()}
+    config = json.loads(scheduler().to_json_string()) | {"_class_name": name}
+    before, notes = read_scheduler(config)
+    without_effect = {"clip_sample", "clip_sample_range", "steps_offset", "sample_max_value", "flow_shift"}
+    without_effect |= {"dynamic_thresholding_ratio", "time_shift_type"}
+    for field, value in usual.items():
+        if field in without_effect or field == "trained_betas":
+            continue
+        other = OTHERS.get(field, not value if isinstance(value, bool) else 0.5)
+        after, said = read_scheduler(config | {field: other})
+        assert after != before or any(field in note or "thresholding" in note for note in {*said} ^ {*notes}), field
+    assert any("set_alpha_to_one False" in n for n in read_scheduler(config | {"set_alpha_to_one": False})[1])
+
+
+OTHERS = {
+    **{"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 500},
+    **{"timestep_spacing": "trailing", "beta_start": 0.002, "beta_end": 0.03},
+}
+
+
 def test_schedulers_that_are_read():
-    euler = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "use_karras_sigmas": True}
+    euler = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "squaredcos_cap_v2", "use_karras_sigmas": True}
     params, _ = read_scheduler(euler)
     assert params["defaults"]["spacing"] == "karras"
     params, notes = read_scheduler({"_class_name": "OddScheduler", "beta_schedule": "sigmoid"})

@@ -71,6 +71,21 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": ("unipc", "linspace"),
     "DEISMultistepScheduler": ("deis", "linspace"),
 }
+# Fields of schedulers that become settings of ours, and those without an effect in Stable Diffusion's pipelines (which
+# switch clip_sample off and set steps_offset to 1) or unless another field is set.
+_READ = (
+    *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type"),
+    *("rescale_betas_zero_snr", "timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "thresholding"),
+    *("clip_sample", "clip_sample_range", "steps_offset", "sample_max_value", "dynamic_thresholding_ratio"),
+    *("flow_shift", "time_shift_type"),
+)
+_OURS = {  # the values that our samplers have; of fields that are in neither table: null and false
+    **{"set_alpha_to_one": (True,), "skip_prk_steps": (True,), "variance_type": ("fixed_small", None)},
+    **{"solver_order": (2,), "algorithm_type": ("dpmsolver++", "deis"), "solver_type": ("midpoint", "logrho", "bh2")},
+    **{"lower_order_final": (True,), "final_sigmas_type": ("zero",), "lambda_min_clipped": (float("-inf"),)},
+    **{"predict_x0": (True,), "disable_corrector": ([],), "interpolation_type": ("linear",)},
+    **{"timestep_type": ("discrete",), "timestep_scaling": (10.0,)},
+}
 
 
 def unet_levels(params: Mapping[str, Any]) -> list[UNetLevel]:
@@ -180,6 +195,11 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
         spacing = own if config.get(f"use_{own}_sigmas") else spacing
     if config.get("thresholding"):
         notes.append("its scheduler's dynamic thresholding is left out")
+    known = _OURS | ({"solver_order": (3,)} if sampler == "deis" else {})
+    others = {key: value for key, value in config.items() if key not in _READ and not key.startswith("_")}
+    dropped = [f"{key} {value!r}" for key, value in others.items() if value not in known.get(key, (None, False))]
+    if dropped:
+        notes.append(f"of its scheduler, {', '.join(dropped)} cannot be kept: diffusers' images may differ")
     defaults = {"sampler": sampler, "spacing": spacing}
     return {"schedule": schedule, "prediction": PREDICTION_TYPES[kind], "defaults": defaults}, notes
 

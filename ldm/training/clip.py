@@ -28,6 +28,8 @@ class CLIPStage(Stage):
         width, layers, heads, context_length, projection_dim: of the text tower.
         vision: open_clip's vision_cfg; its image_size, if not given, is the data's.
         merges_first: how many of CLIP's byte-pair merges to keep besides those that the captions need.
+        pooled: whether the exported encoder also gives the pooled text, which the UNet adds to the time embedding.
+            False, as in Stable Diffusion, makes models that diffusers can express; see `DiffusionStage`.
         agreement: weight of a caption that is entirely true of an image (label and stated style), where one that only
             names its label has weight 1.
         image_encoder: where the image half goes, as an `ImageEncoder` to measure by; None drops it.
@@ -45,6 +47,7 @@ class CLIPStage(Stage):
         context_length: int = 24,
         projection_dim: int = 128,
         merges_first: int = 1000,
+        pooled: bool = True,
         agreement: float = 4.0,
         image_encoder: str | None = None,
         weight_decay: float = 0.05,
@@ -54,7 +57,7 @@ class CLIPStage(Stage):
         self.vision = dict(vision)
         self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
         self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement
-        self.image_encoder = image_encoder
+        self.pooled, self.image_encoder = pooled, image_encoder
 
     def prepare(self, dataset: Any) -> Dataset:
         """Choose the vocabulary from the data set's captions and build the two towers."""
@@ -72,7 +75,7 @@ class CLIPStage(Stage):
         # Exported in the end; its tower has the same parameters as the text half of the CLIP that trains.
         self.params: dict[str, Any] = {
             **self.text, "layout": "openclip", "activation": "gelu", "vocab_size": vocab_size,
-            "projection_dim": self.projection_dim, "pooled": True, "tokenizer": {"merges": merges},
+            "projection_dim": self.projection_dim, "pooled": self.pooled, "tokenizer": {"merges": merges},
         }  # fmt: skip
         self.encoder = TextEncoder(**self.params)
         self.clip = CLIP(self.projection_dim, self.vision, {**self.text, "vocab_size": vocab_size})

@@ -22,6 +22,8 @@ class DiffusionStage(DenoisingStage):
         unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's.
         first_stage, cond_stage: checkpoints of the autoencoder and the text encoder.
         schedule, prediction, defaults: of `LatentDiffusion`.
+        pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say. False
+            leaves these two out; the encoder must have been trained with the same choice.
         caption_dropout: probability of the empty prompt instead of the caption, for classifier-free guidance.
         cache_latents: encode the data set once; not for data sets that augment their images.
         error, weight, noise, timesteps: of `Objective`.
@@ -38,6 +40,7 @@ class DiffusionStage(DenoisingStage):
         learning_rate: float,
         schedule: Mapping[str, Any],
         prediction: str = "v",
+        pooled: bool = True,
         defaults: Mapping[str, Any] | None = None,
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.01,
@@ -51,6 +54,15 @@ class DiffusionStage(DenoisingStage):
         preview_columns: int = 10,
     ) -> None:
         configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
+        params = {
+            k: v for k, v in unet_config["params"].items() if pooled or k not in ("num_classes", "adm_in_channels")
+        }
+        if configs[1]["params"].get("pooled", False) != ("num_classes" in params):
+            raise ValueError(
+                f"the text encoder {str(cond_stage)!r} and the UNet differ about pooled text: train both stages with "
+                "the same stage.params.pooled (false leaves num_classes and adm_in_channels out)"
+            )
+        unet_config = {**unet_config, "params": params}
         model = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
         model.first_stage_model.load_state_dict(weights[0])
         model.cond_stage_model.load_state_dict(weights[1])
