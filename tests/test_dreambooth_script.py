@@ -13,6 +13,8 @@ from script_runs import load_script, recipe, samples
 import ldm
 from ldm.cli import run
 from ldm.finetune import flags
+from ldm.finetune.dreambooth import DreamBoothStage
+from ldm.finetune.embeddings import add_word
 from ldm.finetune.lora_files import load_lora, merge_lora
 from ldm.inference.class_images import SubjectImages
 from ldm.training.loop import LoopSettings
@@ -141,6 +143,16 @@ def test_a_merged_model_is_written_where_it_is_small_or_asked_for(
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(own.delta(), adapters[1][name].delta()) for name, own in adapters[0].items())
     refused("holds LoRA weights", ldm.load, files[0], device="cpu")
+
+
+def test_a_model_with_learned_words(tiny_checkpoint, capsys):
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    add_word(model, "<sks>", torch.zeros(1, 32))
+    prompts = {"instance_prompt": "a <sks> five", "class_prompt": "a five", "learning_rate": 1e-3}
+    DreamBoothStage(model, **prompts)
+    assert "note: the result is without the learned words <sks>" in capsys.readouterr().err
+    words = {"train_text": "words", "text_learning_rate": 1e-3}
+    refused("<sks> has a learned word, which no model file can hold", DreamBoothStage, model, **prompts, **words)
 
 
 def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):

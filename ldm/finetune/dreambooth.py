@@ -94,6 +94,8 @@ class DreamBoothStage(FineTuningStage):
         train_text = choose_text(train_text, words, lora is not None)
         objective = (error, weight, noise, timesteps)
         super().__init__(ckpt, loading, resolution, objective, gradient_checkpointing, sheet, preview_columns)
+        if learned := getattr(self.latent_diffusion.cond_stage_model.tokenizer, "words", None):
+            print(f"note: the result is without the learned words {' '.join(learned)}", file=sys.stderr)
         if lora is not None:
             lora = {"targets": ["attention", "text"] if train_text == "all" else ["attention"], "seed": seed, **lora}
         self.train_text, self.words = train_text != "none", words if train_text == "words" else None

@@ -139,6 +139,10 @@ def train_words(encoder: TextEncoder, words: Sequence[str]) -> None:
         raise ValueError("there are no words to train: the subject's prompt has none that the class's prompt lacks")
     encoder.requires_grad_(False)
     vectors = token_embedding(encoder).weight
+    if rows[-1] >= len(vectors):
+        raise ValueError(
+            f"{' '.join(words)} has a learned word, which no model file can hold: use train_text none or all"
+        )
     chosen = torch.zeros(len(vectors), 1).index_fill_(0, torch.tensor(rows), 1.0)  # (vocabulary, 1)
     vectors.requires_grad_(True).register_hook(lambda grad: grad * chosen.to(grad))
 
