@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+MOST_TEXT = 1 << 28  # bytes of a file of lines, of which a few copies are in memory
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser in which `-` and `_` are the same in long options, and a mistake is one sentence, status 2.
@@ -146,6 +148,13 @@ def finite_float(low: float = -math.inf, high: float = math.inf, infinite: bool 
     return number
 
 
+def device_name(text: str) -> str:
+    """Option type: the name of a device that computes."""
+    if text.partition(":")[0] == "meta":
+        raise argparse.ArgumentTypeError(f"{text!r} holds no numbers: use auto, cpu, cuda or mps")
+    return text
+
+
 def _in_range(value: Any, low: float, high: float) -> Any:
     if not low <= value <= high:
         limit = f"at least {low:g}" if value < low else f"at most {high:g}"
@@ -155,8 +164,18 @@ def _in_range(value: Any, low: float, high: float) -> Any:
 
 def read_lines(path: Path, what: str) -> list[str]:
     """Return the lines of a UTF-8 text file, without blank ones. ValueError if there is none. what: is in each."""
+
+    def at_once(name: str, flags: int) -> int:  # a pipe without a writer is empty, and not waited for
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=at_once) as file:
+        if os.name == "posix":
+            os.set_blocking(file.fileno(), True)
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"{path} has more than {MOST_TEXT >> 20} MiB, which no list of {what}s has")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: it has to hold one {what} a line") from None
     if not any(lines):

@@ -14,7 +14,7 @@ from ldm.batching import batches, of_ends
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, from_vp, to_vp
-from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler
+from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler, sampler_named
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
@@ -81,7 +81,9 @@ def generate(
         )
     interval = tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS))
     chosen = replace(chosen, strength=strength, scale=scale, interval=interval)
-    size, first = model.latent_size(height, width), seeds[0] if seeds else 0
+    # A size that the UNet does not make is padded: more is generated, and cut off below.
+    padded = (side if side % model.downsampling else side + -side % model.multiple for side in (height, width))
+    size, first = model.latent_size(*padded), seeds[0] if seeds else 0
     lengths = count_chunks(model.cond_stage_model, prompts, chosen.plain)
     if scale != 1:
         lengths = list(map(max, lengths, count_chunks(model.cond_stage_model, negatives, chosen.plain)))
@@ -93,7 +95,8 @@ def generate(
             options = {"chunks": lengths[batch.start], "clip_skip": chosen.clip_skip, "plain": chosen.plain}
             cond = model.condition(prompts[batch], **options)
             uncond = None if scale == 1 else model.condition(negatives[batch], **options)
-            images += to_pil(_sample(model, run, prompts[batch], cond, uncond, seeds[batch], part))
+            pixels = _sample(model, run, prompts[batch], cond, uncond, seeds[batch], part)
+            images += to_pil(pixels[..., :height, :width])
     return images
 
 
@@ -130,11 +133,15 @@ def steps_taken(strength: float, steps: int) -> int:
 def plan_sampling(
     model: Any, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
 ) -> tuple[Sampler, list[float]]:
-    """Return the sampler and the noise levels that it visits, in sigma; what is None is the model's own default."""
+    """Return the sampler and the noise levels that it visits, in sigma; what is None is the model's own default.
+
+    A spacing in the sampler's name ("DPM++ 2M Karras") comes before the model's own.
+    """
     own = of_model(model.defaults)
     steps = given(steps, own["steps"])
-    row = get_sampler(choose_sampler(given(sampler, own["sampler"]), steps, model.schedule.T))
-    spacing = given(given(spacing, own["spacing"]), row.spacing)
+    name = given(sampler, own["sampler"])
+    row = get_sampler(choose_sampler(name, steps, model.schedule.T))
+    spacing = given(spacing, given(sampler_named(name)[1], given(own["spacing"], row.spacing)))
     return row, sampling_sigmas(model.schedule, steps, spacing, row.final_sigma).tolist()
 
 

@@ -19,7 +19,7 @@ from ldm.diffusion.denoiser import Denoise, make_denoiser
 from ldm.diffusion.loss import prediction_loss
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
 from ldm.generation import generate
-from ldm.settings import of_model
+from ldm.settings import check_size, of_model
 from ldm.util import call_with, instantiate_network
 
 if TYPE_CHECKING:
@@ -238,10 +238,12 @@ class LatentDiffusion(nn.Module):
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the (z, h, w) of the latents of an image of that size in pixels; ValueError if it does not fit."""
+        own = of_model(self.defaults)
+        check_size(width, height, own["width"], own["height"])
         for name, size in (("height", height), ("width", width)):
             if size < self.multiple or size % self.multiple:
                 raise ValueError(
-                    f"{name} {size} cannot be made by this model: use a positive multiple of {self.multiple}"
+                    f"{name} {size} cannot be made by this model: use a positive multiple of {self.downsampling}"
                 )
         return self.channels, height // self.downsampling, width // self.downsampling
 

@@ -130,7 +130,7 @@ class Setting(NamedTuple):
 
 
 # Of a run of images, not of one: arguments of `generate` beside the settings.
-SEED = Setting(INT, "Seed", "seed of the first image", ("--seed",), "0", 0, always=True)
+SEED = Setting(INT, "Seed", "seed of the first image; -1 as an option: a random one", ("--seed",), "0", 0, always=True)
 BATCH_SIZE = Setting(INT, "Batch size", low=1, always=True)
 
 
@@ -144,14 +144,17 @@ class Settings:
     """How `generate` samples an image."""
 
     # fmt: off
-    steps: int | None = setting(None, INT, "Steps", "number of denoising steps", "--steps --ddim_steps", OWN, 1)
+    steps: int | None = setting(
+        None, INT, "Steps", "number of denoising steps", "--steps --ddim_steps --num_inference_steps", OWN, 1)
     sampler: str | None = setting(
-        None, STR, "Sampler", "ddim, ddpm, ... (an unknown name lists them), or auto: ddpm for all timesteps, else "
-        "ddim", "--sampler", OWN)
+        None, STR, "Sampler", "ddim, ddpm, ... (an unknown name lists them), DPM++ 2M Karras, ..., or auto: ddpm for "
+        "all timesteps, else ddim", "--sampler", OWN)
     scale: float | None = setting(
-        None, FLOAT, "CFG scale", "guidance scale; 1 turns guidance off and halves the work", "--scale", OWN)
-    width: int | None = setting(None, INT, "Width", "width in pixels", "--W", f"{OWN}, or the init image's", 1)
-    height: int | None = setting(None, INT, "Height", "height in pixels", "--H", f"{OWN}, or the init image's", 1)
+        None, FLOAT, "CFG scale", "guidance scale; 1 turns guidance off and halves the work",
+        "--scale --cfg --cfg_scale --guidance_scale", OWN)
+    width: int | None = setting(None, INT, "Width", "width in pixels", "--W --width", f"{OWN}, or the init image's", 1)
+    height: int | None = setting(
+        None, INT, "Height", "height in pixels", "--H --height", f"{OWN}, or the init image's", 1)
     strength: float | None = setting(
         None, FLOAT, "Denoising strength", "share of the denoising steps applied to the init image: 0 keeps it, 1 "
         "keeps almost nothing of it", "--strength", "1 with a mask or an instruction model, else 0.75", 0, 1)
@@ -181,7 +184,8 @@ class Guidance:
     """Guidance besides the classifier-free one: arguments of `ldm.inference.guiders.make_guide`."""
 
     # fmt: off
-    pag: float = setting(0.0, FLOAT, "PAG scale", "scale of perturbed-attention guidance", "--pag", "0, which is off")
+    pag: float = setting(0.0, FLOAT, "PAG scale", "scale of perturbed-attention guidance", "--pag",
+        "0, which is off", 0)
     pag_layers: tuple[str, ...] = setting(
         ("middle_block",), NAMES, "PAG layers", "layers whose self-attention is perturbed", "--pag-layers",
         "middle_block", needs="pag")
@@ -228,6 +232,13 @@ def of_model(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(given) - set(DEFAULTS)):
         raise ValueError(f"defaults has unknown settings {unknown}: a model's own settings are {list(DEFAULTS)}")
     return DEFAULTS | checked(Settings, given)
+
+
+def check_size(width: int, height: int, own_width: int, own_height: int) -> None:
+    """Raise ValueError for images that are absurdly larger than a model's own: their work grows with the 4th power."""
+    most = 64 * max(own_width, own_height)
+    if max(width, height) > most:
+        raise ValueError(f"{width} x {height} pixels are far too many for this model: a side has at most {most:,}")
 
 
 def listed(name: str, values: Any) -> Sequence[Any]:

@@ -4,11 +4,12 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import refused
 
-from ldm.cli import Parser, check_writable, finite_float, int_range, run, sentence
+from ldm.cli import Parser, check_writable, finite_float, int_range, read_lines, run, sentence
 from ldm.spelling import nearest_name
 
 
@@ -112,6 +113,18 @@ def test_number_types_have_limits():
     assert finite_float(0, infinite=True)("inf") == float("inf")
     for read, text in ((int_range(0, 5), "6"), (finite_float(0), "-0.1"), (int_range(0), "1.5")):
         refused(text, read, text, error=Exception)
+
+
+def test_lines_come_from_what_ends(tmp_path):
+    """A pipe with a writer is read; one without is not waited for; a device is not read for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    refused("pipe holds no prompt", read_lines, tmp_path / "pipe", "prompt")
+    refused("/dev/zero has more than 256 MiB", read_lines, Path("/dev/zero"), "prompt")
+    read, write = os.pipe()
+    os.write(write, b"a one\n")
+    os.close(write)
+    assert read_lines(Path(f"/dev/fd/{read}"), "prompt") == ["a one"]
+    os.close(read)
 
 
 def ending(error: BaseException | None, capsys) -> tuple[object, str]:

@@ -103,9 +103,9 @@ def test_making_again_needs_the_same_image(generate, five, tmp_path, tiny_checkp
         generate("--from-png", path, "--init-img", saved(tmp_path / "other.png", make_image(seed=1)))
     refused("needs an init image", generate, "--from-png", path)
     txt2img = runner(load_script("txt2img"), tiny_checkpoint, tmp_path)
-    refused("00000.png was made from an init image.* use scripts/img2img.py", txt2img, "--from-png", path)
+    refused("00000.png was made from an init image.* use the command img2img", txt2img, "--from-png", path)
     (plain,) = samples(txt2img(out="text"))
-    with pytest.raises(ValueError, match="00000.png was made from text alone: use scripts/txt2img.py"):
+    with pytest.raises(ValueError, match="00000.png was made from text alone: use the command txt2img"):
         generate("--from-png", plain, "--init-img", five)
 
 
@@ -249,3 +249,9 @@ def test_strengths_that_are_none(strength, message, capsys):
         img2img.main(["--init-img", "x.png", "--strength", strength])
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_an_image_that_resizing_would_blow_up(generate, tmp_path):
+    line = saved(tmp_path / "line.png", Image.new("L", (1, 1_000_000)))
+    for options in (["--resize"], ["--W", 32]):
+        refused("32 x 32000000 pixels are far too many", generate, "--init-img", line, *options)

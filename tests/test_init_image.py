@@ -335,8 +335,8 @@ def test_models_with_concat_draw_from_text_alone(concat, channels):
 
 @pytest.mark.parametrize(("concat", "channels"), [("mask_latents", 9), ("latents_mask", 9), ("latents", 8)])
 def test_where_models_with_concat_start(concat, channels):
-    """Below strength 1 from the image with noise. At 1 what is new starts as noise alone, all of it if the model has
-    the whole image in its input; without a mask, the others have nothing but the start to know the image by."""
+    """Below strength 1 from the image with noise. At 1 from noise alone, where the model has in its input what is kept;
+    what it has not (the kept part of an instruction model's image, all without a mask) starts from the image."""
     model = concat_model(concat, channels)
     inputs = Inputs(model)
     noise, known = (
@@ -349,7 +349,8 @@ def test_where_models_with_concat_start(concat, channels):
         sigma = sampling_sigmas(model.schedule, 2, "trailing").tolist()[-int(2 * strength) - 1]
         noised = to_vp(known + sigma * noise, sigma)
         new = torch.zeros(1, 1, 8, 8)
-        new[:, :, : 4 if mask is not None else 8 if concat == "latents" else 0] = strength == 1
+        rows = {None: 8, 1: 4} if concat == "latents" else {None: 0, 1: 8}
+        new[:, :, : rows[None if mask is None else 1]] = strength == 1
         torch.testing.assert_close(x, torch.where(new == 1, noise, noised), rtol=1e-5, atol=1e-5)
     assert model.default_strength(False) == (1.0 if concat == "latents" else 0.75)
 

@@ -106,10 +106,10 @@ def test_making_again_needs_the_same_image_and_mask(generate, pair, tmp_path, ti
     for change in (["--mask", other], [*pair[2:], "--invert-mask"]):
         refused("from a mask with hash .*--mask, with --invert-mask", generate, "--from-png", path, *pair[:2], *change)
     img2img = runner(load_script("img2img"), tiny_checkpoint, tmp_path)
-    refused("was made with a mask: use scripts/inpaint.py", img2img, "--from-png", path, *pair[:2])
+    refused("was made with a mask: use the command inpaint", img2img, "--from-png", path, *pair[:2])
     (plain,) = samples(img2img(*pair[:2], out="plain"))
     refused("was made without a mask: use scripts/img2img.py", generate, "--from-png", plain, *pair)
-    with pytest.raises(ValueError, match="made from an init image.* use scripts/inpaint.py"):
+    with pytest.raises(ValueError, match="made from an init image.* use the command inpaint"):
         runner(load_script("txt2img"), tiny_checkpoint, tmp_path)("--from-png", path)
 
 

@@ -19,7 +19,7 @@ from ldm.finetune.lora import detach
 from ldm.finetune.lora_files import merge_lora, save_lora
 from ldm.inference import offload, precision
 from ldm.inference.generate import default_recipe, generate_run
-from ldm.inference.options import LOADING, add_model_options, load_model
+from ldm.inference.options import LOADING, add_model_options, image_parser, load_model
 from ldm.inference.recipe import plan
 from ldm.models import kernels
 
@@ -121,11 +121,14 @@ def test_a_broken_model_is_reported(tiny_model, tmp_path):
 
 def test_what_is_offloaded_is_not_on_the_device(load, tiny_checkpoint):
     # the meta device stands for a GPU, which can do float16
-    model = load_model(parse("--ckpt", tiny_checkpoint, "--device", "meta", "--precision", "fp16", "--offload", "swap"))
+    args = parse("--ckpt", tiny_checkpoint, "--precision", "fp16", "--offload", "swap")
+    args.device = "meta"
+    model = load_model(args)
     found = {part: {p.device.type for p in getattr(model, part).parameters()} for part, _ in model.named_children()}
     assert found == {"model": {"meta"}, "cond_stage_model": {"cpu"}, "first_stage_model": {"cpu"}}
     assert model.condition(["a one"])["c_crossattn"].device.type == "meta"
-    model = load_model(parse("--ckpt", tiny_checkpoint, "--device", "meta"))
+    args.precision = args.offload = None
+    model = load_model(args)
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
@@ -163,6 +166,28 @@ MISTAKES = {
     "fp16": (["--precision", "fp16"], "precision fp16 on a CPU"),
     "tiles": (["--vae-tiling", "3"], "tiles of 3 pixels are too small"),
 }
+
+
+def test_a_device_without_numbers(load, capsys):
+    with pytest.raises(SystemExit):
+        load("--device", "meta")
+    assert "'meta' holds no numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [("num_inference_steps", "steps", 3), ("guidance_scale", "scale", 3.0), ("cfg", "scale", 3.0),
+     ("cfg-scale", "scale", 3.0), ("width", "width", 3), ("height", "height", 3),
+     ("num_images_per_prompt", "n_samples", 3)],
+)  # fmt: skip
+def test_names_that_people_type(option, name, value, capsys):
+    parser = image_parser("", "", "out")
+    assert getattr(parser.parse_args([f"--{option}", "3"]), name) == value and f"--{option}" not in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--{option}x", "3"])
+    (shown,) = [a.option_strings[0] for a in parser._actions if a.dest == name and a.help != argparse.SUPPRESS]
+    said = capsys.readouterr().err
+    assert f"did you mean {shown}?" in said or option == "cfg"  # of which a mistake could be many names
 
 
 @pytest.mark.parametrize("name", MISTAKES)

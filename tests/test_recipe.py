@@ -130,6 +130,19 @@ def test_refill_keeps_the_length(prompt):
         assert {count(other) for other in batch} == {count(prompt)}
 
 
+def test_the_web_uis_schedules():
+    text = "a\nSteps: 9, Sampler: {}, Schedule type: {}, CFG scale: 7, Seed: 1, Size: 64x64"
+    for sampler, schedule, spacing in (
+        ("Euler a", "Automatic", "linspace"), ("DPM++ SDE", "Automatic", "karras"), ("DDIM", "Automatic", "leading"),
+        ("Euler", "SGM Uniform", "trailing"), ("DPM++ 2M", "Exponential", "exponential"), ("Euler", "Beta", "Beta"),
+    ):  # fmt: skip
+        assert Recipe.from_text(text.format(sampler, schedule)).spacing == spacing
+
+
+def test_a_large_batch_is_refilled_at_once():
+    assert len(refill(replace(FIVE, batch_size=200_000, batch_position=199_999))) == 200_000
+
+
 @pytest.mark.parametrize(
     "wrong", [{"batch_position": 4}, {"batch_prompts": 0}, {"prompt_position": 1}, {"batch_size": 0}]
 )

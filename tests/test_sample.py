@@ -52,7 +52,8 @@ def test_a_model_without_a_null_class(tmp_path):
     assert recipe(out / "samples" / "00000.png").negative == "3"
 
 
-def test_mistakes(generate, generate_alone):
+def test_mistakes(generate, generate_alone, tmp_path):
+    refused("this one takes texts", load_script("sample").main, ["--class", "5", "--outdir", str(tmp_path)])
     refused("class 'five' does not exist: this model's are 0 to 10", generate, "--class", "five")
     refused("--class needs a class-conditional model, or --classifier", generate_alone, "--class", 5)
     refused("guidance scale 2 needs a null or negative condition", generate_alone, "--scale", 2)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ldm.diffusion.denoiser import Prediction, from_vp, make_denoiser, to_vp
 from ldm.diffusion.guidance import classifier_free
-from ldm.diffusion.sampling import SAMPLERS, choose_sampler, get_sampler, sample
+from ldm.diffusion.sampling import SAMPLERS, choose_sampler, get_sampler, sample, sampler_named
 from ldm.diffusion.sampling.first_order import Point, ancestral_split, euler
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large
@@ -404,3 +404,28 @@ def test_a_stochastic_run_does_not_depend_on_the_batch(name):
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seeds_out_of_range_are_refused(seed):
     refused(f"from 0 to 18446744073709551615, got {seed}", SeededNoise, [0, seed], (1,))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("DPM++ 2M Karras", ("dpmpp_2m", "karras")),
+        ("DPM++ 3M SDE Exponential", ("dpmpp_3m_sde", "exponential")),
+        ("DPM++ SDE", ("dpmpp_sde", None)),
+        ("DPM2 a Karras", ("dpm2_a", "karras")),
+        ("Euler a", ("euler_a", None)),
+        ("DDIM", ("ddim", None)),
+        ("UniPC", ("unipc", None)),
+        ("uni_pc", ("unipc", None)),
+        ("dpm_2_ancestral", ("dpm2_a", None)),
+        ("sample_euler_ancestral", ("euler_a", None)),
+        ("k_dpmpp_2m", ("dpmpp_2m", None)),
+        ("ddpm_large", ("ddpm_large", None)),
+        ("auto", ("auto", None)),
+        ("DPM++ 2S a", ("DPM++ 2S a", None)),  # which are not here, and refused under their names
+        ("DDIM CFG++", ("DDIM CFG++", None)),
+        ("karras", ("karras", None)),
+    ],
+)
+def test_names_of_other_programs(name, expected):
+    assert sampler_named(name) == expected

@@ -25,7 +25,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py"))
 # Scripts that generate images: their options besides the checkpoint's, and what they print.
 FILES = ["samples/00000.png", "grid-0000.png"]
 RUNS = {
-    "txt2img": ([], FILES),
+    "txt2img": (["--prompt", "a one"], FILES),
     "img2img": (["--init-img", "a.png"], FILES),
     "inpaint": (["--init-img", "a.png", "--mask", "a_mask.png"], FILES),
     "inpaint a folder": (["--indir", "."], ["a.png"]),
@@ -33,9 +33,9 @@ RUNS = {
 }
 MISTAKES = {
     "train": (["nowhere.yaml"], "configuration 'nowhere.yaml' does not exist"),
-    "txt2img": (["--sampler", "none"], "unknown sampler 'none'"),
+    "txt2img": (["--prompt", "a", "--sampler", "none"], "unknown sampler 'none'"),
     "img2img": (["--init-img", "none.png"], "none.png: No such file or directory"),
-    "inpaint": (["--init-img", "a.png"], "inpaint.py needs --init-img FILE and --mask FILE"),
+    "inpaint": (["--init-img", "a.png"], "inpaint needs --init-img FILE and --mask FILE"),
     "sample": (["--class", "five"], "class 'five' does not exist"),
 }
 

@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, refused
 
 from ldm.generation import generate
+from ldm.inference.guiders import make_guide
 from ldm.inference.options import add_init_image_options, image_parser
 from ldm.inference.recipe import Recipe
 from ldm.latent_diffusion import LatentDiffusion
@@ -152,6 +153,13 @@ def test_a_models_own_settings_are_checked(model, tmp_path, own, message):
     refused(message, model.generate, ["5"])
     save(model, tmp_path / "a.safetensors")
     refused(f"a.safetensors' has a configuration that cannot be built: .*{message}", load, tmp_path / "a.safetensors")
+
+
+def test_guidance_towards_what_is_perturbed_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        image_parser("", "", "out").parse_args(["--pag", "-1"])
+    assert "-1.0 is out of range: it must be at least 0" in capsys.readouterr().err
+    refused("pag must be at least 0, got -1", make_guide, None, pag=-1)
 
 
 def test_none_is_not_given():

@@ -230,7 +230,65 @@ def test_long_runs_show_ten_columns(generate, tiny_model):
     assert Image.open(out / "strip-0000.png").width == 10 * (96 + GAP) + 2 * GAP
 
 
+def test_each_prompt_is_one(generate):
+    out = generate("--prompt", "a one", "--prompt", "--x")
+    assert [recipe(path).prompt for path in samples(out)] == ["a one", "--x"]
+
+
+def test_a_random_seed_is_printed(generate, capsys):
+    out = generate("--seed", -1, "--n_samples", 2)
+    said = capsys.readouterr().err.split("\n")[0]
+    first, second = (recipe(path).seed for path in samples(out))
+    assert said == f"seed {first}" and second == first + 1
+
+
+def test_a_prompt_that_nobody_gave_is_said(generate, capsys):
+    generate()
+    assert "the prompt is 'a handwritten digit five'" in capsys.readouterr().err
+    generate("--prompt", "a one", out="other")
+    assert capsys.readouterr().err == ""
+
+
+def test_sizes_that_the_unet_lacks_are_cut_from_larger_images(generate, tiny_model):
+    assert (tiny_model.downsampling, tiny_model.multiple) == (4, 8)
+    cut, whole = (samples(generate("--W", 36, "--H", height, out=str(height)))[0] for height in (28, 32))
+    assert pixels(cut).shape[:2] == (28, 36) and np.array_equal(pixels(cut), pixels(whole)[:28])
+    (again,) = samples(generate("--from-png", cut, out="again", steps=None))
+    assert np.array_equal(pixels(again), pixels(cut))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "spacing"),
+    [("DPM++ 2M Karras", "dpmpp_2m", "karras"), ("Euler a", "euler_a", "trailing"), ("DDIM", "ddim", "trailing")],
+)
+def test_samplers_by_the_web_uis_names(generate, name, sampler, spacing):
+    named, plain = generate("--sampler", name, out="a"), generate("--sampler", sampler, "--spacing", spacing, out="b")
+    assert read_image_text(samples(named)[0]) == read_image_text(samples(plain)[0])
+    assert np.array_equal(pixels(samples(named)[0]), pixels(samples(plain)[0]))
+    assert recipe(samples(generate("--sampler", name, "--spacing", "quad", out="c"))[0]).spacing == "quad"
+
+
+def test_an_image_of_the_web_ui_is_made(generate, tmp_path):
+    text = "a one\nSteps: 3, Sampler: DPM++ 2M, Schedule type: {}, CFG scale: 2, Seed: 1, Size: 32x32, Version: v1.9.0"
+    for schedule in ("Karras", "Automatic", "Beta"):
+        save_image(Image.new("L", (32, 32)), tmp_path / f"{schedule}.png", text.format(schedule))
+    for schedule in ("Karras", "Automatic"):
+        (made,) = samples(generate("--from-png", tmp_path / f"{schedule}.png", out=schedule, steps=None))
+        assert (recipe(made).sampler, recipe(made).spacing) == ("dpmpp_2m", "karras")
+    refused("unknown spacing 'Beta'", generate, "--from-png", tmp_path / "Beta.png", steps=None)
+    generate("--from-png", tmp_path / "Beta.png", "--spacing", "karras", out="given", steps=None)
+
+
+def test_batches_that_no_machine_could_make(generate, tmp_path):
+    made = recipe(samples(generate())[0]).changed(batch_size=10**9)
+    save_image(Image.new("L", (32, 32)), tmp_path / "many.png", made.to_text())
+    refused("1,000,000,000 at a time, take at least", generate, "--from-png", tmp_path / "many.png", steps=None)
+
+
 MISTAKES = {
+    "more than memory": (["--n_samples", "1000000000"], "1,000,000,000 images of 32 x 32 pixels.*GB of memory"),
+    "far too high": (["--H", "1000000"], "32 x 1000000 pixels are far too many .* at most 2,048"),
+    "a long prompt": (["--prompt", "a" * 1_048_577], "a prompt has 1,048,577 characters"),
     "sampler": (["--sampler", "eular"], "unknown sampler 'eular'.*ddim"),
     "plms": (["--plms", "--eta", "0.5"], "adds no noise"),
     "spacing": (["--spacing", "curly"], "spacing.*curly"),
@@ -277,7 +335,7 @@ def test_a_yaml_describes_a_checkpoint_that_does_not_describe_itself(generate, t
 OPTION_MISTAKES = {
     "unknown": (["--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
     "steps of 0": (["--steps", "0"], "0 is out of range"),
-    "negative seed": (["--seed", "-1"], "-1 is out of range"),
+    "negative seed": (["--seed", "-2"], "-2 is out of range"),
     "no images": (["--n_samples", "0"], "0 is out of range"),
     "no batch": (["--batch-size", "0"], "0 is out of range"),
     "eta": (["--eta", "1.5"], "1.5 is out of range: it must be at most 1"),
@@ -379,6 +437,9 @@ def test_a_weaker_model_is_part_of_the_recipe(generate, tmp_path, tiny_model):
     assert np.array_equal(pixels(again), pixels(first)) and not np.array_equal(pixels(first), pixels(plain))
     (other,) = samples(generate("--from-png", first, *file, "--autoguide-scale", 2, out="other", steps=None))
     assert recipe(other).autoguide_scale == 2 and not np.array_equal(pixels(other), pixels(first))
+    (one,) = samples(generate(*file, "--autoguide-scale", 1, out="one"))
+    (same,) = samples(generate("--from-png", one, out="same", steps=None))  # which needs no file
+    assert np.array_equal(pixels(same), pixels(one)) and read_image_text(same) == read_image_text(one)
     (off,) = samples(generate("--from-png", first, "--autoguide-scale", 1, out="off", steps=None))
     assert np.array_equal(pixels(off), pixels(plain))
     ldm.save(tiny_model, tmp_path / "weak.safetensors", torch.float16)

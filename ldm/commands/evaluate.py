@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm.cli import ALLOW, Parser, check_writable, int_range
+from ldm.cli import ALLOW, Parser, check_writable, device_name, int_range
 from ldm.inference.options import add_model_options, add_settings
 
 IMAGE = Path("outputs/evaluate.png")
@@ -43,7 +43,12 @@ SHARED: dict[str, dict[str, Any]] = {
     "--n": {"type": int_range(10), "metavar": "N", "help": "images (all: 10,000 of MNIST's test images)"},
     "--batch-size": {"type": int_range(1), "default": 100, "metavar": "N", "help": "images at a time (100)"},
     "--seed": {"type": int_range(0), "default": 0, "metavar": "N", "help": "seed of the first image's noise (0)"},
-    "--device": {"default": "auto", "metavar": "NAME", "help": "auto, cpu, cuda, cuda:1, mps; figures: on the CPU"},
+    "--device": {
+        "default": "auto",
+        "type": device_name,
+        "metavar": "NAME",
+        "help": "as of txt2img; figures: on the CPU",
+    },
     "--out": FILE | {"help": "write the JSON there (standard output)"},
     "--image": FILE | {"help": f"write the sheet of images there ({IMAGE}, or beside --out)"},
     "--data": {"metavar": "ROOT", "help": "folder that holds MNIST/raw (LDM_DATA, else ./data)"},

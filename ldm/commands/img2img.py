@@ -13,7 +13,7 @@ padded at the right and the bottom and the result cut back; an image far larger 
 refused. --resize brings it to the model's size; --W and --H to one of your own: it is scaled to fill that, and the
 rest is cut off evenly; one of them alone keeps the proportions. Transparent parts count as white.
 
-Each prompt gets n_samples x n_iter images, seeded and numbered as in txt2img.py. Files: OUTDIR/samples/00000.png,
+Each prompt gets n_samples x n_iter images, seeded and numbered as by txt2img. Files: OUTDIR/samples/00000.png,
 OUTDIR/grid-0000.png.
 """
 
@@ -34,5 +34,5 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.init_img is None:
-        raise ValueError("img2img.py needs an init image: give --init-img FILE")
+        raise ValueError("img2img needs an init image: give --init-img FILE")
     generate_files(args, InitImage.read(args.init_img))

@@ -12,7 +12,7 @@ The result is a PNG of 8 bits, grey, RGB or RGBA: grey where both image and mode
 if it has any (the model sees that as white, and generated parts are opaque), in RGB if the image is a palette's or
 CMYK.
 
-Sizes, --strength (1: what is white in the mask is forgotten) and files are as in img2img.py. --indir takes each pair
+Sizes, --strength (1: what is white in the mask is forgotten) and files are as of img2img. --indir takes each pair
 DIR/X.png, DIR/X_mask.png, generates one image of it and writes OUTDIR/X.png, replacing one that is there; the pairs, by
 name, have the seeds `--seed`, `--seed` + 1, ...
 """
@@ -27,6 +27,7 @@ from ldm.inference.recipe import plan, save_image
 from ldm.inference.run import (
     build_guide,
     check_format,
+    chosen_prompts,
     generate_files,
     guide_hashes,
     init_settings,
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         inpaint_folder(args)
         return
     if args.init_img is None or args.mask is None:
-        raise ValueError("inpaint.py needs --init-img FILE and --mask FILE, or --indir DIR with many of both")
+        raise ValueError("inpaint needs --init-img FILE and --mask FILE, or --indir DIR with many of both")
     generate_files(args, InitImage.read(args.init_img, args.mask, args.invert_mask))
 
 
@@ -71,13 +72,15 @@ def inpaint_folder(args: argparse.Namespace) -> None:
         raise ValueError(f"--indir makes one image of each pair that is there: leave out {options}")
     if args.outdir.resolve() == args.indir.resolve():
         raise ValueError(f"--outdir {args.outdir} is --indir, where the images would be replaced: name another folder")
-    pairs = find_pairs(args.indir)
+    pairs, prompts = find_pairs(args.indir), chosen_prompts(args)
+    if len(prompts) > 1:
+        raise ValueError(f"--indir makes one image of each pair: give one --prompt, not {len(prompts)}")
 
     def inits() -> Iterator[InitImage]:
         return (InitImage.read(*pair, args.invert_mask) for pair in pairs)
 
     for init in inits():
-        check_format(args.format, args.prompts, init)
+        check_format(args.format, prompts, init)
     make_writable(args.outdir)
 
     model = load_checked(args)
@@ -86,7 +89,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
     first = default_recipe(model, model.path.stem, **settings_of(args), **guide_hashes(args, None))
     recipes = [
         recipe.changed(**init_settings(init, args, model))
-        for recipe, init in zip(plan(first, args.prompts, len(pairs), 1), inits(), strict=True)
+        for recipe, init in zip(plan(first, prompts, len(pairs), 1), inits(), strict=True)
     ]
     guide, paths = build_guide(model, first, args), [args.outdir / f"{path.stem}.{args.format}" for path, _ in pairs]
     with progress(recipes) as callback:

@@ -6,14 +6,14 @@ key=value changes a setting in every configuration that has it (loop.steps=100, 
 in the stage of that name (diffusion.loop.steps=100). The same command with --resume continues an interrupted run.
 """
 
-from ldm.cli import ALLOW, Parser
+from ldm.cli import ALLOW, Parser, device_name
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="yaml files, then settings to change")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run, skip finished stages")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--device", default="auto", type=device_name, help="auto, cpu, cuda or mps")
     parser.add_argument("--allow", **ALLOW)
     args = parser.parse_args(argv)
 

@@ -12,7 +12,7 @@ from ldm.changes import changes_of, changes_to_text, same_changes
 from ldm.conditioning.prompt import count_chunks
 from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.guidance import Guide
-from ldm.diffusion.sampling import Step, choose_sampler, get_sampler
+from ldm.diffusion.sampling import Step, choose_sampler, get_sampler, sampler_named
 from ldm.generation import given, steps_taken
 from ldm.inference.nan_check import generate_checked
 from ldm.inference.precision import precision_of, set_precision
@@ -61,9 +61,9 @@ def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, obj
     for name, row in setting_rows(Recipe).items():
         if row.needs and row.flags and settings.get(name) is not None and recipe.is_default(row.needs):
             raise ValueError(f"{row.flags[0]} has no effect without --{row.needs.removesuffix('_hash')}")
-    name = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T)
-    row = get_sampler(name)
-    return replace(recipe, sampler=name, spacing=given(recipe.spacing, row.spacing), eta=given(recipe.eta, row.eta))
+    name, spacing = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T), sampler_named(recipe.sampler)[1]
+    row, spacing = get_sampler(name), given(settings.get("spacing"), given(spacing, recipe.spacing))
+    return replace(recipe, sampler=name, spacing=given(spacing, row.spacing), eta=given(recipe.eta, row.eta))
 
 
 def generate_run(

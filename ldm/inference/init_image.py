@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from ldm.data.image_files import open_image, over
+from ldm.settings import check_size
 
 
 class InitImage:
@@ -65,6 +66,7 @@ class InitImage:
             width = max(1, round(own_width * height / own_height))
         elif height is None:
             height = max(1, round(own_height * width / own_width))
+        check_size(width, height, *own)
         return width, height
 
     def resized(self, width: int, height: int) -> "InitImage":

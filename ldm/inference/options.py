@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import ALLOW, Parser, finite_float, int_range
-from ldm.settings import FLAG, FLOAT, INT, INTERVAL, NAMES, Setting, Settings, help_text, setting_rows
+from ldm.cli import ALLOW, Parser, device_name, finite_float, int_range
+from ldm.settings import FLAG, FLOAT, INT, INTERVAL, NAMES, SEED, Setting, Settings, help_text, setting_rows
 
 if TYPE_CHECKING:  # they import torch
     from ldm.latent_diffusion import LatentDiffusion
@@ -27,16 +27,17 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
     parser = Parser(description=description)
     add = parser.add_mutually_exclusive_group().add_argument
     if classes:
-        add("--class", nargs="+", dest="prompts", default=[prompt], metavar="N", help="classes to generate (any)")
+        add("--class", nargs="+", action="extend", dest="prompts", metavar="N", help="classes to generate (any)")
     else:
-        text = f"text prompt ({prompt or 'empty'})"
-        add("--prompt", nargs=1, dest="prompts", default=[prompt], metavar="TEXT", help=text)
+        text = f"text prompt; repeatable ({prompt or 'empty'})"
+        add("--prompt", action="append", dest="prompts", metavar="TEXT", help=text)
     add("--from-file", type=Path, metavar="FILE", help="a text file of prompts or classes, one per line")
     add("--from-png", type=Path, metavar="FILE", help="make this image again, changed by the settings that are given")
 
     group = parser.add_argument_group("images")
     add = group.add_argument
     add("--n_samples", type=int_range(1), default=1, metavar="N", help="images per prompt in an iteration (1)")
+    add("--num_images_per_prompt", dest="n_samples", type=int_range(1), help=argparse.SUPPRESS)
     add("--n_iter", type=int_range(1), default=1, metavar="N", help="iterations, each n_samples more per prompt (1)")
     add("--batch-size", type=int_range(1), metavar="N", help="images at a time (16): only bounds the memory")
     add_settings(group, "seed", "fixed_code", "height", "width")
@@ -52,7 +53,7 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
     add_settings(group, "pag", "pag_layers", "threshold")
     add("--autoguide", type=Path, metavar="FILE", help="guide away from this weaker model of the same latents")
     add_settings(group, "autoguide_scale")
-    parser.set_defaults(classifier=None, classes=classes)
+    parser.set_defaults(classifier=None, classes=classes, default_prompt=prompt)
     if classes:
         add("--classifier", type=Path, metavar="FILE", help="guide to the classes by this classifier of noisy images")
         add_settings(group, "classifier_scale")
@@ -95,8 +96,20 @@ def _value(row: Setting) -> dict[str, Any]:
         return {"action": "store_true"}
     number = finite_float(row.low, row.high, infinite=row.type is INTERVAL)
     read = int_range(int(row.low)) if row.type is INT else number if row.type in (FLOAT, INTERVAL) else str
+    read = _seed if row is SEED else read
     count = {"nargs": 2} if row.type is INTERVAL else {"nargs": "+"} if row.type is NAMES else {}
     return {"metavar": row.type.metavar, "type": read, **count}
+
+
+def _seed(text: str) -> int:
+    """Read a seed, where -1 is a random one, which is printed."""
+    seed = int_range(-1)(text)
+    if seed == -1:
+        import secrets
+
+        seed = secrets.randbelow(2**32)
+        print(f"seed {seed}", file=sys.stderr)
+    return seed
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
@@ -143,7 +156,9 @@ def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
         "--ckpt", *names, type=Path, metavar="FILE", help="checkpoint or diffusers folder (the digits model that ships)"
     )
     add_loading_options(group)
-    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
+    group.add_argument(
+        "--device", default="auto", type=device_name, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)"
+    )
 
 
 def add_loading_options(group: argparse._ArgumentGroup) -> None:

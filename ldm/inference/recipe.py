@@ -37,6 +37,11 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 _COMMENT, _UTF16 = 0x9286, b"UNICODE\0"  # EXIF's UserComment, and the mark of its encoding
 _ENTRY = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _REQUIRED = ("Width", "Height", "Steps", "Sampler", "CFG scale", "Seed")
+# The web UI's "Schedule type" -> our spacing, and what its "Automatic" is for a sampler (else Uniform).
+_SCHEDULES = {"Uniform": "linspace", "SGM Uniform": "trailing", "Karras": "karras", "Exponential": "exponential"}
+_AUTOMATIC = {"DDIM": "leading", "PLMS": "leading", "UniPC": "leading", "DPM2": "karras", "DPM2 a": "karras"}
+_AUTOMATIC |= {"DPM++ 2M": "karras", "DPM++ SDE": "karras"}
+_AUTOMATIC |= {"DPM++ 2M SDE": "exponential", "DPM++ 3M SDE": "exponential"}
 # Keys that come first in the text, in the web UI's order; the others follow in the order of the fields.
 _FIRST = (
     *("Steps", "Sampler", "CFG scale", "Seed", "Size", "Denoising strength", "Init image hash", "Mask hash"),
@@ -102,6 +107,9 @@ class Recipe(Guidance, Settings):
         entries = {key.strip(): _unquote(value) for key, value in _ENTRY.findall(line)}
         if "Grid" in entries:
             raise ValueError(f"it is a grid of {entries['Grid']} images: give one of the images in samples/")
+        if "Schedule type" in entries and "Spacing" not in entries:
+            schedule, automatic = entries["Schedule type"], _AUTOMATIC.get(entries.get("Sampler", ""), "linspace")
+            entries["Spacing"] = automatic if schedule == "Automatic" else _SCHEDULES.get(schedule, schedule)
         if "Size" in entries:
             entries["Width"], _, entries["Height"] = entries["Size"].partition("x")
         for key in _REQUIRED:
@@ -190,9 +198,11 @@ def refill(recipe: Recipe, count: Callable[[str], int] = lambda prompt: 1) -> li
     Raises ValueError for places that do not exist.
     """
     ranks: list[int] = []  # of each place's prompt among the different ones, in the order of their first appearance
+    seen: set[int] = set()
     for place in range(recipe.batch_size):
-        unseen = min(len(set(ranks)), recipe.batch_prompts - 1)
+        unseen = min(len(seen), recipe.batch_prompts - 1)
         ranks.append(recipe.prompt_position if place == recipe.batch_position else unseen)
+        seen.add(ranks[-1])
     if list(dict.fromkeys(ranks)) != list(range(recipe.batch_prompts)) or recipe.batch_position not in range(
         len(ranks)
     ):
@@ -257,17 +267,19 @@ def check_init_image(recipe: Recipe, given: "InitImage | None", path: Path) -> N
 
     Recipes of other programs have no hashes, and are not checked.
     """
-    script = "inpaint.py" if recipe.mask_hash else "img2img.py"
+    command = "inpaint" if recipe.mask_hash else "img2img"
     if given is None:
         if recipe.strength is not None:
-            raise ValueError(f"{path} was made from an init image, to give with --init-img: use scripts/{script}")
+            raise ValueError(f"{path} was made from an init image, to give with --init-img: use the command {command}")
         return
     if recipe.strength is None:
-        raise ValueError(f"{path} was made from text alone: use scripts/txt2img.py")
+        raise ValueError(f"{path} was made from text alone: use the command txt2img")
     if recipe.init_hash == "":
         return
     if (recipe.mask_hash == "") != (given.mask is None):
-        raise ValueError(f"{path} was made {'with' if recipe.mask_hash else 'without'} a mask: use scripts/{script}")
+        raise ValueError(
+            f"{path} was made {'with' if recipe.mask_hash else 'without'} a mask: use the command {command}"
+        )
     for what, made, now, options in (
         ("an init image", recipe.init_hash, given.init_hash, "--init-img"),
         ("a mask", recipe.mask_hash, given.mask_hash, "--mask, with --invert-mask if it was given then"),

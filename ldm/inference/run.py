@@ -1,6 +1,7 @@
 """A run of a sampling script, from parsed options to files. It imports torch only when the options are known good."""
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm.cli import read_lines
 from ldm.inference.options import load_model, settings_of
@@ -32,7 +33,7 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
     """
     if args.from_png is not None and args.n_samples * args.n_iter != 1:
         raise ValueError("--from-png makes one image: leave out --n_samples and --n_iter")
-    prompts = args.prompts if args.from_file is None else read_lines(args.from_file, "prompt")
+    prompts = chosen_prompts(args)
     if args.classifier is not None and args.from_png is None and not any(prompts):
         raise ValueError("--classifier needs a class to guide towards: give --class")
     made = None if args.from_png is None else read_recipe(args.from_png)
@@ -73,6 +74,16 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
         print(path)
 
 
+def chosen_prompts(args: argparse.Namespace) -> list[str]:
+    """Return the prompts that the options give, or the default one. ValueError for one that a PNG cannot hold."""
+    given = args.prompts if args.from_file is None else read_lines(args.from_file, "prompt")
+    prompts = [args.default_prompt] if given is None else given
+    longest = max(map(len, prompts))
+    if longest > PngImagePlugin.MAX_TEXT_CHUNK:
+        raise ValueError(f"a prompt has {longest:,} characters: readers of PNGs take {PngImagePlugin.MAX_TEXT_CHUNK:,}")
+    return prompts
+
+
 def check_format(name: str, prompts: Sequence[str], init: "InitImage | None") -> None:
     """Raise ValueError for what JPEG cannot hold: transparency, and texts of more than 65,533 bytes with the recipe."""
     if name == "jpg" and init is not None and init.mask is not None and init.image.mode == "RGBA":
@@ -104,18 +115,42 @@ def plan_recipes(
     if init is not None:
         settings |= init_settings(init, args, model, made)
     if made is not None:
-        return [change_recipe(made, model, batch_size=args.batch_size, **settings)]
+        recipe = change_recipe(made, model, batch_size=args.batch_size, **settings)
+        check_memory(recipe, 1, recipe.batch_size)
+        return [recipe]
     prompts = usable_prompts(model, prompts, args)
     first = default_recipe(model, model.path.stem, **settings)
     batch_size = BATCH if args.batch_size is None else args.batch_size
+    count = len(prompts) * args.n_samples * args.n_iter
+    check_memory(first, count, count if first.fixed_code else min(batch_size, count), not args.skip_grid)
     return plan(first, prompts, args.n_samples * args.n_iter, batch_size, chunks(model, first, prompts))
+
+
+def check_memory(recipe: Recipe, count: int, at_once: int, grid: bool = True) -> None:
+    """Raise ValueError for more images, or more at a time, than this machine's memory could ever hold.
+
+    Of each image that is its recipe, 2 kB, and its three bytes a pixel on the grid, twice; of each one computed at the
+    same time the state of its random numbers, 5 kB, and 16 features a pixel, fewer than any first stage has.
+    """
+    pixels = recipe.width * recipe.height
+    needed = count * (2_000 + (6 * pixels if grid else 0)) + at_once * (5_000 + 64 * pixels)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 40
+    if needed > pages:
+        raise ValueError(
+            f"{count:,} images of {recipe.width} x {recipe.height} pixels, {at_once:,} at a time, take at least "
+            f"{needed / 1e9:,.0f} GB of memory, and this machine has {pages / 1e9:,.0f}"
+        )
 
 
 def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:
     """Return the prompts, or empty ones, with a warning, for an unconditional model."""
+    if args.classes and any(prompts) and hasattr(model.cond_stage_model, "tokenizer"):
+        raise ValueError("--class needs a class-conditional model: this one takes texts, so use the command txt2img")
     if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
         for prompt in unknown_prompts(getattr(model.cond_stage_model, "tokenizer", None), prompts)[:5]:
             print(f"note: the model was trained on none of the words of {prompt!r}", file=sys.stderr)
+        if any(prompts) and args.ckpt is not None and args.prompts is None and args.from_file is None:
+            print(f"no --prompt is given: the prompt is {prompts[0]!r}", file=sys.stderr)
         return prompts
     if args.classes:
         raise ValueError("--class needs a class-conditional model, or --classifier")
@@ -168,6 +203,7 @@ def guide_hashes(args: argparse.Namespace, made: Recipe | None) -> dict[str, str
     for name, off in (("autoguide", 1), ("classifier", 0)):
         path, scale = getattr(args, name), getattr(args, f"{name}_scale", None)
         before = "" if made is None else getattr(made, f"{name}_hash")
+        scale = getattr(made, f"{name}_scale", None) if scale is None else scale
         if path is not None:
             from ldm.checkpoint.file import file_hash
 

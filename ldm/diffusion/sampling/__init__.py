@@ -5,6 +5,7 @@ denoise(x, sigma), the model's prediction of the clean image, and moves x a litt
 the step that all other samplers refine.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from ldm.diffusion.sampling.first_order import Noise, Point, Points, euler
 from ldm.diffusion.sampling.multistep import deis, dpmpp_2m, dpmpp_3m, lms, plms, unipc
 from ldm.diffusion.sampling.second_order import dpm2, heun
 from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large, dpmpp_sde, lcm
+from ldm.diffusion.schedule import SIGMA_SPACINGS
 
 # (denoise, points, sigma_next, eta, noise) -> x at sigma_next
 StepFunction = Callable[[BoundDenoise, Points, float, float, Noise], Tensor]
@@ -160,6 +162,25 @@ SAMPLERS = {
 }
 
 
+# Names of the web UI, ComfyUI and k-diffusion that are other words, not only other spellings, than those of the table.
+OTHER_NAMES = {"dpm_2": "dpm2", "dpm_2_a": "dpm2_a", "uni_pc": "unipc"}
+
+
+def sampler_named(name: str) -> tuple[str, str | None]:
+    """Return the table's name of a sampler, and the spacing in the given one: "DPM++ 2M Karras" is dpmpp_2m, karras.
+
+    It reads the names of AUTOMATIC1111's web UI, ComfyUI and k-diffusion; an unknown name comes back as it is.
+    """
+    if name in SAMPLERS or name == AUTO:
+        return name, None
+    key = re.sub(r"[\s-]+", "_", name.strip().lower()).replace("+", "p").replace("_ancestral", "_a")
+    key = key.removeprefix("sample_").removeprefix("k_")
+    spacing = next((spacing for spacing in SIGMA_SPACINGS if key.endswith(f"_{spacing}")), None)
+    key = key.removesuffix(f"_{spacing}")
+    key = OTHER_NAMES.get(key, key)
+    return (key, spacing) if key in SAMPLERS or key == AUTO else (name, None)
+
+
 def get_sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose from {', '.join((*SAMPLERS, AUTO))}")
@@ -167,8 +188,9 @@ def get_sampler(name: str) -> Sampler:
 
 
 def choose_sampler(name: str, steps: int, T: int) -> str:
-    """Return the name, where "auto" means ddpm for all T denoising steps of a schedule and ddim for fewer.
+    """Return the table's name, where "auto" means ddpm for all T denoising steps of a schedule and ddim for fewer.
 
     DDPM's ancestral chain is the process that the model was trained to reverse, and needs all of its steps.
     """
+    name, _ = sampler_named(name)
     return name if name != AUTO else "ddim" if steps < T else "ddpm"
