@@ -353,6 +353,11 @@ def test_building_uses_random_numbers_as_compvis_s_code_does(clip):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_crops_are_refused(model):
+    assert not hasattr(model, "split_input_params")  # as version 1's code asks
+    refused("split_input_params is not supported", setattr, model, "split_input_params", {"ks": (128, 128)})
+
+
 ABSENT = {
     f"{DDPM}.LatentDepth2ImageDiffusion": "MiDaS",
     f"{DDPM}.LatentUpscaleDiffusion": "upscaler",

@@ -107,6 +107,11 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
             words.load(file)
         return words
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "split_input_params":  # version 1 then encodes, denoises and decodes in crops
+            raise ValueError("split_input_params is not supported: ldm.inference.tiling decodes large images in tiles")
+        super().__setattr__(name, value)
+
     def _frozen(self) -> list[nn.Module]:
         parts = (self.first_stage_model, None if self.cond_stage_trainable else self.cond_stage_model)
         return [part for part in parts if part is not None]
