@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm.cli import check_writable
 
@@ -54,6 +55,41 @@ def import_pyplot() -> ModuleType:
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     return pyplot
+
+
+class Label(NamedTuple):
+    """A text beside a point of a plot, shown as a disc of that radius in points."""
+
+    text: str
+    point: tuple[float, float]
+    radius: float = 3
+    color: Any = "black"
+
+
+def add_labels(axes: Any, labels: Sequence[Label], sides: Sequence[tuple[int, int]]) -> None:
+    """Write labels where they meet neither each other nor a disc: on the first of these sides, or farther away.
+
+    Call it last: it measures the figure as it is. sides: (x, y), each -1, 0 or 1, the best first.
+    """
+    axes.figure.draw_without_rendering()  # which lays it out
+    scale = axes.figure.dpi / 72  # pixels in a point
+    box_of, taken = type(axes.bbox.frozen()), []
+    for label in labels:
+        x, y = axes.transData.transform(label.point)
+        taken.append(box_of.from_extents(x, y, x, y).padded(scale * label.radius))
+    for label in labels:
+        for far, side in [*product(range(4, 200, 12), sides), (4, sides[0])]:  # the last where nothing is free
+            offset = [(label.radius + far) * part for part in side]
+            align = {"ha": ("right", "center", "left")[side[0] + 1], "va": ("top", "center", "bottom")[side[1] + 1]}
+            options = {"xytext": offset, "textcoords": "offset points", "color": label.color, "fontsize": 9}
+            text = axes.annotate(label.text, label.point, **options, **align)
+            box = text.get_window_extent().padded(scale)
+            if not any(box.overlaps(other) for other in taken) and axes.bbox.count_contains(box.corners()) == 4:
+                break
+            text.remove()
+        else:
+            axes.add_artist(text)
+        taken.append(box)
 
 
 def check_plot(path: Path | None) -> None:

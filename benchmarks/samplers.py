@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common import add_row, check_plot, import_pyplot, markdown, read_rows
+from benchmarks.common import Label, add_labels, add_row, check_plot, import_pyplot, markdown, read_rows
 from ldm.cli import Parser, int_range, run
 from ldm.inference.options import add_model_options, load_model
 
@@ -94,6 +94,7 @@ def plot_samplers(rows: Sequence[dict], path: Path) -> None:
     Those of NAMED have a colour and their name beside them; the others are grey.
     """
     figure, axes = import_pyplot().subplots(figsize=(8, 5), layout="constrained")
+    labels: dict[bool, list[Label]] = {True: [], False: []}  # at left ends, and at right ones
     for name in dict.fromkeys(row["sampler"] for row in rows):
         own = sorted((row["evaluations"], row["ratio"]) for row in rows if row["sampler"] == name)
         style = {"zorder": 3} if name in NAMED else {"color": "0.8"}
@@ -101,9 +102,7 @@ def plot_samplers(rows: Sequence[dict], path: Path) -> None:
         if name in NAMED:
             # beside its left end, if that is where most lines begin
             left = own[0][0] == min(row["evaluations"] for row in rows)
-            (x, y), side = (own[0], -1) if left else (own[-1], 1)
-            options = {"ha": "right" if left else "left", "va": "center", "color": line.get_color()}
-            axes.annotate(name, (x, y), xytext=(6 * side, 0), textcoords="offset points", **options)
+            labels[left].append(Label(name, own[0] if left else own[-1], color=line.get_color()))
     axes.plot([], "o-", color="0.8", markersize=4, label="other samplers")
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance / floor")
     axes.set_xlim(2.7, 150)
@@ -112,6 +111,8 @@ def plot_samplers(rows: Sequence[dict], path: Path) -> None:
         axis.set_ticks([], minor=True)
     axes.legend()
     axes.grid(alpha=0.3)
+    add_labels(axes, labels[True], ((-1, 0), (-1, -1), (-1, 1)))
+    add_labels(axes, labels[False], ((1, 0), (1, 1), (1, -1)))
     figure.savefig(path, dpi=110)
 
 

@@ -8,7 +8,6 @@ over that between as many real images, coverage the recall, speed the seconds pe
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import check_plot, import_pyplot, markdown
+from benchmarks.common import Label, add_labels, check_plot, import_pyplot, markdown
 from benchmarks.generators import evaluations, measure
 from ldm.cli import Parser, int_range, run
 from ldm.diffusion.sampling.noise import SeededNoise
@@ -103,18 +102,11 @@ def trilemma_table(rows: Sequence[dict]) -> str:
 def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
     """Plot distance against CPU seconds an image, both logarithmic; larger discs have more recall."""
     figure, axes = import_pyplot().subplots(figsize=(8, 5), layout="constrained")
-    for row, side in zip(rows, itertools.cycle((1, -1))):  # labels above and below by turns: neighbours do not meet
+    labels = []
+    for row in rows:
         point, area = (row["cpu_seconds"], row["ratio"]), 40 + 900 * row["recall"]
         axes.scatter(*point, s=area, alpha=0.5)
-        axes.annotate(
-            f"{row['name']}\nrecall {row['recall']:.2f}",
-            point,
-            xytext=(0, side * ((area / math.pi) ** 0.5 + 4)),  # a disc's radius is sqrt(area / pi) points
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if side > 0 else "top",
-            fontsize=9,
-        )
+        labels.append(Label(f"{row['name']}\nrecall {row['recall']:.2f}", point, (area / math.pi) ** 0.5))
     axes.set(xscale="log", yscale="log", xlabel="CPU s an image", ylabel="Fréchet distance / floor")
     for axis, ticks in ((axes.xaxis, (0.001, 0.01, 0.1, 1, 10)), (axes.yaxis, (3, 10, 30, 100))):
         axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
@@ -122,6 +114,7 @@ def plot_trilemma(rows: Sequence[dict], path: Path) -> None:
     axes.set_xlim(0.001, 10)
     axes.set_ylim(2, 300)
     axes.grid(alpha=0.3)
+    add_labels(axes, labels, ((0, 1), (0, -1), (1, 0), (-1, 0)))
     figure.savefig(path, dpi=110)
 
 

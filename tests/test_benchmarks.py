@@ -9,7 +9,7 @@ from conftest import refused
 from meta_models import TINY_1
 
 import ldm
-from benchmarks import generators, loading, samplers, trilemma
+from benchmarks import common, generators, loading, samplers, trilemma
 from ldm.checkpoint.compvis import single_file
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import load_reference
@@ -177,3 +177,17 @@ def test_a_row_of_real_images_is_near_the_floor():
     assert 0 <= row["cpu_seconds"] < 1 and row["accuracy"] > 0.98
     noise = generators.measure("noise", 0, lambda: torch.randint(0, 256, (300, 28, 28)).byte(), reference, networks)
     assert noise["ratio"] > 20 and noise["recall"] < 0.05 and noise["accuracy"] is None
+
+
+def test_labels_of_near_points_do_not_meet():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots()
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    points = [(0.5 + 0.01 * i, 0.5) for i in range(8)]
+    common.add_labels(axes, [common.Label(f"label {i}", point, 5) for i, point in enumerate(points)], ((0, 1), (1, 0)))
+    common.add_labels(axes, [common.Label("at the edge", (1.0, 0.3))], ((1, 0), (0, -1), (-1, 0)))
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 9 and all(axes.bbox.padded(2).count_contains(box.corners()) == 4 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    discs = [axes.transData.transform(point) for point in points]
+    assert not any(box.contains(*disc) for box in boxes for disc in discs)
