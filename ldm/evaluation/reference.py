@@ -185,7 +185,7 @@ def load_reference(path: str | Path = STATISTICS) -> Reference:
     """
     config, tensors = load_file(path)
     if config.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} does not hold {FORMAT!r}: make it with scripts/evaluate.py statistics")
+        raise ValueError(f"{str(path)!r} does not hold {FORMAT!r}: make it with the command evaluate statistics")
     pixels = np.frombuffer(zlib.decompress(tensors["pictures"].numpy().tobytes()), dtype=np.uint8)
     size = config.get("size", INNER)  # older files are of that size and do not state it
     return Reference(
