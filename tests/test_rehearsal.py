@@ -19,7 +19,7 @@ from ldm.commands import train
 from ldm.data.digits import Digits
 from ldm.training import rehearsal
 from ldm.training.config import read_configs
-from ldm.training.contract import check_dataset
+from ldm.training.contract import build_dataset, check_dataset
 from ldm.training.stage import Stage
 
 CPU = torch.device("cpu")
@@ -155,6 +155,13 @@ def test_what_a_data_set_lacks_is_named():
     stage.methods = ()
     refused("its samples have no label, only image, caption", check_dataset, stage, WithoutTexts())
     refused("its samples are of type tuple", check_dataset, stage, [(torch.zeros(1), 0)])
+
+
+def test_what_follows_from_the_model_is_not_set_again():
+    stage = Stage(1)
+    stage.data_params = lambda: {"size": 32}
+    config = {"target": "ldm.data.folder.Folder", "params": {"root": ".", "size": 64}}
+    refused("data.params.size follows from the model of Stage: leave it out", build_dataset, stage, config)
 
 
 def test_the_example_of_own_classes_trains_and_samples(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,17 @@ from typing import Any
 from torch import Tensor
 
 from ldm.training.stage import Stage
+from ldm.util import instantiate_from_config
+
+
+def build_dataset(stage: Stage, config: Mapping[str, Any]) -> Any:
+    """Build the data set of a configuration for a stage; ValueError if it is not as the stage needs it."""
+    own = stage.data_params()
+    if twice := sorted(own.keys() & (config.get("params") or {}).keys()):
+        raise ValueError(f"data.params.{twice[0]} follows from the model of {type(stage).__name__}: leave it out")
+    dataset = instantiate_from_config(config, **own)
+    check_dataset(stage, dataset)
+    return dataset
 
 
 def check_dataset(stage: Stage, dataset: Any) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ldm.training.contract import check_dataset
+from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.order import EpochBatches, mix_seed, training_batches
@@ -92,8 +92,7 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     torch.manual_seed(seed)
     stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
     with accelerator.main_process_first():  # it writes files that the others then find
-        dataset = instantiate_from_config(config["data"], **stage.data_params())
-    check_dataset(stage, dataset)
+        dataset = build_dataset(stage, config["data"])
     dataset = stage.prepare(dataset)
     trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks
     average = EMA(trained, settings.ema)

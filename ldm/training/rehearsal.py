@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.checkpoint.file import save_file
-from ldm.training.contract import check_dataset
+from ldm.training.contract import build_dataset
 from ldm.training.loop import LoopSettings, mixed_precision
 from ldm.training.order import EpochBatches, first_images
 from ldm.training.run_folder import RunFolder
@@ -58,8 +58,7 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
     try:
         with redirect_stderr(io.StringIO()):  # notes and bars are training's, which begins anew
             stage = instantiate_from_config(config["stage"]).to(device).train(False)
-            dataset = instantiate_from_config(config["data"], **stage.data_params())
-            check_dataset(stage, dataset)
+            dataset = build_dataset(stage, config["data"])
             groups = getattr(dataset, "groups", None)
             EpochBatches(len(dataset), settings.batch_size, 0, groups=groups)
             prepared = stage.prepare(first_images(dataset, 2))

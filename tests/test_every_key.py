@@ -1,0 +1,440 @@
+"""Nothing that a configuration asks for is ignored: every key changes what training makes, or is refused.
+
+What training makes: its files, what it prints, the order in which files are written, the convolutions and matrix
+products that it computes (so that keys of speed and memory show), and how it loads its data.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_reference_pages import DATA, PARTS, STAGES, parameters
+from tiny_stages import config_of, write_inputs
+
+from ldm.commands.train import main
+from ldm.training.loop import LoopSettings
+
+UNET = "stage.params.unet_config.params"
+# Where it stands (a stage of tiny_stages, and a place in its configuration): what is changed there, one at a time.
+# A tuple is a value and what else has to be set for it to matter, which the run that it is compared with has too; `/`
+# begins a key of the whole configuration.
+CHANGES: dict[tuple[str, str], dict[str, Any]] = {
+    ("pixel", "loop"): {
+        "steps": 3,
+        "batch_size": 3,
+        "accumulate": 2,
+        "precision": "fp32",
+        "clip": 1e-3,
+        "ema": 0.0,
+        "lr_schedule": {"name": "linear"},
+        "log_every": (2, {"preview_every": 2, "save_every": 2}),
+        "preview_every": 2,
+        "save_every": 2,
+        "workers": 1,
+        "tensorboard": True,
+    },
+    ("autoencoder", "stage.params"): {
+        "ddconfig": {},
+        "embed_dim": 3,
+        "learning_rate": 2e-3,
+        "kl_weight": 1.0,
+        "reconstruction": "l1",
+        "discriminator": None,
+        "disc_start": 9,
+        "disc_weight": 2.0,
+        "perceptual": "judge",
+        "perceptual_weight": (2.0, {"perceptual": "judge"}),
+        "normalize": False,
+        "preview_columns": 2,
+    },
+    ("clip", "stage.params"): {
+        "vision": {"image_size": 16},
+        "learning_rate": 2e-3,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "context_length": 30,
+        "projection_dim": 8,
+        "merges_first": 200,
+        "agreement": (1.0, {"/loop.batch_size": 16}),
+        "weight_decay": 0.5,
+        "preview_columns": 2,
+    },
+    ("diffusion", "stage.params"): {
+        "unet_config": {},
+        "first_stage": "missing",
+        "cond_stage": "missing",
+        "learning_rate": 2e-3,
+        "schedule": {"name": "linear"},
+        "prediction": "eps",
+        "defaults": {"height": 16, "width": 16, "steps": 4, "scale": 2.0},
+        "betas": [0.5, 0.9],
+        "weight_decay": 0.5,
+        "error": "l1",
+        "weight": {"name": "min_snr"},
+        "noise": {"offset": 0.1},
+        "timesteps": {"name": "logit_normal"},
+        "caption_dropout": 1.0,
+        "cache_latents": False,
+        "preview_prompts": ["four"],
+        "preview_columns": (1, {"preview_prompts": ["four", "five"]}),
+    },
+    ("pixel", "stage.params"): {
+        "model": {},
+        "learning_rate": 2e-3,
+        "class_dropout": 1.0,
+        "error": "l1",
+        "weight": {"name": "min_snr"},
+        "noise": {"offset": 0.1},
+        "timesteps": {"name": "logit_normal"},
+        "bound_weight": (
+            1.0,
+            {"model.params.learned_variance": True, "model.params.unet_config.params.out_channels": 2},
+        ),
+        "betas": [0.5, 0.9],
+        "weight_decay": 0.5,
+        "previews": 3,
+        "preview_columns": 1,
+    },
+    ("classifier", "stage.params"): {
+        "network": {},
+        "learning_rate": 2e-3,
+        "weight_decay": 0.5,
+        "label_smoothing": 0.5,
+        "rotation": 40.0,
+        "shear": 0.5,
+        "scale": 0.5,
+        "shift": 8.0,
+        "preview_columns": 2,
+    },
+    ("dreambooth", "stage.params"): {
+        "ckpt": "missing",
+        "learning_rate": 2e-3,
+        "resolution": 64,
+        "instance_prompt": "a sks four",
+        "class_prompt": "four",
+        "train_text": "all",
+        "text_learning_rate": (1e-1, {"train_text": "all", "text_learning_rate": 1e-3}),
+        "layers": "attention",
+        "lora": {"rank": 2},
+        "lora_file": ("lora.safetensors", {"lora": {"rank": 2}}),
+        "lora_format": ("peft", {"lora": {"rank": 2}, "lora_file": "lora.safetensors"}),
+        "prior_weight": 3.0,
+        "error": "l1",
+        "weight": {"name": "min_snr"},
+        "noise": {"offset": 0.1},
+        "timesteps": {"name": "logit_normal"},
+        "optimizer": "adafactor",
+        "betas": [0.5, 0.9],
+        "weight_decay": 0.5,
+        "gradient_checkpointing": True,
+        "cache": False,
+        "previews": ["four"],
+        "preview_columns": 2,
+        "sheet": "sheet.png",
+        "loading": {"prediction": "eps"},
+        "seed": (1, {"lora": {"rank": 2}}),
+    },
+    ("textual_inversion", "stage.params"): {
+        "word": "<its>",
+        "initial": "four",
+        "resolution": 64,
+        "learning_rate": 2e-3,
+        "ckpt": "missing",
+        "loading": {"prediction": "eps"},
+        "vectors": 3,
+        "relative_learning_rate": (0.5, {"learning_rate": None, "relative_learning_rate": 0.1}),
+        "frames": ["my {}"],
+        "pull": 1.0,
+        "error": "l1",
+        "weight": {"name": "min_snr"},
+        "noise": {"offset": 0.1},
+        "timesteps": {"name": "logit_normal"},
+        "gradient_checkpointing": True,
+        "previews": 2,
+        "sheet": "sheet.png",
+    },
+    ("noisy_classifier", "stage.params"): {
+        "network": {},
+        "learning_rate": 2e-3,
+        "schedule": {"name": "linear"},
+        "timesteps": {"name": "logit_normal"},
+        "betas": [0.5, 0.9],
+        "weight_decay": 0.5,
+        "preview_columns": 2,
+    },
+    ("ddgan", "stage.params"): {
+        "model": {},
+        "discriminator": {},
+        "learning_rate": 2e-3,
+        "discriminator_rate": 2e-3,
+        "class_dropout": 1.0,
+        "betas": [0.1, 0.5],
+        "r1_weight": 5.0,
+        "r1_every": 1,
+        "reconstruction": 1.0,
+        "previews": 4,
+        "preview_columns": 1,
+    },
+    ("clip", "data.params"): {
+        "split": "test",
+        "first": 3,
+        "last": 3,
+        "seed": 1,
+        "frames": "test",
+        "styled": 1.0,
+        "filler": 1.0,
+    },
+    ("folder", "data.params"): {
+        "root": "class",
+        "size": 16,
+        "channels": 3,
+        "crop": "random",
+        "flip": True,
+        "seed": (1, {"flip": True, "crop": "random"}),
+        "caption": "four",
+        "paths": ["instance/0.png"],
+        "buckets": [[32, 24]],
+    },
+    ("dreambooth", "data.params"): {
+        "instance_data_dir": "class",
+        "instance_prompt": "a sks four",
+        "class_data_dir": "elsewhere",
+        "class_prompt": "four",
+        "keep_prompt": "four",
+        "prior_weight": 0.0,
+        "num_class_images": 6,
+        "default_class_images": (6, {"class_data_dir": "elsewhere", "default_class_images": 5}),
+        "class_guidance_scale": (3.0, {"class_data_dir": "elsewhere", "default_class_images": 5}),
+        "sample_batch_size": (1, {"class_data_dir": "elsewhere", "default_class_images": 5}),
+        "crop": "random",
+        "flip": True,
+        "seed": (1, {"crop": "random"}),
+        "min_samples": 50,
+        "buckets": True,
+    },
+    ("pixel", "stage.params.weight"): {"name": ("snr", {"name": "min_snr"}), "gamma": (1.0, {"name": "min_snr"})},
+    ("pixel", "stage.params.noise"): {"offset": 0.1, "immiscible": True},
+    ("pixel", "stage.params.timesteps"): {
+        "name": ("logit_normal", {"name": "uniform"}),
+        "mean": (2.0, {"name": "logit_normal"}),
+        "std": (3.0, {"name": "logit_normal"}),
+    },
+    ("pixel", "stage.params.model.params.schedule"): {
+        "name": "cosine",
+        "T": 500,
+        "start": 1e-3,
+        "end": 1e-1,
+        "zero_terminal_snr": True,
+    },
+    ("pixel", "loop.lr_schedule"): {
+        "name": ("linear", {"name": "constant"}),
+        "warmup": (2, {"name": "constant"}),
+        "decay": (0.1, {"name": "linear"}),
+        "low": (0.5, {"name": "step"}),
+    },
+    ("dreambooth", "stage.params.lora"): {
+        "rank": (3, {"rank": 2}),
+        "alpha": (1.0, {"rank": 2}),
+        "targets": (["attention"], {"rank": 2, "targets": ["feed_forward"]}),
+        "seed": (1, {"rank": 2}),
+    },
+    ("pixel", "stage.params.model.params"): {
+        "unet_config": {},
+        "channels": 3,
+        "cond_stage_config": None,
+        "schedule": {"name": "cosine"},
+        "prediction": "v",
+        "defaults": {"height": 16, "width": 16, "steps": 4, "scale": 1.0},
+        "clip": False,
+        "learned_variance": True,
+        "self_condition": True,
+    },
+    ("autoencoder", "stage.params.discriminator"): {"input_nc": 3, "ndf": 8, "n_layers": 2},
+    ("autoencoder", "stage.params.ddconfig"): {
+        "ch": 16,
+        "out_ch": 3,
+        "num_res_blocks": 2,
+        "attn_resolutions": [16],
+        "in_channels": 3,
+        "resolution": 64,
+        "z_channels": 8,
+        "ch_mult": [1, 2],
+        "dropout": 0.5,
+        "resamp_with_conv": False,
+        "double_z": False,
+        "attn_type": "none",
+        "tanh_out": True,
+        "norm_groups": 8,
+    },
+    ("diffusion", UNET): {
+        "in_channels": 5,
+        "model_channels": 32,
+        "out_channels": 8,
+        "num_res_blocks": 2,
+        "attention_resolutions": [1],
+        "dropout": 0.5,
+        "channel_mult": [1, 1],
+        "conv_resample": False,
+        "dims": 1,
+        "num_classes": 11,
+        "use_checkpoint": True,
+        "num_heads": 2,
+        "num_head_channels": 8,
+        "num_heads_upsample": 2,
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "use_new_attention_order": True,
+        "use_spatial_transformer": False,
+        "transformer_depth": 2,
+        "context_dim": 16,
+        "n_embed": 8,
+        "legacy": True,
+        "disable_self_attentions": [True, True],
+        "num_attention_blocks": [0, 0],
+        "disable_middle_self_attn": True,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": 12,
+        "norm_groups": 4,
+        "patch": 2,
+        "attention_type": "linear",
+        "attention_memory": 4,
+    },
+}
+# Keys that their own page calls without effect: CompVis's configurations have them.
+INERT = {"UNetModel": ("image_size", "use_fp16", "use_bf16")}
+# Which class or function has the keys of a place; others are those of the configuration's own stage or data set.
+OF = {
+    "loop": LoopSettings,
+    "loop.lr_schedule": "lr_multiplier",
+    "stage.params.weight": "loss_weight",
+    "stage.params.noise": "training_noise",
+    "stage.params.timesteps": "training_timesteps",
+    "stage.params.model.params.schedule": "make_schedule",
+    "stage.params.model.params": "PixelDiffusion",
+    "stage.params.lora": "attach",
+    "stage.params.discriminator": "NLayerDiscriminator",
+    "stage.params.ddconfig": "Encoder",
+    UNET: "UNetModel",
+}
+# MNIST's keys are those of Digits and where its files are; the others' are a part of the classes above.
+ELSEWHERE = {"MNIST", "Objective", "DenoisingStage", "LatentDiffusion", "AutoencoderKL"}
+
+
+def keys_of(found: Any) -> set[str]:
+    return {row[0].strip("`") for row in parameters(found)}
+
+
+def owner_of(stage: str, place: str) -> Any:
+    """The class or function that has the keys of a place."""
+    named = {name.rpartition(".")[2]: name for name in (*STAGES, *DATA.split(), *PARTS)}
+    owner = OF.get(place)
+    if owner is None:
+        owner = config_of(stage)[place.partition(".")[0]]["target"]
+    return resolve_name(named.get(owner, owner)) if isinstance(owner, str) else owner
+
+
+def test_every_key_has_a_change_here():
+    walked = set()
+    for (stage, place), changes in CHANGES.items():
+        owner = owner_of(stage, place)
+        walked.add(owner.__name__)
+        assert keys_of(owner) - {*INERT.get(owner.__name__, ())} == changes.keys(), owner
+    names = {name.rpartition(".")[2] for name in (*STAGES, *DATA.split(), *PARTS)} | {"LoopSettings"}
+    assert walked | ELSEWHERE == names and not walked & ELSEWHERE
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in INERT.items() for key in keys])
+def test_keys_without_effect_say_so(name, key):
+    (row,) = [row for row in parameters(owner_of("diffusion", UNET)) if row[0] == f"`{key}`"]
+    assert "no effect" in row[3] or "for callers" in row[3]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+def changed(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings; a mapping is merged into one that is there."""
+    *path, last = key.split(".")
+    for part in path:
+        if config.get(part) is None:
+            config[part] = {}
+        config = config[part]
+    config[last] = config[last] | value if isinstance(value, dict) and isinstance(config.get(last), dict) else value
+
+
+@pytest.fixture
+def outcome(inputs, tmp_path, monkeypatch, capsys):
+    """`outcome(config)` trains it in a folder of its own and gives all that can be seen of it."""
+    calls: list[tuple] = []
+
+    def watch(owner: object, name: str, describe: Callable[..., tuple]) -> None:
+        own = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, *describe(*args, **kwargs)))
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    def shape(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
+        return (*x.shape, x.dtype)
+
+    for name in ("conv2d", "linear", "embedding"):
+        watch(F, name, shape)
+    watch(os, "replace", lambda old, new: (Path(new).name,))
+    watch(torch.utils.data.DataLoader, "__init__", lambda self, *a, num_workers=0, **k: (num_workers,))
+
+    def run(config: dict[str, Any]) -> tuple:
+        calls.clear()
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for path in inputs.iterdir():
+            (folder / path.name).symlink_to(path)
+        monkeypatch.chdir(folder)
+        Path("config.yaml").write_text(json.dumps(config))
+        try:
+            main(["config.yaml", "--device", "cpu"])
+        except (ValueError, OSError) as error:
+            return ("refused", str(error))
+        files = {}
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.name != "config.yaml":
+                files[str(path.relative_to(folder))] = None if "tfevents" in path.name else path.read_bytes()
+        return "trained", files, capsys.readouterr().out, tuple(calls)
+
+    return run
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("stage", "place"), CHANGES, ids=map("-".join, CHANGES))
+def test_it_has_an_effect_or_is_refused(outcome, stage, place):
+    plain, ignored, broken = {}, [], []
+    for key, value in CHANGES[stage, place].items():
+        if value == {}:  # its keys are walked by themselves, or refused by the constructor
+            continue
+        value, beside = value if isinstance(value, tuple) else (value, {})
+        config = config_of(stage)
+        for name, other in beside.items():
+            changed(config, name[1:] if name.startswith("/") else f"{place}.{name}", other)
+        said = json.dumps(beside, sort_keys=True)
+        try:
+            if said not in plain:
+                plain[said] = outcome(config)
+                assert plain[said][0] == "trained", plain[said]
+            changed(config, f"{place}.{key}", value)
+            if outcome(config) == plain[said]:
+                ignored.append(key)
+        except Exception as error:  # all are reported together
+            broken.append((key, repr(error)[:200]))
+    assert not ignored and not broken, f"no effect: {ignored}; not refused in a sentence: {broken}"

@@ -1,0 +1,90 @@
+"""A configuration of every kind of stage with tiny networks, which trains in a second, and the files that it needs."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import TINY, randomised
+from PIL import Image
+from test_ddgan_stage import PARAMS as GAN
+from test_noisy_classifier_stage import NETWORK as NOISY
+from test_pixel_diffusion import CONFIG as PIXEL
+
+import ldm
+from ldm.checkpoint.file import save_file
+from ldm.models.classifier import Judge
+
+JUDGE = {"target": "ldm.models.classifier.Judge", "params": {"widths": [4, 4, 8]}}
+DIGITS = {"target": "ldm.data.digits.Digits", "params": {"first": 16}}
+SUBJECT = {"instance_data_dir": "instance", "instance_prompt": "a sks five", "class_prompt": "five"}
+RATE = {"learning_rate": 1e-3}
+# name -> the stage's class and arguments, and its data
+STAGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "autoencoder": (
+        "ldm.training.autoencoder.AutoencoderStage",
+        {**TINY["first_stage_config"]["params"], **RATE, "discriminator": {"input_nc": 1, "ndf": 4, "n_layers": 1}},
+        DIGITS,
+    ),
+    "clip": (
+        "ldm.training.clip.CLIPStage",
+        {**RATE, "vision": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}}
+        | {"width": 16, "layers": 1, "heads": 2, "projection_dim": 16, "merges_first": 10},
+        DIGITS,
+    ),
+    "diffusion": (
+        "ldm.training.diffusion.DiffusionStage",
+        {"unet_config": TINY["unet_config"], "first_stage": "first_stage", "cond_stage": "cond_stage", **RATE}
+        | {"schedule": {"name": "cosine"}, "defaults": TINY["defaults"], "preview_prompts": ["five"]},
+        DIGITS,
+    ),
+    "folder": (
+        "ldm.training.diffusion.DiffusionStage",
+        {"unet_config": TINY["unet_config"], "first_stage": "first_stage", "cond_stage": "cond_stage", **RATE}
+        | {"schedule": {"name": "cosine"}, "defaults": TINY["defaults"], "cache_latents": False},
+        {"target": "ldm.data.folder.Folder", "params": {"root": "instance", "size": 32, "channels": 1, "caption": ""}},
+    ),
+    "pixel": ("ldm.training.pixel_diffusion.PixelDiffusionStage", {"model": PIXEL, **RATE, "previews": 2}, DIGITS),
+    "classifier": ("ldm.training.classifier.ClassifierStage", {"network": JUDGE, **RATE}, DIGITS),
+    "dreambooth": (
+        "ldm.finetune.dreambooth.DreamBoothStage",
+        {"ckpt": "model", **RATE, "instance_prompt": "a sks five", "class_prompt": "five", "preview_columns": 1},
+        {"target": "ldm.inference.class_images.SubjectImages", "params": {**SUBJECT, "class_data_dir": "class"}},
+    ),
+    "textual_inversion": (
+        "ldm.finetune.textual_inversion.TextualInversionStage",
+        {"ckpt": "model", **RATE, "word": "<it>", "initial": "five", "previews": 1},
+        {"target": "ldm.data.folder.Folder", "params": {"root": "instance", "caption": ""}},
+    ),
+    "noisy_classifier": (
+        "ldm.optional.noisy_classifier_stage.NoisyClassifierStage",
+        {"network": {**NOISY, "params": {**NOISY["params"], "image_size": 32, "out_channels": 10}}, **RATE}
+        | {"schedule": {"name": "cosine"}},
+        DIGITS,
+    ),
+    "ddgan": ("ldm.optional.ddgan_stage.DenoisingGANStage", GAN, DIGITS),
+}
+
+
+def write_inputs(folder: Path) -> None:
+    """Write the checkpoints and images that the configurations name, by paths relative to the folder."""
+    torch.manual_seed(0)
+    model = randomised(ldm.LatentDiffusion(**copy.deepcopy(TINY))).eval().requires_grad_(False)
+    ldm.save(model, folder / "model")
+    for name in ("first_stage", "cond_stage"):
+        save_file(folder / name, getattr(model, f"{name}_model").state_dict(), TINY[f"{name}_config"])
+    save_file(folder / "judge", Judge(**JUDGE["params"]).state_dict(), JUDGE)
+    noise = np.random.default_rng(0)
+    for name, count in (("instance", 3), ("class", 4)):
+        (folder / name).mkdir()
+        for i in range(count):
+            Image.fromarray(noise.integers(0, 256, (32, 40), dtype=np.uint8)).save(folder / name / f"{i}.png")
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Return a run of two training steps, with a preview and a state to resume from after each."""
+    target, params, data = copy.deepcopy(STAGES[name])
+    loop = {"steps": 2, "batch_size": 2, "log_every": 1, "preview_every": 1, "save_every": 1, "tensorboard": False}
+    stage = {"target": target, "params": params}
+    return {"name": name, "outdir": "out", "seed": 0, "stage": stage, "data": data, "loop": loop}
