@@ -443,3 +443,9 @@ def test_recognising_moves_no_tensors(monkeypatch):
     monkeypatch.setattr(Tensor, "clone", lambda self: copied.append(self) or self)
     recognise(on_meta(built(TINY_1)))
     assert not copied
+
+
+def test_an_ordinary_stable_diffusion_1_is_one_calm_line():
+    state = on_meta(published_shapes("sd-v1"))
+    assert recognise(state).notes == ["recognised Stable Diffusion 1, with its usual settings: it predicts eps"]
+    assert len(recognise(state | {"v_pred": torch.empty(0)}).notes) == 3

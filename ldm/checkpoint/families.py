@@ -21,6 +21,7 @@ from ldm.diffusion.schedule import make_schedule
 _SD2_STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v", 140_000: "v"}
 # modelspec.prediction_type; diffusers' words for it, too
 _HEADER_PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "sample": "x0", "x0": "x0"}
+SD1_WIDTH = 320  # of the published UNets, whose descendants all predict eps
 _SDXL_POOLED = (2816, 2560)  # pooled text and sizes that SDXL's UNets take: base, refiner
 
 
@@ -96,7 +97,12 @@ def _model(
     if schedule.get("zero_terminal_snr", False):
         defaults["spacing"] = "trailing"  # the others do not begin at T - 1, where alone there is no signal
     heads = ", ".join(f"{key} {unet[key]}" for key in family.heads if key != "legacy")
-    notes += [note, f"{schedule_note}, scale factor {scale_factor:g} is {origin}, {heads} is assumed"]
+    published = family.name.startswith("sd-v1") and unet["model_channels"] == SD1_WIDTH and asked is None
+    usual = (prediction, schedule, scale_factor) == ("eps", family.schedule, SCALE_FACTORS[networks.KL_TARGET])
+    if published and usual:
+        notes = [f"recognised {family.title}, with its usual settings: it predicts eps"]  # nothing to worry about
+    else:
+        notes += [note, f"{schedule_note}, scale factor {scale_factor:g} is {origin}, {heads} is assumed"]
     params = {
         "unet_config": {"target": networks.UNET_TARGET, "params": unet},
         **{"first_stage_config": first_stage, "cond_stage_config": conditioner, "concat": concat},
