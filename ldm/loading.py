@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.changes import Change, settings_of_model
 from ldm.checkpoint import networks
-from ldm.checkpoint.file import CONFIG_KEY, file_hash, load_file, read_config, save_file
+from ldm.checkpoint.file import CONFIG_KEY, checkpoint_at, file_hash, load_file, read_config, save_file
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State, check_finite, read_tensors, vanishing
 from ldm.diffusion.denoiser import check_prediction
@@ -62,8 +62,8 @@ def load(
     """Load the model of a checkpoint; without a path, the digits model that ships with the package.
 
     Args:
-        path: a checkpoint of ours, a single file of CompVis's kind (.safetensors or .ckpt; nothing in it is executed),
-            or a folder of diffusers. `model.notes` says what was recognised in it and what had to be assumed.
+        path: a checkpoint of ours, the folder of a run, a single file of CompVis's kind (.safetensors or .ckpt; nothing
+            in it is executed), or a folder of diffusers. `model.notes` says what was recognised and what was assumed.
         device, dtype: where the weights go, and as what ("fp16", say; None: as the file has them). On the CPU, in the
             file's own dtype, they stay mapped: they take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
@@ -73,12 +73,13 @@ def load(
         vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
         variant: of a diffusers folder's files, "fp16" say.
     """
-    path = SHIPPED if path is None else Path(path)
+    path = SHIPPED if path is None else checkpoint_at(path)
+    vae, unet = (None if part is None else checkpoint_at(part) for part in (vae, unet))
     if prediction is not None:
         check_prediction(prediction)
-    replacements = {} if vae is None else {"first_stage": _take("first_stage", Path(vae))}
+    replacements = {} if vae is None else {"first_stage": _take("first_stage", vae)}
     if unet is not None:
-        replacements["unet"] = _take("unet", Path(unet), ema)
+        replacements["unet"] = _take("unet", unet, ema)
     found = _complete(path, _open(path, config, ema and unet is None, prediction, variant, replacements), replacements)
     if prediction is not None:
         _set_prediction(path, found.config, prediction)

@@ -11,7 +11,7 @@ import torch
 from conftest import save_noise
 from safetensors.torch import load_file
 
-from ldm.training.loop import processes
+from ldm.training.processes import processes
 
 ROOT = Path(__file__).parent.parent
 

@@ -165,7 +165,7 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert height == 2 * (64 + LINE + GAP) + GAP  # the subject's and the word's, under labels
     written = {re.sub(r"tfevents.*", "tfevents", path.name) for path in (tmp_path / "out").iterdir()}
     assert written == {"learned_embeds.safetensors", "sks.pt", "embeddings.pt", "contact_sheet.png", "previews"} | {
-        *("metrics.jsonl", "events.out.tfevents", "config.yaml", "model.safetensors")
+        *("metrics.jsonl", "events.out.tfevents", "config.yaml", "model.safetensors", "resume.pt")
     }
     page = (ROOT / "docs/how-to/textual_inversion.md").read_text()
     assert all(f"`{name}" in page for name in written - {"sks.pt"}) and "`WORD.pt`" in page

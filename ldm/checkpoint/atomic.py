@@ -56,6 +56,17 @@ def atomic(path: str | Path, wanted: int | None = None, new: bool = False) -> It
         file.close()  # from here on the name of the temporary file is another writer's
 
 
+@contextmanager
+def explained(path: Path, wanted: int) -> Iterator[None]:
+    """Name the file, and the bytes that it needs, in an error of writing it in another way."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, str(path)):
+            raise _explained(error, path, wanted) from None
+        raise
+
+
 def _rename(temporary: Path, path: Path, new: bool) -> None:
     if new:
         try:
@@ -127,7 +138,7 @@ class Lock:
 
     def __init__(self, folder: Path, refusal: str) -> None:
         """Raise ValueError(refusal) if another process or thread holds the lock."""
-        self.path = folder / ".lock"
+        self.path, self.made = folder / ".lock", not folder.exists()
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab")
@@ -141,12 +152,13 @@ class Lock:
             os.register_at_fork(after_in_child=self.file.close)
 
     def release(self) -> None:
-        """Remove the file, and the folder if nothing else is in it."""
+        """Remove the file, and the folder if it was made for it and nothing else is in it."""
         if self.file.closed:
             return
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
-            self.path.parent.rmdir()
+        self.path.unlink(missing_ok=True)
+        if self.made:
+            with suppress(OSError):
+                self.path.parent.rmdir()
         self.file.close()
 
 

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +17,44 @@ from ldm.checkpoint.networks import check_targets
 from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, check_finite, read_tensors
 
 CONFIG_KEY = "ldm.config"
+STEP_KEY = "ldm.step"  # of a run's checkpoints: how many steps they were trained
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def load_file(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read (configuration, tensors) of a checkpoint of ours; the tensors are mapped from the file, not copied."""
+    """Read (configuration, tensors) of a checkpoint of ours; the tensors are mapped from the file, not copied.
+
+    path: a file, or the folder of a run, whose newest checkpoint is meant.
+    """
+    path = checkpoint_at(path)
     state, metadata, _ = read_tensors(path)
     check_finite(f"checkpoint {str(path)!r}", state)
     return read_config(path, metadata), state
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint in a run's folder that was trained longest: its result, or a `model-STEP.safetensors`."""
+    kept = [path for path in folder.glob("model-*.safetensors") if re.fullmatch(r"model-\d+", path.stem)]
+    newest = max(kept, key=lambda path: int(path.stem[6:]), default=None)
+    result = folder / "model.safetensors"
+    if newest is None or not result.is_file():
+        return result if result.is_file() else newest
+    steps = int(read_tensors(result).metadata.get(STEP_KEY, 2**63))  # more than any other, if it does not say
+    return result if steps >= int(newest.stem[6:]) else newest
+
+
+def checkpoint_at(path: str | Path) -> Path:
+    """Return the path of a checkpoint: of a run's folder the newest one in it, of anything else the path itself."""
+    path = Path(path)
+    if not (path / "config.yaml").is_file() or (path / "model_index.json").exists():  # the latter: diffusers'
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise FileNotFoundError(
+            f"the run in {str(path)!r} has no checkpoint yet: finish it with --resume, or resume it with "
+            "loop.keep_every=N, which keeps one every N steps"
+        )
+    return newest
 
 
 def read_config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -151,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main:
         merged = [] if stage["lora"] is not None and not stage["merge"] else ["model.safetensors"]
         names = merged if stage["lora"] is None else [*merged, "lora.safetensors"]
+        names += ["resume.pt"] if config["loop"].get("keep_state", True) else []
         for file in (args.output_dir / name for name in names):
             print(f"{file.stem}: {file} ({file.stat().st_size:,} bytes)")
         if not merged:

@@ -7,7 +7,7 @@ ldm txt2img --embedding outputs/mine/learned_embeds.safetensors --prompt "a hand
 What is not given is as in configs/finetune/textual_inversion.yaml, or textual_inversion_large.yaml for a model of the
 size of Stable Diffusion. Files: OUTPUT_DIR/learned_embeds.safetensors or what --format says, contact_sheet.png,
 previews/ (above the subject's images, below generated ones), metrics.jsonl, TensorBoard's file, config.yaml, and those
-that the run itself needs: resume.pt until it is finished, then model.safetensors.
+that the run itself needs: resume.pt and, when it is finished, model.safetensors.
 """
 
 import argparse

@@ -3,7 +3,8 @@
     ldm train configs/digits/*.yaml [key=value ...] [--resume]
 
 key=value changes a setting in every configuration that has it (loop.steps=100, outdir=runs/mine); NAME.key=value only
-in the stage of that name (diffusion.loop.steps=100). The same command with --resume continues an interrupted run.
+in the stage of that name (diffusion.loop.steps=100). The same command with --resume continues an interrupted run, and
+with more steps a finished one.
 """
 
 from ldm.cli import ALLOW, Parser, device_name
@@ -12,13 +13,14 @@ from ldm.cli import ALLOW, Parser, device_name
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("arguments", nargs="+", metavar="CONFIG|key=value", help="yaml files, then settings to change")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run, skip finished stages")
+    parser.add_argument("--resume", action="store_true", help="continue what is there, skip finished stages")
     parser.add_argument("--device", default="auto", type=device_name, help="auto, cpu, cuda or mps")
     parser.add_argument("--allow", **ALLOW)
     args = parser.parse_args(argv)
 
     from ldm.training.config import read_configs
-    from ldm.training.loop import processes, train
+    from ldm.training.loop import train
+    from ldm.training.processes import processes
     from ldm.training.rehearsal import rehearse
     from ldm.util import pick_device
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.checkpoint.file import load_file, save_file
+from ldm.checkpoint.file import checkpoint_at, load_file, save_file
 from ldm.data.captions import NUMBER_WORDS
 from ldm.evaluation import subjects
 from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
@@ -223,7 +223,7 @@ def write_statistics(args: argparse.Namespace) -> Result:
 
 def _head(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return what was measured with what: figures of different judges or feature networks do not compare."""
-    path = SHIPPED if args.ckpt is None else args.ckpt
+    path = SHIPPED if args.ckpt is None else checkpoint_at(args.ckpt)
     return {"measured": args.command, "checkpoint": {"path": str(path), "sha256": fingerprint(path)}, **more}
 
 

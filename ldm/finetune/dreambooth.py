@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from ldm.checkpoint.networks import MODEL_TARGET
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.contact_sheet import save_contact_sheet
-from ldm.finetune.lora import Adapter, attach, merge
+from ldm.finetune.lora import Adapter, attach, connect, merge, restore
 from ldm.finetune.lora_files import kohya_tensors, save_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.finetune.parts import FineTuningStage, choose_layers, choose_text, rate_for, train_words
@@ -232,7 +232,7 @@ class DreamBoothStage(FineTuningStage):
     def preview_labels(self) -> list[str]:
         return list(self.previews)
 
-    def finish(self, dataset: Dataset) -> None:
+    def write_extras(self) -> None:
         """Write the contact sheet and the adapters' own file."""
         if self.lora_file is not None:
             dtype = next(iter(self.dtypes.values()))
@@ -255,8 +255,10 @@ class DreamBoothStage(FineTuningStage):
         model = self.latent_diffusion
         if self.adapters and not self.merge:
             return None, kohya_tensors(self.adapters, model, next(iter(self.dtypes.values())))
-        merge(model, self.adapters)
+        kept = merge(model, self.adapters)
         state = {name: tensor.to(self.dtypes[name]) for name, tensor in model.state_dict().items()}
+        restore(model, kept)  # the run may go on
+        connect(model, self.adapters)
         config = {name: value for name, value in model.config.items() if value is not None or name not in OPTIONAL}
         return {"target": MODEL_TARGET, "params": config}, state
 

@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` is quick.
 
 import argparse
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,11 +83,15 @@ MEMORY = [
 OUTPUT = [
     ("--output_dir", "output_dir", {"type": Path, "metavar": "DIR"}, "(outputs/, the script's name)"),
     ("--checkpointing_steps", "loop.save_every", number(int_range(1)), "steps between saved states (500)"),
+    ("--keep_every --save_every_n_steps", "loop.keep_every", number(int_range(1)),
+     "steps between checkpoints that are kept as model-STEP.safetensors (none)"),
+    ("--discard_state", "loop.keep_state", const(False),
+     "remove resume.pt at the end: a finished run cannot go on with more steps then"),
     ("--validation_steps", "loop.preview_every", number(int_range(1)), "steps between previews (100)"),
     ("--report_to", "loop.tensorboard", choose({"tensorboard": True, "none": False}),
      "metrics.jsonl is always written (tensorboard)"),
     ("--resume_from_checkpoint --resume", "resume", {"nargs": "?", "const": "latest", "metavar": "DIR"},
-     "resume the run in OUTPUT_DIR (latest), or a copy of the run in another folder"),
+     "resume the run in OUTPUT_DIR (latest; where there is none it starts), or a copy of the run in another folder"),
 ]  # fmt: skip
 
 
@@ -129,7 +134,7 @@ def begin(
     from omegaconf import OmegaConf
 
     import ldm
-    from ldm.training.loop import processes
+    from ldm.training.processes import processes
     from ldm.util import CONFIGS, escaped, load_yaml
 
     these = processes(args.device)
@@ -142,7 +147,7 @@ def begin(
     output = args.output_dir.resolve()
     keys = {key: value for key, value in vars(args).items() if key.startswith(KEYS)}
     keys |= {"name": output.name, "outdir": str(output.parent), "stage.params.loading": loading}
-    keys["stage.params.ckpt"] = None if args.ckpt is None else str(args.ckpt.resolve())
+    keys["stage.params.ckpt"] = None if args.ckpt is None else str(model.path.resolve())
     if "loop.steps" in keys:
         keys["loop.log_every"] = min(50, max(1, keys["loop.steps"] // 10))
     for key in sorted(keys):  # a mapping before what is in it
@@ -152,37 +157,14 @@ def begin(
 
 
 def move_in(source: str, folder: Path) -> None:
-    """Make the run that is to go on lie in `folder`: copied there from `source`, unless that is "latest" or the folder.
-
-    A run may have been moved since it was saved: the paths in its configuration are set right.
-    """
-    import yaml
-
-    from ldm.checkpoint.atomic import atomic
-    from ldm.util import escaped, read_yaml
-
+    """Copy the run that is to go on from `source` into `folder`, unless that is "latest" or the folder itself."""
     origin = folder if source == "latest" else Path(source)
+    if origin.resolve() == folder.resolve():
+        if not (folder / "config.yaml").is_file():
+            print(f"{folder} holds no run to resume: it starts anew", file=sys.stderr)
+        return
     if not (origin / "config.yaml").is_file():
         raise FileNotFoundError(f"{origin} holds no run to resume: it has no config.yaml")
-    if origin.resolve() != folder.resolve():
-        if (folder / "config.yaml").exists():
-            raise ValueError(f"{folder} already holds a run: choose another --output_dir to go on from {origin}")
-        shutil.copytree(origin, folder, dirs_exist_ok=True)
-    path, home = folder / "config.yaml", folder.resolve()
-    saved = read_yaml(path)
-    before = str(Path(saved["outdir"]) / saved["name"])
-    if before != str(home):
-        moved = _relocated(saved, before, str(home)) | {"outdir": str(home.parent), "name": home.name}
-        with atomic(path) as temporary:
-            temporary.write_text(yaml.safe_dump(escaped(moved), sort_keys=False), encoding="utf-8")
-
-
-def _relocated(value: Any, before: str, now: str) -> Any:
-    """Return a configuration with every path below `before` as one below `now`."""
-    if isinstance(value, dict):
-        return {key: _relocated(entry, before, now) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_relocated(entry, before, now) for entry in value]
-    if isinstance(value, str) and (value == before or value.startswith(f"{before}/")):
-        return now + value.removeprefix(before)
-    return value
+    if (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} already holds a run: choose another --output_dir to go on from {origin}")
+    shutil.copytree(origin, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*.tmp", ".lock"))

@@ -123,7 +123,7 @@ class TextualInversionStage(FineTuningStage):
     def _generate(self, prompt: str) -> list[Image.Image]:
         return self.generate([prompt] * self.preview_columns, plain=True)
 
-    def finish(self, dataset: Dataset) -> None:
+    def write_extras(self) -> None:
         """Write the contact sheet."""
         if self.sheet is not None:
             prompt = self.captions[0]

@@ -6,28 +6,28 @@ resumed ends with the same weights as an uninterrupted one (bit for bit on a CPU
 """
 
 import math
-import signal
-import threading
+import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.order import EpochBatches, mix_seed, training_batches
+from ldm.training.processes import StopFlag, agreed, make_accelerator
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage, Trained
 from ldm.util import call_with, instantiate_from_config, pick_device
 
-if TYPE_CHECKING:
-    from accelerate import PartialState
+LARGEST_WEIGHT = 1e6  # far more than any trained network's
 
 
 @dataclass
@@ -45,6 +45,8 @@ class LoopSettings:
     log_every: int = 50  # steps between lines of metrics.jsonl
     preview_every: int = 500  # steps between images in previews/
     save_every: int = 500  # steps between states to resume from
+    keep_every: int = 0  # steps between checkpoints that are kept as model-STEP.safetensors; 0: none
+    keep_state: bool = True  # whether a finished run keeps resume.pt, so that it can go on with more steps
     workers: int = 0  # processes that load data
     tensorboard: bool = True  # whether to write TensorBoard's file
 
@@ -52,6 +54,8 @@ class LoopSettings:
         for name in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "save_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"loop.{name} is {getattr(self, name)!r}: it must be an integer of at least 1")
+        if not isinstance(self.keep_every, int) or self.keep_every < 0:
+            raise ValueError(f"loop.keep_every is {self.keep_every!r}: it must be an integer of at least 0")
         if self.precision not in ("auto", "fp32", "bf16", "fp16"):
             raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32, bf16 or fp16")
         if not 0 <= self.ema < 1 or not self.clip > 0:
@@ -65,7 +69,7 @@ class LoopSettings:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after the state was saved; the message says how to resume."""
+    """Ctrl-C or SIGTERM, after the state was saved; the message says how to resume."""
 
 
 def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **stage_params: Any) -> Path:
@@ -73,22 +77,30 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
 
     Args:
         config: resolved, with name, outdir, seed, stage, data and loop.
-        resume: continue an interrupted run; a finished one is left as it is.
+        resume: continue an interrupted run, or one that was finished with fewer steps; any other is left as it is.
         device: auto, cpu, cuda or mps.
         stage_params: arguments of the stage instead of the configuration's, such as a model that is already loaded.
 
     Raises:
-        ValueError: for bad settings, and when the loss is no longer finite.
-        Interrupted: after Ctrl-C.
+        ValueError: for bad settings, and when the loss or the weights are no longer finite.
+        Interrupted: after Ctrl-C or SIGTERM.
     """
+    settings = LoopSettings.of(config)
+    accelerator = make_accelerator(settings.precision, settings.accumulate, pick_device(device))
+    path = Path(config["outdir"]) / config["name"]
+    with closing(RunFolder(path, config, resume, accelerator.is_main_process)) as folder:
+        if not folder.finished:
+            train_stage(config, settings, accelerator, folder, **stage_params)
+    return folder.model
+
+
+def train_stage(
+    config: dict[str, Any], settings: LoopSettings, accelerator: Any, folder: RunFolder, **stage_params: Any
+) -> None:
+    """Train one stage, from what its folder holds to its checkpoint."""
     from accelerate.utils import send_to_device
 
-    name, seed, settings = config["name"], config["seed"], LoopSettings.of(config)
-    accelerator = make_accelerator(settings, pick_device(device))
-    folder = RunFolder(Path(config["outdir"]) / name, config, resume, accelerator.is_main_process)
-    if folder.finished:
-        return folder.model
-
+    name, seed = config["name"], config["seed"]
     torch.manual_seed(seed)
     stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
     with accelerator.main_process_first():  # it writes files that the others then find
@@ -105,13 +117,15 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, groups)
     parts = {"networks": trained, "ema": average} | {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
     parts |= {} if scaler is None else {"scaler": scaler}
-    step = load_state(folder, parts) if resume else 0
+    step = load_state(folder, parts)
+    if step > settings.steps:
+        raise ValueError(f"the run in {str(folder.path)!r} has {step} steps already: loop.steps must be at least that")
     accelerator.wait_for_everyone()  # until every process has read the folder
     folder.begin(config, step, settings.tensorboard)
-    metrics = Metrics(name, folder)
+    metrics = Metrics(name, folder, trained)
 
     bar = {"initial": step, "total": settings.steps, "desc": name, "unit": "step", "mininterval": 1}
-    with InterruptFlag() as interrupted, closing(folder), tqdm(**bar, disable=not folder.writes) as progress:
+    with StopFlag() as stopped, tqdm(**bar, disable=not folder.writes) as progress:
         for number, batch in training_batches(dataset, order, step * settings.accumulate, settings.workers):
             if step >= settings.steps:
                 break
@@ -141,10 +155,20 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
                 progress.set_postfix(metrics.report(step), refresh=False)
             if last or step % settings.preview_every == 0:
                 preview(stage, average, folder, step)
-            stop = agreed(accelerator, interrupted.is_set())
-            if stop or (not last and step % settings.save_every == 0):
-                metrics.report(step)  # raises before a state that is not finite is saved
-                folder.save_state({"step": step} | {key: part.state_dict() for key, part in parts.items()})
+            keep = settings.keep_every > 0 and step % settings.keep_every == 0 and not last
+            stop = agreed(accelerator, stopped.is_set())
+            save = stop or last or step % settings.save_every == 0
+            if save or keep:
+                metrics.report(step)  # raises before anything is saved that is not finite
+            if keep:
+                save_checkpoint(stage, average, dataset, folder, step, f"model-{step:06d}.safetensors")
+            if save:
+                try:
+                    folder.save_state({"step": step} | {key: part.state_dict() for key, part in parts.items()})
+                except OSError as error:
+                    if not last:
+                        raise
+                    print(f"{error}; the result is written nevertheless", file=sys.stderr)
             if stop:
                 raise Interrupted(
                     f"stopped at step {step}, saved in {folder.state}: resume by the same command with --resume"
@@ -152,77 +176,52 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
 
     with average.applied():
         stage.train(False)
-        stage.finish(dataset)
-        folder.finish(*stage.export())
+        if folder.writes:
+            stage.write_extras()
+    save_checkpoint(stage, average, dataset, folder, step, folder.model.name)
+    if not settings.keep_state:
+        folder.remove_state()
     accelerator.wait_for_everyone()  # the next stage reads what the main process writes
     accelerator.free_memory()
-    return folder.model
-
-
-def processes(device: str) -> "PartialState":
-    """Return accelerate's state of the run's processes: which is the main one, and how to wait for each other.
-
-    Call it before `train`, because accelerate keeps its first state. device: as `train` takes it.
-    """
-    from accelerate import PartialState
-
-    # The others wait while one generates class images, which takes longer than torch's default timeout.
-    return PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(hours=12))
-
-
-def make_accelerator(settings: LoopSettings, device: torch.device) -> Any:
-    """Return accelerate's front end for these settings; raise ValueError if it uses another device."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    AcceleratorState._reset_state()  # accelerate keeps those of the stage before in the process
-    GradientState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision(settings.precision, device),
-        gradient_accumulation_steps=settings.accumulate,
-        cpu=device.type == "cpu",
-        # With several processes: the loss for one optimizer does not use the network of the other.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
-        raise ValueError(f"training on {str(device)!r} is not possible here: accelerate gives {accelerator.device}")
-    return accelerator
-
-
-def agreed(accelerator: Any, flag: bool) -> bool:
-    """Return whether any process has set its flag; if only some stopped, the others would wait for them."""
-    if accelerator.num_processes == 1:
-        return flag
-    if flag:
-        accelerator.set_trigger()
-    return accelerator.check_trigger()
 
 
 class Metrics:
     """Means over the main process's batches since the last report, logged as a JSON line and TensorBoard points."""
 
-    def __init__(self, stage: str, folder: RunFolder) -> None:
-        self.stage, self.folder, self.values = stage, folder, {}
+    def __init__(self, stage: str, folder: RunFolder, networks: nn.Module) -> None:
+        self.stage, self.folder, self.networks, self.values = stage, folder, networks, {}
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
 
     def report(self, step: int) -> dict[str, str]:
-        """Log the means and return the first few for the progress bar; raise ValueError if one is not finite."""
+        """Log the means and return the first few for the progress bar.
+
+        Raises ValueError if a mean or weight is not finite, or a weight larger than any that a network works with.
+        """
         means = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
         self.values = {}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise ValueError(
-                    f"{self.stage}: {name} became {mean} by step {step}, so training stopped; the last saved state is "
-                    f"in {str(self.folder.path)!r}: continue with --resume and a lower learning rate, or "
-                    "loop.precision=fp32"
-                )
+                self._stop(f"{name} became {mean}", step)
+        weights = [p.detach().abs().max().float() for p in self.networks.parameters() if p.requires_grad and p.numel()]
+        largest = torch.stack(weights).max().item() if weights else 0.0
+        if not largest <= LARGEST_WEIGHT:
+            self._stop(f"a weight became {largest:.3g}", step)
         if means:
             self.folder.log(step, means)
         return {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]}
+
+    def _stop(self, what: str, step: int) -> NoReturn:
+        state = self.folder.state
+        advice = "nothing was saved yet: start again with"
+        if state.exists():
+            advice = f"the last saved state is in {str(self.folder.path)!r}: continue with --resume and"
+        raise ValueError(
+            f"{self.stage}: {what} by step {step}, so training stopped; {advice} a lower learning rate, or "
+            "loop.precision=fp32"
+        )
 
 
 def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:
@@ -242,7 +241,7 @@ def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:
         for key, part in parts.items():
             if state.get(key) is not None or key != "scaler":
                 part.load_state_dict(state[key])
-    except (KeyError, ValueError, RuntimeError):
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
         raise ValueError(
             f"cannot resume from {str(folder.state)!r}, which another version of ldm saved: resume with that version, "
             "or start again in another output folder"
@@ -259,36 +258,13 @@ def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
         stage.train()
 
 
-def mixed_precision(precision: str, device: torch.device) -> str:
-    """Return accelerate's name for a precision; `auto` is bf16 only where the hardware computes in it.
-
-    Raises ValueError for fp16 without a GPU, where it is slower than float32 and accelerate refuses it.
-    """
-    if precision == "fp16" and device.type != "cuda":
-        raise ValueError(f"precision fp16 trains on CUDA GPUs, not on {str(device)!r}: use bf16 or fp32")
-    if precision != "auto":
-        return {"fp32": "no"}.get(precision, precision)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # torch has private functions for CPUs, in some versions
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
-        native = any(getattr(torch.cpu, name, lambda: False)() for name in names)
-    return "bf16" if native else "no"
-
-
-class InterruptFlag:
-    """In the block, the first Ctrl-C sets the flag, to stop between training steps; a second one interrupts at once."""
-
-    def __enter__(self) -> threading.Event:
-        self.event, self.previous = threading.Event(), None
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._handle)
-        return self.event
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.event.set()
-        signal.signal(signal.SIGINT, self.previous)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+@torch.no_grad()
+def save_checkpoint(stage: Stage, average: EMA, dataset: Dataset, folder: RunFolder, step: int, name: str) -> None:
+    """Write the averaged weights, completed as a result's are, and leave the weights that train as they are."""
+    own = {key: tensor.to("cpu", copy=True) for key, tensor in stage.networks.state_dict().items()}
+    with average.applied():
+        stage.train(False)
+        stage.finish(dataset)
+        folder.save_model(folder.path / name, step, *stage.export())
+    stage.networks.load_state_dict(own)
+    stage.train()

@@ -78,7 +78,7 @@ def training_batches(dataset: Any, order: EpochBatches, first: int, workers: int
             dataset,
             batch_sampler=order,
             num_workers=workers,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=ignore_signals,
             # DataLoader takes a seed each epoch, which must not change torch's global random state.
             generator=torch.Generator().manual_seed(order.seed),
         )
@@ -101,6 +101,7 @@ def first_images(dataset: Any, count: int) -> Any:
     return cut
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which still needs the workers' batches to complete its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM to the main process, which still needs the workers' batches to complete its step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from ldm.checkpoint.file import save_file
 from ldm.training.contract import build_dataset
-from ldm.training.loop import LoopSettings, mixed_precision
+from ldm.training.loop import LoopSettings
 from ldm.training.order import EpochBatches, first_images
+from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage
 from ldm.util import get_obj_from_str, instantiate_from_config

@@ -1,9 +1,12 @@
 """The folder of a run: configuration, metrics, previews, the state to resume from, and the finished checkpoint.
 
-OUTDIR/STAGE/config.yaml  metrics.jsonl  events.out.tfevents...  previews/000500.png  resume.pt  model.safetensors
+OUTDIR/STAGE/config.yaml  metrics.jsonl  events.out.tfevents...  previews/000500.png  resume.pt
+             model-000500.safetensors  model.safetensors
 """
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,44 +17,90 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.atomic import atomic, sweep
-from ldm.checkpoint.file import save_file, save_torch
+from ldm.checkpoint.atomic import Lock, atomic, explained, sweep
+from ldm.checkpoint.file import STEP_KEY, newest_checkpoint, save_file, save_torch
+from ldm.checkpoint.tensors import read_tensors
 from ldm.images import Row, image_grid, labelled_rows
-from ldm.util import escaped
+from ldm.util import escaped, read_yaml
 
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
-FREE = tuple(f"loop.{name}" for name in ("steps", "precision", "clip", "lr_schedule", "log_every", "preview_every"))
-FREE += ("loop.save_every", "loop.workers", "loop.tensorboard", "stage.params.learning_rate")
+FREE = re.compile(
+    r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|workers|"
+    r"tensorboard)|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
+)
 
 
 class RunFolder:
-    """A run's files; refuses a folder that holds another run, or this one without `resume`."""
+    """A run's files, locked while it trains; refuses a folder that holds another run, or this one without `resume`.
+
+    Attributes:
+        finished: whether the result is there, of as many steps as the configuration asks for.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool, writes: bool) -> None:
         """`writes`: False in all but the main process of a distributed run."""
         self.path, self.writes, self.writer = path, writes, None
         self.model, self.state, self.metrics = path / "model.safetensors", path / "resume.pt", path / "metrics.jsonl"
-        self._check(config, resume)
+        refusal = f"{str(path)!r} is being trained in by another process: wait for its end, or choose another folder"
+        self.lock = Lock(path, refusal) if writes else None
+        try:
+            self.finished = self._is_finished(self._saved_config(config, resume), config)
+        except BaseException:
+            self.close()
+            raise
 
-    def _check(self, config: dict[str, Any], resume: bool) -> None:
+    def _saved_config(self, config: dict[str, Any], resume: bool) -> dict[str, Any]:
+        """Return the configuration that what is saved here comes from: `config` itself if nothing is saved yet."""
         saved = self.path / "config.yaml"
-        if not saved.exists():
-            return
+        if not self.state.exists() and newest_checkpoint(self.path) is None:
+            return config  # new, or killed before there was anything to keep
         if not resume:
             raise ValueError(
                 f"{str(self.path)!r} already holds a run: continue it with --resume, or choose another output folder"
             )
-        before, now = flatten(OmegaConf.to_container(OmegaConf.load(saved), resolve=True)), flatten(config)
-        changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        fixed = [key for key in changed if not key.startswith(FREE)]
+        if not saved.exists():
+            return config
+        try:
+            before = read_yaml(saved)
+            if not isinstance(before.get("loop"), dict) or not {"name", "outdir"} <= before.keys():
+                raise ValueError("it is not the configuration of a run")
+            return before
+        except ValueError as error:
+            raise ValueError(
+                f"{str(saved)!r} is damaged ({str(error)[:200]}): delete it, and the run is resumed with the settings "
+                "that are given now"
+            ) from None
+
+    def _is_finished(self, before: dict[str, Any], now: dict[str, Any]) -> bool:
+        """Return whether the result has enough steps; name what differs, and raise ValueError for what may not."""
+        changed = differences(before, now)
+        fixed = [key for key, values in changed.items() if not FREE.fullmatch(key) and not was_moved(*values)]
         if fixed:
             few = ", ".join(fixed[:5]) + (f" and {len(fixed) - 5} more" if len(fixed) > 5 else "")
             raise ValueError(
                 f"{str(self.path)!r} was started with other settings of {few}: resume with those, or "
                 "choose another output folder"
             )
-        if changed and not self.finished:
-            print(f"{self.path}: resumed with other settings of {', '.join(changed)} than it was started with")
+        names, steps = ", ".join(changed), now["loop"]["steps"]
+        done = self._result_steps(before["loop"].get("steps", 0))
+        if done >= steps:
+            note = f"finished, with {done} steps: without more (loop.steps) the new settings of {names} have no effect"
+        elif done and not self.state.exists():
+            raise ValueError(
+                f"the run in {str(self.path)!r} is finished, with {done} steps, and its state was not kept "
+                f"(loop.keep_state), so it cannot go on to {steps}: train {steps} steps in another output folder"
+            )
+        else:
+            note = f"resumed with other settings of {names} than it was started with"
+        if changed and self.writes:
+            print(f"{self.path}: {note}", file=sys.stderr)
+        return done >= steps
+
+    def _result_steps(self, configured: int) -> int:
+        """Return how many steps the result was trained for, or 0. configured: of a result that does not say."""
+        if not self.model.exists():
+            return 0
+        return int(read_tensors(self.model).metadata.get(STEP_KEY, 0 if self.state.exists() else configured))
 
     def begin(self, config: dict[str, Any], step: int, tensorboard: bool) -> None:
         """Write the configuration, once the stage and its data are built: a mistake leaves no run behind."""
@@ -63,11 +112,8 @@ class RunFolder:
             self.writer = SummaryWriter(self.path, purge_step=step + 1)  # drops what an interrupted run wrote later
         with atomic(self.path / "config.yaml") as temporary:
             OmegaConf.save(OmegaConf.create(escaped(config)), temporary)
-        sweep(self.path)
-
-    @property
-    def finished(self) -> bool:
-        return self.model.exists()
+        for folder in (self.path, self.path / "previews"):
+            sweep(folder)
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the saved state, atomically."""
@@ -81,8 +127,14 @@ class RunFolder:
         if self.state.exists():
             try:
                 state = torch.load(self.state, map_location="cpu", weights_only=True)
+                if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+                    raise ValueError(f"it holds a {type(state).__name__}, not the state of a run")
             except Exception as error:  # torch raises half a dozen kinds for a damaged file
-                raise ValueError(f"cannot resume from {str(self.state)!r}: the file is damaged ({error})") from None
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise ValueError(
+                    f"cannot resume from {str(self.state)!r}: the file is damaged ({reason}); to start anew, choose "
+                    "another output folder or delete that file"
+                ) from None
         if self.writes:
             self._cut_metrics(0 if state is None else state["step"])
         return state
@@ -91,8 +143,12 @@ class RunFolder:
         """Drop the lines after `step`, and an incomplete one of a run that was killed."""
         if not self.metrics.exists():
             return
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        kept = []
+        for line in self.metrics.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                kept += [line] if line.endswith("}\n") and json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError):  # damaged
+                pass
         with atomic(self.metrics) as temporary:
             temporary.write_text("".join(kept))
 
@@ -100,8 +156,9 @@ class RunFolder:
         """Write a JSON line, and a TensorBoard point for each value."""
         if not self.writes:
             return
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        line = json.dumps({"step": step, **values}) + "\n"
+        with explained(self.metrics, len(line)), open(self.metrics, "a") as file:
+            file.write(line)
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -119,16 +176,52 @@ class RunFolder:
         if self.writer is not None:
             self.writer.add_image("preview", numpy.array(grid.convert("RGB")), step, dataformats="HWC")
 
-    def finish(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write the finished checkpoint, then remove the state to resume from."""
-        if not self.writes:
-            return
-        save_file(self.model, tensors, config)
-        self.state.unlink(missing_ok=True)
+    def save_model(self, path: Path, step: int, config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> None:
+        """Write a checkpoint of the run, the result or one on the way."""
+        if self.writes:
+            save_file(path, tensors, config, metadata={STEP_KEY: str(step)})
+
+    def remove_state(self) -> None:
+        """Remove the state of a finished run."""
+        if self.writes:
+            self.state.unlink(missing_ok=True)
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+        if self.lock is not None:
+            self.lock.release()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {"a.b.0": (value before, value now)} of two configurations of a run, which may have been moved.
+
+    The place of the run does not count: paths below its folder or its outdir are alike if they are so from there.
+    """
+    given, inner = [flatten(config) for config in (before, now)], [portable(config) for config in (before, now)]
+    keys = sorted((given[0].keys() | given[1].keys()) - {"name", "outdir"})
+    pairs = {key: tuple(values.get(key) for values in given) for key in keys}
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1] and inner[0].get(k) != inner[1].get(k)}
+
+
+def portable(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, flattened, with paths below its run's folder or outdir relative to that folder."""
+    outdir, found = str(config["outdir"]).rstrip("/"), flatten(config)
+    places = {f"{outdir}/{config['name']}": ".", outdir: ".."}
+    for key, value in found.items():
+        for place, short in places.items():
+            if isinstance(value, str) and f"{value}/".startswith(f"{place}/"):
+                found[key] = short + value.removeprefix(place)
+                break
+    return found
+
+
+def was_moved(before: Any, now: Any) -> bool:
+    """Return whether two values are paths of one name, of which the first is gone and the second is there."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    old, new = Path(before), Path(now)
+    return old.name == new.name and len(old.parts) > 1 and not old.exists() and new.exists()
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -99,6 +99,9 @@ class Stage:
     def finish(self, dataset: Dataset) -> None:
         """Complete the averaged weights before they are exported, for example by measured statistics."""
 
+    def write_extras(self) -> None:
+        """Write what a finished run has besides its checkpoint."""
+
     def export(self) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
         """Return (configuration, tensors) of the stage's checkpoint."""
         return self.config, self.networks["model"].state_dict()

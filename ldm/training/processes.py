@@ -1,0 +1,93 @@
+"""The processes of a run: their accelerator, what they agree on, and the signals that ask them to stop."""
+
+import signal
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ldm.util import pick_device
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def processes(device: str) -> "PartialState":
+    """Return accelerate's state of the run's processes: which is the main one, and how to wait for each other.
+
+    Call it before `train`, because accelerate keeps its first state. device: as `train` takes it.
+    """
+    from accelerate import PartialState
+
+    # The others wait while one generates class images, which takes longer than torch's default timeout.
+    return PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(hours=12))
+
+
+def make_accelerator(precision: str, accumulate: int, device: torch.device) -> Any:
+    """Return accelerate's front end for these settings; raise ValueError if it uses another device."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    AcceleratorState._reset_state()  # accelerate keeps those of the stage before in the process
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(precision, device),
+        gradient_accumulation_steps=accumulate,
+        cpu=device.type == "cpu",
+        # With several processes: the loss for one optimizer does not use the network of the other.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
+        raise ValueError(f"training on {str(device)!r} is not possible here: accelerate gives {accelerator.device}")
+    return accelerator
+
+
+def agreed(accelerator: Any, flag: bool) -> bool:
+    """Return whether any process has set its flag; if only some stopped, the others would wait for them."""
+    if accelerator.num_processes == 1:
+        return flag
+    if flag:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
+
+
+def mixed_precision(precision: str, device: torch.device) -> str:
+    """Return accelerate's name for a precision; `auto` is bf16 only where the hardware computes in it.
+
+    Raises ValueError for fp16 without a GPU, where it is slower than float32 and accelerate refuses it.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise ValueError(f"precision fp16 trains on CUDA GPUs, not on {str(device)!r}: use bf16 or fp32")
+    if precision != "auto":
+        return {"fp32": "no"}.get(precision, precision)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # torch has private functions for CPUs, in some versions
+        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
+        native = any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    return "bf16" if native else "no"
+
+
+class StopFlag:
+    """In the block, the first Ctrl-C or SIGTERM sets the flag, to stop between training steps; a second acts at once.
+
+    Schedulers and containers end a program by SIGTERM, some seconds before SIGKILL.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> threading.Event:
+        self.event, self.previous = threading.Event(), {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self.event
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.event.set()
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, previous in self.previous.items():
+            signal.signal(number, previous)

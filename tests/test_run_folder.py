@@ -1,0 +1,209 @@
+"""The folder of a run: going on with it, moved or finished; one run at a time; what is kept, damaged or full."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import refused
+from test_loop import assert_same, config
+
+import ldm
+from ldm.checkpoint.file import STEP_KEY, checkpoint_at, load_file, newest_checkpoint, save_file
+from ldm.checkpoint.tensors import read_tensors
+from ldm.finetune.flags import move_in
+from ldm.training import loop
+from ldm.training.loop import Interrupted, LoopSettings, train
+from ldm.training.run_folder import FREE
+
+
+def resume(outdir, **settings):
+    return train(config(outdir, **settings), resume=True, device="cpu")
+
+
+def signalled(number: int):
+    """A stand-in for the preview, which sends the process a signal."""
+    return lambda *arguments: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """A run of four steps, finished; a checkpoint is kept after the third."""
+    return train(config(tmp_path_factory.mktemp("four"), steps=4, keep_every=3, preview_every=9), device="cpu").parent
+
+
+@pytest.fixture
+def run(four, tmp_path):
+    """A copy of it, in another place."""
+    return shutil.copytree(four, tmp_path / "autoencoder")
+
+
+def test_a_finished_run_goes_on_as_if_it_had_not_ended(run, tmp_path, capfd):
+    """... nor been moved, nor kept a checkpoint on the way; and what has no effect is said."""
+    longer = {"steps": 6, "preview_every": 9}
+    three = train(config(tmp_path / "three", steps=3, preview_every=9), device="cpu")
+    assert_same(three, run / "model-000003.safetensors")
+    assert load_file(three)[0] == load_file(run / "model-000003.safetensors")[0]
+    assert resume(tmp_path, **longer) == run / "model.safetensors"
+    assert "resumed with other settings of loop.keep_every, loop.steps than" in capfd.readouterr().err
+    assert_same(train(config(tmp_path / "alone", **longer), device="cpu"), run / "model.safetensors")
+    lines = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [2, 3, 4, 6]
+    written = (run / "model.safetensors").stat().st_mtime_ns
+    changed = config(tmp_path, **longer)
+    changed["stage"] = changed["stage"] | {"params": changed["stage"]["params"] | {"learning_rate": 1.0}}
+    train(changed, resume=True, device="cpu")
+    resume(tmp_path, steps=5)
+    said = capfd.readouterr().err
+    for names in ("stage.params.learning_rate", "loop.preview_every, loop.steps"):
+        assert f"finished, with 6 steps: without more (loop.steps) the new settings of {names} have no effect" in said
+    assert (run / "model.safetensors").stat().st_mtime_ns == written
+    (run / "resume.pt").unlink()
+    refused("finished, with 6 steps, and its state was not kept .loop.keep_state.*to 7", resume, tmp_path, steps=7)
+
+
+def test_a_state_that_is_not_to_be_kept(tmp_path):
+    path = train(config(tmp_path, steps=1, keep_state=False, tensorboard=False), device="cpu")
+    assert not (path.parent / "resume.pt").exists()
+
+
+def test_every_setting_of_the_loop_is_free_or_decides_the_past():
+    fixed = {name for name in LoopSettings.__dataclass_fields__ if not FREE.fullmatch(f"loop.{name}")}
+    assert fixed == {"batch_size", "accumulate", "ema"}
+    for key in (
+        "stage.params.text_learning_rate.words",
+        "stage.params.relative_learning_rate",
+        "loop.lr_schedule.name",
+    ):
+        assert FREE.fullmatch(key)
+    assert not FREE.fullmatch("stage.params.ch_mult.0")
+
+
+def test_moved_data_and_what_is_beside_the_run(run, tmp_path):
+    """Paths below the run's folder, or its outdir, are relative to it; a path that is gone was moved."""
+    saved = (run / "config.yaml").read_text()
+    old, new = tmp_path / "old" / "images", tmp_path / "images"
+    new.mkdir()
+    paths = {"sheet": "{0}/autoencoder/sheet.png", "other": "{0}/clip/model.safetensors", "root": "{1}"}
+    home = saved.split("outdir: ")[1].split("\n")[0]
+    lines = "".join(f"  {key}: {path.format(home, old)}\n" for key, path in paths.items())
+    (run / "config.yaml").write_text(f"{saved}extra:\n{lines}")
+    moved = config(tmp_path, steps=4, keep_every=3, preview_every=9)
+    moved["extra"] = {key: path.format(tmp_path, new) for key, path in paths.items()}
+    assert train(moved, resume=True, device="cpu") == run / "model.safetensors"
+    moved["extra"]["root"] = str(tmp_path / "others")
+    refused("other settings of extra.root: resume", train, moved, resume=True, device="cpu")
+
+
+def test_a_run_that_saved_nothing_is_started_anew(run, tmp_path):
+    """By the same command, with or without --resume, with other settings too; and --resume starts where nothing is."""
+    for path in [run / "resume.pt", *run.glob("*.safetensors")]:
+        path.unlink()
+    assert train(config(tmp_path, steps=1) | {"seed": 5}, device="cpu") == run / "model.safetensors"
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert resume(tmp_path / "new", steps=1).is_file()
+
+
+def test_dreambooths_resume_starts_where_nothing_is(tmp_path, capfd):
+    (tmp_path / "out" / "class").mkdir(parents=True)  # killed while it generated class images
+    move_in("latest", tmp_path / "out")
+    assert "holds no run to resume: it starts anew" in capfd.readouterr().err
+
+
+DAMAGE = {
+    "config.yaml": [b"\0\1", b"- a\n- b\n", b"name: [", b"text", b""],
+    "resume.pt": [b"", b"PK\3\4 half a file", "list", "no step"],
+    "model.safetensors": [b"", b"text" * 99],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_are_named(run, tmp_path, name):
+    for content in DAMAGE[name]:
+        if isinstance(content, str):
+            torch.save([1, 2] if content == "list" else {"step": "one"}, run / name)
+        else:
+            (run / name).write_bytes(content)
+        refused(f"{name}'.*(damaged|safetensors|is empty)", resume, tmp_path, steps=5, keep_every=3, preview_every=9)
+    if name == "config.yaml":  # as the message says
+        (run / name).unlink()
+        assert resume(tmp_path, steps=5).is_file()
+
+
+def test_damaged_metrics_lose_their_damaged_lines(run, tmp_path):
+    (run / "metrics.jsonl").write_bytes(b'{"step": 1}\n[1]\n\xff\n{}\n{"step": 2}\n{"step": 9}\n{"ste')
+    resume(tmp_path, steps=5, log_every=5)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 5]
+
+
+def test_a_run_folder_is_a_checkpoint(four, tmp_path):
+    """The longest trained one in it: in the middle of going on with a finished run that is not the result."""
+    assert checkpoint_at(four) == newest_checkpoint(four) == four / "model.safetensors"
+    state = load_file(four)[1]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in load_file(four / "model.safetensors")[1].items())
+    run = shutil.copytree(four, tmp_path / "run")
+    save_file(run / "model-000010.safetensors", {"a": torch.ones(1)}, {})
+    save_file(run / "model-000009.safetensors", {"a": torch.ones(1)}, {})
+    save_file(run / "model-best.safetensors", {"a": torch.ones(1)}, {})
+    assert newest_checkpoint(run) == run / "model-000010.safetensors"
+    assert read_tensors(four / "model.safetensors").metadata[STEP_KEY] == "4"
+    for path in run.glob("*.safetensors"):
+        path.unlink()
+    for function in (ldm.load, load_file, checkpoint_at):
+        refused("the run in .* has no checkpoint yet: .*loop.keep_every=N", function, run, error=FileNotFoundError)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_both_signals_save_and_are_as_before_afterwards(run, tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(loop, "preview", signalled(number))
+    refused("stopped at step 5, saved in .*--resume", resume, tmp_path, steps=6, preview_every=1, error=Interrupted)
+    assert torch.load(run / "resume.pt", weights_only=True)["step"] == 5 and signal.getsignal(number) is before
+    (run / "model.safetensors").unlink()
+    refused("has 5 steps already: loop.steps must be at least that", resume, tmp_path, steps=4, keep_every=1)
+
+
+TWO = """
+import sys
+from ldm.training.loop import train
+settings = {settings}
+settings["loop"] |= {{"steps": 400, "workers": {workers}}}
+train(settings, device="cpu")
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_runs_in_one_folder(tmp_path, workers):
+    """The second is refused while the first lives, and not after its kill -9, even if its data loader still lives."""
+    code = TWO.format(settings=config(tmp_path, save_every=1, tensorboard=False), workers=workers)
+    first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    state = tmp_path / "autoencoder" / "resume.pt"
+    try:
+        while not state.exists() and first.poll() is None:
+            pass
+        refused("autoencoder' is being trained in by another process: wait", resume, tmp_path, steps=400)
+    finally:
+        first.kill()
+        first.wait()
+    step = torch.load(state, weights_only=True)["step"]
+    settings = {"steps": step + 1, "tensorboard": False, "workers": workers}
+    assert resume(tmp_path, **settings) == tmp_path / "autoencoder" / "model.safetensors"
+    assert not [path for path in (tmp_path / "autoencoder").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e9])
+def test_no_result_where_the_weights_are_absurd(run, tmp_path, rate):
+    for outdir, more, advice in (
+        (tmp_path / "new", 1, "nothing was saved yet: start again with a lower learning rate"),
+        (tmp_path, 5, "the last saved state is in .*--resume and a lower learning rate"),
+    ):
+        settings = config(outdir, steps=more, keep_every=3, preview_every=9)
+        settings["stage"] = settings["stage"] | {"params": settings["stage"]["params"] | {"learning_rate": rate}}
+        refused(f"autoencoder: .* became .*by step {more}, so training stopped; {advice}", train, settings, resume=True)
+    assert not list((tmp_path / "new").rglob("*.safetensors")) and not list((tmp_path / "new").rglob("*.pt"))
+    assert read_tensors(run / "model.safetensors").metadata[STEP_KEY] == "4"
