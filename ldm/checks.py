@@ -3,6 +3,7 @@ echoes such a value. It imports nothing heavy.
 """
 
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -82,3 +83,8 @@ def _unfit_list(value: Any, kind: type, args: tuple) -> str:
 def shorten(text: str) -> str:
     """Return a text for a message, of which at most ECHOED characters remain."""
     return text if len(text) <= ECHOED else f"{text[: ECHOED // 2]} ... {text[-ECHOED // 4 :]}"
+
+
+def shorten_values(message: str) -> str:
+    """Return a message in which every value in quotes, and every word, has at most ECHOED characters."""
+    return re.sub(r"(?<!\w)'[^']*'|\"[^\"]*\"|\S+", lambda match: shorten(match[0]), message)

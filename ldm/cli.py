@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ldm.checks import shorten_values
+
 MOST_TEXT = 1 << 28  # bytes of a file of lines, of which a few copies are in memory
 
 
@@ -61,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one sentence (argparse would put the usage, a screenful, before it) and exit with status 2."""
-        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+        self.exit(2, f"error: {shorten_values(message)} ({self.prog} --help lists the options)\n")
 
     def _known_options(self) -> dict[str, str]:
         """Return the long options of this parser and of its sub-commands, each with the name that `--help` shows."""
@@ -262,5 +264,5 @@ def _report(message: str, status: int) -> int:
     if os.environ.get("LDM_TRACEBACK") == "1":
         traceback.print_exc()
     with suppress(BrokenPipeError):
-        print(message, file=sys.stderr)
+        print(shorten_values(message), file=sys.stderr)
     return status

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from ldm.checks import Range, shorten, unfit
+from ldm.checks import Range, shorten, shorten_values, unfit
 
 FITS = [
     (3, int), (np.int64(3), int), (3, float), (0.5, float), (np.float64(0.5), float), (True, bool), ("a", str),
@@ -47,3 +47,12 @@ def test_what_does_not(value, hint, wanted):
 def test_a_message_echoes_at_most_200_characters():
     assert shorten("a" * 200) == "a" * 200
     assert len(shorten("a" * 10**6)) < 200
+
+
+def test_a_report_echoes_at_most_200_characters_of_each_value():
+    long, words = "a" * 10**6, "a " * 10**6
+    message = f"the model's prompt '{words}' and \"{words}\" of {long} is not 'one' of 200"
+    short = shorten_values(message)
+    assert len(short) < 700 and short.startswith("the model's prompt 'a a") and short.endswith(" is not 'one' of 200")
+    prose = "a plain sentence, " * 40
+    assert shorten_values(prose) == prose

@@ -224,3 +224,13 @@ def test_nobody_reads_the_output(fast_exit, shell, status, printed):
     code = "print('x', flush=True); import time; time.sleep(0.3); print('x' * 9)" if "head" in shell else "print('x')"
     found, text = program(code, fast_exit, shell=shell)
     assert found == status and text.endswith(printed) and b"Traceback" not in text
+
+
+def test_a_report_does_not_echo_a_megabyte(capsys):
+    def main():
+        raise ValueError(f"the prompt {'x' * 10**6!r} is too long")
+
+    for ends in (lambda: run(main), lambda: parser().parse_args([f"--scale={'x' * 10**6}"])):
+        with pytest.raises(SystemExit) as ended:
+            ends()
+        assert ended.value.code == 2 and len(capsys.readouterr().err) < 500

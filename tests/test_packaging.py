@@ -173,7 +173,8 @@ def test_every_import_is_a_dependency():
     by_comparison = {p for path in compared for p in imported(path)} - {"ldm", "benchmarks", "scripts"}
     by_tests = {p for path in PYTHON_FILES if "tests" in path.parts for p in imported(path)}
     by_tests -= {"ldm", "tomli", "tomllib", "packaging"}
-    helpers = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests", "conftest", "scripts", "benchmarks"}
+    helpers = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    helpers |= {"tests", "conftest", "fuzz", "scripts", "benchmarks"}
     assert by_package - run - optional == set()
     assert run - by_package == {"tensorboard"}  # by torch.utils.tensorboard; what tests alone import is in their extra
     assert by_comparison - run - test == set()

@@ -68,6 +68,8 @@ def read_config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]
         if not isinstance(config.get("target"), str | None):
             raise ValueError(f"its target is {config['target']!r}")
         check_targets(config)
+        if "target" in config:
+            config.setdefault("params", {})
     except (ValueError, RecursionError) as error:
         raise ValueError(f"checkpoint {str(path)!r} has a damaged configuration ({error})") from None
     return config

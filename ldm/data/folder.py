@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.checks import shorten
 from ldm.data.buckets import Shape, nearest
 from ldm.data.captions import Caption
 from ldm.data.image_files import SUFFIXES, check_image, read_image
@@ -197,13 +198,13 @@ def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:
         try:
             row = json.loads(line)
             name, text = row["file_name"], row["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             expected = '{"file_name": "a.png", "text": "a caption"}'
             raise ValueError(f"{path}, line {number}, is not of the form {expected}: {line[:80]!r}") from error
         if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{path}, line {number}: there is no image {name!r} below {path.parent}")
+            raise ValueError(f"{path}, line {number}: there is no image {shorten(repr(name))} below {path.parent}")
         if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: the caption {text!r} is not a text")
+            raise ValueError(f"{path}, line {number}: the caption {shorten(repr(text))} is not a text")
         captions[name] = text.strip()
     return captions
 

@@ -13,6 +13,9 @@ from ldm.images import READ, open_pillow
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
+# What Pillow reports damage as: SyntaxError for a broken PNG chunk, RuntimeError for a broken AVIF ...
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
+
 
 def read_image(path: Path, channels: int = 3) -> Image.Image:
     """Read an image in mode "RGB" (channels 3) or "L" (channels 1), 8 bits, of any size.
@@ -65,8 +68,16 @@ def _open(path: Path) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image of a format that is read: {', '.join(READ)}") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        # Pillow reports damage as any of these: SyntaxError for a broken PNG chunk, ValueError for a broken header ...
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        RuntimeError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        # Pillow reports damage as any of these: SyntaxError for a broken PNG chunk, RuntimeError for a broken AVIF ...
         raise ValueError(f"{path} cannot be read as an image: {str(error).rstrip('.')}") from error
 
 

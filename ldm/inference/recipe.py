@@ -158,7 +158,7 @@ def _unquote(value: str) -> str:
         return value.strip()
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
 
 
