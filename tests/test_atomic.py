@@ -165,7 +165,9 @@ def test_a_lock_leaves_nothing_and_a_child_does_not_hold_it(tmp_path):
     Lock(tmp_path / "run", "taken").release()
     os.close(end)
     os.waitpid(child, 0)
-    assert files(tmp_path) == []
+    assert files(tmp_path) == ["run"] and files(tmp_path / "run") == []  # the folder was there
+    Lock(tmp_path / "new", "taken").release()
+    assert files(tmp_path) == ["run"]
 
 
 @pytest.mark.parametrize("name", WRITERS)
