@@ -64,8 +64,8 @@ def make_stable_diffusion(folder: Path) -> list[Path]:
 
     from ldm.checkpoint.compvis import single_file
     from ldm.checkpoint.compvis_config import from_compvis
+    from ldm.input_files import read_yaml
     from ldm.latent_diffusion import LatentDiffusion
-    from ldm.util import read_yaml
 
     yaml = Path(__file__).parents[1] / "configs" / "stable-diffusion" / "v1-inference.yaml"
     config = from_compvis(read_yaml(yaml))

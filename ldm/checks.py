@@ -88,3 +88,15 @@ def shorten(text: str) -> str:
 def shorten_values(message: str) -> str:
     """Return a message in which every value in quotes, and every word, has at most ECHOED characters."""
     return re.sub(r"(?<!\w)'[^']*'|\"[^\"]*\"|\S+", lambda match: shorten(match[0]), message)
+
+
+def check_file(path: Path, what: str) -> None:
+    """Raise FileNotFoundError where nothing is, ValueError where a folder is, in a message that begins with `what`."""
+    if path.is_dir():
+        raise ValueError(f"{what} {str(path)!r} is a folder, not a file")
+    if not path.exists():
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            fetch = f"fetch it first (hf download {path} --local-dir FOLDER) and give that folder"
+            hint = f"; if it is a name on the Hugging Face hub: nothing is downloaded here, so {fetch}"
+        raise FileNotFoundError(f"{what} {str(path)!r} does not exist{hint}")

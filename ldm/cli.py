@@ -7,14 +7,12 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ldm.checks import shorten_values
-
-MOST_TEXT = 1 << 28  # bytes of a file of lines, of which a few copies are in memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,31 +56,14 @@ class Parser(argparse.ArgumentParser):
         parse = self.parse_known_args if commands else self.parse_known_intermixed_args
         parsed, unknown = parse(args, namespace)
         if unknown:
-            self.error(_unknown(unknown[0], self._known_options()))
+            from ldm.spelling import explain_argument  # only a mistake needs it
+
+            self.error(explain_argument(unknown[0], self))
         return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print one sentence (argparse would put the usage, a screenful, before it) and exit with status 2."""
         self.exit(2, f"error: {shorten_values(message)} ({self.prog} --help lists the options)\n")
-
-    def _known_options(self) -> dict[str, str]:
-        """Return the long options of this parser and of its sub-commands, each with the name that `--help` shows."""
-        shown = {a.dest: a.option_strings[0] for a in reversed(self._actions) if a.option_strings and _is_shown(a)}
-        options = self._option_string_actions.items()
-        known = {
-            name: name if _is_shown(action) else shown[action.dest]
-            for name, action in options
-            if name.startswith("--") and action.dest in shown
-        }
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for sub in action.choices.values():
-                    known |= sub._known_options()
-        return known
-
-
-def _is_shown(action: argparse.Action) -> bool:
-    return action.help != argparse.SUPPRESS
 
 
 class Allow(argparse.Action):
@@ -109,17 +90,6 @@ def _respell(arg: str, spelled: dict[str, str]) -> str:
         return arg
     name, equals, value = arg.partition("=")
     return spelled.get(_canonical(name), name) + equals + value
-
-
-def _unknown(arg: str, known: Mapping[str, str]) -> str:
-    from ldm.spelling import nearest_name  # only a mistake needs it
-
-    name = arg.partition("=")[0]
-    if not name.startswith("-"):
-        return f"unexpected argument {arg!r}: a value with spaces needs quotes"
-    shown = {_canonical(option).removeprefix("--"): main for option, main in known.items()}
-    near = nearest_name(_canonical(name).lstrip("-"), shown)
-    return f"unknown option {name}" + (f"; did you mean {shown[near]}?" if near is not None else "")
 
 
 def int_range(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
@@ -162,27 +132,6 @@ def _in_range(value: Any, low: float, high: float) -> Any:
         limit = f"at least {low:g}" if value < low else f"at most {high:g}"
         raise argparse.ArgumentTypeError(f"{value} is out of range: it must be {limit}")
     return value
-
-
-def read_lines(path: Path, what: str) -> list[str]:
-    """Return the lines of a UTF-8 text file, without blank ones. ValueError if there is none. what: is in each."""
-
-    def at_once(name: str, flags: int) -> int:  # a pipe without a writer is empty, and not waited for
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    with open(path, "rb", opener=at_once) as file:
-        if os.name == "posix":
-            os.set_blocking(file.fileno(), True)
-        content = file.read(MOST_TEXT + 1)
-    if len(content) > MOST_TEXT:
-        raise ValueError(f"{path} has more than {MOST_TEXT >> 20} MiB, which no list of {what}s has")
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: it has to hold one {what} a line") from None
-    if not any(lines):
-        raise ValueError(f"{path} holds no {what}: write one a line (blank lines are skipped)")
-    return [line for line in lines if line]
 
 
 def check_writable(path: Path | None) -> None:

@@ -19,7 +19,7 @@ from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State, check_finite, read_tensors, vanishing
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype, read_yaml
+from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype
 
 SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
 MODEL_FORMATS = ("ldm", "compvis", "diffusers")
@@ -191,6 +191,8 @@ def _open(
     try:
         clean, notes = normalise(state, ema)
         if config is not None:
+            from ldm.input_files import read_yaml
+
             described = from_compvis(read_yaml(config))
             stored = stored_scale_factor(state)
             if stored is not None:  # of models whose yaml only says that it was measured (scale_by_std)

@@ -3,7 +3,6 @@
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
 from ldm.checks import shorten, unfit
-from ldm.legacy_paths import CONFIG_HOMES, elsewhere, open_home
+from ldm.legacy_paths import elsewhere, open_home
 
 __getattr__ = elsewhere(__name__)  # CompVis's other helpers
 
@@ -29,14 +28,7 @@ ALLOWED_IN = {
     "torchvision.transforms": "Resize RandomCrop CenterCrop RandomHorizontalFlip",
 }
 ALLOWED = {f"{module}.{name}" for module, names in ALLOWED_IN.items() for name in names.split()}
-CONFIGS = next(  # the configurations that ship: in the package, or beside it in a clone
-    (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if path.is_dir()),
-    Path("configs"),
-)
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-MAX_YAML = 2**20  # bytes of a configuration file, and values in it
-MAX_REFERENCES = 40  # in it: by n of them a text grows at most 3^(n/3) times
-REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # the beginning of one, unless it is escaped
 ALLOWED_PACKAGES: set[str] = set()  # named by `--allow PACKAGE`: their modules may be imported and their classes built
 
 
@@ -50,7 +42,9 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
     if not isinstance(string, str):
         raise ValueError(f"target {shorten(repr(string))} must be a text, the name of a class with its module")
     module_name, _, name = string.rpartition(".")
-    if module_name not in sys.modules:  # the program's own `main` or `taming` wins
+    if not module_name.startswith("ldm.") and module_name not in sys.modules:  # the program's own `taming` wins
+        from ldm.legacy_names import CONFIG_HOMES  # only other programs' configurations need it
+
         module_name = CONFIG_HOMES.get(module_name, module_name)
     package = module_name.partition(".")[0]
     ours, named = package == "ldm", string in ALLOWED or package in allowed_packages()
@@ -188,89 +182,6 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_yaml(path: str | Path) -> Any:
-    """Load a yaml file with OmegaConf, unresolved. FileNotFoundError, or ValueError for a file that is not yaml.
-
-    Outside a clone, `configs/...` is the file of that name that is installed with the package. Values may refer to
-    other values, as in ${outdir}, but not to OmegaConf's resolvers, which read the environment (${oc.env:HOME}).
-    """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if Path(path).parts[:1] == ("configs",) and not Path(path).exists():
-        path = CONFIGS.joinpath(*Path(path).parts[1:])
-    check_file(Path(path), "configuration")
-    name = f"configuration {str(path)!r}"
-    if Path(path).stat().st_size > MAX_YAML:
-        raise ValueError(f"{name} is larger than {MAX_YAML} bytes: it is not a configuration")
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        if "*" in text and _expanded(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MAX_YAML:
-            raise ValueError(f"its aliases make more than {MAX_YAML} values of it")
-        config = OmegaConf.load(path)
-        texts = [text for text in _texts(OmegaConf.to_container(config, resolve=False)) if REFERENCE.search(text)]
-    except RecursionError:
-        raise ValueError(f"{name} is nested too deeply") from None
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-        raise ValueError(f"{name} is not yaml: {' '.join(str(error).split())}") from None
-    for text in texts:
-        plain, rest = text, ""
-        while rest != plain:  # from the innermost reference outwards
-            rest, plain = plain, re.sub(r"\$\{[^${}:]*\}", "_", plain)
-        if REFERENCE.search(rest):
-            raise ValueError(
-                f"{name} has {shorten(repr(text))}: only references to its other values, such as ${{outdir}}, resolve"
-            )
-    if (count := sum(len(REFERENCE.findall(text)) for text in texts)) > MAX_REFERENCES:
-        raise ValueError(f"{name} has {count} references ${{...}} to other values: {MAX_REFERENCES} are the maximum")
-    return config
-
-
-def _expanded(node: Any, sizes: dict[int, int]) -> int:
-    """Return how many values a yaml node holds with each alias in it written out; sizes: of nodes, by id."""
-    if id(node) not in sizes:
-        sizes[id(node)] = 1  # also what a node that holds itself counts within it
-        children = node.value if isinstance(getattr(node, "value", None), list) else []
-        parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
-        sizes[id(node)] = 1 + sum(_expanded(part, sizes) for part in parts)
-    return sizes[id(node)]
-
-
-def _texts(value: Any) -> list[str]:
-    """Return all texts in a configuration."""
-    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [value] if isinstance(value, str) else [text for entry in entries for text in _texts(entry)]
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a yaml file's mapping as plain dicts, resolved. Errors as `load_yaml`, and ValueError for other content."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        content: Any = OmegaConf.to_container(load_yaml(path), resolve=True)
-    except (OmegaConfBaseException, RecursionError) as error:
-        raise ValueError(f"configuration {str(path)!r} does not resolve: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"configuration {str(path)!r} is not a mapping")
-    return content
-
-
-def escaped(value: Any) -> Any:
-    """Return a text, or containers of texts, so that a configuration with it resolves to it: `${` is escaped.
-
-    ValueError for a name of a file that is not UTF-8: yaml has no such texts.
-    """
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{value!r} is not UTF-8 text, so a run's configuration cannot hold it: rename it first")
-    if isinstance(value, Mapping):
-        return {key: escaped(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [escaped(entry) for entry in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
-
-
 def pick_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the dtype of that name, "fp16" or "float16" say; None is none. ValueError unless it is one of floats."""
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
@@ -293,15 +204,3 @@ def pick_device(name: str | torch.device | None = "auto") -> torch.device:
         usable = ["auto", "cpu", *(kind for kind, there in found.items() if there)]
         raise ValueError(f"device {name!r} is not available here: use {' or '.join(usable)}") from None
     return device
-
-
-def check_file(path: Path, what: str) -> None:
-    """Raise FileNotFoundError where nothing is, ValueError where a folder is, in a message that begins with `what`."""
-    if path.is_dir():
-        raise ValueError(f"{what} {str(path)!r} is a folder, not a file")
-    if not path.exists():
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-            fetch = f"fetch it first (hf download {path} --local-dir FOLDER) and give that folder"
-            hint = f"; if it is a name on the Hugging Face hub: nothing is downloaded here, so {fetch}"
-        raise FileNotFoundError(f"{what} {str(path)!r} does not exist{hint}")

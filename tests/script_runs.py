@@ -11,7 +11,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from ldm.inference.recipe import Recipe, read_image_text
+from ldm.inference.again import read_image_text, recipe_from_text
+from ldm.inference.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +42,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def recipe(path: Path) -> Recipe:
-    return Recipe.from_text(read_image_text(path))
+    return recipe_from_text(read_image_text(path))
 
 
 def samples(folder: Path) -> list[Path]:

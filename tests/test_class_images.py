@@ -9,8 +9,8 @@ from conftest import TINY, randomised, refused, save_noise
 from PIL import Image
 
 import ldm
+from ldm.inference.again import read_image_text, recipe_from_text
 from ldm.inference.class_images import Class, Share, collect, generate_class_images, users_images
-from ldm.inference.recipe import Recipe, read_image_text
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.loop import train
 
@@ -42,7 +42,7 @@ def test_one_seed_per_image_in_any_batch(model, tmp_path):
     assert second[:3] == first and len(set(second)) == 5
     for i, name in enumerate(first):
         assert abs(pixels(tmp_path / "a" / name) - pixels(tmp_path / "b" / name)).max() <= 1
-        recipe = Recipe.from_text(read_image_text(tmp_path / "a" / name))
+        recipe = recipe_from_text(read_image_text(tmp_path / "a" / name))
         assert (recipe.prompt, recipe.seed, recipe.scale, recipe.width) == ("a five", i, 1.0, 32)
         assert recipe.model_hash == model.hash
     (alone,) = model.generate(["a five"], seed=2, scale=1.0)
@@ -92,7 +92,7 @@ def test_several_prompts_share_the_images(model, tmp_path):
     """Evenly, each with seeds from 0 on; images of one's own have to say which they are."""
     prompts = ["a five", "a six", "a seven"]
     (found,) = images_of(model, (tmp_path, prompts, 5))
-    recipes = [Recipe.from_text(read_image_text(tmp_path / name)) for name in found]
+    recipes = [recipe_from_text(read_image_text(tmp_path / name)) for name in found]
     expected = [("a five", 0), ("a five", 1), ("a six", 0), ("a six", 1), ("a seven", 0)]
     assert [(recipe.prompt, recipe.seed) for recipe in recipes] == expected
     assert list(found.values()) == [recipe.prompt for recipe in recipes]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from ldm.cli import Parser, check_writable, finite_float, int_range, read_lines, run, sentence
+from ldm.cli import Parser, check_writable, finite_float, int_range, run, sentence
+from ldm.input_files import read_lines
 from ldm.spelling import nearest_name
 
 

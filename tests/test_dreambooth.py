@@ -23,7 +23,7 @@ from ldm.finetune.flags import move_in
 from ldm.finetune.lora_files import apply_lora
 from ldm.finetune.optimizers import make_optimizer
 from ldm.finetune.parts import LAYERS
-from ldm.images import GAP, LINE
+from ldm.labels import GAP, LINE
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import objective, run_folder
 from ldm.training.ema import EMA

@@ -17,8 +17,9 @@ from ldm.finetune.dreambooth import DreamBoothStage
 from ldm.finetune.embeddings import add_word
 from ldm.finetune.lora_files import load_lora, merge_lora
 from ldm.inference.class_images import SubjectImages
+from ldm.input_files import CONFIGS, read_yaml
 from ldm.training.loop import LoopSettings
-from ldm.util import CONFIGS, get_obj_from_str, read_yaml
+from ldm.util import get_obj_from_str
 
 dreambooth, txt2img = load_script("dreambooth"), load_script("txt2img")
 SHORT = ["--max_train_steps", "2", "--train_batch_size", "2", "--num_validation_images", "1", "--report_to", "none"]

@@ -7,7 +7,8 @@ from conftest import refused
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from ldm.data.image_files import read_image
-from ldm.images import GAP, LINE, READ, Row, image_grid, labelled_rows, open_pillow, to_pil, to_uint8
+from ldm.images import READ, image_grid, open_pillow, to_pil, to_uint8
+from ldm.labels import GAP, LINE, Row, labelled_rows
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 

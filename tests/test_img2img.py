@@ -9,7 +9,8 @@ from PIL import Image, ImageCms
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples, saved
 
 import ldm
-from ldm.inference.recipe import read_image_text, save_image
+from ldm.inference.again import read_image_text
+from ldm.inference.recipe import save_image
 
 img2img = load_script("img2img")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples, saved
 
 import ldm
-from ldm.inference.recipe import read_image_text
+from ldm.inference.again import read_image_text
 
 inpaint = load_script("inpaint")
 
@@ -108,7 +108,7 @@ def test_making_again_needs_the_same_image_and_mask(generate, pair, tmp_path, ti
     img2img = runner(load_script("img2img"), tiny_checkpoint, tmp_path)
     refused("was made with a mask: use the command inpaint", img2img, "--from-png", path, *pair[:2])
     (plain,) = samples(img2img(*pair[:2], out="plain"))
-    refused("was made without a mask: use scripts/img2img.py", generate, "--from-png", plain, *pair)
+    refused("was made without a mask: use the command img2img", generate, "--from-png", plain, *pair)
     with pytest.raises(ValueError, match="made from an init image.* use the command inpaint"):
         runner(load_script("txt2img"), tiny_checkpoint, tmp_path)("--from-png", path)
 

@@ -16,7 +16,7 @@ import torch
 
 import ldm
 from ldm import legacy_paths
-from ldm.legacy_paths import CONFIG_HOMES, ELSEWHERE, HOMES, OLD_NAMES, PACKAGES
+from ldm.legacy_names import CONFIG_HOMES, ELSEWHERE, HOMES, OLD_NAMES, PACKAGES
 from ldm.util import get_obj_from_str
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm.images import GAP, LINE
+from ldm.labels import GAP, LINE
 from ldm.training import loop
 from ldm.training.loop import Interrupted, train
 from ldm.training.processes import mixed_precision

@@ -15,9 +15,10 @@ from ldm.checkpoint.compvis_config import from_compvis
 from ldm.conditioning.text import TextEncoder
 from ldm.finetune import lora
 from ldm.finetune.lora_names import layers_of
+from ldm.input_files import read_yaml
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import CrossAttention
-from ldm.util import Unfilled, instantiate_network, read_yaml
+from ldm.util import Unfilled, instantiate_network
 
 KINDS = ("sd1", "sd2")
 # Outputs are of order 1 and pass through some twenty layers; a different order of sums moves them by a few 1e-7 each.

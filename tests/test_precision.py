@@ -17,10 +17,11 @@ from ldm.checkpoint.compvis import single_file
 from ldm.checkpoint.compvis_config import from_compvis
 from ldm.checkpoint.file import save_file
 from ldm.inference import precision
+from ldm.inference import widened as widened_weights
 from ldm.inference.generate import default_recipe, generate_again, generate_run
 from ldm.inference.precision import DTYPES, precision_of, set_precision
+from ldm.input_files import read_yaml
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.util import read_yaml
 
 WORDS = "zero one two three four five six seven eight nine".split()
 
@@ -77,7 +78,7 @@ def test_half_precision_weights_that_wait_make_the_same_images(model, monkeypatc
     widened = copy.deepcopy(model).float()
     set_precision(widened, name)
     monkeypatch.setattr(precision, "MANY", 0)
-    monkeypatch.setattr(precision, "LARGE", 300)
+    monkeypatch.setattr(widened_weights, "LARGE", 300)
     undo = set_precision(model, name, as_stored=True)
     own = {p.dtype for network in model.children() for p in network.parameters() if p.numel() >= 300}
     assert precision_of(model) == name and stored in own

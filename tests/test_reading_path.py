@@ -39,8 +39,8 @@ PATH = {
 }
 # Imported too, but not needed to understand the method.
 SUPPORT = {
-    "__init__ */__init__ legacy_paths": "names: what the package exports, and CompVis's module names",
-    "cli util images batching checks interpolation": "helpers: errors, configurations, PNG images, batches",
+    "__init__ */__init__ legacy_paths legacy_names": "names: what the package exports, and CompVis's module names",
+    "cli util images labels batching checks input_files interpolation": "helpers: errors, files, images, batches",
     "settings changes": "the tables of sampling settings and of changes to a model, for recipes",
     "training/config training/contract": "configuration files, and checks of own data sets",
     "training/processes training/run_folder": "many processes, the run folder",

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from ldm.changes import Change
-from ldm.cli import read_lines
-from ldm.inference.recipe import NEGATIVE, Recipe, plan, read_image_text, refill, save_image
+from ldm.inference.again import read_image_text, recipe_from_text, refill
+from ldm.inference.recipe import NEGATIVE, Recipe, plan, save_image
+from ldm.input_files import read_lines
 from ldm.settings import ALL_SIGMAS
 
 FIVE = Recipe(
@@ -54,12 +55,12 @@ def test_text_gives_the_recipe_back(prompt, negative, steps, scale, seed, spacin
         fixed_code=fixed, plain=fixed, clip_skip=steps, rescale=0.7, index=5, batch_size=16, batch_position=5,
         batch_prompts=4, prompt_position=2, model_name=name, precision="autocast",
     )  # fmt: skip
-    assert Recipe.from_text(recipe.to_text()) == recipe
+    assert recipe_from_text(recipe.to_text()) == recipe
 
 
 def test_text_of_another_program_reads():
     text = 'a five\nsecond line\nNegative prompt: bold\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768, Lora hashes: "x: 1, y: 2", Version: v1.9'  # noqa: E501
-    recipe = Recipe.from_text(text)
+    recipe = recipe_from_text(text)
     assert (recipe.prompt, recipe.negative, recipe.sampler) == ("a five\nsecond line", "bold", "Euler a")
     assert (recipe.width, recipe.height, recipe.scale, recipe.batch_size) == (512, 768, 7.0, 1)
 
@@ -76,7 +77,7 @@ def test_text_of_another_program_reads():
     ],
 )
 def test_text_that_is_no_recipe(text, message):
-    refused(message, Recipe.from_text, text)
+    refused(message, recipe_from_text, text)
 
 
 def test_prompts_that_the_text_could_not_give_back():
@@ -136,7 +137,7 @@ def test_the_web_uis_schedules():
         ("Euler a", "Automatic", "linspace"), ("DPM++ SDE", "Automatic", "karras"), ("DDIM", "Automatic", "leading"),
         ("Euler", "SGM Uniform", "trailing"), ("DPM++ 2M", "Exponential", "exponential"), ("Euler", "Beta", "Beta"),
     ):  # fmt: skip
-        assert Recipe.from_text(text.format(sampler, schedule)).spacing == spacing
+        assert recipe_from_text(text.format(sampler, schedule)).spacing == spacing
 
 
 def test_a_large_batch_is_refilled_at_once():
@@ -186,18 +187,18 @@ OLD = {  # texts of before guidance and changes were structured
 
 @pytest.mark.parametrize(("text", "expected"), OLD.items())
 def test_texts_of_earlier_versions_read_and_are_written_the_same(text, expected):
-    made = Recipe.from_text(text)
+    made = recipe_from_text(text)
     assert {name: getattr(made, name) for name in expected} == expected
     assert made.to_text() == text
 
 
 def test_guidance_of_earlier_versions_was_among_the_changes():
     changes = "prediction v; autoguide b1be4534fc at 1.5; pag 2 middle_block output_blocks.1; threshold 0.95"
-    made = Recipe.from_text(f"five\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 0, Size: 32x32, Changes: {changes}")
+    made = recipe_from_text(f"five\nSteps: 4, Sampler: ddim, CFG scale: 2.0, Seed: 0, Size: 32x32, Changes: {changes}")
     assert made.changes == (Change("prediction", "v"),)
     assert (made.autoguide_hash, made.autoguide_scale, made.threshold) == ("b1be4534fc", 1.5, 0.95)
     assert (made.pag, made.pag_layers) == (2.0, ("middle_block", "output_blocks.1"))
-    assert Recipe.from_text(made.to_text()) == made
+    assert recipe_from_text(made.to_text()) == made
 
 
 IMAGE = Image.linear_gradient("L").resize((32, 32))

@@ -13,8 +13,9 @@ from PIL import Image, ImageChops
 import ldm
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.finetune.embeddings import add_word
+from ldm.inference.again import read_image_text
 from ldm.inference.init_image import InitImage
-from ldm.inference.recipe import read_image_text, save_image
+from ldm.inference.recipe import save_image
 from ldm.inference.run import OutputFolder, check_format, unknown_prompts
 
 IMAGE = Image.new("L", (8, 8), 255)

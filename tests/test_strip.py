@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm.diffusion.sampling import Step
-from ldm.images import GAP, LINE
 from ldm.inference.strip import StripRecorder
+from ldm.labels import GAP, LINE
 
 
 def test_a_strip_noises_the_image_to_the_kept_levels():

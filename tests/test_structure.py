@@ -27,9 +27,10 @@ FLOORS = (
     ("conditioning",),
     ("checkpoint", "data"),
     ("diffusion", "models"),
-    ("interpolation",),
-    ("util", "images", "cli", "batching", "settings"),
+    ("interpolation", "labels"),
+    ("util", "images", "cli", "batching", "settings", "input_files"),
     ("legacy_paths", "changes", "checks", "spelling"),
+    ("legacy_names",),
 )
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for folder in ("ldm", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py"))

@@ -27,9 +27,9 @@ from ldm.finetune import flags
 from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.textual_inversion import FRAMES, TextualInversionStage, captions
-from ldm.images import GAP, LINE
+from ldm.input_files import load_yaml
+from ldm.labels import GAP, LINE
 from ldm.training.stage import Trained
-from ldm.util import load_yaml
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).parent.parent
 script = load_script("textual_inversion")

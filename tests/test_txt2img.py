@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples
 
 import ldm
-from ldm.images import GAP, LINE
-from ldm.inference.recipe import read_image_text, save_image
+from ldm.inference.again import read_image_text
+from ldm.inference.recipe import save_image
+from ldm.labels import GAP, LINE
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import save
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from ldm import util
-from ldm.util import call_with, escaped, get_obj_from_str, instantiate_from_config, pick_device, pick_dtype
+from ldm.input_files import escaped
+from ldm.util import call_with, get_obj_from_str, instantiate_from_config, pick_device, pick_dtype
 
 PACKAGE = """
 from os import system

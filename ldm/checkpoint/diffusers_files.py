@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.tensors import State, read_sharded, read_tensors
-from ldm.util import check_file
+from ldm.checks import check_file
 
 _WEIGHTS = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
 WEIGHT_FILES = {  # how the names of files begin and end, the preferred first

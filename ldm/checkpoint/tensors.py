@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.util import check_file
+from ldm.checks import check_file
 
 State = dict[str, Tensor]
 

@@ -29,7 +29,6 @@ from ldm.inference.run import (
     check_format,
     chosen_prompts,
     generate_files,
-    guide_hashes,
     init_settings,
     load_checked,
     make_writable,
@@ -85,6 +84,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
 
     model = load_checked(args)
     from ldm.inference.generate import default_recipe, generate_run, progress
+    from ldm.inference.guiders import guide_hashes
 
     first = default_recipe(model, model.path.stem, **settings_of(args), **guide_hashes(args, None))
     recipes = [

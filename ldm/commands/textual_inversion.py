@@ -16,9 +16,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli import Parser, finite_float, int_range, read_lines
+from ldm.cli import Parser, finite_float, int_range
 from ldm.finetune.flags import MEMORY, OBJECTIVE, OUTPUT, TRAINING, add_flags, begin, choose, number, path
 from ldm.inference.options import add_checkpoint_options, loading_arguments
+from ldm.input_files import read_lines
 
 # names, the yaml's key, how they are parsed, help
 FLAGS = {

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.checks import Count, Entries, Probability, Width
+from ldm.checks import Count, Entries, Probability, Width, check_file
 from ldm.conditioning.tokenizer import without_surrogates
 from ldm.models.transformer import Encoder, TransformerWrapper
-from ldm.util import check_file
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # bert-base-uncased: how many tokens its vocab.txt has, and which of them begins, ends and pads a text

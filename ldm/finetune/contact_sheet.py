@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from ldm.checkpoint.atomic import atomic
-from ldm.images import Row, labelled_rows
+from ldm.labels import Row, labelled_rows
 
 
 def save_contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:

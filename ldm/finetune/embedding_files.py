@@ -22,7 +22,7 @@ from ldm.checkpoint.file import save_file, save_torch
 from ldm.checkpoint.pickled import StoredTensor
 from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, check_finite, read_tensors
 from ldm.checkpoint.torch_file import TorchFile
-from ldm.util import check_file
+from ldm.checks import check_file
 
 WORD_FORMATS = ("diffusers", "a1111", "compvis")
 ANY, ANY_TOKEN = "*", 265  # the placeholder, and its token in CLIP's vocabularies

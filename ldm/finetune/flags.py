@@ -134,8 +134,8 @@ def begin(
     from omegaconf import OmegaConf
 
     import ldm
+    from ldm.input_files import CONFIGS, escaped, load_yaml
     from ldm.training.processes import processes
-    from ldm.util import CONFIGS, escaped, load_yaml
 
     these = processes(args.device)
     if args.resume is not None and these.is_main_process:

@@ -21,8 +21,9 @@ from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth, Subject, as_list, choices, identifiers, notes_on_images, subjects
 from ldm.data.folder import find_images
 from ldm.finetune.parts import known_prompts
+from ldm.inference.again import read_image_text, recipe_from_text
 from ldm.inference.generate import default_recipe, generate_run
-from ldm.inference.recipe import Recipe, plan, read_image_text, save_image
+from ldm.inference.recipe import Recipe, plan, save_image
 from ldm.latent_diffusion import LatentDiffusion
 
 GENERATED = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
@@ -214,6 +215,6 @@ def _without_batch(recipe: Recipe) -> Recipe:
 
 def _is_there(path: Path, recipe: Recipe) -> bool:
     try:
-        return _without_batch(Recipe.from_text(read_image_text(path))) == _without_batch(recipe)
+        return _without_batch(recipe_from_text(read_image_text(path))) == _without_batch(recipe)
     except (FileNotFoundError, ValueError):  # missing, or damaged
         return False

@@ -16,7 +16,7 @@ from ldm.diffusion.sampling import Step, choose_sampler, get_sampler, sampler_na
 from ldm.generation import given, steps_taken
 from ldm.inference.nan_check import generate_checked
 from ldm.inference.precision import precision_of, set_precision
-from ldm.inference.recipe import Recipe, refill
+from ldm.inference.recipe import Recipe
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.settings import Settings, of_model, setting_rows
 
@@ -114,6 +114,8 @@ def generate_again(
     shape = recipe
     if not isinstance(model.cond_stage_model, TextEncoder):  # others take classes, and encode each, equal or not
         shape = replace(recipe, batch_prompts=1, prompt_position=0)
+    from ldm.inference.again import refill
+
     prompts = refill(shape, lambda prompt: chunks(model, recipe, [prompt])[0])
     seeds, place = [recipe.seed] * recipe.batch_size, recipe.batch_position
     if recipe.fixed_code:  # a batch of image 0 goes before, for its start noise

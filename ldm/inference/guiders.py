@@ -4,6 +4,7 @@ Each function returns a `Guide`, the `guide` argument of `LatentDiffusion.genera
 formulas.
 """
 
+import argparse
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.checkpoint.file import file_hash
 from ldm.conditioning.classes import class_numbers
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
@@ -22,6 +24,7 @@ from ldm.diffusion.guidance import Guide
 from ldm.diffusion.schedule import Schedule, make_schedule
 from ldm.inference.nan_check import uncompiled
 from ldm.inference.precision import precision_of, set_precision
+from ldm.inference.recipe import Recipe
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
 from ldm.models.blocks import AttentionBlock
@@ -260,3 +263,22 @@ def _similar(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
         return False
     pairs = ((tensor.float().cpu(), second[name].float().cpu()) for name, tensor in first.items())
     return not any((a - b).norm() > 0.01 * b.norm() for a, b in pairs)
+
+
+def guide_hashes(args: argparse.Namespace, made: Recipe | None) -> dict[str, str]:
+    """Return the hashes of the files that guide. ValueError where the image was made with another file."""
+    found = {}
+    for name, off in (("autoguide", 1), ("classifier", 0)):
+        path, scale = getattr(args, name), getattr(args, f"{name}_scale", None)
+        before = "" if made is None else getattr(made, f"{name}_hash")
+        scale = getattr(made, f"{name}_scale", None) if scale is None else scale
+        if path is not None:
+            found[f"{name}_hash"] = file_hash(path)
+        elif before == "" or scale == off:
+            continue
+        if before not in ("", found.get(f"{name}_hash")):
+            raise ValueError(
+                f"{args.from_png} was made with a file of hash {before} for --{name}: give that file again, "
+                f"or turn it off by --{name}-scale {off}"
+            )
+    return found

@@ -11,26 +11,21 @@ The first stage stays in float32: it runs once, not at every step, and it makes 
 bfloat16 there changes pixels by up to 3 of 255, on average four times as much as bfloat16 in the UNet does over 20
 steps, and in float16 some published first stages overflow. Samplers and guidance always compute in float32.
 
-On a CPU, the half-precision weights of a large file stay as they are, mapped from it, and each layer copies its own
-into the precision while it computes: the same images, in about the memory of the file.
+On a CPU, the half-precision weights of a large file stay as they are: see `ldm.inference.widened`.
 
 float16 is refused on a CPU, whose libraries lack kernels for it: a convolution of Stable Diffusion's UNet takes 140
 times as long as in float32 (AMD Zen 5, torch 2.15); bfloat16 takes half as long.
 """
 
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.inference.offload import Visit
 from ldm.latent_diffusion import LatentDiffusion
 
 DTYPES = {"full": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "autocast": torch.float32}
-HALVES = (torch.float16, torch.bfloat16)
 MANY = 2**28  # bytes of weights in a model, from which on they wait; copying costs small models more time than it saves
-LARGE = 2**18  # numbers in a weight that waits
 Kept = tuple[dict[str, Tensor | None], str, Tensor, Tensor]  # parameters or buffers, a key, its tensor, its data
 
 
@@ -66,64 +61,20 @@ def set_precision(
         raise ValueError(f"the model's weights are rounded to {own} already: load it again for precision {name}")
     undo = ExitStack()
     undo.callback(setattr, model.model, "autocast", own == "autocast")
-    half = sum(p.nbytes for p in model.parameters() if p.dtype in HALVES and p.device.type == "cpu")
+    half = sum(p.nbytes for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16) and p.is_cpu)
     waits = device.type == "cpu" and half >= MANY
     parts = ((model.model, device), (model.cond_stage_model, None), (model.first_stage_model, None))
     for network, place in ((network, place) for network, place in parts if network is not None):
         dtype = torch.float32 if network is model.first_stage_model else DTYPES[name]
         undo.callback(_restore, _tensors(network))
-        if not waits:
+        if waits:
+            from ldm.inference.widened import widen
+
+            widen(model, network, dtype, undo)
+        else:
             network.to(place, dtype)
-            continue
-        _widen_small(network, dtype)
-        if network is model.model:  # each layer by itself; the others' parts at once, as they compute once a batch
-            first = next(network.parameters())  # says what a network computes in (`UNetModel.dtype`)
-            first.data = first.data.to(dtype)
-            layers = [module for module in network.modules() if any(map(_is_large, module._parameters.values()))]
-        else:  # a first stage is not called as such: `encode` and `decode` call its parts
-            layers = network.children() if network is model.first_stage_model else [network]
-        for layer in layers:
-            Widened(torch.float32 if network is model.first_stage_model else model.model).hook(layer, undo)
     model.model.autocast = name == "autocast"
     return undo
-
-
-class Widened(Visit):
-    """Hooks with which a network computes in a dtype of which its large half-precision weights are not.
-
-    Args:
-        dtype: or the network that has it, which may change.
-    """
-
-    def __init__(self, dtype: torch.dtype | nn.Module) -> None:
-        super().__init__(torch.device("cpu"))
-        self.asked = dtype
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.asked.parameters()).dtype if isinstance(self.asked, nn.Module) else self.asked
-
-    def visitors(self, network: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-        dtype = self.dtype
-        own = ((module, name, t) for module in network.modules() for name, t in module._parameters.items())
-        return [(module, name, t) for module, name, t in own if _is_large(t) and t.dtype != dtype]
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype)
-
-    def inputs(self, given: Any) -> Any:
-        return given
-
-
-def _is_large(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype in HALVES and tensor.numel() >= LARGE
-
-
-def _widen_small(network: nn.Module, dtype: torch.dtype) -> None:
-    """Convert all but the large half-precision weights."""
-    for tensor in [*network.parameters(), *network.buffers()]:
-        if tensor.is_floating_point() and not _is_large(tensor):
-            tensor.data = tensor.data.to(dtype)
 
 
 def _tensors(network: nn.Module) -> list[Kept]:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
-from ldm.cli import read_lines
 from ldm.inference.options import load_model, settings_of
-from ldm.inference.recipe import Recipe, check_init_image, plan, read_recipe, save_image
+from ldm.inference.recipe import Recipe, plan, save_image
 from ldm.settings import Guidance, setting_rows
 
 if TYPE_CHECKING:  # they import torch
@@ -36,8 +35,11 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
     prompts = chosen_prompts(args)
     if args.classifier is not None and args.from_png is None and not any(prompts):
         raise ValueError("--classifier needs a class to guide towards: give --class")
-    made = None if args.from_png is None else read_recipe(args.from_png)
-    if made is not None:
+    made = None
+    if args.from_png is not None:
+        from ldm.inference.again import check_init_image, read_recipe
+
+        made = read_recipe(args.from_png)
         check_init_image(made, init, args.from_png)
         args.precision = made.precision if args.precision is None else args.precision
     check_format(args.format, prompts, init)
@@ -76,8 +78,11 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
 
 def chosen_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts that the options give, or the default one. ValueError for one that a PNG cannot hold."""
-    given = args.prompts if args.from_file is None else read_lines(args.from_file, "prompt")
-    prompts = [args.default_prompt] if given is None else given
+    prompts = [args.default_prompt] if args.prompts is None else args.prompts
+    if args.from_file is not None:
+        from ldm.input_files import read_lines
+
+        prompts = read_lines(args.from_file, "prompt")
     longest = max(map(len, prompts))
     if longest > PngImagePlugin.MAX_TEXT_CHUNK:
         raise ValueError(f"a prompt has {longest:,} characters: readers of PNGs take {PngImagePlugin.MAX_TEXT_CHUNK:,}")
@@ -111,7 +116,11 @@ def plan_recipes(
     """Return the recipes of a run, or that of one image again with the settings that are given."""
     from ldm.inference.generate import change_recipe, chunks, default_recipe
 
-    settings = settings_of(args) | guide_hashes(args, made)
+    settings = settings_of(args)
+    if args.autoguide is not None or args.classifier is not None or made is not None:
+        from ldm.inference.guiders import guide_hashes
+
+        settings |= guide_hashes(args, made)
     if init is not None:
         settings |= init_settings(init, args, model, made)
     if made is not None:
@@ -195,27 +204,6 @@ def init_settings(
         size = init.size((model.defaults["width"], model.defaults["height"]), *size, args.resize)
     hashes = {"init_hash": init.init_hash, "mask_hash": init.mask_hash}
     return {"strength": strength, "width": size[0], "height": size[1], **hashes}
-
-
-def guide_hashes(args: argparse.Namespace, made: Recipe | None) -> dict[str, str]:
-    """Return the hashes of the files that guide. ValueError where the image was made with another file."""
-    found = {}
-    for name, off in (("autoguide", 1), ("classifier", 0)):
-        path, scale = getattr(args, name), getattr(args, f"{name}_scale", None)
-        before = "" if made is None else getattr(made, f"{name}_hash")
-        scale = getattr(made, f"{name}_scale", None) if scale is None else scale
-        if path is not None:
-            from ldm.checkpoint.file import file_hash
-
-            found[f"{name}_hash"] = file_hash(path)
-        elif before == "" or scale == off:
-            continue
-        if before not in ("", found.get(f"{name}_hash")):
-            raise ValueError(
-                f"{args.from_png} was made with a file of hash {before} for --{name}: give that file again, "
-                f"or turn it off by --{name}-scale {off}"
-            )
-    return found
 
 
 def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespace) -> "Guide | None":

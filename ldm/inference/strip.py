@@ -9,7 +9,8 @@ from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step
 from ldm.diffusion.sampling.first_order import add_noise
 from ldm.diffusion.sampling.noise import SeededNoise
-from ldm.images import Row, labelled_rows, to_pil
+from ldm.images import to_pil
+from ldm.labels import Row, labelled_rows
 from ldm.latent_diffusion import LatentDiffusion
 
 STRIP_SIDE = 96  # pixels of an image's height, at least: its captions need the room

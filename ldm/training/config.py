@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.checks import Range, shorten
+from ldm.input_files import load_yaml
 from ldm.spelling import did_you_mean
 from ldm.training.run_folder import flatten
-from ldm.util import call_with, load_yaml
+from ldm.util import call_with
 
 
 def check_values(

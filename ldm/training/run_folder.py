@@ -20,8 +20,9 @@ from torch import Tensor
 from ldm.checkpoint.atomic import Lock, atomic, explained, sweep
 from ldm.checkpoint.file import STEP_KEY, newest_checkpoint, save_file, save_torch
 from ldm.checkpoint.tensors import read_tensors
-from ldm.images import Row, image_grid, labelled_rows
-from ldm.util import escaped, read_yaml
+from ldm.images import image_grid
+from ldm.input_files import escaped, read_yaml
+from ldm.labels import Row, labelled_rows
 
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = re.compile(

@@ -29,10 +29,12 @@ from ldm.finetune import lora
 from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.lora_files import load_lora, save_lora
 from ldm.images import READ
-from ldm.inference.recipe import read_recipe, save_image
+from ldm.inference.again import read_recipe
+from ldm.inference.recipe import save_image
+from ldm.input_files import CONFIGS
 from ldm.training.config import read_configs
 from ldm.training.loop import LoopSettings
-from ldm.util import CONFIGS, Unfilled, instantiate_from_config
+from ldm.util import Unfilled, instantiate_from_config
 
 SECONDS, MEGABYTES = 5, 1500  # of CPU time for one file; of memory, of all
 PARAMETERS = "a five\nNegative prompt: blur\nSteps: 20, Sampler: dpmpp_2m, CFG scale: 3.0, Seed: 7, Size: 32x32"

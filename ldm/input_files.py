@@ -1,0 +1,122 @@
+"""Files that a user writes: configurations, and lists of lines. It imports nothing heavy."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ldm.checks import check_file, shorten
+
+MOST_TEXT = 1 << 28  # bytes of a file of lines, of which a few copies are in memory
+CONFIGS = next(  # the configurations that ship: in the package, or beside it in a clone
+    (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if path.is_dir()),
+    Path("configs"),
+)
+MAX_YAML = 2**20  # bytes of a configuration file, and values in it
+MAX_REFERENCES = 40  # in it: by n of them a text grows at most 3^(n/3) times
+REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # the beginning of one, unless it is escaped
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a UTF-8 text file, without blank ones. ValueError if there is none. what: is in each."""
+
+    def at_once(name: str, flags: int) -> int:  # a pipe without a writer is empty, and not waited for
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=at_once) as file:
+        if os.name == "posix":
+            os.set_blocking(file.fileno(), True)
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"{path} has more than {MOST_TEXT >> 20} MiB, which no list of {what}s has")
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: it has to hold one {what} a line") from None
+    if not any(lines):
+        raise ValueError(f"{path} holds no {what}: write one a line (blank lines are skipped)")
+    return [line for line in lines if line]
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Load a yaml file with OmegaConf, unresolved. FileNotFoundError, or ValueError for a file that is not yaml.
+
+    Outside a clone, `configs/...` is the file of that name that is installed with the package. Values may refer to
+    other values, as in ${outdir}, but not to OmegaConf's resolvers, which read the environment (${oc.env:HOME}).
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if Path(path).parts[:1] == ("configs",) and not Path(path).exists():
+        path = CONFIGS.joinpath(*Path(path).parts[1:])
+    check_file(Path(path), "configuration")
+    name = f"configuration {str(path)!r}"
+    if Path(path).stat().st_size > MAX_YAML:
+        raise ValueError(f"{name} is larger than {MAX_YAML} bytes: it is not a configuration")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if "*" in text and _expanded(yaml.compose(text, Loader=yaml.SafeLoader), {}) > MAX_YAML:
+            raise ValueError(f"its aliases make more than {MAX_YAML} values of it")
+        config = OmegaConf.load(path)
+        texts = [text for text in _texts(OmegaConf.to_container(config, resolve=False)) if REFERENCE.search(text)]
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise ValueError(f"{name} is not yaml: {' '.join(str(error).split())}") from None
+    for text in texts:
+        plain, rest = text, ""
+        while rest != plain:  # from the innermost reference outwards
+            rest, plain = plain, re.sub(r"\$\{[^${}:]*\}", "_", plain)
+        if REFERENCE.search(rest):
+            raise ValueError(
+                f"{name} has {shorten(repr(text))}: only references to its other values, such as ${{outdir}}, resolve"
+            )
+    if (count := sum(len(REFERENCE.findall(text)) for text in texts)) > MAX_REFERENCES:
+        raise ValueError(f"{name} has {count} references ${{...}} to other values: {MAX_REFERENCES} are the maximum")
+    return config
+
+
+def _expanded(node: Any, sizes: dict[int, int]) -> int:
+    """Return how many values a yaml node holds with each alias in it written out; sizes: of nodes, by id."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1  # also what a node that holds itself counts within it
+        children = node.value if isinstance(getattr(node, "value", None), list) else []
+        parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        sizes[id(node)] = 1 + sum(_expanded(part, sizes) for part in parts)
+    return sizes[id(node)]
+
+
+def _texts(value: Any) -> list[str]:
+    """Return all texts in a configuration."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for entry in entries for text in _texts(entry)]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a yaml file's mapping as plain dicts, resolved. Errors as `load_yaml`, and ValueError for other content."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        content: Any = OmegaConf.to_container(load_yaml(path), resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(f"configuration {str(path)!r} does not resolve: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"configuration {str(path)!r} is not a mapping")
+    return content
+
+
+def escaped(value: Any) -> Any:
+    """Return a text, or containers of texts, so that a configuration with it resolves to it: `${` is escaped.
+
+    ValueError for a name of a file that is not UTF-8: yaml has no such texts.
+    """
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{value!r} is not UTF-8 text, so a run's configuration cannot hold it: rename it first")
+    if isinstance(value, Mapping):
+        return {key: escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped(entry) for entry in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
