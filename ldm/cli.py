@@ -94,28 +94,31 @@ def _respell(arg: str, spelled: dict[str, str]) -> str:
 
 def int_range(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
     """Return an option type: an integer from low to high."""
-
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-        return _in_range(value, low, high)
-
-    return number
+    return _number_type(int, "an integer", low, high)
 
 
 def finite_float(low: float = -math.inf, high: float = math.inf, infinite: bool = False) -> Callable[[str], float]:
     """Return an option type: a number from low to high; infinity only with `infinite`, nan never."""
 
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    def read(text: str) -> float:
+        value = float(text)
         if math.isnan(value) or (math.isinf(value) and not infinite):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-        return _in_range(value, low, high)
+            raise ValueError
+        return value
+
+    return _number_type(read, "a finite number", low, high)
+
+
+def _number_type(read: Callable[[str], Any], words: str, low: float, high: float) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        try:
+            value = read(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
+        if not low <= value <= high:
+            limit = f"at least {low:g}" if value < low else f"at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{value} is out of range: it must be {limit}")
+        return value
 
     return number
 
@@ -125,13 +128,6 @@ def device_name(text: str) -> str:
     if text.partition(":")[0] == "meta":
         raise argparse.ArgumentTypeError(f"{text!r} holds no numbers: use auto, cpu, cuda or mps")
     return text
-
-
-def _in_range(value: Any, low: float, high: float) -> Any:
-    if not low <= value <= high:
-        limit = f"at least {low:g}" if value < low else f"at most {high:g}"
-        raise argparse.ArgumentTypeError(f"{value} is out of range: it must be {limit}")
-    return value
 
 
 def check_writable(path: Path | None) -> None:

@@ -213,11 +213,9 @@ def from_keywords(given: Mapping[str, Any]) -> Settings:
         if name in setting_rows(Guidance):
             raise TypeError(f"{name} is an argument of make_guide: give generate its result as guide=")
         if name not in known:
-            from ldm.spelling import nearest_name  # only a mistake needs it
+            from ldm.spelling import did_you_mean  # only a mistake needs it
 
-            near = nearest_name(name, known)
-            hint = f"the settings are {', '.join(known)}" if near is None else f"did you mean {near!r}?"
-            raise TypeError(f"unknown setting {name!r}; {hint}")
+            raise TypeError(f"unknown setting {name!r}{did_you_mean([name], known)}; they are {', '.join(known)}")
     return Settings(**checked(Settings, given))
 
 

@@ -105,21 +105,26 @@ def test_distribution_and_version():
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "ldm.__version__"} and version
 
 
-@pytest.fixture(scope="module")
-def editable(tmp_path_factory) -> Path:
-    """What an editable installation of a small clone puts into site-packages; the clone has scripts, too."""
+def unpack_wheel(kind: str, clone: Path, site: Path) -> None:
+    """Build a wheel of the package in `clone`, and unpack it in `site`."""
     pytest.importorskip("setuptools")
-    clone, site = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("site")
-    (clone / "configs").mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, clone)
-    for name, code in (("ldm/__init__", '__version__ = "0.1.0"'), ("ldm/part", ""), ("scripts/txt2img", "")):
-        (clone / name).parent.mkdir(exist_ok=True)
-        (clone / f"{name}.py").write_text(code)
-    build = f"from setuptools import build_meta; build_meta.build_editable({str(site)!r})"
+    build = f"from setuptools import build_meta; build_meta.{kind}({str(site)!r})"
     subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, cwd=clone)
     (wheel,) = site.glob("*.whl")
     shutil.unpack_archive(wheel, site, "zip")
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory) -> Path:
+    """What an editable installation of a small clone puts into site-packages; the clone has scripts, too."""
+    clone, site = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("site")
+    (clone / "configs").mkdir()
+    for name, code in (("ldm/__init__", '__version__ = "0.1.0"'), ("ldm/part", ""), ("scripts/txt2img", "")):
+        (clone / name).parent.mkdir(exist_ok=True)
+        (clone / f"{name}.py").write_text(code)
+    unpack_wheel("build_editable", clone, site)
     return site
 
 
@@ -141,16 +146,10 @@ def test_an_editable_installation_has_ldm_alone(editable, tmp_path, here, found)
 
 def test_an_installation_has_the_commands_and_the_configurations(tmp_path):
     """Without the clone, `ldm train configs/...` finds the yaml that is installed with the package."""
-    pytest.importorskip("setuptools")
     clone, site = tmp_path / "clone", tmp_path / "site"
     for name in ("ldm", "configs"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, clone)
-    build = f"from setuptools import build_meta; build_meta.build_wheel({str(site)!r})"
-    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, cwd=clone)
-    (wheel,) = site.glob("*.whl")
-    shutil.unpack_archive(wheel, site, "zip")
+    unpack_wheel("build_wheel", clone, site)
     installed = {str(path.relative_to(site / "ldm")) for path in (site / "ldm" / "configs").rglob("*.yaml")}
     assert installed == {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")

@@ -11,7 +11,6 @@ from PIL import Image, PngImagePlugin
 from ldm.changes import Change
 from ldm.inference.again import read_image_text, recipe_from_text, refill
 from ldm.inference.recipe import NEGATIVE, Recipe, plan, save_image
-from ldm.input_files import read_lines
 from ldm.settings import ALL_SIGMAS
 
 FIVE = Recipe(
@@ -149,21 +148,6 @@ def test_a_large_batch_is_refilled_at_once():
 )
 def test_places_that_do_not_exist(wrong):
     refused("has no position", refill, replace(replace(FIVE, batch_size=4), **wrong))
-
-
-def test_prompt_files(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa five\r\n\r\n   \n  an ö  \n".encode())
-    assert read_lines(path, "prompt") == ["a five", "an ö"]
-    for content, message in (
-        (b"", "prompts.txt holds no prompt"),
-        (b"\n \n\t\r\n", "prompts.txt holds no prompt"),
-        (b"\xff\xfe\x00a", "not UTF-8 text"),
-    ):
-        path.write_bytes(content)
-        refused(message, read_lines, path, "prompt")
-    with pytest.raises(OSError):
-        read_lines(tmp_path / "missing.txt", "prompt")
 
 
 OLD = {  # texts of before guidance and changes were structured

@@ -77,8 +77,8 @@ def test_trying_leaves_nothing(tmp_path):
 WRITE = """
 import sys
 from pathlib import Path
-from PIL import Image, ImageChops
-from ldm.inference.run import OutputFolder, check_format
+from PIL import Image
+from ldm.inference.run import OutputFolder
 output = OutputFolder(Path(sys.argv[1]))
 sys.stdin.readline()  # both processes start at once
 for _ in range(300):

@@ -58,8 +58,8 @@ def test_other_names_of_an_option_are_not_in_the_help():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"step": 5}, "unknown setting 'step'; did you mean 'steps'"),
-        ({"cfg": 5}, "unknown setting 'cfg'; the settings are steps, sampler"),
+        ({"step": 5}, "unknown setting 'step'; did you mean steps[?]; they are steps, sampler"),
+        ({"cfg": 5}, "unknown setting 'cfg'; they are steps, sampler"),
         ({"pag": 2}, "pag is an argument of make_guide: give generate its result as guide="),
     ],
 )

@@ -47,8 +47,7 @@ def evaluate_model(args: argparse.Namespace) -> Result:
     n = len(reference.labels) if args.n is None else args.n
     frames = "train" if args.wording == "seen" else "unseen"
     prompts, captions = prompts_for(model, reference.captions(n, frames), args.classifier is not None)
-    given = {name: value for name, value in settings_of(args).items() if value is not None}
-    given = {name: value for name, value in given.items() if name not in ("seed", "precision")}
+    given = _given(args)
     guide, settings = _guide(model, args, given)
     started = time.perf_counter()
     images = sample_images(model, prompts, args.seed, args.batch_size, networks.size, **guide, **given)
@@ -71,6 +70,12 @@ def evaluate_model(args: argparse.Namespace) -> Result:
     return report, image_sheet(sheet)
 
 
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of sampling that were given, but the seed, which each batch has its own of."""
+    settings = settings_of(args).items()
+    return {name: value for name, value in settings if value is not None and name not in ("seed", "precision")}
+
+
 def _guide(model: Any, args: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `generate`'s guide and its settings for the report, taking its scale out of the others."""
     scale = given.pop("classifier_scale", None)
@@ -89,9 +94,8 @@ def evaluate_autoencoder(args: argparse.Namespace) -> Result:
     autoencoder, scale_factor = load_autoencoder(args.ckpt, args.device)
     if args.dataset not in HELD_OUT:
         check_folder_options(args)
-        encoder = getattr(autoencoder, "encoder", None)
-        size = (getattr(encoder, "resolution", 64),) * 2
-        images = Halves(Path(args.dataset), size, autoencoder.image_channels).images[: args.n]
+        side = getattr(getattr(autoencoder, "encoder", None), "resolution", 64)
+        images = Halves(Path(args.dataset), (side, side), autoencoder.image_channels).images[: args.n]
         report, made = report_reconstruction(autoencoder, images, args.batch_size)
         return {**_head(args, dataset=args.dataset, n=len(images)), **report}, _pairs(made, images)
     check_digits(autoencoder, networks.size)
@@ -137,8 +141,7 @@ def _evaluate_on_folder(args: argparse.Namespace) -> Result:
     n = len(halves.captions) if args.n is None else args.n
     if n > len(halves.captions):
         raise ValueError(f"{n} images are more than half of {args.dataset}: use --n {len(halves.captions)} or less")
-    given = {name: value for name, value in settings_of(args).items() if value is not None}
-    given = {name: value for name, value in given.items() if name not in ("seed", "precision")}
+    given = _given(args)
     prompts = prompts_of(model, halves.captions[:n])
     if args.clip is not None and prompts != halves.captions[:n]:
         raise ValueError("--clip compares images with captions, which this model does not take")

@@ -19,6 +19,7 @@ from ldm.evaluation.frechet import frechet_distance, moments
 from ldm.evaluation.memorisation import memorisation, nearest_training_distance, quantiles
 from ldm.evaluation.precision_recall import precision_recall
 from ldm.evaluation.reference import measure_floor
+from ldm.images import to_uint8
 from ldm.training.latents import posterior
 
 AVERAGED = 8
@@ -31,7 +32,7 @@ class Halves:
         """size: (width, height) that the model makes; images are cropped to its shape."""
         data = Folder(root, size[0], channels, caption="", buckets=[size])
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
-        images = torch.stack([((data[i]["image"] + 1) * 127.5).round().to(torch.uint8) for i in order])
+        images = torch.stack([to_uint8(data[i]["image"]) for i in order])
         half = len(order) // 2
         if half < 10:
             raise ValueError(f"{root} holds {len(order)} images: at least 20 are needed to measure by")
@@ -89,7 +90,7 @@ def report_reconstruction(autoencoder: Any, images: Tensor, batch_size: int) -> 
     device, made = next(autoencoder.parameters()).device, []
     for batch in images.split(batch_size):
         decoded = autoencoder.decode(posterior(autoencoder, (batch.float() / 127.5 - 1).to(device))[0])
-        made.append(((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        made.append(to_uint8(decoded).cpu())
     result = torch.cat(made)
     ratios = psnr(result / 127.5 - 1, images / 127.5 - 1)
     figures = {"mean": ratios.mean().item(), "first_percentile": ratios.quantile(0.01).item()}

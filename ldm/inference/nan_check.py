@@ -45,7 +45,9 @@ def generate_checked(model: LatentDiffusion, *args: Any, **settings: Any) -> lis
 
 def _check_pixels(decoder: nn.Module, args: tuple, pixels: Tensor) -> None:
     if not torch.isfinite(pixels).all():
-        raise NotFinite("an image is not finite (NaN or infinite pixels); txt2img.py names the module at fault")
+        raise NotFinite(
+            "an image is not finite (NaN or infinite pixels); the command txt2img names the module at fault"
+        )
 
 
 def uncompiled() -> AbstractContextManager:

@@ -156,7 +156,7 @@ def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.
     if args.classes and any(prompts) and hasattr(model.cond_stage_model, "tokenizer"):
         raise ValueError("--class needs a class-conditional model: this one takes texts, so use the command txt2img")
     if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
-        for prompt in unknown_prompts(getattr(model.cond_stage_model, "tokenizer", None), prompts)[:5]:
+        for prompt in unknown_prompts(model.tokenizer, prompts)[:5]:
             print(f"note: the model was trained on none of the words of {prompt!r}", file=sys.stderr)
         if any(prompts) and args.ckpt is not None and args.prompts is None and args.from_file is None:
             print(f"no --prompt is given: the prompt is {prompts[0]!r}", file=sys.stderr)
