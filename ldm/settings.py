@@ -215,7 +215,9 @@ def from_keywords(given: Mapping[str, Any]) -> Settings:
         if name not in known:
             from ldm.spelling import did_you_mean  # only a mistake needs it
 
-            raise TypeError(f"unknown setting {name!r}{did_you_mean([name], known)}; they are {', '.join(known)}")
+            raise TypeError(
+                f"unknown setting {name!r}{did_you_mean([name], known)}; the settings are {', '.join(known)}"
+            )
     return Settings(**checked(Settings, given))
 
 

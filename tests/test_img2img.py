@@ -242,16 +242,6 @@ def test_mistakes(generate, five):
     refused("leave out --n_samples", generate, "--init-img", five, "--from-png", five, "--n_samples", 2)
 
 
-@pytest.mark.parametrize(
-    ("strength", "message"), [("1.5", "1.5 is out of range"), ("-1", "-1"), ("nan", "not a finite")]
-)
-def test_strengths_that_are_none(strength, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        img2img.main(["--init-img", "x.png", "--strength", strength])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.count("\n") == 1
-
-
 def test_an_image_that_resizing_would_blow_up(generate, tmp_path):
     line = saved(tmp_path / "line.png", Image.new("L", (1, 1_000_000)))
     for options in (["--resize"], ["--W", 32]):

@@ -58,8 +58,8 @@ def test_other_names_of_an_option_are_not_in_the_help():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"step": 5}, "unknown setting 'step'; did you mean steps[?]; they are steps, sampler"),
-        ({"cfg": 5}, "unknown setting 'cfg'; they are steps, sampler"),
+        ({"step": 5}, "unknown setting 'step'; did you mean steps[?]; the settings are steps, sampler"),
+        ({"cfg": 5}, "unknown setting 'cfg'; the settings are steps, sampler"),
         ({"pag": 2}, "pag is an argument of make_guide: give generate its result as guide="),
     ],
 )
@@ -156,10 +156,19 @@ def test_a_models_own_settings_are_checked(model, tmp_path, own, message):
     refused(f"a.safetensors' has a configuration that cannot be built: .*{message}", load, tmp_path / "a.safetensors")
 
 
-def test_guidance_towards_what_is_perturbed_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        image_parser("", "", "out").parse_args(["--pag", "-1"])
-    assert "-1.0 is out of range: it must be at least 0" in capsys.readouterr().err
+@pytest.mark.parametrize("name", [name for name in ROWS if ROWS[name].type in (INT, FLOAT) and ROWS[name].flags])
+def test_options_have_the_range_of_their_setting(name, capsys):
+    row, parser = ROWS[name], image_parser("", "", "out", classes=True)
+    add_init_image_options(parser)
+    low = -1 if name == "seed" else row.low  # a random one
+    for value, words in ((low - 1, f"at least {low:g}"), (row.high + 1, f"at most {row.high:g}"), ("nan", "not a")):
+        if value not in (-math.inf, math.inf):
+            with pytest.raises(SystemExit):
+                parser.parse_args([row.flags[0], str(value)])
+            assert words in capsys.readouterr().err
+
+
+def test_guidance_towards_what_is_perturbed_is_refused():
     refused("pag must be at least 0, got -1", make_guide, None, pag=-1)
 
 

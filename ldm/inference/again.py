@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ldm.inference.init_image import InitImage
 
 _ENTRY = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
-_REQUIRED = ("Width", "Height", "Steps", "Sampler", "CFG scale", "Seed")
+_REQUIRED = ("Size", "Steps", "Sampler", "CFG scale", "Seed")
 # The web UI's "Schedule type" -> our spacing, and what its "Automatic" is for a sampler (else Uniform).
 _SCHEDULES = {"Uniform": "linspace", "SGM Uniform": "trailing", "Karras": "karras", "Exponential": "exponential"}
 _AUTOMATIC = {"DDIM": "leading", "PLMS": "leading", "UniPC": "leading", "DPM2": "karras", "DPM2 a": "karras"}
@@ -34,12 +34,9 @@ def recipe_from_text(text: str) -> Recipe:
     if "Schedule type" in entries and "Spacing" not in entries:
         schedule, automatic = entries["Schedule type"], _AUTOMATIC.get(entries.get("Sampler", ""), "linspace")
         entries["Spacing"] = automatic if schedule == "Automatic" else _SCHEDULES.get(schedule, schedule)
-    if "Size" in entries:
-        entries["Width"], _, entries["Height"] = entries["Size"].partition("x")
-    for key in _REQUIRED:
-        if key not in entries:
-            missing = "Size" if key in ("Width", "Height") else key
-            raise ValueError(f"it names no {missing!r}, so the image cannot be made again")
+    if (missing := next((key for key in _REQUIRED if key not in entries), None)) is not None:
+        raise ValueError(f"it names no {missing!r}, so the image cannot be made again")
+    entries["Width"], _, entries["Height"] = entries["Size"].partition("x")
     try:
         values = {name: row.checked(row.key, entries[row.key]) for name, row in KEYED.items() if row.key in entries}
     except ValueError as error:
@@ -139,9 +136,7 @@ def refill(recipe: Recipe, count: Callable[[str], int] = lambda prompt: 1) -> li
         unseen = min(len(seen), recipe.batch_prompts - 1)
         ranks.append(recipe.prompt_position if place == recipe.batch_position else unseen)
         seen.add(ranks[-1])
-    if list(dict.fromkeys(ranks)) != list(range(recipe.batch_prompts)) or recipe.batch_position not in range(
-        len(ranks)
-    ):
+    if list(dict.fromkeys(ranks)) != list(range(recipe.batch_prompts)) or not 0 <= recipe.batch_position < len(ranks):
         raise ValueError(
             f"a batch of {recipe.batch_size} with {recipe.batch_prompts} prompts has no position "
             f"{recipe.batch_position} for prompt {recipe.prompt_position}"

@@ -95,6 +95,7 @@ class Recipe(Guidance, Settings):
         return replace(self, **{name: value for name, value in settings.items() if value is not None})
 
 
+# The settings that the text has, by name; the prompts stand above its last line.
 KEYED = {name: row for name, row in setting_rows(Recipe).items() if row.key}
 _DEFAULTS = {f.name: f.default for f in fields(Recipe)}
 
