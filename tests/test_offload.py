@@ -78,7 +78,7 @@ def test_float16_is_widened_where_it_computes_on_the_cpu(model):
 def test_weights_come_back_after_a_failure(model):
     offload(model, "swap", "meta")
     with pytest.raises(RuntimeError):
-        model.decode(torch.zeros(1, 5, 8, 8, device="meta"))
+        model.first_stage_model.decode(torch.zeros(1, 5, 8, 8, device="meta"))
     assert {p.device.type for p in model.first_stage_model.parameters()} == {"cpu"}
 
 
