@@ -46,7 +46,8 @@ def test_words_take_the_place_of_their_token(encoder, count):
     (star,), (dog,) = encoder.word_ids("*"), encoder.word_ids("dog")
     weight = encoder.token_embedding.weight
     assert manager.string_to_token_dict["*"] == star
-    assert torch.equal(manager.string_to_param_dict["*"], weight[[dog] * count])
+    start = weight[dog] + encoder.transformer.text_model.embeddings.position_embedding.weight[0]
+    assert torch.equal(manager.string_to_param_dict["*"], start.repeat(count, 1))
     plain = encoder.encode([PROMPT, "a"])
     manager.string_to_param_dict["*"] += torch.arange(count)[:, None]
     vectors = manager.string_to_param_dict["*"]
@@ -157,7 +158,7 @@ def test_words_start_from_the_weights_of_the_checkpoint(clip, tmp_path):
     words["embedding_manager_ckpt"] = ""  # as textual inversion's own program writes
     started = instantiate_from_config(config(clip, **settings))
     (dog,) = started.cond_stage_model.word_ids("dog")
-    expected = model.cond_stage_model.token_embedding.weight[dog]
+    expected = model.cond_stage_model.transformer.text_model.embeddings(torch.tensor([[dog]]))[0, 0]
     assert torch.equal(started.embedding_manager.string_to_param_dict["*"][0], expected)
     learned = EmbeddingManager(model.cond_stage_model, ["x"])
     learned.save(tmp_path / "words.pt")

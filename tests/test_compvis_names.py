@@ -252,10 +252,10 @@ ATTRIBUTES = {
     "model.model.diffusion_model.input_blocks[1][0]": "channels emb_channels dropout out_channels use_conv "
     "use_checkpoint use_scale_shift_norm in_layers updown h_upd x_upd emb_layers out_layers skip_connection",
     "model.model.diffusion_model.input_blocks[2][0]": "channels out_channels use_conv dims op",
-    "model.first_stage_model.encoder": "ch temb_ch num_resolutions num_res_blocks resolution in_channels conv_in down "
-    "mid norm_out conv_out",
+    "model.first_stage_model.encoder": "ch in_ch_mult temb_ch num_resolutions num_res_blocks resolution in_channels "
+    "conv_in down mid norm_out conv_out",
     "model.first_stage_model.decoder": "ch temb_ch num_resolutions num_res_blocks resolution in_channels "
-    "give_pre_end tanh_out conv_in mid up norm_out conv_out",
+    "give_pre_end tanh_out z_shape conv_in mid up norm_out conv_out",
     "model.first_stage_model.encoder.mid.block_1": "in_channels out_channels use_conv_shortcut norm1 norm2",
     "model.first_stage_model.encoder.mid.attn_1": "in_channels norm q k v proj_out",
     "model.cond_stage_model": "tokenizer transformer device max_length layer layer_idx",
@@ -277,7 +277,8 @@ def test_attributes(model, part):
 def test_the_parts_of_autoencoders_are_what_their_settings_say(model):
     encoder, decoder = model.first_stage_model.encoder, model.first_stage_model.decoder
     assert encoder.num_resolutions == len(encoder.down) == 2 and decoder.num_resolutions == len(decoder.up)
-    z = torch.randn(1, 4, 8, 8)
+    z = torch.randn(encoder(torch.zeros(1, 3, encoder.resolution, encoder.resolution)).chunk(2, dim=1)[0].shape)
+    assert z.shape == decoder.z_shape and encoder.in_ch_mult == (1, *encoder.ch_mult)
     features = []
     hook = decoder.norm_out.register_forward_hook(lambda module, inputs, out: features.append(inputs[0]))
     decoder(z)
@@ -329,6 +330,15 @@ def test_codes_are_decoded():
     entries = model.quantize.get_codebook_entry(indices, shape=(2, 8, 8, 4))
     assert torch.equal(entries, model.quantize.get_codebook_entry(indices.view(2, 8, 8))) and model.n_embed == 32
     assert model.quantize.get_codebook_entry(indices).shape == (128, 4)
+
+
+def test_a_number_of_residual_blocks_is_a_list_and_a_number():
+    params = PIXELS | {"channel_mult": [1, 1]}
+    one, two = [
+        instantiate_from_config({"target": UNET, "params": params | {"num_res_blocks": n}}) for n in (2, [1, 2])
+    ]
+    assert one.num_res_blocks == [2, 2] and list(range(one.num_res_blocks)) == [0, 1]
+    refused("too many values", range, two.num_res_blocks)
 
 
 def test_networks_convert():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     assert all(torch.equal(found[0].vectors, words[0][0].vectors) for found in words)
     assert words[0][0].vectors.shape == (2, 32) and words[1][0].step == 6
     printed = capsys.readouterr()
-    assert "skipped .DS_Store, notes.pdf" in printed.err
+    assert "skipped .DS_Store, notes.pdf" in printed.err and "own captions" not in printed.err
     assert "sks.pt (2 vectors), which is sks by the file's name" in printed.out
     assert re.search(r"--ckpt \S*tiny.safetensors --embedding \S*learned_embeds.safetensors --prompt 'a ", printed.out)
     height = pixels(tmp_path / "out" / "previews" / "000006.png").shape[0]
@@ -174,6 +175,13 @@ def test_a_run_writes_the_word_and_nothing_else_changes(tiny_checkpoint, subject
     model = ldm.load(tiny_checkpoint, device="cpu")
     apply_embedding(model, tmp_path / "out" / "learned_embeds.safetensors")
     assert torch.equal(token_embedding(model.cond_stage_model).vectors[0], words[0][0].vectors)
+
+
+def test_captions_beside_the_images_are_not_ignored_in_silence(tiny_checkpoint, subject, tmp_path, capsys):
+    folder = shutil.copytree(subject, tmp_path / "captioned")
+    (folder / "0.txt").write_text("a dog")
+    run(tiny_checkpoint, folder, tmp_path / "out", "--max_train_steps", 1)
+    assert "the images' own captions are not used" in capsys.readouterr().err
 
 
 def test_the_page_has_a_prompt_that_was_trained_on():

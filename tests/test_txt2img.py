@@ -1,6 +1,7 @@
 """txt2img: counts, seeds, numbers, what each PNG says, making it again; every mistake is one sentence."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -236,6 +237,17 @@ def test_a_random_seed_is_printed(generate, capsys):
     said = capsys.readouterr().err.split("\n")[0]
     first, second = (recipe(path).seed for path in samples(out))
     assert said == f"seed {first}" and second == first + 1
+
+
+def test_a_learned_word_in_no_prompt_is_said(generate, tmp_path, capsys):
+    save_file({"<x>": torch.zeros(1, 32)}, tmp_path / "x.safetensors")
+    save_file({"(y)": torch.zeros(1, 32)}, tmp_path / "y.safetensors")
+    words = ["--embedding", str(tmp_path / "x.safetensors"), "--embedding", str(tmp_path / "y.safetensors")]
+    for prompt, unused in (("(y) five", ["'<x>'", "'(y)'"]), ("<x> \\(y\\)", []), ("<x>", ["'(y)'"])):
+        generate(*words, "--prompt", prompt, "--skip_grid", out=f"{len(prompt)}")
+        assert re.findall("no prompt contains the learned word (.*), so", capsys.readouterr().err) == unused
+    generate(*words, "--prompt", "<x>", "--negative-prompt", "\\(y\\)", out="negative")
+    assert "learned word" not in capsys.readouterr().err.replace("learned words of", "")
 
 
 def test_a_prompt_that_nobody_gave_is_said(generate, capsys):

@@ -24,7 +24,8 @@ class EmbeddingManager(nn.Module):
     Args:
         embedder: From `ldm.modules.encoders.modules`, with `word_ids(text)` and `token_embedding`.
         placeholder_strings: The words, each a single token.
-        initializer_words: Each word starts as the first token of its initializer word, or at random without one.
+        initializer_words: Each word starts as the first token of its initializer word, or at random without one. As in
+            the original code, CLIP's vector for the first position is added to that token's.
         per_image_tokens: Learn the words of `per_img_token_list` too.
         progressive_words: Use one vector at first, and one more every `PROGRESSIVE_SCALE` calls.
     """
@@ -43,12 +44,12 @@ class EmbeddingManager(nn.Module):
         self.string_to_token_dict: dict[str, Tensor] = {}
         self.string_to_param_dict, self.initial_embeddings = nn.ParameterDict(), nn.ParameterDict()
         words = [*(placeholder_strings or ()), *(per_img_token_list if per_image_tokens else ())]
-        weight, initial = embedder.token_embedding.weight, list(initializer_words or ())
+        initial, width = list(initializer_words or ()), embedder.token_embedding.embedding_dim
         for i, word in enumerate(words):
             self.string_to_token_dict[word] = self._token(word)
-            vectors = torch.rand(num_vectors_per_token, weight.shape[1])
+            vectors = torch.rand(num_vectors_per_token, width)
             if i < len(initial):
-                vectors = weight.detach()[embedder.word_ids(initial[i])[0]].repeat(num_vectors_per_token, 1)
+                vectors = self._embedded(initial[i]).repeat(num_vectors_per_token, 1)
                 self.initial_embeddings[word] = nn.Parameter(vectors.clone(), requires_grad=False)
             self.string_to_param_dict[word] = nn.Parameter(vectors.clone())
 
@@ -57,6 +58,13 @@ class EmbeddingManager(nn.Module):
         if len(ids) != 1:
             raise ValueError(f"{word!r} cannot be a placeholder: it is {len(ids)} tokens of this encoder, not one")
         return torch.tensor(ids[0])
+
+    @torch.no_grad()
+    def _embedded(self, word: str) -> Tensor:
+        encoder = self.embedder[0]
+        token = torch.tensor([encoder.word_ids(word)[:1]], device=encoder.device)
+        clip = getattr(encoder.transformer, "text_model", None)
+        return (encoder.token_embedding if clip is None else clip.embeddings)(token)[0, 0]
 
     def forward(self, tokenized_text: Tensor, embedded_text: Tensor) -> Tensor:
         """Replace the words' vectors in (b, n, d), for tokens (b, n); what follows a longer word moves back."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.conditioning.prompt import BREAK
+from ldm.conditioning.prompt import BREAK, cut
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
 
@@ -104,6 +104,12 @@ def learn(encoder: TextEncoder, word: str, vectors: Tensor) -> str:
     encoder.tokenizer.add(word, len(vectors))
     parent.token_embedding.vectors.append(vectors)
     return word
+
+
+def unused_words(tokenizer: WordTokenizer, prompts: Sequence[str], plain: bool = False) -> list[str]:
+    """Return the learned words that none of the prompts contains; plain: brackets are text."""
+    used = {token for prompt in prompts for chunk in cut(tokenizer, prompt, plain) for token in chunk.tokens}
+    return [word for word, ids in tokenizer.words.items() if ids[0] not in used]
 
 
 def token_embedding(encoder: TextEncoder) -> nn.Embedding:

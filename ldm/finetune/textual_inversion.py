@@ -97,6 +97,8 @@ class TextualInversionStage(FineTuningStage):
         check_apart(dataset.root, self.sheet)
         for note in notes_on_images(dataset.root):
             print(f"note: {note}", file=sys.stderr)
+        if any(dataset.texts()):
+            print("note: the images' own captions are not used: each is one of the stage's frames", file=sys.stderr)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
         return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, 1)))

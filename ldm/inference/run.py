@@ -129,6 +129,12 @@ def plan_recipes(
         return [recipe]
     prompts = usable_prompts(model, prompts, args)
     first = default_recipe(model, model.path.stem, **settings)
+    if args.embedding:
+        from ldm.conditioning.words import unused_words
+
+        texts = [*prompts, *([] if first.scale == 1 else [first.negative])]
+        for word in unused_words(model.cond_stage_model.tokenizer, texts, first.plain):
+            print(f"note: no prompt contains the learned word {word!r}, so it has no effect", file=sys.stderr)
     batch_size = BATCH if args.batch_size is None else args.batch_size
     count = len(prompts) * args.n_samples * args.n_iter
     check_memory(first, count, count if first.fixed_code else min(batch_size, count), not args.skip_grid)

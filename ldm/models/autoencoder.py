@@ -197,6 +197,7 @@ class Encoder(_Half):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.in_ch_mult = (1, *self.ch_mult)
         self.conv_in = nn.Conv2d(self.in_channels, self.ch, 3, padding=1)
         self.down: Any = nn.ModuleList()
         width = self.ch
@@ -225,6 +226,8 @@ class Decoder(_Half):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        size = self.resolution // 2 ** (len(self.ch_mult) - 1)
+        self.z_shape = (1, self.z_channels, size, size)  # of images of height `resolution`, for callers that read it
         width = self.ch * self.ch_mult[-1]
         self.conv_in = nn.Conv2d(self.z_channels, width, 3, padding=1)
         self.mid = self.middle(width)

@@ -4,6 +4,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
+class PerLevel(list):
+    """A number for each level, which `range` and indexing take for that number where it is the same for all."""
+
+    def __index__(self) -> int:
+        (number,) = set(self)
+        return number
+
+
 class Level(NamedTuple):
     """One resolution of a UNet."""
 

@@ -21,7 +21,7 @@ from ldm.models.blocks import (
     timestep_embedding,
     zero_module,
 )
-from ldm.models.levels import Level, plan_levels
+from ldm.models.levels import Level, PerLevel, plan_levels
 from ldm.models.linear_attention import LinearAttentionBlock
 
 
@@ -143,7 +143,7 @@ class UNetModel(UNetEncoder):
             self.disable_self_attentions,
             self.num_attention_blocks,
         )
-        self.num_res_blocks = [level.blocks for level in levels]
+        self.num_res_blocks = PerLevel(level.blocks for level in levels)
         self.time_embed = time_mlp(self.model_channels, 4 * self.model_channels)
         if self.num_classes is not None:
             self.label_emb = self._label_embedding()

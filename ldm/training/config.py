@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ldm.checks import Range, shorten
-from ldm.input_files import load_yaml
+from ldm.input_files import escaped, load_yaml
 from ldm.spelling import did_you_mean
 from ldm.training.run_folder import flatten
 from ldm.util import call_with
@@ -52,6 +52,7 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
     given = [_read(path) for path in paths]
     configs = deepcopy(given)
     for change in changes:
+        escaped(change)  # ValueError for bytes that are not UTF-8, which no yaml can hold
         if not any([_apply(change, *pair) for pair in zip(configs, given, strict=True)]):
             known = {key for config in configs for key in flatten(OmegaConf.to_container(config))}
             raise ValueError(
