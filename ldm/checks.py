@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which images are computed
 ECHOED = 200  # characters of a value that a message repeats
 
 

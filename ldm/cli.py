@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldm.checks import shorten_values
+from ldm.checks import LARGEST_FLOAT, shorten_values
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,6 +106,8 @@ def finite_float(low: float = -math.inf, high: float = math.inf, infinite: bool 
             raise ValueError
         return value
 
+    if not infinite:
+        low, high = max(low, -LARGEST_FLOAT), min(high, LARGEST_FLOAT)
     return _number_type(read, "a finite number", low, high)
 
 
@@ -147,6 +149,12 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
     interpreter's teardown (0.7 s of CPU time after `import torch`); only for scripts that have closed what they opened.
     """
     status = 0
+    for name in (
+        "stdout",
+        "stderr",
+    ):  # None where the process was started without it, which bars of progress do not expect
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     codecs.register_error("ldm", _as_bytes_or_escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -186,8 +194,7 @@ def _flush() -> bool:
     """Flush what was printed; return whether somebody could read it."""
     try:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # the process was started without it
-                stream.flush()
+            stream.flush()
     except OSError:
         return False
     return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from ldm.changes import changes_from_text, changes_to_text
+from ldm.checks import LARGEST_FLOAT
 
 ALL_SIGMAS = (0.0, math.inf)  # the guidance interval that leaves nothing out
 OWN = "the model's own"
@@ -43,7 +44,7 @@ def _integer(value: Any) -> int:
 
 def _number(value: Any) -> float:
     number = value if type(value) in (int, float) else float(_no_bool(value))
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST_FLOAT:
         raise ValueError
     return number
 

@@ -200,4 +200,14 @@ except OSError as error:
     needed = {"safetensors": "400,000", "torch": "400,000"}.get(name, "100,000")
     assert done.stdout.startswith(f"OSError cannot write '{path}': "), done.stderr
     assert f"(it needs {needed} bytes; " in done.stdout and "bytes are free" not in done.stdout
+    assert "unexpected pos" not in done.stdout
     assert path.read_text() == "old" and files(tmp_path) == [path.name]
+
+
+def test_a_failed_write_gives_its_space_back_before_the_message(tmp_path):
+    with pytest.raises(ValueError, match="stop"), atomic(tmp_path / "a") as temporary:
+        temporary.write_bytes(bytes(1000))
+        file = open(temporary, "rb")  # as the lock is: a file that is only unlinked keeps its bytes
+        raise ValueError("stop")
+    with file:
+        assert os.fstat(file.fileno()).st_size == 0

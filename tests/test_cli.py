@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 
@@ -86,6 +87,7 @@ def test_a_hint_is_near(typed, known, expected):
         (["--n_samples", "many"], "'many' is not an integer"),
         (["--scale", "nan"], "'nan' is not a finite number"),
         (["--scale", "inf"], "'inf' is not a finite number"),
+        (["--scale", "1e308"], "it must be at most 3.40282e+38"),
         (["--scale"], "expected one argument"),
     ],
 )
@@ -218,3 +220,11 @@ def test_a_report_does_not_echo_a_megabyte(capsys):
         with pytest.raises(SystemExit) as ended:
             ends()
         assert ended.value.code == 2 and len(capsys.readouterr().err) < 500
+
+
+def test_a_process_without_streams_works_on():
+    """tqdm writes its bars to `sys.stderr`, which is None then."""
+    code = "import os, sys; from ldm.cli import run; run(lambda: (sys.stderr.write('x'), sys.stdout.write('x')))"
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        command = f"{sys.executable} -c {shlex.quote(code)} {closed}"
+        assert subprocess.run(command, shell=True, check=False).returncode == 0

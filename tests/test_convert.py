@@ -1,5 +1,6 @@
 """scripts/convert.py: precision, formats, own settings, LoRAs merged and rewritten, mistakes."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,7 @@ def test_a_ckpt_is_torchs_and_has_all(stable, tmp_path, format):
 def test_a_name_that_promises_another_format_is_refused(stable, tmp_path):
     _, file, a, _ = stable
     refused("looks like a folder.*--format diffusers", convert, [file, str(tmp_path / "E")])
+    refused("a device or a pipe", convert, [file, os.devnull], error=OSError)
     refused("has the name of torch's format", convert, [a, str(tmp_path / "lora.pt")])
     convert([file, str(tmp_path / "E"), "--format", "ldm"])
     convert([file, str(tmp_path / "E")])  # a file that is there

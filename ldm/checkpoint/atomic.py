@@ -48,6 +48,8 @@ def atomic(path: str | Path, wanted: int | None = None, new: bool = False) -> It
         _rename(temporary, path, new)
     except BaseException as error:
         written = temporary.stat().st_size if temporary.exists() else 0
+        with suppress(OSError):
+            os.truncate(temporary, 0)  # `file` is open: a file that is only unlinked would keep its space
         temporary.unlink(missing_ok=True)  # before the message, which has the space that is free then
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary), str(path)):
             raise _explained(error, path, written if wanted is None else wanted) from None

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -131,8 +132,8 @@ def save_torch(path: str | Path, content: Any) -> None:
     with atomic(path, _bytes(content)) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch's for a full disk, which says "unexpected pos 64 vs 0"
-            raise OSError(errno.ENOSPC, f"torch.save failed: {str(error).splitlines()[0]}") from None
+        except RuntimeError:  # torch's for a full disk, which says "unexpected pos 64 vs 0"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
 def _bytes(content: Any) -> int:

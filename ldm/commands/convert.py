@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from ldm.finetune.lora_files import holds_lora, rewrite
 
-    if args.format is None and not args.output.suffix and not args.output.is_file():
+    if args.format is None and not args.output.suffix and (args.output.is_dir() or not args.output.exists()):
         raise ValueError(
             f"{str(args.output)!r} looks like a folder, and what is written without --format is one file: "
             "give --format diffusers, or a name that ends in .safetensors"

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(out)  # now, not after minutes of work
     if "image" in args:
         if args.image is None:
-            args.image = IMAGE if out is None else out.with_suffix(".png")
+            args.image = IMAGE if out is None or (out.exists() and not out.is_file()) else out.with_suffix(".png")
         if out == args.image:
             raise ValueError(f"--out {out} is where the sheet of images would go: name a .json, or another --image")
         check_writable(args.image)
