@@ -5,12 +5,14 @@ import struct
 from pathlib import Path
 
 import pytest
+from conftest import refused
 from omegaconf import OmegaConf
 from PIL import Image
 
 import ldm
 from ldm.cli import run
 from ldm.commands import train
+from ldm.training.config import read_configs
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("autoencoder", "clip", "diffusion")
@@ -151,3 +153,7 @@ def test_every_mistake_is_one_sentence(tmp_path, capsys):
         assert ended.value.code == 2, f"{name}: {said}"
         assert said.startswith("error: ") and said.count("\n") == 1 and message in said, f"{name}: {said}"
     assert not (tmp_path / "hit").exists() and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_change_that_no_yaml_can_hold():
+    refused("is not UTF-8", read_configs, configs("digits")[:1], ["outdir=b\udcff"])
