@@ -29,6 +29,7 @@ class Range(NamedTuple):
 
 
 # Hints of constructors. The limits are far above every published network, and keep a file from asking for any work.
+Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(1, 2**10)]  # blocks, heads, groups
 CountOrNone = Annotated[int, Range(0, 2**10)]
 Width = Annotated[int, Range(1, 2**16)]  # channels, features

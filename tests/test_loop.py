@@ -276,9 +276,10 @@ def test_a_damaged_state_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "loop.steps is 0"),
+        ({"steps": 0}, "steps 0 must be an integer of at least 1"),
+        ({"workers": 10**5}, "workers 100000 must be an integer from 0 to 256"),
         ({"steps": "many"}, "steps 'many' must be an integer"),
-        ({"precision": "half"}, "'half' is unknown: use auto, fp32"),
+        ({"precision": "half"}, "precision 'half' must be 'auto' or 'fp32'"),
         ({"lr_schedule": {"name": "steps"}}, "'steps' is unknown: use constant"),
         (
             {"lr_schedule": {"name": "cosine", "warmpu": 1}},

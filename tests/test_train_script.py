@@ -137,7 +137,7 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "unknown key of a part": ([digits, "stage.params.discriminator={ndff: 2}", out], "discriminator: "),
         "unknown data key": ([digits, "data.params.splitt=train", out], "'splitt'"),
         "forbidden": ([str(tmp_path / "forbidden.yaml")], "target 'os.system' is not"),
-        "no steps": ([digits, "loop.steps=0", out], "loop.steps is 0"),
+        "no steps": ([digits, "loop.steps=0", out], "steps 0 must be an integer of at least 1"),
         "no root": ([configs("folder")[0], out], "data.params.root=DIR"),
         "no pictures": ([configs("folder")[0], root + "/nowhere", out], "nowhere is not a folder"),
         "no stage before": ([configs("sklearn")[2], out], "autoencoder/model.safetensors' does not exist"),

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.networks import MODEL_TARGET
+from ldm.checks import Count
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.contact_sheet import save_contact_sheet
 from ldm.finetune.lora import Adapter, attach, connect, merge, restore
@@ -83,7 +84,7 @@ class DreamBoothStage(FineTuningStage):
         gradient_checkpointing: bool = False,
         cache: bool = True,
         previews: Sequence[str] | None = None,
-        preview_columns: int = 4,
+        preview_columns: Count = 4,
         sheet: str | None = None,
         loading: Mapping[str, Any] | None = None,
         seed: int = 0,

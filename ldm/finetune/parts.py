@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.checks import Count
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
 from ldm.conditioning.words import token_embedding
@@ -52,7 +53,7 @@ class FineTuningStage(Stage):
         objective: Sequence[Any],
         gradient_checkpointing: bool,
         sheet: str | None,
-        preview_columns: int,
+        preview_columns: Count,
         **adam: Any,
     ) -> None:
         super().__init__(preview_columns, **adam)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ldm.checks import Count
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.data.dreambooth import check_apart, notes_on_images
@@ -60,7 +61,7 @@ class TextualInversionStage(FineTuningStage):
         learning_rate: float | None = None,
         ckpt: str | LatentDiffusion | None = None,
         loading: Mapping[str, Any] | None = None,
-        vectors: int | None = None,
+        vectors: Count | None = None,
         relative_learning_rate: float | None = None,
         frames: Sequence[str] | str | None = None,
         pull: float = 0.0,
@@ -69,7 +70,7 @@ class TextualInversionStage(FineTuningStage):
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
         gradient_checkpointing: bool = False,
-        previews: int = 8,
+        previews: Count = 8,
         sheet: str | None = None,
     ) -> None:
         objective = (error, weight, noise, timesteps)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ldm.checks import Count
 from ldm.diffusion.posterior import q_posterior
 from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
@@ -53,10 +54,10 @@ class DenoisingGANStage(PixelDiffusionStage):
         class_dropout: float = 0.1,
         betas: Sequence[float] = (0.5, 0.9),
         r1_weight: float = 0.05,
-        r1_every: int = 15,
+        r1_every: Count = 15,
         reconstruction: float = 0.0,
-        previews: int = 20,
-        preview_columns: int = 10,
+        previews: Count = 20,
+        preview_columns: Count = 10,
     ) -> None:
         if r1_every < 1 or r1_weight < 0 or reconstruction < 0:
             raise ValueError(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ldm.checks import Count
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
 from ldm.training.objective import timestep_settings
@@ -37,7 +38,7 @@ class NoisyClassifierStage(Stage):
         timesteps: Mapping[str, Any] | None = None,
         betas: Sequence[float] = (0.9, 0.99),
         weight_decay: float = 0.05,
-        preview_columns: int = 10,
+        preview_columns: Count = 10,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay)
         self.schedule = call_with("schedule", make_schedule, schedule)

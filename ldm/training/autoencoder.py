@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from ldm.checks import Count
 from ldm.images import to_pil
 from ldm.loading import load_network
 from ldm.models.autoencoder import AutoencoderKL
@@ -55,7 +56,7 @@ class AutoencoderStage(Stage):
         perceptual: str | None = None,
         perceptual_weight: float = 1.0,
         normalize: bool = True,
-        preview_columns: int = 8,
+        preview_columns: Count = 8,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=(0.5, 0.9))
         if reconstruction not in ("l1", "l2"):

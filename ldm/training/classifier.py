@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset, Subset
 
+from ldm.checks import Count
 from ldm.images import to_pil
 from ldm.training.order import in_batches
 from ldm.training.stage import Loss, Stage
@@ -40,7 +41,7 @@ class ClassifierStage(Stage):
         shear: float = 0.15,
         scale: float = 0.12,
         shift: float = 2.0,
-        preview_columns: int = 10,
+        preview_columns: Count = 10,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
         self.config = {"target": network["target"], "params": dict(network.get("params") or {})}

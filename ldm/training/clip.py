@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import save_file
+from ldm.checks import Count
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
@@ -51,7 +52,7 @@ class CLIPStage(Stage):
         agreement: float = 4.0,
         image_encoder: str | None = None,
         weight_decay: float = 0.05,
-        preview_columns: int = 10,
+        preview_columns: Count = 10,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
         self.vision = dict(vision)

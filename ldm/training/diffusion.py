@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
+from ldm.checks import Count
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.denoising import DenoisingStage, check_probability
 from ldm.training.latents import LatentDataset, encode_dataset
@@ -51,7 +52,7 @@ class DiffusionStage(DenoisingStage):
         caption_dropout: float = 0.1,
         cache_latents: bool = True,
         preview_prompts: Sequence[str] = ("",),
-        preview_columns: int = 10,
+        preview_columns: Count = 10,
     ) -> None:
         configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
         params = {

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.checks import Positive, Range
 from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
@@ -34,30 +35,24 @@ LARGEST_WEIGHT = 1e6  # far more than any trained network's
 class LoopSettings:
     """The `loop:` part of a configuration."""
 
-    steps: int  # training steps
-    batch_size: int  # of each process
-    accumulate: int = 1  # batches in a training step
-    precision: str = "auto"  # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
+    steps: Positive  # training steps
+    batch_size: Positive  # of each process
+    accumulate: Positive = 1  # batches in a training step
+    # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: float = 1.0  # maximum gradient norm
     ema: float = 0.999  # decay of the average of the weights, which is the result; 0 keeps none
     # Arguments of `lr_multiplier`.
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
-    log_every: int = 50  # steps between lines of metrics.jsonl
-    preview_every: int = 500  # steps between images in previews/
-    save_every: int = 500  # steps between states to resume from
-    keep_every: int = 0  # steps between checkpoints that are kept as model-STEP.safetensors; 0: none
+    log_every: Positive = 50  # steps between lines of metrics.jsonl
+    preview_every: Positive = 500  # steps between images in previews/
+    save_every: Positive = 500  # steps between states to resume from
+    keep_every: Annotated[int, Range(0)] = 0  # steps between checkpoints kept as model-STEP.safetensors; 0: none
     keep_state: bool = True  # whether a finished run keeps resume.pt, so that it can go on with more steps
-    workers: int = 0  # processes that load data
+    workers: Annotated[int, Range(0, 256)] = 0  # processes that load data
     tensorboard: bool = True  # whether to write TensorBoard's file
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "preview_every", "save_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"loop.{name} is {getattr(self, name)!r}: it must be an integer of at least 1")
-        if not isinstance(self.keep_every, int) or self.keep_every < 0:
-            raise ValueError(f"loop.keep_every is {self.keep_every!r}: it must be an integer of at least 0")
-        if self.precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise ValueError(f"loop.precision {self.precision!r} is unknown: use auto, fp32, bf16 or fp16")
         if not 0 <= self.ema < 1 or not self.clip > 0:
             raise ValueError(f"loop.ema {self.ema} must be from 0 to below 1, and loop.clip {self.clip} above 0")
         call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)

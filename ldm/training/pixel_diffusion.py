@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.checks import Count
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.denoising import DenoisingStage, check_probability
@@ -37,8 +38,8 @@ class PixelDiffusionStage(DenoisingStage):
         bound_weight: float = 0.001,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
-        previews: int = 20,
-        preview_columns: int = 10,
+        previews: Count = 20,
+        preview_columns: Count = 10,
     ) -> None:
         built = instantiate_from_config(model)
         cond = getattr(built, "cond_stage_model", None)
