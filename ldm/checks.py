@@ -93,7 +93,7 @@ def shorten_values(message: str) -> str:
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raise FileNotFoundError where nothing is, ValueError where a folder is, in a message that begins with `what`."""
+    """Raise FileNotFoundError where nothing is, ValueError for a folder, device or pipe; `what` begins the message."""
     if path.is_dir():
         raise ValueError(f"{what} {str(path)!r} is a folder, not a file")
     if not path.exists():
@@ -102,3 +102,5 @@ def check_file(path: Path, what: str) -> None:
             fetch = f"fetch it first (hf download {path} --local-dir FOLDER) and give that folder"
             hint = f"; if it is a name on the Hugging Face hub: nothing is downloaded here, so {fetch}"
         raise FileNotFoundError(f"{what} {str(path)!r} does not exist{hint}")
+    if not path.is_file():
+        raise ValueError(f"{what} {str(path)!r} is a device or a pipe, not a file: save what it gives in a file first")

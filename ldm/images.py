@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image
 
+from ldm.checks import check_file
+
 if TYPE_CHECKING:  # recipes are read before torch is imported
     from torch import Tensor
 
@@ -16,6 +18,13 @@ READ = {
     **{"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "PPM": "Ppm"},
     **{"AVIF": "Avif", "JPEG2000": "Jpeg2K", "TGA": "Tga"},  # the last has no signature
 }
+
+
+def check_image_file(path: Path) -> None:
+    """Raise OSError or ValueError unless it is a regular file, of at most 1 GiB."""
+    check_file(path, "image")
+    if path.stat().st_size > 1 << 30:  # Pillow looks through a damaged one byte by byte
+        raise ValueError(f"image {str(path)!r} has more than 1024 MiB: it is damaged, or no image")
 
 
 def open_pillow(file: str | Path | BinaryIO, formats: Iterable[str] = READ) -> Image.Image:

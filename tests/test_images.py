@@ -1,13 +1,21 @@
 """Pixels in [-1, 1] -> 8-bit levels -> images -> grids."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from conftest import refused
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
+from ldm.checkpoint.file import file_hash
+from ldm.checkpoint.tensors import read_tensors
+from ldm.conditioning.bert import read_vocab
 from ldm.data.image_files import read_image
 from ldm.images import READ, image_grid, open_pillow, to_pil, to_uint8
+from ldm.inference.again import read_image_text
+from ldm.input_files import load_yaml
 from ldm.labels import GAP, LINE, Row, labelled_rows
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
@@ -24,6 +32,19 @@ def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
     (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
     refused("not an image", read_image, tmp_path / "a.pdf")
     assert started == [] and not {"EPS", "PDF", "PSD", "MPEG", "WMF"} & READ.keys()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes with names, and sparse files")
+def test_pipes_and_files_without_end_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "sparse.jpg").write_bytes(b"\xff\xd8\xff")  # Pillow would look for a marker in it, byte by byte
+    os.truncate(tmp_path / "sparse.jpg", 1 << 34)
+    for reads in (read_image, read_image_text):
+        refused("is a device or a pipe, not a file", reads, tmp_path / "pipe")
+        refused("more than 1024 MiB", reads, tmp_path / "sparse.jpg")
+    for reads in (read_tensors, file_hash, load_yaml, read_vocab):
+        refused("is a device or a pipe, not a file", reads, tmp_path / "pipe")
+        refused("is a device or a pipe, not a file", reads, Path("/dev/zero"))
 
 
 def test_every_format_is_read(tmp_path):

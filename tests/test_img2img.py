@@ -223,7 +223,7 @@ DAMAGED = {
     "empty": (lambda p: written(p / "empty.png", b""), "empty.png is not an image"),
     "text": (lambda p: written(p / "notes.png", b"notes"), "notes.png is not an image"),
     "missing": (lambda p: p / "missing.png", "missing.png"),
-    "folder": (lambda p: p, "cannot be read"),
+    "folder": (lambda p: p, "is a folder, not a file"),
     "floats": (lambda p: saved(p / "f.tif", Image.new("F", (32, 32))), "f.tif .*mode F.* unknown range"),
 }
 

@@ -34,7 +34,7 @@ RUNS = {
 MISTAKES = {
     "train": (["nowhere.yaml"], "configuration 'nowhere.yaml' does not exist"),
     "txt2img": (["--prompt", "a", "--sampler", "none"], "unknown sampler 'none'"),
-    "img2img": (["--init-img", "none.png"], "none.png: No such file or directory"),
+    "img2img": (["--init-img", "none.png"], "image 'none.png' does not exist"),
     "inpaint": (["--init-img", "a.png"], "inpaint needs --init-img FILE and --mask FILE"),
     "sample": (["--class", "five"], "class 'five' does not exist"),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.checkpoint.atomic import atomic
 from ldm.checkpoint.networks import check_targets
 from ldm.checkpoint.tensors import SAFETENSORS_DTYPES, check_finite, read_tensors
+from ldm.checks import check_file
 
 CONFIG_KEY = "ldm.config"
 STEP_KEY = "ldm.step"  # of a run's checkpoints: how many steps they were trained
@@ -150,6 +151,8 @@ def file_hash(path: Path) -> str:
     Of a folder it is that of the files in it, in the order of their names.
     """
     digest = hashlib.sha256()
+    if not path.is_dir():
+        check_file(path, "file")
     for part in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         with open(part, "rb") as file:
             while chunk := file.read(1 << 20):

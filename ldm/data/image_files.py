@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ldm.images import READ, open_pillow
+from ldm.images import READ, check_image_file, open_pillow
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -58,6 +58,7 @@ def check_image(path: Path) -> None:
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
     """Open an image, with the name of the file in every error."""
+    check_image_file(path)
     try:
         with warnings.catch_warnings():
             # Pillow warns above 89 million pixels and raises above twice as many; only the error matters.

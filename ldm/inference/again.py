@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import ExifTags
 
 from ldm.changes import Change
-from ldm.images import open_pillow
+from ldm.images import check_image_file, open_pillow
 from ldm.inference.recipe import CHUNK, COMMENT, FORMATS, KEYED, NEGATIVE, UTF16, Recipe
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def _unquote(value: str) -> str:
 
 def read_image_text(path: Path) -> str:
     """Read the text that `save_image` writes. ValueError for a file of another format, or one without it; OSError."""
+    check_image_file(path)
     with open(path, "rb") as file:
         try:
             image = open_pillow(file, [name for name, _ in FORMATS.values()])
