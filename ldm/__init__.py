@@ -25,7 +25,7 @@ How the model is trained:
     training/loop.py                 473  the training loop, its EMA, learning rate and data order
     data/captions.py                 246  the captions of digits (with captioned.py)
     data/mnist.py                    288  MNIST, scikit-learn's digits, and their measured style (measure.py)
-    loading.py                       473  load and save, our own file format (checkpoint/file.py)
+    loading.py                       506  load and save, our own file format (checkpoint/file.py, writing.py)
 
 Everything else is optional: other models and samplers' settings, fine-tuning, evaluation, the command line, CompVis's
 interface. `tests/test_reading_path.py` keeps this list complete.

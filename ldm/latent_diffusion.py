@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import encode_prompts
 from ldm.diffusion.denoiser import Denoise, make_denoiser
-from ldm.diffusion.loss import prediction_loss
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
 from ldm.generation import generate
 from ldm.settings import check_size, of_model
@@ -223,6 +222,8 @@ class LatentDiffusion(nn.Module):
         weight: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Return the `prediction_loss` of each latent z (b, c, h, w) at its timestep t (b,): (b,)."""
+        from ldm.diffusion.loss import prediction_loss  # only training needs it
+
         output = self.apply_model(q_sample(z, t, noise, self.schedule), t, cond).float()
         ab = self.schedule.alphas_cumprod[t.cpu()]
         return prediction_loss(self.prediction, output, z, noise, ab, error, weight)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ldm.changes import Change, settings_of_model
 from ldm.checkpoint import networks
-from ldm.checkpoint.file import CONFIG_KEY, checkpoint_at, file_hash, load_file, read_config, save_file
+from ldm.checkpoint.file import CONFIG_KEY, checkpoint_at, file_hash, load_file, read_config
 from ldm.checkpoint.networks import Config
-from ldm.checkpoint.tensors import State, check_finite, read_tensors, vanishing
+from ldm.checkpoint.tensors import State, check_finite, read_tensors
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype
@@ -282,6 +282,8 @@ def save(
         format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
             (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers).
     """
+    from ldm.checkpoint.writing import save_file, vanishing
+
     dtype = pick_dtype(dtype)
     if format not in MODEL_FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")

@@ -140,7 +140,7 @@ def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_parts(tiny_model, tmp_path_factory) -> dict[str, str]:
     """The tiny model's autoencoder and text encoder as checkpoints: arguments of `DiffusionStage`."""
-    from ldm.checkpoint.file import save_file
+    from ldm.checkpoint.writing import save_file
 
     paths = {name: tmp_path_factory.mktemp("parts") / name for name in ("first_stage", "cond_stage")}
     for name, path in paths.items():

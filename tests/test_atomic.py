@@ -13,7 +13,7 @@ from conftest import refused
 from PIL import Image
 
 from ldm.checkpoint.atomic import Lock, atomic, sweep
-from ldm.checkpoint.file import save_file, save_torch
+from ldm.checkpoint.writing import save_file, save_torch
 from ldm.inference.recipe import save_image
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_named_with_the_bytes(tmp_path, name):
 import resource, torch
 from PIL import Image
 from ldm.checkpoint.atomic import atomic
-from ldm.checkpoint.file import save_file, save_torch
+from ldm.checkpoint.writing import save_file, save_torch
 from ldm.inference.recipe import save_image
 def write(path):
     with atomic(path) as temporary:

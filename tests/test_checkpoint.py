@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file as save_plain
 from torch import nn
 
-from ldm.checkpoint import file as module
-from ldm.checkpoint.file import load_file, save_file
+from ldm.checkpoint import writing as module
+from ldm.checkpoint.file import load_file
+from ldm.checkpoint.writing import save_file
 
 CONFIG = {"target": "torch.nn.Linear", "params": {"in_features": 3, "out_features": 2, "note": ["é", None, 1.5, True]}}
 
@@ -143,7 +144,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     before = path.read_bytes()
     code = f"""
 import resource, torch
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     save_file({str(path)!r}, {{"a": torch.zeros(1_000_000)}}, {CONFIG})
@@ -162,7 +163,7 @@ def test_conversion_holds_one_tensor_at_a_time(tmp_path):
     """64 MB in 1 MB tensors become 32 MB: memory grows by 1 to 4 MB, the allocator's ways included, not by 32."""
     code = f"""
 import resource, torch
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 state = {{str(i): torch.ones(250_000) for i in range(64)}}
 save_file({str(tmp_path / "warm")!r}, {{"a": torch.ones(9)}}, dtype=torch.float16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

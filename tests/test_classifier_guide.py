@@ -6,7 +6,7 @@ import torch
 from conftest import pixels, randomised, refused
 from golden_fill import unet_params
 
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.diffusion.schedule import make_schedule
 from ldm.inference.guiders import classifier_guide, load_classifier
 from ldm.optional.noisy_classifier import EncoderUNetModel

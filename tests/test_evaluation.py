@@ -11,7 +11,7 @@ import torch
 from conftest import refused
 from PIL import Image
 
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.commands import evaluate
 from ldm.conditioning.classes import ClassLabels
 from ldm.data.captions import Caption

@@ -207,7 +207,7 @@ def test_what_is_not_the_files_own_is_written_down(model, theirs, tmp_path):
 
 
 def test_a_part_for_one_of_our_own_files(tiny_model, tiny_checkpoint, tmp_path):
-    from ldm.checkpoint.file import save_file as save_own
+    from ldm.checkpoint.writing import save_file as save_own
 
     changed = {name: t + 1 for name, t in tiny_model.first_stage_model.state_dict().items()}
     save_own(tmp_path / "vae.safetensors", changed, tiny_model.config["first_stage_config"])

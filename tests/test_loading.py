@@ -15,8 +15,9 @@ from conftest import refused
 from torch import nn
 
 import ldm
-from ldm.checkpoint.file import load_file, save_file
+from ldm.checkpoint.file import load_file
 from ldm.checkpoint.networks import check_targets
+from ldm.checkpoint.writing import save_file
 from ldm.loading import load_network
 from ldm.util import Unfilled
 

@@ -8,7 +8,8 @@ from golden_fill import fill, unet_params
 from torch.nn import functional as F
 from torch.utils.data import default_collate as collate
 
-from ldm.checkpoint.file import load_file, save_file
+from ldm.checkpoint.file import load_file
+from ldm.checkpoint.writing import save_file
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.loading import load_network
 from ldm.optional.noisy_classifier_stage import NoisyClassifierStage

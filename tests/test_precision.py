@@ -15,7 +15,7 @@ from PIL import Image
 import ldm
 from ldm.checkpoint.compvis import single_file
 from ldm.checkpoint.compvis_config import from_compvis
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.inference import precision
 from ldm.inference import widened as widened_weights
 from ldm.inference.generate import default_recipe, generate_again, generate_run

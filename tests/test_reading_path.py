@@ -35,7 +35,7 @@ PATH = {
     "training/loop.py": "ema lr_scheduler order",
     "data/captions.py": "captioned",
     "data/mnist.py": "digits measure",
-    "loading.py": "checkpoint/file",
+    "loading.py": "checkpoint/file checkpoint/writing",
 }
 # Imported too, but not needed to understand the method.
 SUPPORT = {

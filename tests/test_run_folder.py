@@ -13,8 +13,9 @@ from conftest import refused
 from test_loop import assert_same, config
 
 import ldm
-from ldm.checkpoint.file import STEP_KEY, checkpoint_at, load_file, newest_checkpoint, save_file
+from ldm.checkpoint.file import STEP_KEY, checkpoint_at, load_file, newest_checkpoint
 from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.writing import save_file
 from ldm.finetune.flags import move_in
 from ldm.training import loop
 from ldm.training.loop import Interrupted, LoopSettings, train

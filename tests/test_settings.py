@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, refused
 
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.generation import generate
 from ldm.inference.guiders import make_guide
 from ldm.inference.options import add_init_image_options, image_parser

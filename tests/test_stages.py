@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate as collate
 
 import ldm
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.conditioning.text import TextEncoder
 from ldm.data.digits import Digits
 from ldm.diffusion.schedule import training_timesteps

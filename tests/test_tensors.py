@@ -21,7 +21,9 @@ from pickle_files import call, mapping, name, storage, tensor, write_legacy, wri
 from safetensors.torch import save_file as save_safetensors
 from torch import nn
 
-from ldm.checkpoint.tensors import Contents, check_finite, read_sharded, read_tensors, vanishing
+from ldm.checkpoint.diffusers_files import read_sharded
+from ldm.checkpoint.tensors import Contents, check_finite, read_tensors
+from ldm.checkpoint.writing import vanishing
 
 
 def write_packed(tensors: dict, path: Path, kind: int) -> None:

@@ -13,7 +13,7 @@ from test_noisy_classifier_stage import NETWORK as NOISY
 from test_pixel_diffusion import CONFIG as PIXEL
 
 import ldm
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.models.classifier import Judge
 
 JUDGE = {"target": "ldm.models.classifier.Judge", "params": {"widths": [4, 4, 8]}}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldm.checkpoint.tensors import State, read_sharded, read_tensors
+from ldm.checkpoint.tensors import State, read_tensors
 from ldm.checks import check_file
 
 _WEIGHTS = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
@@ -63,3 +63,24 @@ def read_weights(folder: Path, part: str, variant: str | None) -> tuple[State, s
         raise FileNotFoundError(f"{str(folder)!r} holds no weights ({names})")
     file = found[variant]
     return read_sharded(file) if file.suffix == ".json" else read_tensors(file).state, variant
+
+
+def read_sharded(path: str | Path) -> State:
+    """Read all shards that an index names: `model.safetensors.index.json`, `pytorch_model.bin.index.json`."""
+    path = Path(path)
+    check_file(path, "index")
+    try:
+        shards = dict(json.loads(path.read_bytes())["weight_map"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"index {str(path)!r} is damaged, or not an index of shards ({error})") from None
+    state: State = {}
+    for shard in sorted(set(map(str, shards.values()))):
+        if not shard or Path(shard).name != shard:
+            raise ValueError(f"index {str(path)!r} names {shard!r}, which is not a file beside it")
+        if not path.with_name(shard).is_file():
+            raise FileNotFoundError(f"index {str(path)!r} names the shard {shard!r}, which is missing")
+        state |= read_tensors(path.with_name(shard)).state
+    missing = sorted(shards.keys() - state.keys())
+    if missing:
+        raise ValueError(f"the shards of {str(path)!r} lack {len(missing)} of its tensors ({', '.join(missing[:5])})")
+    return state

@@ -31,9 +31,9 @@ from ldm.checkpoint.diffusers_config import (
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json
 from ldm.checkpoint.diffusers_folder import PIPELINES
 from ldm.checkpoint.diffusers_text import CLIP_KEYS, TOKENIZER_FILES, vocabulary
-from ldm.checkpoint.file import save_file
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.tensors import State
+from ldm.checkpoint.writing import save_file
 from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.schedule import SCHEDULES
 from ldm.models.autoencoder import Encoder

@@ -44,3 +44,15 @@ def refuse_foreign(state: Mapping[str, Tensor]) -> None:
     if len(state) < 8 and all(_WORD.fullmatch(name) and tensor.ndim in (1, 2) for name, tensor in state.items()):
         small = f"{len(state)} small tensors ({', '.join(sorted(state)[:3])})"
         raise ValueError(f"the file holds {small}, as a textual-inversion embedding does: {EMBEDDING}")
+
+
+def what_it_is(start: bytes) -> str:
+    """Return, for a file of neither format, what it is instead."""
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        return "is empty: the download or copy did not finish"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, saved in place of the file it leads to: download the file itself"
+    if text.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, which stands for the file: fetch the file itself with `git lfs pull`"
+    return f"is neither safetensors nor torch's format (it begins with {start[:8]!r})"

@@ -54,31 +54,14 @@ def read_tensors(path: str | Path) -> Contents:
                 raise ValueError(f"checkpoint {str(path)!r} is not a complete safetensors file ({error})") from None
         if start.startswith((ZIP_START, PICKLE_START)):
             try:
-                return _read_torch(file)
+                from ldm.checkpoint.torch_file import read_torch
+
+                return read_torch(file)
             except ValueError as error:
                 raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from None
-    raise ValueError(f"checkpoint {str(path)!r} {_what_it_is(start)}")
+    from ldm.checkpoint.foreign import what_it_is
 
-
-def read_sharded(path: str | Path) -> State:
-    """Read all shards that an index names: `model.safetensors.index.json`, `pytorch_model.bin.index.json`."""
-    path = Path(path)
-    check_file(path, "index")
-    try:
-        shards = dict(json.loads(path.read_bytes())["weight_map"])
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise ValueError(f"index {str(path)!r} is damaged, or not an index of shards ({error})") from None
-    state: State = {}
-    for shard in sorted(set(map(str, shards.values()))):
-        if not shard or Path(shard).name != shard:
-            raise ValueError(f"index {str(path)!r} names {shard!r}, which is not a file beside it")
-        if not path.with_name(shard).is_file():
-            raise FileNotFoundError(f"index {str(path)!r} names the shard {shard!r}, which is missing")
-        state |= read_tensors(path.with_name(shard)).state
-    missing = sorted(shards.keys() - state.keys())
-    if missing:
-        raise ValueError(f"the shards of {str(path)!r} lack {len(missing)} of its tensors ({', '.join(missing[:5])})")
-    return state
+    raise ValueError(f"checkpoint {str(path)!r} {what_it_is(start)}")
 
 
 def check_finite(what: str, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
@@ -100,35 +83,6 @@ def check_finite(what: str, state: Mapping[str, Tensor], dtype: torch.dtype | No
             raise ValueError(
                 f"{what} has {largest:.3g} in {name}, too large for {dtype}: use another dtype, such as bf16"
             )
-
-
-def vanishing(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[str]:
-    """Return a note where more than 1 % of the weights that are not 0 become 0 in `dtype`.
-
-    Of large tensors 16,384 evenly spaced numbers are counted: a count of all takes 2 s/GiB on one core.
-    """
-    before = after = 0
-    for tensor in state.values() if dtype is not None else ():
-        if tensor.is_floating_point():
-            some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 14)]
-            before, after = before + int(some.count_nonzero()), after + int(some.to(dtype).count_nonzero())
-    if (before - after) * 100 <= before:
-        return []
-    return [
-        f"{1 - after / before:.1%} of the nonzero weights are too small for {dtype} and are now 0: use another dtype"
-    ]
-
-
-def _what_it_is(start: bytes) -> str:
-    """Return, for a file of neither format, what it is instead."""
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not start:
-        return "is empty: the download or copy did not finish"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, saved in place of the file it leads to: download the file itself"
-    if text.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, which stands for the file: fetch the file itself with `git lfs pull`"
-    return f"is neither safetensors nor torch's format (it begins with {start[:8]!r})"
 
 
 def _read_safetensors(file: BinaryIO) -> Contents:
@@ -171,44 +125,3 @@ def _described(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int
             if valid and len(shape) <= 64 and end - start == math.prod(shape) * _DTYPES[kind].itemsize:
                 return _DTYPES[kind], shape, (start, end)
     raise ValueError(f"its tensor {name[:99]!r} is described as {str(entry)[:99]}")
-
-
-def _read_torch(opened: BinaryIO) -> Contents:
-    from ldm.checkpoint.pickled import Inert, StoredTensor
-    from ldm.checkpoint.torch_file import TorchFile
-
-    file = TorchFile(opened)
-    level, facts = file.value, {}
-    for _ in range(2):
-        if isinstance(level, dict) and isinstance(level.get("state_dict"), dict):
-            facts = _plain(level) | facts
-            level = level["state_dict"]
-    state = {}
-    for name, value in level.items() if isinstance(level, dict) else ():
-        if isinstance(value, Inert) and value.maker.startswith("torch._utils._rebuild"):
-            raise ValueError(f"its tensor {name!r} is of an unsupported kind ({value.maker!r})")
-        if isinstance(value, StoredTensor):
-            try:
-                state[name] = file.tensor(value)
-            except ValueError as error:
-                raise ValueError(f"its tensor {name!r} is damaged: {error}") from None
-    if state:
-        facts = _plain(level) | facts
-        return Contents(state, {name: fact for name, fact in facts.items() if isinstance(fact, str)}, facts)
-    match level:
-        case {"step": int(), "networks": dict(), "ema": dict()}:  # our `RunFolder.save_state`
-            model = "the model is the model.safetensors that the run leaves beside it when it has finished"
-            raise ValueError(f"it is the state of a training run, which --resume continues; {model}")
-        case Inert(maker):
-            found = f"an object of {maker!r}: save its state_dict() instead"
-        case dict():
-            found = f"entries such as {', '.join(repr(name[:99]) for name in list(level)[:5])}" if level else "nothing"
-        case StoredTensor():
-            found = "a single tensor"
-        case _:
-            found = f"a value of type {type(level).__name__}"
-    raise ValueError(f"it holds no tensors by name, but {found}")
-
-
-def _plain(level: dict[str, Any]) -> dict[str, int | float | str]:
-    return {name: value for name, value in level.items() if type(value) in (int, float, str)}

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.pickled import Storage, StoredTensor, read_pickle
-from ldm.checkpoint.tensors import ZIP_START
+from ldm.checkpoint.pickled import Inert, Storage, StoredTensor, read_pickle
+from ldm.checkpoint.tensors import ZIP_START, Contents
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 MAX_NUMBER, MAX_DIMENSIONS = 2**48, 64  # of a size, stride or offset: torch calculates with 64 bits
@@ -171,3 +171,42 @@ def _legacy_records(data: mmap.mmap) -> tuple[Any, dict[str, Record]]:
     if start != len(data):
         raise ValueError(f"it has {len(data)} bytes, and its storages end at {start}")
     return value, records
+
+
+def read_torch(opened: BinaryIO) -> Contents:
+    """Return the tensors in what torch.save wrote; nothing in it is executed."""
+    file = TorchFile(opened)
+    level, facts = file.value, {}
+    for _ in range(2):
+        if isinstance(level, dict) and isinstance(level.get("state_dict"), dict):
+            facts = _plain(level) | facts
+            level = level["state_dict"]
+    state = {}
+    for name, value in level.items() if isinstance(level, dict) else ():
+        if isinstance(value, Inert) and value.maker.startswith("torch._utils._rebuild"):
+            raise ValueError(f"its tensor {name!r} is of an unsupported kind ({value.maker!r})")
+        if isinstance(value, StoredTensor):
+            try:
+                state[name] = file.tensor(value)
+            except ValueError as error:
+                raise ValueError(f"its tensor {name!r} is damaged: {error}") from None
+    if state:
+        facts = _plain(level) | facts
+        return Contents(state, {name: fact for name, fact in facts.items() if isinstance(fact, str)}, facts)
+    match level:
+        case {"step": int(), "networks": dict(), "ema": dict()}:  # our `RunFolder.save_state`
+            model = "the model is the model.safetensors that the run leaves beside it when it has finished"
+            raise ValueError(f"it is the state of a training run, which --resume continues; {model}")
+        case Inert(maker):
+            found = f"an object of {maker!r}: save its state_dict() instead"
+        case dict():
+            found = f"entries such as {', '.join(repr(name[:99]) for name in list(level)[:5])}" if level else "nothing"
+        case StoredTensor():
+            found = "a single tensor"
+        case _:
+            found = f"a value of type {type(level).__name__}"
+    raise ValueError(f"it holds no tensors by name, but {found}")
+
+
+def _plain(level: dict[str, Any]) -> dict[str, int | float | str]:
+    return {name: value for name, value in level.items() if type(value) in (int, float, str)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.file import save_torch
+from ldm.checkpoint.writing import save_torch
 from ldm.compvis.personalized import per_img_token_list
 from ldm.finetune.embedding_files import TABLE, read_table
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import ldm
-from ldm.checkpoint.file import checkpoint_at, load_file, save_file
+from ldm.checkpoint.file import checkpoint_at, load_file
+from ldm.checkpoint.writing import save_file
 from ldm.data.captions import NUMBER_WORDS
 from ldm.evaluation import subjects
 from ldm.evaluation.autoencoder import load_autoencoder, reconstruct

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.checkpoint.file import load_file, save_file
+from ldm.checkpoint.file import load_file
+from ldm.checkpoint.writing import save_file
 from ldm.data.captioned import CaptionedDigits
 from ldm.data.captions import Caption, Captioner
 from ldm.data.measure import Thresholds

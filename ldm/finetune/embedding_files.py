@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.file import save_file, save_torch
 from ldm.checkpoint.pickled import StoredTensor
 from ldm.checkpoint.tensors import PICKLE_START, ZIP_START, check_finite, read_tensors
 from ldm.checkpoint.torch_file import TorchFile
+from ldm.checkpoint.writing import save_file, save_torch
 from ldm.checks import check_file
 
 WORD_FORMATS = ("diffusers", "a1111", "compvis")

@@ -17,8 +17,9 @@ from einops import einsum
 from torch import Tensor
 
 from ldm.changes import Change
-from ldm.checkpoint.file import file_hash, save_file
-from ldm.checkpoint.tensors import check_finite, read_tensors, vanishing
+from ldm.checkpoint.file import file_hash
+from ldm.checkpoint.tensors import check_finite, read_tensors
+from ldm.checkpoint.writing import save_file, vanishing
 from ldm.finetune.lora import Adapter, Replaced, connect, merge, places, resized
 from ldm.finetune.lora_names import (
     PARTS,

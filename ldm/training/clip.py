@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.checks import Count
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce

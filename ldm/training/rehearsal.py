@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from ldm.checkpoint.file import save_file
+from ldm.checkpoint.writing import save_file
 from ldm.training.contract import build_dataset
 from ldm.training.loop import LoopSettings
 from ldm.training.order import EpochBatches, first_images

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.atomic import Lock, atomic, explained, sweep
-from ldm.checkpoint.file import STEP_KEY, newest_checkpoint, save_file, save_torch
+from ldm.checkpoint.file import STEP_KEY, newest_checkpoint
 from ldm.checkpoint.tensors import read_tensors
+from ldm.checkpoint.writing import save_file, save_torch
 from ldm.images import image_grid
 from ldm.input_files import escaped, read_yaml
 from ldm.labels import Row, labelled_rows

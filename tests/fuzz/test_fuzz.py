@@ -21,7 +21,8 @@ from fuzz.mutations import mutate_bytes, mutate_value, nothing_runs
 from PIL import Image
 
 import ldm
-from ldm.checkpoint.file import load_file, save_file
+from ldm.checkpoint.file import load_file
+from ldm.checkpoint.writing import save_file
 from ldm.cli import sentence, shorten_values
 from ldm.data.folder import Folder
 from ldm.data.image_files import read_image
