@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from copy import deepcopy
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.changes import Change, settings_of_model
 from ldm.checkpoint import networks
 from ldm.checkpoint.file import CONFIG_KEY, checkpoint_at, file_hash, load_file, read_config
-from ldm.checkpoint.networks import Config
+from ldm.checkpoint.networks import Config, Found
 from ldm.checkpoint.tensors import State, check_finite, read_tensors
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
@@ -35,16 +35,6 @@ OPTIONS = {"first_stage": "vae", "unet": "unet"}
 NEEDS = {"first_stage": ("embed_dim", "image_channels", "downsampling"), "unet": ("downsampling",)}  # of those parts
 MORE_TENSORS = 4096  # than twice the file's, above which a configuration is not even built, to list what does not fit
 NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
-
-
-class Found(NamedTuple):
-    """What a file or folder holds: {"target": class, "params": ...}, its tensors, and notes about it."""
-
-    config: Config
-    state: State
-    notes: list[str]
-    scale_factor: float | None = None  # of a first stage taken from a model or folder that has one
-    words: Mapping[str, Tensor] = {}  # vectors of learned words
 
 
 def load(
@@ -169,9 +159,8 @@ def _open(
                 f"folder {str(path)!r} has {NO_EMA if ema else 'its own configuration: load it without config'}"
             )
         if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-            return Found(*read_vae_folder(path))
-        config, state, notes, words = read_pipeline(path, variant)
-        return Found(config, state, notes, words=words)
+            return read_vae_folder(path)
+        return read_pipeline(path, variant)
     contents = read_tensors(path)
     if variant is not None:
         raise ValueError(f"checkpoint {str(path)!r} is one file: only diffusers' folders have a variant {variant!r}")

@@ -165,7 +165,7 @@ def test_diffusers_generates_what_we_generate(models, folders, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_to_diffusers_to_ours_is_exact(models, folders, kind):
     model = models[kind]
-    config, state, notes, _ = read_pipeline(folders[kind])
+    config, state, notes, *_ = read_pipeline(folders[kind])
     again = built(config, state)
     unused = re.compile(r"cond_stage_model\.model\.(text_projection|logit_scale|transformer\.resblocks\.2\..*)")
     expected = model.state_dict()
@@ -191,7 +191,7 @@ def test_we_generate_what_diffusers_generates(theirs, kind):
     from diffusers import DDIMScheduler
 
     pipe, folder = theirs[kind]
-    config, state, notes, _ = read_pipeline(folder)
+    config, state, notes, *_ = read_pipeline(folder)
     model = built(config, state)
     assert model.prediction == {"sd1": "eps", "sd2": "v"}[kind]
     assert model.schedule_params == {"name": "scaled_linear", "T": 1000, "start": 0.00085, "end": 0.012}
@@ -233,7 +233,7 @@ def test_every_form_of_the_weights(theirs, tmp_path, how, variant, files):
         torch.save(pipe.text_encoder.state_dict(), tmp_path / "x/text_encoder/pytorch_model.bin")
         files = files - {"text_encoder/pytorch_model.bin"}
     assert files <= found
-    _, state, notes, _ = read_pipeline(tmp_path / "x", variant)
+    _, state, notes, *_ = read_pipeline(tmp_path / "x", variant)
     assert state.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
     assert any("'fp16'" in note for note in notes) == ("variant" in how)
@@ -246,7 +246,7 @@ def test_a_missing_weight_is_left_for_the_network_to_list(folder):
     weights = load_file(file)
     del weights["down_blocks.1.resnets.0.norm1.weight"]
     save_file(weights, file)
-    config, state, _, _ = read_pipeline(folder)
+    config, state, *_ = read_pipeline(folder)
     names = LatentDiffusion(**config["params"]).state_dict().keys()
     assert names - state.keys() == {"model.diffusion_model.input_blocks.3.0.in_layers.0.weight"}
     assert not state.keys() - names
@@ -260,12 +260,12 @@ def test_what_is_assumed_is_said(folder):
     without("scheduler/scheduler_config.json", "prediction_type", "timestep_spacing")
     without("vae/config.json", "scaling_factor")
     edit(folder / "unet/config.json", _diffusers_version="0.6.0", sample_size=32)
-    config, _, notes, _ = read_pipeline(folder)
+    config, _, notes, *_ = read_pipeline(folder)
     assert config["params"]["defaults"]["height"] == 64 * 4
     for said in ("predicts eps (assumed", "scale factor 0.18215 is assumed", "sample_size 32 is taken for 64"):
         assert sum(said in note for note in notes) == 1, (said, notes)
     without("unet/config.json", "sample_size")
-    config, _, notes, _ = read_pipeline(folder)
+    config, _, notes, *_ = read_pipeline(folder)
     assert config["params"]["defaults"]["height"] == 64 * 4 and any("size of images is assumed" in n for n in notes)
     edit(folder / "unet/config.json", sample_size=[8, 16])
     defaults = read_pipeline(folder)[0]["params"]["defaults"]
@@ -284,7 +284,7 @@ def test_models_that_change_images(tmp_path, concat, channels, pipeline):
     write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict())
     pipe = getattr(diffusers, pipeline).from_pretrained(tmp_path / "x", local_files_only=True)
     assert pipe.unet.config.in_channels == channels
-    config, state, notes, _ = read_pipeline(tmp_path / "x")
+    config, state, notes, *_ = read_pipeline(tmp_path / "x")
     assert config["params"]["concat"] == concat and pipeline in notes[0]
     expected = model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items()) and len(state) == len(expected)
@@ -348,7 +348,7 @@ def test_nothing_is_lost(models, tmp_path, monkeypatch):
 
 
 def test_writing_over_the_folder_it_was_read_from(folder):
-    config, state, _, _ = read_pipeline(folder)
+    config, state, *_ = read_pipeline(folder)
     before = (folder / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     write_pipeline(folder, config, state)
     assert (folder / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
@@ -357,7 +357,7 @@ def test_writing_over_the_folder_it_was_read_from(folder):
 def test_half_precision(models, tmp_path):
     model = models["sd2"]
     write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict(), torch.float16)
-    _, state, _, _ = read_pipeline(tmp_path / "x")
+    _, state, *_ = read_pipeline(tmp_path / "x")
     expected = model.state_dict()
     name = "model.diffusion_model.input_blocks.1.1.proj_in.weight"
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
@@ -379,7 +379,7 @@ def test_the_full_vocabulary_does_not_travel_in_the_configuration(models, tmp_pa
     params = SD1 | {"cond_stage_config": SD1["cond_stage_config"] | {"params": text}}
     model = LatentDiffusion(**params)
     write_pipeline(tmp_path / "x", model_config(model.config), model.state_dict())
-    config, _, _, _ = read_pipeline(tmp_path / "x")
+    config, *_ = read_pipeline(tmp_path / "x")
     assert config["params"]["cond_stage_config"]["params"] == text
     assert json.loads((tmp_path / "x/vae/config.json").read_text())["sample_size"] == 32
     assert read_vae(json.loads((tmp_path / "x/vae/config.json").read_text()))[0] == VAE

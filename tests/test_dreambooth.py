@@ -28,6 +28,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import objective, run_folder
 from ldm.training.ema import EMA
 from ldm.training.loop import train
+from ldm.util import call_with
 
 CPU = torch.device("cpu")
 PROMPT = {"instance_prompt": "a sks five"}
@@ -415,7 +416,7 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
     [
         ({"layers": "attn7"}, "layers 'attn7' match no weight"),
         ({"layers": "("}, "use all, attention"),
-        ({"prior_weight": -1.0}, r"prior_weight -1\.0"),
+        ({"prior_weight": -1.0}, "prior_weight -1.0 must be a number of at least 0"),
         ({"weight": {"name": "min_snr", "gamma": 0.0}}, "gamma of min-SNR"),
         ({"noise": {"offset": -0.1}}, "offset -0.1 must not be below 0"),
         ({"train_text": "word"}, "train_text 'word' is unknown: use none, words, all or auto"),
@@ -424,7 +425,8 @@ def test_eight_bit_adam_where_it_is_installed(checkpoints, subject, tmp_path, mo
     ],
 )
 def test_mistakes(checkpoints, settings, message):
-    refused(message, DreamBoothStage, checkpoints["v"], resolution=32, learning_rate=1e-3, **settings)
+    given = {"ckpt": str(checkpoints["v"]), "resolution": 32, "learning_rate": 1e-3, **settings}
+    refused(message, call_with, "stage", DreamBoothStage, given)
 
 
 def test_micro_batches_averages_and_bf16(checkpoints, subject, tmp_path, monkeypatch):

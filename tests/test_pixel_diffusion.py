@@ -20,6 +20,7 @@ from ldm.loading import save
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.stage import Trained
+from ldm.util import call_with
 
 CLASSES = {"target": "ldm.conditioning.classes.ClassLabels", "params": {"n_classes": 11}}
 PIXEL = {
@@ -187,13 +188,13 @@ def test_class_embeddings_learn():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bound_weight": -1.0}, "bound_weight -1.0 must not be below 0"),
+        ({"bound_weight": -1.0}, "bound_weight -1.0 must be a number of at least 0"),
         (
             {"model": {**CONFIG, "params": {**PIXEL, "learned_variance": True}}},
             "returns 2 x 1 channels, but this one returns 1",
         ),
         ({"model": {**CONFIG, "params": {**PIXEL, "self_condition": True}}}, "does not fit latents"),
-        ({"class_dropout": 2.0}, "class_dropout 2.0 is not a probability"),
+        ({"class_dropout": 2.0}, "class_dropout 2.0 must be a number from 0 to 1"),
         ({"model": {**CONFIG, "params": {**PIXEL, "prediction": "y"}}}, "unknown prediction 'y'"),
         ({"model": {**CONFIG, "params": {**PIXEL, "channels": 3}}}, r"the network does not fit latents \(3, 32, 32\)"),
         ({"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": None}}}, "needs y"),
@@ -210,7 +211,7 @@ def test_class_embeddings_learn():
     ],
 )
 def test_mistakes_in_a_configuration(settings, message):
-    refused(message, PixelDiffusionStage, **{"model": CONFIG, "learning_rate": 1e-3, **settings})
+    refused(message, call_with, "stage", PixelDiffusionStage, {"model": CONFIG, "learning_rate": 1e-3, **settings})
 
 
 def test_images_of_another_size():

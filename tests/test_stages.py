@@ -374,7 +374,6 @@ def test_only_the_unet_trains_and_the_whole_is_exported(tiny_parts, digits, tiny
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"caption_dropout": 1.5}, "caption_dropout 1.5"),
         ({"prediction": "w"}, "unknown prediction 'w'"),
         ({"schedule": {"name": "cosin"}}, "noise schedule 'cosin'"),
         ({"schedule": {"nam": "cosine"}}, "^schedule: .*'nam'.*; it takes .'name', 'T', 'start', 'end', 'zero"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm.checkpoint.diffusers_names import UNetLevel
 from ldm.checkpoint.networks import Config
+from ldm.checkpoint.structure import one_if_equal
 from ldm.diffusion.sampling import SAMPLERS
 from ldm.diffusion.schedule import SCHEDULES
 from ldm.models.unet import UNetModel
@@ -230,13 +231,6 @@ def arguments(cls: type, params: Mapping[str, Any]) -> Config:
 def _height(size: int | Sequence[int]) -> int:
     """Return a size, or the height of [height, width]."""
     return size if isinstance(size, int) else size[0]
-
-
-def one_if_equal(values: Any) -> Any:
-    """Return one value for all levels if they share it, else the list of them."""
-    if not isinstance(values, Sequence):
-        return values
-    return values[0] if len(set(values)) == 1 else list(values)
 
 
 def _per_level(value: Any, levels: int) -> list:

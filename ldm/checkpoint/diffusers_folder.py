@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from ldm.checkpoint import diffusers_names as names
 from ldm.checkpoint import networks
@@ -17,7 +15,7 @@ from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights, unchanged
 from ldm.checkpoint.diffusers_text import added_words, read_text_sizes, read_tokenizer, text_params
 from ldm.checkpoint.family_table import find_concat
-from ldm.checkpoint.networks import Config
+from ldm.checkpoint.networks import Config, Found
 from ldm.checkpoint.tensors import State
 
 # concat -> the pipeline that is written; all of them are read
@@ -37,17 +35,8 @@ COMPONENTS = {
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # a filter, and IP-Adapter's: not part of the model
 
 
-class Pipeline(NamedTuple):
-    """A LatentDiffusion's configuration, its weights under CompVis's names, notes, and vectors of learned words."""
-
-    config: Config
-    state: State
-    notes: list[str]
-    words: dict[str, Tensor]
-
-
-def read_pipeline(path: str | Path, variant: str | None = None) -> Pipeline:
-    """Read a diffusers folder; the weights are mapped.
+def read_pipeline(path: str | Path, variant: str | None = None) -> Found:
+    """Read a diffusers folder; the weights are mapped under CompVis's names.
 
     Names and shapes are not compared with the configuration here.
 
@@ -60,7 +49,7 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> Pipeline:
         return _read_pipeline(path, variant)
 
 
-def _read_pipeline(path: Path, variant: str | None) -> tuple[Config, State, list[str]]:
+def _read_pipeline(path: Path, variant: str | None) -> Found:
     pipeline = _check_index(path)
     config = {part: read_json(path / part / "config.json") for part in WEIGHT_FILES}
     with _naming(path):
@@ -104,11 +93,11 @@ def _read_pipeline(path: Path, variant: str | None) -> tuple[Config, State, list
             state[name] = state[name][: tokenizer.size]
     if words:
         notes.append(f"learned words among its tokens: {' '.join(words)}")
-    return Pipeline({"target": networks.MODEL_TARGET, "params": params}, state, notes, words)
+    return Found({"target": networks.MODEL_TARGET, "params": params}, state, notes, words=words)
 
 
-def read_vae_folder(path: str | Path) -> tuple[Config, State, list[str], float | None]:
-    """Return configuration, weights, no notes and scale factor, if there is one, of a folder of an autoencoder."""
+def read_vae_folder(path: str | Path) -> Found:
+    """Read the folder of an autoencoder, with its scale factor if it says one."""
     path = Path(path)
     config = read_json(path / "config.json")
     kind = config.get("_class_name", config.get("architectures"))
@@ -119,7 +108,7 @@ def read_vae_folder(path: str | Path) -> tuple[Config, State, list[str], float |
         vae, scale_factor = read_vae(config)
         state = names.vae_from_diffusers(read_weights(path, "vae", None)[0])
     given = scale_factor if "scaling_factor" in config else None
-    return {"target": networks.KL_TARGET, "params": vae}, state, [], given
+    return Found({"target": networks.KL_TARGET, "params": vae}, state, [], given)
 
 
 def _check_index(path: Path) -> str:

@@ -21,7 +21,6 @@ from ldm.checkpoint.diffusers_config import (
     UNET_KEYS,
     VAE_KEYS,
     arguments,
-    one_if_equal,
     read_unet,
     read_vae,
     unet_blocks,
@@ -32,6 +31,7 @@ from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json
 from ldm.checkpoint.diffusers_folder import PIPELINES
 from ldm.checkpoint.diffusers_text import CLIP_KEYS, TOKENIZER_FILES, vocabulary
 from ldm.checkpoint.networks import Config
+from ldm.checkpoint.structure import one_if_equal
 from ldm.checkpoint.tensors import State
 from ldm.checkpoint.writing import save_file
 from ldm.diffusion.sampling import choose_sampler, get_sampler

@@ -1,7 +1,11 @@
 """The networks that a checkpoint is made of: the classes that its configuration names, the prefixes of its weights."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from ldm.checkpoint.tensors import State
 from ldm.checks import shorten
 from ldm.util import ALLOWED, allowed_packages, get_obj_from_str
 
@@ -45,6 +49,16 @@ PREFIXES = {"unet": "model.diffusion_model.", "first_stage": "first_stage_model.
 # What distinguishes OpenAI's CLIP (Stable Diffusion 1) from OpenCLIP (2) besides the names of their weights.
 CLIP_SETTINGS = {"layout": "transformers", "activation": "quick_gelu", "layer": "last"}
 OPENCLIP_SETTINGS = {"layout": "openclip", "activation": "gelu", "layer": "penultimate"}
+
+
+class Found(NamedTuple):
+    """What a file or folder holds: {"target": class, "params": ...}, its tensors, and notes about it."""
+
+    config: Config
+    state: State
+    notes: list[str]
+    scale_factor: float | None = None  # of a first stage taken from a model or folder that has one
+    words: Mapping[str, Tensor] = {}  # vectors of learned words
 
 
 def check_targets(config: Any) -> None:

@@ -4,7 +4,8 @@ Every function takes `{name: shape}` with the names inside its network. What wei
 attention heads come from `families`; the group size of normalisations and dropout keep the networks' defaults.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from ldm.checkpoint import networks
 from ldm.checkpoint.networks import Config
@@ -78,7 +79,7 @@ def infer_unet(shapes: Shapes) -> Config:
         "in_channels": in_channels,
         "out_channels": _shape(shapes, "out.2.weight", 4)[0],
         "model_channels": stem,
-        "num_res_blocks": _one_if_equal(blocks),
+        "num_res_blocks": one_if_equal(blocks),
         "attention_resolutions": [2**i for i, attends in enumerate(attended) if attends][::-1],
         "channel_mult": [width // stem for width in widths],
     }
@@ -126,7 +127,7 @@ def _transformers(shapes: Shapes, firsts: list[int], attended: list[bool]) -> Co
     ]
     params = {
         "use_spatial_transformer": True,
-        "transformer_depth": _one_if_equal(depths),
+        "transformer_depth": one_if_equal(depths),
         "context_dim": _shape(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1],
     }
     if len(_shape(shapes, "middle_block.1.proj_in.weight", 2, 4)) == 2:
@@ -208,5 +209,8 @@ def _shape(shapes: Shapes, name: str, *ranks: int) -> tuple[int, ...]:
     return shape
 
 
-def _one_if_equal(values: list[int]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else values
+def one_if_equal(values: Any) -> Any:
+    """Return one value for all levels if they share it, else the list of them."""
+    if not isinstance(values, Sequence):
+        return values
+    return values[0] if len(set(values)) == 1 else list(values)

@@ -69,16 +69,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image of a format that is read: {', '.join(READ)}") from error
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        RuntimeError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        # Pillow reports damage as any of these: SyntaxError for a broken PNG chunk, RuntimeError for a broken AVIF ...
+    except DAMAGE as error:
         raise ValueError(f"{path} cannot be read as an image: {str(error).rstrip('.')}") from error
 
 

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm.checkpoint.atomic import atomic
 from ldm.checks import Count
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
 from ldm.conditioning.words import token_embedding
 from ldm.data.captions import NUMBER_WORDS, TRAIN_FRAMES, render
+from ldm.labels import Row, labelled_rows
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import load
 from ldm.training.latents import posterior
@@ -88,6 +90,12 @@ class FineTuningStage(Stage):
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Image.Image]:
         """Generate images of the training size with the model's own settings."""
         return self.latent_diffusion.generate(prompts, height=self.resolution, width=self.resolution, **settings)
+
+
+def save_contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
+    """Write rows of images, each under its label, as a PNG file, atomically."""
+    with atomic(path) as temporary:
+        labelled_rows([Row(*row) for row in rows]).save(temporary, format="PNG")
 
 
 def knows_only_digits(tokenizer: object) -> bool:

@@ -16,9 +16,8 @@ from ldm.checks import Count
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.data.dreambooth import check_apart, notes_on_images
-from ldm.finetune.contact_sheet import save_contact_sheet
 from ldm.finetune.embeddings import add_word, check_new_word, deviation, initial_vectors, text_encoder
-from ldm.finetune.parts import FineTuningStage, knows_only_digits
+from ldm.finetune.parts import FineTuningStage, knows_only_digits, save_contact_sheet
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.latents import LatentDataset, encode_dataset

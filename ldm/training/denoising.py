@@ -102,13 +102,6 @@ class DenoisingStage(Stage):
         return {"target": model.target, "params": model.config}, model.state_dict()
 
 
-def check_probability(name: str, value: float) -> float:
-    """Return the value; raise ValueError unless it is from 0 to 1."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} {value} is not a probability: it must be from 0 to 1")
-    return value
-
-
 def warn_nonzero_terminal_snr(schedule: Schedule) -> None:
     """Print a note if the last noise level still contains much of the image.
 

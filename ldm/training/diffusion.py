@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
-from ldm.checks import Count
+from ldm.checks import Count, Probability
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.denoising import DenoisingStage, check_probability
+from ldm.training.denoising import DenoisingStage
 from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.objective import Objective
 from ldm.training.order import first_images
@@ -49,7 +49,7 @@ class DiffusionStage(DenoisingStage):
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
-        caption_dropout: float = 0.1,
+        caption_dropout: Probability = 0.1,
         cache_latents: bool = True,
         preview_prompts: Sequence[str] = ("",),
         preview_columns: Count = 10,
@@ -71,8 +71,7 @@ class DiffusionStage(DenoisingStage):
         adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
         super().__init__(objective, preview_prompts, preview_columns, **adam)
         self.freeze(cond_stage=model.cond_stage_model)
-        self.caption_dropout = check_probability("caption_dropout", caption_dropout)
-        self.cache_latents = cache_latents
+        self.caption_dropout, self.cache_latents = caption_dropout, cache_latents
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""

@@ -1,16 +1,16 @@
 """Diffusion in pixels, class-conditional or unconditional."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.checks import Count
+from ldm.checks import Count, Probability, Range
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
-from ldm.training.denoising import DenoisingStage, check_probability
+from ldm.training.denoising import DenoisingStage
 from ldm.training.objective import Objective
 from ldm.util import instantiate_from_config
 
@@ -30,12 +30,12 @@ class PixelDiffusionStage(DenoisingStage):
         self,
         model: Mapping[str, Any],
         learning_rate: float,
-        class_dropout: float = 0.1,
+        class_dropout: Probability = 0.1,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
-        bound_weight: float = 0.001,
+        bound_weight: Annotated[float, Range(0)] = 0.001,
         betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.01,
         previews: Count = 20,
@@ -56,15 +56,13 @@ class PixelDiffusionStage(DenoisingStage):
                 "model's cond_stage_config null: true and one more class"
             )
         shown = [classes[i % len(classes)] for i in range(previews)]
-        if not bound_weight >= 0:
-            raise ValueError(f"bound_weight {bound_weight} must not be below 0 (the paper takes 0.001)")
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
         adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
         super().__init__(objective, shown, preview_columns, **adam)
         self.reads = ("image",) if cond is None else ("image", "label")
         if cond is not None and any(True for _ in cond.parameters()):  # class embeddings, which learn
             self.networks["cond_stage"] = cond
-        self.class_dropout = check_probability("class_dropout", class_dropout)
+        self.class_dropout = class_dropout
 
     def prepare(self, dataset: Any) -> Dataset:
         """Raise ValueError for images of another size than the model's."""

@@ -17,7 +17,7 @@ from ldm.training.contract import build_dataset
 from ldm.training.loop import LoopSettings
 from ldm.training.order import EpochBatches, first_images
 from ldm.training.processes import mixed_precision
-from ldm.training.run_folder import RunFolder
+from ldm.training.run_folder import RunFolder, flatten
 from ldm.training.stage import Stage
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -43,8 +43,8 @@ def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.d
                 continue
             tried[os.path.normpath(folder.path)] = trial = os.path.join(temporary, str(number))
             stage = _try({**config, "stage": _moved(config["stage"], tried)}, device)
-            path = os.path.normpath(folder.model)
-            if any(path in _texts(other["stage"]) for other in configs[number + 1 :]):
+            later = flatten([other["stage"] for other in configs[number + 1 :]]).values()
+            if os.path.normpath(folder.model) in (os.path.normpath(text) for text in later if isinstance(text, str)):
                 made, state = stage.export()
                 save_file(os.path.join(trial, folder.model.name), state, made)
 
@@ -82,13 +82,6 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
         where = f"{last.filename}, line {last.lineno}"
         text = " ".join(str(error).split())[:400]
         raise ValueError(f"{name}: does not train: {type(error).__name__}: {text} ({where})") from error
-
-
-def _texts(value: Any) -> set[str]:
-    """Return all texts within a configuration, as paths."""
-    if isinstance(value, Mapping | list):
-        return set().union(*map(_texts, value.values() if isinstance(value, Mapping) else value))
-    return {os.path.normpath(value)} if isinstance(value, str) else set()
 
 
 def _moved(value: Any, folders: Mapping[str, str]) -> Any:
