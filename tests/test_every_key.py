@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from test_reference_pages import DATA, PARTS, STAGES, parameters
 from tiny_stages import config_of, write_inputs
 
@@ -22,290 +23,97 @@ from ldm.training.loop import LoopSettings
 
 UNET = "stage.params.unet_config.params"
 # Where it stands (a stage of tiny_stages, and a place in its configuration): what is changed there, one at a time.
-# A tuple is a value and what else has to be set for it to matter, which the run that it is compared with has too; `/`
-# begins a key of the whole configuration.
+# `{to: a, with: b}` is a value and what else has to be set for it to matter, which the run that it is compared with has
+# too; `/` begins a key of the whole configuration.
+TABLE = """
+pixel loop:
+  {steps: 3, batch_size: 3, accumulate: 2, precision: fp32, clip: 0.001, ema: 0.0, lr_schedule: {name: linear},
+   log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, workers: 1,
+   tensorboard: true}
+autoencoder stage.params:
+  {ddconfig: {}, embed_dim: 3, learning_rate: 0.002, kl_weight: 1.0, reconstruction: l1, discriminator: null,
+   disc_start: 9, disc_weight: 2.0, perceptual: judge, perceptual_weight: {to: 2.0, with: {perceptual: judge}},
+   normalize: false, preview_columns: 2}
+clip stage.params:
+  {vision: {image_size: 16}, learning_rate: 0.002, width: 32, layers: 2, heads: 4, context_length: 30,
+   projection_dim: 8, merges_first: 200, agreement: {to: 1.0, with: {/loop.batch_size: 16}}, weight_decay: 0.5,
+   preview_columns: 2}
+diffusion stage.params:
+  {unet_config: {}, first_stage: missing, cond_stage: missing, learning_rate: 0.002, schedule: {name: linear},
+   prediction: eps, defaults: {height: 16, width: 16, steps: 4, scale: 2.0}, betas: [0.5, 0.9], weight_decay: 0.5,
+   error: l1, weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, caption_dropout: 1.0,
+   cache_latents: false, preview_prompts: [four], preview_columns: {to: 1, with: {preview_prompts: [four, five]}}}
+pixel stage.params:
+  {model: {}, learning_rate: 0.002, class_dropout: 1.0, error: l1, weight: {name: min_snr}, noise: {offset: 0.1},
+   timesteps: {name: logit_normal},
+   bound_weight: {to: 1.0, with: {model.params.learned_variance: true,
+                                  model.params.unet_config.params.out_channels: 2}},
+   betas: [0.5, 0.9], weight_decay: 0.5, previews: 3, preview_columns: 1}
+classifier stage.params:
+  {network: {}, learning_rate: 0.002, weight_decay: 0.5, label_smoothing: 0.5, rotation: 40.0, shear: 0.5,
+   scale: 0.5, shift: 8.0, preview_columns: 2}
+dreambooth stage.params:
+  {ckpt: missing, learning_rate: 0.002, resolution: 64, instance_prompt: a sks four, class_prompt: four,
+   train_text: all, text_learning_rate: {to: 0.1, with: {train_text: all, text_learning_rate: 0.001}},
+   layers: attention, lora: {rank: 2}, lora_file: {to: lora.safetensors, with: {lora: {rank: 2}}},
+   lora_format: {to: peft, with: {lora: {rank: 2}, lora_file: lora.safetensors}}, prior_weight: 3.0, error: l1,
+   weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, optimizer: adafactor,
+   betas: [0.5, 0.9], weight_decay: 0.5, gradient_checkpointing: true, cache: false, previews: [four],
+   preview_columns: 2, sheet: sheet.png, loading: {prediction: eps}, seed: {to: 1, with: {lora: {rank: 2}}}}
+textual_inversion stage.params:
+  {word: <its>, initial: four, resolution: 64, learning_rate: 0.002, ckpt: missing, loading: {prediction: eps},
+   vectors: 3, relative_learning_rate: {to: 0.5, with: {learning_rate: null, relative_learning_rate: 0.1}},
+   frames: ['my {}'], pull: 1.0, error: l1, weight: {name: min_snr}, noise: {offset: 0.1},
+   timesteps: {name: logit_normal}, gradient_checkpointing: true, previews: 2, sheet: sheet.png}
+noisy_classifier stage.params:
+  {network: {}, learning_rate: 0.002, schedule: {name: linear}, timesteps: {name: logit_normal}, betas: [0.5, 0.9],
+   weight_decay: 0.5, preview_columns: 2}
+ddgan stage.params:
+  {model: {}, discriminator: {}, learning_rate: 0.002, discriminator_rate: 0.002, class_dropout: 1.0,
+   betas: [0.1, 0.5], r1_weight: 5.0, r1_every: 1, reconstruction: 1.0, previews: 4, preview_columns: 1}
+clip data.params: {split: test, first: 3, last: 3, seed: 1, frames: test, styled: 1.0, filler: 1.0}
+folder data.params:
+  {root: class, size: 16, channels: 3, crop: random, flip: true, seed: {to: 1, with: {flip: true, crop: random}},
+   caption: four, paths: [instance/0.png], buckets: [[32, 24]]}
+dreambooth data.params:
+  {instance_data_dir: class, instance_prompt: a sks four, class_data_dir: elsewhere, class_prompt: four,
+   keep_prompt: four, prior_weight: 0.0, num_class_images: 6,
+   default_class_images: {to: 6, with: {class_data_dir: elsewhere, default_class_images: 5}},
+   class_guidance_scale: {to: 3.0, with: {class_data_dir: elsewhere, default_class_images: 5}},
+   sample_batch_size: {to: 1, with: {class_data_dir: elsewhere, default_class_images: 5}}, crop: random, flip: true,
+   seed: {to: 1, with: {crop: random}}, min_samples: 50, buckets: true}
+pixel stage.params.weight: {name: {to: snr, with: {name: min_snr}}, gamma: {to: 1.0, with: {name: min_snr}}}
+pixel stage.params.noise: {offset: 0.1, immiscible: true}
+pixel stage.params.timesteps:
+  {name: {to: logit_normal, with: {name: uniform}}, mean: {to: 2.0, with: {name: logit_normal}},
+   std: {to: 3.0, with: {name: logit_normal}}}
+pixel stage.params.model.params.schedule: {name: cosine, T: 500, start: 0.001, end: 0.1, zero_terminal_snr: true}
+pixel loop.lr_schedule:
+  {name: {to: linear, with: {name: constant}}, warmup: {to: 2, with: {name: constant}},
+   decay: {to: 0.1, with: {name: linear}}, low: {to: 0.5, with: {name: step}}}
+dreambooth stage.params.lora:
+  {rank: {to: 3, with: {rank: 2}}, alpha: {to: 1.0, with: {rank: 2}},
+   targets: {to: [attention], with: {rank: 2, targets: [feed_forward]}}, seed: {to: 1, with: {rank: 2}}}
+pixel stage.params.model.params:
+  {unet_config: {}, channels: 3, cond_stage_config: null, schedule: {name: cosine}, prediction: v,
+   defaults: {height: 16, width: 16, steps: 4, scale: 1.0}, clip: false, learned_variance: true,
+   self_condition: true}
+autoencoder stage.params.discriminator: {input_nc: 3, ndf: 8, n_layers: 2}
+autoencoder stage.params.ddconfig:
+  {ch: 16, out_ch: 3, num_res_blocks: 2, attn_resolutions: [16], in_channels: 3, resolution: 64, z_channels: 8,
+   ch_mult: [1, 2], dropout: 0.5, resamp_with_conv: false, double_z: false, attn_type: none, tanh_out: true,
+   norm_groups: 8}
+diffusion stage.params.unet_config.params:
+  {in_channels: 5, model_channels: 32, out_channels: 8, num_res_blocks: 2, attention_resolutions: [1], dropout: 0.5,
+   channel_mult: [1, 1], conv_resample: false, dims: 1, num_classes: 11, use_checkpoint: true, num_heads: 2,
+   num_head_channels: 8, num_heads_upsample: 2, use_scale_shift_norm: true, resblock_updown: true,
+   use_new_attention_order: true, use_spatial_transformer: false, transformer_depth: 2, context_dim: 16, n_embed: 8,
+   legacy: true, disable_self_attentions: [true, true], num_attention_blocks: [0, 0], disable_middle_self_attn: true,
+   use_linear_in_transformer: true, adm_in_channels: 12, norm_groups: 4, patch: 2, attention_type: linear,
+   attention_memory: 4}
+"""
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {
-    ("pixel", "loop"): {
-        "steps": 3,
-        "batch_size": 3,
-        "accumulate": 2,
-        "precision": "fp32",
-        "clip": 1e-3,
-        "ema": 0.0,
-        "lr_schedule": {"name": "linear"},
-        "log_every": (2, {"preview_every": 2, "save_every": 2}),
-        "preview_every": 2,
-        "save_every": 2,
-        "workers": 1,
-        "tensorboard": True,
-    },
-    ("autoencoder", "stage.params"): {
-        "ddconfig": {},
-        "embed_dim": 3,
-        "learning_rate": 2e-3,
-        "kl_weight": 1.0,
-        "reconstruction": "l1",
-        "discriminator": None,
-        "disc_start": 9,
-        "disc_weight": 2.0,
-        "perceptual": "judge",
-        "perceptual_weight": (2.0, {"perceptual": "judge"}),
-        "normalize": False,
-        "preview_columns": 2,
-    },
-    ("clip", "stage.params"): {
-        "vision": {"image_size": 16},
-        "learning_rate": 2e-3,
-        "width": 32,
-        "layers": 2,
-        "heads": 4,
-        "context_length": 30,
-        "projection_dim": 8,
-        "merges_first": 200,
-        "agreement": (1.0, {"/loop.batch_size": 16}),
-        "weight_decay": 0.5,
-        "preview_columns": 2,
-    },
-    ("diffusion", "stage.params"): {
-        "unet_config": {},
-        "first_stage": "missing",
-        "cond_stage": "missing",
-        "learning_rate": 2e-3,
-        "schedule": {"name": "linear"},
-        "prediction": "eps",
-        "defaults": {"height": 16, "width": 16, "steps": 4, "scale": 2.0},
-        "betas": [0.5, 0.9],
-        "weight_decay": 0.5,
-        "error": "l1",
-        "weight": {"name": "min_snr"},
-        "noise": {"offset": 0.1},
-        "timesteps": {"name": "logit_normal"},
-        "caption_dropout": 1.0,
-        "cache_latents": False,
-        "preview_prompts": ["four"],
-        "preview_columns": (1, {"preview_prompts": ["four", "five"]}),
-    },
-    ("pixel", "stage.params"): {
-        "model": {},
-        "learning_rate": 2e-3,
-        "class_dropout": 1.0,
-        "error": "l1",
-        "weight": {"name": "min_snr"},
-        "noise": {"offset": 0.1},
-        "timesteps": {"name": "logit_normal"},
-        "bound_weight": (
-            1.0,
-            {"model.params.learned_variance": True, "model.params.unet_config.params.out_channels": 2},
-        ),
-        "betas": [0.5, 0.9],
-        "weight_decay": 0.5,
-        "previews": 3,
-        "preview_columns": 1,
-    },
-    ("classifier", "stage.params"): {
-        "network": {},
-        "learning_rate": 2e-3,
-        "weight_decay": 0.5,
-        "label_smoothing": 0.5,
-        "rotation": 40.0,
-        "shear": 0.5,
-        "scale": 0.5,
-        "shift": 8.0,
-        "preview_columns": 2,
-    },
-    ("dreambooth", "stage.params"): {
-        "ckpt": "missing",
-        "learning_rate": 2e-3,
-        "resolution": 64,
-        "instance_prompt": "a sks four",
-        "class_prompt": "four",
-        "train_text": "all",
-        "text_learning_rate": (1e-1, {"train_text": "all", "text_learning_rate": 1e-3}),
-        "layers": "attention",
-        "lora": {"rank": 2},
-        "lora_file": ("lora.safetensors", {"lora": {"rank": 2}}),
-        "lora_format": ("peft", {"lora": {"rank": 2}, "lora_file": "lora.safetensors"}),
-        "prior_weight": 3.0,
-        "error": "l1",
-        "weight": {"name": "min_snr"},
-        "noise": {"offset": 0.1},
-        "timesteps": {"name": "logit_normal"},
-        "optimizer": "adafactor",
-        "betas": [0.5, 0.9],
-        "weight_decay": 0.5,
-        "gradient_checkpointing": True,
-        "cache": False,
-        "previews": ["four"],
-        "preview_columns": 2,
-        "sheet": "sheet.png",
-        "loading": {"prediction": "eps"},
-        "seed": (1, {"lora": {"rank": 2}}),
-    },
-    ("textual_inversion", "stage.params"): {
-        "word": "<its>",
-        "initial": "four",
-        "resolution": 64,
-        "learning_rate": 2e-3,
-        "ckpt": "missing",
-        "loading": {"prediction": "eps"},
-        "vectors": 3,
-        "relative_learning_rate": (0.5, {"learning_rate": None, "relative_learning_rate": 0.1}),
-        "frames": ["my {}"],
-        "pull": 1.0,
-        "error": "l1",
-        "weight": {"name": "min_snr"},
-        "noise": {"offset": 0.1},
-        "timesteps": {"name": "logit_normal"},
-        "gradient_checkpointing": True,
-        "previews": 2,
-        "sheet": "sheet.png",
-    },
-    ("noisy_classifier", "stage.params"): {
-        "network": {},
-        "learning_rate": 2e-3,
-        "schedule": {"name": "linear"},
-        "timesteps": {"name": "logit_normal"},
-        "betas": [0.5, 0.9],
-        "weight_decay": 0.5,
-        "preview_columns": 2,
-    },
-    ("ddgan", "stage.params"): {
-        "model": {},
-        "discriminator": {},
-        "learning_rate": 2e-3,
-        "discriminator_rate": 2e-3,
-        "class_dropout": 1.0,
-        "betas": [0.1, 0.5],
-        "r1_weight": 5.0,
-        "r1_every": 1,
-        "reconstruction": 1.0,
-        "previews": 4,
-        "preview_columns": 1,
-    },
-    ("clip", "data.params"): {
-        "split": "test",
-        "first": 3,
-        "last": 3,
-        "seed": 1,
-        "frames": "test",
-        "styled": 1.0,
-        "filler": 1.0,
-    },
-    ("folder", "data.params"): {
-        "root": "class",
-        "size": 16,
-        "channels": 3,
-        "crop": "random",
-        "flip": True,
-        "seed": (1, {"flip": True, "crop": "random"}),
-        "caption": "four",
-        "paths": ["instance/0.png"],
-        "buckets": [[32, 24]],
-    },
-    ("dreambooth", "data.params"): {
-        "instance_data_dir": "class",
-        "instance_prompt": "a sks four",
-        "class_data_dir": "elsewhere",
-        "class_prompt": "four",
-        "keep_prompt": "four",
-        "prior_weight": 0.0,
-        "num_class_images": 6,
-        "default_class_images": (6, {"class_data_dir": "elsewhere", "default_class_images": 5}),
-        "class_guidance_scale": (3.0, {"class_data_dir": "elsewhere", "default_class_images": 5}),
-        "sample_batch_size": (1, {"class_data_dir": "elsewhere", "default_class_images": 5}),
-        "crop": "random",
-        "flip": True,
-        "seed": (1, {"crop": "random"}),
-        "min_samples": 50,
-        "buckets": True,
-    },
-    ("pixel", "stage.params.weight"): {"name": ("snr", {"name": "min_snr"}), "gamma": (1.0, {"name": "min_snr"})},
-    ("pixel", "stage.params.noise"): {"offset": 0.1, "immiscible": True},
-    ("pixel", "stage.params.timesteps"): {
-        "name": ("logit_normal", {"name": "uniform"}),
-        "mean": (2.0, {"name": "logit_normal"}),
-        "std": (3.0, {"name": "logit_normal"}),
-    },
-    ("pixel", "stage.params.model.params.schedule"): {
-        "name": "cosine",
-        "T": 500,
-        "start": 1e-3,
-        "end": 1e-1,
-        "zero_terminal_snr": True,
-    },
-    ("pixel", "loop.lr_schedule"): {
-        "name": ("linear", {"name": "constant"}),
-        "warmup": (2, {"name": "constant"}),
-        "decay": (0.1, {"name": "linear"}),
-        "low": (0.5, {"name": "step"}),
-    },
-    ("dreambooth", "stage.params.lora"): {
-        "rank": (3, {"rank": 2}),
-        "alpha": (1.0, {"rank": 2}),
-        "targets": (["attention"], {"rank": 2, "targets": ["feed_forward"]}),
-        "seed": (1, {"rank": 2}),
-    },
-    ("pixel", "stage.params.model.params"): {
-        "unet_config": {},
-        "channels": 3,
-        "cond_stage_config": None,
-        "schedule": {"name": "cosine"},
-        "prediction": "v",
-        "defaults": {"height": 16, "width": 16, "steps": 4, "scale": 1.0},
-        "clip": False,
-        "learned_variance": True,
-        "self_condition": True,
-    },
-    ("autoencoder", "stage.params.discriminator"): {"input_nc": 3, "ndf": 8, "n_layers": 2},
-    ("autoencoder", "stage.params.ddconfig"): {
-        "ch": 16,
-        "out_ch": 3,
-        "num_res_blocks": 2,
-        "attn_resolutions": [16],
-        "in_channels": 3,
-        "resolution": 64,
-        "z_channels": 8,
-        "ch_mult": [1, 2],
-        "dropout": 0.5,
-        "resamp_with_conv": False,
-        "double_z": False,
-        "attn_type": "none",
-        "tanh_out": True,
-        "norm_groups": 8,
-    },
-    ("diffusion", UNET): {
-        "in_channels": 5,
-        "model_channels": 32,
-        "out_channels": 8,
-        "num_res_blocks": 2,
-        "attention_resolutions": [1],
-        "dropout": 0.5,
-        "channel_mult": [1, 1],
-        "conv_resample": False,
-        "dims": 1,
-        "num_classes": 11,
-        "use_checkpoint": True,
-        "num_heads": 2,
-        "num_head_channels": 8,
-        "num_heads_upsample": 2,
-        "use_scale_shift_norm": True,
-        "resblock_updown": True,
-        "use_new_attention_order": True,
-        "use_spatial_transformer": False,
-        "transformer_depth": 2,
-        "context_dim": 16,
-        "n_embed": 8,
-        "legacy": True,
-        "disable_self_attentions": [True, True],
-        "num_attention_blocks": [0, 0],
-        "disable_middle_self_attn": True,
-        "use_linear_in_transformer": True,
-        "adm_in_channels": 12,
-        "norm_groups": 4,
-        "patch": 2,
-        "attention_type": "linear",
-        "attention_memory": 4,
-    },
+    tuple(where.split()): keys for where, keys in yaml.safe_load(TABLE).items()
 }
 # Keys that their own page calls without effect: CompVis's configurations have them.
 INERT = {"UNetModel": ("image_size", "use_fp16", "use_bf16")}
@@ -423,7 +231,9 @@ def test_it_has_an_effect_or_is_refused(outcome, stage, place):
     for key, value in CHANGES[stage, place].items():
         if value == {}:  # its keys are walked by themselves, or refused by the constructor
             continue
-        value, beside = value if isinstance(value, tuple) else (value, {})
+        beside = {}
+        if isinstance(value, dict) and value.keys() == {"to", "with"}:
+            value, beside = value["to"], value["with"]
         config = config_of(stage)
         for name, other in beside.items():
             changed(config, name[1:] if name.startswith("/") else f"{place}.{name}", other)
