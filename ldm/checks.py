@@ -5,7 +5,7 @@ echoes such a value. It imports nothing heavy.
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -104,3 +104,11 @@ def check_file(path: Path, what: str) -> None:
         raise FileNotFoundError(f"{what} {str(path)!r} does not exist{hint}")
     if not path.is_file():
         raise ValueError(f"{what} {str(path)!r} is a device or a pipe, not a file: save what it gives in a file first")
+
+
+
+
+def few(names: Iterable[object], count: int = 5) -> str:
+    """Return the first names for a message, and "..." if there are more."""
+    names = [*names]
+    return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "")

@@ -252,7 +252,9 @@ def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
         state, _ = normalise(state)  # what `save` added for other programs goes again
     expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
     if expected != found:
-        raise ValueError(f"{what} does not fit its configuration: {_differences(expected, found)}")
+        from ldm.checkpoint.structure import differences
+
+        raise ValueError(f"{what} does not fit its configuration: {differences(expected, found)}")
     wrong = sorted(name for name, t in state.items() if t.is_floating_point() != own[name].is_floating_point())
     if wrong:
         some = f"{len(wrong)} tensors, such as {wrong[0]} ({state[wrong[0]].dtype})"
@@ -299,14 +301,3 @@ def save(
         metadata["modelspec.title"] = Path(path).stem
     save_file(path, state, config, dtype, metadata)
     return notes
-
-
-def _differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Say what is missing, unexpected or of another shape, a few names of each."""
-    kinds = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
-    }
-    some = {kind: ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "") for kind, names in kinds.items()}
-    return "; ".join(f"{len(names)} {kind} ({some[kind]})" for kind, names in kinds.items() if names)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, refused
 from torch.nn import functional as F
 from torch.utils.data import default_collate as collate
 
@@ -344,8 +344,7 @@ def test_the_scale_factor_gives_unit_variance(tiny_parts, digits):
 def test_images_that_change_cannot_be_cached(tiny_parts):
     bent = Digits(first=64)
     bent.augments = True
-    with pytest.raises(ValueError, match="Digits crops or mirrors .* stage.params.cache_latents=false"):
-        diffusion(tiny_parts).prepare(bent)
+    refused("Digits crops or mirrors .* stage.params.cache_latents=false", diffusion(tiny_parts).prepare, bent)
     assert diffusion(tiny_parts, cache_latents=False).prepare(bent) is bent
 
 
@@ -383,5 +382,4 @@ def test_only_the_unet_trains_and_the_whole_is_exported(tiny_parts, digits, tiny
     ],
 )
 def test_mistakes_show_before_training(tiny_parts, settings, message):
-    with pytest.raises(ValueError, match=message):
-        diffusion(tiny_parts, **settings)
+    refused(message, diffusion, tiny_parts, **settings)

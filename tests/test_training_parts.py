@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import refused
 from torch import nn
 
 from ldm.training.config import read_configs
@@ -55,8 +56,7 @@ def test_learning_rate_steps_down_for_the_last_share():
     values = [lr_multiplier(step, 410, "step", warmup=2, decay=16 / 41) for step in range(410)]
     assert values == [0.5] + [1.0] * 249 + [0.1] * 160
     assert lr_multiplier(9, 10, "step", decay=0.5, low=0.25) == 0.25
-    with pytest.raises(ValueError, match="'stairs' is unknown: use constant, linear, cosine or step"):
-        lr_multiplier(0, 10, "stairs")
+    refused("'stairs' is unknown: use constant, linear, cosine or step", lr_multiplier, 0, 10, "stairs")
 
 
 def test_order_is_a_permutation_per_epoch_and_resumes_anywhere():
@@ -183,7 +183,5 @@ def test_changes_apply_where_the_key_is(tmp_path):
 def test_bad_configurations_are_named(tmp_path, text, changes, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_configs([str(path)], changes)
-    with pytest.raises(FileNotFoundError, match="'nowhere.yaml' does not exist"):
-        read_configs(["nowhere.yaml"])
+    refused(message, read_configs, [str(path)], changes)
+    refused("'nowhere.yaml' does not exist", read_configs, ["nowhere.yaml"], error=FileNotFoundError)

@@ -13,6 +13,7 @@ from ldm.checkpoint.family_table import SCALE_FACTORS, kind
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import count
 from ldm.checkpoint.tensors import State
+from ldm.checks import few
 from ldm.diffusion.schedule import MIN_ALPHA_BAR, make_schedule
 
 EMA_PREFIX = "model_ema."
@@ -80,7 +81,7 @@ def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[st
     renamed = {name: _renamed(name) for name in state}
     if len(set(renamed.values())) < len(renamed):
         twice = sorted(name for name, new in renamed.items() if name != new and new in renamed)
-        raise ValueError(f"the file holds {len(twice)} tensors twice, under two names each ({', '.join(twice[:5])})")
+        raise ValueError(f"the file holds {len(twice)} tensors twice, under two names each ({few(twice)})")
     state = {renamed[name]: tensor for name, tensor in state.items()}
     if ema:
         state |= _averaged(state)
@@ -117,8 +118,8 @@ def _averaged(state: State) -> State:
     stray = {name for name in state if name.startswith(EMA_PREFIX)} - counters - set(shadows.values())
     misshapen = {name for name, tensor in averaged.items() if tensor.shape != state[name].shape}
     if stray or misshapen:
-        names = ", ".join(sorted(stray | misshapen)[:5])
-        raise ValueError(f"the averaged weights (EMA) do not fit the model, {len(stray | misshapen)} of them ({names})")
+        wrong = sorted(stray | misshapen)
+        raise ValueError(f"the averaged weights (EMA) do not fit the model, {len(wrong)} of them ({few(wrong)})")
     return averaged
 
 
@@ -130,7 +131,7 @@ def _without_first_stage_copy(state: State) -> State:
     own = {name.removeprefix(prefix): tensor.shape for name, tensor in state.items() if name.startswith(prefix)}
     different = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
     if copy and different:
-        names = f"{len(different)} tensors ({', '.join(different[:5])})"
+        names = f"{len(different)} tensors ({few(different)})"
         raise ValueError(f"the conditioner is an autoencoder other than the first stage: they differ in {names}")
     return {name: tensor for name, tensor in state.items() if name not in copy.values()}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checkpoint.tensors import State, read_tensors
-from ldm.checks import check_file
+from ldm.checks import check_file, few
 
 _WEIGHTS = (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin"))
 WEIGHT_FILES = {  # how the names of files begin and end, the preferred first
@@ -82,5 +82,5 @@ def read_sharded(path: str | Path) -> State:
         state |= read_tensors(path.with_name(shard)).state
     missing = sorted(shards.keys() - state.keys())
     if missing:
-        raise ValueError(f"the shards of {str(path)!r} lack {len(missing)} of its tensors ({', '.join(missing[:5])})")
+        raise ValueError(f"the shards of {str(path)!r} lack {len(missing)} of its tensors ({few(missing)})")
     return state

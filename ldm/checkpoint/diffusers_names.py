@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm.checkpoint.structure import count
 from ldm.checkpoint.tensors import State
+from ldm.checks import few
 
 T = TypeVar("T")  # tensors, or what stands for them
 Table = dict[str, str]  # how a name begins: ours -> theirs
@@ -185,8 +186,7 @@ def _renamed(state: Mapping[str, T], heads: Mapping[str, str], whose: str) -> di
             unknown.append(name)
         renamed[new] = tensor
     if unknown:
-        names = ", ".join(sorted(unknown)[:5]) + (", ..." if len(unknown) > 5 else "")
-        raise ValueError(f"{whose} has {len(unknown)} unexpected weights: {names}")
+        raise ValueError(f"{whose} has {len(unknown)} unexpected weights: {few(sorted(unknown))}")
     return renamed
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ldm.checkpoint.diffusers_files import read_json
 from ldm.checkpoint.networks import CLIP_SETTINGS, OPENCLIP_SETTINGS, Config
+from ldm.checks import few
 
 TEXT_DEFAULTS = {
     **{"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12},
@@ -88,7 +89,7 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     if strange or len(ids) != len(expected):
         named = f"{len(strange)} of its tokens are not in their place" + (": " if strange else "")
         vocabulary_is = f"the vocabulary in {str(folder)!r} is not bytes, merges, start and end in CLIP's order"
-        raise ValueError(f"{vocabulary_is} ({named}{', '.join(strange[:5])}), so its prompts cannot be read")
+        raise ValueError(f"{vocabulary_is} ({named}{few(strange)}), so its prompts cannot be read")
     pad = END  # transformers' CLIPTokenizer's default
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         settings = read_json(folder / file) if (folder / file).is_file() else {}

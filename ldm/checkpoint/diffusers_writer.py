@@ -34,6 +34,7 @@ from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import one_if_equal
 from ldm.checkpoint.tensors import State
 from ldm.checkpoint.writing import save_file
+from ldm.checks import few
 from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.schedule import SCHEDULES
 from ldm.models.autoencoder import Encoder
@@ -313,8 +314,8 @@ def _replacing(path: Path) -> Iterator[Path]:
     ours = index.is_file() and read_json(index).items() >= MARK.items()
     strange = sorted(found - WRITTEN if ours else found)
     if strange:
-        some = f"{', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''}, which would be lost"
-        raise ValueError(f"folder {str(path)!r} already holds {some}: name another folder, or empty this one")
+        lost = f"{few(strange, 3)}, which would be lost"
+        raise ValueError(f"folder {str(path)!r} already holds {lost}: name another folder, or empty this one")
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.checkpoint import networks
 from ldm.checkpoint.networks import Config
+from ldm.checks import few
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -197,6 +198,16 @@ def infer_conditioner(shapes: Shapes) -> Config:
     if "channel_mapper.bias" in shapes:
         params["bias"] = True
     return {"target": target, "params": params}
+
+
+def differences(expected: Shapes, found: Shapes) -> str:
+    """Say what is missing, unexpected or of another shape, a few names of each."""
+    kinds = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
+    }
+    return "; ".join(f"{len(names)} {kind} ({few(sorted(names))})" for kind, names in kinds.items() if names)
 
 
 def _shape(shapes: Shapes, name: str, *ranks: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.checks import shorten
+from ldm.checks import few, shorten
 from ldm.data.buckets import Shape, nearest
 from ldm.data.captions import Caption
 from ldm.data.image_files import SUFFIXES, check_image, read_image
@@ -81,11 +81,8 @@ class Folder(Dataset):
         ]
         empty = [source for text, source in found if text == ""]
         if empty and any(self.captions):
-            some = ", ".join(map(str, empty[:3])) + (", ..." if len(empty) > 3 else "")
-            print(
-                f"note: {len(empty)} captions are empty, and the caption for all is used instead: {some}",
-                file=sys.stderr,
-            )
+            note = f"{len(empty)} captions are empty, and the caption for all is used instead: {few(empty, 3)}"
+            print(f"note: {note}", file=sys.stderr)
         for path in self.paths:
             check_image(path)
         if buckets is None:

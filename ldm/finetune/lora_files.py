@@ -20,6 +20,7 @@ from ldm.changes import Change
 from ldm.checkpoint.file import file_hash
 from ldm.checkpoint.tensors import check_finite, read_tensors
 from ldm.checkpoint.writing import save_file, vanishing
+from ldm.checks import few
 from ldm.finetune.lora import Adapter, Replaced, connect, merge, places, resized
 from ldm.finetune.lora_names import (
     PARTS,
@@ -156,12 +157,11 @@ def load_lora(path: str | Path, model: LatentDiffusion, strength: float = 1.0) -
                 f"{(len(up), *down.shape[1:])} of {layer}, which is {tuple(shape)} here"
             )
         adapters[name] = Adapter(down, up, adapter.alpha, strength).requires_grad_(False)
-    few = ", ".join(left[:5]) + (", ..." if len(left) > 5 else "")
     if not adapters:
-        raise ValueError(f"LoRA {str(path)!r} is for a model of another architecture: this one has no {few}")
+        raise ValueError(f"LoRA {str(path)!r} is for a model of another architecture: this one has no {few(left)}")
     notes = [f"LoRA {path}: {ZERO}"] if all(adapter.is_zero for adapter in adapters.values()) else []
     if left:
-        notes += [f"LoRA {path}: {len(left)} of its names have no place in this model and are left out: {few}"]
+        notes += [f"LoRA {path}: {len(left)} of its names have no place in this model and are left out: {few(left)}"]
     return adapters, notes
 
 
