@@ -47,6 +47,15 @@ def test_failing_at_the_very_end_leaves_no_temporary(tmp_path, monkeypatch, call
     assert path.read_text() == "old" and files(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(type(error)), atomic(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise error
+    assert (tmp_path / "a").read_text() == "old" and files(tmp_path) == ["a"]
+
+
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_link_stays_and_leads_to_what_is_new(tmp_path, write):
     (tmp_path / "far").mkdir()
@@ -84,6 +93,12 @@ def test_permissions_and_long_names(tmp_path):
     private.touch(mode=0o600)
     write(private)
     assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    mask = os.umask(0o027)
+    try:
+        write(tmp_path / "new")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
     write(tmp_path / ("ä" * 127))  # 254 bytes, of the 255 that a name may have
     refused("cannot write .*: Not a directory", write, private / "below" / "a", error=OSError)
 

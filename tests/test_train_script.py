@@ -120,24 +120,18 @@ def mistakes(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     """name -> (arguments, what the sentence must say)."""
     out, digits = f"outdir={tmp_path / 'out'}", configs("sklearn")[0]
     (tmp_path / "forbidden.yaml").write_text(FORBIDDEN.replace("OUT", str(tmp_path / "hit")))
-    (tmp_path / "broken.yaml").write_text("name: [")
     raw = tmp_path / "corrupt" / "MNIST" / "raw"
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 16, 28, 28) + bytes(100))
     (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 16) + bytes(16))
     mnist, root = configs("digits")[0], f"data.params.root={tmp_path}"
     return {
-        "missing": (["nowhere.yaml"], "configuration 'nowhere.yaml' does not exist"),
         "none": (["loop.steps=2"], "no configuration is given"),
-        "not yaml": ([str(tmp_path / "broken.yaml")], "is not yaml"),
-        "unknown key": ([digits, "lop.steps=2"], "'lop.steps=2' changes nothing"),
-        "unknown loop key": ([digits, "loop.stepz=2", out], "stepz"),
         "unknown stage key": ([digits, "stage.params.learning_rat=2", out], "'learning_rat'"),
         "unknown network key": ([digits, "stage.params={ddconfig: {chh: 2}}", out], "'chh'"),
         "unknown key of a part": ([digits, "stage.params.discriminator={ndff: 2}", out], "discriminator: "),
         "unknown data key": ([digits, "data.params.splitt=train", out], "'splitt'"),
         "forbidden": ([str(tmp_path / "forbidden.yaml")], "target 'os.system' is not"),
-        "no steps": ([digits, "loop.steps=0", out], "steps 0 must be an integer of at least 1"),
         "no root": ([configs("folder")[0], out], "data.params.root=DIR"),
         "no pictures": ([configs("folder")[0], root + "/nowhere", out], "nowhere is not a folder"),
         "no stage before": ([configs("sklearn")[2], out], "autoencoder/model.safetensors' does not exist"),
