@@ -438,6 +438,7 @@ def test_micro_batches_averages_and_bf16(checkpoints, subject, tmp_path, monkeyp
     monkeypatch.setattr(objective, "training_noise", lambda x0, **_: x0.flip(-1))
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     monkeypatch.setattr(DreamBoothStage, "preview", lambda self: [Image.new("L", (8, 8))])
+    monkeypatch.setattr(DreamBoothStage, "preview_labels", lambda self: [])
 
     def run(name, **loop):
         made = config(checkpoints, subject, tmp_path / name, 1, sheet=None)

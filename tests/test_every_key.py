@@ -28,8 +28,8 @@ UNET = "stage.params.unet_config.params"
 TABLE = """
 pixel loop:
   {steps: 3, batch_size: 3, accumulate: 2, precision: fp32, clip: 0.001, ema: 0.0, lr_schedule: {name: linear},
-   log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, workers: 1,
-   tensorboard: true}
+   log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, keep_every: 1,
+   keep_state: false, workers: 1, tensorboard: true}
 autoencoder stage.params:
   {ddconfig: {}, embed_dim: 3, learning_rate: 0.002, kl_weight: 1.0, reconstruction: l1, discriminator: null,
    disc_start: 9, disc_weight: 2.0, perceptual: judge, perceptual_weight: {to: 2.0, with: {perceptual: judge}},

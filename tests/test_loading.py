@@ -269,5 +269,5 @@ except AttributeError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    own = "['atomic', 'file', 'networks', 'tensors']\n"  # the reader of our own format, and no other
+    own = "['file', 'networks', 'tensors']\n"  # the reader of our own format, and no other
     assert (done.stdout, done.stderr) == (f"{own}[]\nmodule 'ldm' has no attribute 'loda'\n", "")
