@@ -252,9 +252,9 @@ def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
         state, _ = normalise(state)  # what `save` added for other programs goes again
     expected, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
     if expected != found:
-        from ldm.checkpoint.structure import differences
+        from ldm.checkpoint.structure import misfits
 
-        raise ValueError(f"{what} does not fit its configuration: {differences(expected, found)}")
+        raise ValueError(f"{what} does not fit its configuration: {misfits(expected, found)}")
     wrong = sorted(name for name, t in state.items() if t.is_floating_point() != own[name].is_floating_point())
     if wrong:
         some = f"{len(wrong)} tensors, such as {wrong[0]} ({state[wrong[0]].dtype})"

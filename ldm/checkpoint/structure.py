@@ -200,7 +200,7 @@ def infer_conditioner(shapes: Shapes) -> Config:
     return {"target": target, "params": params}
 
 
-def differences(expected: Shapes, found: Shapes) -> str:
+def misfits(expected: Shapes, found: Shapes) -> str:
     """Say what is missing, unexpected or of another shape, a few names of each."""
     kinds = {
         "missing": expected.keys() - found.keys(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.checkpoint.diffusers_files import read_json, read_weights
 from ldm.checkpoint.diffusers_names import clip_from_transformers
 from ldm.checkpoint.diffusers_text import TOKENIZER_FILES, read_text_sizes, read_tokenizer
-from ldm.checkpoint.structure import differences
+from ldm.checkpoint.structure import misfits
 from ldm.checkpoint.tensors import check_finite, read_tensors
 from ldm.conditioning.text import TextEncoder
 
@@ -48,7 +48,7 @@ def load_text_encoder(
     expected = {key: tuple(p.shape) for key, p in encoder.state_dict().items()}
     found = {key: tuple(t.shape) for key, t in state.items()}
     if expected != found:
-        wrong = differences(expected, found)
+        wrong = misfits(expected, found)
         raise ValueError(f"the weights of text encoder {name!r} do not fit its configuration: {wrong}")
     encoder.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
     return encoder.eval().requires_grad_(False)
