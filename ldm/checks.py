@@ -106,8 +106,6 @@ def check_file(path: Path, what: str) -> None:
         raise ValueError(f"{what} {str(path)!r} is a device or a pipe, not a file: save what it gives in a file first")
 
 
-
-
 def few(names: Iterable[object], count: int = 5) -> str:
     """Return the first names for a message, and "..." if there are more."""
     names = [*names]
