@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -149,12 +150,19 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
     interpreter's teardown (0.7 s of CPU time after `import torch`); only for scripts that have closed what they opened.
     """
     status = 0
-    for name in (
-        "stdout",
-        "stderr",
-    ):  # None where the process was started without it, which bars of progress do not expect
-        if getattr(sys, name) is None:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the process was started without it, which bars of progress do not expect
             setattr(sys, name, open(os.devnull, "w"))
+    others = warnings.showwarning
+
+    def show(message: Any, category: Any, filename: str, *where: Any, **more: Any) -> None:
+        """Print a warning of this package as a note, without the line of code that it came from."""
+        if Path(__file__).parent in Path(filename).parents:
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            others(message, category, filename, *where, **more)
+
+    warnings.showwarning = show
     codecs.register_error("ldm", _as_bytes_or_escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -228,3 +228,14 @@ def test_a_process_without_streams_works_on():
     for closed in (">&-", "2>&-", ">&- 2>&-"):
         command = f"{sys.executable} -c {shlex.quote(code)} {closed}"
         assert subprocess.run(command, shell=True, check=False).returncode == 0
+
+
+def test_a_warning_of_the_package_is_a_note():
+    code = """
+import warnings, ldm.cli, ldm.images
+def main():
+    warnings.warn_explicit("the mask is black", UserWarning, ldm.images.__file__, 1)
+    warnings.warn_explicit("somebody else's", UserWarning, "elsewhere.py", 1)
+ldm.cli.run(main)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.startswith("note: the mask is black\nelsewhere.py:1: UserWarning: somebody else's")

@@ -272,6 +272,7 @@ def test_a_damaged_state_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"steps": 0}, "steps 0 must be an integer of at least 1"),
+        ({"accumulate": 2**62}, "accumulate 4611686018427387904 must be an integer from 1 to 65536"),
         ({"workers": 10**5}, "workers 100000 must be an integer from 0 to 256"),
         ({"steps": "many"}, "steps 'many' must be an integer"),
         ({"precision": "half"}, "precision 'half' must be 'auto' or 'fp32'"),

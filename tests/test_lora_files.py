@@ -437,12 +437,17 @@ def test_what_the_header_says_of_training_stays_and_old_hashes_go(written, tmp_p
         ("a:b.safetensors:-1", ("a:b.safetensors", -1.0)),
         ("folder:1/a.safetensors", ("folder:1/a.safetensors", 1.0)),
         ("a.safetensors:.5", ("a.safetensors", 0.5)),
+        ("a.safetensors:1e-3", ("a.safetensors", 0.001)),
         (":0.5", (":0.5", 1.0)),
     ],
 )
 def test_file_and_strength(text, wanted):
     path, strength = split_strength(text)
     assert (str(path), strength) == wanted
+
+
+def test_a_strength_is_finite():
+    refused("the strength '1e999' of a.safetensors is not a finite number", split_strength, "a.safetensors:1e999")
 
 
 def damaged(path, to, end, value):

@@ -107,6 +107,14 @@ def test_small_grids_are_enlarged_and_samples_are_not(generate):
     assert recipe(samples(twice)[1]) == recipe(samples(out)[1])  # which is made again at 32 x 32
 
 
+def test_settings_of_guidance_without_guidance_are_named(generate, capsys):
+    generate("--scale", 1, "--negative-prompt", "two", "--rescale", 0.5)
+    said = capsys.readouterr().err
+    assert all(f"{option} has no effect at guidance scale 1" in said for option in ("--negative-prompt", "--rescale"))
+    generate("--scale", 2, "--negative-prompt", "two", "--rescale", 0.5, out="guided")
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_skipping(generate):
     assert names(generate("--skip-save", out="grid") / "samples") == []
     assert names(generate("--skip_grid", out="samples")) == ["samples"]

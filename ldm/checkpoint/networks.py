@@ -75,11 +75,12 @@ def check_targets(config: Any) -> None:
     package = str(target).partition(".")[0]
     if target is not None and str(target) not in ALLOWED and package not in allowed_packages():
         cls = get_obj_from_str(target) if package == "ldm" else None
+        name = shorten(package)
+        allow = "" if package == "ldm" else f", or allow its package (--allow {name}, or LDM_ALLOW={name})"
         if cls is None or f"{cls.__module__}.{cls.__qualname__}" not in BUILT:
             raise ValueError(
                 f"it names {shorten(repr(target))}, and a checkpoint may name only networks of ldm that open no files: "
-                "if you trust it, give its configuration as a yaml of your own (--config FILE), or allow its package "
-                f"(--allow {shorten(package)}, or LDM_ALLOW={shorten(package)} in the environment)"
+                f"if you trust it, give its configuration as a yaml of your own (--config FILE){allow}"
             )
     for key, value in config.items():
         if key not in UNUSED:

@@ -206,7 +206,9 @@ class AppliedLora(NamedTuple):
 def split_strength(text: str) -> tuple[Path, float]:
     """Return (file, strength) of `FILE[:STRENGTH]`; the strength is 1 if not given, and may be negative."""
     head, colon, tail = text.rpartition(":")
-    if head and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", tail):
+    if head and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", tail):
+        if not math.isfinite(float(tail)):
+            raise ValueError(f"the strength {tail!r} of {head} is not a finite number")
         return Path(head), float(tail)
     return Path(text), 1.0
 

@@ -126,9 +126,11 @@ def plan_recipes(
     if made is not None:
         recipe = change_recipe(made, model, batch_size=args.batch_size, **settings)
         check_memory(recipe, 1, recipe.batch_size)
+        note_unused(recipe, args)
         return [recipe]
     prompts = usable_prompts(model, prompts, args)
     first = default_recipe(model, model.path.stem, **settings)
+    note_unused(first, args)
     if args.embedding:
         from ldm.conditioning.words import unused_words
 
@@ -155,6 +157,15 @@ def check_memory(recipe: Recipe, count: int, at_once: int, grid: bool = True) ->
             f"{count:,} images of {recipe.width} x {recipe.height} pixels, {at_once:,} at a time, take at least "
             f"{needed / 1e9:,.0f} GB of memory, and this machine has {pages / 1e9:,.0f}"
         )
+
+
+def note_unused(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Print which settings of guidance were given without effect: at guidance scale 1 there is none."""
+    if recipe.scale == 1 and recipe.pag == 0 and args.autoguide is None and args.classifier is None:
+        for name in ("negative", "interval", "rescale"):
+            if getattr(args, name) not in (None, "", 0):
+                option = setting_rows(Recipe)[name].flags[0]
+                print(f"{option} has no effect at guidance scale 1", file=sys.stderr)
 
 
 def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:

@@ -37,7 +37,7 @@ class LoopSettings:
 
     steps: Positive  # training steps
     batch_size: Positive  # of each process
-    accumulate: Positive = 1  # batches in a training step
+    accumulate: Annotated[int, Range(1, 2**16)] = 1  # batches in a training step
     # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: float = 1.0  # maximum gradient norm
