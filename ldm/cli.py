@@ -30,23 +30,46 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse as argparse does, with every long option in the spelling in which it was added.
 
-        A text (`--prompt`) may begin with a dash, unless it is an option's name.
+        A text (`--prompt`) may begin with a dash, unless it is an option's name; a path and a number (-1e-3) with one.
         """
         args = sys.argv[1:] if args is None else list(args)
         end = args.index("--") if "--" in args else len(args)  # what follows `--` are values
         spelled, options = {_canonical(name): name for name in self._option_string_actions}, []
         for arg in (_respell(arg, spelled) for arg in args[:end]):
             known = arg.partition("=")[0] in self._option_string_actions
-            if arg.startswith("-") and not known and options and self._takes_text(options[-1]):
+            if arg.startswith("-") and not known and options and self._takes(options[-1], arg):
                 options[-1] += f"={arg}"
             else:
                 options.append(arg)
+        self._check_repeated(options)
         return super().parse_known_args(options + args[end:], namespace)
 
-    def _takes_text(self, option: str) -> bool:
-        """Return whether an option takes one free text."""
+    def _takes(self, option: str, value: str) -> bool:
+        """Return whether an option takes one value, and one that begins with a dash may be meant for it."""
         action = self._option_string_actions.get(option)
-        return action is not None and action.nargs in (None, 1) and not action.choices and action.type in (None, str)
+        if action is None or action.nargs not in (None, 1) or action.choices:
+            return False
+        return action.type in (None, str) or not value.startswith("--")
+
+    def _check_repeated(self, args: Sequence[str]) -> None:
+        """Refuse two options that set the same thing; note where one is given twice, of which the last counts."""
+        given: dict[str, list[str]] = {}
+        for arg in args:
+            name = arg.partition("=")[0]
+            action = self._option_string_actions.get(name)
+            if isinstance(action, argparse._StoreAction | argparse._StoreConstAction):
+                given.setdefault(action.dest, []).append(name)
+        for first, *others in given.values():
+            if set(others) - {first}:
+                self.error(f"{first} and {(set(others) - {first}).pop()} set the same thing: give one of them")
+            if others and self._option_string_actions[first].nargs != 0:
+                print(f"note: {first} is given {1 + len(others)} times: the last one counts", file=sys.stderr)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Read an option's values as argparse does; an empty path, as of "$UNSET", would be the current folder."""
+        if action.type is Path and "" in arg_strings:
+            raise argparse.ArgumentError(action, "the path is empty")
+        return super()._get_values(action, arg_strings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Parse as argparse does, with options and positional arguments in any order.

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import refused
@@ -46,6 +47,25 @@ def test_values_are_left_alone():
     args = parser().parse_args(["--from-file=--n-samples_x", "train.max-steps_a=3", "--", "--n-samples"])
     assert args.from_file == "--n-samples_x"
     assert args.overrides == ["train.max-steps_a=3", "--n-samples"]
+
+
+def test_options_that_set_the_same_thing_are_not_both_taken(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--scale", "2", "--cfg-scale=3"])
+    assert "--scale and --cfg_scale set the same thing" in capsys.readouterr().err
+    assert parser().parse_args(["--scale", "2", "-q", "--scale=3"]).scale == 3
+    assert capsys.readouterr().err == "note: --scale is given 2 times: the last one counts\n"
+
+
+def test_paths_and_numbers_may_begin_with_a_dash_and_no_path_is_empty(capsys):
+    paths = parser()
+    paths.add_argument("--out", type=Path)
+    args = paths.parse_args(["--out", "-x/y", "--scale", "-1e-3"])
+    assert (args.out, args.scale) == (Path("-x/y"), -1e-3)
+    for argv, message in ((["--out", ""], "argument --out: the path is empty"), (["--out", "--skip"], "expected one")):
+        with pytest.raises(SystemExit):
+            paths.parse_args(argv)
+        assert message in capsys.readouterr().err
 
 
 def test_a_text_may_begin_with_a_dash():
