@@ -37,12 +37,13 @@ autoencoder stage.params:
 clip stage.params:
   {vision: {image_size: 16}, learning_rate: 0.002, width: 32, layers: 2, heads: 4, context_length: 30,
    projection_dim: 8, merges_first: 200, agreement: {to: 1.0, with: {/loop.batch_size: 16}}, weight_decay: 0.5,
-   preview_columns: 2}
+   pooled: false, image_encoder: image_encoder.safetensors, preview_columns: 2}
 diffusion stage.params:
   {unet_config: {}, first_stage: missing, cond_stage: missing, learning_rate: 0.002, schedule: {name: linear},
    prediction: eps, defaults: {height: 16, width: 16, steps: 4, scale: 2.0}, betas: [0.5, 0.9], weight_decay: 0.5,
    error: l1, weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, caption_dropout: 1.0,
-   cache_latents: false, preview_prompts: [four], preview_columns: {to: 1, with: {preview_prompts: [four, five]}}}
+   pooled: false, cache_latents: false, preview_prompts: [four],
+   preview_columns: {to: 1, with: {preview_prompts: [four, five]}}}
 pixel stage.params:
   {model: {}, learning_rate: 0.002, class_dropout: 1.0, error: l1, weight: {name: min_snr}, noise: {offset: 0.1},
    timesteps: {name: logit_normal},
@@ -59,7 +60,8 @@ dreambooth stage.params:
    lora_format: {to: peft, with: {lora: {rank: 2}, lora_file: lora.safetensors}}, prior_weight: 3.0, error: l1,
    weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, optimizer: adafactor,
    betas: [0.5, 0.9], weight_decay: 0.5, gradient_checkpointing: true, cache: false, previews: [four],
-   preview_columns: 2, sheet: sheet.png, loading: {prediction: eps}, seed: {to: 1, with: {lora: {rank: 2}}}}
+   preview_columns: 2, sheet: sheet.png, loading: {prediction: eps}, seed: {to: 1, with: {lora: {rank: 2}}},
+   merge: {to: false, with: {lora: {rank: 2}, lora_file: lora.safetensors}}}
 textual_inversion stage.params:
   {word: <its>, initial: four, resolution: 64, learning_rate: 0.002, ckpt: missing, loading: {prediction: eps},
    vectors: 3, relative_learning_rate: {to: 0.5, with: {learning_rate: null, relative_learning_rate: 0.1}},
@@ -102,7 +104,8 @@ autoencoder stage.params.discriminator: {input_nc: 3, ndf: 8, n_layers: 2}
 autoencoder stage.params.ddconfig:
   {ch: 16, out_ch: 3, num_res_blocks: 2, attn_resolutions: [16], in_channels: 3, resolution: 64, z_channels: 8,
    ch_mult: [1, 2], dropout: 0.5, resamp_with_conv: false, double_z: false, attn_type: none, tanh_out: true,
-   norm_groups: 8}
+   norm_groups: 8,
+   use_linear_attn: {to: true, with: {attn_resolutions: [16]}}, give_pre_end: true}
 diffusion stage.params.unet_config.params:
   {in_channels: 5, model_channels: 32, out_channels: 8, num_res_blocks: 2, attention_resolutions: [1], dropout: 0.5,
    channel_mult: [1, 1], conv_resample: false, dims: 1, num_classes: 11, use_checkpoint: true, num_heads: 2,
