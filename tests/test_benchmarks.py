@@ -46,8 +46,9 @@ def test_loading_maps_the_file(files, suffix):
     folder, weights = files
     ours = loading.measure(*loading.OURS, folder / f"model{suffix}", folder / "config.json")
     naive = loading.measure(*loading.NAIVE[suffix], folder / f"model{suffix}", folder / "config.json")
-    # the tokenizer's vocabulary and the modules take 33 MB, which is a fifth of these weights
-    assert ours["private_GiB"] < 0.3 * weights and ours["peak_GiB"] < 0.4 * weights
+    # the tokenizer's vocabulary and the modules take 33 MB, which is a fifth of these weights; the check for NaN reads
+    # the mapped file once, into pages that are not private
+    assert ours["private_GiB"] < 0.3 * weights and ours["peak_GiB"] < 1.4 * weights
     assert naive["private_GiB"] > 0.9 * weights and naive["peak_GiB"] > 1.5 * weights  # the measure can tell
 
 

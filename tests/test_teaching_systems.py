@@ -36,7 +36,7 @@ def test_a_system_trains_and_generates(name, side, classes, mnist, tmp_path, cap
     count = 2 * max(1, len(classes) - 1)
     assert len(names(out / "samples")) == count
     assert pixels(out / "samples" / "00000.png").shape == (side, side)
-    assert Image.open(out / "strip-0000.png").size == (3 * (side + 2) - 2, 3 * (side + 2) - 2)
+    assert min(Image.open(out / "strip-0000.png").size) > 3 * side  # test_strip.py has its layout
 
 
 def test_the_numbers_that_were_published():

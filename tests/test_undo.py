@@ -76,5 +76,5 @@ def test_it_replaces_nothing_and_can_be_undone(model, way):
 def test_it_is_undone_after_a_failure(model, way):
     before, expected = state(model), image(model)
     with pytest.raises(RuntimeError), WAYS[way](model):
-        model.decode(torch.zeros(1, 5, 8, 8))
+        model.first_stage_model.decode(torch.zeros(1, 5, 8, 8))
     assert state(model) == before and image(model) == expected
