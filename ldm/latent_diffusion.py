@@ -103,6 +103,8 @@ class LatentDiffusion(nn.Module):
         self.cond_stage_config = cond_stage_config
         self.schedule_params = schedule or {"name": "scaled_linear"}
         self._schedule: tuple[Mapping[str, Any], Schedule] | None = None  # the parameters that it was made of, and it
+        if not 0 < float(scale_factor) < float("inf"):
+            raise ValueError(f"scale_factor {scale_factor} must be a number above 0: latents are divided by it")
         self.prediction, self.scale_factor, self.concat = prediction, scale_factor, concat
         self.path: Path | None = None  # the file or folder it was loaded from
         self.notes: list[str] = []  # what loading recognised in that file, or had to assume

@@ -97,6 +97,7 @@ def test_subject_and_class_have_different_images(tmp_path):
     (others / "9.png").hardlink_to(folder / "1.png")
     refused("1.png is an image of the subject, and .*9.png", subjects, str(folder), "a sks dog", "a dog", str(others))
     refused("' ' is empty", subjects, str(folder), " ", None, str(others))
+    refused("'a dog' names the subject and its class", subjects, str(folder), "a dog", "a {dog|cat}", str(others))
 
 
 def test_images_of_every_kind(tmp_path):

@@ -318,3 +318,8 @@ def test_latents_have_no_limit_to_set(tiny_model):
     """It would be lost in a file."""
     with pytest.raises(AttributeError, match="property 'clip' of 'LatentDiffusion'"):
         tiny_model.clip = 1.0
+
+
+@pytest.mark.parametrize("scale_factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_latents_are_divided_by_the_scale_factor(scale_factor):
+    refused("scale_factor .* must be a number above 0", LatentDiffusion, **TINY, scale_factor=scale_factor)

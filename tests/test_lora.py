@@ -341,7 +341,8 @@ def test_a_rank_above_what_the_layer_can_have_is_cut_to_it():
 
 
 def test_mistakes_are_named(model):
-    refused("rank 0 must be at least 1", lora.attach, model, 0)
+    for rank in (0, 10**5):
+        refused(f"rank {rank} must be at least 1 and at most 8192", lora.attach, model, rank)
     with pytest.raises(ValueError, match=r"'to_x' fits no layer: it is one of attention, .* names such as model\."):
         lora.attach(model, 4, targets=["attention", "to_x"])
     refused(r"'to_\(q' is not a regular expression", lora.attach, model, 4, targets=["to_(q"])

@@ -145,6 +145,8 @@ def subjects(
     for subject in found:
         if not subject.instance_prompt.strip():
             raise ValueError(f"--instance_prompt {subject.instance_prompt!r} is empty: it is what names the subject")
+        if subject.class_prompt is not None and subject.instance_prompt in choices(subject.class_prompt):
+            raise ValueError(f"{subject.instance_prompt!r} names the subject and its class: the prompts must differ")
         for folder in {other.class_dir for other in found if other.class_prompt is not None}:
             check_apart(subject.instance_dir, folder)
             check_apart(folder, subject.instance_dir)

@@ -35,6 +35,7 @@ TARGETS = {
     "projection": r"\bproj_(in|out)$",
     "convolution": r"\b(in_layers\.2|out_layers\.3|skip_connection|op|conv)$",
 }
+MAX_RANK = 2**13  # more than the width of any layer that is adapted
 DEFAULT_TARGETS = ("attention", "text")
 
 
@@ -181,8 +182,8 @@ def attach(
         targets: see `select`.
         seed: of the initial weights.
     """
-    if rank < 1:
-        raise ValueError(f"rank {rank} must be at least 1")
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank {rank} must be at least 1 and at most {MAX_RANK}")
     found = places(network)
     generator = torch.Generator().manual_seed(seed)
     adapters = {}

@@ -32,6 +32,8 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
     """
     if args.from_png is not None and args.n_samples * args.n_iter != 1:
         raise ValueError("--from-png makes one image: leave out --n_samples and --n_iter")
+    if args.skip_save and args.skip_grid and not args.strip:
+        raise ValueError("--skip_save and --skip_grid together save nothing: leave one of them out")
     prompts = chosen_prompts(args)
     if args.classifier is not None and args.from_png is None and not any(prompts):
         raise ValueError("--classifier needs a class to guide towards: give --class")
