@@ -31,7 +31,7 @@ def labelled_rows(rows: Sequence[Row], side: int = 64, factor: int | None = None
     labels = [row.label.translate(spaced) for row in rows]
     texts = [text.translate(spaced) for row in rows for caption in row.captions for text in caption.split("\n")]
     room = round(max(map(font.getlength, texts), default=0))  # of each caption
-    widths = [sum(max(room, image.width) + GAP for image in images) for images in lines]
+    widths: list[float] = [sum(max(room, image.width) + GAP for image in images) for images in lines]
     widths += [font.getlength(label) for label in labels]
     sheet = Image.new("RGB", (round(max(widths)) + 2 * GAP, sum(heights) + GAP), "white")
     pen, top = ImageDraw.Draw(sheet), 0

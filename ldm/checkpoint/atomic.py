@@ -94,8 +94,9 @@ def writable_target(path: str | Path) -> Path:
 
 def _temporary(path: Path) -> tuple[Path, BinaryIO]:
     """Return a temporary file beside `path`, empty, and the open file that holds its lock."""
-    for number in count():
-        temporary = path.with_name(f".{path.name[:60]}.{number}.tmp")  # a name may have 255 bytes
+    numbers = count()
+    while True:
+        temporary = path.with_name(f".{path.name[:60]}.{next(numbers)}.tmp")  # a name may have 255 bytes
         try:
             file = open(temporary, "xb")
         except FileExistsError:
@@ -196,7 +197,7 @@ def _mode(path: Path) -> int:
 
 def _explained(error: OSError, path: Path, wanted: int | None) -> OSError:
     """Return the error in a sentence that names the file and, where the disk is full, the bytes."""
-    reason = error.strerror
+    reason = error.strerror or str(error)
     if wanted is not None and error.errno in _FULL:
         reason += f" (it needs {wanted:,} bytes; {shutil.disk_usage(path.parent).free:,} are free on that disk)"
     return type(error)(f"cannot write {str(path)!r}: {reason}")

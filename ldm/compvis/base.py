@@ -156,11 +156,11 @@ class DDPM(nn.Module):
         self._buffers.update({name: buffer.to(getattr(self, name).device) for name, buffer in kept.items()})
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in OPTIONAL_BUFFERS:
             if name not in self._parameters:
                 state_dict.pop(prefix + name, None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _restore(self) -> None:
         self.restarted_from_ckpt = self.ckpt_path is not None and self.device.type != "meta"

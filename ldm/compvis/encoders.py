@@ -122,7 +122,8 @@ class TransformersTextModel(clip.CLIPTextModel):
         sizes: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": width, "num_hidden_layers": layers}
         sizes |= {"num_attention_heads": heads, "max_position_embeddings": context_length, "hidden_act": activation}
         sizes |= {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
-        sizes["intermediate_size"] = self.blocks()[0].mlp.fc1.out_features if layers else 4 * width
+        first: Any = self.blocks()[0] if layers else None
+        sizes["intermediate_size"] = first.mlp.fc1.out_features if layers else 4 * width
         self.config = CLIPTextConfig(**sizes)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ class FrozenOpenCLIPEmbedder(AbstractEncoder, TextEncoder):
 
     def encode_with_transformer(self, text: Tensor) -> Tensor:
         x = self.model.embed(text).transpose(0, 1)  # (n, b, d)
-        x = self.text_transformer_forward(x, attn_mask=self.model.attn_mask)
+        x = self.text_transformer_forward(x, attn_mask=self.model.get_buffer("attn_mask"))
         return self.model.final_norm(x.transpose(0, 1))
 
     def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -373,7 +374,7 @@ def _as_transformers(tokenizer: Tokenizer) -> Any:
 
     class CLIPTokenizer(PreTrainedTokenizerFast):
         encoder = property(lambda self: self.get_vocab())
-        decoder = property(lambda self: {i: token for token, i in self.get_vocab().items()})
+        decoder: Any = property(lambda self: {i: token for token, i in self.get_vocab().items()})
 
     start, end, pad = (tokenizer.pipeline.id_to_token(i) for i in (tokenizer.sot, tokenizer.eos, tokenizer.pad))
     names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}

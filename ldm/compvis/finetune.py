@@ -40,8 +40,8 @@ class LatentFinetuneDiffusion(LatentDiffusion):
             state[name] = wide
         return state
 
-    def log_images(self, batch: Mapping[str, Any], N: int = 8, **options: Any) -> dict[str, Tensor]:
-        log = super().log_images(batch, N, **options)
+    def log_images(self, batch: Mapping[str, Any], N: int = 8, *args: Any, **options: Any) -> dict[str, Tensor]:
+        log = super().log_images(batch, N, *args, **options)
         if self.c_concat_log_start is not None or self.c_concat_log_end is not None:
             cond = self.get_input(batch, self.first_stage_key, bs=N)[1]
             shown = cond["c_concat"][0][:, self.c_concat_log_start : self.c_concat_log_end]
@@ -60,7 +60,7 @@ class LatentInpaintDiffusion(LatentFinetuneDiffusion):
         self.masked_image_key, self.concat = masked_image_key, "mask_latents"
 
     @torch.no_grad()
-    def get_input(
+    def get_input(  # ty: ignore[incompatible-method-override]  # CompVis's has another order, too
         self, batch: Mapping[str, Any], k: str, return_first_stage_outputs: bool = False, **options: Any
     ) -> list[Any]:
         options |= {"force_c_encode": True, "return_original_cond": True}

@@ -145,7 +145,7 @@ def _end(tokens: list[int], room: int, comma: int) -> int:
     return room if tokens[room] == comma else next((i + 1 for i in near if tokens[i] == comma), room)
 
 
-def count_chunks(encoder: Any, prompts: Sequence[Any], plain: bool = False) -> list[int]:
+def count_chunks(encoder: Any, prompts: Sequence[Any] | Tensor, plain: bool = False) -> list[int]:
     """Return the number of chunks of each prompt: 1 for encoders other than TextEncoder."""
     first, last = _ends(prompts)
     if last is not None:

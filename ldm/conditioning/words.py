@@ -48,6 +48,7 @@ class WordTokenizer(Tokenizer):
     def encode(self, prompt: str) -> list[int]:
         ids, end = [], 0
         for match in self.found.finditer(prompt):
+            assert match.lastindex is not None  # each word is a group
             ids += super().encode(prompt[end : match.start()]) + self.words[self.order[match.lastindex - 1]]
             end = match.end()
         return ids + super().encode(prompt[end:])
@@ -78,11 +79,11 @@ class WordEmbedding(nn.Embedding):
         self.weight = base.weight
         self.vectors: list[Tensor] = []  # (n, d) for each word
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        own = super().forward(tokens.clamp(max=self.num_embeddings - 1))  # (b, n) -> (b, n, d)
+    def forward(self, input: Tensor) -> Tensor:
+        own = super().forward(input.clamp(max=self.num_embeddings - 1))  # (b, n) -> (b, n, d)
         rows = torch.cat([vectors.to(own) for vectors in self.vectors])  # (m, d)
-        learned = F.embedding((tokens - self.num_embeddings).clamp(min=0), rows)  # (b, n, d)
-        return torch.where((tokens >= self.num_embeddings)[..., None], learned, own)
+        learned = F.embedding((input - self.num_embeddings).clamp(min=0), rows)  # (b, n, d)
+        return torch.where((input >= self.num_embeddings)[..., None], learned, own)
 
 
 def learn(encoder: TextEncoder, word: str, vectors: Tensor) -> str:

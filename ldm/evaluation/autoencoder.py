@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.evaluation.samples import pad, quantise, to_unit
@@ -22,7 +22,7 @@ def psnr(reconstruction: Tensor, images: Tensor, peak: float = 2.0) -> Tensor:
     return 10 * (peak**2 / error).log10()
 
 
-def load_autoencoder(path: str | Path | None, device: str = "auto") -> tuple[nn.Module, float]:
+def load_autoencoder(path: str | Path | None, device: str = "auto") -> tuple[Any, float]:
     """Load a first stage from a model's file or its own; return it and the scale factor of its latents.
 
     Args:

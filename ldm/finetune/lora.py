@@ -193,8 +193,9 @@ def attach(
         up = torch.zeros(shape[0], rank, *[1] * len(shape[2:]))
         adapters[name] = Adapter(down, up, rank if alpha is None else alpha)
     connect(network, adapters)
-    if hasattr(network, "changes"):  # a LatentDiffusion; of a part alone, the model is not known
-        network.changes.append(AttachedLora(adapters))
+    changes = getattr(network, "changes", None)
+    if changes is not None:  # a LatentDiffusion; of a part alone, the model is not known
+        changes.append(AttachedLora(adapters))
     return adapters
 
 

@@ -1,6 +1,7 @@
 """Transformers over feature maps that attend to themselves and to a context (Rombach et al. 2022, section 3.3)."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,9 +104,9 @@ class BasicTransformerBlock(nn.Module):
         self.disable_self_attn = disable_self_attn
         self.checkpoint = checkpoint
         first_context = context_dim if disable_self_attn else None
-        attend, heads = self.ATTENTION_MODES["softmax"], {"heads": n_heads, "dim_head": d_head, "dropout": dropout}
-        self.attn1 = attend(query_dim=dim, context_dim=first_context, **heads)
-        self.attn2 = attend(query_dim=dim, context_dim=context_dim, **heads)
+        attend = partial(self.ATTENTION_MODES["softmax"], heads=n_heads, dim_head=d_head, dropout=dropout)
+        self.attn1 = attend(query_dim=dim, context_dim=first_context)
+        self.attn2 = attend(query_dim=dim, context_dim=context_dim)
         self.ff = FeedForward(dim, glu=gated_ff, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)

@@ -170,7 +170,7 @@ class _Half(nn.Module):
         raise NotImplementedError
 
     def residual(self, channels: int, out_channels: int) -> ResnetBlock:
-        widths = {"in_channels": channels, "out_channels": out_channels, "temb_channels": self.temb_ch}
+        widths: dict[str, Any] = {"in_channels": channels, "out_channels": out_channels, "temb_channels": self.temb_ch}
         return ResnetBlock(**widths, dropout=self.dropout, norm_groups=self.norm_groups)
 
     def attend(self, channels: int) -> nn.Module:

@@ -17,10 +17,10 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, vision: Mapping[str, Any], projection_dim: int) -> None:
         super().__init__()
-        from open_clip import CLIP
+        from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-        text = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 8, "context_length": 4}  # a text half must be there
-        self.visual = CLIP(projection_dim, dict(vision), text).visual
+        text = CLIPTextCfg(width=8, heads=1, layers=1, vocab_size=8, context_length=4)  # a text half must be there
+        self.visual = CLIP(projection_dim, CLIPVisionCfg(**vision), text).visual
 
     def forward(self, images: Tensor) -> Tensor:
         return F.normalize(self.visual(images.expand(-1, 3, -1, -1)), dim=-1)
