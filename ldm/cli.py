@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from ldm.checks import LARGEST_FLOAT, shorten_values
 
@@ -185,7 +185,7 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
         else:
             others(message, category, filename, *where, **more)
 
-    warnings.showwarning = show
+    warnings.showwarning = cast(Any, show)
     codecs.register_error("ldm", _as_bytes_or_escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -215,6 +215,7 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
 
 def _as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:
     """Encode what the output's encoding lacks: bytes of file names as they are, letters as `\\xf6`."""
+    assert isinstance(error, UnicodeEncodeError)
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:

@@ -229,10 +229,10 @@ def _start_from(
     put_back = mask is not None and model.concat in (None, "latents")  # the others have the mask in their input
     if put_back:
         mask = nn.functional.adaptive_max_pool2d(mask, run.size[1:]).to(x)  # a latent is new if any pixel of it is
-        denoise = guidance.inpaint(denoise, known, mask)
+        denoise, x = guidance.inpaint(denoise, known, mask), torch.lerp(noised, x, mask)
     if run.settings.strength < 1 or (mask is None and model.concat != "latents"):
         return noised, denoise
-    return torch.lerp(noised, x, mask) if put_back else x, denoise
+    return x, denoise
 
 
 class _Run(NamedTuple):

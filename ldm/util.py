@@ -184,8 +184,8 @@ class Unfilled(TorchFunctionMode):
 
 def pick_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return the dtype of that name, "fp16" or "float16" say; None is none. ValueError unless it is one of floats."""
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
-    found = dtype if name is None else FLOATS.get(name, getattr(torch, name, None))
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, str | torch.dtype) else ""
+    found = FLOATS.get(name, getattr(torch, name, None))
     if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"dtype {dtype!r} is not one of floats: use {', '.join(FLOATS)}, or torch.float16, say")
     return found

@@ -86,6 +86,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
     from ldm.inference.generate import default_recipe, generate_run, progress
     from ldm.inference.guiders import guide_hashes
 
+    assert model.path is not None
     first = default_recipe(model, model.path.stem, **settings_of(args), **guide_hashes(args, None))
     recipes = [
         recipe.changed(**init_settings(init, args, model))

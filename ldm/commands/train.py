@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     changes = [argument for argument in args.arguments if "=" in argument]
     configs = read_configs(paths, changes)
     state = processes(args.device)
-    rehearse(configs, args.resume, state.device if state.num_processes > 1 else pick_device(args.device))
+    rehearse(configs, args.resume, pick_device(state.device if state.num_processes > 1 else args.device))
     for config in configs:
         result = train(config, args.resume, args.device)
         if state.is_main_process:

@@ -63,8 +63,8 @@ def make_guide(
     if classifier is not None:
         classifier = load_classifier(classifier, model) if isinstance(classifier, str | Path) else classifier
         guides.append(classifier_guide(classifier, own.classifier_scale))
-    if own.threshold is not None:
-        guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, own.threshold, limit=model.clip))
+    if (percentile := own.threshold) is not None:
+        guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, percentile, limit=model.clip))
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         for add in guides:

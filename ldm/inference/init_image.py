@@ -55,17 +55,17 @@ class InitImage:
             raise ValueError("--resize sets the size, and so do --W and --H: leave one of them out")
         if resize:
             width, height = (round(side * min(own) / min(self.image.size)) for side in self.image.size)
-        elif width is None and height is None:
+        elif height is not None:
+            width = max(1, round(own_width * height / own_height)) if width is None else width
+        elif width is not None:
+            height = max(1, round(own_height * width / own_width))
+        else:
             if min(self.image.size) * 4 < min(own) or max(self.image.size) > 4 * max(own):
                 raise ValueError(
                     f"the image is {own_width} x {own_height} pixels and the model's size is {own[0]} x {own[1]}: "
                     "--resize brings it to the model's size, --W and --H to one of your own"
                 )
             width, height = self.image.size
-        elif width is None:
-            width = max(1, round(own_width * height / own_height))
-        elif height is None:
-            height = max(1, round(own_height * width / own_width))
         check_size(width, height, *own)
         return width, height
 

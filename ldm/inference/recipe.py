@@ -21,9 +21,6 @@ from ldm.changes import Change
 from ldm.checkpoint.atomic import atomic
 from ldm.settings import ALL_SIGMAS, BATCH_SIZE, CHANGES, INT, SEED, STR, Guidance, Settings, setting, setting_rows
 
-if TYPE_CHECKING:
-    pass
-
 CHUNK = "parameters"  # the text chunk that AUTOMATIC1111's web UI writes and that its users' tools read
 NEGATIVE = "Negative prompt: "
 # Suffix -> Pillow's name of the format, and how to save in it.
@@ -49,6 +46,11 @@ class Recipe(Guidance, Settings):
     different prompts the batch had, and which of those was its own.
     """
 
+    if TYPE_CHECKING:  # a model's own settings are in their place
+        steps: int
+        sampler: str
+        width: int
+        height: int
     interval: tuple[float, float] = field(default=ALL_SIGMAS, metadata={"setting": setting_rows(Settings)["interval"]})
     prompt: str = ""
     negative: str = setting("", STR, "", "negative prompt: what guidance leads away from", "--negative-prompt")

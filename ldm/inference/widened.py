@@ -4,7 +4,7 @@ Each layer copies its own into the precision while it computes: the same images,
 """
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -58,5 +58,5 @@ class Widened(Visit):
         return given
 
 
-def _is_large(tensor: Tensor | None) -> bool:
+def _is_large(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return tensor is not None and tensor.dtype in HALVES and tensor.numel() >= LARGE

@@ -81,7 +81,8 @@ def _read(path: str) -> Any:
 def _apply(change: str, config: Any, given: Any) -> bool:
     """Apply `key=value` to a configuration, if it has the key now or as it was given; return whether it has."""
     key, _, value = change.partition("=")
-    key = key.removeprefix(f"{OmegaConf.to_container(config)['name']}.")
+    own: Any = OmegaConf.to_container(config)
+    key = key.removeprefix(f"{own['name']}.")
     try:
         if not (_has(config, key) or _has(given, key)):
             return False

@@ -79,7 +79,8 @@ class StopFlag:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __enter__(self) -> threading.Event:
-        self.event, self.previous = threading.Event(), {}
+        self.event = threading.Event()
+        self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self.event

@@ -202,7 +202,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     """
     given, inner = [flatten(config) for config in (before, now)], [portable(config) for config in (before, now)]
     keys = sorted((given[0].keys() | given[1].keys()) - {"name", "outdir"})
-    pairs = {key: tuple(values.get(key) for values in given) for key in keys}
+    pairs = {key: (given[0].get(key), given[1].get(key)) for key in keys}
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1] and inner[0].get(k) != inner[1].get(k)}
 
 
