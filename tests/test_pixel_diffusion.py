@@ -202,7 +202,7 @@ def test_class_embeddings_learn():
             {"model": {**CONFIG, "params": {**PIXEL, "defaults": {**PIXEL["defaults"], "steps": 1001}}}},
             "number of steps must be from 1 to 1000",
         ),
-        ({"previews": 0}, "previews need at least one image"),
+        ({"previews": 0}, "previews 0 must be an integer from 1"),
         (
             {"model": {**CONFIG, "params": {**PIXEL, "cond_stage_config": {**CLASSES, "params": {"n_classes": 12}}}}},
             "does not fit .* num_classes.*: index out of range",

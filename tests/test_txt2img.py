@@ -146,7 +146,8 @@ VARIETY = {
 
 @pytest.mark.parametrize("options", VARIETY.values(), ids=VARIETY)
 def test_every_image_can_be_made_again_to_the_byte(generate, options):
-    check_reproduced(generate, samples(generate(*options)), "--skip_grid")
+    steps = None if "--ddim_steps" in options else 3
+    check_reproduced(generate, samples(generate(*options, steps=steps)), "--skip_grid")
 
 
 LENGTHS = {
