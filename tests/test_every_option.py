@@ -28,7 +28,7 @@ from ldm.models.autoencoder import Decoder, Encoder
 from ldm.models.unet import UNetModel
 
 COMMANDS = ("txt2img", "img2img", "inpaint", "sample")
-MARKS = {name: pytest.mark.full for name in ("img2img", "inpaint")}  # most of their options are those of txt2img
+MARKS = {name: pytest.mark.full for name in ("txt2img", "img2img", "inpaint")}  # 20 seconds each
 INPUTS = {
     "img2img": ["--init-img", "a.png"],
     "inpaint": ["--init-img", "a.png", "--mask", "a_mask.png"],

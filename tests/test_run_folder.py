@@ -178,7 +178,7 @@ train(settings, device="cpu")
 """
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_two_runs_in_one_folder(tmp_path, workers):
     """The second is refused while the first lives, and not after its kill -9, even if its data loader still lives."""
     code = TWO.format(settings=config(tmp_path, save_every=1, tensorboard=False), workers=workers)
