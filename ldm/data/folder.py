@@ -1,8 +1,6 @@
 """A folder of images with captions: NAME.txt or NAME.caption beside NAME.png, or Hugging Face's metadata.jsonl."""
 
-import json
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.checks import few, shorten
 from ldm.data.buckets import Shape, nearest
 from ldm.data.captions import Caption
+from ldm.data.folder_captions import read_captions
 from ldm.data.image_files import SUFFIXES, check_image, read_image
 
 
@@ -72,17 +70,7 @@ class Folder(Dataset):
         self.augments = flip or crop == "random"
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths
-        listed = _read_metadata(self.root / "metadata.jsonl", {self._name(path) for path in everything})
-        others = caption if isinstance(caption, Mapping) else {self._name(path): caption for path in self.paths}
-        found = [_own_caption(path, listed.get(self._name(path))) for path in self.paths]
-        self.captions = [
-            _caption(path, text, others.get(self._name(path)))
-            for path, (text, _) in zip(self.paths, found, strict=True)
-        ]
-        empty = [source for text, source in found if text == ""]
-        if empty and any(self.captions):
-            note = f"{len(empty)} captions are empty, and the caption for all is used instead: {few(empty, 3)}"
-            print(f"note: {note}", file=sys.stderr)
+        self.captions = read_captions(self.root, self.paths, everything, caption)
         for path in self.paths:
             check_image(path)
         if buckets is None:
@@ -93,9 +81,6 @@ class Folder(Dataset):
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -154,60 +139,3 @@ def find_images(root: Path, empty: bool = False) -> list[Path]:
     if not paths and not empty:
         raise FileNotFoundError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))})")
     return paths
-
-
-def _own_caption(path: Path, listed: str | None) -> tuple[str | None, Path]:
-    """Return the caption in the first of an image's own files that has one, and that file; "" if all are empty."""
-    found = None, path
-    for sidecar in (path.with_suffix(".txt"), path.with_suffix(".caption")):
-        if sidecar.is_file():
-            found = _read_text(sidecar).strip(), sidecar
-            if found[0]:
-                return found
-    return found if listed is None else (listed, path)
-
-
-def _caption(path: Path, own: str | None, otherwise: str | None) -> str:
-    """Return an image's own caption, or the other where it has none.
-
-    Programs that write captions leave an empty file when they fail. It is not taken for the empty prompt, which is the
-    null condition: that would train what guidance leads away from.
-    """
-    if own:
-        return own
-    if otherwise is not None:
-        return otherwise
-    if own is None:
-        raise ValueError(f"{path} has no caption: write {path.stem}.txt beside it or a line in metadata.jsonl")
-    raise ValueError(
-        f"the caption of {path} is empty: write one, or set data.params.caption, which may be '', for all such images"
-    )
-
-
-def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:
-    """Read captions by file name; {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    captions = {}
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = row["file_name"], row["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            expected = '{"file_name": "a.png", "text": "a caption"}'
-            raise ValueError(f"{path}, line {number}, is not of the form {expected}: {line[:80]!r}") from error
-        if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{path}, line {number}: there is no image {shorten(repr(name))} below {path.parent}")
-        if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: the caption {shorten(repr(text))} is not a text")
-        captions[name] = text.strip()
-    return captions
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
