@@ -1,21 +1,15 @@
 """A folder of images with captions: NAME.txt or NAME.caption beside NAME.png, or Hugging Face's metadata.jsonl."""
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from einops import rearrange
-from PIL import Image, ImageOps
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.data.buckets import Shape, nearest
 from ldm.data.captions import Caption
 from ldm.data.folder_captions import read_captions
 from ldm.data.image_files import SUFFIXES, check_image, read_image
+from ldm.data.transforms import Transform
 
 
 class Folder(Dataset):
@@ -56,18 +50,11 @@ class Folder(Dataset):
     ):
         if root is None:
             raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root)")
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size is a number of pixels of at least 1, not {size!r}")
         if channels not in (1, 3):
             raise ValueError(f"channels is 1 (grey) or 3 (colour), not {channels!r}")
-        if crop not in ("center", "random"):
-            raise ValueError(f"crop is 'center' or 'random', not {crop!r}")
-        pairs = [shape if isinstance(shape, Sequence) else () for shape in buckets or ()]
-        if buckets is not None and not (pairs and all(len(p) == 2 and min(p) > 0 for p in pairs)):
-            raise ValueError(f"buckets is a list of [width, height] in pixels, not {buckets!r}")
-        self.root, self.size, self.channels = Path(root), size, channels
-        self.crop, self.flip, self.seed, self.epoch = crop, flip, seed, 0
-        self.augments = flip or crop == "random"
+        self.transform = Transform(size, crop, flip, seed, buckets)
+        self.root, self.size, self.channels, self.epoch = Path(root), size, channels, 0
+        self.augments = self.transform.augments
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths
         self.captions = read_captions(self.root, self.paths, everything, caption)
@@ -76,7 +63,7 @@ class Folder(Dataset):
         if buckets is None:
             self.shapes, self.groups = [(size, size)] * len(self.paths), None
         else:
-            self.shapes = [nearest(buckets, *read_image(path, channels).size) for path in self.paths]
+            self.shapes = [self.transform.shape(*read_image(path, channels).size) for path in self.paths]
             self.groups = self.shapes
 
     def __len__(self) -> int:
@@ -97,34 +84,10 @@ class Folder(Dataset):
             raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
         image = read_image(self.paths[index], self.channels)
-        uniform = random.Random(f"{self.seed} {self.epoch} {index}").random
-        image = _crop(image, self.shapes[index], (uniform(), uniform()) if self.crop == "random" else (0.5, 0.5))
-        if self.flip and uniform() < 0.5:
-            image = ImageOps.mirror(image)
-        return {"image": _to_tensor(image), "caption": self.captions[index]}
+        return {"image": self.transform(image, self.epoch, index, self.shapes[index]), "caption": self.captions[index]}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]
-
-
-def _crop(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
-    """Crop to the aspect ratio of `shape` at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), and resize to it.
-
-    Cropping comes first, or a strip of 2 x 9,000 pixels would be enlarged to gigabytes; and at integer pixels, so that
-    an image of the right size is not resampled.
-    """
-    scale = min(side / wanted for side, wanted in zip(image.size, shape, strict=True))
-    part = [max(1, round(scale * wanted)) for wanted in shape]
-    left, top = (round(at * (side - kept)) for at, side, kept in zip(place, image.size, part, strict=True))
-    box = (left, top, left + part[0], top + part[1])
-    return image.resize(shape, Image.Resampling.LANCZOS, box=box)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    """Return an 8-bit image as float32 (c, h, w) in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image))
-    planes = rearrange(pixels, "h w -> 1 h w" if pixels.ndim == 2 else "h w c -> c h w")
-    return planes.float().div_(127.5).sub_(1).contiguous()
 
 
 def find_images(root: Path, empty: bool = False) -> list[Path]:

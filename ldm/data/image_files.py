@@ -1,5 +1,6 @@
 """Read image files as viewers show them: EXIF orientation applied, transparency over white, 16 bits scaled to 8."""
 
+import io
 import struct
 import warnings
 from collections.abc import Iterator
@@ -17,14 +18,15 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
 
 
-def read_image(path: Path, channels: int = 3) -> Image.Image:
+def read_image(source: Path | bytes, channels: int = 3, name: str = "an image") -> Image.Image:
     """Read an image in mode "RGB" (channels 3) or "L" (channels 1), 8 bits, of any size.
 
+    It is a file, or the bytes of one that errors call `name`.
     EXIF orientation is applied, transparency is composited over white, 16-bit grey is scaled by 1/257, palettes and
     CMYK are converted, and an animation gives its first frame. Raises FileNotFoundError if there is no such file, and
     ValueError if it is not an image, damaged, or of unknown range (32-bit, float).
     """
-    with _open(path) as opened:
+    with _open(source, name) as opened:
         opened.load()
         # The orientation first: a conversion may drop its metadata.
         image = over(_to_eight_bits(ImageOps.exif_transpose(opened)), "white")
@@ -56,21 +58,23 @@ def check_image(path: Path) -> None:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
+def _open(source: Path | bytes, name: str = "an image") -> Iterator[Image.Image]:
     """Open an image, with the name of the file in every error."""
-    check_image_file(path)
+    if isinstance(source, Path):
+        check_image_file(source)
+        name = str(source)
     try:
         with warnings.catch_warnings():
             # Pillow warns above 89 million pixels and raises above twice as many; only the error matters.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with open_pillow(path) as opened:
+            with open_pillow(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                 yield opened
     except FileNotFoundError:
         raise
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image of a format that is read: {', '.join(READ)}") from error
+        raise ValueError(f"{name} is not an image of a format that is read: {', '.join(READ)}") from error
     except DAMAGE as error:
-        raise ValueError(f"{path} cannot be read as an image: {str(error).rstrip('.')}") from error
+        raise ValueError(f"{name} cannot be read as an image: {str(error).rstrip('.')}") from error
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

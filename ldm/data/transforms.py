@@ -1,0 +1,75 @@
+"""From a PIL image of any size to a tensor of one shape: resized, cropped and mirrored."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ldm.data.buckets import Shape, nearest
+
+
+class Transform:
+    """Makes every image float32 (channels, height, width) in [-1, 1], of the shape that `shape` says.
+
+    Args:
+        size: Pixels of the square to make: the shorter side is resized to it (Lanczos) and the longer is cropped.
+        crop: "center", or "random", at a place that is a function of (seed, epoch, index).
+        flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
+        seed: Of crops and mirroring.
+        buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        crop: str = "center",
+        flip: bool = False,
+        seed: int = 0,
+        buckets: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"size is a number of pixels of at least 1, not {size!r}")
+        if crop not in ("center", "random"):
+            raise ValueError(f"crop is 'center' or 'random', not {crop!r}")
+        pairs = [shape if isinstance(shape, Sequence) else () for shape in buckets or ()]
+        if buckets is not None and not (pairs and all(len(p) == 2 and min(p) > 0 for p in pairs)):
+            raise ValueError(f"buckets is a list of [width, height] in pixels, not {buckets!r}")
+        self.size, self.crop, self.flip, self.seed, self.buckets = size, crop, flip, seed, buckets
+        self.augments = flip or crop == "random"
+
+    def shape(self, width: int, height: int) -> Shape:
+        """Return the (width, height) that an image of that size gets."""
+        return (self.size, self.size) if self.buckets is None else nearest(self.buckets, width, height)
+
+    def __call__(self, image: Image.Image, epoch: int, index: int | str, shape: Shape | None = None) -> Tensor:
+        """Transform an image, to the `shape` that was said before if given; `index` identifies it in its data set."""
+        uniform = random.Random(f"{self.seed} {epoch} {index}").random
+        place = (uniform(), uniform()) if self.crop == "random" else (0.5, 0.5)
+        image = crop_to(image, shape or self.shape(*image.size), place)
+        if self.flip and uniform() < 0.5:
+            image = ImageOps.mirror(image)
+        return to_tensor(image)
+
+
+def crop_to(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
+    """Crop to the aspect ratio of `shape` at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), and resize to it.
+
+    Cropping comes first, or a strip of 2 x 9,000 pixels would be enlarged to gigabytes; and at integer pixels, so that
+    an image of the right size is not resampled.
+    """
+    scale = min(side / wanted for side, wanted in zip(image.size, shape, strict=True))
+    part = [max(1, round(scale * wanted)) for wanted in shape]
+    left, top = (round(at * (side - kept)) for at, side, kept in zip(place, image.size, part, strict=True))
+    box = (left, top, left + part[0], top + part[1])
+    return image.resize(shape, Image.Resampling.LANCZOS, box=box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Return an 8-bit image as float32 (c, h, w) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image))
+    planes = rearrange(pixels, "h w -> 1 h w" if pixels.ndim == 2 else "h w c -> c h w")
+    return planes.float().div_(127.5).sub_(1).contiguous()
