@@ -1,18 +1,20 @@
 """Files that are complete or not there: links, devices, full disks, writers at the same time, and killed ones."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
 from PIL import Image
 
-from ldm.checkpoint.atomic import Lock, atomic, sweep
+from ldm.checkpoint.atomic import Lock, atomic, sweep, write_png, write_text
 from ldm.checkpoint.writing import save_file, save_torch
 from ldm.inference.recipe import save_image
 
@@ -32,6 +34,35 @@ WRITERS = {
     "torch": lambda path: save_torch(path, {"a": torch.ones(9)}),
     "png": lambda path: save_image(Image.new("L", (8, 8)), path, "text"),
 }
+
+
+PLAIN = re.compile(r"\bopen\(.*[\"'][wax]b?[\"']|\.write_(?:text|bytes)\(|(?<!ldm)\.save\(")
+# File -> lines that write without `atomic` in them, and why.
+ELSEWHERE = {
+    "checkpoint/atomic.py": 3,  # itself
+    "checkpoint/diffusers_writer.py": 3,  # in a temporary folder
+    "cli.py": 1,  # the null device
+    "compvis/degradation.py": 1,  # in memory
+    "training/run_folder.py": 1,  # a line more in metrics.jsonl, which is cut on resuming
+}
+
+
+def test_nothing_is_written_in_another_way():
+    root, found = Path(__file__).parent.parent / "ldm", {}
+    for path in sorted(root.rglob("*.py")):
+        lines = [line for line in path.read_text().splitlines() if PLAIN.search(line) and "temporary" not in line]
+        if lines:
+            found[path.relative_to(root).as_posix()] = len(lines)
+    assert found == ELSEWHERE
+
+
+def test_texts_and_images(tmp_path):
+    write_text(tmp_path / "new" / "a", "ä")
+    write_png(tmp_path / "b.jpg", Image.new("L", (8, 8)))
+    assert (tmp_path / "new" / "a").read_bytes() == "ä".encode() and Image.open(tmp_path / "b.jpg").format == "PNG"
+    write_text(Path(os.devnull), "a")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    refused("new' is a folder", write_text, tmp_path / "new", "a", error=OSError)
 
 
 @pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])

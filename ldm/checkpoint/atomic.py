@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 try:
     import fcntl
@@ -56,6 +59,21 @@ def atomic(path: str | Path, wanted: int | None = None, new: bool = False) -> It
         raise
     finally:
         file.close()  # from here on the name of the temporary file is another writer's
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically; a device or a pipe, of which nothing can be replaced, as it is."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_text(text, encoding="utf-8")
+        return
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_png(path: Path, image: "Image") -> None:
+    """Write an image as PNG, atomically, whatever the path's suffix."""
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 @contextmanager

@@ -138,13 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if out == args.image:
             raise ValueError(f"--out {out} is where the sheet of images would go: name a .json, or another --image")
         check_writable(args.image)
+    from ldm.checkpoint.atomic import write_png, write_text
     from ldm.evaluation import commands  # the first to import torch: the options are good
     from ldm.evaluation.report import without_nan
 
     report, sheet = commands.COMMANDS[args.command](args)
     if sheet is not None:
-        sheet.save(args.image, format="PNG")
+        write_png(args.image, sheet)
         print(f"image: {args.image}", file=sys.stderr)
     if report is not None:
         text = json.dumps(without_nan(report), indent=2, ensure_ascii=False, allow_nan=False)
-        print(text) if out is None else out.write_text(text + "\n", encoding="utf-8")
+        print(text) if out is None else write_text(out, text + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from ldm.checkpoint.atomic import write_png
 from ldm.images import image_grid, to_pil
 from ldm.util import instantiate_from_config
 
@@ -69,7 +70,6 @@ class ImageLogger:
         with torch.no_grad():
             log = pl_module.log_images(batch, split=split, **self.log_images_kwargs)
         pl_module.train(was_training)
-        folder.mkdir(parents=True, exist_ok=True)
         at = f"gs-{pl_module.global_step:06}_e-{pl_module.current_epoch:06}_b-{batch_idx:06}"
         for name, images in log.items():
-            image_grid(to_pil(images[: self.max_images]), 4).save(folder / f"{name}_{at}.png")
+            write_png(folder / f"{name}_{at}.png", image_grid(to_pil(images[: self.max_images]), 4))

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ldm.checkpoint.atomic import write_png
 from ldm.evaluation.datasets import HELD_OUT
 from ldm.evaluation.networks import Measuring, features_of
 from ldm.evaluation.samples import pad
@@ -95,6 +96,5 @@ def stars(digits: Tensor) -> dict[str, Tensor]:
 def write_images(parts: dict[str, Tensor], folder: Path) -> None:
     """Write each part as PNG files of 32 x 32, the size of the digit sets, in a sub-folder of its name."""
     for name, images in parts.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(pad(images).numpy()):
-            Image.fromarray(image).save(folder / name / f"{i:03}.png")
+            write_png(folder / name / f"{i:03}.png", Image.fromarray(image))

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm.checkpoint.atomic import atomic
+from ldm.checkpoint.atomic import write_png
 from ldm.checks import Count
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import NUM_CLIP_MERGES, Tokenizer
@@ -94,8 +94,7 @@ class FineTuningStage(Stage):
 
 def save_contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:
     """Write rows of images, each under its label, as a PNG file, atomically."""
-    with atomic(path) as temporary:
-        labelled_rows([Row(*row) for row in rows]).save(temporary, format="PNG")
+    write_png(path, labelled_rows([Row(*row) for row in rows]))
 
 
 def knows_only_digits(tokenizer: object) -> bool:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from ldm.checkpoint.atomic import Lock, atomic, explained, sweep
+from ldm.checkpoint.atomic import Lock, explained, sweep, write_png, write_text
 from ldm.checkpoint.file import STEP_KEY, newest_checkpoint
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file, save_torch
@@ -112,8 +112,7 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(self.path, purge_step=step + 1)  # drops what an interrupted run wrote later
-        with atomic(self.path / "config.yaml") as temporary:
-            OmegaConf.save(OmegaConf.create(escaped(config)), temporary)
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(escaped(config))))
         for folder in (self.path, self.path / "previews"):
             sweep(folder)
 
@@ -151,8 +150,7 @@ class RunFolder:
                 kept += [line] if line.endswith("}\n") and json.loads(line)["step"] <= step else []
             except (ValueError, KeyError, TypeError):  # damaged
                 pass
-        with atomic(self.metrics) as temporary:
-            temporary.write_text("".join(kept))
+        write_text(self.metrics, "".join(kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write a JSON line, and a TensorBoard point for each value."""
@@ -173,8 +171,7 @@ class RunFolder:
         rows = [images[i : i + columns] for i in range(0, len(images), columns)]
         labelled = [Row(*both) for both in zip(labels, rows, strict=True)] if labels else []
         grid = labelled_rows(labelled) if labelled else image_grid(images, columns)
-        with atomic(path) as temporary:
-            grid.save(temporary, format="PNG")
+        write_png(path, grid)
         if self.writer is not None:
             self.writer.add_image("preview", numpy.array(grid.convert("RGB")), step, dataformats="HWC")
 
