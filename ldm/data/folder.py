@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from torch.utils.data import Dataset
-
-from ldm.data.captions import Caption
 from ldm.data.folder_captions import read_captions
-from ldm.data.image_files import SUFFIXES, check_image, read_image
-from ldm.data.transforms import Transform
+from ldm.data.image_files import SUFFIXES, check_image
+from ldm.data.image_set import ImageSet
 
 
-class Folder(Dataset):
+class Folder(ImageSet):
     """The images below `root`, including sub-folders, sorted by name.
 
     A sample is {"image": float32 (channels, size, size) in [-1, 1], "caption": str}. The caption is the text of
@@ -50,44 +46,17 @@ class Folder(Dataset):
     ):
         if root is None:
             raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root)")
-        if channels not in (1, 3):
-            raise ValueError(f"channels is 1 (grey) or 3 (colour), not {channels!r}")
-        self.transform = Transform(size, crop, flip, seed, buckets)
-        self.root, self.size, self.channels, self.epoch = Path(root), size, channels, 0
-        self.augments = self.transform.augments
+        super().__init__(size, channels, crop, flip, seed, buckets)
+        self.root = Path(root)
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths
         self.captions = read_captions(self.root, self.paths, everything, caption)
         for path in self.paths:
             check_image(path)
-        if buckets is None:
-            self.shapes, self.groups = [(size, size)] * len(self.paths), None
-        else:
-            self.shapes = [self.transform.shape(*read_image(path, channels).size) for path in self.paths]
-            self.groups = self.shapes
+        self.set_shapes()
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def caption(self, index: int) -> Caption:
-        """Return the caption of an image, without digit or style."""
-        return Caption(self.captions[index])
-
-    def texts(self) -> list[str]:
-        return self.captions
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        index %= len(self)
-        image = read_image(self.paths[index], self.channels)
-        return {"image": self.transform(image, self.epoch, index, self.shapes[index]), "caption": self.captions[index]}
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [self[index] for index in indices]
+    def source(self, index: int) -> tuple[Path, str]:
+        return self.paths[index], str(self.paths[index])
 
 
 def find_images(root: Path, empty: bool = False) -> list[Path]:
