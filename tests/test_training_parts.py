@@ -78,6 +78,22 @@ def test_processes_share_the_global_batches():
     assert [set(a) | set(b) for a, b in zip(*parts, strict=True)] == alone
 
 
+def test_a_data_set_may_shuffle_in_its_own_way() -> None:
+    """Here: the second half first. Every index once, another order in each epoch, each process its part."""
+
+    def shuffled(generator: torch.Generator) -> list[int]:
+        first, second = (torch.randperm(8, generator=generator).tolist() for _ in range(2))
+        return [index + 8 for index in second] + first
+
+    order = EpochBatches(16, 4, seed=5, shuffled=shuffled)
+    once = list(order)
+    assert sorted(sum(once, [])) == list(range(16)) and min(once[0] + once[1]) == 8
+    parts = [list(EpochBatches(16, 2, 5, rank, 2, shuffled=shuffled)) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == once == list(order)
+    order.epoch = 1
+    assert list(order) != once
+
+
 def test_batches_go_on_from_any_number_with_the_epoch_set():
     class Counting(torch.utils.data.Dataset):
         epoch = 0

@@ -108,8 +108,9 @@ def train_stage(
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    ranks, groups = (accelerator.process_index, accelerator.num_processes), getattr(dataset, "groups", None)
-    order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, groups)
+    ranks = accelerator.process_index, accelerator.num_processes
+    own = {name: getattr(dataset, name, None) for name in ("groups", "shuffled")}
+    order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, **own)
     parts = {"networks": trained, "ema": average} | {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
     parts |= {} if scaler is None else {"scaler": scaler}
     step = load_state(folder, parts)

@@ -2,7 +2,7 @@
 
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -19,6 +19,7 @@ class EpochBatches(Sampler):
         batch_size: images for each process; each takes its own part of every global batch.
         groups: for each image, a key that all images of a batch share, such as their shape; None is one group. The
             incomplete last batch of each group is dropped, and a group smaller than a batch is refused.
+        shuffled: the data set's own way to shuffle: all indices in an order that follows from the generator.
     """
 
     def __init__(
@@ -29,7 +30,9 @@ class EpochBatches(Sampler):
         rank: int = 0,
         processes: int = 1,
         groups: Sequence[Hashable] | None = None,
+        shuffled: Callable[[torch.Generator], Iterable[int]] | None = None,
     ) -> None:
+        self.shuffled = self._permutation if shuffled is None else shuffled
         self.length, self.batch_size, self.seed, self.rank = length, batch_size, seed, rank
         self.global_size, self.groups = batch_size * processes, [None] * length if groups is None else groups
         self.counts = Counter(self.groups)
@@ -46,7 +49,7 @@ class EpochBatches(Sampler):
         """Yield each group's batch as soon as the shuffled order has filled it."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         filling, number = defaultdict(list), 0
-        for index in torch.randperm(self.length, generator=generator).tolist():
+        for index in self.shuffled(generator):
             batch = filling[self.groups[index]]
             batch.append(index)
             if len(batch) == self.global_size:
@@ -54,6 +57,9 @@ class EpochBatches(Sampler):
                     yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
                 number += 1
                 batch.clear()
+
+    def _permutation(self, generator: torch.Generator) -> list[int]:
+        return torch.randperm(self.length, generator=generator).tolist()
 
 
 def mix_seed(*numbers: int) -> int:
