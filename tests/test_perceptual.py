@@ -3,7 +3,7 @@ import torch
 from conftest import refused
 from torch import nn
 
-from ldm.models.perceptual import feature_distance, perceptual_distance
+from ldm.models.perceptual import feature_distance, lpips, perceptual_distance
 
 
 class Features(nn.Module):
@@ -13,7 +13,7 @@ class Features(nn.Module):
         self.first = nn.Parameter(torch.randn(6, 1, 3, 3, generator=generator), requires_grad=False)
         self.second = nn.Parameter(torch.randn(8, 6, 3, 3, generator=generator) / 7, requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         first = nn.functional.conv2d(x, self.first).relu()
         return [first, nn.functional.conv2d(first, self.second, stride=2).relu()]
 
@@ -48,3 +48,14 @@ def test_wrong_lists_are_refused():
     maps = [torch.ones(1, 2, 1, 1)]
     refused("got 1 and 2 feature maps", feature_distance, maps, maps * 2)
     refused("got 0 and 0", feature_distance, [], [])
+
+
+def test_lpips_is_the_packages():
+    package = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    theirs = package.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    layers = {f"features.{key.partition('.')[2]}": tensor for key, tensor in theirs.net.state_dict().items()}
+    x, y = torch.rand(2, 2, 3, 32, 32).mul(2).sub(1)
+    network = lpips({**layers, "classifier.0.bias": torch.zeros(1)})
+    torch.testing.assert_close(perceptual_distance(network, x, y), theirs(x, y).flatten(), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in network.parameters())

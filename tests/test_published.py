@@ -9,11 +9,14 @@ from ldm.conditioning.bert import BERTEncoder
 from ldm.conditioning.classes import ClassEmbedder
 from ldm.conditioning.spatial import SpatialRescaler
 from ldm.conditioning.text import TextEncoder
+from ldm.input_files import CONFIGS
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator
 from ldm.models.unet import UNetModel
 from ldm.models.vq_autoencoder import VQModel, VQModelInterface
 from ldm.optional.noisy_classifier import EncoderUNetModel
+from ldm.training.config import read_configs
+from ldm.util import instantiate_from_config
 
 
 def kl_outputs(model: AutoencoderKL, x: Tensor) -> dict[str, Tensor]:
@@ -125,7 +128,14 @@ def autoencoder(kind: str, vq: type = VQModelInterface) -> nn.Module:
     return vq(ddconfig | {"double_z": False}, embed_dim=z_channels, n_embed=n_embed)
 
 
+def trained(kind: str) -> nn.Module:
+    """The network that a configuration of configs/autoencoder trains."""
+    (config,) = read_configs([f"configs/autoencoder/{kind}.yaml"], ["stage.params.perceptual=null"])
+    return instantiate_from_config(config["stage"]).model
+
+
 PUBLISHED = [
+    *((path.stem, "", lambda kind=path.stem: trained(kind)) for path in sorted((CONFIGS / "autoencoder").iterdir())),
     *((model, "model.diffusion_model.", build) for model, build in UNETS.items()),
     *((model, "cond_stage_model.", build) for model, build in CONDITIONERS.items()),
     *((kind, "", lambda kind=kind: autoencoder(kind)) for kind in AUTOENCODERS),

@@ -52,7 +52,7 @@ def autoencoder(judge: str | None = None, **settings) -> AutoencoderStage:
     torch.manual_seed(0)
     discriminator = {"input_nc": 1, "ndf": 4, "n_layers": 1}
     options = {"discriminator": discriminator, "perceptual": judge, "preview_columns": 4, **settings}
-    return AutoencoderStage(learning_rate=1e-3, **copy.deepcopy(FIRST_STAGE), **options)
+    return AutoencoderStage(learning_rate=1e-3, **{**copy.deepcopy(FIRST_STAGE), **options})
 
 
 def test_every_term_of_the_autoencoders_loss(judge, batch):
@@ -64,7 +64,7 @@ def test_every_term_of_the_autoencoders_loss(judge, batch):
     reconstruction, posterior = stage.model(x)
     error = (reconstruction - x).abs().mean()
     kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    perceptual = perceptual_distance(stage.perceptual.maps, reconstruction, x).mean()
+    perceptual = perceptual_distance(stage.perceptual, reconstruction, x).mean()
     adversarial = -stage.discriminator(reconstruction).mean()
     plain, last = error + 0.3 * kl + 0.7 * perceptual, stage.model.decoder.conv_out.weight
     norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (plain, adversarial)]
@@ -74,6 +74,26 @@ def test_every_term_of_the_autoencoders_loss(judge, batch):
         torch.testing.assert_close(metrics[name], value, rtol=1e-4, atol=1e-6, msg=name)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
     assert torch.isfinite(loss) and metrics.keys() == {"error", "kl", "perceptual", "adversarial"}
+
+
+def test_every_term_of_the_vq_autoencoders_loss(batch):
+    stage = autoencoder(n_embed=8, codebook_weight=0.5, ddconfig=FIRST_STAGE["ddconfig"] | {"double_z": False})
+    x = batch["image"]
+    loss, metrics, _ = stage.turn(batch, 0, 0, None)
+    z = stage.model.encode(x)
+    entries = stage.model.quantize.embedding.weight
+    nearest = entries[torch.cdist(z.movedim(1, -1).flatten(0, 2), entries).argmin(1)]
+    codebook = 1.25 * (nearest - z.movedim(1, -1).flatten(0, 2)).square().mean()  # its loss and 0.25 of the commitment
+    torch.testing.assert_close(metrics["codebook"], codebook, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(metrics["error"], (stage.model.decode(z) - x).square().mean(), rtol=1e-4, atol=1e-7)
+    assert metrics.keys() == {"error", "codebook", "adversarial"} and loss.isfinite()
+    loss.backward()
+    assert entries.grad.abs().max() > 0
+    for wrong in ({"kl_weight": 0.1}, {"normalize": True}):
+        refused("are for a KL autoencoder", autoencoder, n_embed=8, **wrong)
+    refused("codebook_weight for a VQ", autoencoder, codebook_weight=1.0)
+    wide = autoencoder(discriminator=None, ddconfig=FIRST_STAGE["ddconfig"] | {"out_ch": 3})
+    refused(r"are decoded to \(\d+, 3, 32, 32\): see out_ch", wide.turn, batch, 0, 0, None)
 
 
 @pytest.mark.smoke

@@ -1,46 +1,56 @@
-"""The first stage: a KL-regularised autoencoder, with a PatchGAN and a perceptual loss if wanted.
+"""The first stage: a KL-regularised or VQ autoencoder, with a PatchGAN and a perceptual loss if wanted.
 
 Rombach et al. 2022, section 3.1 and appendix G; the adversarial part after Esser et al. 2021 (VQGAN), eq. 7.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ldm.checks import Count
+from ldm.checkpoint.networks import KL_TARGET, VQ_TARGET
+from ldm.checkpoint.tensors import read_tensors
+from ldm.checks import Count, Entries
 from ldm.images import to_pil
 from ldm.loading import load_network
-from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
-from ldm.models.perceptual import perceptual_distance
+from ldm.models.perceptual import lpips, perceptual_distance
 from ldm.training.contract import check_image_size
-from ldm.training.latents import encode_dataset
+from ldm.training.latents import encode_dataset, posterior
 from ldm.training.stage import Loss, Stage, adamw
-from ldm.util import call_with
+from ldm.util import call_with, instantiate_from_config
+
+VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 class AutoencoderStage(Stage):
     """Trains an AutoencoderKL: error + kl_weight * KL (means over elements) + perceptual + adversarial terms.
 
+    With `n_embed`, a VQ autoencoder: codebook_weight * codebook loss takes the place of the KL.
+
     Args:
-        ddconfig, embed_dim: of `AutoencoderKL`.
-        kl_weight: weight of the mean KL per latent element, relative to the mean error per pixel.
+        ddconfig, embed_dim: of `AutoencoderKL`, or of `VQModel`.
+        n_embed: vectors in the codebook; None for the KL autoencoder.
+        kl_weight: weight of the mean KL per latent element, relative to the mean error per pixel; None is 1e-4.
+        codebook_weight: of the codebook loss; None is 1.
         reconstruction: error of the pixels, l2 or l1.
         discriminator: arguments of `NLayerDiscriminator`, its input_nc being the images' channels; None trains without
             one.
         disc_start: batch at which the adversarial loss starts.
         disc_weight: of the adversarial loss, besides its adaptive weight.
-        perceptual: checkpoint of a network with `maps(x) -> list of feature maps`, such as a `Judge` (not the one that
-            will judge the results); None leaves the perceptual loss out.
+        perceptual: torchvision's VGG-16 weights (vgg16-397923af.pth), for LPIPS by the package lpips; or a checkpoint
+            of a network with `maps(x) -> list of feature maps`, such as a `Judge` (not the one that will judge the
+            results). None leaves the perceptual loss out.
         perceptual_weight: of its distance.
         normalize: finally fold the measured mean and standard deviation of each latent channel into quant_conv and
-            post_quant_conv, so that each channel has mean 0 and variance 1.
+            post_quant_conv, so that each channel has mean 0 and variance 1. Not for a VQ autoencoder, whose codebook
+            would no longer fit.
     """
 
     def __init__(
@@ -48,22 +58,32 @@ class AutoencoderStage(Stage):
         ddconfig: Mapping[str, Any],
         embed_dim: int,
         learning_rate: float,
-        kl_weight: float = 1e-4,
+        n_embed: Entries | None = None,
+        kl_weight: float | None = None,
+        codebook_weight: float | None = None,
         reconstruction: str = "l2",
         discriminator: Mapping[str, Any] | None = None,
         disc_start: int = 0,
         disc_weight: float = 0.5,
         perceptual: str | None = None,
         perceptual_weight: float = 1.0,
-        normalize: bool = True,
+        normalize: bool | None = None,
         preview_columns: Count = 8,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=(0.5, 0.9))
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
         params: dict[str, Any] = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
-        self.config = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
-        self.model = AutoencoderKL(**params)
+        target = KL_TARGET
+        if n_embed is not None:
+            target, params["n_embed"] = VQ_TARGET, n_embed
+        if (kl_weight is not None or normalize) if n_embed is not None else codebook_weight is not None:
+            raise ValueError(
+                "kl_weight and normalize are for a KL autoencoder, codebook_weight for a VQ autoencoder, which n_embed "
+                f"makes: not {kl_weight=}, {normalize=}, {codebook_weight=} and {n_embed=}"
+            )
+        self.config = {"target": target, "params": params}
+        self.model: Any = instantiate_from_config(self.config)
         self.networks["model"] = self.model
         self.discriminator: Any = None
         self.perceptual: Any = None
@@ -73,9 +93,12 @@ class AutoencoderStage(Stage):
             )
             self.networks["discriminator"] = self.discriminator
         if perceptual is not None:
-            self.perceptual = load_network(perceptual)
+            self.perceptual = load_perceptual(perceptual)
             self.freeze(perceptual=self.perceptual)
-        self.kl_weight, self.error, self.normalize = kl_weight, reconstruction, normalize
+        self.kl_weight = 1e-4 if kl_weight is None else kl_weight
+        self.codebook_weight = 1.0 if codebook_weight is None else codebook_weight
+        self.error = reconstruction
+        self.normalize = normalize is not False and n_embed is None
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
 
     def optimizers(self) -> list[Optimizer]:
@@ -93,13 +116,18 @@ class AutoencoderStage(Stage):
         return *loss(batch["image"], number >= self.disc_start), None
 
     def _autoencoder_loss(self, x: Tensor, adversarial: bool) -> Loss:
-        reconstruction, posterior = self.model(x)
+        reconstruction, code = self.model(x)
         reconstruction = reconstruction.float()
+        if reconstruction.shape != x.shape:  # torch would repeat one of them
+            raise ValueError(f"images {tuple(x.shape)} are decoded to {tuple(reconstruction.shape)}: see out_ch")
         error = (F.mse_loss if self.error == "l2" else F.l1_loss)(reconstruction, x)
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss, metrics = error + self.kl_weight * kl, {"error": error, "kl": kl}
+        if isinstance(code, Tensor):
+            loss, metrics = error + self.codebook_weight * code, {"error": error, "codebook": code}
+        else:
+            kl = code.kl().mean() / code.mean[0].numel()
+            loss, metrics = error + self.kl_weight * kl, {"error": error, "kl": kl}
         if self.perceptual is not None:
-            metrics["perceptual"] = perceptual_distance(self.perceptual.maps, reconstruction, x).mean()
+            metrics["perceptual"] = perceptual_distance(self.perceptual, reconstruction, x).mean()
             loss = loss + self.perceptual_weight * metrics["perceptual"]
         if self.discriminator is not None:
             metrics["adversarial"] = generator_loss(self._judged(reconstruction))
@@ -125,7 +153,7 @@ class AutoencoderStage(Stage):
     def preview(self) -> list[Image.Image]:
         """Return rows of images, each with its reconstructions below it."""
         x = self.shown.to(self.device)
-        pairs = torch.stack([x, self.model(x, sample_posterior=False)[0]])
+        pairs = torch.stack([x, self.model.decode(posterior(self.model, x)[0])])
         rows = pairs.unflatten(1, (-1, self.preview_columns))  # (2, rows, columns, c, h, w)
         return to_pil(rows.transpose(0, 1).flatten(0, 2))
 
@@ -140,3 +168,14 @@ class AutoencoderStage(Stage):
         mean = means.mean((0, 2, 3))
         std = ((means - mean[:, None, None]).square() + stds.square()).mean((0, 2, 3)).sqrt()
         self.model.fold_latent_statistics(mean.float(), std.float())
+
+
+def load_perceptual(path: str) -> nn.Module:
+    """Load a network for `perceptual_distance`: LPIPS on torchvision's VGG-16 weights, or a checkpoint of ours."""
+    if path.endswith(VGG16.rpartition("/")[2]) and not Path(path).exists():
+        raise FileNotFoundError(
+            f"perceptual weights {path!r} do not exist: download {VGG16}, or train without them: "
+            "stage.params.perceptual=null"
+        )
+    state = read_tensors(path).state
+    return lpips(state) if "features.28.weight" in state else load_network(path)
