@@ -19,7 +19,7 @@ The networks:
 How the model is trained:
     diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
     training/stage.py                187  what a stage of training is, and its loss (objective.py)
-    training/autoencoder.py          141  stage 1: the first stage
+    training/autoencoder.py          180  stage 1: the first stage
     training/clip.py                 134  stage 2: the text encoder
     training/diffusion.py            270  stage 3: the UNet (with denoising.py and latents.py)
     training/loop.py                 473  the training loop, its EMA, learning rate and data order
