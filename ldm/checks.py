@@ -35,6 +35,9 @@ CountOrNone = Annotated[int, Range(0, 2**10)]
 Width = Annotated[int, Range(1, 2**16)]  # channels, features
 Entries = Annotated[int, Range(1, 2**24)]  # tokens, classes, codes
 Probability = Annotated[float, Range(0, 1)]  # probabilities
+Decay = Annotated[float, Range(0, 0.999999)]  # of an average over steps
+Betas = tuple[Decay, Decay]  # of Adam
+Rate = Annotated[float, Range(0)]  # learning rates, weights of a loss
 
 
 def unfit(value: Any, hint: Any) -> str:
@@ -78,8 +81,8 @@ def _unfit_list(value: Any, kind: type, args: tuple) -> str:
         entries = each * len(value) if len(each) == 1 else each
         if not each or (len(entries) == len(value) and not any(map(unfit, value, entries))):
             return ""
-    words = unfit(object(), each[0]) if each else ""
-    return f"a list of {len(each)} entries" if len(each) > 1 else "a list" + (words and f", each {words}")
+    words = unfit(object(), each[0]) if len(set(each)) == 1 else ""
+    return (f"a list of {len(each)} entries" if len(each) > 1 else "a list") + (words and f", each {words}")
 
 
 def shorten(text: str) -> str:

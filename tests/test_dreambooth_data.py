@@ -96,6 +96,7 @@ def test_subject_and_class_have_different_images(tmp_path):
     subjects(str(folder), "a sks dog", None, str(folder))  # without a class there is nothing to confuse
     (others / "9.png").hardlink_to(folder / "1.png")
     refused("1.png is an image of the subject, and .*9.png", subjects, str(folder), "a sks dog", "a dog", str(others))
+    refused("has a choice, as only class", subjects, str(folder), "a sks {dog|cat}", None, str(others))
     refused("' ' is empty", subjects, str(folder), " ", None, str(others))
     refused("'a dog' names the subject and its class", subjects, str(folder), "a dog", "a {dog|cat}", str(others))
 
@@ -163,6 +164,8 @@ def test_a_class_of_several_prompts(tmp_path):
     """Each choice is a prompt; an empty one leaves no second space; each class image has its own caption."""
     assert choices("a {dog|cat} {|in snow}") == ["a dog", "a dog in snow", "a cat", "a cat in snow"]
     assert choices("a {dog}  {") == ["a {dog}  {"] and choices("{a|a} b") == ["a b"]
+    for half in ("a {dog|cat", "a dog|cat}", "a {dog|{cat|cow}}"):
+        refused("has a choice with a brace too few or too many", choices, half)
     row = subject(tmp_path, "dog", 1, 3) | {"class_images": {"2.png": "a cat", "0.png": "a dog"}}
     samples = [DreamBooth([row], 8, channels=1)[i] for i in range(2)]
     assert levels(samples, "class_image") == [102, 100] and [s["class_caption"] for s in samples] == ["a cat", "a dog"]

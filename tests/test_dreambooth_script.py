@@ -16,6 +16,7 @@ from ldm.finetune import flags
 from ldm.finetune.dreambooth import DreamBoothStage
 from ldm.finetune.embeddings import add_word
 from ldm.finetune.lora_files import load_lora, merge_lora
+from ldm.inference import class_images
 from ldm.inference.class_images import SubjectImages
 from ldm.input_files import CONFIGS, read_yaml
 from ldm.training.loop import LoopSettings
@@ -156,16 +157,28 @@ def test_a_model_with_learned_words(tiny_checkpoint, capsys):
     refused("<sks> has a learned word, which no model file can hold", DreamBoothStage, model, **prompts, **words)
 
 
-def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(tiny_checkpoint, subject, tmp_path):
+def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(
+    tiny_checkpoint, subject, tmp_path, monkeypatch, capsys
+):
+    def stop(*arguments):
+        raise ValueError("stopped")
+
     whole = (subject / "b.jpg").read_bytes()
     (subject / "b.jpg").write_bytes(whole[: len(whole) * 3 // 4])
     with pytest.raises(ValueError, match=r"b\.jpg cannot be read as an image: .*(?i:truncated)"):
         dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out"))
     (subject / "b.jpg").write_bytes(whole)
+    for name, text in (("a.txt", ""), ("b.txt", "a sks five in snow")):
+        (subject / name).write_text(text)
+    capsys.readouterr()
     (subject / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}')
     refused(r"there is no image 'gone\.png'", dreambooth.main, options(tiny_checkpoint, subject, tmp_path / "out"))
     (subject / "metadata.jsonl").unlink()
-    bad = {"loop.ema 1.5 must be": ["--use_ema", "--ema_decay", "1.5"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(class_images, "generate_class_images", stop)
+        refused("stopped", dreambooth.main, options(tiny_checkpoint, subject, tmp_path / "out"))
+    assert capsys.readouterr().err.count("captions are empty") == 1
+    bad = {"ema 1.5 must be": ["--use_ema", "--ema_decay", "1.5"]}
     bad |= {"cannot hold the vectors of words": ["--rank", "2", "--train_text", "words"]}
     for message, more in bad.items():
         refused(message, dreambooth.main, options(tiny_checkpoint, subject, tmp_path / "out", *more))
@@ -290,6 +303,10 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         "--instance_prompt ' ' is empty": [*plain, *own, "--instance_prompt", " "],
         "--num_class_images would have no effect: --prior_loss_weight 0": line("--prior_loss_weight", "0"),
         "--lora_alpha, --lora_format would have": line("--lora_alpha", "2", "--lora_format", "peft"),
+        "betas [1.0, 0.999] must be a list of 2 entries, each a number from 0": line("--adam_beta1", "1"),
+        "learning_rate 0.0 must be a number above 0": line("--learning_rate", "0"),
+        "loop.batch_size 1000000 times": line("--train_batch_size", "1000000"),
+        "'a {six|seven' has a choice with a brace too few": line("--keep_prompt", "a {six|seven"),
         "--adam_beta1 would have": line("--adam_beta1", "0.8", "--optimizer", "adafactor"),
         "by lora.targets": line("--rank", "2", "--train_layers", "attention"),
         "keep them apart": line("--output_dir", str(subject / "out")),
@@ -308,4 +325,4 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         said = capsys.readouterr().err
         last = [text for text in said.splitlines() if text.startswith("error: ")]
         assert ended.value.code == 2 and len(last) == 1 and message in last[0], f"{message}: {said}"
-    assert not (tmp_path / "no" / "model.safetensors").exists()
+    assert not list((tmp_path / "no").rglob("*.png")) and not (tmp_path / "no" / "model.safetensors").exists()

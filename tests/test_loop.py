@@ -281,7 +281,10 @@ def test_a_damaged_state_is_refused(tmp_path):
             {"lr_schedule": {"name": "cosine", "warmpu": 1}},
             "loop.lr_schedule: .*'warmpu'; did you mean warmup.; it takes .'name', 'warmup', 'decay'",
         ),
-        ({"ema": 1.5}, "loop.ema 1.5 must be from 0 to below 1"),
+        ({"ema": 1.5}, "ema 1.5 must be a number from 0 to 0.999999"),
+        ({"clip": 0.0}, "clip 0.0 must be a number of at least 1e-09"),
+        ({"batch_size": 10**6}, "loop.batch_size 1000000 times loop.accumulate 1 .* at most 65,536 are possible"),
+        ({"accumulate": 2**16}, "times loop.accumulate 65536 are 524,288 images in each training step"),
         (
             {"stepz": 1},
             "loop of 'autoencoder': .*'stepz'; did you mean steps.; it takes .'steps', 'batch_size', 'accumulate'",
@@ -290,6 +293,12 @@ def test_a_damaged_state_is_refused(tmp_path):
 )
 def test_bad_settings_are_named(tmp_path, settings, message):
     refused(message, train, config(tmp_path, **settings), device="cpu")
+
+
+def test_steps_beyond_the_run_are_said(tmp_path, capsys):
+    train(config(tmp_path, steps=1, keep_every=5, lr_schedule={"name": "constant", "warmup": 3}), device="cpu")
+    said = capsys.readouterr().err
+    assert "loop.lr_schedule.warmup is 3 steps, and the run has only 1" in said and "loop.keep_every is 5 steps" in said
 
 
 def test_mixed_precision_names():

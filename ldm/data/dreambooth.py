@@ -14,6 +14,7 @@ from ldm.data.folder import Folder, find_images
 from ldm.data.image_files import read_image
 
 CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+HALF_CHOICE = re.compile(r"\{[^}]*\||\|[^{]*\}")  # a choice that is not closed, or not opened
 
 
 class DreamBooth(Dataset):
@@ -51,18 +52,21 @@ class DreamBooth(Dataset):
         self.instances: list[Any] = [
             Folder(one["instance_dir"], caption=one["instance_prompt"], buckets=buckets, **settings) for one in subjects
         ]
+        _read_all(self.instances, channels)
         self.classes: list[Any] = []
-        for one in subjects:
-            if one.get("class_dir") is not None:
-                paths = [Path(one["class_dir"], name) for name in one["class_images"]]
-                self.classes.append(Folder(one["class_dir"], caption=one["class_images"], paths=paths, **settings))
+        for one, images in zip(subjects, self.class_images(subjects), strict=True):
+            if images is not None:
+                paths = [Path(one["class_dir"], name) for name in images]
+                self.classes.append(Folder(one["class_dir"], caption=images, paths=paths, **settings))
+        _read_all(self.classes, channels)
         if self.classes and len(self.classes) != len(self.instances):
             raise ValueError(f"only {len(self.classes)} of {len(subjects)} subjects have class images: all, or none.")
         self.min_samples, self.augments = min_samples, flip or crop == "random"
         self.shapes = None if buckets is None else [folder.shapes for folder in self.instances]
-        for folder in [*self.instances, *self.classes]:
-            for path in folder.paths:
-                read_image(path, channels)  # damage shows now, not after an hour of training
+
+    def class_images(self, subjects: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, str | None] | None]:
+        """Return each subject's class images, {file in its folder: caption}; the subjects' images are read already."""
+        return [one.get("class_images") for one in subjects]
 
     def __len__(self) -> int:
         longest, subjects = max(len(images) for images in [*self.instances, *self.classes]), len(self.instances)
@@ -105,6 +109,13 @@ class DreamBooth(Dataset):
         return sample
 
 
+def _read_all(folders: Iterable[Folder], channels: int) -> None:
+    """Read every image once: damage shows now, not after an hour of training."""
+    for folder in folders:
+        for path in folder.paths:
+            read_image(path, channels)
+
+
 class Subject(NamedTuple):
     """A subject; its class, which may have choices, is None where it is not given."""
 
@@ -127,7 +138,7 @@ def subjects(
 ) -> list[Subject]:
     """Return the subjects, checked: value i of each argument belongs to subject i. One class_data_dir serves them all.
 
-    Their folders may not lie within each other, and all of their images and captions are read.
+    Their folders may not lie within each other.
     """
     folders = as_list(instance_data_dir)
     if not folders:
@@ -145,13 +156,14 @@ def subjects(
     for subject in found:
         if not subject.instance_prompt.strip():
             raise ValueError(f"--instance_prompt {subject.instance_prompt!r} is empty: it is what names the subject")
+        if choices(subject.instance_prompt) != [subject.instance_prompt]:
+            raise ValueError(f"--instance_prompt {subject.instance_prompt!r} has a choice, as only class prompts may")
         if subject.class_prompt is not None and subject.instance_prompt in choices(subject.class_prompt):
             raise ValueError(f"{subject.instance_prompt!r} names the subject and its class: the prompts must differ")
         for folder in {other.class_dir for other in found if other.class_prompt is not None}:
             check_apart(subject.instance_dir, folder)
             check_apart(folder, subject.instance_dir)
             check_different(subject.instance_dir, folder)
-        DreamBooth([{"instance_dir": subject.instance_dir, "instance_prompt": subject.instance_prompt}], size=1)
     return found
 
 
@@ -190,9 +202,12 @@ def notes_on_images(folder: Path) -> list[str]:
 def choices(prompt: str) -> list[str]:
     """Return the prompts that one with choices means: "a {thin|bold} five" is "a thin five" and "a bold five".
 
-    A choice may be empty. Braces without | are text. Several choices are combined in every way.
+    A choice may be empty. Braces without | are text. Several choices are combined in every way. ValueError for one that
+    is not closed, or in another.
     """
     parts = CHOICE.split(prompt)  # text, choice, text ...
+    if any(map(HALF_CHOICE.search, parts[::2])):
+        raise ValueError(f"the prompt {prompt!r} has a choice with a brace too few or too many: write {{one|other}}")
     found = product(*(part.split("|") if i % 2 else [part] for i, part in enumerate(parts)))
     return list(dict.fromkeys(" ".join("".join(row).split()) for row in found)) if len(parts) > 1 else [prompt]
 

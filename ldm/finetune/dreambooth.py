@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.networks import MODEL_TARGET
-from ldm.checks import Count, Range
+from ldm.checks import Betas, Count, Range, Rate
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.lora import Adapter, attach, connect, merge, restore
 from ldm.finetune.lora_files import kohya_tensors, save_lora
@@ -61,12 +61,12 @@ class DreamBoothStage(FineTuningStage):
     def __init__(
         self,
         ckpt: str | LatentDiffusion | None,
-        learning_rate: float | Mapping[str, float],
+        learning_rate: Rate | Mapping[str, Rate],
         resolution: int | None = None,
         instance_prompt: str | Sequence[str] | None = None,
         class_prompt: str | Sequence[str] | None = None,
         train_text: str = "none",
-        text_learning_rate: float | Mapping[str, float] | None = None,
+        text_learning_rate: Rate | Mapping[str, Rate] | None = None,
         layers: str = "all",
         lora: Mapping[str, Any] | None = None,
         lora_file: str | None = None,
@@ -78,8 +78,8 @@ class DreamBoothStage(FineTuningStage):
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
         optimizer: str = "adamw",
-        betas: Sequence[float] = (0.9, 0.999),
-        weight_decay: float = 0.01,
+        betas: Betas = (0.9, 0.999),
+        weight_decay: Rate = 0.01,
         gradient_checkpointing: bool = False,
         cache: bool = True,
         previews: Sequence[str] | None = None,
@@ -111,6 +111,7 @@ class DreamBoothStage(FineTuningStage):
         self.texts: dict[str, Conditioning] = {}  # cached
         self.class_directions: Conditioning = {}  # of the class images' captions, where words are trained
         self.before: list[Image.Image] = []
+        self.optimizers()  # what is wrong with them shows now, not after the class images are generated
 
     def _choose(self, layers: str, lora: Mapping[str, Any] | None) -> None:
         """Set what trains: weights of the UNet and the text encoder, or adapters beside them."""

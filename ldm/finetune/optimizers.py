@@ -1,6 +1,5 @@
 """Optimizers for fine-tuning large models, whose state takes less memory than AdamW's."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +15,6 @@ def make_optimizer(groups: list[dict[str, Any]], name: str, betas: Sequence[floa
     adamw keeps 8 bytes of state for each weight. adamw8bit keeps 2, by bitsandbytes (Dettmers et al. 2021). adafactor
     keeps sums over rows and columns (Shazeer & Stern 2018); its learning rate is relative to the size of the weights.
     """
-    for group in groups:
-        if not 0 < group["lr"] < math.inf:
-            raise ValueError(f"the learning rate {group['lr']} must be above 0")
     if name == "adamw":
         fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
         return torch.optim.AdamW(groups, betas=tuple(betas), weight_decay=weight_decay, fused=fused)

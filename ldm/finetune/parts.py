@@ -121,10 +121,10 @@ def choose_text(train_text: str, words: Sequence[str], lora: bool) -> str:
 
 
 def rate_for(name: str, rates: float | Mapping[str, float] | None, part: str) -> float:
-    """Return a part's learning rate. ValueError where none is given."""
+    """Return a part's learning rate. ValueError where none is given, or 0, by which nothing trains."""
     rate = rates.get(part) if isinstance(rates, Mapping) else rates
-    if rate is None:
-        raise ValueError(f"{name} {rates!r} must be a number, or a mapping with one for {part!r}")
+    if rate is None or rate <= 0:
+        raise ValueError(f"{name} {rates!r} must be a number above 0, or a mapping with one for {part!r}")
     return rate
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.checks import Count
+from ldm.checks import Count, Rate
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.data.dreambooth import check_apart, notes_on_images
@@ -57,13 +57,13 @@ class TextualInversionStage(FineTuningStage):
         word: str,
         initial: str,
         resolution: int | None = None,
-        learning_rate: float | None = None,
+        learning_rate: Rate | None = None,
         ckpt: str | LatentDiffusion | None = None,
         loading: Mapping[str, Any] | None = None,
         vectors: Count | None = None,
-        relative_learning_rate: float | None = None,
+        relative_learning_rate: Rate | None = None,
         frames: Sequence[str] | str | None = None,
-        pull: float = 0.0,
+        pull: Rate = 0.0,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,

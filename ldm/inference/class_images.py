@@ -8,10 +8,11 @@ second run finds its own. Any other image in the folder is the user's.
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -86,14 +87,15 @@ class SubjectImages(DreamBooth):
         prompts = [choices(one.class_prompt) if one.class_prompt is not None and prior_weight else [] for one in found]
         classes = [Class(one.class_dir, own, num_class_images, keep) for one, own in zip(found, prompts, strict=True)]
         known = known_prompts(model.cond_stage_model.tokenizer)
-        images = collect(model, classes, default_class_images, size, class_guidance_scale, sample_batch_size, known)
-        rows = [
-            {"instance_dir": one.instance_dir, "instance_prompt": one.instance_prompt}
-            | ({"class_dir": one.class_dir, "class_images": own} if own else {})
-            for one, own in zip(found, images, strict=True)
-        ]
+        generated = (default_class_images, size, class_guidance_scale, sample_batch_size, known)
+        self._collect = partial(collect, model, classes, *generated)
+        rows = [one._asdict() for one in found]
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         super().__init__(rows, size, channels, crop, flip, seed, min_samples * processes, shapes)
+
+    def class_images(self, subjects: Sequence[Mapping[str, Any]]) -> list[dict[str, str | None] | None]:
+        """Generate the class images that are missing, once all that the user has is known to be good."""
+        return [images or None for images in self._collect()]
 
 
 def notes_on(subject: Subject, model: LatentDiffusion) -> list[str]:

@@ -1,6 +1,6 @@
 """Denoising diffusion GAN: a generator of denoising steps against a discriminator of them (Xiao et al. 2022)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ldm.checks import Count
+from ldm.checks import Betas, Count, Rate
 from ldm.diffusion.posterior import q_posterior
 from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
@@ -49,10 +49,10 @@ class DenoisingGANStage(PixelDiffusionStage):
         self,
         model: Mapping[str, Any],
         discriminator: Mapping[str, Any],
-        learning_rate: float,
-        discriminator_rate: float,
+        learning_rate: Rate,
+        discriminator_rate: Rate,
         class_dropout: float = 0.1,
-        betas: Sequence[float] = (0.5, 0.9),
+        betas: Betas = (0.5, 0.9),
         r1_weight: float = 0.05,
         r1_every: Count = 15,
         reconstruction: float = 0.0,

@@ -1,6 +1,6 @@
 """The classifier of classifier guidance, trained on images at all noise levels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.checks import Count
+from ldm.checks import Betas, Count, Rate
 from ldm.diffusion.schedule import make_schedule, q_sample, training_timesteps
 from ldm.images import to_pil
 from ldm.training.objective import timestep_settings
@@ -33,11 +33,11 @@ class NoisyClassifierStage(Stage):
     def __init__(
         self,
         network: Mapping[str, Any],
-        learning_rate: float,
+        learning_rate: Rate,
         schedule: Mapping[str, Any],
         timesteps: Mapping[str, Any] | None = None,
-        betas: Sequence[float] = (0.9, 0.99),
-        weight_decay: float = 0.05,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: Rate = 0.05,
         preview_columns: Count = 10,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay)

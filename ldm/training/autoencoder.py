@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.networks import KL_TARGET, VQ_TARGET
 from ldm.checkpoint.tensors import read_tensors
-from ldm.checks import Count, Entries
+from ldm.checks import Count, Entries, Rate
 from ldm.images import to_pil
 from ldm.loading import load_network
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
@@ -57,7 +57,7 @@ class AutoencoderStage(Stage):
         self,
         ddconfig: Mapping[str, Any],
         embed_dim: int,
-        learning_rate: float,
+        learning_rate: Rate,
         n_embed: Entries | None = None,
         kl_weight: float | None = None,
         codebook_weight: float | None = None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset, Subset
 
-from ldm.checks import Count
+from ldm.checks import Count, Rate
 from ldm.images import to_pil
 from ldm.training.order import in_batches
 from ldm.training.stage import Loss, Stage
@@ -34,8 +34,8 @@ class ClassifierStage(Stage):
     def __init__(
         self,
         network: Mapping[str, Any],
-        learning_rate: float,
-        weight_decay: float = 0.01,
+        learning_rate: Rate,
+        weight_decay: Rate = 0.01,
         label_smoothing: float = 0.05,
         rotation: float = 12.0,
         shear: float = 0.15,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.writing import save_file
-from ldm.checks import Count
+from ldm.checks import Count, Rate
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
@@ -41,7 +41,7 @@ class CLIPStage(Stage):
     def __init__(
         self,
         vision: Mapping[str, Any],
-        learning_rate: float,
+        learning_rate: Rate,
         width: int = 128,
         layers: int = 2,
         heads: int = 4,
@@ -51,7 +51,7 @@ class CLIPStage(Stage):
         pooled: bool = True,
         agreement: float = 4.0,
         image_encoder: str | None = None,
-        weight_decay: float = 0.05,
+        weight_decay: Rate = 0.05,
         preview_columns: Count = 10,
     ) -> None:
         super().__init__(preview_columns, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)

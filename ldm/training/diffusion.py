@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
-from ldm.checks import Count, Probability
+from ldm.checks import Betas, Count, Probability, Rate
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.denoising import DenoisingStage
 from ldm.training.latents import LatentDataset, encode_dataset
@@ -38,13 +38,13 @@ class DiffusionStage(DenoisingStage):
         unet_config: Mapping[str, Any],
         first_stage: str,
         cond_stage: str,
-        learning_rate: float,
+        learning_rate: Rate,
         schedule: Mapping[str, Any],
         prediction: str = "v",
         pooled: bool = True,
         defaults: Mapping[str, Any] | None = None,
-        betas: Sequence[float] = (0.9, 0.99),
-        weight_decay: float = 0.01,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: Rate = 0.01,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ldm.checks import Positive, Range
+from ldm.checks import Decay, Positive, Range
 from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
@@ -29,6 +29,7 @@ from ldm.training.stage import Stage, Trained
 from ldm.util import call_with, instantiate_from_config, pick_device
 
 LARGEST_WEIGHT = 1e6  # far more than any trained network's
+LARGEST_STEP = 2**16  # images of a training step in a process: more than any published
 
 
 @dataclass
@@ -40,8 +41,8 @@ class LoopSettings:
     accumulate: Annotated[int, Range(1, 2**16)] = 1  # batches in a training step
     # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    clip: float = 1.0  # maximum gradient norm
-    ema: float = 0.999  # decay of the average of the weights, which is the result; 0 keeps none
+    clip: Annotated[float, Range(1e-9)] = 1.0  # maximum gradient norm
+    ema: Decay = 0.999  # decay of the average of the weights, which is the result; 0 keeps none
     # Arguments of `lr_multiplier`.
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     log_every: Positive = 50  # steps between lines of metrics.jsonl
@@ -53,8 +54,11 @@ class LoopSettings:
     tensorboard: bool = True  # whether to write TensorBoard's file
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ema < 1 or not self.clip > 0:
-            raise ValueError(f"loop.ema {self.ema} must be from 0 to below 1, and loop.clip {self.clip} above 0")
+        if (images := self.batch_size * self.accumulate) > LARGEST_STEP:
+            raise ValueError(
+                f"loop.batch_size {self.batch_size} times loop.accumulate {self.accumulate} are {images:,} images in "
+                f"each training step: at most {LARGEST_STEP:,} are possible"
+            )
         call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)
 
     @classmethod
@@ -116,6 +120,10 @@ def train_stage(
     step = load_state(folder, parts)
     if step > settings.steps:
         raise ValueError(f"the run in {str(folder.path)!r} has {step} steps already: loop.steps must be at least that")
+    counts = {"lr_schedule.warmup": settings.lr_schedule.get("warmup", 0), "keep_every": settings.keep_every}
+    for key, count in counts.items():
+        if count > settings.steps and folder.writes:
+            print(f"note: loop.{key} is {count} steps, and the run has only {settings.steps}", file=sys.stderr)
     accelerator.wait_for_everyone()  # until every process has read the folder
     folder.begin(config, step, settings.tensorboard)
     metrics = Metrics(name, folder, trained)

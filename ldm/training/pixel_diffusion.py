@@ -1,13 +1,13 @@
 """Diffusion in pixels, class-conditional or unconditional."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.checks import Count, Probability, Range
+from ldm.checks import Betas, Count, Probability, Range, Rate
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
 from ldm.training.denoising import DenoisingStage
@@ -29,15 +29,15 @@ class PixelDiffusionStage(DenoisingStage):
     def __init__(
         self,
         model: Mapping[str, Any],
-        learning_rate: float,
+        learning_rate: Rate,
         class_dropout: Probability = 0.1,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
         bound_weight: Annotated[float, Range(0)] = 0.001,
-        betas: Sequence[float] = (0.9, 0.999),
-        weight_decay: float = 0.01,
+        betas: Betas = (0.9, 0.999),
+        weight_decay: Rate = 0.01,
         previews: Count = 20,
         preview_columns: Count = 10,
     ) -> None:
