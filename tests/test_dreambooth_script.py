@@ -228,8 +228,8 @@ def test_a_class_of_several_prompts_and_what_is_kept_beside_it(tiny_checkpoint, 
     line[line.index("--class_prompt") + 1] = "a {five|six}"
     dreambooth.main(line)
     (kept,) = images_of(tiny_checkpoint, tmp_path / "out").classes
-    assert kept.captions == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
-    assert dict(zip(kept.paths, kept.captions, strict=True)) == {
+    assert kept.texts() == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
+    assert dict(zip(kept.paths, kept.texts(), strict=True)) == {
         path: recipe(path).prompt for path in (tmp_path / "out" / "class").iterdir()
     }
 

@@ -143,7 +143,7 @@ def test_metadata_and_sidecars(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
     data = Folder(str(tmp_path), 8)
     assert [path.relative_to(tmp_path).as_posix() for path in data.paths] == ["b.png", "c.png", "sub/a.png"]
-    assert data.captions == ["top", "drawn é", "in sub"]
+    assert data.captions == [["top"], ["drawn é"], ["in sub"]]
     assert data.caption(1).text == "drawn é" and data.caption(1).digit is None
     batch = next(iter(torch.utils.data.DataLoader(data, batch_size=3)))
     assert batch["image"].shape == (3, 3, 8, 8) and batch["caption"] == ["top", "drawn é", "in sub"]
@@ -174,8 +174,8 @@ def test_faults_are_named(tmp_path: Path) -> None:
     bare = save(tmp_path, "bare.png", colour(8, 8), None)
     refused("bare.png has no caption.*bare.txt", Folder, str(tmp_path), 8)
     (tmp_path / "bare.txt").write_text("\ufeff\n")
-    refused("the caption of .*bare.png is empty", Folder, str(tmp_path), 8)
-    assert Folder(str(tmp_path), 8, caption="").captions.count("") == 1  # asked for
+    refused("the caption of .*bare.txt is empty", Folder, str(tmp_path), 8)
+    assert Folder(str(tmp_path), 8, caption="").texts() == [""]  # asked for
     bare.unlink()
     save(tmp_path, "a.png", colour(8, 8))
     for settings in ({"size": 0}, {"size": -8}, {"size": 8.5}, {"channels": 4}, {"crop": "centre"}):

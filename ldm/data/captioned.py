@@ -55,13 +55,14 @@ class CaptionedDigits(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return a batch of samples, which torch's loader prefers, with one conversion for all images."""
         images = self.images[torch.as_tensor(indices)].float().div_(127.5).sub_(1)  # b 1 h w
-        return [self._sample(image, index) for image, index in zip(images.unbind(0), indices, strict=True)]
+        return [{"image": image, **self.without_image(i)} for image, i in zip(images.unbind(0), indices, strict=True)]
 
-    def _sample(self, image: Tensor, index: int) -> dict[str, Any]:
+    def without_image(self, index: int) -> dict[str, Any]:
+        """Return a sample without its image."""
         caption = self.caption(index)
         label, weight, slant = self._facts[index]
         stated = tuple(-1 if value is None else value for value in (caption.weight, caption.slant))
-        return {"image": image, "caption": caption.text, "label": label, "style": (weight, slant), "stated": stated}
+        return {"caption": caption.text, "label": label, "style": (weight, slant), "stated": stated}
 
 
 def subset(count: int, first: int | None, last: int | None) -> slice:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.buckets import Shape
 from ldm.data.folder import Folder, find_images
+from ldm.data.folder_captions import SIDECARS, TABLES
 from ldm.data.image_files import read_image
 
 CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
@@ -88,7 +89,7 @@ class DreamBooth(Dataset):
 
     def captions(self) -> list[str]:
         """Return every distinct caption, of subjects and classes."""
-        texts = (text for images in [*self.instances, *self.classes] for text in images.captions)
+        texts = (text for images in [*self.instances, *self.classes] for text in images.texts())
         return list(dict.fromkeys(texts))
 
     def map(self, cached: Callable[[Any], Any]) -> None:
@@ -228,8 +229,8 @@ def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
 def unread(folder: str | Path, read: Iterable[Path]) -> list[str]:
     """Return names of the files in a folder that are neither images read from it nor captions."""
     known, root = {Path(path) for path in read}, Path(folder)
-    captions = {path.with_suffix(suffix) for path in known for suffix in (".txt", ".caption")}
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != "metadata.jsonl")
+    captions = {path.with_suffix(suffix) for path in known for suffix in SIDECARS}
+    files = (path for path in root.rglob("*") if path.is_file() and path.name not in TABLES)
     return sorted(str(path.relative_to(root)) for path in files if path not in known | captions)
 
 

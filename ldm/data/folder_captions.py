@@ -1,83 +1,137 @@
-"""The captions of a folder's images: NAME.txt or NAME.caption beside NAME.png, or Hugging Face's metadata.jsonl."""
+"""The captions and classes of a folder's images: NAME.txt or NAME.caption beside NAME.png, tables, or sub-folders."""
 
+import csv
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.checks import few, shorten
+from ldm.data.caption_choice import number_classes, split_captions
+
+SIDECARS = (".txt", ".caption")
+TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv")  # the first two are Hugging Face's
+JSON_LINE = '{"file_name": "a.png", "text": "a caption"}'
 
 
 def read_captions(
     root: Path, paths: Sequence[Path], everything: Sequence[Path], otherwise: str | Mapping[str, str] | None
-) -> list[str]:
-    """Return the caption of each of `paths`, of the images `everything` below `root`.
+) -> list[list[str]]:
+    """Return the captions of each of `paths`, of the images `everything` below `root`.
 
+    An image's captions are the lines of the first of its own files (SIDECARS) that has one, else what the tables list.
     `otherwise` is the caption of images that have none, or an empty one: one for all, or by their paths from root.
-    Raises ValueError, naming the file, for an image without caption, a caption without image or a bad line.
+    Programs that write captions leave an empty file when they fail. It is not taken for the empty prompt, which is the
+    null condition: that would train what guidance leads away from.
+
+    Raises ValueError, naming the files, for images without caption, a caption without image or a bad line.
     """
     names = [path.relative_to(root).as_posix() for path in paths]
-    listed = _read_metadata(root / "metadata.jsonl", {path.relative_to(root).as_posix() for path in everything})
+    listed = _read_tables(root, {path.relative_to(root).as_posix() for path in everything})
     others = otherwise if isinstance(otherwise, Mapping) else dict.fromkeys(names, otherwise)
-    found = [_own_caption(path, listed.get(name)) for path, name in zip(paths, names, strict=True)]
-    captions = [
-        _caption(path, text, others.get(name)) for path, name, (text, _) in zip(paths, names, found, strict=True)
-    ]
-    empty = [source for text, source in found if text == ""]
-    if empty and any(captions):
+    given = {name for name, text in others.items() if text is not None}
+    found = [_own_captions(path, listed.get(name)) for path, name in zip(paths, names, strict=True)]
+    lacking = [(own, source) for (own, source), name in zip(found, names, strict=True) if not own and name not in given]
+    if none := [path for own, path in lacking if own is None]:
+        raise ValueError(
+            f"{few(none, 3)} has no caption ({len(none)} of {len(paths)} images): write {none[0].stem}.txt beside it, "
+            "or a line in metadata.jsonl or captions.csv"
+        )
+    if lacking:
+        raise ValueError(
+            f"the caption of {few([path for _, path in lacking], 3)} is empty ({len(lacking)} of {len(paths)} images): "
+            "write one, or set data.params.caption, which may be '', for all such images"
+        )
+    captions = [own or [others[name]] for (own, _), name in zip(found, names, strict=True)]
+    empty = [source for own, source in found if own == []]
+    if empty and any(map(any, captions)):
         note = f"{len(empty)} captions are empty, and the caption for all is used instead: {few(empty, 3)}"
         print(f"note: {note}", file=sys.stderr)
     return captions
 
 
-def _own_caption(path: Path, listed: str | None) -> tuple[str | None, Path]:
-    """Return the caption in the first of an image's own files that has one, and that file; "" if all are empty."""
+def has_captions(root: Path, paths: Sequence[Path]) -> bool:
+    """Return whether there are captions of some of these images below `root`."""
+    files = (path.with_suffix(suffix) for path in paths for suffix in SIDECARS)
+    return any(path.is_file() for path in [*(root / name for name in TABLES), *files])
+
+
+def _own_captions(path: Path, listed: list[str] | None) -> tuple[list[str] | None, Path]:
+    """Return the captions of an image and the file that has them; [] if all are empty, None if it has none."""
     found = None, path
-    for sidecar in (path.with_suffix(".txt"), path.with_suffix(".caption")):
+    for sidecar in map(path.with_suffix, SIDECARS):
         if sidecar.is_file():
-            found = _read_text(sidecar).strip(), sidecar
+            found = split_captions(_read_text(sidecar)), sidecar
             if found[0]:
                 return found
     return found if listed is None else (listed, path)
 
 
-def _caption(path: Path, own: str | None, otherwise: str | None) -> str:
-    """Return an image's own caption, or the other where it has none.
+def _read_tables(root: Path, names: set[str]) -> dict[str, list[str]]:
+    """Return the captions that the tables of a folder list, by the path of the image from there; [] if all are empty.
 
-    Programs that write captions leave an empty file when they fail. It is not taken for the empty prompt, which is the
-    null condition: that would train what guidance leads away from.
+    Several lines of an image, or a list in one, are captions to choose from.
     """
-    if own:
-        return own
-    if otherwise is not None:
-        return otherwise
-    if own is None:
-        raise ValueError(f"{path} has no caption: write {path.stem}.txt beside it or a line in metadata.jsonl")
-    raise ValueError(
-        f"the caption of {path} is empty: write one, or set data.params.caption, which may be '', for all such images"
-    )
+    listed: dict[str, list[str]] = defaultdict(list)
+    for path in (root / name for name in TABLES):
+        rows = _json_rows if path.suffix == ".jsonl" else _csv_rows
+        for number, name, text in rows(path) if path.is_file() else ():
+            where = f"{path}, line {number}:"
+            if not isinstance(name, str) or name not in names:
+                raise ValueError(f"{where} there is no image {shorten(repr(name))} below {root}")
+            texts = text if isinstance(text, list) else [text]
+            if wrong := [one for one in texts if not isinstance(one, str)]:
+                raise ValueError(f"{where} the caption {shorten(repr(wrong[0]))} is not a text")
+            listed[name] += filter(None, map(str.strip, texts))
+    return listed
 
 
-def _read_metadata(path: Path, names: set[str]) -> dict[str, str]:
-    """Read captions by file name; {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    captions = {}
+def _json_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
+    """Yield number, file name and text of each line."""
     for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name, text = row["file_name"], row["text"]
+            yield number, row["file_name"], row["text"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            expected = '{"file_name": "a.png", "text": "a caption"}'
-            raise ValueError(f"{path}, line {number}, is not of the form {expected}: {line[:80]!r}") from error
-        if not isinstance(name, str) or name not in names:
-            raise ValueError(f"{path}, line {number}: there is no image {shorten(repr(name))} below {path.parent}")
-        if not isinstance(text, str):
-            raise ValueError(f"{path}, line {number}: the caption {shorten(repr(text))} is not a text")
-        captions[name] = text.strip()
-    return captions
+            raise ValueError(f"{path}, line {number}, is not of the form {JSON_LINE}: {line[:80]!r}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
+    """Yield line number, file name and text of each row."""
+    rows = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
+    try:
+        columns = rows.fieldnames or []
+        if not {"file_name", "text"} <= set(columns):
+            raise ValueError(f"{path} needs a first line that names its columns, file_name,text, not {columns}")
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {rows.line_num}, has not the {len(columns)} fields of the first line: "
+                    'put a caption that has commas in quotes, as in a.png,"red, round"'
+                )
+            yield rows.line_num, row["file_name"], row["text"]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}, is not a line of a csv file: {error}") from None
+
+
+def read_classes(root: Path, paths: Sequence[Path], everything: Sequence[Path]) -> tuple[list[str], list[int]]:
+    """Return the classes, and the number of the class of each of `paths`, of the images `everything` below `root`.
+
+    The classes are the sub-folders of `root`, sorted. Raises ValueError for an image that lies in none.
+    """
+    places = [path.relative_to(root).parts for path in everything]
+    if outside := [path for path, parts in zip(everything, places, strict=True) if len(parts) == 1]:
+        raise ValueError(
+            f"{few(outside, 3)} is of no class ({len(outside)} of {len(places)} images): each class is a sub-folder of "
+            f"{root}, by its name"
+        )
+    classes, numbers = number_classes([parts[0] for parts in places])
+    labels = dict(zip(everything, numbers, strict=True))
+    return classes, [labels[path] for path in paths]
 
 
 def _read_text(path: Path) -> str:

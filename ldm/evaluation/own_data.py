@@ -28,16 +28,20 @@ AVERAGED = 8
 class Halves:
     """The images of a folder, uint8 (n, c, h, w), in two halves: of the reference, with captions, and the others."""
 
-    def __init__(self, root: Path, size: tuple[int, int], channels: int) -> None:
-        """size: (width, height) that the model makes; images are cropped to its shape."""
-        data = Folder(root, size[0], channels, caption="", buckets=[size])
+    def __init__(self, root: Path, size: tuple[int, int], channels: int, reads: str = "caption") -> None:
+        """Read a folder.
+
+        size: (width, height) that the model makes; images are cropped to its shape.
+        reads: what else of the images, "caption", "label" or "".
+        """
+        data = Folder(root, size[0], channels, caption="", buckets=[size], reads=("image", reads))
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
         images = torch.stack([to_uint8(data[i]["image"]) for i in order])
         half = len(order) // 2
         if half < 10:
             raise ValueError(f"{root} holds {len(order)} images: at least 20 are needed to measure by")
         self.images, self.others = images[:half], images[half:]
-        self.captions = [data.captions[i] for i in order[:half]]
+        self.captions = [data.caption(i).text for i in order[:half]] if reads == "caption" else []
 
 
 def features(images: Tensor) -> Tensor:

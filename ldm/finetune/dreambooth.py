@@ -153,7 +153,7 @@ class DreamBoothStage(FineTuningStage):
         if self.sheet is not None:
             self.before = self.preview()
         if self.words is not None:
-            others = {caption for images in dataset.classes for caption in images.captions}
+            others = {caption for images in dataset.classes for caption in images.texts()}
             if others:
                 self.class_directions = self._directions(self.latent_diffusion.cond_stage_model(sorted(others)))
         if self.cache and not self.train_text:

@@ -16,6 +16,8 @@ from ldm.checks import Count, Rate
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.data.dreambooth import check_apart, notes_on_images
+from ldm.data.folder import find_images
+from ldm.data.folder_captions import has_captions
 from ldm.finetune.embeddings import add_word, check_new_word, deviation, initial_vectors, text_encoder
 from ldm.finetune.parts import FineTuningStage, knows_only_digits, save_contact_sheet
 from ldm.images import to_pil
@@ -97,11 +99,11 @@ class TextualInversionStage(FineTuningStage):
         check_apart(dataset.root, self.sheet)
         for note in notes_on_images(dataset.root):
             print(f"note: {note}", file=sys.stderr)
-        if any(dataset.texts()):
+        if has_captions(dataset.root, find_images(dataset.root)):
             print("note: the images' own captions are not used: each is one of the stage's frames", file=sys.stderr)
         self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
-        return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, 1)))
+        return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, 1), keys=()))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         model = self.latent_diffusion

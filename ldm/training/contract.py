@@ -1,17 +1,23 @@
 """What stages need of a data set, own ones included: docs/how-to/your_own_data.md lists it."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
 
 from ldm.training.stage import Stage
-from ldm.util import instantiate_from_config
+from ldm.util import get_obj_from_str, instantiate_from_config
 
 
 def build_dataset(stage: Stage, config: Mapping[str, Any]) -> Any:
-    """Build the data set of a configuration for a stage; ValueError if it is not as the stage needs it."""
-    own = stage.data_params()
+    """Build the data set of a configuration for a stage; ValueError if it is not as the stage needs it.
+
+    A data set that takes `reads` is given what the stage reads, and looks for nothing else.
+    """
+    kind, own = get_obj_from_str(config["target"]), stage.data_params()
+    if "reads" in signature(kind).parameters:
+        own = {"reads": stage.reads} | own
     if twice := sorted(own.keys() & (config.get("params") or {}).keys()):
         raise ValueError(f"data.params.{twice[0]} follows from the model of {type(stage).__name__}: leave it out")
     dataset = instantiate_from_config(config, **own)

@@ -11,10 +11,19 @@ from ldm.training.order import in_batches
 
 
 class LatentDataset(Dataset):
-    """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each."""
+    """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each.
 
-    def __init__(self, dataset: Any, mean: Sequence[Tensor] | Tensor, std: Sequence[Tensor] | Tensor) -> None:
-        self.dataset, self.mean, self.std = dataset, mean, std
+    keys: what else of its samples training reads.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        mean: Sequence[Tensor] | Tensor,
+        std: Sequence[Tensor] | Tensor,
+        keys: Sequence[str] = ("caption",),
+    ) -> None:
+        self.dataset, self.mean, self.std, self.keys = dataset, mean, std, keys
         self.groups = getattr(dataset, "groups", None)  # the latents of a batch have one shape, too
 
     def __len__(self) -> int:
@@ -25,12 +34,14 @@ class LatentDataset(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [{"caption": self._caption(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
+        return [{**self._others(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
 
-    def _caption(self, index: int) -> str:
-        if hasattr(self.dataset, "caption"):  # of our own data sets: it does not read the image
-            return self.dataset.caption(index).text
-        return self.dataset[index]["caption"]
+    def _others(self, index: int) -> dict[str, Any]:
+        if not self.keys:
+            return {}
+        own = hasattr(self.dataset, "without_image")  # of our own data sets: it does not read the image
+        sample = self.dataset.without_image(index) if own else self.dataset[index]
+        return {key: sample[key] for key in self.keys}
 
 
 @torch.no_grad()

@@ -1,0 +1,34 @@
+"""Captions and classes of own images, wherever they are kept: in a folder, in shards, in a Hugging Face data set."""
+
+import random
+from collections.abc import Sequence
+
+
+def split_captions(text: str) -> list[str]:
+    """Return the captions in the text of a file: one in each line, as with sd-scripts' `enable_wildcard`."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def choose_caption(
+    captions: Sequence[str], seed: int, epoch: int, index: int, shuffle_tags_after: int | None = None
+) -> str:
+    """Return one of an image's captions, as a function of (seed, epoch, index).
+
+    shuffle_tags_after: also shuffle its comma-separated tags, all but the first so many; None leaves them in order.
+    """
+    if len(captions) == 1 and shuffle_tags_after is None:
+        return captions[0]
+    uniform = random.Random(f"{seed} {epoch} {index} caption").random  # not the numbers that crop and mirror the image
+    chosen = captions[int(uniform() * len(captions))]
+    if shuffle_tags_after is None:
+        return chosen
+    tags = [tag for part in chosen.split(",") if (tag := part.strip())]
+    shuffled = sorted(tags[shuffle_tags_after:], key=lambda tag: uniform())
+    return ", ".join(tags[:shuffle_tags_after] + shuffled)
+
+
+def number_classes(names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Return the classes, sorted by name, and the number of each image's, whose name is given for each image."""
+    classes = sorted(set(names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, [numbers[name] for name in names]

@@ -1,0 +1,100 @@
+"""Captions of a folder's images, from all of their places, and classes from its sub-folders."""
+
+from pathlib import Path
+
+import pytest
+from conftest import refused
+from PIL import Image
+
+from ldm.data.folder import Folder
+from ldm.data.folder_captions import has_captions
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two images in sub-folders and one beside them, without captions."""
+    for name in ("cat/a.png", "dog/sub/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "captions.csv",
+            '\ufefffile_name,text\r\ncat/a.png,"red, round"\r\nc.png,high\r\ncat/a.png,small\r\n',
+            "several",
+        ),
+        ("metadata.csv", 'more,text,file_name\n1,"red, round",cat/a.png\n2, high ,c.png\n', "one"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "cat/a.png", "text": ["red, round", "", "small"]}\n{"file_name": "c.png", "text": "high"}',
+            "several",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "cat/a.png", "text": "red, round"}\n{"file_name": "cat/a.png", "text": "small"}\n'
+            '{"file_name": "c.png", "text": "high"}',
+            "several",
+        ),
+    ],
+)
+def test_tables(root: Path, name: str, text: str, expected: str) -> None:
+    (root / name).write_text(text, encoding="utf-8")
+    (root / "dog/sub/b.caption").write_text("a dog\n\na hound\n")
+    assert has_captions(root, []) and not has_captions(root / "cat", [root / "cat/a.png"])
+    data = Folder(root, 8)
+    cat = {"several": ["red, round", "small"], "one": ["red, round"]}[expected]
+    assert data.captions == [["high"], cat, ["a dog", "a hound"]] and data.texts() == ["high", *cat, "a dog", "a hound"]
+    chosen = set()
+    for epoch in range(20):
+        data.set_epoch(epoch)
+        chosen.add(data[2]["caption"])
+        assert data[2]["caption"] == data.caption(2).text == data.without_image(2)["caption"]
+    assert chosen == {"a dog", "a hound"}
+    tags = Folder(root, 8, shuffle_tags_after=0)
+    assert {tags.set_epoch(epoch) or tags[0]["caption"] for epoch in range(3)} == {"high"}
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("name,text\nc.png,x\n", r"captions.csv needs a first line that names its columns, file_name,text"),
+        ("", "captions.csv needs a first line"),
+        ("file_name,text\nc.png,red, round\n", "line 2, has not the 2 fields of the first line: put a caption"),
+        ("file_name,text\nc.png\n", "line 2, has not the 2 fields"),
+        ("file_name,text\n\nd.png,x\n", r"line 3: there is no image 'd.png' below"),
+        ('file_name,text\nc.png,"x\n', "line 1, is not a line of a csv file: unexpected end of data"),
+    ],
+)
+def test_bad_csv(root: Path, text: str, match: str) -> None:
+    (root / "captions.csv").write_text(text)
+    refused(match, Folder, root, 8)
+
+
+def test_missing_and_empty_captions_are_counted(root: Path) -> None:
+    refused("c.png, .*a.png, .*b.png has no caption .3 of 3 images.: write c.txt beside it", Folder, root, 8)
+    (root / "captions.csv").write_text("file_name,text\nc.png,x\ncat/a.png,\n")
+    (root / "dog/sub/b.txt").write_text("\n")
+    refused("the caption of .*a.png, .*b.txt is empty .2 of 3 images.: write one, or set", Folder, root, 8)
+    (root / "dog/sub/b.caption").write_text("a dog")
+    assert Folder(root, 8, caption={"cat/a.png": "a cat"}).texts() == ["x", "a cat", "a dog"]
+
+
+def test_classes_are_sub_folders(root: Path) -> None:
+    refused(
+        "c.png is of no class .1 of 3 images.: each class is a sub-folder of", Folder, root, 8, reads=("image", "label")
+    )
+    (root / "c.png").unlink()
+    data = Folder(root, 8, reads=("image", "label"))
+    assert (
+        data.classes == ["cat", "dog"] and [data[i]["label"] for i in range(2)] == [0, 1] and "caption" not in data[0]
+    )
+    assert Folder(root, 8, paths=[root / "dog/sub/b.png"], reads=["label"]).labels == [1]
+
+
+def test_images_alone_need_nothing(root: Path) -> None:
+    (root / "metadata.jsonl").write_text("not json")
+    assert list(Folder(root, 8, reads=("image",))[0]) == ["image"]
