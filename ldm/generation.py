@@ -63,7 +63,7 @@ def generate(
     for name, function in (("guide", guide), ("callback", callback)):
         if function is not None and not callable(function):
             raise ValueError(f"{name} must be a function, got {function!r}")
-    sampler, sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing)
+    sampler, sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing, chosen.final_sigma)
     strength, height, width = chosen.strength, given(chosen.height, own["height"]), given(chosen.width, own["width"])
     if image is not None:
         init = _init_images(model, image, mask, len(prompts), chosen)
@@ -131,7 +131,11 @@ def steps_taken(strength: float, steps: int) -> int:
 
 
 def plan_sampling(
-    model: Any, steps: int | None = None, sampler: str | None = None, spacing: str | None = None
+    model: Any,
+    steps: int | None = None,
+    sampler: str | None = None,
+    spacing: str | None = None,
+    final_sigma: str | None = None,
 ) -> tuple[Sampler, list[float]]:
     """Return the sampler and the noise levels that it visits, in sigma; what is None is the model's own default.
 
@@ -142,7 +146,8 @@ def plan_sampling(
     name = given(sampler, own["sampler"])
     row = get_sampler(choose_sampler(name, steps, model.schedule.T))
     spacing = given(spacing, given(sampler_named(name)[1], given(own["spacing"], row.spacing)))
-    return row, sampling_sigmas(model.schedule, steps, spacing, row.final_sigma).tolist()
+    final = given(final_sigma, own["final_sigma"])
+    return row, sampling_sigmas(model.schedule, steps, spacing, final).tolist()
 
 
 def plan_guidance(model: Any, scale: float | None = None, negative: Any = None) -> tuple[float, Any]:

@@ -15,7 +15,7 @@ ALL_SIGMAS = (0.0, math.inf)  # the guidance interval that leaves nothing out
 OWN = "the model's own"
 # The settings of a model without its own; spacing None is the sampler's, interval None everywhere.
 DEFAULTS: dict[str, Any] = {"height": 512, "width": 512, "steps": 50, "scale": 7.5, "sampler": "ddim"}
-DEFAULTS |= {"spacing": None, "interval": None}
+DEFAULTS |= {"spacing": None, "final_sigma": "zero", "interval": None}
 
 
 class Type(NamedTuple):
@@ -163,6 +163,9 @@ class Settings:
         None, LISTED, "Spacing", "of the timesteps: trailing, leading, linspace, quad, compvis, karras, exponential, "
         'or noise levels of your own: "999,749,499,249" or "sigmas 14,3.6,1.2"', "--spacing",
         f"{OWN}, or the sampler's")
+    final_sigma: str | None = setting(
+        None, STR, "Final sigma", "noise level after the last step: zero, or sigma_min, the model's smallest, where "
+        "CompVis stops", "--final-sigma", OWN)
     eta: float | None = setting(
         None, FLOAT, "Eta", "share of fresh noise in each step: 0 is DDIM, 1 is DDPM", "--eta --ddim_eta",
         "the sampler's own", 0, 1)

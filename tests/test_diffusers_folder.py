@@ -136,10 +136,7 @@ def assert_same_numbers(model: LatentDiffusion, pipe) -> None:
     theirs = pipe(
         PROMPTS, negative_prompt=[""] * 2, num_inference_steps=4, guidance_scale=3.0, latents=x, output_type="np"
     )
-    spacing = model.defaults["spacing"]
-    # set_alpha_to_one false ends at CompVis's last level, true at 0
-    final = "zero" if pipe.scheduler.config.set_alpha_to_one else "sigma_min"
-    sigmas = sampling_sigmas(model.schedule, 4, spacing, final)
+    sigmas = sampling_sigmas(model.schedule, 4, model.defaults["spacing"], model.defaults["final_sigma"])
     denoise = classifier_free(model.denoiser(), cond, model.condition([""] * 2), 3.0)
     *_, step = get_sampler("ddim")(denoise, x * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
     latents = step.x / (1 + sigmas[-1] ** 2).sqrt().float()
@@ -158,7 +155,6 @@ def test_diffusers_generates_what_we_generate(models, folders, kind):
     pipe = pipeline(folders[kind])
     assert pipe.scheduler.config.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[kind]
     assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 32
-    assert pipe.scheduler.config.set_alpha_to_one  # as our samplers end
     assert_same_numbers(models[kind], pipe)
 
 
@@ -198,12 +194,28 @@ def test_we_generate_what_diffusers_generates(theirs, kind):
     sampler = model.defaults.pop("sampler")
     assert sampler in {"sd1": ("plms", "ddim"), "sd2": ("ddim",)}[kind]
     sizes = {"height": 32, "width": 32, "steps": 50, "scale": 7.5, "spacing": "leading", "interval": None}
-    assert model.defaults == sizes
+    assert model.defaults == sizes | {"final_sigma": "sigma_min"}
     assert model.cond_stage_model.tokenizer.merges == tuple(MERGES)
     if kind == "sd1":
         settings = {"set_alpha_to_one": False, "clip_sample": False}
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **settings)
     assert_same_numbers(model, pipe)
+
+
+def test_where_sampling_ends_goes_through_files_and_folders(theirs, tmp_path):
+    """A scheduler with set_alpha_to_one false, in Stable Diffusion 1 and 2: folder -> file -> folder."""
+    pipe, folder = theirs["sd2"]
+    pipe.set_progress_bar_config(disable=True)
+    ldm.save(ldm.load(folder, device="cpu"), tmp_path / "one.safetensors")
+    model = ldm.load(tmp_path / "one.safetensors", device="cpu")
+    notes = ldm.save(model, tmp_path / "again", format="diffusers")
+    assert not pipeline(tmp_path / "again").scheduler.config.set_alpha_to_one and "final" not in str(notes)
+    start = SeededNoise([0, 1], (4, 8, 8))()
+    images = pipe(PROMPTS, num_inference_steps=4, guidance_scale=3.0, latents=start, output_type="np").images
+    options = {"negative": "", "steps": 4, "scale": 3.0, "plain": True}
+    ours, other = (model.generate(PROMPTS, **options, **own) for own in ({}, {"final_sigma": "zero"}))
+    far, near = (np.abs(np.stack(made) / 255.0 - images).max() * 255 for made in (other, ours))
+    assert near < 0.6 < 1.5 < far
 
 
 @pytest.mark.parametrize(

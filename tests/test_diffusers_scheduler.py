@@ -19,6 +19,9 @@ SCHEDULES = [
 ]
 
 
+DEFAULTS = {"sampler": "ddim", "spacing": "trailing", "final_sigma": "zero"}
+
+
 @pytest.mark.parametrize(("schedule", "prediction"), SCHEDULES)
 def test_schedules_are_those_of_diffusers(schedule, prediction):
     from diffusers import DDIMScheduler
@@ -30,7 +33,7 @@ def test_schedules_are_those_of_diffusers(schedule, prediction):
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), own, atol=1e-6, rtol=1e-3)
     params, _ = read_scheduler(scheduler.config)
     assert torch.equal(make_schedule(**params["schedule"]).alphas_cumprod, own)
-    assert (params["prediction"], params["defaults"]) == (prediction, {"sampler": "ddim", "spacing": "trailing"})
+    assert (params["prediction"], params["defaults"]) == (prediction, DEFAULTS)
     assert notes == [] and dict(scheduler.config)["steps_offset"] == 1
 
 
@@ -64,13 +67,24 @@ def test_no_field_of_a_scheduler_is_dropped_in_silence(name):
         other = OTHERS.get(field, not value if isinstance(value, bool) else 0.5)
         after, said = read_scheduler(config | {field: other})
         assert after != before or any(field in note or "thresholding" in note for note in {*said} ^ {*notes}), field
-    assert any("set_alpha_to_one False" in n for n in read_scheduler(config | {"set_alpha_to_one": False})[1])
 
 
 OTHERS = {
     **{"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 500},
     **{"timestep_spacing": "trailing", "beta_start": 0.002, "beta_end": 0.03},
 }
+
+
+def test_where_schedulers_end():
+    """Against diffusers' defaults: of the three with set_alpha_to_one, PNDM's alone is false."""
+    for name in SCHEDULERS:
+        config = {"_class_name": name, "beta_schedule": "scaled_linear"}
+        fields = inspect.signature(getattr(__import__("diffusers"), name)).parameters
+        usual = fields["set_alpha_to_one"].default if "set_alpha_to_one" in fields else True
+        for given, zero in (({}, usual), ({"set_alpha_to_one": False}, "set_alpha_to_one" not in fields)):
+            assert read_scheduler(config | given)[0]["defaults"]["final_sigma"] == ("zero" if zero else "sigma_min")
+    euler = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "linear", "final_sigmas_type": "sigma_min"}
+    assert read_scheduler(euler)[0]["defaults"]["final_sigma"] == "sigma_min"
 
 
 def test_schedulers_that_are_read():

@@ -72,6 +72,7 @@ VALUES = {
     "--sampler": ["dpmpp_2m"],
     "--scale": ["3"],
     "--spacing": ["karras"],
+    "--final-sigma": ["sigma_min"],
     "--eta": ["0.5"],
     "--interval": ["1", "2"],
     "--rescale": ["0.7"],

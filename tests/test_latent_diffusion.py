@@ -45,7 +45,7 @@ def test_generate_is_five_steps(tiny_model, sampler):
     with torch.inference_mode():
         cond, uncond = model.condition(prompts), model.condition(["thick"] * 4)
         denoise = guidance.classifier_free(model.denoiser(), cond, uncond, 2.5)
-        sigmas = sampling_sigmas(model.schedule, 3, row.spacing, row.final_sigma)
+        sigmas = sampling_sigmas(model.schedule, 3, row.spacing)
         generators = [torch.Generator().manual_seed(7 + i) for i in range(4)]
 
         def draw():

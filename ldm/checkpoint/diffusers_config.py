@@ -72,18 +72,20 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": ("unipc", "linspace"),
     "DEISMultistepScheduler": ("deis", "linspace"),
 }
+# Those with set_alpha_to_one, and what it is where a configuration does not say; the others have final_sigmas_type.
+ENDS_AT_ZERO = {"DDIMScheduler": True, "LCMScheduler": True, "PNDMScheduler": False}
 # Fields of schedulers that become settings of ours, and those without an effect in Stable Diffusion's pipelines (which
 # switch clip_sample off and set steps_offset to 1) or unless another field is set.
 _READ = (
     *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type"),
     *("rescale_betas_zero_snr", "timestep_spacing", "use_karras_sigmas", "use_exponential_sigmas", "thresholding"),
     *("clip_sample", "clip_sample_range", "steps_offset", "sample_max_value", "dynamic_thresholding_ratio"),
-    *("flow_shift", "time_shift_type"),
+    *("flow_shift", "time_shift_type", "set_alpha_to_one"),
 )
 _OURS = {  # the values that our samplers have; of fields that are in neither table: null and false
-    **{"set_alpha_to_one": (True,), "skip_prk_steps": (True,), "variance_type": ("fixed_small", None)},
+    **{"skip_prk_steps": (True,), "variance_type": ("fixed_small", None)},
     **{"solver_order": (2,), "algorithm_type": ("dpmsolver++", "deis"), "solver_type": ("midpoint", "logrho", "bh2")},
-    **{"lower_order_final": (True,), "final_sigmas_type": ("zero",), "lambda_min_clipped": (float("-inf"),)},
+    **{"lower_order_final": (True,), "final_sigmas_type": ("zero", "sigma_min"), "lambda_min_clipped": (float("-inf"),)},
     **{"predict_x0": (True,), "disable_corrector": ([],), "interpolation_type": ("linear",)},
     **{"timestep_type": ("discrete",), "timestep_scaling": (10.0,)},
 }
@@ -201,7 +203,10 @@ def read_scheduler(config: Mapping[str, Any]) -> tuple[Config, list[str]]:
     dropped = [f"{key} {value!r}" for key, value in others.items() if value not in known.get(key, (None, False))]
     if dropped:
         notes.append(f"of its scheduler, {', '.join(dropped)} cannot be kept: diffusers' images may differ")
-    defaults = {"sampler": sampler, "spacing": spacing}
+    ends = config.get("final_sigmas_type") != "sigma_min"
+    if name in ENDS_AT_ZERO:  # others ignore it, where it may remain from a scheduler before
+        ends = config.get("set_alpha_to_one", ENDS_AT_ZERO[name])
+    defaults = {"sampler": sampler, "spacing": spacing, "final_sigma": "zero" if ends else "sigma_min"}
     return {"schedule": schedule, "prediction": PREDICTION_TYPES[kind], "defaults": defaults}, notes
 
 

@@ -271,7 +271,7 @@ def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tupl
         "timestep_spacing": "leading" if their_spacing is None else their_spacing,
         "steps_offset": 1,
         "clip_sample": False,
-        "set_alpha_to_one": True,  # our samplers end at sigma 0
+        "set_alpha_to_one": defaults.get("final_sigma", "zero") == "zero",
     }, notes
 
 

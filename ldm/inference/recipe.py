@@ -52,6 +52,7 @@ class Recipe(Guidance, Settings):
         width: int
         height: int
     interval: tuple[float, float] = field(default=ALL_SIGMAS, metadata={"setting": setting_rows(Settings)["interval"]})
+    final_sigma: str = field(default="zero", metadata={"setting": setting_rows(Settings)["final_sigma"]})
     prompt: str = ""
     negative: str = setting("", STR, "", "negative prompt: what guidance leads away from", "--negative-prompt")
     seed: int = field(default=0, metadata={"setting": SEED})

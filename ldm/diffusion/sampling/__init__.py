@@ -110,13 +110,12 @@ class Sampler:
 
     Attributes:
         eta: The default share of fresh noise; None for a step that never adds noise.
-        spacing, final_sigma: Arguments of `schedule.sampling_sigmas`.
+        spacing: The default argument of `schedule.sampling_sigmas`.
     """
 
     step: StepFunction
     eta: float | None = 0.0
     spacing: str = "trailing"
-    final_sigma: str = "zero"
 
     def __call__(
         self, denoise: BoundDenoise, x: Tensor, sigmas: Sigmas, eta: float | None = None, noise: Noise = None
