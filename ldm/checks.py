@@ -3,6 +3,7 @@ echoes such a value. It imports nothing heavy.
 """
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,6 +94,13 @@ def shorten(text: str) -> str:
 def shorten_values(message: str) -> str:
     """Return a message in which every value in quotes, and every word, has at most ECHOED characters."""
     return re.sub(r"(?<!\w)'[^']*'|\"[^\"]*\"|\S+", lambda match: shorten(match[0]), message)
+
+
+def as_path(what: str, value: object) -> Path:
+    """Return a path of Python's or as text as a Path. ValueError for anything else; `what` begins the message."""
+    if not isinstance(value, str | os.PathLike) or isinstance(value := os.fspath(value), bytes):
+        raise ValueError(f"{what} {shorten(repr(value))} must be a path: a text or a pathlib.Path")
+    return Path(value)
 
 
 def check_file(path: Path, what: str) -> None:

@@ -71,8 +71,8 @@ class LatentDiffusion(nn.Module):
         schedule: arguments of `make_schedule`, e.g. `{"name": "cosine"}`.
         prediction: what the UNet predicts: "eps", "x0" or "v".
         scale_factor: factor of the latents after encoding, which gives them unit variance.
-        defaults: this model's own sampling settings: height, width (pixels), steps, scale, sampler, spacing, final_sigma,
-            interval.
+        defaults: this model's own sampling settings: height, width (pixels), steps, scale, sampler, spacing, interval,
+            final_sigma.
         concat: what the UNet has of an init image in its input channels: "mask_latents" (Stable Diffusion's
             inpainting), "latents_mask" (that of Rombach et al. 2022), "latents" (InstructPix2Pix), or None.
     """

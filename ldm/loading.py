@@ -17,6 +17,7 @@ from ldm.checkpoint import networks
 from ldm.checkpoint.file import CONFIG_KEY, checkpoint_at, file_hash, load_file, read_config
 from ldm.checkpoint.networks import Config, Found
 from ldm.checkpoint.tensors import State, check_finite, read_tensors
+from ldm.checks import as_path
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype
@@ -64,7 +65,8 @@ def load(
         variant: of a diffusers folder's files, "fp16" say.
     """
     path = SHIPPED if path is None else checkpoint_at(path)
-    vae, unet = (None if part is None else checkpoint_at(part) for part in (vae, unet))
+    vae, unet = (None if part is None else checkpoint_at(part, name) for name, part in (("vae", vae), ("unet", unet)))
+    config, vocab = (None if f is None else as_path(name, f) for name, f in (("config", config), ("vocab", vocab)))
     if prediction is not None:
         check_prediction(prediction)
     replacements = {} if vae is None else {"first_stage": _take("first_stage", vae)}
@@ -74,7 +76,7 @@ def load(
     if prediction is not None:
         _set_prediction(path, found.config, prediction)
     if vocab is not None:
-        _set_vocabulary(found.config["params"], Path(vocab))
+        _set_vocabulary(found.config["params"], vocab)
     model = _build(_called(path, replacements), found.config, found.state, pick_device(device), dtype)
     try:
         check_prediction(model.prediction)
@@ -89,7 +91,7 @@ def load(
     model.path, model.notes = path, found.notes
     files = {"vae": vae, "unet": unet, "config": config, "vocab": vocab}
     words = {"ema": "ema" if ema else None, "prediction": prediction, "variant": variant}
-    model.changes = [Change(name, hash=file_hash(Path(file))) for name, file in files.items() if file is not None]
+    model.changes = [Change(name, hash=file_hash(file)) for name, file in files.items() if file is not None]
     model.changes += [Change(name, word) for name, word in words.items() if word is not None]
     model.loaded_settings = settings_of_model(model)
     return model
@@ -275,7 +277,9 @@ def save(
     """
     from ldm.checkpoint.writing import save_file, vanishing
 
-    dtype = pick_dtype(dtype)
+    dtype, path = pick_dtype(dtype), as_path("the file to write", path)
+    if not isinstance(model, LatentDiffusion):
+        raise ValueError(f"only models, as ldm.load returns, are saved: got {type(model).__name__}")
     if format not in MODEL_FORMATS:
         raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
     config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}
@@ -298,6 +302,6 @@ def save(
         from ldm.checkpoint.compvis import single_file
 
         state, metadata = single_file(state, config)
-        metadata["modelspec.title"] = Path(path).stem
+        metadata["modelspec.title"] = path.stem
     save_file(path, state, config, dtype, metadata)
     return notes

@@ -250,6 +250,15 @@ except OSError as error:
     assert path.read_text() == "old" and files(tmp_path) == [path.name]
 
 
+def test_only_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a storage is damaged")
+
+    monkeypatch.setattr(torch, "save", fail)
+    refused("^a storage is damaged$", save_torch, tmp_path / "a.pt", {}, error=RuntimeError)
+    assert files(tmp_path) == []
+
+
 def test_a_failed_write_gives_its_space_back_before_the_message(tmp_path):
     with pytest.raises(ValueError, match="stop"), atomic(tmp_path / "a") as temporary:
         temporary.write_bytes(bytes(1000))

@@ -10,7 +10,7 @@ from conftest import refused
 from PIL import Image
 
 from ldm.data.folder import Folder
-from ldm.data.image_files import read_image
+from ldm.data.image_files import open_image, read_image
 
 RAMP = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
 
@@ -202,6 +202,16 @@ def test_truncated_image_is_named_when_read(tmp_path: Path, suffix: str) -> None
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=f"broken.{suffix}"):
         Folder(str(tmp_path), 8)[0]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_damaged_exif_data_is_left_out(tmp_path: Path, kind: str) -> None:
+    """The pixels are whole, and viewers show them; of a truncated image they are not."""
+    image, path = Image.effect_noise((32, 32), 90).convert("RGB"), tmp_path / f"a.{kind}"
+    image.save(path, lossless=True, exif=b"Exif\0\0no TIFF")
+    assert read_image(path).tobytes() == open_image(path).tobytes() == image.tobytes()
+    path.write_bytes(path.read_bytes()[:-600])
+    refused(f"a.{kind} cannot be read as an image", read_image, path)
 
 
 def test_a_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

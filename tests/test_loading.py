@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import refused
 from torch import nn
 
 import ldm
-from ldm.checkpoint.file import load_file
+from ldm.checkpoint.file import file_hash, load_file
 from ldm.checkpoint.networks import check_targets
 from ldm.checkpoint.writing import save_file
 from ldm.loading import load_network
@@ -185,6 +186,24 @@ def test_a_checkpoint_may_name_a_package_that_the_user_allows(tiny_checkpoint, t
 @pytest.mark.parametrize("old", ["ldm.models.teaching.unet2d.UNet2D", "ldm.models.autoencoder.VQModel"])
 def test_a_checkpoint_may_have_a_class_s_other_names(old):
     check_targets({"target": old, "params": {"lossconfig": {"target": "somewhere.Loss"}}})
+
+
+def test_arguments_of_other_types_are_refused_in_a_sentence(tiny_model, tmp_path):
+    for name in ("path", "vae", "unet", "config", "vocab"):
+        refused(f"{'checkpoint' if name == 'path' else name} 5 must be a path", ldm.load, device="cpu", **{name: 5})
+    for path in (5, b"a", ["a"]):
+        refused("must be a path: a text or", ldm.load, path)
+    for path in (None, 5):
+        refused(f"the file to write {path} must be a path", ldm.save, tiny_model, path)
+    refused("only models, as ldm.load returns, are saved: got NoneType", ldm.save, None, tmp_path / "a.safetensors")
+    refused("checkpoint 5 must be a path", load_network, 5)
+
+
+def test_a_folder_that_is_no_model_is_not_searched(tmp_path, monkeypatch):
+    """`--ckpt /` searched the disk, and `--autoguide /` read all of it."""
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("searched"))
+    for look in (ldm.load, file_hash, partial(ldm.load, vae=tmp_path)):
+        refused("is not a diffusers folder: it holds no model_index.json", look, tmp_path)
 
 
 def test_a_network_larger_than_the_file_is_not_built(tiny_checkpoint, tmp_path):

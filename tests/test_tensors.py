@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import mmap
 import os
 import random
 import struct
@@ -137,6 +138,24 @@ def test_files_without_named_tensors(tmp_path, value, sentence):
 def test_other_files_are_named(tmp_path, content, sentence):
     (tmp_path / "a").write_bytes(content)
     refused(f"^checkpoint '{tmp_path / 'a'}' {sentence}", read_tensors, tmp_path / "a")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_failed_mapping_names_the_file(tmp_path, monkeypatch, kind):
+    save_safetensors(state(), tmp_path / "a") if kind == "safetensors" else torch.save(state(), tmp_path / "a")
+
+    def fail(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", fail)
+    refused("^checkpoint '.*a' cannot be read: Cannot allocate", read_tensors, tmp_path / "a", error=OSError)
+
+
+def test_a_safetensors_header_that_names_a_tensor_twice(tmp_path):
+    entry = '"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    header = f"{{{entry},{entry}}}".encode()
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    refused("is not a complete safetensors file .its header has 'w' twice", read_tensors, tmp_path / "a")
 
 
 def test_no_file(tmp_path):

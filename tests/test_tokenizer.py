@@ -296,8 +296,11 @@ print([name for name in ("open_clip", "transformers", "ftfy", "regex", "torchvis
         ({"pad": -1}, "pad -1"),
         ({"pad": "zero"}, "pad 'zero'"),
         ({"merges": ["a b", "a b"]}, "twice"),
+        ({"merges": ["x" * 10**7]}, r"merge 'x{99} \.\.\. x{49}' is not two parts with a space between$"),
+        ({"merges": [5]}, "merge 5 is not two parts"),
+        ({"merges": ["a " + "x" * 10**7]}, "^.{,300}$"),
         ({"merges": ["ab c"]}, "not a byte-pair list"),
-        ({"merges": ["abc"]}, "not a byte-pair list"),
+        ({"merges": ["abc"]}, "merge .abc. is not two parts"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -85,7 +85,11 @@ _READ = (
 _OURS = {  # the values that our samplers have; of fields that are in neither table: null and false
     **{"skip_prk_steps": (True,), "variance_type": ("fixed_small", None)},
     **{"solver_order": (2,), "algorithm_type": ("dpmsolver++", "deis"), "solver_type": ("midpoint", "logrho", "bh2")},
-    **{"lower_order_final": (True,), "final_sigmas_type": ("zero", "sigma_min"), "lambda_min_clipped": (float("-inf"),)},
+    **{
+        "lower_order_final": (True,),
+        "final_sigmas_type": ("zero", "sigma_min"),
+        "lambda_min_clipped": (float("-inf"),),
+    },
     **{"predict_x0": (True,), "disable_corrector": ([],), "interpolation_type": ("linear",)},
     **{"timestep_type": ("discrete",), "timestep_scaling": (10.0,)},
 }

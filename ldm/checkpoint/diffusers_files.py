@@ -20,16 +20,16 @@ WEIGHT_FILES = {  # how the names of files begin and end, the preferred first
 
 
 @contextmanager
-def unchanged(folder: Path) -> Iterator[None]:
-    """Raise ValueError if the folder or a file in it was replaced by the end of the block: its parts may not match."""
-    before = _stamps(folder)
+def unchanged(folder: Path, *parts: Path) -> Iterator[None]:
+    """Raise ValueError if a file in the folder, or in one of its parts, was replaced by the end of the block."""
+    before = _stamps(folder, *parts)
     yield
-    if _stamps(folder) != before:
+    if _stamps(folder, *parts) != before:
         raise ValueError(f"folder {str(folder)!r} was changed while it was read: load it again")
 
 
-def _stamps(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+def _stamps(*folders: Path) -> dict[Path, tuple[int, int, int]]:
+    found = {path: path.stat() for folder in folders for path in folder.iterdir() if path.is_file()}
     return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 

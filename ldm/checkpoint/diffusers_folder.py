@@ -45,12 +45,12 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> Found:
             files without a variant, or the only variant where there are no others.
     """
     path = Path(path)
-    with unchanged(path):
-        return _read_pipeline(path, variant)
-
-
-def _read_pipeline(path: Path, variant: str | None) -> Found:
     pipeline = _check_index(path)
+    with unchanged(path, *(path / part for part in COMPONENTS)):
+        return _read_pipeline(path, pipeline, variant)
+
+
+def _read_pipeline(path: Path, pipeline: str, variant: str | None) -> Found:
     config = {part: read_json(path / part / "config.json") for part in WEIGHT_FILES}
     with _naming(path):
         unet = read_unet(config["unet"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint.networks import check_targets
 from ldm.checkpoint.tensors import check_finite, read_tensors
-from ldm.checks import check_file
+from ldm.checks import as_path, check_file
 
 CONFIG_KEY = "ldm.config"
 STEP_KEY = "ldm.step"  # of a run's checkpoints: how many steps they were trained
@@ -39,9 +39,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return result if steps >= int(newest.stem[6:]) else newest
 
 
-def checkpoint_at(path: str | Path) -> Path:
+def checkpoint_at(path: str | Path, what: str = "checkpoint") -> Path:
     """Return the path of a checkpoint: of a run's folder the newest one in it, of anything else the path itself."""
-    path = Path(path)
+    path = as_path(what, path)
     if not (path / "config.yaml").is_file() or (path / "model_index.json").exists():  # the latter: diffusers'
         return path
     newest = newest_checkpoint(path)
@@ -79,6 +79,8 @@ def file_hash(path: Path) -> str:
     digest = hashlib.sha256()
     if not path.is_dir():
         check_file(path, "file")
+    elif not any((path / index).is_file() for index in ("model_index.json", "config.json")):
+        raise ValueError(f"folder {str(path)!r} is not a diffusers folder: it holds no model_index.json")
     for part in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         with open(part, "rb") as file:
             while chunk := file.read(1 << 20):

@@ -4,6 +4,7 @@ import json
 import math
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.checks import check_file
+from ldm.checks import as_path, check_file
 
 State = dict[str, Tensor]
 
@@ -43,22 +44,25 @@ def read_tensors(path: str | Path) -> Contents:
     tensors may be the file itself or lie under "state_dict", once or twice; of what else lies there, `facts` keeps the
     numbers and texts (`global_step`, `epoch`).
     """
-    path = Path(path)
+    path = as_path("checkpoint", path)
     check_file(path, "checkpoint")
-    with open(path, "rb") as file:
-        start = file.read(512)
-        if len(start) > 8 and start[8:9] == b"{" and struct.unpack_from("<Q", start)[0] < 2**40:  # a length, then JSON
-            try:
-                return _read_safetensors(file)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"checkpoint {str(path)!r} is not a complete safetensors file ({error})") from None
-        if start.startswith((ZIP_START, PICKLE_START)):
-            try:
-                from ldm.checkpoint.torch_file import read_torch
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+            if len(start) > 8 and start[8:9] == b"{" and struct.unpack_from("<Q", start)[0] < 2**40:  # a length, JSON
+                try:
+                    return _read_safetensors(file)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"checkpoint {str(path)!r} is not a complete safetensors file ({error})") from None
+            if start.startswith((ZIP_START, PICKLE_START)):
+                try:
+                    from ldm.checkpoint.torch_file import read_torch
 
-                return read_torch(file)
-            except ValueError as error:
-                raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from None
+                    return read_torch(file)
+                except ValueError as error:
+                    raise ValueError(f"checkpoint {str(path)!r} cannot be read: {error}") from None
+    except OSError as error:  # mapping it names no file
+        raise type(error)(f"checkpoint {str(path)!r} cannot be read: {error.strerror or error}") from None
     from ldm.checkpoint.foreign import what_it_is
 
     raise ValueError(f"checkpoint {str(path)!r} {what_it_is(start)}")
@@ -94,7 +98,7 @@ def _read_safetensors(file: BinaryIO) -> Contents:
     begin = 8 + struct.unpack_from("<Q", data)[0]
     if begin > min(len(data), MAX_HEADER):
         raise ValueError(f"its header ends at byte {begin}, and the file at {len(data)}")
-    header = json.loads(data[8:begin])
+    header = json.loads(data[8:begin], object_pairs_hook=_once)
     metadata = header.pop("__metadata__", None) or {}
     if not (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
         raise ValueError("its metadata are not texts")
@@ -115,6 +119,14 @@ def _read_safetensors(file: BinaryIO) -> Contents:
     if [start for start, _ in sorted(spans)] != ends[:-1] or begin + ends[-1] != len(data):
         raise ValueError("its tensors do not fill the file without gaps")
     return Contents(state, metadata, {})
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, of which Python would keep the last of equal names."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"its header has {Counter(name for name, _ in pairs).most_common(1)[0][0][:99]!r} twice")
+    return found
 
 
 def _described(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:

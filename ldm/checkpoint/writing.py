@@ -1,8 +1,6 @@
 """Write checkpoints: safetensors with our configuration in the header, or torch's format."""
 
-import errno
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,9 +71,10 @@ def save_torch(path: str | Path, content: Any) -> None:
     """Write what `torch.save` takes, atomically."""
     with atomic(path, _bytes(content)) as temporary:
         try:
-            torch.save(content, temporary)
-        except RuntimeError:  # torch's for a full disk, which says "unexpected pos 64 vs 0"
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # for a full disk "unexpected pos 64 vs 0", after Python's own error
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _bytes(content: Any) -> int:

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.checks import shorten
+
 NUM_CLIP_MERGES = 48_894  # 49,408 tokens less 2 x 256 bytes, start and end; the rest of the file is not used
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -175,7 +177,9 @@ def _pipeline(merges: Sequence[str], cleaning: str):
     from tokenizers import Tokenizer as Pipeline
     from tokenizers.models import BPE
 
-    split = [tuple(merge.split(" ")) for merge in merges]
+    split = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
+    if strange := [merge for merge, pair in zip(merges, split, strict=True) if len(pair) != 2]:
+        raise ValueError(f"the tokenizer's merge {shorten(repr(strange[0]))} is not two parts with a space between")
     names = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character per byte, in CLIP's order
     names += [name + "</w>" for name in names]
     names += ["".join(pair) for pair in split] + list(CLIP_SPECIAL[cleaning])
@@ -185,7 +189,7 @@ def _pipeline(merges: Sequence[str], cleaning: str):
     try:
         pipeline = Pipeline(BPE(vocab=vocabulary, merges=split, end_of_word_suffix="</w>"))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"the tokenizer's merges are not a byte-pair list: {error}") from error
+        raise ValueError(f"the tokenizer's merges are not a byte-pair list: {shorten(str(error))}") from error
     special = "|".join(re.escape(name) for name in CLIP_SPECIAL[cleaning])
     if cleaning == "clip":
         pipeline.normalizer = normalizers.Sequence(

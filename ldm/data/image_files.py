@@ -27,28 +27,35 @@ def read_image(source: Path | bytes, channels: int = 3, name: str = "an image") 
     ValueError if it is not an image, damaged, or of unknown range (32-bit, float).
     """
     with _open(source, name) as opened:
-        opened.load()
         # The orientation first: a conversion may drop its metadata.
-        image = over(_to_eight_bits(ImageOps.exif_transpose(opened)), "white")
+        image = over(_to_eight_bits(_turned(opened)), "white")
         return image.convert("RGB" if channels == 3 else "L")
 
 
 def open_image(path: Path) -> Image.Image:
     """Read an image and apply `upright`; errors as in `read_image`."""
     with _open(path) as opened:
-        opened.load()
         return upright(opened)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Return the image as `read_image` does, but in mode "L", "RGB" or, if it has transparency, "RGBA"."""
-    image = _to_eight_bits(ImageOps.exif_transpose(image))
+    image = _to_eight_bits(_turned(image))
     if image.has_transparency_data:
         return image.convert("RGBA")
     result = image.convert("L" if image.mode in ("1", "L") else "RGB")
     if image.mode == "CMYK":
         result.info.pop("icc_profile", None)  # it describes ink
     return result
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. Damaged EXIF data is left out, as by viewers: the pixels are whole."""
+    image.load()  # what raises here is damage of the image
+    try:
+        return ImageOps.exif_transpose(image)
+    except DAMAGE:
+        return image
 
 
 def check_image(path: Path) -> None:

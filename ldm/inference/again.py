@@ -77,8 +77,8 @@ def read_image_text(path: Path) -> str:
         try:
             image = open_pillow(file, [name for name, _ in FORMATS.values()])
             text = image.info.get(CHUNK)
-            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(COMMENT)
-            if text is None and isinstance(comment, bytes) and comment.startswith(UTF16):
+            comment = None if text is not None else image.getexif().get_ifd(ExifTags.IFD.Exif).get(COMMENT)
+            if isinstance(comment, bytes) and comment.startswith(UTF16):
                 text = comment.removeprefix(UTF16).decode("utf-16-be")
         except (OSError, SyntaxError, ValueError, EOFError):  # what Pillow raises for files that are no whole images
             raise ValueError(f"{path} is not a PNG, JPEG or WebP image, or is damaged") from None

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checkpoint.file import file_hash
+from ldm.checkpoint.file import checkpoint_at, file_hash
 from ldm.conditioning.classes import class_numbers
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
@@ -273,7 +273,7 @@ def guide_hashes(args: argparse.Namespace, made: Recipe | None) -> dict[str, str
         before = "" if made is None else getattr(made, f"{name}_hash")
         scale = getattr(made, f"{name}_scale", None) if scale is None else scale
         if path is not None:
-            found[f"{name}_hash"] = file_hash(path)
+            found[f"{name}_hash"] = file_hash(checkpoint_at(path))
         elif before == "" or scale == off:
             continue
         if before not in ("", found.get(f"{name}_hash")):
