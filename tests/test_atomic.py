@@ -1,5 +1,6 @@
 """Files that are complete or not there: links, devices, full disks, writers at the same time, and killed ones."""
 
+import itertools
 import os
 import re
 import signal
@@ -7,6 +8,7 @@ import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ import torch
 from conftest import refused
 from PIL import Image
 
-from ldm.checkpoint.atomic import Lock, atomic, sweep, write_png, write_text
+from ldm.checkpoint import atomic as atomic_module
+from ldm.checkpoint.atomic import Lock, atomic, atomic_folder, sweep, write_png, write_text
 from ldm.checkpoint.writing import save_file, save_torch
 from ldm.inference.recipe import save_image
 
@@ -194,6 +197,52 @@ def test_what_killed_processes_leave_is_swept_and_what_living_ones_use_is_not(tm
         living.wait()
     write(tmp_path / "living" / "a", "third")  # takes over what the killed process left
     assert files(tmp_path / "living") == [".lock", ".mine.tmp", "a"]
+
+
+def replace_folder(path, text: str = "new") -> None:
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text(text)
+        (folder / "b").write_text(text)
+
+
+def kill_at(lines, frame, event, _):
+    """Trace the lines of ldm.checkpoint.atomic, and kill the process at the one where the count is 0."""
+    if frame.f_code.co_filename != atomic_module.__file__:
+        return None
+    if event == "line" and next(lines) == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return partial(kill_at, lines)
+
+
+@pytest.mark.parametrize("swaps", [True, False], ids=["swap", "two renames"])
+def test_a_folder_survives_kill_at_every_line(tmp_path, monkeypatch, swaps):
+    """It is the old or the new one; with two renames, at the latest when it is written next, even if that fails."""
+    if not swaps:
+        monkeypatch.setattr(atomic_module, "_swap", lambda *_: False)
+    path, outcomes = tmp_path / "out", []
+    while len(outcomes) == 0 or outcomes[-1] != "finished":
+        replace_folder(path, "old")
+        child = os.fork()
+        if child == 0:
+            sys.settrace(partial(kill_at, itertools.count(-len(outcomes))))
+            replace_folder(path)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert path.is_dir() or not swaps
+        with pytest.raises(RuntimeError), atomic_folder(path):
+            raise RuntimeError
+        outcomes.append("finished" if status == 0 else (path / "a").read_text())
+        assert files(tmp_path) == ["out"] and files(path) == ["a", "b"]
+        assert (path / "a").read_text() == (path / "b").read_text()
+    assert {"old", "new"} <= {*outcomes} and len(outcomes) > 30
+
+
+def test_two_folders_written_at_the_same_time(tmp_path):
+    (tmp_path / ".out.0.tmp").write_text("a file's")
+    with atomic_folder(tmp_path / "out") as first:
+        (first / "a").touch()
+        replace_folder(tmp_path / "out")
+    assert files(tmp_path) == [".out.0.tmp", "out"] and files(tmp_path / "out") == ["a"]
 
 
 def test_a_lock_leaves_nothing_and_a_child_does_not_hold_it(tmp_path):

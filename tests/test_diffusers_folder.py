@@ -353,7 +353,7 @@ def test_nothing_is_lost(models, tmp_path, monkeypatch):
     index = json.loads((path / "model_index.json").read_text())
     del index["_written_by"]  # as when diffusers has saved it again
     (path / "model_index.json").write_text(json.dumps(index))
-    refused("already holds model_index.json, scheduler.*would be lost", write_pipeline, path, config, state)
+    refused("already holds .*model_index.json.*would be lost", write_pipeline, path, config, state)
     with pytest.raises(ValueError, match="README' is a file"):
         (tmp_path / "README").write_text("mine")
         write_pipeline(tmp_path / "README", config, state)

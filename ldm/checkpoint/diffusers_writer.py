@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import diffusers_names as names
 from ldm.checkpoint import networks
+from ldm.checkpoint.atomic import atomic_folder
 from ldm.checkpoint.diffusers_config import (
     BETA_CURVES,
     PER_LEVEL,
@@ -97,7 +98,8 @@ def write_pipeline(
         "vae": (diffusers.AutoencoderKL, write_vae(vae, params["scale_factor"], defaults["height"])),
         "text_encoder": (transformers.CLIPTextModel, {"config": text_config}),
     }
-    with _replacing(path) as folder:
+    with atomic_folder(path) as folder:
+        _check_replaceable(path)
         pipeline = getattr(diffusers, PIPELINES[params.get("concat")])(
             **{part: _filled(*parts, weights[part], dtype) for part, parts in classes.items()},
             tokenizer=write_tokenizer(folder / "tokenizer", tokenizer.merges, tokenizer.pad, tokenizer.context_length),
@@ -304,30 +306,14 @@ def _refuse(reasons: Mapping[str, bool]) -> None:
         raise ValueError(f"{CANNOT_EXPRESS}: {'; '.join(found)}")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """`with _replacing(path) as temporary:` what is written there becomes `path` if the block succeeds."""
+def _check_replaceable(path: Path) -> None:
+    """Raise ValueError for a file, and for a folder with more in it than `write_pipeline` wrote."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{str(path)!r} is a file: give the path of a folder")
-    found = {file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir()}
     index = path / "model_index.json"
-    ours = index.is_file() and read_json(index).items() >= MARK.items()
-    strange = sorted(found - WRITTEN if ours else found)
+    own = WRITTEN if index.is_file() and read_json(index).items() >= MARK.items() else ()
+    found = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())
+    strange = sorted(islice((name for name in found if name not in own), 4))  # of "/", say, not all of them
     if strange:
         lost = f"{few(strange, 3)}, which would be lost"
         raise ValueError(f"folder {str(path)!r} already holds {lost}: name another folder, or empty this one")
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():  # in two steps: no rename replaces a folder that is not empty
-            os.rename(path, old)
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -71,8 +71,8 @@ def save_torch(path: str | Path, content: Any) -> None:
     """Write what `torch.save` takes, atomically."""
     with atomic(path, _bytes(content)) as temporary:
         try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
+            with open(temporary, "wb") as temporary_file:
+                torch.save(content, temporary_file)
         except RuntimeError as error:  # for a full disk "unexpected pos 64 vs 0", after Python's own error
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
