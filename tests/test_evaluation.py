@@ -18,11 +18,12 @@ from ldm.data.captions import Caption
 from ldm.data.digits import Digits
 from ldm.data.measure import MNIST_THRESHOLDS, classify_styles
 from ldm.evaluation import commands, networks, prompt, reference, report, samples, style
-from ldm.evaluation.autoencoder import psnr, reconstruct
+from ldm.evaluation.autoencoder import reconstruct
 from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, load_image_network
 from ldm.evaluation.reference import load_reference, measure_reference, save_reference
 from ldm.images import to_pil
 from ldm.models.classifier import FeatureNetwork, Judge, inner
+from ldm.models.perceptual import psnr
 
 SIZES = (50, 100, 200)
 SHEET_HEIGHT = 2 * (10 * 30 - 2)

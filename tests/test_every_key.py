@@ -20,6 +20,7 @@ from tiny_stages import config_of, write_inputs
 
 from ldm.commands.train import main
 from ldm.training.loop import LoopSettings
+from ldm.training.validation import DataSettings
 
 UNET = "stage.params.unet_config.params"
 # Where it stands (a stage of tiny_stages, and a place in its configuration): what is changed there, one at a time.
@@ -29,7 +30,10 @@ TABLE = """
 pixel loop:
   {steps: 3, batch_size: 3, accumulate: 2, precision: fp32, clip: 0.001, ema: 0.0, lr_schedule: {name: linear},
    log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, keep_every: 1,
-   keep_state: false, workers: 1, tensorboard: true}
+   keep_state: false, workers: 1, tensorboard: true,
+   validate_every: {to: 1, with: {preview_every: 2, /data.validation: 0.25}},
+   validate_both: {to: true, with: {/data.validation: 0.25}}}
+pixel data: {target: missing, params: {}, validation: 0.25}
 autoencoder stage.params:
   {ddconfig: {}, embed_dim: 3, learning_rate: 0.002, kl_weight: 1.0, reconstruction: l1, discriminator: null,
    disc_start: 9, disc_weight: 2.0, perceptual: judge, perceptual_weight: {to: 2.0, with: {perceptual: judge}},
@@ -125,6 +129,7 @@ INERT = {"UNetModel": ("image_size", "use_fp16", "use_bf16")}
 # Which class or function has the keys of a place; others are those of the configuration's own stage or data set.
 OF = {
     "loop": LoopSettings,
+    "data": DataSettings,
     "loop.lr_schedule": "lr_multiplier",
     "stage.params.weight": "loss_weight",
     "stage.params.noise": "training_noise",
@@ -159,7 +164,7 @@ def test_every_key_has_a_change_here():
         owner = owner_of(stage, place)
         walked.add(owner.__name__)
         assert keys_of(owner) - {*INERT.get(owner.__name__, ())} == changes.keys(), owner
-    names = {name.rpartition(".")[2] for name in (*STAGES, *DATA.split(), *PARTS)} | {"LoopSettings"}
+    names = {name.rpartition(".")[2] for name in (*STAGES, *DATA.split(), *PARTS)} | {"LoopSettings", "DataSettings"}
     assert walked | ELSEWHERE == names and not walked & ELSEWHERE
 
 

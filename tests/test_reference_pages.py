@@ -23,6 +23,7 @@ import ldm.generation
 from ldm.cli import Parser
 from ldm.settings import Guidance, Settings, setting_rows
 from ldm.training.loop import LoopSettings
+from ldm.training.validation import DataSettings
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- from here on written by `python tests/test_reference_pages.py` -->\n"
@@ -40,6 +41,7 @@ ldm.diffusion.schedule.training_timesteps ldm.diffusion.schedule.make_schedule
 ldm.training.lr_scheduler.lr_multiplier ldm.finetune.lora.attach ldm.latent_diffusion.LatentDiffusion
 ldm.pixel_diffusion.PixelDiffusion ldm.models.unet.UNetModel ldm.models.autoencoder.AutoencoderKL
 ldm.models.autoencoder.Encoder ldm.models.discriminator.NLayerDiscriminator""".split()
+SECTIONS = {"loop": LoopSettings, "data": DataSettings}
 # Parameters that are not keys of a configuration: the stage gives them, or only CompVis's configurations have them.
 NOT_KEYS = {
     "SubjectImages": "model size channels",
@@ -210,13 +212,14 @@ def generate() -> str:
 
 
 def configs() -> str:
+    own = [f"## {part}\n\n{table(PARAMETER, parameters(found))}" for part, found in SECTIONS.items()]
     parts = []
     for title, names in (("Stages", STAGES), ("Data sets", DATA.split()), ("Parts", PARTS)):
         parts.append(f"## {title}")
         for name in names:
             found = resolve_name(name)
             parts += [f"### {found.__name__}", f"`{name}`: {_summary(found)}", table(PARAMETER, parameters(found))]
-    text = join("## loop", table(PARAMETER, parameters(LoopSettings)), *parts)
+    text = join(*own, *parts)
     for name in re.findall(r"^### (\w+)", text, flags=re.M):
         text = text.replace(f"`{name}`", f"[`{name}`](#{name.lower()})")
     return text

@@ -12,16 +12,6 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import SHIPPED, load_network
 
 
-def psnr(reconstruction: Tensor, images: Tensor, peak: float = 2.0) -> Tensor:
-    """Return 10 log10(peak^2 / mean squared error) in dB of each of (n, c, h, w): (n,); infinite for an exact copy.
-
-    Args:
-        peak: the range of the pixels, 2 for [-1, 1].
-    """
-    error = (reconstruction.double() - images.double()).square().flatten(1).mean(dim=1)
-    return 10 * (peak**2 / error).log10()
-
-
 def load_autoencoder(path: str | Path | None, device: str = "auto") -> tuple[Any, float]:
     """Load a first stage from a model's file or its own; return it and the scale factor of its latents.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldm.data.captions import FRAME_LISTS, Caption
 from ldm.data.measure import classify_styles
-from ldm.evaluation.autoencoder import Reconstruction, psnr
+from ldm.evaluation.autoencoder import Reconstruction
 from ldm.evaluation.diversity import class_diversity
 from ldm.evaluation.frechet import frechet_distance, moments
 from ldm.evaluation.memorisation import memorisation, nearest_training_distance
@@ -18,6 +18,7 @@ from ldm.evaluation.prompt import accuracy, accuracy_by
 from ldm.evaluation.reference import Floor, Reference
 from ldm.evaluation.samples import to_unit
 from ldm.evaluation.style import style_accuracy
+from ldm.models.perceptual import psnr
 
 
 def report_model(

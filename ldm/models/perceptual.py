@@ -1,5 +1,5 @@
-"""A distance between images in the features of a frozen network (Zhang et al. 2018, eq. 1): LPIPS, or one without
-learned weights."""
+"""Distances between images: in the features of a frozen network (Zhang et al. 2018, eq. 1), by LPIPS or without
+learned weights, and in pixels."""
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -57,3 +57,13 @@ def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def _unit(features: Tensor) -> Tensor:
     features = features.float()
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + MIN_SQUARED_NORM)  # (b, c, h, w)
+
+
+def psnr(reconstruction: Tensor, images: Tensor, peak: float = 2.0) -> Tensor:
+    """Return 10 log10(peak^2 / mean squared error) in dB of each of (n, c, h, w): (n,); infinite for an exact copy.
+
+    Args:
+        peak: the range of the pixels, 2 for [-1, 1].
+    """
+    error = (reconstruction.double() - images.double()).square().flatten(1).mean(dim=1)
+    return 10 * (peak**2 / error).log10()

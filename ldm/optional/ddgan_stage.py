@@ -15,7 +15,7 @@ from ldm.models.discriminator import vanilla_d_loss
 from ldm.optional.ddgan import Discriminator, q_pair, r1_penalty
 from ldm.optional.denoising_gan import DenoisingGAN
 from ldm.training.pixel_diffusion import PixelDiffusionStage
-from ldm.training.stage import Loss, adamw
+from ldm.training.stage import Loss, Stage, adamw
 from ldm.util import call_with
 
 
@@ -44,6 +44,8 @@ class DenoisingGANStage(PixelDiffusionStage):
         r1_weight, r1_every: gamma, half of which multiplies the penalty; and in which batches it is added.
         reconstruction: weight of |x0' - x0|^2, a mean over pixels; 0 is the paper's loss.
     """
+
+    validate = Stage.validate  # there is none: the error of x0 does not say how good a sample of it is
 
     def __init__(
         self,

@@ -1,11 +1,12 @@
 """The classifier of classifier guidance, trained on images at all noise levels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checks import Betas, Count, Rate
@@ -70,6 +71,15 @@ class NoisyClassifierStage(Stage):
         logits = self.model(q_sample(images, t, torch.randn_like(images), self.schedule), t).float()  # (b, classes)
         loss = F.cross_entropy(logits, labels)
         return loss, {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+
+    def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Return the loss and the accuracy at uniform timesteps."""
+        images, labels = batch["image"], batch["label"]
+        t = (places * self.schedule.T).long().to(images.device)
+        eps = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in noise]).to(images)
+        logits = self.model(q_sample(images, t, eps, self.schedule), t).float()  # (b, classes)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return {"loss": losses, "accuracy": (logits.argmax(dim=1) == labels).float()}
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:

@@ -3,24 +3,25 @@
 Rombach et al. 2022, section 3.1 and appendix G; the adversarial part after Esser et al. 2021 (VQGAN), eq. 7.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.networks import KL_TARGET, VQ_TARGET
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checks import Count, Entries, Rate
+from ldm.diffusion.loss import mean_error
 from ldm.images import to_pil
 from ldm.loading import load_network
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
-from ldm.models.perceptual import lpips, perceptual_distance
+from ldm.models.perceptual import lpips, perceptual_distance, psnr
 from ldm.training.contract import check_image_size
 from ldm.training.latents import encode_dataset, posterior
 from ldm.training.stage import Loss, Stage, adamw
@@ -116,25 +117,38 @@ class AutoencoderStage(Stage):
         return *loss(batch["image"], number >= self.disc_start), None
 
     def _autoencoder_loss(self, x: Tensor, adversarial: bool) -> Loss:
-        reconstruction, code = self.model(x)
-        reconstruction = reconstruction.float()
-        if reconstruction.shape != x.shape:  # torch would repeat one of them
-            raise ValueError(f"images {tuple(x.shape)} are decoded to {tuple(reconstruction.shape)}: see out_ch")
-        error = (F.mse_loss if self.error == "l2" else F.l1_loss)(reconstruction, x)
-        if isinstance(code, Tensor):
-            loss, metrics = error + self.codebook_weight * code, {"error": error, "codebook": code}
-        else:
-            kl = code.kl().mean() / code.mean[0].numel()
-            loss, metrics = error + self.kl_weight * kl, {"error": error, "kl": kl}
-        if self.perceptual is not None:
-            metrics["perceptual"] = perceptual_distance(self.perceptual, reconstruction, x).mean()
-            loss = loss + self.perceptual_weight * metrics["perceptual"]
+        reconstruction, losses, metrics = self._reconstruct(x)
+        loss, metrics = losses.mean(), {name: values.mean() for name, values in metrics.items()}
         if self.discriminator is not None:
             metrics["adversarial"] = generator_loss(self._judged(reconstruction))
             last = self.model.get_last_layer()
             factor = adaptive_weight(loss, metrics["adversarial"], last) * self.disc_weight
             loss = loss + adversarial * factor * metrics["adversarial"]
         return loss, metrics
+
+    def _reconstruct(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return reconstructions of x (b, c, h, w), their losses but for the adversarial term, and its terms, (b,)."""
+        reconstruction, code = self.model(x, **options)
+        reconstruction = reconstruction.float()
+        if reconstruction.shape != x.shape:  # torch would repeat one of them
+            raise ValueError(f"images {tuple(x.shape)} are decoded to {tuple(reconstruction.shape)}: see out_ch")
+        metrics = {"error": mean_error(self.error, reconstruction, x)}
+        if isinstance(code, Tensor):
+            metrics["codebook"] = code.expand(len(x))
+            losses = metrics["error"] + self.codebook_weight * metrics["codebook"]
+        else:
+            metrics["kl"] = code.kl() / code.mean[0].numel()
+            losses = metrics["error"] + self.kl_weight * metrics["kl"]
+        if self.perceptual is not None:
+            metrics["perceptual"] = perceptual_distance(self.perceptual, reconstruction, x)
+            losses = losses + self.perceptual_weight * metrics["perceptual"]
+        return reconstruction, losses, metrics
+
+    def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Return the loss, its terms and the PSNR of reconstructions, where there is a posterior from its mean."""
+        x, options = batch["image"], {"sample_posterior": False} if isinstance(self.model, AutoencoderKL) else {}
+        reconstruction, losses, metrics = self._reconstruct(x, **options)
+        return {"loss": losses, "psnr": psnr(reconstruction, x).clamp(max=100.0), **metrics}  # not infinite
 
     def _judged(self, x: Tensor) -> Tensor:
         """Return the discriminator's logits, without gradients of its own weights."""

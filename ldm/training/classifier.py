@@ -1,7 +1,7 @@
 """The judge and the feature network of the evaluation: classifiers, trained on randomly transformed images."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,12 @@ class ClassifierStage(Stage):
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         right = (logits.argmax(dim=1) == batch["label"]).float().mean()
         return loss, {"loss": loss, "accuracy": right}
+
+    def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Return the loss and the accuracy on images without transforms."""
+        logits, labels = self.model(batch["image"]).float(), batch["label"]
+        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return {"loss": losses, "accuracy": (logits.argmax(dim=1) == labels).float()}
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:

@@ -5,7 +5,7 @@ other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batc
 processes, each compares its own part of the batch only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class CLIPStage(Stage):
     """
 
     reads, methods = ("image", "caption"), ("texts",)
+    validation_batch = 128  # a value depends on the captions that an image is compared with
 
     def __init__(
         self,
@@ -87,14 +88,24 @@ class CLIPStage(Stage):
         return dataset
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
+        losses, found, _ = self._compare(batch)
+        loss = losses.mean()
+        return loss, {"loss": loss, "accuracy": found.mean()}
+
+    def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Return the loss, and whether an image's nearest caption of 128 is right, and a caption's nearest image."""
+        losses, caption_found, image_found = self._compare(batch)
+        return {"loss": losses, "accuracy": caption_found, "image_accuracy": image_found}
+
+    def _compare(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return losses (b,), and whether caption retrieval and image retrieval within the batch are right, (b,)."""
         images, texts, scale = self._embed(batch)
         logits = scale.clamp(max=100.0) * images @ texts.T  # (images, captions)
         true = self.positives(batch).to(logits.device)
-        rows = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1).mean()
-        columns = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0).mean()
-        loss = (rows + columns) / 2
-        accuracy = (true.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean()
-        return loss, {"loss": loss, "accuracy": accuracy}
+        rows = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
+        columns = -(true / true.sum(0, keepdim=True) * logits.log_softmax(0)).sum(0)
+        caption_found, image_found = (true.gather(k, logits.argmax(k, keepdim=True)).squeeze(k) > 0 for k in (1, 0))
+        return (rows + columns) / 2, caption_found.float(), image_found.float()
 
     def _embed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         image = batch["image"].expand(-1, 3, -1, -1)  # open_clip's towers have three input channels

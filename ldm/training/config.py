@@ -95,8 +95,10 @@ def _apply(change: str, config: Any, given: Any) -> bool:
 def _has(config: Any, key: str) -> bool:
     """Return whether a dotted key exists, or may be added: below a null, or as a parameter, which a stage checks."""
     parent, _, last = key.rpartition(".")
-    node = OmegaConf.select(config, parent, default=False) if parent else config
-    return node is None or OmegaConf.is_dict(node) and (parent == "loop" or parent.endswith("params") or last in node)
+    absent = None if parent == "data.validation" else False
+    node = OmegaConf.select(config, parent, default=absent) if parent else config
+    free = parent in ("loop", "data") or parent.endswith("params")
+    return node is None or OmegaConf.is_dict(node) and (free or last in node)
 
 
 def _resolve(path: str, config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ldm.latent_diffusion import Conditioning, require
 from ldm.training.objective import Objective
 from ldm.training.stage import Loss, Stage
 
+BINS, TRIPLES = 5, 260  # of validation: ranges of timesteps, and at least so many (image, timestep, noise)
 MAX_TERMINAL_SIGNAL = 0.05  # sqrt(alpha-bar) at the last noise level, above which a note is printed
 
 
@@ -80,8 +81,11 @@ class DenoisingStage(Stage):
         """Generate one image in two denoising steps."""
         self.latent_diffusion.generate(self.preview_prompts[:1], steps=min(2, self.latent_diffusion.schedule.T))
 
-    def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
-        """Return the latents (or pixels) (b, c, h, w) of a batch and their conditioning."""
+    def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
+        """Return the latents (or pixels) (b, c, h, w) of a batch and their conditioning.
+
+        training: sample the latents, and drop conditions for classifier-free guidance; otherwise nothing is random.
+        """
         raise NotImplementedError
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
@@ -89,6 +93,27 @@ class DenoisingStage(Stage):
         t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
         loss = self.objective.losses(z, cond, t, noise).mean()
         return loss, {"loss": loss}
+
+    def validation_count(self, images: int) -> int:
+        """Return a multiple of BINS, so that all ranges of timesteps have equal shares."""
+        return max(-(-images // BINS) * BINS, TRIPLES)
+
+    def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Return the mean squared error of the prediction, over all timesteps and in BINS ranges of them.
+
+        Timesteps are uniform and errors not weighted, whatever the objective: runs that differ in it compare.
+        """
+        z, cond = self.data(batch, training=False)
+        T, bins = self.objective.model.schedule.T, min(BINS, self.objective.model.schedule.T)
+        t = (places * T).long()
+        eps = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in noise])
+        losses = self.latent_diffusion.loss(z, cond, t.to(z.device), eps.to(z))
+        values, nan = {"loss": losses}, losses.new_tensor(torch.nan)
+        for k in range(bins):
+            low, high = -(-k * T // bins), -(-(k + 1) * T // bins)
+            inside = ((low <= t) & (t < high)).to(z.device)
+            values[f"loss_t{low}-{high - 1}"] = torch.where(inside, losses, nan)
+        return values
 
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:

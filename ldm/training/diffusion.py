@@ -9,11 +9,11 @@ from torch.utils.data import Dataset
 
 from ldm.checkpoint.file import load_file
 from ldm.checks import Betas, Count, Probability, Rate
+from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.denoising import DenoisingStage
 from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.objective import Objective
-from ldm.training.order import first_images
 
 
 class DiffusionStage(DenoisingStage):
@@ -88,12 +88,12 @@ class DiffusionStage(DenoisingStage):
         self.latent_diffusion.scale_factor = float(variance**-0.5)
         return LatentDataset(dataset, mean, std) if self.cache_latents else dataset
 
-    def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
+    def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
         model = self.latent_diffusion
         if "mean" in batch:
             z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
         else:
-            z = model.encode(batch["image"])
-        dropped = torch.rand(len(z)) < self.caption_dropout
+            z = model.encode(batch["image"], mode=not training)
+        dropped = torch.rand(len(z)) < (self.caption_dropout if training else 0.0)
         captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
         return z, model.cond_stage_model(captions)  # taken literally, and cut to the context length

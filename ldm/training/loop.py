@@ -5,30 +5,28 @@ other randomness of (seed, batch number); state is saved between training steps.
 resumed ends with the same weights as an uninterrupted one (bit for bit on a CPU with the same number of threads).
 """
 
-import math
 import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.checks import Decay, Positive, Range
-from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
+from ldm.training.metrics import Metrics
 from ldm.training.order import EpochBatches, mix_seed, training_batches
 from ldm.training.processes import StopFlag, agreed, make_accelerator
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage, Trained
+from ldm.training.validation import build_datasets, make_validation
 from ldm.util import call_with, instantiate_from_config, pick_device
 
-LARGEST_WEIGHT = 1e6  # far more than any trained network's
 LARGEST_STEP = 2**16  # images of a training step in a process: more than any published
 
 
@@ -50,6 +48,8 @@ class LoopSettings:
     save_every: Positive = 500  # steps between states to resume from
     keep_every: Annotated[int, Range(0)] = 0  # steps between checkpoints kept as model-STEP.safetensors; 0: none
     keep_state: bool = True  # whether a finished run keeps resume.pt, so that it can go on with more steps
+    validate_every: Positive | None = None  # steps between measurements on data.validation; None: as between previews
+    validate_both: bool = False  # whether to measure the weights that train there too, besides their average
     workers: Annotated[int, Range(0, 256)] = 0  # processes that load data
     tensorboard: bool = True  # whether to write TensorBoard's file
 
@@ -58,6 +58,10 @@ class LoopSettings:
             raise ValueError(
                 f"loop.batch_size {self.batch_size} times loop.accumulate {self.accumulate} are {images:,} images in "
                 f"each training step: at most {LARGEST_STEP:,} are possible"
+            )
+        if self.validate_both and self.ema == 0:
+            raise ValueError(
+                "loop.validate_both has no effect with loop.ema 0: there is no average besides the weights"
             )
         call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)
 
@@ -103,8 +107,9 @@ def train_stage(
     torch.manual_seed(seed)
     stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
     with accelerator.main_process_first():  # it writes files that the others then find
-        dataset = build_dataset(stage, config["data"])
+        dataset, held_out = build_datasets(stage, config["data"])
     dataset = stage.prepare(dataset)
+    validation = make_validation(stage, held_out, settings)
     trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks
     average = EMA(trained, settings.ema)
     model, *optimizers = accelerator.prepare(trained, *stage.optimizers())
@@ -155,6 +160,8 @@ def train_stage(
             step += 1
             progress.update()
             last = step == settings.steps
+            if validation is not None and (last or step % (settings.validate_every or settings.preview_every) == 0):
+                metrics.validated(step, validation.report(average, accelerator))
             if last or step % settings.log_every == 0:
                 progress.set_postfix(metrics.report(step), refresh=False)
             if last or step % settings.preview_every == 0:
@@ -187,45 +194,6 @@ def train_stage(
         folder.remove_state()
     accelerator.wait_for_everyone()  # the next stage reads what the main process writes
     accelerator.free_memory()
-
-
-class Metrics:
-    """Means over the main process's batches since the last report, logged as a JSON line and TensorBoard points."""
-
-    def __init__(self, stage: str, folder: RunFolder, networks: nn.Module) -> None:
-        self.stage, self.folder, self.networks, self.values = stage, folder, networks, {}
-
-    def add(self, values: dict[str, torch.Tensor]) -> None:
-        for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach())
-
-    def report(self, step: int) -> dict[str, str]:
-        """Log the means and return the first few for the progress bar.
-
-        Raises ValueError if a mean or weight is not finite, or a weight larger than any that a network works with.
-        """
-        means = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
-        self.values = {}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                self._stop(f"{name} became {mean}", step)
-        weights = [p.detach().abs().max().float() for p in self.networks.parameters() if p.requires_grad and p.numel()]
-        largest = torch.stack(weights).max().item() if weights else 0.0
-        if not largest <= LARGEST_WEIGHT:
-            self._stop(f"a weight became {largest:.3g}", step)
-        if means:
-            self.folder.log(step, means)
-        return {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]}
-
-    def _stop(self, what: str, step: int) -> NoReturn:
-        state = self.folder.state
-        advice = "nothing was saved yet: start again with"
-        if state.exists():
-            advice = f"the last saved state is in {str(self.folder.path)!r}: continue with --resume and"
-        raise ValueError(
-            f"{self.stage}: {what} by step {step}, so training stopped; {advice} a lower learning rate, or "
-            "loop.precision=fp32"
-        )
 
 
 def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:

@@ -3,7 +3,6 @@
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from copy import copy
 from typing import Any
 
 import torch
@@ -97,14 +96,6 @@ def in_batches(dataset: Dataset, batch_size: int, label: str) -> Iterable[dict]:
     """Return the batches of the whole data set, in order, with a progress bar."""
     loader = DataLoader(dataset, batch_size, generator=torch.Generator())  # torch's own must not change
     return tqdm(loader, desc=label, unit="batch", leave=False)
-
-
-def first_images(dataset: Any, count: int) -> Any:
-    """Return the data set cut to its first images, otherwise as it is, its class's name included."""
-    cut = copy(dataset)
-    kind = type(dataset)
-    cut.__class__ = type(kind.__name__, (kind,), {"__len__": lambda self: min(count, len(dataset))})
-    return cut
 
 
 def ignore_signals(worker: int) -> None:

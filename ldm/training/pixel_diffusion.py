@@ -69,12 +69,12 @@ class PixelDiffusionStage(DenoisingStage):
         self.check_size(dataset)
         return dataset
 
-    def data(self, batch: Mapping[str, Any]) -> tuple[Tensor, Conditioning]:
+    def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
         model = self.latent_diffusion
         if model.cond_stage_model is None:
             return batch["image"], {}
         labels = batch["label"]
-        if self.class_dropout > 0:
+        if training and self.class_dropout > 0:
             dropped = torch.rand(len(labels)) < self.class_dropout
             labels = torch.where(dropped.to(labels.device), model.null, labels)
         return batch["image"], model.condition(labels)

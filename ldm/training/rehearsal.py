@@ -5,6 +5,7 @@ import os
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.checkpoint.writing import save_file
-from ldm.training.contract import build_dataset
+from ldm.data.part import first_images
 from ldm.training.loop import LoopSettings
-from ldm.training.order import EpochBatches, first_images
+from ldm.training.order import EpochBatches
 from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder, flatten
 from ldm.training.stage import Stage
+from ldm.training.validation import build_datasets, make_validation
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 
@@ -59,7 +61,7 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
     try:
         with redirect_stderr(io.StringIO()):  # notes and bars are training's, which begins anew
             stage = instantiate_from_config(config["stage"]).to(device).train(False)
-            dataset = build_dataset(stage, config["data"])
+            dataset, held_out = build_datasets(stage, config["data"])
             groups = getattr(dataset, "groups", None)
             EpochBatches(len(dataset), settings.batch_size, 0, groups=groups)
             prepared = stage.prepare(first_images(dataset, 2))
@@ -71,6 +73,8 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
                 _, _, shared = stage.turn(batch, k, 0, shared)
             with torch.no_grad():
                 stage.try_preview()
+                if validation := make_validation(stage, held_out, replace(settings, batch_size=2, workers=0)):
+                    validation.measure(batches=1)
                 stage.finish(prepared)
             return stage
     except OSError:

@@ -1,6 +1,6 @@
 """What the training loop asks of a stage."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ class Stage:
     reads: tuple[str, ...] = ("image",)  # what a sample of its data set needs
     methods: ClassVar[tuple[str, ...]] = ()  # what its data set needs besides
     takes_shapes: ClassVar[bool] = False  # whether the images of its data set may have several shapes
+    validation_batch: ClassVar[int | None] = None  # images that a value of `validate` depends on; None: itself only
     rehearses: ClassVar[bool] = True  # whether it can be tried on two images: not where a model is loaded to be tuned
 
     def __init__(self, preview_columns: int, **adam: Any) -> None:
@@ -83,6 +84,22 @@ class Stage:
             shared: what the turn before returned, detached; None for k = 0.
         """
         return *self.loss(batch), None
+
+    def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """Return values of each image of a batch, (b,) each, whose means over a data set are reported; nan is left out.
+
+        They do not depend on the rest of the batch, unless `validation_batch` says so. The loop calls this in eval mode
+        and without gradients. Stages that can be validated override it.
+
+        Args:
+            places: the images', in (0, 1) and evenly spread over the data set: float64 (b,), to choose noise levels by.
+            noise: a generator for each image, on the CPU, in the same state each time.
+        """
+        raise NotImplementedError
+
+    def validation_count(self, images: int) -> int:
+        """Return how many times in all `validate` takes one of so many images, in turn."""
+        return images
 
     def preview(self) -> list[Image.Image]:
         """Return images that show what the networks have learned, `preview_columns` to a row."""

@@ -1,0 +1,134 @@
+"""Validation: what a stage reaches on images that it is not trained on, on the same ones with the same noise each time.
+
+A validation leaves no trace in the training: it has random states of its own, and weights are as they were.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ldm.checks import Range, few
+from ldm.data.part import part
+from ldm.training.contract import build_dataset
+from ldm.training.ema import EMA
+from ldm.training.order import ignore_signals, mix_seed
+from ldm.training.stage import Stage
+from ldm.util import call_with
+
+
+@dataclass
+class DataSettings:
+    """The `data:` part of a configuration."""
+
+    target: str  # class of the data set
+    params: Mapping[str, Any] | None = None  # its arguments
+    # What to validate on: a share of the images, which are then not trained on, or what the arguments of other images
+    # are, such as {root: DIR}. None: nothing.
+    validation: Annotated[float, Range(0, 1)] | Mapping[str, Any] | None = None
+
+
+def build_datasets(stage: Stage, config: Mapping[str, Any]) -> tuple[Any, Any | None]:
+    """Return the data set to train on and the one to validate on, or None; ValueError where they do not fit.
+
+    A share is of the same images for every seed of the training, so that runs compare.
+    """
+    settings = call_with("data", DataSettings, config)
+    dataset, chosen, params = build_dataset(stage, config), settings.validation, dict(settings.params or {})
+    if chosen is None:
+        return dataset, None
+    if type(stage).validate is Stage.validate:
+        raise ValueError(f"{type(stage).__name__} cannot be validated: leave out data.validation")
+    if not isinstance(chosen, Mapping):
+        held, order = round(chosen * len(dataset)), torch.randperm(len(dataset), generator=_generator(0)).tolist()
+        if not 0 < held < len(dataset):
+            raise ValueError(f"data.validation {chosen} of {len(dataset)} images leaves none on one of the two sides")
+        return part(dataset, sorted(order[held:])), part(copy(dataset), sorted(order[:held]))  # with an epoch each
+    if params | dict(chosen) == params:
+        raise ValueError(f"data.validation {dict(chosen)} changes nothing: these are the images that are trained on")
+    other = build_dataset(stage, {**config, "params": params | dict(chosen)})
+    shapes = [tuple(images[0]["image"].shape) for images in (dataset, other)]
+    if shapes[0] != shapes[1] and getattr(dataset, "groups", None) is None:
+        raise ValueError(f"the images of data.validation are {shapes[1]}, and those to train on {shapes[0]}")
+    classes = [list(getattr(images, "classes", ())) for images in (dataset, other)]
+    if classes[0] != classes[1]:
+        raise ValueError(
+            f"data.validation has the classes {few(classes[1])}, and the data to train on {few(classes[0])}"
+        )
+    files = [set(map(os.path.realpath, getattr(images, "paths", ()))) for images in (dataset, other)]
+    if both := sorted(files[0] & files[1]):
+        raise ValueError(f"{len(both)} images of data.validation are also trained on: {both[0]}; use other folders")
+    return dataset, other
+
+
+class Validation:
+    """The validation of a stage on a data set.
+
+    Args:
+        batch_size: of images at a time, on which results do not depend, up to rounding.
+        workers: processes that load data.
+        both: also validate the weights that train, not only their average.
+    """
+
+    def __init__(self, stage: Stage, dataset: Any, batch_size: int, workers: int = 0, both: bool = False) -> None:
+        count = stage.validation_count(len(dataset))
+        self.stage, self.workers, self.both = stage, workers, both
+        self.dataset = part(dataset, [i % len(dataset) for i in range(count)])
+        self.places = (torch.randperm(count, generator=_generator(1)).double() + 0.5) / count
+        alike, size = defaultdict(list), stage.validation_batch or batch_size
+        for i, group in enumerate(self.dataset.groups or [None] * count):
+            alike[group].append(i)
+        self.batches = [some[k : k + size] for some in alike.values() for k in range(0, len(some), size)]
+
+    def report(self, average: EMA, accelerator: Any) -> dict[str, float]:
+        """Return the means for the averaged weights, and for those that train if `both`, by their names."""
+        self.stage.train(False)
+        with average.applied():
+            found = {f"validation/{k}": v for k, v in self.measure(accelerator).items()}
+        if self.both:
+            found |= {f"validation_training_weights/{k}": v for k, v in self.measure(accelerator).items()}
+        self.stage.train()
+        return found
+
+    @torch.no_grad()
+    def measure(self, accelerator: Any = None, batches: int | None = None) -> dict[str, float]:
+        """Return the means over the data set, or over its first batches, which the processes share out."""
+        from accelerate.utils import gather_object, send_to_device
+
+        rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        device, own, found = self.stage.device, self.batches[rank:batches:count], []
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=own,
+            num_workers=self.workers,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),
+        )
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            bar = tqdm(loader, desc="validating", unit="batch", leave=False, delay=2, disable=rank > 0)
+            for number, (images, batch) in enumerate(zip(own, bar, strict=True)):
+                torch.manual_seed(mix_seed(2, rank + number * count))  # of what a network or data set may take besides
+                noise = [_generator(3, i) for i in images]
+                values = self.stage.validate(send_to_device(batch, device), self.places[images], noise)
+                found.append((rank + number * count, {name: value.double().cpu() for name, value in values.items()}))
+        found = sorted(gather_object(found) if count > 1 else found, key=lambda pair: pair[0])
+        return {name: torch.cat([values[name] for _, values in found]).nanmean().item() for name in found[0][1]}
+
+
+def make_validation(stage: Stage, dataset: Any | None, settings: Any) -> Validation | None:
+    """Return the validation on a data set; None without one, and ValueError if the settings, of the loop, need it."""
+    if dataset is not None:
+        return Validation(stage, dataset, settings.batch_size, settings.workers, settings.validate_both)
+    if settings.validate_every is not None or settings.validate_both:
+        raise ValueError("loop.validate_every and loop.validate_both need data.validation: a share, or a folder's root")
+    return None
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(mix_seed(*numbers))
