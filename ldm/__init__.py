@@ -6,16 +6,16 @@ How an image is sampled:
     diffusion/schedule.py            323  noise levels: betas, alpha-bar, sigma; the timesteps to visit
     diffusion/denoiser.py            170  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
     diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
-    diffusion/sampling/              533  first_order explains DDIM and DDPM; the others refine it
-    latent_diffusion.py              265  first stage + text encoder + UNet + schedule
-    generation.py                    253  generate: prompts -> images
+    diffusion/sampling/              532  first_order explains DDIM and DDPM; the others refine it
+    latent_diffusion.py              266  first stage + text encoder + UNet + schedule
+    generation.py                    258  generate: prompts -> images
 The networks:
     models/unet.py                   288  the UNet
     models/blocks.py                 315  its residual blocks, and its plan of levels (levels.py)
     models/attention.py              183  attention to the image and to the text
     models/autoencoder.py            400  the first stage, with its Gaussian latents (distributions.py)
     models/clip.py                   241  the text encoder
-    conditioning/text.py             339  prompts -> tokens (tokenizer.py) -> conditioning
+    conditioning/text.py             343  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
     diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
     training/stage.py                204  what a stage of training is, and its loss (objective.py)
@@ -25,7 +25,7 @@ How the model is trained:
     training/loop.py                 434  the training loop, its EMA, learning rate and data order
     data/captions.py                 247  the captions of digits (with captioned.py)
     data/mnist.py                    288  MNIST, scikit-learn's digits, and their measured style (measure.py)
-    loading.py                       492  load and save, our own file format (checkpoint/file.py, writing.py)
+    loading.py                       497  load and save, our own file format (checkpoint/file.py, writing.py)
 
 Everything else is optional: other models and samplers' settings, fine-tuning, evaluation, the command line, CompVis's
 interface. `tests/test_reading_path.py` keeps this list complete.
