@@ -161,6 +161,7 @@ FOLDERS = {
     ),
     "many": ({"a": make_image(), "a_mask": upper()}, ["--n_samples", 2], "leave out --n-samples, --n-iter"),
     "two ways": ({"a": make_image(), "a_mask": upper()}, ["--mask", "m.png", "--strip"], "leave out --mask, --strip"),
+    "no grid": ({"a": make_image(), "a_mask": upper()}, ["--n_rows", 2, "--batch-size", 2], "--n-rows, --batch-size"),
 }
 
 

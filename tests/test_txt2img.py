@@ -119,6 +119,7 @@ def test_skipping(generate):
     assert names(generate("--skip-save", out="grid") / "samples") == []
     assert names(generate("--skip_grid", out="samples")) == ["samples"]
     refused("--skip_save and --skip_grid together save nothing", generate, "--skip_save", "--skip_grid")
+    refused("--n_rows would have no effect: no grid", generate, "--n_samples", 2, "--n_rows", 1, "--skip_grid")
 
 
 @pytest.mark.parametrize("eta", [0, 1])

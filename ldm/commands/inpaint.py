@@ -32,6 +32,7 @@ from ldm.inference.run import (
     init_settings,
     load_checked,
     make_writable,
+    note_unused,
 )
 
 MASK = "_mask.png"
@@ -63,7 +64,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
 
     All pairs are checked before the first is generated, but only one is in memory at a time.
     """
-    others = ("init_img", "mask", "from_file", "from_png", "fixed_code", "skip_save", "strip", "enlarge")
+    others = "init_img mask from_file from_png fixed_code skip_save strip enlarge n_rows batch_size".split()
     given = [name for name in others if getattr(args, name) not in (None, False)]
     given += ["n_samples", "n_iter"] if args.n_samples * args.n_iter != 1 else []
     if given:
@@ -88,6 +89,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
 
     assert model.path is not None
     first = default_recipe(model, model.path.stem, **settings_of(args), **guide_hashes(args, None))
+    note_unused(first, args)
     recipes = [
         recipe.changed(**init_settings(init, args, model))
         for recipe, init in zip(plan(first, prompts, len(pairs), 1), inits(), strict=True)

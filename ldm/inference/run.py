@@ -34,6 +34,8 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
         raise ValueError("--from-png makes one image: leave out --n_samples and --n_iter")
     if args.skip_save and args.skip_grid and not args.strip:
         raise ValueError("--skip_save and --skip_grid together save nothing: leave one of them out")
+    if args.n_rows > 0 and (args.skip_grid or args.from_png is not None):
+        raise ValueError("--n_rows would have no effect: no grid of several images is made")
     prompts = chosen_prompts(args)
     if args.classifier is not None and args.from_png is None and not any(prompts):
         raise ValueError("--classifier needs a class to guide towards: give --class")
