@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which images are computed
+MOST_FOLDERS = 256  # in a path: each that is missing is made by a recursion
 ECHOED = 200  # characters of a value that a message repeats
 
 
@@ -56,7 +57,7 @@ def unfit(value: Any, hint: Any) -> str:
     if kind is bool:
         return "" if isinstance(value, bool) else "true or false"
     if kind in (str, Path):
-        return "" if isinstance(value, str | Path) else "a text"
+        return "" if isinstance(value, str | Path) and "\0" not in str(value) else "a text, without null characters"
     if kind is NoneType:
         return "" if value is None else "null"
     if kind in (dict, Mapping):
@@ -101,6 +102,17 @@ def as_path(what: str, value: object) -> Path:
     if not isinstance(value, str | os.PathLike) or isinstance(value := os.fspath(value), bytes):
         raise ValueError(f"{what} {shorten(repr(value))} must be a path: a text or a pathlib.Path")
     return Path(value)
+
+
+def path_fault(path: str) -> str:
+    """Return why a text is not the path of a file or folder, "" if it may be one."""
+    if not path:
+        return "the path is empty"  # it would be the current folder
+    if "\0" in path:
+        return f"the path {path!r} has a null character"
+    if (depth := len(Path(path).parts)) > MOST_FOLDERS:
+        return f"the path has {depth:,} folders within each other: at most {MOST_FOLDERS} are possible"
+    return ""
 
 
 def check_file(path: Path, what: str) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from ldm.checks import LARGEST_FLOAT, shorten_values
+from ldm.checks import LARGEST_FLOAT, path_fault, shorten_values
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,9 +66,9 @@ class Parser(argparse.ArgumentParser):
                 print(f"note: {first} is given {1 + len(others)} times: the last one counts", file=sys.stderr)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Read an option's values as argparse does; an empty path, as of "$UNSET", would be the current folder."""
-        if action.type is Path and "" in arg_strings:
-            raise argparse.ArgumentError(action, "the path is empty")
+        """Read an option's values as argparse does; refuse what is no path, such as the empty one of "$UNSET"."""
+        if action.type in (Path, absolute_path) and (faults := [*filter(None, map(path_fault, arg_strings))]):
+            raise argparse.ArgumentError(action, faults[0])
         return super()._get_values(action, arg_strings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -147,6 +147,11 @@ def _number_type(read: Callable[[str], Any], words: str, low: float, high: float
         return value
 
     return number
+
+
+def absolute_path(text: str) -> str:
+    """Option type: an absolute path, so that a run can be resumed from any folder."""
+    return str(Path(text).resolve())
 
 
 def device_name(text: str) -> str:

@@ -62,7 +62,12 @@ def test_paths_and_numbers_may_begin_with_a_dash_and_no_path_is_empty(capsys):
     paths.add_argument("--out", type=Path)
     args = paths.parse_args(["--out", "-x/y", "--scale", "-1e-3"])
     assert (args.out, args.scale) == (Path("-x/y"), -1e-3)
-    for argv, message in ((["--out", ""], "argument --out: the path is empty"), (["--out", "--skip"], "expected one")):
+    for argv, message in (
+        (["--out", ""], "argument --out: the path is empty"),
+        (["--out", "--skip"], "expected one"),
+        (["--out", "a\0"], "has a null character"),
+        (["--out", "a/" * 1000], "the path has 1,000 folders within each other: at most 256"),
+    ):
         with pytest.raises(SystemExit):
             paths.parse_args(argv)
         assert message in capsys.readouterr().err

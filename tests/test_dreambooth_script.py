@@ -317,6 +317,8 @@ def test_every_mistake_is_one_sentence(tiny_checkpoint, subject, tmp_path, capsy
         "bitsandbytes, which is not installed": line("--use_8bit_adam"),
         "adafactor's learning rate is relative": line("--optimizer", "adafactor"),
         "did you mean --learning_rate?": line("--learning_rat", "1"),
+        "name 'model.safetensors' is that of a file": line("--output_dir", str(tmp_path / "model.safetensors")),
+        "--instance_data_dir: the path is empty": line("--instance_data_dir", ""),
         "holds no run to resume": line("--resume_from_checkpoint", str(tmp_path / "none")),
     }
     for message, argv in mistakes.items():

@@ -178,6 +178,11 @@ def test_changes_apply_where_the_key_is(tmp_path):
             (YAML.replace("name: one", f"name: {bad}"), [], "must be that of one folder")
             for bad in ("../../x", "a/b", "..", "''")
         ),
+        (YAML, ["outdir=" + "a/" * 1000], "outdir: the path has 1,000 folders within each other"),
+        (YAML.replace("runs/x", '"a\\0"'), [], "outdir 'a.x00' must be a text, without null characters"),
+        (YAML.replace("name: one", 'name: " "'), [], "the name ' ' must be that of one folder"),
+        (YAML.replace("name: one", "name: .lock"), [], "'.lock' is that of a file or folder which each run has"),
+        (YAML, ["name=previews"], "'previews' is that of a file or folder which each run has"),
         (YAML.replace("runs/x", "null"), [], "outdir None must be a text"),
         (YAML.replace("seed: 0", "seed: true"), [], "seed True must be an integer"),
         (YAML.replace("runs/x", "${oc.env:HOME}"), [], r"has '\$\{oc.env:HOME\}': only references to its other values"),

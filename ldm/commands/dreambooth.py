@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli import Parser, finite_float, int_range
+from ldm.cli import Parser, absolute_path, finite_float, int_range
 from ldm.finetune.flags import (
     MEMORY,
     OBJECTIVE,
@@ -29,18 +29,17 @@ from ldm.finetune.flags import (
     const,
     many,
     number,
-    path,
 )
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 
 # names, the yaml's key, how they are parsed, help
 FLAGS = {
     "subjects": [
-        ("--instance_data_dir", "data.params.instance_data_dir", many(path, "DIR"), "the subject's images"),
+        ("--instance_data_dir", "data.params.instance_data_dir", many(absolute_path, "DIR"), "the subject's images"),
         ("--instance_prompt", "data.params.instance_prompt", many(str, "TEXT"), "what they show: 'a sks dog'"),
         ("--class_prompt", "data.params.class_prompt", many(str, "TEXT"),
          "what the subject is one of: 'a dog'; with choices, all of which are kept: 'a {dog|cat} {|in snow}'"),
-        ("--class_data_dir", "data.params.class_data_dir", many(path, "DIR"),
+        ("--class_data_dir", "data.params.class_data_dir", many(absolute_path, "DIR"),
          "images of the class; those missing to --num_class_images are generated there (OUTPUT_DIR/class)"),
         ("--keep_prompt", "data.params.keep_prompt", many(str, "TEXT"),
          "what else is to be kept: as many images of all these are generated as of the class; '': nothing "

@@ -16,15 +16,15 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.cli import Parser, finite_float, int_range
-from ldm.finetune.flags import MEMORY, OBJECTIVE, OUTPUT, TRAINING, add_flags, begin, choose, number, path
+from ldm.cli import Parser, absolute_path, finite_float, int_range
+from ldm.finetune.flags import MEMORY, OBJECTIVE, OUTPUT, TRAINING, add_flags, begin, choose, number
 from ldm.inference.options import add_checkpoint_options, loading_arguments
 from ldm.input_files import read_lines
 
 # names, the yaml's key, how they are parsed, help
 FLAGS = {
     "subject": [
-        ("--train_data_dir", "data.params.root", {"type": path, "required": True, "metavar": "DIR"},
+        ("--train_data_dir", "data.params.root", {"type": absolute_path, "required": True, "metavar": "DIR"},
          "the subject's images"),
         ("--placeholder_token", "stage.params.word", {"required": True, "metavar": "WORD"}, "its name: '<mine>'"),
         ("--initializer_token", "stage.params.initial", {"required": True, "metavar": "TEXT"},

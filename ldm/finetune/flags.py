@@ -27,11 +27,6 @@ class Choose(argparse.Action):
         setattr(namespace, self.dest, self.choices[values])
 
 
-def path(text: str) -> str:
-    """An option type: an absolute path, so that a run can be resumed from any folder."""
-    return str(Path(text).resolve())
-
-
 def const(value: Any) -> dict[str, Any]:
     """Settings of a flag without a value, which stores this one."""
     return {"action": "store_const", "const": value}

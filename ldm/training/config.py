@@ -9,10 +9,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ldm.checks import Range, shorten
+from ldm.checks import Range, path_fault, shorten
 from ldm.input_files import escaped, load_yaml
 from ldm.spelling import did_you_mean
-from ldm.training.run_folder import flatten
+from ldm.training.run_folder import check_name, flatten
 from ldm.util import call_with
 
 
@@ -26,10 +26,12 @@ def check_values(
     loop: Mapping[str, Any],
 ) -> None:
     """Raise ValueError for a configuration, read from `path`, whose parts do not fit; the others are its keys."""
-    if name in ("", ".", "..") or any(letter in "/\\" or not letter.isprintable() for letter in name):
-        raise ValueError(
-            f"configuration {path!r}: the name {shorten(repr(name))} must be that of one folder, to be made in outdir"
-        )
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ValueError(f"configuration {path!r}: {error}") from None
+    if fault := path_fault(outdir or "."):
+        raise ValueError(f"configuration {path!r}: outdir: {fault}")
     for part, section in (("stage", stage), ("data", data)):
         if "target" not in section or not isinstance(section.get("params", {}), dict):
             raise ValueError(f"configuration {path!r}: {part} must be a mapping with a target and params")

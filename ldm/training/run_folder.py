@@ -21,6 +21,7 @@ from ldm.checkpoint.atomic import Lock, explained, sweep, write_png, write_text
 from ldm.checkpoint.file import STEP_KEY, newest_checkpoint
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file, save_torch
+from ldm.checks import shorten
 from ldm.images import image_grid
 from ldm.input_files import escaped, read_yaml
 from ldm.labels import Row, labelled_rows
@@ -30,6 +31,17 @@ FREE = re.compile(
     r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|validate_\w+|workers|"
     r"tensorboard)|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
 )
+
+# Names of what a run's folder holds, in which another run may have its folder.
+TAKEN = re.compile(r"\.lock|\..*\.tmp|config\.yaml|metrics\.jsonl|events\..*|previews|resume\.pt|model.*\.safetensors")
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for what cannot be the name of a run's folder."""
+    if not name.strip(" .") or any(letter in "/\\" or not letter.isprintable() for letter in name):
+        raise ValueError(f"the name {shorten(repr(name))} must be that of one folder, to be made in outdir")
+    if TAKEN.fullmatch(name):
+        raise ValueError(f"the name {name!r} is that of a file or folder which each run has: use another")
 
 
 class RunFolder:
@@ -41,6 +53,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool, writes: bool) -> None:
         """`writes`: False in all but the main process of a distributed run."""
+        check_name(path.name)
         self.path, self.writes, self.writer = path, writes, None
         self.model, self.state, self.metrics = path / "model.safetensors", path / "resume.pt", path / "metrics.jsonl"
         refusal = f"{str(path)!r} is being trained in by another process: wait for its end, or choose another folder"
