@@ -5,6 +5,7 @@ import codecs
 import io
 import math
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -66,7 +67,7 @@ class Parser(argparse.ArgumentParser):
                 print(f"note: {first} is given {1 + len(others)} times: the last one counts", file=sys.stderr)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Read an option's values as argparse does; refuse what is no path, such as the empty one of "$UNSET"."""
+        """Read an option's values as argparse does; refuse what cannot be a path, as the empty one of "$UNSET"."""
         if action.type in (Path, absolute_path) and (faults := [*filter(None, map(path_fault, arg_strings))]):
             raise argparse.ArgumentError(action, faults[0])
         return super()._get_values(action, arg_strings)
@@ -170,7 +171,8 @@ def check_writable(path: Path | None) -> None:
 
 
 def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
-    """Run a script's `main()` and end the process: status 0, 2 with one sentence for a user's mistake, 130 for Ctrl-C.
+    """Run a script's `main()` and end the process: status 0, 2 with one sentence for a user's mistake, 130 for Ctrl-C
+    or SIGTERM, by which schedulers and containers end a program.
 
     Users' mistakes are ValueError and OSError, and too little memory; anything else is a bug and keeps its traceback.
     `LDM_TRACEBACK=1` shows it for all. A KeyboardInterrupt may carry a sentence of its own (how to go on). Where nobody
@@ -191,6 +193,7 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
             others(message, category, filename, *where, **more)
 
     warnings.showwarning = cast(Any, show)
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt
     codecs.register_error("ldm", _as_bytes_or_escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -213,6 +216,8 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
         if not isinstance(error.code, int | None):
             raise
         status = error.code or 0
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
     if not _flush() or fast_exit:  # the interpreter would fail to flush too, and change the status
         os._exit(status)
     sys.exit(status)

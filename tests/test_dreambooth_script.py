@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from inspect import signature
 
 import pytest
@@ -183,6 +184,29 @@ def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(
     for message, more in bad.items():
         refused(message, dreambooth.main, options(tiny_checkpoint, subject, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_class_images_are_generated(tiny_checkpoint, subject, tmp_path, monkeypatch, capsys, number):
+    """What was generated stays; nothing else does; the same command goes on, with --resume or without."""
+    out, save, before = tmp_path / "out", class_images.save_image, signal.getsignal(number)
+    saved: list = []
+
+    def stop(image, path, text):
+        if len(saved) == 2:
+            os.kill(os.getpid(), number)
+        save(image, path, text)
+        saved.append((path, path.stat().st_mtime_ns))
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(class_images, "save_image", stop)
+        run(lambda: dreambooth.main(options(tiny_checkpoint, subject, out)))
+    assert ended.value.code == 130 and capsys.readouterr().err.endswith("interrupted: what was finished is saved\n")
+    assert signal.getsignal(number) is before and len(saved) == 2
+    assert sorted(path for path in out.rglob("*") if path.is_file()) == sorted(path for path, _ in saved)
+    dreambooth.main(options(tiny_checkpoint, subject, out, *["--resume"] * (number == signal.SIGTERM)))
+    assert [path.stat().st_mtime_ns for path, _ in saved] == [time for _, time in saved]
+    assert len(list((out / "class").iterdir())) == 3 and (out / "model.safetensors").exists()
 
 
 def test_fewer_class_images_than_asked(tiny_checkpoint, subject, tmp_path, capsys):
