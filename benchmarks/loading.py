@@ -9,6 +9,7 @@ pages of a mapped file that nobody changed).
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,6 +102,7 @@ def compare_loading(files: Sequence[Path], config: Path, repeat: int) -> None:
 
 def measure(prepare: str, work: str, path: Path, config: Path) -> dict[str, float]:
     """Return what MEASURE prints in a fresh process."""
+    os.sync()  # a mapped file that was just written counts as private memory until the disk has it
     prepare, work = (text.format(path=str(path), config=str(config)) for text in (prepare, work))
     return run_fresh(f"loading {path}", "-c", MEASURE.format(prepare=prepare, work=work))
 

@@ -35,6 +35,8 @@ Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(1, 2**10)]  # blocks, heads, groups
 CountOrNone = Annotated[int, Range(0, 2**10)]
 Width = Annotated[int, Range(1, 2**16)]  # channels, features
+Levels = Annotated[Sequence[Count], "not empty"]  # a number for each level of a network
+Widths = Annotated[Sequence[Width], "not empty"]
 Entries = Annotated[int, Range(1, 2**24)]  # tokens, classes, codes
 Probability = Annotated[float, Range(0, 1)]  # probabilities
 Decay = Annotated[float, Range(0, 0.999999)]  # of an average over steps
@@ -45,6 +47,8 @@ Rate = Annotated[float, Range(0)]  # learning rates, weights of a loss
 def unfit(value: Any, hint: Any) -> str:
     """Return what a value should be by a type hint, such as "an integer"; "" if it is, or if the hint is a class."""
     kind, args = get_origin(hint) or hint, get_args(hint)
+    if kind is Annotated and not isinstance(args[1], Range):
+        return unfit(value, args[0]) or ("" if value else "a list of at least one entry")
     if kind is Annotated:
         return _out_of_range(value, args[0], args[1])
     if kind in (Union, UnionType):

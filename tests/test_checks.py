@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from ldm.checks import Range, shorten, shorten_values, unfit
+from ldm.checks import Levels, Range, shorten, shorten_values, unfit
 
 FITS = [
     (3, int), (np.int64(3), int), (3, float), (0.5, float), (np.float64(0.5), float), (True, bool), ("a", str),
@@ -17,7 +17,7 @@ FITS = [
     (None, int | None), ([1, 2], Sequence[int]), ((1, 2), list[int]), ([], Sequence[int]),
     ([1, "a"], tuple[int, str]), ([1, 2, 3], tuple[int, ...]), ({"a": 1}, dict[str, int]), ({}, Mapping[str, Any]),
     (-1, Literal[-1] | Annotated[int, Range(1)]), (math.inf, Annotated[float, Range(0, infinite=True)]),
-    (object(), Any), (object(), nn.Module), ("a", str | Sequence[str]), (["a"], str | Sequence[str]),
+    ([1, 2], Levels), (object(), Any), (object(), nn.Module), ("a", str | Sequence[str]), (["a"], str | Sequence[str]),
 ]  # fmt: skip
 UNFIT = [
     (True, int, "an integer"), ("3", int, "an integer"), (1.5, int, "an integer"), (2**63, int, "an integer"),
@@ -31,6 +31,7 @@ UNFIT = [
     ("ab", Sequence[str], "a list, each a text"), (3, Sequence[int], "a list, each an integer"),
     ([1, "a"], Sequence[int], "a list, each an integer"), ([1], tuple[int, int], "a list of 2 entries"),
     ([], Mapping[str, Any], "a mapping"), ({"a": "b"}, dict[str, int], "a mapping"),
+    ([], Levels, "a list of at least one entry"), ([0], Levels, "a list, each an integer from 1"),
 ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.checkpoint.networks import check_targets
 from ldm.checkpoint.tensors import check_finite, read_tensors
-from ldm.checks import as_path, check_file
+from ldm.checks import as_path, check_file, shorten
 
 CONFIG_KEY = "ldm.config"
 STEP_KEY = "ldm.step"  # of a run's checkpoints: how many steps they were trained
@@ -62,7 +62,7 @@ def read_config(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]
         if not isinstance(config, dict) or not isinstance(config.get("params", {}), dict):
             raise ValueError("it is not a mapping")
         if not isinstance(config.get("target"), str | None):
-            raise ValueError(f"its target is {config['target']!r}")
+            raise ValueError(f"its target is {shorten(repr(config['target']))}")
         check_targets(config)
         if "target" in config:
             config.setdefault("params", {})

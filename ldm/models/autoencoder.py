@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import silu as nonlinearity  # CompVis's name, under which research code replaces it
 
-from ldm.checks import Count, Probability, Width
+from ldm.checks import Count, Levels, Probability, Width
 from ldm.legacy_paths import elsewhere
 from ldm.models.blocks import normalization
 from ldm.models.distributions import DiagonalGaussianDistribution
@@ -145,7 +145,7 @@ class _Half(nn.Module):
     in_channels: Width  # channels of the image
     resolution: Width  # height of the images, for attn_resolutions
     z_channels: Width  # channels between encoder and decoder
-    ch_mult: Sequence[Count] = (1, 2, 4, 8)  # width of each level in units of ch
+    ch_mult: Levels = (1, 2, 4, 8)  # width of each level in units of ch
     dropout: Probability = 0.0  # in the residual blocks
     resamp_with_conv: bool = True  # resample with convolutions
     double_z: bool = True  # the encoder gives means and log variances

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checks import Count, CountOrNone, Entries, Probability, Width
+from ldm.checks import Count, CountOrNone, Entries, Levels, Probability, Width
 from ldm.models.attention import SpatialTransformer
 from ldm.models.blocks import (
     AttentionBlock,
@@ -100,7 +100,7 @@ class UNetModel(UNetEncoder):
     num_res_blocks: Count | Sequence[Count]  # per level, or one number for all; one list entry per level once built
     attention_resolutions: Sequence[int]  # the *downsampling factors* (1, 2, 4, ...) of the levels with attention
     dropout: Probability = 0.0  # in the residual blocks
-    channel_mult: Sequence[Count] = (1, 2, 4, 8)  # width of each level in units of model_channels
+    channel_mult: Levels = (1, 2, 4, 8)  # width of each level in units of model_channels
     conv_resample: bool = True  # resample with convolutions
     dims: int = 2  # must be 2
     # A number of classes (y: integer (b,)), "continuous" (y: (b, 1)) or "sequential" (y: (b, adm_in_channels), such as

@@ -5,14 +5,14 @@ with a latent z, fresh at every step, and the discriminator sees the pair (x_{t-
 be deterministic; without x_t and t the discriminator would judge an image, not a denoising step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checks import Count, Entries, Width
+from ldm.checks import Count, Entries, Levels, Width
 from ldm.diffusion.posterior import levels
 from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 from ldm.models.blocks import TimestepBlock, timestep_embedding, zero_module
@@ -90,7 +90,7 @@ class Discriminator(nn.Module):
         self,
         in_channels: Width = 1,
         width: Width = 64,
-        channel_mult: Sequence[Count] = (1, 2, 4, 4),
+        channel_mult: Levels = (1, 2, 4, 4),
         time_channels: Width = 128,
         classes: Entries | None = None,
         patch: Count = 1,

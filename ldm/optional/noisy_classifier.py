@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.checks import Count, Probability, Width
+from ldm.checks import Count, Levels, Probability, Width
 from ldm.models.blocks import count_heads, normalization, require_two_dims, timestep_embedding, zero_module
 from ldm.models.kernels import attention
 from ldm.models.levels import plan_levels
@@ -63,7 +63,7 @@ class EncoderUNetModel(UNetEncoder):
     num_res_blocks: Count
     attention_resolutions: Sequence[int]
     dropout: Probability = 0.0
-    channel_mult: Sequence[Count] = (1, 2, 4, 8)
+    channel_mult: Levels = (1, 2, 4, 8)
     conv_resample: bool = True
     dims: int = 2
     use_checkpoint: bool = False

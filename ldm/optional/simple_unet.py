@@ -1,12 +1,10 @@
 """The UNet of a widely read annotated DDPM: no attention, no residual blocks, batch normalisation after the ReLU."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checks import Width
+from ldm.checks import Width, Widths
 from ldm.models.blocks import timestep_embedding
 
 
@@ -24,7 +22,7 @@ class SimpleUNet(nn.Module):
     def __init__(
         self,
         channels: Width = 3,
-        widths: Sequence[Width] = (64, 128, 256, 512, 1024),
+        widths: Widths = (64, 128, 256, 512, 1024),
         time_channels: Width = 32,
         shared_norm: bool = False,
     ) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.checks import Count, Entries, Width
+from ldm.checks import Count, Entries, Width, Widths
 from ldm.models.blocks import count_heads, normalization, timestep_embedding, zero_module
 from ldm.models.kernels import attention
 
@@ -34,7 +34,7 @@ class UNet2D(nn.Module):
     def __init__(
         self,
         channels: Width = 1,
-        widths: Sequence[Width] = (32, 64, 32),
+        widths: Widths = (32, 64, 32),
         blocks: Count = 2,
         num_classes: Entries | None = None,
         order: str = "pre",

@@ -27,6 +27,7 @@ from ldm.cli import sentence, shorten_values
 from ldm.data.folder import Folder
 from ldm.data.image_files import read_image
 from ldm.finetune import lora
+from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.lora_files import load_lora, save_lora
 from ldm.images import READ
@@ -63,7 +64,7 @@ def lora_file(files, chance):
 
 def embedding(files, chance):
     content = mutate_bytes(files["embedding"].read_bytes(), chance, first=200)
-    return content, lambda path: apply_embedding(files["copy"](), path, "zzz")
+    return content, lambda path: read_words(path, "zzz") and apply_embedding(files["copy"](), path, "zzz")
 
 
 def yaml_file(files, chance):
