@@ -75,7 +75,7 @@ def prepare(path: Path | None, images: Path, folder: Path) -> Path:
     from PIL import ImageOps
 
     import ldm
-    from ldm.data.folder import find_images
+    from ldm.data.finding import find_images
     from ldm.data.image_files import read_image
 
     (folder / "ours" / "class").mkdir(parents=True)

@@ -30,15 +30,18 @@ def save(folder: Path, name: str, image: Image.Image, caption: str | None = "a c
     return path
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp", "ppm", "jpg", "jpeg", "PNG"])
+@pytest.mark.parametrize(
+    "suffix", ["png", "bmp", "tif", "webp", "ppm", "jpg", "jpeg", "PNG", "jfif", "tga", "avif", "jp2"]
+)
 def test_formats(tmp_path: Path, suffix: str) -> None:
-    options = {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix.startswith("jp") else {}
+    lossy = suffix in ("jpg", "jpeg", "jfif", "avif")
+    options = {"lossless": True} if suffix == "webp" else {"quality": 100} if lossy else {}
     save(tmp_path, f"a.{suffix}", colour(16, 16), "a ramp\n", **options)
     sample = Folder(str(tmp_path), 16)[0]
     expected = np.asarray(colour(16, 16)).transpose(2, 0, 1) / 127.5 - 1
     assert sample["caption"] == "a ramp" and sample["image"].dtype == torch.float32
     # Lossless is exact up to float32; JPEG at quality 100 still subsamples colour: a few grey levels.
-    np.testing.assert_allclose(sample["image"].numpy(), expected, atol=0.15 if suffix.startswith("jp") else 1e-6)
+    np.testing.assert_allclose(sample["image"].numpy(), expected, atol=0.15 if lossy else 1e-6)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -178,8 +181,13 @@ def test_faults_are_named(tmp_path: Path) -> None:
     assert Folder(str(tmp_path), 8, caption="").texts() == [""]  # asked for
     bare.unlink()
     save(tmp_path, "a.png", colour(8, 8))
-    for settings in ({"size": 0}, {"size": -8}, {"size": 8.5}, {"channels": 4}, {"crop": "centre"}):
+    for settings in (
+        *({"size": 0}, {"size": -8}, {"size": 8.5}, {"channels": 5}, {"crop": "centre"}),
+        *({"on_error": "ignore"}, {"alpha": "keep"}, {"background": "ivry"}),
+    ):
         refused(next(iter(settings)), Folder, str(tmp_path), **{"size": 8} | settings)
+    refused("alpha 'composite' is for channels 1", Folder, str(tmp_path), 8, channels=4, alpha="composite")
+    refused("background 'red' needs channels 1 or 3", Folder, str(tmp_path), 8, channels=2, background="red")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
     refused("a.txt is not UTF-8", Folder, str(tmp_path), 8)
 
@@ -194,14 +202,24 @@ def test_foreign_file_is_found_at_once(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
-def test_truncated_image_is_named_when_read(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "tga", "avif", "jp2"])
+def test_images_that_cannot_be_used_are_all_named_before_training(tmp_path: Path, suffix: str, capsys) -> None:
+    """Damaged after the header, of unknown range, a link to nothing: counted and listed, refused or left out."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path = save(tmp_path, f"broken.{suffix}", noise)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"broken.{suffix}"):
-        Folder(str(tmp_path), 8)[0]
+    (tmp_path / "link.png").symlink_to("nothing.png")
+    (tmp_path / "link.txt").write_text("a caption")
+    save(tmp_path, "nan.tif", Image.fromarray(np.full((8, 8), np.nan, np.float32)))
+    save(tmp_path, "wide.png", colour(32, 16))
+    match = rf"3 of 4 images cannot be used: .*broken.{suffix} (cannot|is not).*link.png is a link.*nan.tif.*finite"
+    refused(match, Folder, str(tmp_path), 8)
+    data = Folder(str(tmp_path), 8, on_error="skip", buckets=[[16, 8], [8, 8]])
+    assert [path.name for path in data.paths] == ["wide.png"] and data.groups == [(16, 8)] and data.captions
+    assert "note: 3 of 4 images are left out: " in capsys.readouterr().err
+    (tmp_path / "wide.png").unlink()
+    refused("none of 3 images can be used", Folder, str(tmp_path), 8, on_error="skip")
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import refused
-from PIL import Image, ImageCms
+from PIL import Image
 from script_runs import check_reproduced, load_script, names, pixels, recipe, runner, samples, saved
 
 import ldm
@@ -188,15 +188,6 @@ def test_a_resized_image_is_that_of_the_middle(generate, tmp_path, tiny_model):
     (made,) = samples(generate("--init-img", saved(tmp_path / "w.png", wide), "--W", 32, "--H", 32, "--strength", 0))
     (expected,) = tiny_model.generate([""], image=make_image(), strength=0)
     assert np.array_equal(pixels(made), np.asarray(expected))
-
-
-def test_the_colour_profile_stays(generate, tmp_path):
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    grey = saved(tmp_path / "grey.png", make_image(), icc_profile=profile)
-    assert Image.open(samples(generate("--init-img", grey))[0]).info["icc_profile"] == profile
-    # the tiny model draws grey: a profile of colours does not fit
-    rgb = saved(tmp_path / "rgb.png", make_image().convert("RGB"), icc_profile=profile)
-    assert "icc_profile" not in Image.open(samples(generate("--init-img", rgb, out="rgb"))[0]).info
 
 
 def test_strip_shows_the_steps_that_were_taken(generate, five):

@@ -76,10 +76,11 @@ def write_inputs(folder: Path) -> None:
         save_file(folder / name, getattr(model, f"{name}_model").state_dict(), TINY[f"{name}_config"])
     save_file(folder / "judge", Judge(**JUDGE["params"]).state_dict(), JUDGE)
     noise = np.random.default_rng(0)
-    for name, count in (("instance", 3), ("class", 4)):
+    for name, count, shape in (("instance", 3, (32, 40)), ("class", 4, (32, 40)), ("faulty", 4, (32, 40, 4))):
         (folder / name).mkdir()
         for i in range(count):
-            Image.fromarray(noise.integers(0, 256, (32, 40), dtype=np.uint8)).save(folder / name / f"{i}.png")
+            Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8)).save(folder / name / f"{i}.png")
+    (folder / "faulty" / "damaged.png").touch()
 
 
 def config_of(name: str) -> dict[str, Any]:

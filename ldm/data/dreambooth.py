@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from ldm.data.buckets import Shape
-from ldm.data.folder import Folder, find_images
+from ldm.data.finding import find_images
+from ldm.data.folder import Folder
 from ldm.data.folder_captions import SIDECARS, TABLES
-from ldm.data.image_files import read_image
 
 CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 HALF_CHOICE = re.compile(r"\{[^}]*\||\|[^{]*\}")  # a choice that is not closed, or not opened
@@ -53,13 +53,11 @@ class DreamBooth(Dataset):
         self.instances: list[Any] = [
             Folder(one["instance_dir"], caption=one["instance_prompt"], buckets=buckets, **settings) for one in subjects
         ]
-        _read_all(self.instances, channels)
         self.classes: list[Any] = []
         for one, images in zip(subjects, self.class_images(subjects), strict=True):
             if images is not None:
                 paths = [Path(one["class_dir"], name) for name in images]
                 self.classes.append(Folder(one["class_dir"], caption=images, paths=paths, **settings))
-        _read_all(self.classes, channels)
         if self.classes and len(self.classes) != len(self.instances):
             raise ValueError(f"only {len(self.classes)} of {len(subjects)} subjects have class images: all, or none.")
         self.min_samples, self.augments = min_samples, flip or crop == "random"
@@ -108,13 +106,6 @@ class DreamBooth(Dataset):
             (other,) = classes.__getitems__([turn % len(classes)])
             sample |= {f"class_{name}": value for name, value in other.items()}
         return sample
-
-
-def _read_all(folders: Iterable[Folder], channels: int) -> None:
-    """Read every image once: damage shows now, not after an hour of training."""
-    for folder in folders:
-        for path in folder.paths:
-            read_image(path, channels)
 
 
 class Subject(NamedTuple):

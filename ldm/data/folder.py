@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 from ldm.checks import Range
+from ldm.data.finding import find_images
 from ldm.data.folder_captions import read_captions, read_classes
-from ldm.data.image_files import SUFFIXES, check_image
-from ldm.data.image_set import ImageSet
+from ldm.data.image_files import Alpha
+from ldm.data.image_set import ImageSet, OnError
 
 
 class Folder(ImageSet):
@@ -21,7 +22,7 @@ class Folder(ImageSet):
     Args:
         root: The folder. None is the placeholder in configs that a user must replace.
         size: Pixels of the square to make: the shorter side is resized to it (Lanczos) and the longer is cropped.
-        channels: 3, or 1 for grey.
+        channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
         crop: "center", or "random", at a place that is a function of (seed, epoch, index).
         flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
         seed: Of crops, mirroring and captions.
@@ -33,9 +34,13 @@ class Folder(ImageSet):
         shuffle_tags_after: Shuffle the comma-separated tags of a caption, all but the first so many, anew in each
             epoch; None leaves them in order.
         reads: What a sample has. In training it follows from the stage: an autoencoder needs no captions.
+        alpha: "keep" with 2 and 4 channels; "composite" with 1 and 3. None: as the channels say.
+        background: The colour that transparency is composited over, such as white or "#808080".
+        on_error: "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them;
+            "skip" leaves them out, and lists them as a note.
 
-    Raises ValueError, naming the file, for an image without caption or class where these are read, a caption without
-    image, a bad line or a file that is not an image. An image damaged after its header is found only when it is read.
+    Every image is read once, so that none is found to be damaged in the middle of training. Raises ValueError, naming
+    the file, for an image without caption or class where these are read, a caption without image or a bad line.
     """
 
     def __init__(
@@ -51,10 +56,14 @@ class Folder(ImageSet):
         buckets: Sequence[Sequence[int]] | None = None,
         shuffle_tags_after: Annotated[int, Range(0)] | None = None,
         reads: Sequence[str] = ("image", "caption"),
+        alpha: Alpha | None = None,
+        background: str = "white",
+        on_error: OnError = "refuse",
     ):
         if root is None:
             raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root)")
-        super().__init__(size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads)
+        fields = shuffle_tags_after, reads
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields, alpha, background, on_error)
         self.root = Path(root)
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths
@@ -62,26 +71,11 @@ class Folder(ImageSet):
             self.captions = read_captions(self.root, self.paths, everything, caption)
         if "label" in reads:
             self.classes, self.labels = read_classes(self.root, self.paths, everything)
-        for path in self.paths:
-            check_image(path)
-        self.set_shapes()
+        kept = self.choose(len(self.paths))
+        self.paths = [self.paths[i] for i in kept]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def source(self, index: int) -> tuple[Path, str]:
         return self.paths[index], str(self.paths[index])
-
-
-def find_images(root: Path, empty: bool = False) -> list[Path]:
-    """Return the images below a folder, sorted by name. FileNotFoundError if there are none, unless it may be empty."""
-    if empty and not root.is_dir():
-        return []
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder: give one that holds images")
-    files = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    # Hidden folders hold what editors and notebooks leave there.
-    paths = sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts))
-    if not paths and not empty:
-        raise FileNotFoundError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))})")
-    return paths

@@ -1,17 +1,21 @@
 """What data sets of a user's own images share, wherever the images lie: how a sample is made of a file."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
-from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.checks import Range
+from ldm.checks import Range, few
 from ldm.data.caption_choice import choose_caption
 from ldm.data.captions import Caption
-from ldm.data.image_files import read_image
+from ldm.data.finding import examine
+from ldm.data.image_files import Alpha, Reader
 from ldm.data.transforms import Transform
+
+OnError = Literal["refuse", "skip"]
+NAMED = 20  # images that a message names
 
 
 class ImageSet(Dataset):
@@ -21,13 +25,15 @@ class ImageSet(Dataset):
         label    int, the number of its class
 
     A subclass has `__len__` and `source`, and sets what it reads of all images: `captions`, some for each, and `labels`
-    with `classes`, their names; then it calls `set_shapes`.
+    with `classes`, their names; then it calls `choose`.
 
     Args:
         size, crop, flip, seed, buckets: As in `Transform`.
-        channels: 3, or 1 for grey.
         shuffle_tags_after: As in `choose_caption`.
         reads: What a sample has.
+        channels, alpha, background: As in `Reader`.
+        on_error: "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them;
+            "skip" leaves them out, and lists them as a note.
     """
 
     captions: Sequence[Sequence[str]]
@@ -44,11 +50,14 @@ class ImageSet(Dataset):
         buckets: Sequence[Sequence[int]] | None = None,
         shuffle_tags_after: Annotated[int, Range(0)] | None = None,
         reads: Sequence[str] = ("image", "caption"),
+        alpha: Alpha | None = None,
+        background: str = "white",
+        on_error: OnError = "refuse",
     ) -> None:
-        if channels not in (1, 3):
-            raise ValueError(f"channels is 1 (grey) or 3 (colour), not {channels!r}")
-        self.transform = Transform(size, crop, flip, seed, buckets)
-        self.size, self.channels, self.epoch = size, channels, 0
+        if on_error not in get_args(OnError):
+            raise ValueError(f"on_error is 'refuse' or 'skip', not {on_error!r}")
+        self.transform, self.read = Transform(size, crop, flip, seed, buckets), Reader(channels, alpha, background)
+        self.size, self.channels, self.on_error, self.epoch = size, channels, on_error, 0
         self.augments = self.transform.augments
         self.seed, self.shuffle_tags_after, self.reads = seed, shuffle_tags_after, tuple(reads)
 
@@ -56,17 +65,31 @@ class ImageSet(Dataset):
         """Return an image's file, or the bytes of it, and what errors call it."""
         raise NotImplementedError
 
-    def set_shapes(self) -> None:
-        """Find the shape (width, height) that each image gets; with buckets that opens every image."""
-        if self.transform.buckets is None:
-            self.shapes, self.groups = [(self.size, self.size)] * len(self), None
-        else:
-            self.shapes = [self.transform.shape(*self._read(index).size) for index in range(len(self))]
-            self.groups = self.shapes
+    def choose(self, count: int, faults: Mapping[int, str] | None = None) -> list[int]:
+        """Return which of the `count` images are used, keep what is read of these, and set their (width, height).
 
-    def _read(self, index: int) -> Image.Image:
-        source, name = self.source(index)
-        return read_image(source, self.channels, name)
+        Every image is decoded once, so that none is found to be damaged in the middle of training, and what is wrong
+        is settled as `on_error` says. faults: what else is wrong, in a sentence that names the file, by index.
+        """
+        examined = examine(self.source, count)
+        wrong = {i: one.fault for i, one in enumerate(examined) if one.fault} | dict(faults or {})
+        kept = [i for i in range(count) if i not in wrong]
+        some = "; ".join([wrong[i] for i in sorted(wrong)][:NAMED]) + (" ..." if len(wrong) > NAMED else "")
+        if wrong and self.on_error == "refuse":
+            which = f"{len(wrong)} of {count} images cannot be used"
+            raise ValueError(f"{which}: {some} (on_error=skip leaves them out)")
+        if wrong and not kept:
+            raise ValueError(f"none of {count} images can be used: {some}")
+        if wrong:
+            print(f"note: {len(wrong)} of {count} images are left out: {some}", file=sys.stderr)
+        if ignored := [f"{self.source(i)[1]}: {examined[i].ignored}" for i in kept if examined[i].ignored]:
+            print(f"note: ignored in {len(ignored)} of {count} images: {few(ignored, 3)}", file=sys.stderr)
+        for name in ("captions", "labels"):
+            if hasattr(self, name):
+                setattr(self, name, [getattr(self, name)[i] for i in kept])
+        self.shapes = [self.transform.shape(*examined[i].size) for i in kept]
+        self.groups = None if self.transform.buckets is None else self.shapes
+        return kept
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -87,8 +110,9 @@ class ImageSet(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
-        image = self.transform(self._read(index), self.epoch, index, self.shapes[index])
-        return {"image": image, **self.without_image(index)}
+        shape = self.shapes[index]
+        image = self.read(*self.source(index), least=self.transform.least(shape))
+        return {"image": self.transform(image, self.epoch, index, shape), **self.without_image(index)}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]

@@ -45,6 +45,10 @@ class Transform:
         """Return the (width, height) that an image of that size gets."""
         return (self.size, self.size) if self.buckets is None else nearest(self.buckets, width, height)
 
+    def least(self, shape: Shape) -> Shape:
+        """Return the size that suffices of a JPEG that becomes `shape`: twice as large, as for Pillow's thumbnails."""
+        return 2 * shape[0], 2 * shape[1]
+
     def __call__(self, image: Image.Image, epoch: int, index: int | str, shape: Shape | None = None) -> Tensor:
         """Transform an image, to the `shape` that was said before if given; `index` identifies it in its data set."""
         uniform = random.Random(f"{self.seed} {epoch} {index}").random
@@ -65,6 +69,8 @@ def crop_to(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Ima
     part = [max(1, round(scale * wanted)) for wanted in shape]
     left, top = (round(at * (side - kept)) for at, side, kept in zip(place, image.size, part, strict=True))
     box = (left, top, left + part[0], top + part[1])
+    if part == [*shape]:
+        return image.crop(box)
     return image.resize(shape, Image.Resampling.LANCZOS, box=box)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ldm.data.captions import NUMBER_WORDS, SLANT_WORDS, WEIGHT_WORDS, Caption
 from ldm.data.dreambooth import choices
-from ldm.data.folder import find_images
+from ldm.data.finding import find_images
 from ldm.data.image_files import read_image
 from ldm.data.measure import MNIST_THRESHOLDS
 from ldm.evaluation.distances import kth_nearest

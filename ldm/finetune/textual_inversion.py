@@ -16,7 +16,7 @@ from ldm.checks import Count, Rate
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.data.captions import TRAIN_FRAMES, render
 from ldm.data.dreambooth import check_apart, notes_on_images
-from ldm.data.folder import find_images
+from ldm.data.finding import find_images
 from ldm.data.folder_captions import has_captions
 from ldm.finetune.embeddings import add_word, check_new_word, deviation, initial_vectors, text_encoder
 from ldm.finetune.parts import FineTuningStage, knows_only_digits, save_contact_sheet

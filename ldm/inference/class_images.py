@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ldm.conditioning.prompt import count_chunks
 from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth, Subject, as_list, choices, identifiers, notes_on_images, subjects
-from ldm.data.folder import find_images
+from ldm.data.finding import find_images
 from ldm.finetune.parts import known_prompts
 from ldm.inference.again import read_image_text, recipe_from_text
 from ldm.inference.generate import default_recipe, generate_run

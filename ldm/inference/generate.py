@@ -89,7 +89,7 @@ def generate_run(
         prompts, seeds, arguments = [r.prompt for r in batch], [r.seed for r in batch], _arguments(model, first, init)
         images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
         for index, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
-            yield Generated(recipe, image if init is None else init.with_profile(image), index)
+            yield Generated(recipe, image, index)
         done += len(batch)
 
 
@@ -123,7 +123,7 @@ def generate_again(
         place += recipe.batch_size
     arguments = _arguments(model, recipe, init)
     images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
-    yield Generated(recipe, images[place] if init is None else init.with_profile(images[place]), place)
+    yield Generated(recipe, images[place], place)
 
 
 @contextmanager

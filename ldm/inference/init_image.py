@@ -76,13 +76,6 @@ class InitImage:
         images = [self.image] if self.mask is None else [self.image, self.mask]
         return InitImage(*(ImageOps.fit(one, (width, height), Image.Resampling.LANCZOS) for one in images))
 
-    def with_profile(self, image: Image.Image) -> Image.Image:
-        """Give the init image's colour profile to one that was made from it, so that equal pixels look equal."""
-        profile = self.image.info.get("icc_profile")
-        if profile is not None and image.mode == self.image.mode:
-            image.info["icc_profile"] = profile
-        return image
-
 
 def _hash(image: Image.Image) -> str:
     head = f"{image.mode} {image.width} {image.height} ".encode()
