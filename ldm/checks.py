@@ -61,7 +61,11 @@ def unfit(value: Any, hint: Any) -> str:
     if kind is bool:
         return "" if isinstance(value, bool) else "true or false"
     if kind in (str, Path):
-        return "" if isinstance(value, str | Path) and "\0" not in str(value) else "a text, without null characters"
+        return (
+            ("a text without null characters" if "\0" in str(value) else "")
+            if isinstance(value, str | Path)
+            else "a text"
+        )
     if kind is NoneType:
         return "" if value is None else "null"
     if kind in (dict, Mapping):
