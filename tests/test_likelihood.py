@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from conftest import refused
-from test_pixel_diffusion import build, widened
+from PIL import Image
+from test_pixel_diffusion import PIXEL, build, widened
 
 from ldm.commands import evaluate
 from ldm.data.digits import Digits
@@ -87,6 +88,35 @@ def test_script(tmp_path, capsys):
     evaluate.main([*given, "--variance", "large", "--out", str(tmp_path / "bits.json")])
     large = json.loads((tmp_path / "bits.json").read_text())
     assert large["variance"] == "large" and large["steps"] != report["steps"]
+
+
+@pytest.mark.parametrize("classes", [11, None])
+def test_script_on_a_folder(tmp_path, capsys, classes):
+    """The same figure as of the same images and classes by the function; classes are sub-folders."""
+    more = {} if classes else {"cond_stage_config": None}
+    if not classes:
+        unet = PIXEL["unet_config"]
+        more["unet_config"] = unet | {"params": {**unet["params"], "num_classes": None}}
+    model = build(**more, schedule=SHORTER)
+    save(model, tmp_path / "pixel.safetensors")
+    images = torch.randint(0, 256, (4, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for i, image in enumerate(images.numpy()):
+        (tmp_path / "own" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "own" / "ab"[i % 2] / f"{i}.png")
+    given = ["bits", "--ckpt", str(tmp_path / "pixel.safetensors"), "--dataset", str(tmp_path / "own"), "--n", "4"]
+    evaluate.main([*given, "--device", "cpu"])
+    report, order = json.loads(capsys.readouterr().out), [0, 2, 1, 3]  # sorted by path
+    prompts = [0, 0, 1, 1] if classes else [""] * 4
+    expected = bits_per_dimension(model, images[order][:, None].float() / 127.5 - 1, prompts).total.mean().item()
+    assert report["bits_per_dimension"] == pytest.approx(expected, rel=1e-5) and report["dataset"].endswith("own")
+    refused("neither mnist, digits nor a folder", evaluate.main, [*given, "--dataset", "none"])
+    refused("--data is for digits and would have no effect", evaluate.main, [*given, "--data", "x"])
+    refused("5 images .* are asked for, and there are 4", evaluate.main, [*given, "--n", "5"])
+    for name in "cdefghijkl" if classes else ():
+        (tmp_path / "own" / name).mkdir()
+        Image.new("L", (32, 32)).save(tmp_path / "own" / name / "a.png")
+    if classes:
+        refused("own has 12 classes, its sub-folders, and the model 10", evaluate.main, given)
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "digits"])

@@ -15,6 +15,7 @@ ldm evaluate dreambooth --ckpt outputs/one/model.safetensors --subject subjects/
 unconditional model it samples as many. With MNIST at hand (--data, LDM_DATA or ./data) it also searches the training
 images for copies, and `autoencoder` measures all test images instead of the 1,000 that ship. On a folder of own images,
 half are the reference and half what real images reach: the Frechet distance is between pixels averaged to 8 x 8.
+`bits` takes its first images, and for a class-conditional model its sub-folders as the classes.
 """
 
 import argparse
@@ -66,7 +67,7 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
     ),
     "autoencoder": ("measure what a first stage loses", f"--ckpt --device --allow {MEASURED} {NETWORKS}", {}),
     "bits": (
-        "bits per dimension of test images under a diffusion model of pixels",
+        "bits per dimension of test images, or of a folder's, under a diffusion model of pixels",
         "--dataset --data --batch-size --seed --device --allow --out",
         {
             "--ckpt": {"required": True, "help": "the model"},

@@ -14,11 +14,12 @@ import ldm
 from ldm.checkpoint.file import checkpoint_at, load_file
 from ldm.checkpoint.writing import save_file
 from ldm.data.captions import NUMBER_WORDS
+from ldm.data.folder import Folder
 from ldm.evaluation import subjects
 from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
 from ldm.evaluation.datasets import HELD_OUT, find_reference, open_data
 from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure_subject, read_folder
-from ldm.evaluation.likelihood import check_variance, measure_bits
+from ldm.evaluation.likelihood import check_variance, condition_of, measure_bits
 from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint, load_image_network
 from ldm.evaluation.own_data import Halves, prompts_of, report_agreement, report_images, report_reconstruction
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
@@ -161,14 +162,23 @@ def _pairs(images: torch.Tensor, real: torch.Tensor) -> Image.Image:
 
 
 def evaluate_bits(args: argparse.Namespace) -> Result:
-    """Measure the variational bound of the first test images."""
+    """Measure the variational bound of the first test images, or of the first images of a folder."""
     model = ldm.load(args.ckpt, device=args.device)
     check_variance(model, args.variance)
-    side = model.defaults["height"]
-    check_digits(model, min(side, INNER))
-    data, _ = open_data(args.dataset, "test", args.data, min(side, INNER))  # padded, or pooled to what is smaller
+    side, name = model.defaults["height"], f"{args.dataset} test"
+    if args.dataset in HELD_OUT:
+        check_digits(model, min(side, INNER))
+        data: Any = open_data(args.dataset, "test", args.data, min(side, INNER))[0]  # padded, or pooled if smaller
+    else:
+        check_folder_options(args)
+        name, shape = args.dataset, (model.defaults["width"], side)
+        reads = ["image", *filter(None, [condition_of(model)])]
+        data = Folder(name, side, model.image_channels, caption="", buckets=[shape], reads=reads)
+        classes = model.cond_stage_model
+        if "label" in reads and len(data.classes) > (count := classes.null or classes.n_classes):
+            raise ValueError(f"{name} has {len(data.classes)} classes, its sub-folders, and the model {count}")
     bits = measure_bits(model, data, args.n, args.batch_size, args.seed, args.variance)
-    return {**_head(args, dataset=f"{args.dataset} test", n=args.n), **bits}, None
+    return {**_head(args, dataset=name, n=args.n), **bits}, None
 
 
 def evaluate_dreambooth(args: argparse.Namespace) -> Result:

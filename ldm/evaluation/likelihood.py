@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from tqdm import trange
 
-from ldm.data.captioned import CaptionedDigits
 from ldm.diffusion.bound import prior_bits, step_bits
 from ldm.diffusion.denoiser import from_vp
 from ldm.diffusion.guidance import classifier_free, clip_x0
 from ldm.diffusion.schedule import q_sample
-from ldm.evaluation.samples import prompts_for
 from ldm.pixel_diffusion import PixelDiffusion
 
 VARIANCES = {"small": 0.0, "large": 1.0}  # the share of log beta_t in the log variance of a step
@@ -77,8 +75,14 @@ def bits_per_dimension(
     return Bits(torch.stack(terms[::-1]), prior_bits(x0, schedule).cpu())
 
 
+def condition_of(model: Any) -> str:
+    """Return what of an image's sample conditions the model: its "label" or "caption"; "" where nothing does."""
+    conditioner = model.cond_stage_model
+    return "" if conditioner is None else "label" if hasattr(conditioner, "n_classes") else "caption"
+
+
 def measure_bits(
-    model: Any, data: CaptionedDigits, n: int, batch_size: int, seed: int = 0, variance: str | None = None
+    model: Any, data: Any, n: int, batch_size: int, seed: int = 0, variance: str | None = None
 ) -> dict[str, Any]:
     """Return the bound of the first n images: its mean, the mean's standard error and its parts, in bits per dimension.
 
@@ -88,11 +92,11 @@ def measure_bits(
     size = model.latent_size(model.defaults["height"], model.defaults["width"])
     if n > len(data) or tuple(data[0]["image"].shape) != size:
         raise ValueError(f"{n} images {size} are asked for, and there are {len(data)} {tuple(data[0]['image'].shape)}")
-    found = []
+    found, name = [], condition_of(model)
     for first in range(0, n, batch_size):
         indices = list(range(first, min(first + batch_size, n)))
-        images = torch.stack([sample["image"] for sample in data.__getitems__(indices)])
-        prompts, _ = prompts_for(model, [data.caption(i) for i in indices])
+        samples = data.__getitems__(indices)
+        images, prompts = torch.stack([one["image"] for one in samples]), [one.get(name, "") for one in samples]
         found.append(bits_per_dimension(model, images, prompts, seed + first, variance))
     bits = Bits(torch.cat([part.terms for part in found], dim=1), torch.cat([part.prior for part in found]))
     return {
