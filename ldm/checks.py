@@ -61,11 +61,9 @@ def unfit(value: Any, hint: Any) -> str:
     if kind is bool:
         return "" if isinstance(value, bool) else "true or false"
     if kind in (str, Path):
-        return (
-            ("a text without null characters" if "\0" in str(value) else "")
-            if isinstance(value, str | Path)
-            else "a text"
-        )
+        if not isinstance(value, str | Path):
+            return "a text"
+        return "a text without null characters" if "\0" in str(value) else ""
     if kind is NoneType:
         return "" if value is None else "null"
     if kind in (dict, Mapping):

@@ -179,7 +179,7 @@ def test_changes_apply_where_the_key_is(tmp_path):
             for bad in ("../../x", "a/b", "..", "''")
         ),
         (YAML, ["outdir=" + "a/" * 1000], "outdir: the path has 1,000 folders within each other"),
-        (YAML.replace("runs/x", '"a\\0"'), [], "outdir 'a.x00' must be a text, without null characters"),
+        (YAML.replace("runs/x", '"a\\0"'), [], "outdir 'a.x00' must be a text without null characters"),
         (YAML.replace("name: one", 'name: " "'), [], "the name ' ' must be that of one folder"),
         (YAML.replace("name: one", "name: .lock"), [], "'.lock' is that of a file or folder which each run has"),
         (YAML, ["name=previews"], "'previews' is that of a file or folder which each run has"),
