@@ -24,7 +24,10 @@ __getattr__ = elsewhere(__name__)  # CompVis's other helpers
 # stranger must not reach anything that runs code, opens files or downloads.
 ALLOWED_IN = {
     "torch.nn": "Identity Linear Conv2d Embedding Sequential GELU SiLU ReLU",
-    "torch.optim": "Adam AdamW SGD RAdam NAdam",
+    "torch.optim": "Adam AdamW SGD RAdam NAdam Adamax Adagrad Adadelta RMSprop Rprop Adafactor",
+    "schedulefree": "AdamWScheduleFree RAdamScheduleFree SGDScheduleFree",
+    "prodigyopt": "Prodigy",
+    "bitsandbytes.optim": "Adam8bit AdamW8bit PagedAdamW8bit Lion8bit",
     "torchvision.transforms": "Resize RandomCrop CenterCrop RandomHorizontalFlip",
 }
 ALLOWED = {f"{module}.{name}" for module, names in ALLOWED_IN.items() for name in names.split()}
@@ -67,8 +70,10 @@ def get_obj_from_str(string: str, reload: bool = False) -> type:
     definer = found.__module__.partition(".")[0]
     if definer != "ldm" and (ours or (own and not is_own_package(definer))):
         raise ValueError(f"target {string!r} is not defined in {package}, so it is not an allowed class")
-    if not ours and string not in ALLOWED and not issubclass(found, (nn.Module, Dataset)):
-        raise ValueError(f"target {string!r} is neither a torch Module nor a Dataset, so it is not an allowed class")
+    if not ours and string not in ALLOWED and not issubclass(found, (nn.Module, Dataset, torch.optim.Optimizer)):
+        raise ValueError(
+            f"target {string!r} is neither a torch Module nor a Dataset nor an Optimizer, so it is not allowed"
+        )
     return found
 
 

@@ -21,7 +21,6 @@ from ldm.finetune import dreambooth
 from ldm.finetune.dreambooth import DreamBoothStage, embedding_repulsion
 from ldm.finetune.flags import move_in
 from ldm.finetune.lora_files import apply_lora
-from ldm.finetune.optimizers import make_optimizer
 from ldm.finetune.parts import LAYERS
 from ldm.labels import GAP, LINE
 from ldm.latent_diffusion import LatentDiffusion
@@ -216,7 +215,9 @@ def test_words_alone_can_be_trained(checkpoints, subject):
 def test_checkpointing_changes_memory_not_gradients(checkpoints, subject):
     grads = []
     for flag in (False, True):
-        stage, _, batch = make(checkpoints, subject, gradient_checkpointing=flag)
+        stage, _, batch = make(checkpoints, subject)
+        if flag:
+            stage.checkpoint_blocks()
         assert any(getattr(m, "use_checkpoint", False) for m in stage.model.modules()) == flag
         torch.manual_seed(3)
         stage.loss(batch)[0].backward()
@@ -355,17 +356,6 @@ def test_adafactor_needs_a_learning_rate_of_its_own(checkpoints, subject):
     with pytest.raises(ValueError, match="adafactor's learning rate is relative to the weights: give learning_rate"):
         make(checkpoints, subject, learning_rate=rates, optimizer="adafactor")
     assert make(checkpoints, subject, learning_rate=1e-3, optimizer="adafactor")[0].learning_rate == 1e-3
-
-
-def test_optimizers():
-    weight = torch.nn.Parameter(torch.ones(4, 3))
-    for name, elements in (("adamw", 2 * 12), ("adafactor", 4 + 3)):
-        optimizer = make_optimizer([{"params": [weight], "lr": 1e-3}], name, (0.9, 0.999), 0.0)
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-        state = [v for k, v in optimizer.state[weight].items() if k != "step"]
-        assert sum(v.numel() for v in state if torch.is_tensor(v)) == elements, name
-    refused("optimizer 'sgd' is unknown", make_optimizer, [{"params": [weight], "lr": 1e-3}], "sgd", (0.9, 0.999), 0.0)
 
 
 def test_words_are_kept_apart_from_the_class(checkpoints, subject):

@@ -28,7 +28,8 @@ UNET = "stage.params.unet_config.params"
 # too; `/` begins a key of the whole configuration.
 TABLE = """
 pixel loop:
-  {steps: 3, batch_size: 3, accumulate: 2, precision: fp32, clip: 0.001, ema: 0.0, lr_schedule: {name: linear},
+  {steps: 3, batch_size: 3, accumulate: 2, precision: fp32, clip: 0.001, gradient_checkpointing: true, ema: 0.0,
+   ema_device: disk, lr_schedule: {name: linear},
    log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, keep_every: 1,
    keep_state: false, workers: 1, tensorboard: true,
    validate_every: {to: 1, with: {preview_every: 2, /data.validation: 0.25}},
@@ -37,15 +38,16 @@ pixel data: {target: missing, params: {}, validation: 0.25}
 autoencoder stage.params:
   {ddconfig: {}, embed_dim: 3, learning_rate: 0.002, kl_weight: 1.0, reconstruction: l1, discriminator: null,
    disc_start: 9, disc_weight: 2.0, perceptual: judge, perceptual_weight: {to: 2.0, with: {perceptual: judge}},
-   normalize: false, preview_columns: 2, n_embed: 8,
+   normalize: false, optimizer: {target: torch.optim.SGD}, preview_columns: 2, n_embed: 8,
    codebook_weight: {to: 3.0, with: {n_embed: 8, ddconfig: {double_z: false}}}}
 clip stage.params:
   {vision: {image_size: 16}, learning_rate: 0.002, width: 32, layers: 2, heads: 4, context_length: 30,
    projection_dim: 8, merges_first: 200, agreement: {to: 1.0, with: {/loop.batch_size: 16}}, weight_decay: 0.5,
-   pooled: false, image_encoder: image_encoder.safetensors, preview_columns: 2}
+   pooled: false, image_encoder: image_encoder.safetensors, optimizer: adafactor, preview_columns: 2}
 diffusion stage.params:
   {unet_config: {}, first_stage: missing, cond_stage: missing, learning_rate: 0.002, schedule: {name: linear},
    prediction: eps, defaults: {height: 16, width: 16, steps: 4, scale: 2.0}, betas: [0.5, 0.9], weight_decay: 0.5,
+   optimizer: adafactor,
    error: l1, weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, caption_dropout: 1.0,
    pooled: false, cache_latents: false, preview_prompts: [four],
    preview_columns: {to: 1, with: {preview_prompts: [four, five]}}}
@@ -54,30 +56,31 @@ pixel stage.params:
    timesteps: {name: logit_normal},
    bound_weight: {to: 1.0, with: {model.params.learned_variance: true,
                                   model.params.unet_config.params.out_channels: 2}},
-   betas: [0.5, 0.9], weight_decay: 0.5, previews: 3, preview_columns: 1}
+   betas: [0.5, 0.9], weight_decay: 0.5, optimizer: {target: torch.optim.SGD}, previews: 3, preview_columns: 1}
 classifier stage.params:
   {network: {}, learning_rate: 0.002, weight_decay: 0.5, label_smoothing: 0.5, rotation: 40.0, shear: 0.5,
-   scale: 0.5, shift: 8.0, preview_columns: 2}
+   scale: 0.5, shift: 8.0, optimizer: adafactor, preview_columns: 2}
 dreambooth stage.params:
   {ckpt: missing, learning_rate: 0.002, resolution: 64, instance_prompt: a sks four, class_prompt: four,
    train_text: all, text_learning_rate: {to: 0.1, with: {train_text: all, text_learning_rate: 0.001}},
    layers: attention, lora: {rank: 2}, lora_file: {to: lora.safetensors, with: {lora: {rank: 2}}},
    lora_format: {to: peft, with: {lora: {rank: 2}, lora_file: lora.safetensors}}, prior_weight: 3.0, error: l1,
    weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, optimizer: adafactor,
-   betas: [0.5, 0.9], weight_decay: 0.5, gradient_checkpointing: true, cache: false, previews: [four],
+   betas: [0.5, 0.9], weight_decay: 0.5, cache: false, previews: [four],
    preview_columns: 2, sheet: sheet.png, loading: {prediction: eps}, seed: {to: 1, with: {lora: {rank: 2}}},
    merge: {to: false, with: {lora: {rank: 2}, lora_file: lora.safetensors}}}
 textual_inversion stage.params:
   {word: <its>, initial: four, resolution: 64, learning_rate: 0.002, ckpt: missing, loading: {prediction: eps},
    vectors: 3, relative_learning_rate: {to: 0.5, with: {learning_rate: null, relative_learning_rate: 0.1}},
    frames: ['my {}'], pull: 1.0, error: l1, weight: {name: min_snr}, noise: {offset: 0.1},
-   timesteps: {name: logit_normal}, gradient_checkpointing: true, previews: 2, sheet: sheet.png}
+   timesteps: {name: logit_normal}, optimizer: {target: torch.optim.SGD}, previews: 2, sheet: sheet.png}
 noisy_classifier stage.params:
   {network: {}, learning_rate: 0.002, schedule: {name: linear}, timesteps: {name: logit_normal}, betas: [0.5, 0.9],
-   weight_decay: 0.5, preview_columns: 2}
+   weight_decay: 0.5, optimizer: adafactor, preview_columns: 2}
 ddgan stage.params:
   {model: {}, discriminator: {}, learning_rate: 0.002, discriminator_rate: 0.002, class_dropout: 1.0,
-   betas: [0.1, 0.5], r1_weight: 5.0, r1_every: 1, reconstruction: 1.0, previews: 4, preview_columns: 1}
+   betas: [0.1, 0.5], r1_weight: 5.0, r1_every: 1, reconstruction: 1.0, optimizer: adafactor, previews: 4,
+   preview_columns: 1}
 clip data.params: {split: test, first: 3, last: 3, seed: 1, frames: test, styled: 1.0, filler: 1.0}
 folder data.params:
   {root: class, size: 16, channels: 3, crop: random, flip: true, seed: {to: 1, with: {flip: true, crop: random}},

@@ -20,11 +20,11 @@ from ldm.checks import Betas, Count, Range, Rate
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.lora import Adapter, attach, connect, merge, restore
 from ldm.finetune.lora_files import kohya_tensors, save_lora
-from ldm.finetune.optimizers import make_optimizer
 from ldm.finetune.parts import FineTuningStage, choose_layers, choose_text, rate_for, save_contact_sheet, train_words
 from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.latents import LatentDataset, encode_dataset
+from ldm.training.optimizers import make_optimizer
 from ldm.training.stage import Loss
 from ldm.util import call_with
 
@@ -50,7 +50,7 @@ class DreamBoothStage(FineTuningStage):
         merge: whether the result is the model with the adapters merged, or the adapters once more.
         prior_weight: lambda.
         error, weight, noise, timesteps: of `Objective`, for both terms.
-        optimizer, betas, weight_decay: adamw, adamw8bit or adafactor (`make_optimizer`), and its arguments.
+        optimizer, betas, weight_decay: of `make_optimizer`.
         cache: keep latents and text embeddings in memory where nothing changes them.
         previews, preview_columns: prompts of the previews (None: the data's own), and how many images of each.
         seed: of the adapters' initial weights.
@@ -77,10 +77,9 @@ class DreamBoothStage(FineTuningStage):
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
-        optimizer: str = "adamw",
+        optimizer: str | Mapping[str, Any] = "adamw",
         betas: Betas = (0.9, 0.999),
         weight_decay: Rate = 0.01,
-        gradient_checkpointing: bool = False,
         cache: bool = True,
         previews: Sequence[str] | None = None,
         preview_columns: Count = 4,
@@ -91,7 +90,7 @@ class DreamBoothStage(FineTuningStage):
         words, prompts = words_and_prompts(instance_prompt, class_prompt)
         train_text = choose_text(train_text, words, lora is not None)
         objective = (error, weight, noise, timesteps)
-        super().__init__(ckpt, loading, resolution, objective, gradient_checkpointing, sheet, preview_columns)
+        super().__init__(ckpt, loading, resolution, objective, sheet, preview_columns)
         if learned := getattr(self.latent_diffusion.cond_stage_model.tokenizer, "words", None):
             print(f"note: the result is without the learned words {' '.join(learned)}", file=sys.stderr)
         if lora is not None:
@@ -106,7 +105,7 @@ class DreamBoothStage(FineTuningStage):
         if self.train_text:
             part = train_text if lora is None else "lora"
             self.text_learning_rate = rate_for("text_learning_rate", text_learning_rate, part)
-        self.optimizer: dict[str, Any] = {"name": optimizer, "betas": tuple(betas), "weight_decay": weight_decay}
+        self.adam: dict[str, Any] = {"optimizer": optimizer, "betas": betas, "weight_decay": weight_decay}
         self.cache, self.previews = cache, prompts if previews is None else list(previews)
         self.texts: dict[str, Conditioning] = {}  # cached
         self.class_directions: Conditioning = {}  # of the class images' captions, where words are trained
@@ -176,7 +175,7 @@ class DreamBoothStage(FineTuningStage):
             # No decay with words: it would move the other words' vectors, which have no gradient.
             decay = {} if self.words is None else {"weight_decay": 0.0}
             groups.append({"params": text, "lr": self.text_learning_rate, **decay})
-        return [make_optimizer(groups, **self.optimizer)]
+        return [make_optimizer(groups, **self.adam)]
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """Return the loss and its terms.

@@ -72,7 +72,7 @@ OBJECTIVE = [
 ]  # fmt: skip
 MEMORY = [
     ("--gradient_accumulation_steps", "loop.accumulate", number(int_range(1)), "batches to an optimizer step (1)"),
-    ("--gradient_checkpointing", "stage.params.gradient_checkpointing", const(True), "less memory, a third more work"),
+    ("--gradient_checkpointing", "loop.gradient_checkpointing", const(True), "less memory, a third more work"),
     ("--mixed_precision", "loop.precision", choose(MIXED_PRECISIONS), "auto: bf16 where it is fast (auto)"),
 ]
 OUTPUT = [

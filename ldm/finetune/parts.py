@@ -40,7 +40,6 @@ class FineTuningStage(Stage):
         loading: further arguments of `ldm.load`.
         resolution: pixels of a side of the images; None is the model's own size.
         objective: arguments of `Objective` after the model.
-        gradient_checkpointing: compute activations of the UNet twice instead of keeping them.
         sheet: where the contact sheet goes.
         preview_columns, adam: of `Stage`.
     """
@@ -53,7 +52,6 @@ class FineTuningStage(Stage):
         loading: Mapping[str, Any] | None,
         resolution: int | None,
         objective: Sequence[Any],
-        gradient_checkpointing: bool,
         sheet: str | None,
         preview_columns: Count,
         **adam: Any,
@@ -72,8 +70,6 @@ class FineTuningStage(Stage):
         self.latent_diffusion, self.first_stage = model.float(), model.first_stage_model
         self.objective = Objective(model, *objective)
         self.sheet = None if sheet is None else Path(sheet)
-        if gradient_checkpointing:
-            checkpoint_blocks(model.model)
 
     def data_params(self) -> dict[str, Any]:
         """Return the images' size and channels, which follow from the model."""
@@ -153,11 +149,3 @@ def train_words(encoder: TextEncoder, words: Sequence[str]) -> None:
         )
     chosen = torch.zeros(len(vectors), 1).index_fill_(0, torch.tensor(rows), 1.0)  # (vocabulary, 1)
     vectors.requires_grad_(True).register_hook(lambda grad: grad * chosen.to(grad))
-
-
-def checkpoint_blocks(network: nn.Module) -> None:
-    """Turn on the checkpointing that the UNet's blocks have."""
-    for module in network.modules():
-        for name in ("use_checkpoint", "checkpoint"):  # of residual and attention blocks, and of transformer blocks
-            if isinstance(getattr(module, name, None), bool):
-                setattr(module, name, True)

@@ -70,14 +70,13 @@ class TextualInversionStage(FineTuningStage):
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
-        gradient_checkpointing: bool = False,
+        optimizer: str | Mapping[str, Any] = "adamw",
         previews: Count = 8,
         sheet: str | None = None,
     ) -> None:
         objective = (error, weight, noise, timesteps)
-        super().__init__(
-            ckpt, loading, resolution, objective, gradient_checkpointing, sheet, previews, weight_decay=0.0
-        )
+        adam = {"weight_decay": 0.0, "optimizer": optimizer}
+        super().__init__(ckpt, loading, resolution, objective, sheet, previews, **adam)
         model = self.latent_diffusion
         self.freeze(model=model)
         encoder = text_encoder(model)

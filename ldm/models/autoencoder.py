@@ -13,7 +13,7 @@ from torch.nn.functional import silu as nonlinearity  # CompVis's name, under wh
 
 from ldm.checks import Count, Levels, Probability, Width
 from ldm.legacy_paths import elsewhere
-from ldm.models.blocks import normalization
+from ldm.models.blocks import checkpoint, normalization
 from ldm.models.distributions import DiagonalGaussianDistribution
 from ldm.models.kernels import attention
 from ldm.util import call_with
@@ -30,6 +30,8 @@ class ResnetBlock(nn.Module):
         conv_shortcut: where the width changes, add x by a 3x3, not a 1x1, convolution.
         temb_channels: width of an embedded time; 0, as in the autoencoders, for none.
     """
+
+    use_checkpoint = False  # as of the UNet's blocks: recompute activations in the backward pass
 
     def __init__(
         self,
@@ -58,6 +60,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, self.out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        return checkpoint(self._forward, (x, temb), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
         h = self.conv1(nonlinearity(self.norm1(x)))  # (b, out_channels, h, w)
         if temb is not None:
             h = h + self.temb_proj(nonlinearity(temb))[:, :, None, None]
@@ -70,6 +75,8 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention with one head over all positions of (b, c, h, w), added to it."""
 
+    use_checkpoint = False
+
     def __init__(self, in_channels: int, norm_groups: int = 32) -> None:
         super().__init__()
         self.in_channels = in_channels
@@ -80,6 +87,9 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(in_channels, in_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+
+    def _forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
         h = rearrange(attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])

@@ -14,8 +14,9 @@ from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
 from ldm.optional.ddgan import Discriminator, q_pair, r1_penalty
 from ldm.optional.denoising_gan import DenoisingGAN
+from ldm.training.optimizers import make_optimizer
 from ldm.training.pixel_diffusion import PixelDiffusionStage
-from ldm.training.stage import Loss, Stage, adamw
+from ldm.training.stage import Loss, Stage
 from ldm.util import call_with
 
 
@@ -58,6 +59,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         r1_weight: float = 0.05,
         r1_every: Count = 15,
         reconstruction: float = 0.0,
+        optimizer: str | Mapping[str, Any] = "adamw",
         previews: Count = 20,
         preview_columns: Count = 10,
     ) -> None:
@@ -67,7 +69,9 @@ class DenoisingGANStage(PixelDiffusionStage):
                 "at least 0"
             )
         shown: dict[str, Any] = {"previews": previews, "preview_columns": preview_columns}
-        super().__init__(model, learning_rate, class_dropout, betas=betas, weight_decay=0.0, **shown)
+        super().__init__(
+            model, learning_rate, class_dropout, betas=betas, weight_decay=0.0, optimizer=optimizer, **shown
+        )
         self.discriminator = call_with("discriminator", Discriminator, discriminator)
         self.networks["discriminator"] = self.discriminator
         self.rates = (learning_rate, discriminator_rate)
@@ -93,7 +97,7 @@ class DenoisingGANStage(PixelDiffusionStage):
 
     def optimizers(self) -> list[Optimizer]:
         networks = zip(self.networks.values(), self.rates, strict=True)
-        return [adamw(n.parameters(), **self.adam | {"lr": rate}) for n, rate in networks]
+        return [make_optimizer(n.parameters(), **{**self.adam, "lr": rate}) for n, rate in networks]
 
     def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """Return the loss as `Stage` says; the discriminator judges the steps of the generator's turn."""

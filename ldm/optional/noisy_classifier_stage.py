@@ -39,9 +39,11 @@ class NoisyClassifierStage(Stage):
         timesteps: Mapping[str, Any] | None = None,
         betas: Betas = (0.9, 0.99),
         weight_decay: Rate = 0.05,
+        optimizer: str | Mapping[str, Any] = "adamw",
         preview_columns: Count = 10,
     ) -> None:
-        super().__init__(preview_columns, lr=learning_rate, betas=tuple(betas), weight_decay=weight_decay)
+        adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
+        super().__init__(preview_columns, **adam)
         self.schedule = call_with("schedule", make_schedule, schedule)
         self.config = {"target": network["target"], "params": dict(network.get("params") or {})}
         self.config["schedule"] = dict(schedule)

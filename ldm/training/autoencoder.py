@@ -24,7 +24,8 @@ from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, gener
 from ldm.models.perceptual import lpips, perceptual_distance, psnr
 from ldm.training.contract import check_image_size
 from ldm.training.latents import encode_dataset, posterior
-from ldm.training.stage import Loss, Stage, adamw
+from ldm.training.optimizers import make_optimizer
+from ldm.training.stage import Loss, Stage
 from ldm.util import call_with, instantiate_from_config
 
 VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -69,9 +70,10 @@ class AutoencoderStage(Stage):
         perceptual: str | None = None,
         perceptual_weight: float = 1.0,
         normalize: bool | None = None,
+        optimizer: str | Mapping[str, Any] = "adamw",
         preview_columns: Count = 8,
     ) -> None:
-        super().__init__(preview_columns, lr=learning_rate, betas=(0.5, 0.9))
+        super().__init__(preview_columns, lr=learning_rate, betas=(0.5, 0.9), optimizer=optimizer)
         if reconstruction not in ("l1", "l2"):
             raise ValueError(f"reconstruction {reconstruction!r} is unknown: use l1 or l2")
         params: dict[str, Any] = {"ddconfig": dict(ddconfig), "embed_dim": embed_dim}
@@ -103,7 +105,7 @@ class AutoencoderStage(Stage):
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
 
     def optimizers(self) -> list[Optimizer]:
-        return [adamw(network.parameters(), **self.adam) for network in self.networks.values()]
+        return [make_optimizer(network.parameters(), **self.adam) for network in self.networks.values()]
 
     def prepare(self, dataset: Any) -> Dataset:
         check_image_size(dataset, self.model.image_channels, self.model.downsampling)

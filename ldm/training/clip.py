@@ -53,9 +53,11 @@ class CLIPStage(Stage):
         agreement: float = 4.0,
         image_encoder: str | None = None,
         weight_decay: Rate = 0.05,
+        optimizer: str | Mapping[str, Any] = "adamw",
         preview_columns: Count = 10,
     ) -> None:
-        super().__init__(preview_columns, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+        adam = {"lr": learning_rate, "betas": (0.9, 0.98), "weight_decay": weight_decay, "optimizer": optimizer}
+        super().__init__(preview_columns, **adam)
         self.vision = dict(vision)
         self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
         self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement

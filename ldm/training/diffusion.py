@@ -45,6 +45,7 @@ class DiffusionStage(DenoisingStage):
         defaults: Mapping[str, Any] | None = None,
         betas: Betas = (0.9, 0.99),
         weight_decay: Rate = 0.01,
+        optimizer: str | Mapping[str, Any] = "adamw",
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
@@ -68,7 +69,7 @@ class DiffusionStage(DenoisingStage):
         model.first_stage_model.load_state_dict(weights[0])
         model.cond_stage_model.load_state_dict(weights[1])
         objective = Objective(model, error, weight, noise, timesteps)
-        adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
+        adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
         super().__init__(objective, preview_prompts, preview_columns, **adam)
         self.freeze(cond_stage=model.cond_stage_model)
         self.caption_dropout, self.cache_latents = caption_dropout, cache_latents

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,15 @@ def wide(x: Tensor) -> Tensor:
 class EMA:
     """Averages of a module's trainable parameters, in float32 or wider; buffers are not averaged.
 
-    With decay 0 the average is the weights themselves, without a copy.
+    With decay 0 the average is the weights themselves, without a copy. `device`: where they are kept; None: with the
+    weights.
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+    def __init__(self, module: nn.Module, decay: float = 0.999, device: torch.device | str | None = None) -> None:
         self.decay, self.updates = decay, 0
         trainable = module.named_parameters() if decay > 0 else ()
         self.live = {name: p for name, p in trainable if p.requires_grad}
-        self.shadow = {name: wide(p.detach().clone()) for name, p in self.live.items()}
+        self.shadow = {name: wide(p.detach()).to(device=device, copy=True) for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -34,8 +36,9 @@ class EMA:
         self.updates += 1
         if not self.live:
             return
-        live = [wide(p.detach()) for p in self.live.values()]
-        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - ema_decay(self.updates, self.decay))
+        shadow = list(self.shadow.values())
+        live = [wide(p.detach()).to(average.device) for p, average in zip(self.live.values(), shadow, strict=True)]
+        torch._foreach_lerp_(shadow, live, 1 - ema_decay(self.updates, self.decay))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -52,10 +55,10 @@ class EMA:
         for name, p in self.live.items():
             p.copy_(values[name])
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "shadow": self.shadow}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         for name, average in self.shadow.items():
             average.copy_(state["shadow"][name])

@@ -20,6 +20,7 @@ from ldm.checks import Decay, Positive, Range
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics
+from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches, mix_seed, training_batches
 from ldm.training.processes import StopFlag, agreed, make_accelerator
 from ldm.training.run_folder import RunFolder
@@ -40,7 +41,9 @@ class LoopSettings:
     # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     clip: Annotated[float, Range(1e-9)] = 1.0  # maximum gradient norm
+    gradient_checkpointing: bool = False  # less memory, a third more work: blocks compute their activations twice
     ema: Decay = 0.999  # decay of the average of the weights, which is the result; 0 keeps none
+    ema_device: Literal["auto", "cpu"] = "auto"  # where it is kept: with the weights, or on the CPU
     # Arguments of `lr_multiplier`.
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     log_every: Positive = 50  # steps between lines of metrics.jsonl
@@ -111,8 +114,11 @@ def train_stage(
     dataset = stage.prepare(dataset)
     validation = make_validation(stage, held_out, settings)
     trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks
-    average = EMA(trained, settings.ema)
-    model, *optimizers = accelerator.prepare(trained, *stage.optimizers())
+    if settings.gradient_checkpointing:
+        stage.checkpoint_blocks()
+    own = stage.optimizers()
+    average = average_of(trained, own, settings.ema, None if settings.ema_device == "auto" else settings.ema_device)
+    model, *optimizers = accelerator.prepare(trained, *own)
     scaler = accelerator.scaler  # of gradients in fp16, else None
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")

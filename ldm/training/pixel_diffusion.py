@@ -38,6 +38,7 @@ class PixelDiffusionStage(DenoisingStage):
         bound_weight: Annotated[float, Range(0)] = 0.001,
         betas: Betas = (0.9, 0.999),
         weight_decay: Rate = 0.01,
+        optimizer: str | Mapping[str, Any] = "adamw",
         previews: Count = 20,
         preview_columns: Count = 10,
     ) -> None:
@@ -57,7 +58,7 @@ class PixelDiffusionStage(DenoisingStage):
             )
         shown = [classes[i % len(classes)] for i in range(previews)]
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
-        adam = {"lr": learning_rate, "betas": tuple(betas), "weight_decay": weight_decay}
+        adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
         super().__init__(objective, shown, preview_columns, **adam)
         self.reads = ("image",) if cond is None else ("image", "label")
         if cond is not None and any(True for _ in cond.parameters()):  # class embeddings, which learn

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ldm.checkpoint.writing import save_file
 from ldm.data.part import first_images
 from ldm.training.loop import LoopSettings
+from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches
 from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder, flatten
@@ -66,10 +67,14 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
             EpochBatches(len(dataset), settings.batch_size, 0, groups=groups)
             prepared = stage.prepare(first_images(dataset, 2))
             stage.to(device)
+            if settings.gradient_checkpointing:
+                stage.checkpoint_blocks()
             alike = [i for i in range(min(2, len(dataset))) if groups is None or groups[i] == groups[0]]
             batch = send_to_device(next(iter(DataLoader(prepared, batch_sampler=[alike]))), device)
             shared = None
-            for k, _ in enumerate(stage.optimizers()):
+            optimizers = stage.optimizers()
+            average_of(stage.networks, optimizers, settings.ema, None)
+            for k, _ in enumerate(optimizers):
                 _, _, shared = stage.turn(batch, k, 0, shared)
             with torch.no_grad():
                 stage.try_preview()

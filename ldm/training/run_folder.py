@@ -29,7 +29,7 @@ from ldm.labels import Row, labelled_rows
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = re.compile(
     r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|validate_\w+|workers|"
-    r"tensorboard)|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
+    r"tensorboard|ema_device)|(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
 )
 
 # Names of what a run's folder holds, in which another run may have its folder.

@@ -1,13 +1,16 @@
 """What the training loop asks of a stage."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
+
+from ldm.models.blocks import checkpoint_blocks
+from ldm.training.optimizers import make_optimizer
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar, and scalars to report
 
@@ -17,7 +20,7 @@ class Stage:
 
     Args:
         preview_columns: images in a row of the preview.
-        learning_rate, betas, weight_decay: of AdamW, for all networks that train.
+        learning_rate, optimizer, betas, weight_decay: of `make_optimizer`, for all networks that train.
 
     Attributes (complete once `prepare` has returned):
         networks: what trains. The loop averages them, saves them in resume.pt and wraps them for several processes.
@@ -55,6 +58,11 @@ class Stage:
         self.networks.train(mode)
         return self
 
+    def checkpoint_blocks(self) -> None:
+        """Compute activations twice instead of keeping them; ValueError where no network has blocks that can."""
+        if not sum(map(checkpoint_blocks, (*self.networks.values(), *self.frozen.values()))):
+            raise ValueError(f"loop.gradient_checkpointing: no network of {type(self).__name__} has blocks for it")
+
     def data_params(self) -> dict[str, Any]:
         """Return arguments of the data set that follow from the stage's model."""
         return {}
@@ -67,8 +75,8 @@ class Stage:
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
-        """Return the optimizers, in the order of their turns on each batch: one AdamW for all networks."""
-        return [adamw(self.networks.parameters(), **self.adam)]
+        """Return the optimizers, in the order of their turns on each batch: one for all networks."""
+        return [make_optimizer(self.networks.parameters(), **self.adam)]
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """Return the loss of a batch, for a stage with one optimizer."""
@@ -133,9 +141,3 @@ class Trained(nn.ModuleDict):
 
     def forward(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict, Any]:
         return self.stage.turn(batch, k, number, shared)
-
-
-def adamw(parameters: Iterable[nn.Parameter], **options: Any) -> AdamW:
-    """Return AdamW over the parameters that train, as one fused kernel per step where torch has one."""
-    trainable = [p for p in parameters if p.requires_grad]
-    return AdamW(trainable, fused=trainable[0].device.type in ("cpu", "cuda"), **options)

@@ -1,0 +1,91 @@
+"""The optimizers of all stages: AdamW, those whose state takes less memory, and classes that a configuration names."""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Adafactor, AdamW, Optimizer
+
+from ldm.training.ema import EMA
+from ldm.util import call_with, get_obj_from_str
+
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter | dict[str, Any]],
+    lr: float = 0.0,
+    optimizer: str | Mapping[str, Any] = "adamw",
+    betas: Sequence[float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+) -> Optimizer:
+    """Return an optimizer over the parameters that train.
+
+    adamw keeps 8 bytes of state for each weight. adamw8bit keeps 2, by bitsandbytes (Dettmers et al. 2021). adafactor
+    keeps sums over rows and columns (Shazeer & Stern 2018); its learning rate is relative to the size of the weights.
+
+    Args:
+        parameters: of networks, or groups of them that train, each with its own "lr".
+        optimizer: one of these names, or {"target", "params"} of an optimizer's class, such as torch.optim.RAdam,
+            schedulefree.AdamWScheduleFree or prodigyopt.Prodigy.
+        betas, weight_decay: also of such a class, if it takes them and `params` does not have them.
+    """
+    given: list[Any] = list(parameters)
+    groups = given if isinstance(given[0], dict) else [{"params": [p for p in given if p.requires_grad], "lr": lr}]
+    own: dict[str, Any] = {"betas": tuple(betas), "weight_decay": weight_decay}
+    if optimizer == "adamw":  # one fused kernel per step where torch has one
+        return AdamW(groups, **own, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
+    if optimizer == "adafactor":
+        return Adafactor(groups, weight_decay=weight_decay)
+    if optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise ValueError("8-bit Adam is in the package bitsandbytes, which is not installed here") from None
+        return AdamW8bit(groups, **own)
+    if not isinstance(optimizer, Mapping) or not {"target"} <= optimizer.keys() <= {"target", "params"}:
+        raise ValueError(f"optimizer {optimizer!r} is unknown: use {', '.join(OPTIMIZERS)}, or a target with params")
+    kind = get_obj_from_str(optimizer["target"])
+    if not issubclass(kind, Optimizer):
+        raise ValueError(f"optimizer {optimizer['target']!r} is not a class of optimizers (torch.optim.Optimizer)")
+    chosen = {k: v for k, v in own.items() if k in inspect.signature(kind).parameters}
+    chosen |= optimizer.get("params") or {}
+    return call_with(f"optimizer {optimizer['target']}", kind, chosen | {"params": groups})
+
+
+class ScheduleFree(EMA):
+    """The averages that schedule-free optimizers keep and give the weights in eval mode (Defazio et al. 2024)."""
+
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        super().__init__(nn.Module(), 0.0)
+        self.optimizers = optimizers
+        self.weights = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        self._switch("train")
+
+    def _switch(self, mode: str) -> None:
+        for optimizer in self.optimizers:
+            getattr(optimizer, mode)()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        kept = [p.detach().clone() for p in self.weights]
+        self._switch("eval")
+        try:
+            yield
+        finally:
+            self._switch("train")  # to the training weights up to rounding
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, kept)
+
+
+def average_of(module: nn.Module, optimizers: Sequence[Any], decay: float, device: str | None) -> EMA:
+    """Return the average of a module's weights: an EMA, or what the optimizers keep."""
+    averaging = [optimizer for optimizer in optimizers if hasattr(optimizer, "eval")]
+    if not averaging:
+        return EMA(module, decay, device)
+    if decay > 0:
+        raise ValueError(f"{type(averaging[0]).__name__} averages the weights itself: set loop.ema=0")
+    return ScheduleFree(averaging)

@@ -1,0 +1,118 @@
+"""Optimizers by name and by class: what they keep, what is refused, and that a run resumes exactly with each."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import refused
+from test_loop import assert_same, config, interrupt
+from tiny_stages import config_of
+
+from ldm.training import loop
+from ldm.training.loop import Interrupted, train
+from ldm.training.optimizers import average_of, make_optimizer
+
+
+def weights() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(4, 3))
+
+
+def test_what_the_named_ones_keep():
+    for name, elements in (("adamw", 2 * 12), ("adafactor", 4 + 3)):
+        weight = weights()
+        optimizer = make_optimizer([weight], 1e-3, name)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        state = [v for k, v in optimizer.state[weight].items() if k != "step"]
+        assert sum(v.numel() for v in state if torch.is_tensor(v)) == elements, name
+
+
+def test_a_class_takes_the_stages_settings_and_its_own():
+    target = {"target": "torch.optim.RAdam", "params": {"eps": 1e-5, "weight_decay": 0.5}}
+    (group,) = make_optimizer([weights(), weights().requires_grad_(False)], 0.1, target, [0.5, 0.6], 0.3).param_groups
+    assert len(group["params"]) == 1
+    assert [group[k] for k in ("lr", "betas", "weight_decay", "eps")] == [0.1, (0.5, 0.6), 0.5, 1e-5]
+    (group,) = make_optimizer(
+        [{"params": [weights()], "lr": 0.2}], optimizer={"target": "torch.optim.SGD"}
+    ).param_groups
+    assert group["lr"] == 0.2 and group["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("sgd", "optimizer 'sgd' is unknown: use adamw, adamw8bit, adafactor, or a target with params"),
+        ({"target": "torch.optim.LBFGS"}, "'torch.optim.LBFGS' is not an allowed class"),
+        ({"target": "torch.nn.Linear"}, "'torch.nn.Linear' is not a class of optimizers"),
+        ({"target": "torch.optim.SGD", "parms": {}}, "is unknown"),
+        ({"target": "torch.optim.SGD", "params": {"momentun": 1}}, "^optimizer torch.optim.SGD: .*momentun.*momentum"),
+        (
+            {"target": "torch.optim.SGD", "params": {"lr": 1.0, "momentum": -1.0}},
+            "^optimizer .*: .*Invalid momentum|-1",
+        ),
+    ],
+)
+def test_mistakes_are_named(optimizer, message):
+    refused(message, make_optimizer, [weights()], 0.1, optimizer)
+
+
+@pytest.mark.skipif(find_spec("prodigyopt") is not None, reason="prodigyopt is installed")
+def test_a_package_that_is_missing():
+    refused("'prodigyopt.Prodigy' does not exist: No module named 'prodigyopt'", make_optimizer, [weights()], 1.0,
+            {"target": "prodigyopt.Prodigy"})  # fmt: skip
+
+
+CLASSES = {
+    "torch.optim.SGD": {"momentum": 0.9},
+    "torch.optim.RMSprop": {},
+    "torch.optim.Adafactor": {},
+    "schedulefree.AdamWScheduleFree": {"warmup_steps": 2},
+    "schedulefree.RAdamScheduleFree": {},
+    "prodigyopt.Prodigy": {},
+}
+
+
+@pytest.mark.parametrize("target", CLASSES)
+def test_a_run_resumes_exactly(target, tmp_path, monkeypatch):
+    """Stopped at step 3 of 6, after a preview, with two optimizers where the stage has two."""
+    if find_spec(target.partition(".")[0]) is None:
+        pytest.skip(f"{target.partition('.')[0]} is not installed")
+    own = "schedulefree" in target
+    paths = []
+    for name in ("alone", "parts"):
+        run = config(tmp_path / name, tensorboard=False, ema=0.0 if own else 0.9)
+        run["stage"] = run["stage"] | {
+            "params": run["stage"]["params"] | {"optimizer": {"target": target, "params": CLASSES[target]}}
+        }
+        if name == "parts":
+            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+                patch.setattr(loop, "preview", interrupt)
+                train(run, device="cpu")
+        paths.append(train(run, resume=name == "parts", device="cpu"))
+    assert_same(*paths)
+
+
+@pytest.mark.parametrize("stage", ["clip", "pixel", "classifier", "noisy_classifier", "ddgan"])
+def test_every_stage_takes_one(stage, tmp_path):
+    run = config_of(stage) | {"outdir": str(tmp_path)}
+    run["stage"]["params"]["optimizer"] = {"target": "torch.optim.Adagrd"}
+    refused("torch.optim.Adagrd", train, run, device="cpu")
+
+
+@pytest.mark.skipif(find_spec("schedulefree") is None, reason="schedulefree is not installed")
+def test_schedule_free_shows_its_average_and_trains_on(tmp_path):
+    weight = weights()
+    optimizer = make_optimizer([weight], 0.1, {"target": "schedulefree.SGDScheduleFree"}, weight_decay=0.0)
+    average, z, x = average_of(torch.nn.ParameterList([weight]), [optimizer], 0.0, None), 1.0, 1.0
+    for k in range(1, 4):  # Defazio et al. 2024, eq. 3 to 5, with the gradient y of y^2 / 2 and beta 0.9
+        y = 0.1 * z + 0.9 * x
+        torch.testing.assert_close(weight.detach(), torch.full((4, 3), y))
+        weight.grad = weight.detach().clone()
+        optimizer.step()
+        z -= 0.1 * y
+        x += (z - x) / k
+        trained = weight.detach().clone()
+        with average.applied():
+            torch.testing.assert_close(weight.detach(), torch.full((4, 3), x))
+        assert torch.equal(weight, trained)
+    refused("SGDScheduleFree averages the weights itself: set loop.ema=0", average_of, weight, [optimizer], 0.9, None)
