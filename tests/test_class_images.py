@@ -137,7 +137,7 @@ def test_class_images_are_generated_in_eval_mode(tmp_path):
     torch.manual_seed(0)
     unet = TINY["unet_config"] | {"params": TINY["unet_config"]["params"] | {"dropout": 0.5}}
     model = randomised(LatentDiffusion(**TINY | {"unet_config": unet})).train()
-    images, loop = save_noise(tmp_path), {"steps": 1, "batch_size": 1, "tensorboard": False, "ema": 0.0}
+    images, loop = save_noise(tmp_path), {"steps": 1, "batch_size": 1, "report_to": "none", "ema": 0.0}
     prompts = {"instance_prompt": "a sks five", "class_prompt": "a five"}
     data = {"instance_data_dir": images["instance_dir"], "class_data_dir": str(tmp_path / "out"), "num_class_images": 1}
     data |= {"keep_prompt": "", "class_guidance_scale": 1.0}

@@ -144,7 +144,7 @@ def test_the_shipped_configuration_trains_and_generates(tmp_path):
     settings = OmegaConf.load(CONFIG)
     settings.data = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
     OmegaConf.save(settings, tmp_path / "ddgan.yaml")
-    changes = ["loop.steps=1", "loop.batch_size=4", "loop.tensorboard=false", f"outdir={tmp_path}", "--device=cpu"]
+    changes = ["loop.steps=1", "loop.batch_size=4", "loop.report_to=none", f"outdir={tmp_path}", "--device=cpu"]
     load_script("train").main([str(tmp_path / "ddgan.yaml"), *changes])
     model, out = tmp_path / "ddgan" / "model.safetensors", tmp_path / "out"
     load_script("sample").main([f"--ckpt={model}", f"--outdir={out}", "--class", "3", "4", "--device=cpu"])

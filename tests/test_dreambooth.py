@@ -228,7 +228,7 @@ def test_checkpointing_changes_memory_not_gradients(checkpoints, subject):
 
 def config(checkpoints, subject, folder, steps=5, **settings):
     stage = {"ckpt": checkpoints["v"], "resolution": 32, "learning_rate": 1e-3, "previews": ["a sks five", "a five"]}
-    loop = {"steps": steps, "batch_size": 2, "ema": 0.0, "tensorboard": False, "preview_every": 3, "precision": "fp32"}
+    loop = {"steps": steps, "batch_size": 2, "ema": 0.0, "report_to": "none", "preview_every": 3, "precision": "fp32"}
     stage |= {"preview_columns": 2, "sheet": str(folder / "contact_sheet.png"), **settings}
     return {
         "name": folder.name,

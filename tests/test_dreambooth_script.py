@@ -266,7 +266,7 @@ def test_train_gives_what_the_script_gives(tiny_checkpoint, subject, tmp_path, m
     params = {"data.params.instance_data_dir": subject, "data.params.instance_prompt": "a sks five"}
     params |= {"data.params.class_prompt": "a five", "data.params.num_class_images": 3, "name": "train"}
     params |= {"stage.params.ckpt": tiny_checkpoint, "stage.params.preview_columns": 1, "outdir": tmp_path}
-    params |= {"loop.steps": 2, "loop.batch_size": 2, "loop.precision": "fp32", "loop.tensorboard": "false"}
+    params |= {"loop.steps": 2, "loop.batch_size": 2, "loop.precision": "fp32", "loop.report_to": "none"}
     params |= {"data.params.class_guidance_scale": 1}
     settings = [f"{key}={value}" for key, value in params.items()]
     yaml = CONFIGS / "finetune" / f"dreambooth{size}.yaml"

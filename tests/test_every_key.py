@@ -31,7 +31,7 @@ pixel loop:
   {steps: 3, batch_size: 3, accumulate: 2, precision: fp32, clip: 0.001, gradient_checkpointing: true, ema: 0.0,
    ema_device: disk, lr_schedule: {name: linear},
    log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, keep_every: 1,
-   keep_state: false, workers: 1, tensorboard: true,
+   keep_state: false, workers: 1, report_to: tensorboard,
    validate_every: {to: 1, with: {preview_every: 2, /data.validation: 0.25}},
    validate_both: {to: true, with: {/data.validation: 0.25}}}
 pixel data: {target: missing, params: {}, validation: 0.25}

@@ -5,7 +5,7 @@ import pytest
 from script_runs import ROOT, load_script, pixels, recipe, samples
 
 train, sample = load_script("train"), load_script("sample")
-SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false", "data.params.first=8"]
+SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.report_to=none", "data.params.first=8"]
 FEW = {
     "guided": ["stage.params.model.params.defaults.steps=2", "stage.params.previews=1"],
     "noisy_classifier": ["stage.params.preview_columns=1"],

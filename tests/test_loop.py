@@ -182,7 +182,7 @@ def test_two_processes_killed_and_resumed_are_bit_identical(tmp_path):
     """As above under torchrun: one state for both, and each goes on with its own half of the data."""
 
     def launch(folder, resume: bool, steps: int = 30) -> subprocess.Popen:
-        settings = config(folder, steps=steps, save_every=1, tensorboard=False)
+        settings = config(folder, steps=steps, save_every=1, report_to="none")
         script = folder.parent / "run.py"
         folder.mkdir(exist_ok=True)
         script.write_text(
@@ -214,14 +214,14 @@ def test_accumulation_equals_the_larger_batch(tmp_path):
     }
     paths = []
     for name, settings in {"large": {"batch_size": 8}, "small": {"batch_size": 4, "accumulate": 2}}.items():
-        path = train(config(tmp_path / name, steps=1, tensorboard=False, **settings) | {"stage": stage}, device="cpu")
+        path = train(config(tmp_path / name, steps=1, report_to="none", **settings) | {"stage": stage}, device="cpu")
         paths.append(json.loads((path.parent / "metrics.jsonl").read_text()))
     # the posterior's noise differs between the two, its size does not: errors agree to a few per cent
     assert paths[0]["kl"] == pytest.approx(paths[1]["kl"], rel=1e-4)
 
 
 def test_nan_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, monkeypatch):
-    good = {"steps": 8, "log_every": 1, "save_every": 2, "tensorboard": False}
+    good = {"steps": 8, "log_every": 1, "save_every": 2, "report_to": "none"}
     settings = config(tmp_path, **good)
     from ldm.training.autoencoder import AutoencoderStage
 

@@ -175,7 +175,7 @@ def test_every_import_is_a_dependency():
     helpers = {path.stem for path in (ROOT / "tests").glob("*.py")}
     helpers |= {"tests", "conftest", "fuzz", "scripts", "benchmarks"}
     assert by_package - run - optional == set()
-    assert run - by_package == {"tensorboard"}  # by torch.utils.tensorboard; what tests alone import is in their extra
+    assert run - by_package == {"tensorboard"}  # by accelerate's tracker; what tests alone import is in their extra
     assert by_comparison - run - test == set()
     assert by_tests - run - test - helpers == set()
 

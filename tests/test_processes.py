@@ -57,7 +57,7 @@ def test_two_processes_are_one_with_their_batches_together(tiny_checkpoint, imag
     stage = {"ckpt": str(tiny_checkpoint), "resolution": 32, "learning_rate": 1e-3, "previews": ["a five"]}
     changes, before = [], load_file(tiny_checkpoint)
     for name, count, batch_size in (("two", 2, 2), ("one", 1, 4), ("half", 1, 2)):
-        loop = {"steps": 4, "batch_size": batch_size, "ema": 0.9, "tensorboard": False, "precision": "fp32"}
+        loop = {"steps": 4, "batch_size": batch_size, "ema": 0.9, "report_to": "none", "precision": "fp32"}
         config = {
             "name": name,
             "outdir": str(images),

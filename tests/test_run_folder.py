@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ldm.checkpoint.writing import save_file
 from ldm.finetune.flags import move_in
 from ldm.training import loop
 from ldm.training.loop import Interrupted, LoopSettings, train
-from ldm.training.run_folder import FREE
+from ldm.training.run_folder import FREE, RunFolder
 
 
 def resume(outdir, **settings):
@@ -68,8 +69,63 @@ def test_a_finished_run_goes_on_as_if_it_had_not_ended(run, tmp_path, capfd):
 
 
 def test_a_state_that_is_not_to_be_kept(tmp_path):
-    path = train(config(tmp_path, steps=1, keep_state=False, tensorboard=False), device="cpu")
+    path = train(config(tmp_path, steps=1, keep_state=False, report_to="none"), device="cpu")
     assert not (path.parent / "resume.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """Return a function that trains 4 steps, stopped after the third (state of the second) and resumed -> the run."""
+
+    def run(outdir, report_to):
+        settings = {"steps": 4, "log_every": 1, "preview_every": 2, "save_every": 2, "report_to": report_to}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunFolder, "log", killed_at(3))
+            with pytest.raises(RuntimeError, match="killed"):
+                train(config(outdir, **settings), device="cpu")
+        return resume(outdir, **settings).parent
+
+    return run
+
+
+def killed_at(last: int):
+    def log(self, step, values):
+        own_log(self, step, values)
+        if step == last:
+            raise RuntimeError("killed")
+
+    own_log = RunFolder.log
+    return log
+
+
+def test_tensorboards_points_go_on_where_the_state_ends(reported, tmp_path):
+    """In the run's own folder: each step once, and its value as in metrics.jsonl; previews too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = reported(tmp_path, "tensorboard")
+    found = EventAccumulator(str(folder)).Reload()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    points = [(point.step, point.value) for point in found.Scalars("error")]
+    assert points == [(line["step"], pytest.approx(line["error"])) for line in lines]
+    assert [step for step, _ in points] == [1, 2, 3, 4]
+    assert [image.step for image in found.Images("preview")] == [2, 4]
+
+
+def test_wandb(reported, tmp_path, monkeypatch):
+    """Where it is installed, one run, which resuming goes on with; else one sentence."""
+    if find_spec("wandb") is None:
+        refused("report_to wandb needs a package that is not installed: pip install wandb", reported, tmp_path, "wandb")
+        return
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    names = [path.name for path in (reported(tmp_path, "wandb") / "wandb").glob("offline-run-*")]
+    assert len(names) == 2 and len({name.rpartition("-")[2] for name in names}) == 1
+
+
+@pytest.mark.parametrize(("given", "expected"), [(True, "tensorboard"), (False, "none")])
+def test_the_earlier_name_of_report_to(given, expected):
+    before = {"name": "x", "loop": {"steps": 1, "batch_size": 1, "tensorboard": given}}
+    assert LoopSettings.of(before).report_to == expected
+    refused("'tensorboard'; it takes", LoopSettings.of, {**before, "loop": before["loop"] | {"report_to": "none"}})
 
 
 def test_every_setting_of_the_loop_is_free_or_decides_the_past():
@@ -181,7 +237,7 @@ train(settings, device="cpu")
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_two_runs_in_one_folder(tmp_path, workers):
     """The second is refused while the first lives, and not after its kill -9, even if its data loader still lives."""
-    code = TWO.format(settings=config(tmp_path, save_every=1, tensorboard=False), workers=workers)
+    code = TWO.format(settings=config(tmp_path, save_every=1, report_to="none"), workers=workers)
     first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     state = tmp_path / "autoencoder" / "resume.pt"
     try:
@@ -192,7 +248,7 @@ def test_two_runs_in_one_folder(tmp_path, workers):
         first.kill()
         first.wait()
     step = torch.load(state, weights_only=True)["step"]
-    settings = {"steps": step + 1, "tensorboard": False, "workers": workers}
+    settings = {"steps": step + 1, "report_to": "none", "workers": workers}
     assert resume(tmp_path, **settings) == tmp_path / "autoencoder" / "model.safetensors"
     assert not [path for path in (tmp_path / "autoencoder").iterdir() if path.name.startswith(".")]
 

@@ -9,7 +9,7 @@ from ldm.evaluation.networks import Measuring
 from ldm.training.lr_scheduler import lr_multiplier
 
 train, sample = load_script("train"), load_script("sample")
-SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false"]
+SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.report_to=none"]
 NARROW = {
     "simple_unet": ["widths=[4,4,8,8,8]"],
     "mnist14": ["widths=[8,8,8]", "norm_groups=4"],

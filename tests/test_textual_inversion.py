@@ -225,7 +225,7 @@ def test_train_gives_what_the_script_gives(tiny_checkpoint, subject, tmp_path, m
     params = {"word": "<sks>", "initial": "five", "ckpt": tiny_checkpoint, "vectors": 2, "previews": 2}
     settings = {f"stage.params.{name}": value for name, value in params.items()}
     settings |= {"data.params.root": subject, "name": "train", "outdir": tmp_path, "loop.precision": "fp32"}
-    settings |= {"loop.steps": 6, "loop.batch_size": 2, "loop.tensorboard": False}
+    settings |= {"loop.steps": 6, "loop.batch_size": 2, "loop.report_to": "none"}
     yaml = ROOT / "configs" / "finetune" / f"textual_inversion{size}.yaml"
     load_script("train").main([str(yaml), *(f"{key}={value}" for key, value in settings.items()), "--device=cpu"])
     (ours,) = read_words(tmp_path / "train" / "model.safetensors")

@@ -17,7 +17,7 @@ from ldm.training.config import read_configs
 ROOT = Path(__file__).parents[1]
 STAGES = ("autoencoder", "clip", "diffusion")
 # The networks as they are; of everything else as little as possible.
-SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.tensorboard=false", "diffusion.stage.params.defaults.steps=2"]
+SHORT = ["loop.steps=2", "loop.batch_size=4", "loop.report_to=none", "diffusion.stage.params.defaults.steps=2"]
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 
 

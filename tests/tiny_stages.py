@@ -86,6 +86,6 @@ def write_inputs(folder: Path) -> None:
 def config_of(name: str) -> dict[str, Any]:
     """Return a run of two training steps, with a preview and a state to resume from after each."""
     target, params, data = copy.deepcopy(STAGES[name])
-    loop = {"steps": 2, "batch_size": 2, "log_every": 1, "preview_every": 1, "save_every": 1, "tensorboard": False}
+    loop = {"steps": 2, "batch_size": 2, "log_every": 1, "preview_every": 1, "save_every": 1, "report_to": "none"}
     stage = {"target": target, "params": params}
     return {"name": name, "outdir": "out", "seed": 0, "stage": stage, "data": data, "loop": loop}

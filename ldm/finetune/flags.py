@@ -83,8 +83,8 @@ OUTPUT = [
     ("--discard_state", "loop.keep_state", const(False),
      "remove resume.pt at the end: a finished run cannot go on with more steps then"),
     ("--validation_steps", "loop.preview_every", number(int_range(1)), "steps between previews (100)"),
-    ("--report_to", "loop.tensorboard", choose({"tensorboard": True, "none": False}),
-     "metrics.jsonl is always written (tensorboard)"),
+    ("--report_to", "loop.report_to", choose(("tensorboard", "wandb", "none")),
+     "besides metrics.jsonl; wandb where it is installed (tensorboard)"),
     ("--resume_from_checkpoint --resume", "resume", {"nargs": "?", "const": "latest", "metavar": "DIR"},
      "resume the run in OUTPUT_DIR (latest; where there is none it starts), or a copy of the run in another folder"),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,7 +55,8 @@ class LoopSettings:
     validate_every: Positive | None = None  # steps between measurements on data.validation; None: as between previews
     validate_both: bool = False  # whether to measure the weights that train there too, besides their average
     workers: Annotated[int, Range(0, 256)] = 0  # processes that load data
-    tensorboard: bool = True  # whether to write TensorBoard's file
+    # What shows the metrics besides metrics.jsonl; wandb where that package is installed.
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
     def __post_init__(self) -> None:
         if (images := self.batch_size * self.accumulate) > LARGEST_STEP:
@@ -66,12 +68,18 @@ class LoopSettings:
             raise ValueError(
                 "loop.validate_both has no effect with loop.ema 0: there is no average besides the weights"
             )
+        if self.report_to == "wandb" and find_spec("wandb") is None:
+            raise ValueError("loop.report_to wandb needs a package that is not installed: pip install wandb")
         call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "LoopSettings":
         """Return the checked `loop:` part of a configuration."""
-        return call_with(f"loop of {config['name']!r}", cls, config["loop"])
+        loop = config["loop"]
+        if isinstance(loop, Mapping) and "report_to" not in loop and isinstance(loop.get("tensorboard"), bool):
+            loop = dict(loop)  # of before there was another
+            loop["report_to"] = "tensorboard" if loop.pop("tensorboard") else "none"
+        return call_with(f"loop of {config['name']!r}", cls, loop)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -92,8 +100,9 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
         Interrupted: after Ctrl-C or SIGTERM.
     """
     settings = LoopSettings.of(config)
-    accelerator = make_accelerator(settings.precision, settings.accumulate, pick_device(device))
     path = Path(config["outdir"]) / config["name"]
+    tracking = {"log_with": None if settings.report_to == "none" else settings.report_to, "project_dir": path.parent}
+    accelerator = make_accelerator(settings.precision, settings.accumulate, pick_device(device), **tracking)
     with closing(RunFolder(path, config, resume, accelerator.is_main_process)) as folder:
         if not folder.finished:
             train_stage(config, settings, accelerator, folder, **stage_params)
@@ -136,7 +145,7 @@ def train_stage(
         if count > settings.steps and folder.writes:
             print(f"note: loop.{key} is {count} steps, and the run has only {settings.steps}", file=sys.stderr)
     accelerator.wait_for_everyone()  # until every process has read the folder
-    folder.begin(config, step, settings.tensorboard)
+    folder.begin(config, step, accelerator)
     metrics = Metrics(name, folder, trained)
 
     bar = {"initial": step, "total": settings.steps, "desc": name, "unit": "step", "mininterval": 1}

@@ -12,7 +12,7 @@ LARGEST_WEIGHT = 1e6  # far more than any trained network's
 
 
 class Metrics:
-    """Means over the main process's batches since the last report, logged as a JSON line and TensorBoard points."""
+    """Means over the main process's batches since the last report, logged as a JSON line and to the trackers."""
 
     def __init__(self, stage: str, folder: RunFolder, networks: nn.Module) -> None:
         self.stage, self.folder, self.networks, self.values = stage, folder, networks, {}

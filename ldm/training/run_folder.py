@@ -28,8 +28,9 @@ from ldm.labels import Row, labelled_rows
 
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = re.compile(
-    r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|validate_\w+|workers|"
-    r"tensorboard|ema_device)|(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
+    r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|workers|"
+    r"validate_\w+|tensorboard|report_to|ema_device)|(loop|stage\.params)\.gradient_checkpointing|"
+    r"stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
 )
 
 # Names of what a run's folder holds, in which another run may have its folder.
@@ -53,8 +54,12 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool, writes: bool) -> None:
         """`writes`: False in all but the main process of a distributed run."""
+<<<<<<< HEAD
         check_name(path.name)
         self.path, self.writes, self.writer = path, writes, None
+=======
+        self.path, self.writes, self.trackers = path, writes, []
+>>>>>>> 96e8d84 (Report to TensorBoard or wandb through accelerate's trackers)
         self.model, self.state, self.metrics = path / "model.safetensors", path / "resume.pt", path / "metrics.jsonl"
         refusal = f"{str(path)!r} is being trained in by another process: wait for its end, or choose another folder"
         self.lock = Lock(path, refusal) if writes else None
@@ -117,14 +122,25 @@ class RunFolder:
             return 0
         return int(read_tensors(self.model).metadata.get(STEP_KEY, 0 if self.state.exists() else configured))
 
-    def begin(self, config: dict[str, Any], step: int, tensorboard: bool) -> None:
+    def begin(self, config: dict[str, Any], step: int, accelerator: Any) -> None:
         """Write the configuration, once the stage and its data are built: a mistake leaves no run behind."""
         if not self.writes:
             return
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.path, purge_step=step + 1)  # drops what an interrupted run wrote later
+        latest = self.path / "wandb" / "latest-run"  # a link to run-DATE-ID
+        known = {"id": latest.resolve().name.rpartition("-")[2]} if step > 0 and latest.exists() else {}
+        options = {
+            "tensorboard": {"purge_step": step + 1},  # drops what an interrupted run wrote later
+            "wandb": {"name": config["outdir"], "dir": str(self.path), "config": config, "resume": "allow", **known},
+        }
+        try:
+            accelerator.init_trackers(config["name"], init_kwargs=options)
+        except Exception as error:
+            if not type(error).__module__.startswith("wandb"):
+                raise
+            raise ValueError(
+                f"wandb does not start ({error}): run `wandb login`, set WANDB_MODE=offline, or change loop.report_to"
+            ) from None
+        self.trackers = accelerator.trackers
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(escaped(config))))
         for folder in (self.path, self.path / "previews"):
             sweep(folder)
@@ -166,18 +182,17 @@ class RunFolder:
         write_text(self.metrics, "".join(kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write a JSON line, and a TensorBoard point for each value."""
+        """Write a JSON line, and a point of each tracker for each value."""
         if not self.writes:
             return
         line = json.dumps({"step": step, **values}) + "\n"
         with explained(self.metrics, len(line)), open(self.metrics, "a") as file:
             file.write(line)
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
 
     def preview(self, step: int, images: list[Image.Image], columns: int, labels: Sequence[str] = ()) -> None:
-        """Write the images on a grid, each row under its label if there are any, as a PNG and to TensorBoard."""
+        """Write the images on a grid, each row under its label if there are any, as a PNG and to the trackers."""
         if not self.writes:
             return
         path = self.path / "previews" / f"{step:06d}.png"
@@ -185,8 +200,9 @@ class RunFolder:
         labelled = [Row(*both) for both in zip(labels, rows, strict=True)] if labels else []
         grid = labelled_rows(labelled) if labelled else image_grid(images, columns)
         write_png(path, grid)
-        if self.writer is not None:
-            self.writer.add_image("preview", numpy.array(grid.convert("RGB")), step, dataformats="HWC")
+        for tracker in self.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"preview": numpy.array(grid.convert("RGB"))[None]}, step=step, **options)
 
     def save_model(self, path: Path, step: int, config: dict[str, Any] | None, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint of the run, the result or one on the way."""
@@ -199,8 +215,8 @@ class RunFolder:
             self.state.unlink(missing_ok=True)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.finish()
         if self.lock is not None:
             self.lock.release()
 
