@@ -173,7 +173,12 @@ def test_two_processes_measure_as_one(tmp_path):
             "validate_both has no effect with loop.ema",
         ),
         ("folder", {"validation": {"size": 16}}, {}, r"of data.validation are \(1, 16, 16\), and those to train on"),
-        ("folder", {"validation": {"root": "."}}, {}, "3 images of data.validation are also trained on: .*0.png"),
+        (
+            "folder",
+            {"validation": {"root": "./instance"}},
+            {},
+            "3 images of data.validation are also trained on: .*0.png",
+        ),
         ("ddgan", {"validation": 0.25}, {}, "DenoisingGANStage cannot be validated: leave out data.validation"),
     ],
 )

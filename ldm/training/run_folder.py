@@ -29,12 +29,18 @@ from ldm.labels import Row, labelled_rows
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = re.compile(
     r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|workers|"
+<<<<<<< HEAD
     r"validate_\w+|tensorboard|report_to|ema_device)|(loop|stage\.params)\.gradient_checkpointing|"
     r"stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
+=======
+    r"validate_\w+|tensorboard|report_to)|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
+>>>>>>> 2edccc8 (Report to TensorBoard or wandb through accelerate's trackers)
 )
 
 # Names of what a run's folder holds, in which another run may have its folder.
-TAKEN = re.compile(r"\.lock|\..*\.tmp|config\.yaml|metrics\.jsonl|events\..*|previews|resume\.pt|model.*\.safetensors")
+TAKEN = re.compile(
+    r"\.lock|\..*\.tmp|config\.yaml|metrics\.jsonl|events\..*|wandb|previews|resume\.pt|model.*\.safetensors"
+)
 
 
 def check_name(name: str) -> None:
@@ -54,12 +60,8 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool, writes: bool) -> None:
         """`writes`: False in all but the main process of a distributed run."""
-<<<<<<< HEAD
         check_name(path.name)
-        self.path, self.writes, self.writer = path, writes, None
-=======
         self.path, self.writes, self.trackers = path, writes, []
->>>>>>> 96e8d84 (Report to TensorBoard or wandb through accelerate's trackers)
         self.model, self.state, self.metrics = path / "model.safetensors", path / "resume.pt", path / "metrics.jsonl"
         refusal = f"{str(path)!r} is being trained in by another process: wait for its end, or choose another folder"
         self.lock = Lock(path, refusal) if writes else None
