@@ -29,12 +29,8 @@ from ldm.labels import Row, labelled_rows
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = re.compile(
     r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|workers|"
-<<<<<<< HEAD
     r"validate_\w+|tensorboard|report_to|ema_device)|(loop|stage\.params)\.gradient_checkpointing|"
     r"stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
-=======
-    r"validate_\w+|tensorboard|report_to)|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
->>>>>>> 2edccc8 (Report to TensorBoard or wandb through accelerate's trackers)
 )
 
 # Names of what a run's folder holds, in which another run may have its folder.
