@@ -17,6 +17,7 @@ SUMMARIES = {
     "textual_inversion": "learn a word for a subject from a few images",
     "evaluate": "measure a model",
     "convert": "rewrite a model in another format or precision",
+    "shards": "write a folder of images as tar shards",
 }
 FAST_EXIT = {"txt2img", "img2img", "inpaint", "sample"}  # these have closed what they opened
 

@@ -88,6 +88,12 @@ folder data.params:
    shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, alpha: keep,
    background: {to: black, with: {root: faulty, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty, on_error: skip}}}
+shards data.params:
+  {root: '[01].tar', size: 16, channels: 3, crop: random, flip: true,
+   seed: {to: 1, with: {flip: true, crop: random}}, caption: four, buckets: [[32, 24]], reads: [image],
+   shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, mixed: 2, alpha: keep,
+   background: {to: black, with: {root: faulty.tar, on_error: skip}},
+   on_error: {to: refuse, with: {root: faulty.tar, on_error: skip}}}
 dreambooth data.params:
   {instance_data_dir: class, instance_prompt: a sks four, class_data_dir: elsewhere, class_prompt: four,
    keep_prompt: four, prior_weight: 0.0, num_class_images: 6,

@@ -29,12 +29,24 @@ ROOT = Path(__file__).parents[1]
 NOTE = "<!-- from here on written by `python tests/test_reference_pages.py` -->\n"
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCS.remove(ROOT / "docs/reference/compvis.md")  # it names what is not here, too
-SCRIPTS = ("txt2img", "img2img", "inpaint", "sample", "train", "dreambooth", "textual_inversion", "convert", "evaluate")
+SCRIPTS = (
+    "txt2img",
+    "img2img",
+    "inpaint",
+    "sample",
+    "train",
+    "dreambooth",
+    "textual_inversion",
+    "convert",
+    "evaluate",
+    "shards",
+)
 STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.clip.CLIPStage ldm.training.diffusion.DiffusionStage
 ldm.training.pixel_diffusion.PixelDiffusionStage ldm.training.classifier.ClassifierStage
 ldm.finetune.dreambooth.DreamBoothStage ldm.finetune.textual_inversion.TextualInversionStage
 ldm.optional.noisy_classifier_stage.NoisyClassifierStage ldm.optional.ddgan_stage.DenoisingGANStage""".split()
-DATA = "ldm.data.mnist.MNIST ldm.data.digits.Digits ldm.data.folder.Folder ldm.inference.class_images.SubjectImages"
+DATA = """ldm.data.mnist.MNIST ldm.data.digits.Digits ldm.data.folder.Folder ldm.data.shards.Shards
+ldm.inference.class_images.SubjectImages"""
 PARTS = """ldm.training.objective.Objective ldm.training.denoising.DenoisingStage
 ldm.diffusion.loss.loss_weight ldm.diffusion.training_noise.training_noise
 ldm.diffusion.schedule.training_timesteps ldm.diffusion.schedule.make_schedule

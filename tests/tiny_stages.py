@@ -1,6 +1,7 @@
 """A configuration of every kind of stage with tiny networks, which trains in a second, and the files that it needs."""
 
 import copy
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ STAGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "ddgan": ("ldm.optional.ddgan_stage.DenoisingGANStage", GAN, DIGITS),
 }
+SHARDS = {"root": "[0-2].tar", "size": 32, "channels": 1, "caption": ""}
+STAGES["shards"] = (*STAGES["folder"][:2], {"target": "ldm.data.shards.Shards", "params": SHARDS})
 
 
 def write_inputs(folder: Path) -> None:
@@ -81,6 +84,15 @@ def write_inputs(folder: Path) -> None:
         for i in range(count):
             Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8)).save(folder / name / f"{i}.png")
     (folder / "faulty" / "damaged.png").touch()
+    for name, images in (
+        ("0", "instance/0.png"),
+        ("1", "instance/1.png"),
+        ("2", "instance/2.png"),
+        ("faulty", "faulty/*"),
+    ):
+        with tarfile.open(folder / f"{name}.tar", "w") as shard:
+            for path in sorted(folder.glob(images)):
+                shard.add(path, path.name)
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -61,6 +61,9 @@ class ImageSet(Dataset):
         self.augments = self.transform.augments
         self.seed, self.shuffle_tags_after, self.reads = seed, shuffle_tags_after, tuple(reads)
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     def source(self, index: int) -> tuple[Path | bytes, str]:
         """Return an image's file, or the bytes of it, and what errors call it."""
         raise NotImplementedError

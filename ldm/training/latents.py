@@ -25,6 +25,7 @@ class LatentDataset(Dataset):
     ) -> None:
         self.dataset, self.mean, self.std, self.keys = dataset, mean, std, keys
         self.groups = getattr(dataset, "groups", None)  # the latents of a batch have one shape, too
+        self.shuffled = getattr(dataset, "shuffled", None)  # the same order as without latents
 
     def __len__(self) -> int:
         return len(self.dataset)
