@@ -45,6 +45,7 @@ SUPPORT = {
     "training/config training/contract training/rehearsal": "configuration files, checks before training",
     "commands/train spelling": "the command line, which the notebook and research code do not need",
     "training/processes training/run_folder training/metrics": "many processes, the run folder, what is logged",
+    "training/classes": "class-conditional models",
     "training/optimizers": "other optimizers than AdamW",
     "training/validation data/part": "images that are not trained on",
     "checkpoint/networks checkpoint/tensors checkpoint/atomic": "file formats of other programs, complete files",

@@ -472,12 +472,14 @@ def test_recipes_of_the_version_that_kept_guidance_among_the_changes(generate, t
     assert np.array_equal(pixels(again), pixels(now)) and recipe(again) == recipe(now)
 
 
-def test_an_unconditional_model(tmp_path, capsys):
+def test_an_unconditional_model(tmp_path):
     alone = {**TINY, "unet_config": {**TINY["unet_config"], "params": {**TINY["unet_config"]["params"]}}}
     for name in ("num_classes", "adm_in_channels", "context_dim", "use_spatial_transformer"):
         alone["unet_config"]["params"].pop(name)
     model = LatentDiffusion(**{**alone, "cond_stage_config": None})
     save(model, tmp_path / "alone.safetensors")
-    out = runner(txt2img, tmp_path / "alone.safetensors", tmp_path)("--prompt", "a five", "--scale", 1)
-    assert recipe(out / "samples" / "00000.png").prompt == ""
-    assert "this model is unconditional: the prompt is ignored" in capsys.readouterr().err
+    run = runner(txt2img, tmp_path / "alone.safetensors", tmp_path)
+    refused("this model is unconditional and takes no prompt", run, "--prompt", "a five", "--scale", 1)
+    (tmp_path / "prompts").write_text("a five")
+    refused("this model is unconditional and takes no prompt", run, "--from-file", tmp_path / "prompts", "--scale", 1)
+    assert recipe(run("--scale", 1) / "samples" / "00000.png").prompt == ""

@@ -21,6 +21,11 @@ JUDGE = {"target": "ldm.models.classifier.Judge", "params": {"widths": [4, 4, 8]
 DIGITS = {"target": "ldm.data.digits.Digits", "params": {"first": 16}}
 SUBJECT = {"instance_data_dir": "instance", "instance_prompt": "a sks five", "class_prompt": "five"}
 RATE = {"learning_rate": 1e-3}
+POOLED = ("num_classes", "adm_in_channels")
+WITHOUT_POOLED, UNCONDITIONAL = (
+    {**TINY["unet_config"], "params": {k: v for k, v in TINY["unet_config"]["params"].items() if k not in left_out}}
+    for left_out in (POOLED, (*POOLED, "context_dim", "use_spatial_transformer"))
+)
 # name -> the stage's class and arguments, and its data
 STAGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "autoencoder": (
@@ -45,6 +50,19 @@ STAGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"unet_config": TINY["unet_config"], "first_stage": "first_stage", "cond_stage": "cond_stage", **RATE}
         | {"schedule": {"name": "cosine"}, "defaults": TINY["defaults"], "cache_latents": False},
         {"target": "ldm.data.folder.Folder", "params": {"root": "instance", "size": 32, "channels": 1, "caption": ""}},
+    ),
+    "classes": (
+        "ldm.training.diffusion.DiffusionStage",
+        {"unet_config": WITHOUT_POOLED, "first_stage": "first_stage", **RATE, "schedule": {"name": "cosine"}}
+        | {"cond_stage": {"target": "ldm.conditioning.classes.ClassEmbedder", "params": {"embed_dim": 32}}}
+        | {"defaults": TINY["defaults"], "preview_columns": 2},
+        {"target": "ldm.data.folder.Folder", "params": {"root": "sorted", "size": 32, "channels": 1}},
+    ),
+    "unconditional": (
+        "ldm.training.diffusion.DiffusionStage",
+        {"unet_config": UNCONDITIONAL, "first_stage": "first_stage", "cond_stage": None, **RATE}
+        | {"schedule": {"name": "cosine"}, "defaults": TINY["defaults"] | {"scale": 1.0}, "preview_columns": 2},
+        {"target": "ldm.data.folder.Folder", "params": {"root": "instance", "size": 32, "channels": 1}},
     ),
     "pixel": ("ldm.training.pixel_diffusion.PixelDiffusionStage", {"model": PIXEL, **RATE, "previews": 2}, DIGITS),
     "classifier": ("ldm.training.classifier.ClassifierStage", {"network": JUDGE, **RATE}, DIGITS),
@@ -79,8 +97,10 @@ def write_inputs(folder: Path) -> None:
         save_file(folder / name, getattr(model, f"{name}_model").state_dict(), TINY[f"{name}_config"])
     save_file(folder / "judge", Judge(**JUDGE["params"]).state_dict(), JUDGE)
     noise = np.random.default_rng(0)
-    for name, count, shape in (("instance", 3, (32, 40)), ("class", 4, (32, 40)), ("faulty", 4, (32, 40, 4))):
-        (folder / name).mkdir()
+    grey, counts = (32, 40), {"instance": 3, "class": 4, "sorted/cat": 2, "sorted/dog": 1, "faulty": 4}
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        shape = (*grey, 4) if name == "faulty" else grey
         for i in range(count):
             Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8)).save(folder / name / f"{i}.png")
     (folder / "faulty" / "damaged.png").touch()

@@ -44,7 +44,7 @@ def read_captions(
             f"the caption of {few([path for _, path in lacking], 3)} is empty ({len(lacking)} of {len(paths)} images): "
             "write one, or set data.params.caption, which may be '', for all such images"
         )
-    captions = [own or [others[name]] for (own, _), name in zip(found, names, strict=True)]
+    captions = [own or [str(others[name])] for (own, _), name in zip(found, names, strict=True)]
     empty = [source for own, source in found if own == []]
     if empty and any(map(any, captions)):
         note = f"{len(empty)} captions are empty, and the caption for all is used instead: {few(empty, 3)}"

@@ -21,7 +21,7 @@ from ldm.evaluation.datasets import HELD_OUT, find_reference, open_data
 from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure_subject, read_folder
 from ldm.evaluation.likelihood import check_variance, condition_of, measure_bits
 from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint, load_image_network
-from ldm.evaluation.own_data import Halves, prompts_of, report_agreement, report_images, report_reconstruction
+from ldm.evaluation.own_data import Halves, prompts_of, read_for, report_agreement, report_images, report_reconstruction
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
 from ldm.evaluation.report import report_autoencoder, report_model
 from ldm.evaluation.samples import image_sheet, images_by_class, prompts_for, sample_images
@@ -97,7 +97,7 @@ def evaluate_autoencoder(args: argparse.Namespace) -> Result:
     if args.dataset not in HELD_OUT:
         check_folder_options(args)
         side = getattr(getattr(autoencoder, "encoder", None), "resolution", 64)
-        images = Halves(Path(args.dataset), (side, side), autoencoder.image_channels).images[: args.n]
+        images = Halves(Path(args.dataset), (side, side), autoencoder.image_channels, "").images[: args.n]
         report, made = report_reconstruction(autoencoder, images, args.batch_size)
         return {**_head(args, dataset=args.dataset, n=len(images)), **report}, _pairs(made, images)
     check_digits(autoencoder, networks.size)
@@ -139,13 +139,14 @@ def _evaluate_on_folder(args: argparse.Namespace) -> Result:
     """Generate for the captions of half of a folder's images, and measure."""
     check_folder_options(args)
     model = load_model(args)
-    halves = Halves(Path(args.dataset), (model.defaults["width"], model.defaults["height"]), model.image_channels)
-    n = len(halves.captions) if args.n is None else args.n
-    if n > len(halves.captions):
-        raise ValueError(f"{n} images are more than half of {args.dataset}: use --n {len(halves.captions)} or less")
+    size = model.defaults["width"], model.defaults["height"]
+    halves = Halves(Path(args.dataset), size, model.image_channels, read_for(model))
+    n = len(halves.images) if args.n is None else args.n
+    if n > len(halves.images):
+        raise ValueError(f"{n} images are more than half of {args.dataset}: use --n {len(halves.images)} or less")
     given = _given(args)
-    prompts = prompts_of(model, halves.captions[:n])
-    if args.clip is not None and prompts != halves.captions[:n]:
+    prompts = prompts_of(model, halves, n)
+    if args.clip is not None and read_for(model) != "caption":
         raise ValueError("--clip compares images with captions, which this model does not take")
     encoder = None if args.clip is None else load_image_network(args.clip)
     images = sample_images(model, prompts, args.seed, args.batch_size, None, **given)

@@ -5,7 +5,6 @@ half is what real images reach in their place. Distances are between pixels, for
 AVERAGED x AVERAGED: they see layout and colours, not what an image shows, and compare models of the same folder only.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ldm.evaluation.precision_recall import precision_recall
 from ldm.evaluation.reference import measure_floor
 from ldm.images import to_uint8
 from ldm.models.perceptual import psnr
+from ldm.training.classes import shown_classes
 from ldm.training.latents import posterior
 
 AVERAGED = 8
@@ -32,7 +32,7 @@ class Halves:
         """Read a folder.
 
         size: (width, height) that the model makes; images are cropped to its shape.
-        reads: what else of the images, "caption", "label" or "".
+        reads: what else of the images, "caption", "label" (whose name is then the caption) or "".
         """
         data = Folder(root, size[0], channels, caption="", buckets=[size], reads=("image", reads))
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
@@ -41,7 +41,8 @@ class Halves:
         if half < 10:
             raise ValueError(f"{root} holds {len(order)} images: at least 20 are needed to measure by")
         self.images, self.others = images[:half], images[half:]
-        self.captions = [data.caption(i).text for i in order[:half]] if reads == "caption" else []
+        some = [data.without_image(i) for i in order[:half]]
+        self.captions = [data.classes[one["label"]] if reads == "label" else one["caption"] for one in some if reads]
 
 
 def features(images: Tensor) -> Tensor:
@@ -101,12 +102,17 @@ def report_reconstruction(autoencoder: Any, images: Tensor, batch_size: int) -> 
     return {"psnr": figures}, result
 
 
-def prompts_of(model: Any, captions: Sequence[str]) -> list[Any]:
-    """Return the captions, or classes in turn, or nothing, as the model is conditioned."""
+def read_for(model: Any) -> str:
+    """Return what a folder must have of its images besides them: "caption", "label", or "" for nothing."""
     conditioner = model.cond_stage_model
-    if conditioner is None:
-        return [""] * len(captions)
-    if hasattr(conditioner, "n_classes"):
-        count = conditioner.n_classes if conditioner.null is None else conditioner.null
-        return [i % count for i in range(len(captions))]
-    return list(captions)
+    if conditioner is None or hasattr(conditioner, "n_classes"):
+        return "label" if getattr(conditioner, "names", None) else ""
+    return "caption"
+
+
+def prompts_of(model: Any, halves: Halves, n: int) -> list[Any]:
+    """Return the first n captions, or names of classes, or numbers of classes in turn, as the model is conditioned."""
+    conditioner = model.cond_stage_model
+    if hasattr(conditioner, "n_classes") and not halves.captions:
+        return shown_classes(conditioner, n)
+    return halves.captions[:n] or [""] * n

@@ -22,12 +22,19 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
 
     A setting left None is the checkpoint's own, or the --from-png image's.
 
-    classes: whether images are asked for by the numbers of classes instead of by texts.
+    classes: whether images are asked for by classes instead of by texts.
     """
     parser = Parser(description=description)
     add = parser.add_mutually_exclusive_group().add_argument
     if classes:
-        add("--class", nargs="+", action="extend", dest="prompts", metavar="N", help="classes to generate (any)")
+        add(
+            "--class",
+            nargs="+",
+            action="extend",
+            dest="prompts",
+            metavar="CLASS",
+            help="numbers or names of classes to generate (any)",
+        )
     else:
         text = f"text prompt; repeatable ({prompt or 'empty'})"
         add("--prompt", action="append", dest="prompts", metavar="TEXT", help=text)

@@ -173,7 +173,7 @@ def note_unused(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:
-    """Return the prompts, or empty ones, with a warning, for an unconditional model."""
+    """Return the prompts, or empty ones for an unconditional model. ValueError for what the model does not take."""
     if args.classes and any(prompts) and hasattr(model.cond_stage_model, "tokenizer"):
         raise ValueError("--class needs a class-conditional model: this one takes texts, so use the command txt2img")
     if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
@@ -183,8 +183,9 @@ def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.
             print(f"no --prompt is given: the prompt is {prompts[0]!r}", file=sys.stderr)
         return prompts
     if args.classes:
-        raise ValueError("--class needs a class-conditional model, or --classifier")
-    print("this model is unconditional: the prompt is ignored", file=sys.stderr)
+        raise ValueError("--class needs a class-conditional model, or --classifier: this one is unconditional")
+    if args.prompts is not None or args.from_file is not None:
+        raise ValueError("this model is unconditional and takes no prompt: leave it out, or use the command sample")
     return [""] * len(prompts)
 
 

@@ -1,4 +1,4 @@
-"""The third stage: a UNet learns to denoise latents, conditioned on text (Rombach et al. 2022, eq. 3)."""
+"""The last stage: a UNet learns to denoise latents, conditioned on text, classes or nothing (Rombach et al. 2022)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,33 +11,40 @@ from ldm.checkpoint.file import load_file
 from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
+from ldm.training.classes import check_dropout, drop_classes, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.objective import Objective
 
 
 class DiffusionStage(DenoisingStage):
-    """Trains the UNet of a latent diffusion model; its autoencoder and text encoder are trained before and frozen.
+    """Trains the UNet of a latent diffusion model (Rombach et al. 2022, eq. 3).
+
+    Its autoencoder, and the text encoder if it has one, are trained before and frozen. Class embeddings train with it.
 
     Args:
-        unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's.
-        first_stage, cond_stage: checkpoints of the autoencoder and the text encoder.
+        unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's or the class embeddings'.
+        first_stage: checkpoint of the autoencoder.
+        cond_stage: checkpoint of the text encoder; or `{"target", "params"}` of a conditioner of classes, without
+            `n_classes` where the data set names its classes, as the sub-folders of a `Folder` do; or None for an
+            unconditional model.
         schedule, prediction, defaults: of `LatentDiffusion`.
         pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say. False
             leaves these two out; the encoder must have been trained with the same choice.
-        caption_dropout: probability of the empty prompt instead of the caption, for classifier-free guidance.
+        caption_dropout: probability of the empty prompt instead of the caption, or of the null class instead of the
+            class, for classifier-free guidance.
         cache_latents: encode the data set once; not for data sets that augment their images.
         error, weight, noise, timesteps: of `Objective`.
+        preview_prompts: prompts or classes of a preview's images; None is the empty prompt, or each class in turn.
     """
 
-    reads = ("image", "caption")
     takes_shapes = True
 
     def __init__(
         self,
         unet_config: Mapping[str, Any],
         first_stage: str,
-        cond_stage: str,
+        cond_stage: str | Mapping[str, Any] | None,
         learning_rate: Rate,
         schedule: Mapping[str, Any],
         prediction: str = "v",
@@ -52,31 +59,44 @@ class DiffusionStage(DenoisingStage):
         timesteps: Mapping[str, Any] | None = None,
         caption_dropout: Probability = 0.1,
         cache_latents: bool = True,
-        preview_prompts: Sequence[str] = ("",),
+        preview_prompts: Sequence[str | int] | None = None,
         preview_columns: Count = 10,
     ) -> None:
-        configs, weights = zip(*(load_file(path) for path in (first_stage, cond_stage)), strict=True)
-        params = {
-            k: v for k, v in unet_config["params"].items() if pooled or k not in ("num_classes", "adm_in_channels")
-        }
-        if configs[1]["params"].get("pooled", False) != ("num_classes" in params):
-            raise ValueError(
-                f"the text encoder {str(cond_stage)!r} and the UNet differ about pooled text: train both stages with "
-                "the same stage.params.pooled (false leaves num_classes and adm_in_channels out)"
-            )
-        unet_config = {**unet_config, "params": params}
-        model = LatentDiffusion(unet_config, *configs, schedule=schedule, prediction=prediction, defaults=defaults)
-        model.first_stage_model.load_state_dict(weights[0])
-        model.cond_stage_model.load_state_dict(weights[1])
+        first, weights = load_file(first_stage)
+        cond: Any = cond_stage
+        if text := isinstance(cond_stage, str):
+            cond, text_weights = load_file(cond_stage)
+            unet_config = _match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
+        model = LatentDiffusion(unet_config, first, cond, schedule=schedule, prediction=prediction, defaults=defaults)
+        model.first_stage_model.load_state_dict(weights)
+        conditioner = model.cond_stage_model
+        if text:
+            conditioner.load_state_dict(text_weights)
+        elif conditioner is not None and not hasattr(conditioner, "n_classes"):
+            raise ValueError(f"cond_stage {cond['target']} is not one of classes: name a text encoder's checkpoint")
+        self.classes = conditioner is not None and not text  # whether the model is conditioned on them
+        if self.classes:
+            check_dropout(conditioner, caption_dropout)
+        self.reads = ("image", "caption") if text else ("image", "label") if self.classes else ("image",)
         objective = Objective(model, error, weight, noise, timesteps)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
+        self.shows_each = preview_prompts is None and self.classes
+        if preview_prompts is None:
+            preview_prompts = [""] if text else shown_classes(conditioner, preview_columns)
         super().__init__(objective, preview_prompts, preview_columns, **adam)
-        self.freeze(cond_stage=model.cond_stage_model)
+        if text:
+            self.freeze(cond_stage=conditioner)
+        else:
+            train_conditioner(self)
         self.caption_dropout, self.cache_latents = caption_dropout, cache_latents
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         self.check_size(dataset)
+        if self.classes:
+            take_classes(self, dataset)
+        if self.shows_each:  # of the classes that it now has
+            self.preview_prompts = shown_classes(self.latent_diffusion.cond_stage_model, self.preview_columns)
         if self.cache_latents and getattr(dataset, "augments", False):
             raise ValueError(
                 f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
@@ -87,7 +107,7 @@ class DiffusionStage(DenoisingStage):
         means, stds = (torch.cat([z.flatten() for z in part]).double() for part in (mean, std))
         variance = means.var() + stds.square().mean()
         self.latent_diffusion.scale_factor = float(variance**-0.5)
-        return LatentDataset(dataset, mean, std) if self.cache_latents else dataset
+        return LatentDataset(dataset, mean, std, self.reads[1:]) if self.cache_latents else dataset
 
     def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
         model = self.latent_diffusion
@@ -95,6 +115,22 @@ class DiffusionStage(DenoisingStage):
             z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
         else:
             z = model.encode(batch["image"], mode=not training)
-        dropped = torch.rand(len(z)) < (self.caption_dropout if training else 0.0)
+        dropout = self.caption_dropout if training else 0.0
+        if self.classes:
+            return z, model.condition(drop_classes(batch["label"], model.null, dropout))
+        if model.cond_stage_model is None:
+            return z, {}
+        dropped = torch.rand(len(z)) < dropout
         captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
         return z, model.cond_stage_model(captions)  # taken literally, and cut to the context length
+
+
+def _match_pooled(unet_config: Mapping[str, Any], pooled: bool, cond_stage: str, given: bool) -> dict[str, Any]:
+    """Return the UNet's configuration, without pooled text unless wanted. ValueError where the encoder differs."""
+    params = {k: v for k, v in unet_config["params"].items() if pooled or k not in ("num_classes", "adm_in_channels")}
+    if given != ("num_classes" in params):
+        raise ValueError(
+            f"the text encoder {cond_stage!r} and the UNet differ about pooled text: train both stages with "
+            "the same stage.params.pooled (false leaves num_classes and adm_in_channels out)"
+        )
+    return {**unet_config, "params": params}

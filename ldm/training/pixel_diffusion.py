@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.checks import Betas, Count, Probability, Range, Rate
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
+from ldm.training.classes import check_dropout, drop_classes, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.objective import Objective
 from ldm.util import instantiate_from_config
@@ -49,33 +49,23 @@ class PixelDiffusionStage(DenoisingStage):
                 f"this stage trains a class-conditional or unconditional PixelDiffusion, not a {model['target']} "
                 f"conditioned by {type(cond).__name__}"
             )
-        # all but the null class, which is the last; an embedder of one class has no other to show
-        classes = [""] if cond is None else range(cond.null or cond.n_classes)
-        if cond is not None and cond.null is None and class_dropout != 0:
-            raise ValueError(
-                f"class_dropout {class_dropout} needs a null class, which this model lacks: set it to 0, or give the "
-                "model's cond_stage_config null: true and one more class"
-            )
-        shown = [classes[i % len(classes)] for i in range(previews)]
+        check_dropout(cond, class_dropout)
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
-        super().__init__(objective, shown, preview_columns, **adam)
+        super().__init__(objective, shown_classes(cond, previews), preview_columns, **adam)
         self.reads = ("image",) if cond is None else ("image", "label")
-        if cond is not None and any(True for _ in cond.parameters()):  # class embeddings, which learn
-            self.networks["cond_stage"] = cond
+        train_conditioner(self)
         self.class_dropout = class_dropout
 
     def prepare(self, dataset: Any) -> Dataset:
-        """Raise ValueError for images of another size than the model's."""
+        """Raise ValueError for images of another size than the model's, or other classes; take these classes' names."""
         self.check_size(dataset)
+        take_classes(self, dataset)
         return dataset
 
     def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
         model = self.latent_diffusion
         if model.cond_stage_model is None:
             return batch["image"], {}
-        labels = batch["label"]
-        if training and self.class_dropout > 0:
-            dropped = torch.rand(len(labels)) < self.class_dropout
-            labels = torch.where(dropped.to(labels.device), model.null, labels)
-        return batch["image"], model.condition(labels)
+        dropout = self.class_dropout if training else 0.0
+        return batch["image"], model.condition(drop_classes(batch["label"], model.null, dropout))
