@@ -1,6 +1,7 @@
 """scripts/convert.py: precision, formats, own settings, LoRAs merged and rewritten, mistakes."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 import ldm
 from ldm.checkpoint.file import load_file
 from ldm.commands.convert import main as convert
+from ldm.commands.txt2img import main as txt2img
 from ldm.finetune import lora
 from ldm.finetune.lora_files import merge_lora, save_lora
 
@@ -73,6 +75,30 @@ def test_loras_are_merged_at_their_strengths(stable, tmp_path):
     changed = {name for name in merged if not torch.equal(merged[name], original[name])}
     assert len(changed) > 80 and not any(name.startswith("first_stage") for name in changed)
     assert all(torch.allclose(merged[name], wanted[name], atol=1e-6) for name in merged)  # of another order
+
+
+@pytest.mark.parametrize("command", [convert, txt2img])
+def test_a_merge_that_is_lost_in_rounding_is_said(stable, tmp_path, capsys, command):
+    """In half precision, not in float32; nothing is said of a merge that shows."""
+    model, file, a, _ = stable
+    weak = tmp_path / "weak.safetensors"
+    adapters = learned(model, rank=4, attached=False)
+    for adapter in adapters.values():
+        adapter.up.data *= 1e-6
+    save_lora(weak, adapters, model)
+    said = {}
+    for lora_file, dtype in ((weak, "bf16"), (weak, "fp32"), (a, "bf16")):
+        if command is convert:
+            options = [file, str(tmp_path / "out.safetensors"), "--dtype", dtype]
+        else:
+            precision = {"bf16": "bf16", "fp32": "full"}[dtype]
+            options = ["--ckpt", file, "--steps", "1", "--outdir", str(tmp_path), "--precision", precision]
+            options += ["--device", "cpu", "--prompt", "a"]
+        command([*options, "--lora", str(lora_file)])
+        shown = capsys.readouterr()
+        said[lora_file, dtype] = shown.out + shown.err
+    lost = r"weak.safetensors: its change is lost in rounding: (9\d\.\d|100\.0)% of the weights .* in torch.bfloat16"
+    assert [bool(re.search(lost, text)) for text in said.values()] == [True, False, False]
 
 
 def test_every_format_is_written_and_read_back(stable, tmp_path, capsys):

@@ -90,7 +90,7 @@ def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list
     if args.default:
         check_defaults(model)
     for text in args.lora:
-        merge_lora(model, *split_strength(text))
+        merge_lora(model, *split_strength(text), dtype)
     return model.notes + ldm.save(model, args.output, dtype, "ldm" if args.format is None else args.format)
 
 

@@ -229,22 +229,29 @@ def detach(adapters: Mapping[str, Adapter]) -> None:
 
 
 class Replaced(dict[str, Tensor]):
-    """The former weights that a `merge` replaced, by parameter, and the adapters that it merged."""
+    """The former weights that a `merge` replaced, by parameter, and the adapters that it merged.
+
+    Of a sample of the weights that these change, `changed` is how many there are, and `differ` how many are others
+    after rounding.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], adapters: Sequence[Adapter]) -> None:
         super().__init__(weights)
         self.adapters = list(adapters)
+        self.changed = self.differ = 0
 
     def __or__(self, other: "Replaced") -> "Replaced":
         return Replaced(super().__or__(other), self.adapters + other.adapters)
 
 
 @torch.no_grad()
-def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
+def merge(network: nn.Module, adapters: Mapping[str, Adapter], dtype: torch.dtype | None = None) -> Replaced:
     """Add adapters to the weights, at their strengths, and remove them from their layers; `restore` undoes it.
 
     Each weight is computed in float32 (or its own dtype, if wider) and rounded to its dtype once. ValueError, with the
     network as it was without the adapters, where one becomes infinite.
+
+    dtype: that the weights are rounded to in the end, for the count of those that differ.
     """
     detach(adapters)
     found, kept = places(network), Replaced({}, list(adapters.values()))
@@ -255,12 +262,17 @@ def merge(network: nn.Module, adapters: Mapping[str, Adapter]) -> Replaced:
             kept[place.parameter] = parameter.data
             parameter.data = parameter.data.clone()
         part = place.part_of(parameter.data)
-        changed = part.to(torch.promote_types(part.dtype, torch.float32)) + adapter.delta().to(part.device)
+        delta = adapter.delta().to(part.device)
+        changed = part.to(torch.promote_types(part.dtype, torch.float32)) + delta
         try:
             check_finite(f"LoRA at strength {adapter.strength:g}: the merged model", {name: changed}, part.dtype)
         except ValueError:
             restore(network, kept)
             raise
+        some, last = slice(None, None, max(1, part.numel() >> 14)), part.dtype if dtype is None else dtype
+        before, after = (weight.flatten()[some].to(part.dtype).to(last) for weight in (part, changed))
+        kept.changed += int(delta.flatten()[some].count_nonzero())
+        kept.differ += int((before != after).count_nonzero())
         part.copy_(changed)
     return kept
 

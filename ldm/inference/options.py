@@ -193,20 +193,27 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
 
     import ldm
     from ldm.inference.nan_check import check_images
-    from ldm.inference.precision import set_precision
+    from ldm.inference.precision import DTYPES, set_precision, weights_wait
     from ldm.models.kernels import set_attention
     from ldm.util import pick_device
 
     device = pick_device(args.device)
     set_attention("auto" if args.attention is None else args.attention)
     # first onto the CPU, where a mapped file takes no memory: what goes to the device goes there once, in its precision
-    dtype = torch.float32 if args.lora or args.embedding or args.compile else None  # changes are not rounded
-    model = ldm.load(args.ckpt, device="cpu", dtype=dtype, **loading_arguments(args))
+    model = ldm.load(args.ckpt, device="cpu", dtype=None, **loading_arguments(args))
+    precision = "full" if args.precision is None else args.precision
+    wait = weights_wait(model, device) and not args.compile
+    if args.compile or (args.lora and not wait):
+        model.float()  # changes are not rounded
     if args.lora:
-        from ldm.finetune.lora_files import merge_lora, split_strength
+        from ldm.finetune.lora_files import apply_lora, merge_lora, split_strength
 
+        last = torch.get_autocast_dtype(device.type) if precision == "autocast" else DTYPES[precision]
         for path, strength in map(split_strength, args.lora):
-            merge_lora(model, path, strength)
+            if wait:  # beside weights that stay half precision, in which its change would be rounded
+                apply_lora(model, path, strength)
+            else:
+                merge_lora(model, path, strength, last)
     if args.embedding:
         from ldm.finetune.embedding_files import split_word
         from ldm.finetune.embeddings import apply_embedding
@@ -215,7 +222,7 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
             apply_embedding(model, path, word)
     for note in model.notes:
         print(note, file=sys.stderr)
-    set_precision(model, "full" if args.precision is None else args.precision, device, as_stored=True)
+    set_precision(model, precision, device, as_stored=True)
     if args.channels_last:
         from ldm.inference.compile import channels_last
 

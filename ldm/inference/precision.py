@@ -37,6 +37,12 @@ def precision_of(model: LatentDiffusion) -> str:
     return next((name for name, own in DTYPES.items() if own == dtype), "full")
 
 
+def weights_wait(model: LatentDiffusion, device: torch.device) -> bool:
+    """Return whether half-precision weights stay as they are on that device, where each layer converts its own."""
+    half = sum(p.nbytes for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16) and p.is_cpu)
+    return device.type == "cpu" and half >= MANY
+
+
 def set_precision(
     model: LatentDiffusion, name: str, device: str | torch.device | None = None, as_stored: bool = False
 ) -> ExitStack:
@@ -61,13 +67,12 @@ def set_precision(
         raise ValueError(f"the model's weights are rounded to {own} already: load it again for precision {name}")
     undo = ExitStack()
     undo.callback(setattr, model.model, "autocast", own == "autocast")
-    half = sum(p.nbytes for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16) and p.is_cpu)
-    waits = device.type == "cpu" and half >= MANY
+    wait = weights_wait(model, device)
     parts = ((model.model, device), (model.cond_stage_model, None), (model.first_stage_model, None))
     for network, place in ((network, place) for network, place in parts if network is not None):
         dtype = torch.float32 if network is model.first_stage_model else DTYPES[name]
         undo.callback(_restore, _tensors(network))
-        if waits:
+        if wait:
             from ldm.inference.widened import widen
 
             widen(model, network, dtype, undo)
