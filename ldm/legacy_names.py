@@ -140,7 +140,23 @@ ELSEWHERE = {
 # Modules of CompVis's, and names in homes, that are not here, and why.
 _MIDAS, _UPSCALER = "it needs MiDaS, a network of another project", "the x4 upscaler is not part of this package"
 _UNCLIP, _OTHERS = "unCLIP is not part of this package", "it is another project's code"
+_UNUSED = "no published model uses it, or it does nothing"
+_UNUSED_IN = {
+    "ldm.util": "AdamWwithEMAandWings",
+    "ldm.models.blocks": "CheckpointFunction",
+    "ldm.models.attention": "LinearAttention",
+    "ldm.models.unet": "TransposedUpsample count_flops_attn convert_module_to_f16 convert_module_to_f32",
+    "ldm.models.autoencoder": "LinAttnBlock LinearAttention MemoryEfficientCrossAttentionWrapper Model SimpleDecoder "
+    "UpsampleDecoder LatentRescaler MergedRescaleEncoder MergedRescaleDecoder Upsampler Resize FirstStagePostProcessor "
+    "get_timestep_embedding",
+}
 _REASONS = {
+    **{f"{home}.{name}": _UNUSED for home, names in _UNUSED_IN.items() for name in names.split()},
+    **dict.fromkeys(
+        ("ldm.models.unet.QKVAttention", "ldm.models.unet.QKVAttentionLegacy"),
+        "its blocks call ldm.models.kernels.attention",
+    ),
+    "ldm.models.unet.Timestep": _UNCLIP,
     **dict.fromkeys(("ldm.data.util", "ldm.modules.midas", "ldm.compvis.ddpm.LatentDepth2ImageDiffusion"), _MIDAS),
     **dict.fromkeys((f"ldm.compvis.ddpm.LatentUpscale{name}Diffusion" for name in ("", "Finetune")), _UPSCALER),
     "ldm.modules.diffusionmodules.upscaling": _UPSCALER,
@@ -151,6 +167,15 @@ _REASONS = {
     "ldm.compvis.encoders.CLIPEmbeddingNoiseAugmentation": _UNCLIP,
     "ldm.compvis.encoders.FrozenT5Embedder": "T5's network is not part of this package",
     "ldm.models.diffusion.dpm_solver.dpm_solver": f"{_OTHERS}; DPMSolverSampler is here",
+    **dict.fromkeys(
+        ("ldm.data.imagenet", "ldm.data.lsun"),
+        "it needs its authors' folders; ldm.data.folder reads images with captions",
+    ),
+    **dict.fromkeys(
+        [f"ldm.data.{name}" for name in ("openimages", "faceshq", "landscapes", "previews", "laion")],
+        "CompVis's repositories do not have it either",
+    ),
+    "ldm.models.diffusion.ddpm_edit": "InstructPix2Pix has this file",
     "ldm.models.diffusion.classifier": "it trains with Lightning; ldm.optional.noisy_classifier_stage trains the same",
 }
 ABSENT = {

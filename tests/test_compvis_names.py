@@ -5,7 +5,9 @@ included. A name is here too, or it is refused by name: nothing is swallowed.
 """
 
 import inspect
+import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from compvis_models import PIXELS, UNET, VQ, built, config
 from conftest import refused
 from golden_fill import fill
 
+from ldm import legacy_names
 from ldm.compvis import base, ddpm, finetune, samplers
 from ldm.util import instantiate_from_config
 
@@ -375,6 +378,12 @@ ABSENT = {
     "ldm.modules.midas.api.MiDaSInference": "MiDaS",
     "ldm.data.util.AddMiDaS": "MiDaS",
     "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation": "upscaler",
+    "ldm.modules.diffusionmodules.openaimodel.Timestep": "unCLIP",
+    "ldm.modules.diffusionmodules.model.LinAttnBlock": "no published model uses it",
+    "ldm.util.AdamWwithEMAandWings": "no published model uses it",
+    "ldm.data.lsun.LSUNBase": "authors' folders",
+    "ldm.data.laion.WebDataModuleFromConfig": "CompVis's repositories",
+    "ldm.models.diffusion.ddpm_edit.LatentDiffusion": "InstructPix2Pix has",
 }
 
 
@@ -384,3 +393,30 @@ def test_what_is_absent_says_why(name):
     with pytest.raises(ImportError, match=f"is not here: .*{ABSENT[name]}"):
         exec(f"from {module} import {attribute}")
     refused(ABSENT[name], instantiate_from_config, {"target": name})
+
+
+def test_every_name_that_the_page_lists_as_absent_says_why():
+    page = (Path(__file__).parents[1] / "docs/reference/compvis.md").read_text().split("## What is not here")[1]
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = {name for cell in cells for name in re.findall(r"`([A-Z]\w+|ldm\.[\w.]+|\w+_(?:attn|f16|f32))`", cell)}
+    known = {name.rpartition(".")[2] for name in legacy_names.ABSENT} | {*legacy_names.ABSENT}
+    elsewhere = {"AddMiDaS", "ldm.modules.midas.api", "ldm.modules.image_degradation.bsrgan"}
+    assert len(listed) > 35 and listed - known == elsewhere
+
+
+def test_attention_of_autoencoders_by_compvis_names():
+    from ldm.modules.attention import CrossAttention
+    from ldm.modules.diffusionmodules.model import AttnBlock, Decoder, make_attn
+
+    assert isinstance(make_attn(32), AttnBlock) and isinstance(make_attn(32, "none"), torch.nn.Identity)
+    assert isinstance(make_attn(32, attn_type="vanilla-xformers"), AttnBlock)
+    refused("attn_type is 'linear': it must be", make_attn, 32, "linear")
+    refused("attn_kwargs is", make_attn, 32, "vanilla", {"heads": 2})
+    for block in (make_attn(32), CrossAttention(32)):
+        block.attention_op = None  # as subclasses set it
+        assert block.attention_op is None
+        refused("attention_op 'flash' is not used here: .*set_attention", setattr, block, "attention_op", "flash")
+    sizes = {"ch": 32, "out_ch": 3, "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3, "resolution": 8}
+    decoder = Decoder(**sizes, z_channels=4, ch_mult=[1])
+    decoder(torch.zeros(2, 4, 8, 8))
+    assert decoder.last_z_shape == (2, 4, 8, 8)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
-from lora_models import learned
 from PIL import Image
 
 import ldm
@@ -20,6 +19,7 @@ from ldm.checkpoint.writing import save_file
 from ldm.commands.txt2img import main as txt2img
 from ldm.conditioning.words import token_embedding
 from ldm.finetune.embedding_files import LearnedWord, write_words
+from ldm.finetune.lora import DEFAULT_TARGETS, Adapter, places, select
 from ldm.finetune.lora_files import save_lora
 from ldm.inference import precision
 from ldm.inference import widened as widened_weights
@@ -102,7 +102,12 @@ def test_half_precision_weights_that_wait_make_the_same_images(model, monkeypatc
 
 def add_lora_and_word(model: LatentDiffusion, folder: Path) -> list[str]:
     """Write a LoRA and a word for the model; return the options that use them."""
-    adapters = learned(model, rank=2, targets=["attention", "text"], attached=False)
+    found, generator = places(model), torch.Generator().manual_seed(0)
+    adapters = {}
+    for name in select(list(found), DEFAULT_TARGETS):  # the model may be on the meta device
+        out, width = found[name].weight.shape
+        up = 0.1 * torch.randn(out, 2, generator=generator)
+        adapters[name] = Adapter(torch.randn(2, width, generator=generator) / 2, up, 2.0)
     save_lora(folder / "lora.safetensors", adapters, model)
     width = token_embedding(model.cond_stage_model).embedding_dim
     write_words(folder / "word.safetensors", LearnedWord("<it>", 0.1 * torch.randn(2, width)), "diffusers")
@@ -146,7 +151,8 @@ def test_memory_of_a_half_precision_stable_diffusion_on_a_cpu(tmp_path, name, ch
     file = tmp_path / "sd1.safetensors"
     save_file(file, single_file(state, config)[0])
     del state
-    options = ["--prompt", "a", "--steps", "2", "--W", "64", "--H", "64", "--skip_grid", "--device", "cpu"]
+    options = ["--prompt", "a <it>" if changed else "a"]
+    options += ["--steps", "2", "--W", "64", "--H", "64", "--skip_grid", "--device", "cpu"]
     options += ["--precision", name, "--ckpt", str(file), "--outdir", str(tmp_path)]
     options += add_lora_and_word(model, tmp_path) if changed else []
     found = {}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 # `blocks.checkpoint` is called through its module, where research code replaces it.
 from ldm.models import blocks
 from ldm.models.blocks import ContextBlock, normalization, zero_module
-from ldm.models.kernels import attention
+from ldm.models.kernels import AttentionOp, attention
 
 
 class GEGLU(nn.Module):
@@ -48,6 +48,8 @@ class CrossAttention(nn.Module):
     Research code replaces `forward` and reads `heads`, `scale`, `to_q`, `to_k`, `to_v`, `to_out`: all four
     projections are modules, called on every forward.
     """
+
+    attention_op = AttentionOp()
 
     def __init__(
         self, query_dim: int, context_dim: int | None = None, heads: int = 8, dim_head: int = 64, dropout: float = 0.0

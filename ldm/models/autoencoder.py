@@ -15,7 +15,7 @@ from ldm.checks import Count, Levels, Probability, Width
 from ldm.legacy_paths import elsewhere
 from ldm.models.blocks import checkpoint, normalization
 from ldm.models.distributions import DiagonalGaussianDistribution
-from ldm.models.kernels import attention
+from ldm.models.kernels import AttentionOp, attention
 from ldm.util import call_with
 
 __getattr__ = elsewhere(__name__)  # the other names of CompVis's file
@@ -76,6 +76,7 @@ class AttnBlock(nn.Module):
     """Self-attention with one head over all positions of (b, c, h, w), added to it."""
 
     use_checkpoint = False
+    attention_op = AttentionOp()
 
     def __init__(self, in_channels: int, norm_groups: int = 32) -> None:
         super().__init__()
@@ -94,6 +95,17 @@ class AttnBlock(nn.Module):
         q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
         h = rearrange(attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
+
+
+def make_attn(
+    in_channels: int, attn_type: str = "vanilla", attn_kwargs: None = None, norm_groups: int = 32
+) -> nn.Module:
+    """Return the attention of that type, by CompVis's name and arguments: an AttnBlock, or nothing for "none"."""
+    if attn_type not in ("vanilla", "vanilla-xformers", "none"):  # the second named a kernel, as kernels.py does now
+        raise ValueError(f'attn_type is {attn_type!r}: it must be "vanilla", "vanilla-xformers" or "none"')
+    if attn_kwargs is not None:
+        raise ValueError(f"attn_kwargs is {attn_kwargs!r}: no type of attention that is here takes any")
+    return nn.Identity() if attn_type == "none" else AttnBlock(in_channels, norm_groups)
 
 
 class Downsample(nn.Module):
@@ -184,11 +196,7 @@ class _Half(nn.Module):
         return ResnetBlock(**widths, dropout=self.dropout, norm_groups=self.norm_groups)
 
     def attend(self, channels: int) -> nn.Module:
-        if self.attn_type == "none":
-            return nn.Identity()
-        if self.attn_type not in ("vanilla", "vanilla-xformers"):  # the second named a kernel, as kernels.py does now
-            raise ValueError(f'attn_type is {self.attn_type!r}: it must be "vanilla", "vanilla-xformers" or "none"')
-        return AttnBlock(channels, self.norm_groups)
+        return make_attn(channels, self.attn_type, norm_groups=self.norm_groups)
 
     def level(self, i: int, channels: int, count: int) -> _Level:
         """Return level i with `count` residual blocks, the first of which takes `channels`."""
@@ -253,6 +261,7 @@ class Decoder(_Half):
         self.conv_out = nn.Conv2d(width, self.out_ch, 3, padding=1)
 
     def compute(self, x: Tensor) -> Tensor:
+        self.last_z_shape = x.shape  # for callers that read it
         h = self.mid(self.conv_in(x))
         for i, level in reversed(list(enumerate(self.up))):
             h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)

@@ -60,6 +60,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
+class AttentionOp:
+    """CompVis's attribute of blocks that call xformers: None, as the kernel is chosen for all of them at once."""
+
+    def __get__(self, block: object, owner: type) -> None:
+        """Return what CompVis's blocks have at first."""
+
+    def __set__(self, block: object, op: object) -> None:
+        if op is not None:
+            raise ValueError(f"attention_op {op!r} is not used here: ldm.models.kernels.set_attention chooses a kernel")
+
+
 def _computes_in_bfloat16(q: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu") == torch.bfloat16
