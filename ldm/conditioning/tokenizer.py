@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -177,7 +178,7 @@ def _pipeline(merges: Sequence[str], cleaning: str):
     from tokenizers import Tokenizer as Pipeline
     from tokenizers.models import BPE
 
-    split = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
+    split: list[Any] = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
     if strange := [merge for merge, pair in zip(merges, split, strict=True) if len(pair) != 2]:
         raise ValueError(f"the tokenizer's merge {shorten(repr(strange[0]))} is not two parts with a space between")
     names = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character per byte, in CLIP's order
