@@ -111,6 +111,7 @@ def test_script_on_a_folder(tmp_path, capsys, classes):
     assert report["bits_per_dimension"] == pytest.approx(expected, rel=1e-5) and report["dataset"].endswith("own")
     refused("neither mnist, digits nor a folder", evaluate.main, [*given, "--dataset", "none"])
     refused("--data is for digits and would have no effect", evaluate.main, [*given, "--data", "x"])
+    refused("--data x is for MNIST", evaluate.main, [*given, "--dataset", "digits", "--data", "x"])
     refused("5 images .* are asked for, and there are 4", evaluate.main, [*given, "--n", "5"])
     for name in "cdefghijkl" if classes else ():
         (tmp_path / "own" / name).mkdir()

@@ -40,6 +40,8 @@ def open_data(dataset: str, split: str, root: str | None, size: int = INNER) -> 
     else:
         from ldm.data.digits import Digits as make
 
+        if root is not None:
+            raise ValueError(f"--data {root} is for MNIST and would have no effect on scikit-learn's digits")
         if size != INNER:
             raise ValueError(f"scikit-learn's digits are 28 x 28 pixels: there are none of {size} x {size}")
 

@@ -1,0 +1,270 @@
+"""As test_every_option.py, of the commands that convert and that train on a subject: every option has an effect.
+
+What can be seen of a run: its status, what it prints but bars of progress, its files and the order in which they are
+written, the convolutions that it computes, and how it loads its data.
+"""
+
+import argparse
+import copy
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomised, save_noise
+from lora_models import learned
+from PIL import Image
+from test_evaluation import small_networks
+from test_every_option import TINY
+from test_pixel_diffusion import build
+from test_reference_pages import parser_of
+
+import ldm
+from ldm.finetune.embedding_files import LearnedWord, write_words
+from ldm.finetune.lora_files import save_lora
+
+LOADING = """
+--config: missing.yaml
+--vae: weaker.safetensors
+--unet: weaker.safetensors
+--ema:
+--prediction: eps
+--vocab: missing.txt
+--variant: fp16
+"""
+TUNING = """
+--ckpt: weaker.safetensors
+--device: meta
+--max_train_steps: 3
+--lr_scheduler: constant
+--lr_warmup_steps: 2
+--seed: 1
+--resolution: 64
+--train_batch_size: 3
+--learning_rate: 0.002
+--error: l1
+--snr_gamma: 5
+--noise_offset: 0.1
+--offset_noise:
+--gradient_accumulation_steps: 2
+--gradient_checkpointing:
+--mixed_precision: bf16
+--output_dir: other
+--checkpointing_steps: 1
+--keep_every: 1
+--discard_state:
+--validation_steps: 1
+--report_to: tensorboard
+--resume_from_checkpoint:
+--num_validation_images: 2
+"""
+SHORT = "--device cpu --output_dir out --max_train_steps 2 --train_batch_size 2 --num_validation_images 1"
+SHORT = f"--ckpt model.safetensors {SHORT} --report_to none --mixed_precision fp32"
+# Command -> what it is run with; a table of options, each with a value that must make a difference, after `|` with what
+# it needs beside it, which the run that it is compared with has too. A value of `-` there leaves the option out.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": (
+        "IN model.safetensors OUT out.safetensors",
+        LOADING + """
+--dtype: fp16
+--format: compvis
+--lora: lora.safetensors
+--default: steps=7
+--rank: 1 | IN lora.safetensors
+--lora-format: peft | IN lora.safetensors
+""",
+    ),
+    "dreambooth": (
+        f"{SHORT} --instance_data_dir instance --instance_prompt sks --class_prompt five --class_data_dir class",
+        LOADING + TUNING + """
+--instance_data_dir: third
+--instance_prompt: zwx
+--class_prompt: four
+--class_data_dir: class2
+--keep_prompt: six
+--with_prior_preservation: | --class_prompt - --class_data_dir -
+--prior_loss_weight: 0.5
+--num_class_images: 6
+--class_guidance_scale: 3 | --num_class_images 7
+--sample_batch_size: 1 | --num_class_images 7
+--crop: random
+--center_crop: | --crop random
+--enable_bucket: | --instance_data_dir third
+--random_flip:
+--train_text: none
+--train_text_encoder:
+--text_encoder_lr: 0.1
+--train_layers: attention
+--rank: 2
+--lora_alpha: 1 | --rank 2
+--lora_targets: feed_forward | --rank 2
+--merge_lora: no | --rank 2
+--lora_format: peft | --rank 2
+--use_ema:
+--ema_decay: 0.5
+--max_grad_norm: 0.001
+--adam_beta1: 0.5
+--adam_beta2: 0.5
+--adam_weight_decay: 9
+--optimizer: adafactor
+--use_8bit_adam:
+--no_cache:
+--dataloader_num_workers: 1
+--validation_prompt: four
+--lr_scheduler: cosine
+""",
+    ),
+}  # fmt: skip
+QUICK = ("convert",)  # the other takes two minutes
+
+
+def table_of(command: str) -> dict[str, tuple[list[str], str]]:
+    """{option: (its value, what is beside it)}"""
+    lines = [line.partition(":") for line in COMMANDS[command][1].split("\n") if line]
+    return {name: (value.partition("|")[0].split(), value.partition("|")[2].strip()) for name, _, value in lines}
+
+
+def options_of(command: str) -> list[str]:
+    """The long option of each action that --help shows, but --allow, which test_rehearsal.py tries on every command."""
+    name, _, sub = command.partition(" ")
+    parser = parser_of(name)
+    if sub:
+        (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        parser = commands.choices[sub]
+    shown = [a for a in parser._actions if a.help != argparse.SUPPRESS and a.dest not in ("help", "allow")]
+    return [action.option_strings[0] for action in shown if action.option_strings]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_value_here(command):
+    assert sorted(table_of(command)) == sorted(options_of(command))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with every file that the options name."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(1)
+    for model, names in (
+        (randomised(ldm.LatentDiffusion(**TINY)), ("model", "weaker")),
+        (build(), ("pixel", "pixel2")),
+    ):
+        model.eval().requires_grad_(False)
+        for name in names:
+            ldm.save(model, folder / f"{name}.safetensors")
+            if name == "model":
+                lora = copy.deepcopy(model)
+                save_lora(folder / "lora.safetensors", learned(lora), lora)
+                for part in (model.model.diffusion_model.out[2], model.first_stage_model.decoder.conv_out):
+                    part.bias += 0.5
+    write_words(folder / "word.safetensors", LearnedWord("<it>", torch.randn(2, 32)), "diffusers")
+    for name, path in small_networks(folder).items():
+        path.rename(folder / f"{name}.safetensors")
+    save_noise(folder)
+    (folder / "templates.txt").write_text("my own {}\n")
+    for name, count in (
+        ("class2", 5),
+        ("third", 50),
+        ("subject/heldout", 3),
+        ("subject/others", 3),
+        ("other/heldout", 3),
+    ):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            noise = torch.randint(0, 256, (32, 56 if name == "third" else 32), dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def outcome(inputs, tmp_path, monkeypatch, capsys):
+    """`outcome("convert", "--dtype fp16")` runs the command and gives all that can be seen of it."""
+    calls: list[Any] = []
+
+    def watch(owner: object, name: str, describe: Any) -> None:
+        own = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, describe(*args, **kwargs)))
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(F, "conv2d", lambda x, *a, **k: (x.shape, x.dtype, x.is_contiguous()))
+    watch(F, "linear", lambda x, *a, **k: (x.shape, x.dtype))
+    watch(os, "replace", lambda old, new: Path(new).name)
+    watch(torch.utils.data.DataLoader, "__init__", lambda self, *a, num_workers=0, **k: num_workers)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: print("compiled"))
+
+    def run(command: str, options: dict[str, list[str]]) -> tuple:
+        calls.clear()
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        for path in inputs.iterdir():
+            if path.is_dir():  # the images that are generated beside them
+                Path(path.name).mkdir()
+                for file in path.rglob("*"):
+                    place = Path(path.name) / file.relative_to(path)
+                    place.mkdir() if file.is_dir() else place.symlink_to(file)
+            else:
+                Path(path.name).symlink_to(path)
+        name, *sub = command.split()
+        argv = [*sub]
+        for option, values in options.items():
+            argv += values if option in ("IN", "OUT") else [] if values == ["-"] else [option, *values]
+        status: Any = 0
+        try:
+            importlib.import_module(f"ldm.commands.{name}").main(argv)
+        except (ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            status = 2
+        except SystemExit as end:
+            status = end.code
+        said = capsys.readouterr()
+        assert status in (0, 2), said.err
+        lines = [line for line in re.split(r"[\r\n]", said.err) if "it/s" not in line and "%|" not in line]
+        files = {}
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.name not in ("config.yaml", "resume.pt"):
+                files[str(path.relative_to(folder))] = None if "tfevents" in path.name else path.read_bytes()
+        text = re.sub(r'"seconds": \{[^}]*\}', "", said.out)  # how long it took
+        files |= {name: re.sub(rb'"seconds": \{[^}]*\}', b"", c) for name, c in files.items() if name.endswith(".json")}
+        kept = (folder / "out" / "resume.pt").exists()
+        return status, text.replace(str(folder), ""), "".join(lines).replace(str(folder), ""), files, kept, tuple(calls)
+
+    return run
+
+
+def parsed(text: str) -> dict[str, list[str]]:
+    """{option: values} of "--a 1 --b"."""
+    found: dict[str, list[str]] = {}
+    for word in text.split():
+        if word.startswith("--") or word in ("IN", "OUT"):
+            found[word] = []
+        else:
+            found[next(reversed(found))].append(word)
+    return found
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=() if c in QUICK else pytest.mark.full) for c in COMMANDS])
+def test_it_makes_a_difference_or_is_refused(command, outcome):
+    fixed, plain = parsed(COMMANDS[command][0]), {}
+    ignored, broken = [], []
+    for option, (value, beside) in table_of(command).items():
+        base = fixed | parsed(beside)
+        if beside not in plain:
+            plain[beside] = outcome(command, base)
+            needs_mnist = command in ("evaluate statistics", "evaluate subjects")
+            assert plain[beside][0] == 0 or needs_mnist, plain[beside][:3]
+        try:
+            if outcome(command, base | {option: value}) == plain[beside]:
+                ignored.append(option)
+        except Exception as error:  # all are reported together
+            broken.append((option, repr(error)[:300]))
+    assert (ignored, broken) == ([], [])
