@@ -169,4 +169,9 @@ def test_a_class_of_several_prompts(tmp_path):
     row = subject(tmp_path, "dog", 1, 3) | {"class_images": {"2.png": "a cat", "0.png": "a dog"}}
     samples = [DreamBooth([row], 8, channels=1)[i] for i in range(2)]
     assert levels(samples, "class_image") == [102, 100] and [s["class_caption"] for s in samples] == ["a cat", "a dog"]
-    refused(r"0\.png has no caption", DreamBooth, [row | {"class_images": {"0.png": None}}], 8)
+    refused(
+        "none of the 1 images in .* has a caption: write 0.txt",
+        DreamBooth,
+        [row | {"class_images": {"0.png": None}}],
+        8,
+    )

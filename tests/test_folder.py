@@ -175,7 +175,7 @@ def test_faults_are_named(tmp_path: Path) -> None:
     refused("gone is not a folder", Folder, str(tmp_path / "gone"), 8, error=FileNotFoundError)
     refused("holds no images", Folder, str(tmp_path), 8, error=FileNotFoundError)
     bare = save(tmp_path, "bare.png", colour(8, 8), None)
-    refused("bare.png has no caption.*bare.txt", Folder, str(tmp_path), 8)
+    refused("none of the 1 images in .* has a caption: write bare.txt", Folder, str(tmp_path), 8)
     (tmp_path / "bare.txt").write_text("\ufeff\n")
     refused("the caption of .*bare.txt is empty", Folder, str(tmp_path), 8)
     assert Folder(str(tmp_path), 8, caption="").texts() == [""]  # asked for

@@ -74,13 +74,20 @@ def test_bad_csv(root: Path, text: str, match: str) -> None:
     refused(match, Folder, root, 8)
 
 
-def test_missing_and_empty_captions_are_counted(root: Path) -> None:
-    refused("c.png, .*a.png, .*b.png has no caption .3 of 3 images.: write c.txt beside it", Folder, root, 8)
-    (root / "captions.csv").write_text("file_name,text\nc.png,x\ncat/a.png,\n")
+def test_missing_and_empty_captions_are_refused_or_left_out(root: Path, capsys) -> None:
+    refused("none of the 3 images in .* has a caption: write c.txt beside c.png", Folder, root, 8)
+    (root / "captions.csv").write_text("file_name,text\nc.png,x\n")
     (root / "dog/sub/b.txt").write_text("\n")
-    refused("the caption of .*a.png, .*b.txt is empty .2 of 3 images.: write one, or set", Folder, root, 8)
-    (root / "dog/sub/b.caption").write_text("a dog")
-    assert Folder(root, 8, caption={"cat/a.png": "a cat"}).texts() == ["x", "a cat", "a dog"]
+    both = "2 of 3 images cannot be used: .*a.png has no caption; the caption of .*b.txt is empty .on_error=skip"
+    refused(both, Folder, root, 8)
+    data = Folder(root, 8, on_error="skip")
+    assert len(data) == 1 and data.captions == [["x"]] and data[0]["caption"] == "x" and data.paths == [root / "c.png"]
+    said = capsys.readouterr().err
+    assert said.startswith("note: 2 of 3 images are left out: ") and "b.txt is empty" in said
+    (root / "captions.csv").unlink()
+    refused("none of 3 images can be used: ", Folder, root, 8, on_error="skip")
+    others = {"cat/a.png": "", "c.png": "x", "dog/sub/b.png": "a dog"}
+    assert Folder(root, 8, caption=others).texts() == ["x", "", "a dog"]
 
 
 def test_classes_are_sub_folders(root: Path) -> None:

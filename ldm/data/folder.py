@@ -26,8 +26,8 @@ class Folder(ImageSet):
         crop: "center", or "random", at a place that is a function of (seed, epoch, index).
         flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
         seed: Of crops, mirroring and captions.
-        caption: For images that have none, or an empty one, one for all or by their paths from root; without it every
-            image needs one.
+        caption: For images that have none, or an empty one, one for all or by their paths from root, which may be "";
+            without it an image that has none cannot be used.
         paths: Only these images below `root`, instead of all.
         buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio,
             which `shapes` lists. Images of different shapes cannot share a batch (`groups`).
@@ -67,11 +67,12 @@ class Folder(ImageSet):
         self.root = Path(root)
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths
+        faults: dict[int, str] = {}
         if "caption" in reads:
-            self.captions = read_captions(self.root, self.paths, everything, caption)
+            self.captions, faults = read_captions(self.root, self.paths, everything, caption)
         if "label" in reads:
             self.classes, self.labels = read_classes(self.root, self.paths, everything)
-        kept = self.choose(len(self.paths))
+        kept = self.choose(len(self.paths), faults)
         self.paths = [self.paths[i] for i in kept]
 
     def __len__(self) -> int:

@@ -18,38 +18,38 @@ JSON_LINE = '{"file_name": "a.png", "text": "a caption"}'
 
 def read_captions(
     root: Path, paths: Sequence[Path], everything: Sequence[Path], otherwise: str | Mapping[str, str] | None
-) -> list[list[str]]:
-    """Return the captions of each of `paths`, of the images `everything` below `root`.
+) -> tuple[list[list[str]], dict[int, str]]:
+    """Return the captions of each of `paths`, of the images `everything` below `root`, and what is wrong, by index.
 
     An image's captions are the lines of the first of its own files (SIDECARS) that has one, else what the tables list.
     `otherwise` is the caption of images that have none, or an empty one: one for all, or by their paths from root.
     Programs that write captions leave an empty file when they fail. It is not taken for the empty prompt, which is the
     null condition: that would train what guidance leads away from.
 
-    Raises ValueError, naming the files, for images without caption, a caption without image or a bad line.
+    Raises ValueError for a folder without captions, and, naming the file, for a caption without image or a bad line.
     """
     names = [path.relative_to(root).as_posix() for path in paths]
     listed = _read_tables(root, {path.relative_to(root).as_posix() for path in everything})
     others = otherwise if isinstance(otherwise, Mapping) else dict.fromkeys(names, otherwise)
-    given = {name for name, text in others.items() if text is not None}
-    found = [_own_captions(path, listed.get(name)) for path, name in zip(paths, names, strict=True)]
-    lacking = [(own, source) for (own, source), name in zip(found, names, strict=True) if not own and name not in given]
-    if none := [path for own, path in lacking if own is None]:
+    captions: list[list[str]] = []
+    faults, empty = {}, []
+    for index, (path, name) in enumerate(zip(paths, names, strict=True)):
+        own, source = _own_captions(path, listed.get(name))
+        other = others.get(name)
+        captions.append(own or ([] if other is None else [other]))
+        if own == []:
+            empty.append(source)
+        if not captions[-1]:
+            faults[index] = f"the caption of {source} is empty" if own == [] else f"{path} has no caption"
+    if len(faults) == len(paths) and not empty:
         raise ValueError(
-            f"{few(none, 3)} has no caption ({len(none)} of {len(paths)} images): write {none[0].stem}.txt beside it, "
-            "or a line in metadata.jsonl or captions.csv"
+            f"none of the {len(paths)} images in {root} has a caption: write {paths[0].stem}.txt beside "
+            f"{paths[0].name}, or a line in captions.csv, or train without (configs/folder/unconditional.yaml)"
         )
-    if lacking:
-        raise ValueError(
-            f"the caption of {few([path for _, path in lacking], 3)} is empty ({len(lacking)} of {len(paths)} images): "
-            "write one, or set data.params.caption, which may be '', for all such images"
-        )
-    captions = [own or [str(others[name])] for (own, _), name in zip(found, names, strict=True)]
-    empty = [source for own, source in found if own == []]
-    if empty and any(map(any, captions)):
+    if empty and not faults and any(map(any, captions)):
         note = f"{len(empty)} captions are empty, and the caption for all is used instead: {few(empty, 3)}"
         print(f"note: {note}", file=sys.stderr)
-    return captions
+    return captions, faults
 
 
 def has_captions(root: Path, paths: Sequence[Path]) -> bool:

@@ -81,7 +81,11 @@ class Shards(ImageSet):
         if not len(self.members):
             raise ValueError(f"{few(self.paths, 3)}: these shards hold no images ({' '.join(sorted(SUFFIXES))})")
         self.starts = np.cumsum([0, *map(len, tables)])  # of each shard's images
-        kept = self.choose(len(self.members))
+        faults: dict[int, str] = {}
+        if "caption" in reads and caption is None:
+            lacking = [index for index in range(len(self)) if not self.own_captions(index)]
+            faults = {index: f"{self.name(index)} has no caption, or an empty one" for index in lacking}
+        kept = self.choose(len(self.members), faults)
         self.members, self.starts = self.members[kept], np.searchsorted(kept, self.starts)
         if "caption" in reads:
             self.captions = Captions(self, caption)
@@ -175,21 +179,16 @@ class Captions(Sequence[Sequence[str]]):
     """The captions of each image of shards, which are read when they are asked for.
 
     Args:
-        otherwise: for images that have none, or an empty one.
+        otherwise: for images that have none, or an empty one; None where there are no such.
     """
 
     def __init__(self, shards: Shards, otherwise: str | None) -> None:
         self.shards, self.otherwise = shards, otherwise
-        lacking = [index for index in range(len(shards)) if not shards.own_captions(index)]
-        if not lacking:
-            return
-        some = f"{few(map(shards.name, lacking[:3]))} ({len(lacking)} of {len(shards)} images)"
         if otherwise is None:
-            raise ValueError(
-                f"{some} has no caption, or an empty one: write one to a member .txt beside it, or set "
-                "data.params.caption, which may be '', for all such images"
-            )
-        if len(lacking) < len(shards):
+            return
+        lacking = [index for index in range(len(shards)) if not shards.own_captions(index)]
+        some = f"{few(map(shards.name, lacking[:3]))} ({len(lacking)} of {len(shards)} images)"
+        if 0 < len(lacking) < len(shards):
             print(f"note: the caption for all is used for {some}, without one or with an empty one", file=sys.stderr)
 
     def __len__(self) -> int:
