@@ -46,6 +46,7 @@ SUPPORT = {
     "commands/train spelling": "the command line, which the notebook and research code do not need",
     "training/processes training/run_folder training/metrics": "many processes, the run folder, what is logged",
     "training/classes": "class-conditional models",
+    "models/compiler": "gradient checkpointing, torch.compile",
     "training/optimizers": "other optimizers than AdamW",
     "training/validation data/part": "images that are not trained on",
     "checkpoint/networks checkpoint/tensors checkpoint/atomic": "file formats of other programs, complete files",

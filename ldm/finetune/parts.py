@@ -71,6 +71,9 @@ class FineTuningStage(Stage):
         self.objective = Objective(model, *objective)
         self.sheet = None if sheet is None else Path(sheet)
 
+    def compiles(self) -> list[nn.Module]:
+        return [self.latent_diffusion.model]  # frozen or not, it has most of the work
+
     def data_params(self) -> dict[str, Any]:
         """Return the images' size and channels, which follow from the model."""
         return {"size": self.resolution, "channels": self.latent_diffusion.image_channels}

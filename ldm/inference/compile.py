@@ -1,6 +1,5 @@
 """Faster forms of the same arithmetic: the layout of tensors in memory, and torch.compile."""
 
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.compiler import compiler_failures
 
 
 def channels_last(model: LatentDiffusion) -> ExitStack:
@@ -42,18 +42,6 @@ def _warm_up(compiled: set[tuple[torch.Size, ...]], wrapper: Any, args: tuple, k
     if shapes not in compiled and wrapper.diffusion_model._compiled_call_impl is not None:
         size = " x ".join(map(str, shapes[0]))
         print(f"compiling the UNet for an input of {size} ...", file=sys.stderr, flush=True)
-        _compile(wrapper.forward, args, kwargs)
+        with compiler_failures("--compile"):
+            wrapper.forward(*args, **kwargs)
         compiled.add(shapes)
-
-
-def _compile(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Call a function that is compiled on the way; ValueError for a failure of the compiler."""
-    try:
-        forward(*args, **kwargs)
-    except Exception as error:
-        own = type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
-        if not own and not isinstance(error, subprocess.SubprocessError | FileNotFoundError):
-            raise
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
-        raise ValueError(f"torch.compile failed ({reason}): repair that, or leave --compile out") from error

@@ -74,17 +74,6 @@ def checkpoint(func: Callable, inputs: Sequence, params: Iterable[nn.Parameter],
     return func(*inputs)
 
 
-def checkpoint_blocks(network: nn.Module) -> int:
-    """Let all blocks of a network that can do so compute their activations twice; return how many those are."""
-    found = 0
-    for module in network.modules():
-        for name in ("use_checkpoint", "checkpoint"):  # of residual and attention blocks, and of transformer blocks
-            if isinstance(getattr(module, name, None), bool):
-                setattr(module, name, True)
-                found += 1
-    return found
-
-
 def require_two_dims(dims: int) -> None:
     """Raise ValueError unless dims, an argument of CompVis's constructors, is 2."""
     if dims != 2:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.checks import Betas, Count, Rate
@@ -94,6 +94,9 @@ class DenoisingGANStage(PixelDiffusionStage):
                 self.discriminator(x, x, torch.zeros(1), y=self.dummy_conditioning().get("c_adm"))
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"the discriminator does not fit {tuple(x.shape[1:])} or its classes: {error}") from None
+
+    def compiles(self) -> list[nn.Module]:
+        return [self.model]  # R1 has gradients of gradients, which torch does not compile
 
     def optimizers(self) -> list[Optimizer]:
         networks = zip(self.networks.values(), self.rates, strict=True)

@@ -29,7 +29,7 @@ from ldm.labels import Row, labelled_rows
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = re.compile(
     r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|workers|"
-    r"validate_\w+|tensorboard|report_to|ema_device)|(loop|stage\.params)\.gradient_checkpointing|"
+    r"validate_\w+|tensorboard|report_to|ema_device|compile)|(loop|stage\.params)\.gradient_checkpointing|"
     r"stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
 )
 

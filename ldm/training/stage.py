@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ldm.models.blocks import checkpoint_blocks
+from ldm.models.compiler import checkpoint_blocks
 from ldm.training.optimizers import make_optimizer
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar, and scalars to report
@@ -62,6 +62,10 @@ class Stage:
         """Compute activations twice instead of keeping them; ValueError where no network has blocks that can."""
         if not sum(map(checkpoint_blocks, (*self.networks.values(), *self.frozen.values()))):
             raise ValueError(f"loop.gradient_checkpointing: no network of {type(self).__name__} has blocks for it")
+
+    def compiles(self) -> list[nn.Module]:
+        """Return the networks that `loop.compile` compiles."""
+        return list(self.networks.values())
 
     def data_params(self) -> dict[str, Any]:
         """Return arguments of the data set that follow from the stage's model."""
