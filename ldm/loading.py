@@ -69,9 +69,9 @@ def load(
     config, vocab = (None if f is None else as_path(name, f) for name, f in (("config", config), ("vocab", vocab)))
     if prediction is not None:
         check_prediction(prediction)
-    replacements = {} if vae is None else {"first_stage": _take("first_stage", vae)}
+    replacements = {} if vae is None else {"first_stage": take_part("first_stage", vae)}
     if unet is not None:
-        replacements["unet"] = _take("unet", unet, ema)
+        replacements["unet"] = take_part("unet", unet, ema)
     found = _complete(path, _open(path, config, ema and unet is None, prediction, variant, replacements), replacements)
     if prediction is not None:
         _set_prediction(path, found.config, prediction)
@@ -195,7 +195,7 @@ def _open(
     return Found(recognised.config, clean, [*recognised.notes, *notes])
 
 
-def _take(part: str, path: Path, ema: bool = False) -> Found:
+def take_part(part: str, path: Path, ema: bool = False) -> Found:
     """Read a part out of a file or folder, under its own names: of that part alone, or of a model."""
     config, state, _, scale_factor, _ = _open(path, ema=ema)
     target = found = config.get("target")

@@ -1,5 +1,7 @@
 """The networks against the reference implementation's numbers, and against published checkpoints' names and shapes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from golden_fill import fill, load_golden, published_shapes, shapes
@@ -132,6 +134,23 @@ def trained(kind: str) -> nn.Module:
     """The network that a configuration of configs/autoencoder trains."""
     (config,) = read_configs([f"configs/autoencoder/{kind}.yaml"], ["stage.params.perceptual=null"])
     return instantiate_from_config(config["stage"]).model
+
+
+LATENT = {
+    "unconditional-vq-f4": "ldm-celebahq-vq4",
+    "classes-vq-f4": "ldm-cin256-v2",
+    "text-kl-f8": "sd-v1",
+}
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "latent").iterdir()), ids=lambda path: path.stem)
+def test_the_configurations_of_latent_diffusion(path):
+    (config,) = read_configs([str(path)])
+    with torch.device("meta"):
+        network = instantiate_from_config(config["stage"]["params"]["unet_config"])
+    assert shapes(network) == published_shapes(LATENT[path.stem], "model.diffusion_model.")
+    width = config["data"]["params"]["size"] // network.image_size
+    assert Path(config["stage"]["params"]["first_stage"]).parent.name.endswith(f"f{width}")
 
 
 PUBLISHED = [

@@ -42,7 +42,7 @@ SUPPORT = {
     "__init__ */__init__ legacy_paths legacy_names": "names: what the package exports, and CompVis's module names",
     "cli util images labels batching checks input_files interpolation": "helpers: errors, files, images, batches",
     "settings changes": "the tables of sampling settings and of changes to a model, for recipes",
-    "training/config training/contract training/rehearsal": "configuration files, checks before training",
+    "training/config training/contract training/rehearsal training/frozen": "configuration files, checks, inputs",
     "commands/train spelling": "the command line, which the notebook and research code do not need",
     "training/processes training/run_folder training/metrics": "many processes, the run folder, what is logged",
     "training/classes": "class-conditional models",

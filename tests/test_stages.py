@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from compvis_models import clip_folder
 from conftest import TINY, refused
 from torch.nn import functional as F
 from torch.utils.data import default_collate as collate
 
 import ldm
 from ldm.checkpoint.writing import save_file
+from ldm.conditioning.public_clip import load_text_encoder
 from ldm.conditioning.text import TextEncoder
 from ldm.data.digits import Digits
 from ldm.diffusion.schedule import training_timesteps
@@ -275,7 +277,7 @@ def test_clip_of_fewer_images_than_a_preview_shows():
 def diffusion(tiny_parts: dict, **settings) -> DiffusionStage:
     torch.manual_seed(0)
     options = {"schedule": {"name": "cosine"}, "learning_rate": 1e-3, "defaults": TINY["defaults"], **settings}
-    stage = DiffusionStage(unet_config=TINY["unet_config"], **tiny_parts, **options)
+    stage = DiffusionStage(**{"unet_config": TINY["unet_config"], **tiny_parts, **options})
     with torch.no_grad():
         for p in Trained(stage).parameters():
             p.add_(0.05 * torch.randn_like(p))  # what starts at zero would make every prediction zero
@@ -359,6 +361,22 @@ def test_the_scale_factor_gives_unit_variance(tiny_parts, digits):
     z = stage.latent_diffusion.encode(images, torch.Generator().manual_seed(0))
     assert z.std() == pytest.approx(1, abs=0.03)  # 16,384 draws, neighbours alike
     assert stage.export()[0]["params"]["scale_factor"] == factor
+
+
+def test_the_networks_of_other_programs_can_be_used(tiny_model, tmp_path):
+    """A first stage out of a model's file, and a text encoder as transformers saves it."""
+    ldm.save(tiny_model, tmp_path / "model.safetensors", format="compvis")
+    folder = str(clip_folder(tmp_path / "clip"))
+    tower = load_text_encoder(folder)
+    width = tower.state_dict()["transformer.text_model.final_layer_norm.weight"].numel()
+    params = TINY["unet_config"]["params"] | {"context_dim": width}
+    paths = {"first_stage": str(tmp_path / "model.safetensors"), "cond_stage": folder}
+    stage = diffusion(paths, unet_config=TINY["unet_config"] | {"params": params}, pooled=False)
+    for ours, theirs in (
+        (stage.latent_diffusion.first_stage_model, tiny_model.first_stage_model),
+        (stage.latent_diffusion.cond_stage_model, tower),
+    ):
+        assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in theirs.state_dict().items())
 
 
 def test_images_that_change_cannot_be_cached(tiny_parts):

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.checkpoint.file import load_file
 from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.classes import check_dropout, drop_classes, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
+from ldm.training.frozen import read_first_stage, read_text_encoder
 from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.objective import Objective
 
@@ -24,10 +24,10 @@ class DiffusionStage(DenoisingStage):
 
     Args:
         unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's or the class embeddings'.
-        first_stage: checkpoint of the autoencoder.
-        cond_stage: checkpoint of the text encoder; or `{"target", "params"}` of a conditioner of classes, without
-            `n_classes` where the data set names its classes, as the sub-folders of a `Folder` do; or None for an
-            unconditional model.
+        first_stage: checkpoint of the autoencoder, or any file or folder that has one, such as Stable Diffusion's.
+        cond_stage: checkpoint of the text encoder, or the folder of a CLIP as transformers saves it; or `{"target",
+            "params"}` of a conditioner of classes, without `n_classes` where the data set names its classes, as the
+            sub-folders of a `Folder` do; or None for an unconditional model.
         schedule, prediction, defaults: of `LatentDiffusion`.
         pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say. False
             leaves these two out; the encoder must have been trained with the same choice.
@@ -62,10 +62,10 @@ class DiffusionStage(DenoisingStage):
         preview_prompts: Sequence[str | int] | None = None,
         preview_columns: Count = 10,
     ) -> None:
-        first, weights = load_file(first_stage)
+        first, weights = read_first_stage(first_stage)
         cond: Any = cond_stage
         if text := isinstance(cond_stage, str):
-            cond, text_weights = load_file(cond_stage)
+            cond, text_weights = read_text_encoder(cond_stage)
             unet_config = _match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
         model = LatentDiffusion(unet_config, first, cond, schedule=schedule, prediction=prediction, defaults=defaults)
         model.first_stage_model.load_state_dict(weights)
