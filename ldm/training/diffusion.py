@@ -12,7 +12,7 @@ from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.classes import check_dropout, drop_classes, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
-from ldm.training.frozen import read_first_stage, read_text_encoder
+from ldm.training.frozen import read_first_stage, read_text_stage
 from ldm.training.latents import LatentDataset, encode_dataset
 from ldm.training.objective import Objective
 
@@ -65,7 +65,7 @@ class DiffusionStage(DenoisingStage):
         first, weights = read_first_stage(first_stage)
         cond: Any = cond_stage
         if text := isinstance(cond_stage, str):
-            cond, text_weights = read_text_encoder(cond_stage)
+            cond, text_weights = read_text_stage(cond_stage)
             unet_config = _match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
         model = LatentDiffusion(unet_config, first, cond, schedule=schedule, prediction=prediction, defaults=defaults)
         model.first_stage_model.load_state_dict(weights)

@@ -16,7 +16,7 @@ def read_first_stage(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return found.config, found.state
 
 
-def read_text_encoder(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_text_stage(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and tensors of a text encoder of ours, or of a CLIP in a folder of transformers."""
     if not (Path(path) / "config.json").is_file():
         return load_file(path)
