@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from test_reference_pages import DATA, PARTS, STAGES, parameters
-from tiny_stages import config_of, write_inputs
+from tiny_stages import config_of, write_inputs, write_rows
 
 from ldm.commands.train import main
 from ldm.training.loop import LoopSettings
@@ -88,6 +88,15 @@ folder data.params:
    shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, alpha: keep,
    background: {to: black, with: {root: faulty, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty, on_error: skip}}}
+rows data.params:
+  {root: faulty_rows, size: 16, channels: 3, crop: random, flip: true,
+   seed: {to: 1, with: {flip: true, crop: random}}, caption: {to: four, with: {text: none}}, split: test, subset: one,
+   download: true, image: other, text: none, buckets: [[32, 24]], reads: [image],
+   label: {to: other, with: {/stage: {target: ldm.training.classifier.ClassifierStage, params: {learning_rate: 0.1,
+     network: {target: ldm.models.classifier.Judge, params: {widths: [4, 4, 8]}}}}, label: text}},
+   shuffle_tags_after: {to: 0, with: {text: none, caption: 'four, five, six'}}, alpha: keep,
+   background: {to: black, with: {root: faulty_rows, on_error: skip}},
+   on_error: {to: refuse, with: {root: faulty_rows, on_error: skip}}}
 shards data.params:
   {root: '[01].tar', size: 16, channels: 3, crop: random, flip: true,
    seed: {to: 1, with: {flip: true, crop: random}}, caption: four, buckets: [[32, 24]], reads: [image],
@@ -247,8 +256,10 @@ def outcome(inputs, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.full
 @pytest.mark.parametrize(("stage", "place"), CHANGES, ids=map("-".join, CHANGES))
-def test_it_has_an_effect_or_is_refused(outcome, stage, place):
+def test_it_has_an_effect_or_is_refused(inputs, outcome, stage, place):
     plain, ignored, broken = {}, [], []
+    if stage == "rows" and not (inputs / "rows").exists():
+        write_rows(inputs)
     for key, value in CHANGES[stage, place].items():
         if value == {}:  # its keys are walked by themselves, or refused by the constructor
             continue

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY, randomised
 from PIL import Image
@@ -85,6 +86,8 @@ STAGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ddgan": ("ldm.optional.ddgan_stage.DenoisingGANStage", GAN, DIGITS),
 }
 SHARDS = {"root": "[0-2].tar", "size": 32, "channels": 1, "caption": ""}
+ROWS = {"root": "rows", "size": 32, "channels": 1, "caption": ""}
+STAGES["rows"] = (*STAGES["folder"][:2], {"target": "ldm.data.hugging_face.HuggingFace", "params": ROWS})
 STAGES["shards"] = (*STAGES["folder"][:2], {"target": "ldm.data.shards.Shards", "params": SHARDS})
 
 
@@ -113,6 +116,16 @@ def write_inputs(folder: Path) -> None:
         with tarfile.open(folder / f"{name}.tar", "w") as shard:
             for path in sorted(folder.glob(images)):
                 shard.add(path, path.name)
+
+
+def write_rows(folder: Path) -> None:
+    """Write images as data sets of Hugging Face's library, whose import takes seconds."""
+    datasets = pytest.importorskip("datasets")
+    for name, images in (("rows", "instance/*"), ("faulty_rows", "faulty/*")):
+        paths = sorted(folder.glob(images))
+        data = {"image": [path.read_bytes() for path in paths], "text": [path.name for path in paths]}
+        parts = {"test": datasets.Dataset.from_dict(data).select([0, 1]), "train": datasets.Dataset.from_dict(data)}
+        datasets.DatasetDict(parts).save_to_disk(folder / name)
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -1,0 +1,154 @@
+"""Images of a data set of Hugging Face's library `datasets`: in a folder, or fetched from the hub by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from ldm.checks import Range, few, shorten
+from ldm.data.caption_choice import number_classes
+from ldm.data.image_files import Alpha
+from ldm.data.image_set import ImageSet, OnError
+from ldm.data.shards import Captions
+
+
+class HuggingFace(ImageSet):
+    """The rows of a data set, in their order, with a column of images, one of captions and one of classes.
+
+    A sample is that of `Folder`. A caption is a text or a list of texts; a class is a number from 0 or a text. Images
+    are read by this package, so in its formats only, and no code of a data set runs.
+
+    Args:
+        root: A folder that `save_to_disk` wrote, a folder or file of Parquet or Arrow, or a name on the hub.
+        split: The part to train on. None: the only one, or "train".
+        subset: Of a name on the hub, which of its data sets.
+        download: Whether to fetch a name from the hub; Hugging Face's library keeps what was fetched in its own folder.
+        image, text, label: The names of the columns.
+        size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error: As in
+            `Folder`.
+        caption: For images that have none, or an empty one; without it every image needs one.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        size: int,
+        channels: int = 3,
+        crop: str = "center",
+        flip: bool = False,
+        seed: int = 0,
+        caption: str | None = None,
+        split: str | None = None,
+        subset: str | None = None,
+        download: bool = False,
+        image: str = "image",
+        text: str = "text",
+        label: str = "label",
+        buckets: Sequence[Sequence[int]] | None = None,
+        shuffle_tags_after: Annotated[int, Range(0)] | None = None,
+        reads: Sequence[str] = ("image", "caption"),
+        alpha: Alpha | None = None,
+        background: str = "white",
+        on_error: OnError = "refuse",
+    ) -> None:
+        fields = shuffle_tags_after, reads
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields, alpha, background, on_error)
+        if root is None:
+            raise ValueError("no data set is given: name a folder, or a data set of the hub, with data.params.root")
+        data = load_split(root, split, subset, download)
+        columns = {"image": ("image", image), "caption": ("text", text), "label": ("label", label)}
+        for what, (option, name) in columns.items():
+            if what in reads and name not in data.column_names and (what != "caption" or caption is None):
+                raise ValueError(
+                    f"{root!r} has no column {name!r} of the {what}s, only {few(data.column_names, 20)}: name it with "
+                    f"data.params.{option}"
+                )
+        self.root, self.column, self.rows = root, image, range(len(data))
+        self.images = _column(data, image)
+        self.rows = self.choose(len(data))
+        if "caption" in reads:
+            self.text, self.own = text, _column(data, text) if text in data.column_names else None
+            self.captions = Captions(self, caption)
+        if "label" in reads:
+            self.labels, self.classes = self._classes(data, label)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        """Return what errors call an image."""
+        return f"{self.root}: row {self.rows[index]}"
+
+    def source(self, index: int) -> tuple[Path | bytes, str]:
+        found = self.images[self.rows[index]][self.column]
+        content, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (found, found)
+        if isinstance(content, bytes):
+            return content, self.name(index)
+        if not isinstance(path, str):
+            raise ValueError(f"{self.name(index)}: the image {shorten(repr(found))} is neither bytes nor a path")
+        return Path(path), self.name(index)
+
+    def own_captions(self, index: int) -> list[str]:
+        """Return the captions of an image; [] if there are none, or empty ones."""
+        found = None if self.own is None else self.own[self.rows[index]][self.text]
+        texts = [found] if isinstance(found, str) else found or []
+        if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+            raise ValueError(f"{self.name(index)}: the caption {shorten(repr(found))} is not a text")
+        return [one.strip() for one in texts if one.strip()]
+
+    def _classes(self, data: Any, column: str) -> tuple[list[int], list[str]]:
+        """Return the number of each image's class and the names of all classes."""
+        every = list(data[column])
+        found, names = [every[row] for row in self.rows], getattr(data.features[column], "names", None)
+        if all(isinstance(one, str) for one in found):
+            names, found = number_classes(found)
+        for index, one in enumerate(found):
+            if not isinstance(one, int) or not 0 <= one < (2**24 if names is None else len(names)):
+                raise ValueError(f"{self.name(index)}: {shorten(repr(one))} is not the number of a class, from 0")
+        return found, list(map(str, range(max(found) + 1))) if names is None else names
+
+
+def load_split(root: str, split: str | None, subset: str | None, download: bool) -> Any:
+    """Return a split of a data set; raise ValueError or OSError, in a sentence, where there is none."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("a data set of Hugging Face needs its library: pip install datasets") from None
+    folder = Path(root)
+    for name, value in (("subset", subset), ("download", download)):
+        if value and folder.exists():
+            raise ValueError(f"{name} is for names on the hub, and {root!r} is here: leave it out")
+    try:
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            data: Any = datasets.load_from_disk(root)
+        elif folder.exists():
+            files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
+            kinds = [kind for kind in ("parquet", "arrow") if any(file.suffix == f".{kind}" for file in files)]
+            if not kinds:
+                raise FileNotFoundError(f"{root!r} has neither Parquet nor Arrow files, nor what save_to_disk writes")
+            # By the name of the format: a script in the folder is not looked for.
+            data = datasets.load_dataset(kinds[0], **{"data_files" if folder.is_file() else "data_dir": root})
+        elif download:
+            data = datasets.load_dataset(root, subset, trust_remote_code=False)
+        else:
+            what = "is neither a folder nor a file: if it is a name on the Hugging Face hub,"
+            raise FileNotFoundError(f"{root!r} {what} data.params.download=true fetches it")
+    except Exception as error:  # of many kinds; some messages have several lines
+        if isinstance(error, FileNotFoundError) and not download:
+            raise
+        raise ValueError(f"the data set {root!r} cannot be read: {' '.join(str(error).split())[:400]}") from error
+    if isinstance(data, dict):
+        wanted = split or (next(iter(data)) if len(data) == 1 else "train")
+        if wanted not in data:
+            raise ValueError(f"{root!r} has no split {wanted!r}, only {few(data, 20)}: set data.params.split")
+        return data[wanted]
+    if split is not None and split != str(data.split):
+        raise ValueError(f"{root!r} has no split {split!r}, it is one data set: leave out data.params.split")
+    return data
+
+
+def _column(data: Any, name: str) -> Any:
+    """Return a column alone, so that a row reads nothing else; images not decoded, which is this package's part."""
+    from datasets import Image
+
+    only = data.with_format(None).select_columns([name])
+    return only.cast_column(name, Image(decode=False)) if isinstance(data.features[name], Image) else only
