@@ -11,18 +11,18 @@ How an image is sampled:
     generation.py                    258  generate: prompts -> images
 The networks:
     models/unet.py                   288  the UNet
-    models/blocks.py                 326  its residual blocks, and its plan of levels (levels.py)
-    models/attention.py              183  attention to the image and to the text
-    models/autoencoder.py            410  the first stage, with its Gaussian latents (distributions.py)
+    models/blocks.py                 315  its residual blocks, and its plan of levels (levels.py)
+    models/attention.py              185  attention to the image and to the text
+    models/autoencoder.py            419  the first stage, with its Gaussian latents (distributions.py)
     models/clip.py                   241  the text encoder
-    conditioning/text.py             343  prompts -> tokens (tokenizer.py) -> conditioning
+    conditioning/text.py             344  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
     diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
-    training/stage.py                206  what a stage of training is, and its loss (objective.py)
+    training/stage.py                210  what a stage of training is, and its loss (objective.py)
     training/autoencoder.py          197  stage 1: the first stage
     training/clip.py                 151  stage 2: the text encoder
-    training/diffusion.py            346  stage 3: the UNet (with denoising.py and latents.py)
-    training/loop.py                 452  the training loop, its EMA, learning rate and data order
+    training/diffusion.py            347  stage 3: the UNet (with denoising.py and latents.py)
+    training/loop.py                 457  the training loop, its EMA, learning rate and data order
     data/captions.py                 247  the captions of digits (with captioned.py)
     data/mnist.py                    288  MNIST, scikit-learn's digits, and their measured style (measure.py)
     loading.py                       497  load and save, our own file format (checkpoint/file.py, writing.py)

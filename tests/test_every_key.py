@@ -32,8 +32,15 @@ pixel loop:
    ema_device: disk, compile: true, lr_schedule: {name: linear},
    log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, keep_every: 1,
    keep_state: false, workers: 1, report_to: tensorboard,
+   quality: {target: ldm.evaluation.quality.Quality, params: {images: 2}},
+   quality_every: {to: 1, with: {preview_every: 2, quality: {target: ldm.evaluation.quality.Quality}}},
    validate_every: {to: 1, with: {preview_every: 2, /data.validation: 0.25}},
    validate_both: {to: true, with: {/data.validation: 0.25}}}
+pixel loop.quality.params:
+  {images: {to: 2, with: {/loop.quality.target: ldm.evaluation.quality.Quality, images: 4}},
+   classifier: {to: judge, with: {/loop.quality.target: ldm.evaluation.quality.Quality}},
+   features: {to: missing, with: {/loop.quality.target: ldm.evaluation.quality.Quality}},
+   batch_size: {to: 3, with: {/loop.quality.target: ldm.evaluation.quality.Quality}}}
 pixel data: {target: missing, params: {}, validation: 0.25}
 autoencoder stage.params:
   {ddconfig: {}, embed_dim: 3, learning_rate: 0.002, kl_weight: 1.0, reconstruction: l1, discriminator: null,
@@ -151,6 +158,7 @@ OF = {
     "loop": LoopSettings,
     "data": DataSettings,
     "loop.lr_schedule": "lr_multiplier",
+    "loop.quality.params": "Quality",
     "stage.params.weight": "loss_weight",
     "stage.params.noise": "training_noise",
     "stage.params.timesteps": "training_timesteps",

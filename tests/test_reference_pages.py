@@ -52,7 +52,8 @@ ldm.diffusion.loss.loss_weight ldm.diffusion.training_noise.training_noise
 ldm.diffusion.schedule.training_timesteps ldm.diffusion.schedule.make_schedule
 ldm.training.lr_scheduler.lr_multiplier ldm.finetune.lora.attach ldm.latent_diffusion.LatentDiffusion
 ldm.pixel_diffusion.PixelDiffusion ldm.models.unet.UNetModel ldm.models.autoencoder.AutoencoderKL
-ldm.models.autoencoder.Encoder ldm.models.discriminator.NLayerDiscriminator""".split()
+ldm.models.autoencoder.Encoder ldm.models.discriminator.NLayerDiscriminator
+ldm.evaluation.quality.Quality""".split()
 SECTIONS = {"loop": LoopSettings, "data": DataSettings}
 # Parameters that are not keys of a configuration: the stage gives them, or only CompVis's configurations have them.
 NOT_KEYS = {
@@ -64,6 +65,7 @@ NOT_KEYS = {
     "training_timesteps": "batch T generator",
     "lr_multiplier": "step steps",
     "attach": "network",
+    "Quality": "model dataset",
     "AutoencoderKL": "lossconfig ckpt_path ignore_keys image_key colorize_nlabels monitor ema_decay learn_logvar",
 }
 

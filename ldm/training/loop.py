@@ -27,7 +27,7 @@ from ldm.training.order import EpochBatches, mix_seed, training_batches
 from ldm.training.processes import StopFlag, agreed, make_accelerator
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage, Trained
-from ldm.training.validation import build_datasets, make_validation
+from ldm.training.validation import build_datasets, make_measurements
 from ldm.util import call_with, instantiate_from_config, pick_device
 
 LARGEST_STEP = 2**16  # images of a training step in a process: more than any published
@@ -56,9 +56,10 @@ class LoopSettings:
     keep_state: bool = True  # whether a finished run keeps resume.pt, so that it can go on with more steps
     validate_every: Positive | None = None  # steps between measurements on data.validation; None: as between previews
     validate_both: bool = False  # whether to measure the weights that train there too, besides their average
+    quality: Mapping[str, Any] | None = None  # measures generated images: target and params, such as of `Quality`
+    quality_every: Positive | None = None  # steps between these measurements; None: as between previews
     workers: Annotated[int, Range(0, 256)] = 0  # processes that load data
-    # What shows the metrics besides metrics.jsonl; wandb where that package is installed.
-    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # besides metrics.jsonl
 
     def __post_init__(self) -> None:
         if (images := self.batch_size * self.accumulate) > LARGEST_STEP:
@@ -103,8 +104,8 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     """
     settings = LoopSettings.of(config)
     path = Path(config["outdir"]) / config["name"]
-    tracking = {"log_with": None if settings.report_to == "none" else settings.report_to, "project_dir": path.parent}
-    accelerator = make_accelerator(settings.precision, settings.accumulate, pick_device(device), **tracking)
+    tracking = settings.report_to, path.parent
+    accelerator = make_accelerator(settings.precision, settings.accumulate, pick_device(device), *tracking)
     with closing(RunFolder(path, config, resume, accelerator.is_main_process)) as folder:
         if not folder.finished:
             train_stage(config, settings, accelerator, folder, **stage_params)
@@ -122,8 +123,8 @@ def train_stage(
     stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
     with accelerator.main_process_first():  # it writes files that the others then find
         dataset, held_out = build_datasets(stage, config["data"])
-    dataset = stage.prepare(dataset)
-    validation = make_validation(stage, held_out, settings)
+    images, dataset = dataset, stage.prepare(dataset)
+    measurements = make_measurements(stage, images, held_out, settings, accelerator)
     trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks
     if settings.gradient_checkpointing:
         stage.checkpoint_blocks()
@@ -178,8 +179,9 @@ def train_stage(
             step += 1
             progress.update()
             last = step == settings.steps
-            if validation is not None and (last or step % (settings.validate_every or settings.preview_every) == 0):
-                metrics.validated(step, validation.report(average, accelerator))
+            for every, measure in measurements:
+                if last or step % every == 0:
+                    metrics.measured(step, measure(average))
             if last or step % settings.log_every == 0:
                 progress.set_postfix(metrics.report(step), refresh=False)
             if last or step % settings.preview_every == 0:

@@ -38,11 +38,11 @@ class Metrics:
             self.folder.log(step, means)
         return {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]} | self.latest
 
-    def validated(self, step: int, means: dict[str, float]) -> None:
-        """Log what validation found; ValueError if it is not finite."""
+    def measured(self, step: int, means: dict[str, float]) -> None:
+        """Log what was found on other images; ValueError if it is not finite."""
         self._check(means, step)
         self.folder.log(step, means)
-        self.latest = {name: f"{mean:.4g}" for name, mean in list(means.items())[:1]}
+        self.latest |= {name: f"{mean:.4g}" for name, mean in list(means.items())[:1]}
 
     def _check(self, means: dict[str, float], step: int) -> None:
         for name, mean in means.items():

@@ -3,6 +3,7 @@
 import signal
 import threading
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,8 +25,8 @@ def processes(device: str) -> "PartialState":
     return PartialState(cpu=pick_device(device).type == "cpu", timeout=timedelta(hours=12))
 
 
-def make_accelerator(precision: str, accumulate: int, device: torch.device, **options: Any) -> Any:
-    """Return accelerate's front end for these settings and options; raise ValueError if it uses another device."""
+def make_accelerator(precision: str, accumulate: int, device: torch.device, report_to: str, outdir: Path) -> Any:
+    """Return accelerate's front end for these settings; raise ValueError if it uses another device."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs
@@ -38,7 +39,8 @@ def make_accelerator(precision: str, accumulate: int, device: torch.device, **op
         cpu=device.type == "cpu",
         # With several processes: the loss for one optimizer does not use the network of the other.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        **options,
+        log_with=None if report_to == "none" else report_to,
+        project_dir=outdir,
     )
     if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
         raise ValueError(f"training on {str(device)!r} is not possible here: accelerate gives {accelerator.device}")

@@ -21,7 +21,7 @@ from ldm.training.order import EpochBatches
 from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder, flatten
 from ldm.training.stage import Stage
-from ldm.training.validation import build_datasets, make_validation
+from ldm.training.validation import build_datasets, make_quality, make_validation
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 
@@ -80,6 +80,8 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
                 stage.try_preview()
                 if validation := make_validation(stage, held_out, replace(settings, batch_size=2, workers=0)):
                     validation.measure(batches=1)
+                if quality := make_quality(stage, dataset if held_out is None else held_out, settings):
+                    quality.measure(2, steps=min(2, stage.latent_diffusion.schedule.T))
                 stage.finish(prepared)
             return stage
     except OSError:

@@ -5,7 +5,7 @@ A validation leaves no trace in the training: it has random states of its own, a
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.order import ignore_signals, mix_seed
 from ldm.training.stage import Stage
-from ldm.util import call_with
+from ldm.util import call_with, instantiate_from_config
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Validation:
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),
         )
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with _own_random_state(device):
             bar = tqdm(loader, desc="validating", unit="batch", leave=False, delay=2, disable=rank > 0)
             for number, (images, batch) in enumerate(zip(own, bar, strict=True)):
                 torch.manual_seed(mix_seed(2, rank + number * count))  # of what a network or data set may take besides
@@ -128,6 +128,51 @@ def make_validation(stage: Stage, dataset: Any | None, settings: Any) -> Validat
     if settings.validate_every is not None or settings.validate_both:
         raise ValueError("loop.validate_every and loop.validate_both need data.validation: a share, or a folder's root")
     return None
+
+
+def make_quality(stage: Stage, dataset: Any, settings: Any) -> Any:
+    """Return what the settings of the loop name to measure generated images by, beside those of a data set, or None."""
+    if settings.quality is None:
+        if settings.quality_every is not None:
+            raise ValueError("loop.quality_every needs loop.quality: what to measure generated images by")
+        return None
+    model = getattr(stage, "latent_diffusion", None)
+    if model is None:
+        raise ValueError(f"{type(stage).__name__} trains no model that generates images: leave out loop.quality")
+    quality = instantiate_from_config(settings.quality, model=model, dataset=copy(dataset))
+    if not hasattr(quality, "measure"):
+        raise ValueError(
+            f"loop.quality {settings.quality['target']} measures no images: use ldm.evaluation.quality.Quality"
+        )
+    return quality
+
+
+def make_measurements(
+    stage: Stage, dataset: Any, held_out: Any | None, settings: Any, accelerator: Any
+) -> list[tuple[int, Callable[[EMA], dict[str, float]]]]:
+    """Return what the settings of the loop ask for: steps between measurements, and what gives the figures."""
+    found = []
+    if validation := make_validation(stage, held_out, settings):
+        every = settings.validate_every or settings.preview_every
+        found.append((every, lambda average: validation.report(average, accelerator)))
+    quality = make_quality(stage, dataset if held_out is None else held_out, settings)
+    if quality is not None and accelerator.is_main_process:
+        every = settings.quality_every or settings.preview_every
+        found.append((every, lambda average: quality_of(quality, stage, average)))
+    return found
+
+
+def quality_of(quality: Any, stage: Stage, average: EMA) -> dict[str, float]:
+    """Return the figures of images that the averaged weights generate, by their names."""
+    stage.train(False)
+    with average.applied(), _own_random_state(stage.device):
+        found = {f"quality/{name}": value for name, value in quality.measure().items()}
+    stage.train()
+    return found
+
+
+def _own_random_state(device: torch.device) -> Any:
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _generator(*numbers: int) -> torch.Generator:
