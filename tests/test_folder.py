@@ -112,6 +112,39 @@ def test_center_crop_and_resize(tmp_path: Path) -> None:
     assert Folder(str(tmp_path), 64)[0]["image"].shape == (3, 64, 64)
 
 
+def test_resize_rules(tmp_path: Path, capsys) -> None:
+    save(tmp_path, "wide.png", colour(32, 16))
+    expected = np.asarray(colour(32, 16).resize((16, 16), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+
+    def levels(size: int, **settings) -> np.ndarray:
+        return ((Folder(str(tmp_path), size, **settings)[0]["image"] + 1) * 127.5).round().numpy()
+
+    assert np.array_equal(levels(16, resize="exact"), expected)
+    whole = np.asarray(colour(32, 16)).transpose(2, 0, 1)
+    assert np.array_equal(levels(8, resize="none"), whole[:, 4:12, 12:20])
+    assert np.array_equal(levels(8, resize="none", buckets=[[24, 12]]), whole[:, 2:14, 4:28])
+    save(tmp_path, "small.png", colour(8, 9))
+    refused("small.png is 8 x 9 pixels, too small for 16 x 16 with resize 'none'", levels, 16, resize="none")
+    assert len(Folder(str(tmp_path), 16, resize="none", on_error="skip")) == 1
+    refused("resize is", levels, 8, resize="shortest")
+    refused("'exact' cuts nothing off", levels, 8, resize="exact", crop="random")
+
+
+def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path) -> None:
+    """As much as is needed for twice the size: within 2 levels of all of it, which viewers do not see."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    noise = noise.resize((1200, 900), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path, "a.jpg", noise, quality=95, exif=exif)
+    data = Folder(str(tmp_path), 64, buckets=[[48, 64], [64, 48]])
+    read = data.read(data.paths[0], least=data.transform.least(data.shapes[0]))
+    assert data.groups == [(48, 64)] and read.size == (225, 300)  # a quarter: an eighth has a side below 2 * 64
+    seen = data[0]["image"]
+    whole = data.transform(data.read(data.paths[0]), 0, 0)
+    assert ((seen - whole) * 127.5).abs().mean() < 2
+
+
 def test_random_crop_and_flip_are_functions_of_seed_epoch_index(tmp_path: Path) -> None:
     for n in range(4):
         save(tmp_path, f"{n}.png", colour(64, 16))

@@ -45,6 +45,7 @@ SUPPORT = {
     "training/config training/contract training/rehearsal training/frozen": "configuration files, checks, inputs",
     "commands/train spelling": "the command line, which the notebook and research code do not need",
     "training/processes training/run_folder training/metrics": "many processes, the run folder, what is logged",
+    "training/shapes": "images of several shapes",
     "training/classes": "class-conditional models",
     "models/compiler": "gradient checkpointing, torch.compile",
     "training/optimizers": "other optimizers than AdamW",

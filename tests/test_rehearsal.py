@@ -101,7 +101,7 @@ def test_size_and_channels_are_said_once(squares, tmp_path, size, channels, mode
         ("clip.data.params.size=60", "clip: the images of Folder are 60 x 60 .*multiples of 8"),
         ("clip.stage.params.vision.image_size=32", "clip: .* 64 x 64 .*image_size, 32"),
         ("autoencoder.stage.params.ddconfig.in_channels=1", "autoencoder: .*3 channels.* 1"),
-        ("data.params.buckets=[[64,64],[96,48]]", "autoencoder: .*several shapes"),
+        ("data.params.buckets=[[64,64],[96,50]]", "autoencoder: .*96 x 50 pixels.*multiples of 4"),
         ("data.params.buckets=[[64]]", "autoencoder: buckets .*width, height"),
         ("diffusion.data.params.buckets=[[64,64],[100,40]]", "diffusion: height 40 cannot be made"),
     ],

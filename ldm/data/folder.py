@@ -9,6 +9,7 @@ from ldm.data.finding import find_images
 from ldm.data.folder_captions import read_captions, read_classes
 from ldm.data.image_files import Alpha
 from ldm.data.image_set import ImageSet, OnError
+from ldm.data.transforms import Resize
 
 
 class Folder(ImageSet):
@@ -21,7 +22,7 @@ class Folder(ImageSet):
 
     Args:
         root: The folder. None is the placeholder in configs that a user must replace.
-        size: Pixels of the square to make: the shorter side is resized to it (Lanczos) and the longer is cropped.
+        size: Pixels of the square to make.
         channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
         crop: "center", or "random", at a place that is a function of (seed, epoch, index).
         flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
@@ -38,6 +39,8 @@ class Folder(ImageSet):
         background: The colour that transparency is composited over, such as white or "#808080".
         on_error: "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them;
             "skip" leaves them out, and lists them as a note.
+        resize: "shorter" crops an image to the square, or its bucket's aspect ratio, and resizes it (Lanczos); "exact"
+            resizes all of it, distorted; "none" cuts the square or bucket out of the image, which may not be smaller.
 
     Every image is read once, so that none is found to be damaged in the middle of training. Raises ValueError, naming
     the file, for an image without caption or class where these are read, a caption without image or a bad line.
@@ -59,11 +62,12 @@ class Folder(ImageSet):
         alpha: Alpha | None = None,
         background: str = "white",
         on_error: OnError = "refuse",
+        resize: Resize = "shorter",
     ):
         if root is None:
             raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root)")
         fields = shuffle_tags_after, reads
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, alpha, background, on_error)
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields, alpha, background, on_error, resize)
         self.root = Path(root)
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths

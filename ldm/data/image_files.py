@@ -55,16 +55,16 @@ class Reader:
         except ValueError:
             raise ValueError(f"background is a colour such as white or '#808080', not {self.background!r}") from None
 
-    def __call__(self, source: Path | bytes, name: str = "an image", least: Shape | None = None) -> Image.Image:
+    def __call__(self, source: Path | bytes, name: str = "an image", least: int | None = None) -> Image.Image:
         """Read a file, or the bytes of one that errors call `name`, in mode "L", "LA", "RGB" or "RGBA".
 
-        A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as it keeps the width and height `least`.
+        A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both sides keep `least` pixels.
         Raises FileNotFoundError if there is no such file, and ValueError if it is not an image, damaged, or of unknown
         range (32-bit, float).
         """
         with _open(source, name) as opened:
             if least is not None:
-                opened.draft(None, least)
+                opened.draft(None, (least, least))
             image = upright(opened)
         if image.mode == "RGBA" and self.channels in (1, 3):
             image = over(image, self.background)

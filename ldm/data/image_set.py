@@ -12,7 +12,7 @@ from ldm.data.caption_choice import choose_caption
 from ldm.data.captions import Caption
 from ldm.data.finding import examine
 from ldm.data.image_files import Alpha, Reader
-from ldm.data.transforms import Transform
+from ldm.data.transforms import Resize, Transform
 
 OnError = Literal["refuse", "skip"]
 NAMED = 20  # images that a message names
@@ -28,7 +28,7 @@ class ImageSet(Dataset):
     with `classes`, their names; then it calls `choose`.
 
     Args:
-        size, crop, flip, seed, buckets: As in `Transform`.
+        size, crop, flip, seed, buckets, resize: As in `Transform`.
         shuffle_tags_after: As in `choose_caption`.
         reads: What a sample has.
         channels, alpha, background: As in `Reader`.
@@ -53,10 +53,12 @@ class ImageSet(Dataset):
         alpha: Alpha | None = None,
         background: str = "white",
         on_error: OnError = "refuse",
+        resize: Resize = "shorter",
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error is 'refuse' or 'skip', not {on_error!r}")
-        self.transform, self.read = Transform(size, crop, flip, seed, buckets), Reader(channels, alpha, background)
+        self.transform = Transform(size, crop, flip, seed, buckets, resize)
+        self.read = Reader(channels, alpha, background)
         self.size, self.channels, self.on_error, self.epoch = size, channels, on_error, 0
         self.augments = self.transform.augments
         self.seed, self.shuffle_tags_after, self.reads = seed, shuffle_tags_after, tuple(reads)
@@ -75,7 +77,12 @@ class ImageSet(Dataset):
         is settled as `on_error` says. faults: what else is wrong, in a sentence that names the file, by index.
         """
         examined = examine(self.source, count)
-        wrong = {i: one.fault for i, one in enumerate(examined) if one.fault} | dict(faults or {})
+        wrong = dict(faults or {})
+        for i, one in enumerate(examined):
+            if one.fault:
+                wrong[i] = one.fault
+            elif fault := self.transform.fault(*one.size):
+                wrong[i] = f"{self.source(i)[1]} {fault}"
         kept = [i for i in range(count) if i not in wrong]
         some = "; ".join([wrong[i] for i in sorted(wrong)][:NAMED]) + (" ..." if len(wrong) > NAMED else "")
         if wrong and self.on_error == "refuse":

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,16 +12,20 @@ from torch import Tensor
 
 from ldm.data.buckets import Shape, nearest
 
+Resize = Literal["shorter", "exact", "none"]
+
 
 class Transform:
     """Makes every image float32 (channels, height, width) in [-1, 1], of the shape that `shape` says.
 
     Args:
-        size: Pixels of the square to make: the shorter side is resized to it (Lanczos) and the longer is cropped.
+        size: Pixels of the square to make.
         crop: "center", or "random", at a place that is a function of (seed, epoch, index).
         flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
         seed: Of crops and mirroring.
         buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio.
+        resize: "shorter" crops the image to the shape's aspect ratio and resizes it (Lanczos); "exact" resizes all of
+            it, distorted; "none" cuts the shape out of the image, which may not be smaller.
     """
 
     def __init__(
@@ -30,6 +35,7 @@ class Transform:
         flip: bool = False,
         seed: int = 0,
         buckets: Sequence[Sequence[int]] | None = None,
+        resize: Resize = "shorter",
     ) -> None:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"size is a number of pixels of at least 1, not {size!r}")
@@ -38,34 +44,50 @@ class Transform:
         pairs = [shape if isinstance(shape, Sequence) else () for shape in buckets or ()]
         if buckets is not None and not (pairs and all(len(p) == 2 and min(p) > 0 for p in pairs)):
             raise ValueError(f"buckets is a list of [width, height] in pixels, not {buckets!r}")
-        self.size, self.crop, self.flip, self.seed, self.buckets = size, crop, flip, seed, buckets
+        if resize not in get_args(Resize):
+            raise ValueError(f"resize is 'shorter', 'exact' or 'none', not {resize!r}")
+        if resize == "exact" and crop == "random":
+            raise ValueError("crop 'random' is for resize 'shorter' or 'none': 'exact' cuts nothing off")
+        self.size, self.crop, self.flip, self.seed = size, crop, flip, seed
+        self.buckets, self.resize = buckets, resize
         self.augments = flip or crop == "random"
 
     def shape(self, width: int, height: int) -> Shape:
         """Return the (width, height) that an image of that size gets."""
         return (self.size, self.size) if self.buckets is None else nearest(self.buckets, width, height)
 
-    def least(self, shape: Shape) -> Shape:
-        """Return the size that suffices of a JPEG that becomes `shape`: twice as large, as for Pillow's thumbnails."""
-        return 2 * shape[0], 2 * shape[1]
+    def fault(self, width: int, height: int) -> str:
+        """Return what is wrong with an image of that size; "" if nothing is."""
+        wide, high = self.shape(width, height)
+        small = self.resize == "none" and (width < wide or height < high)
+        return f"is {width} x {height} pixels, too small for {wide} x {high} with resize 'none'" if small else ""
+
+    def least(self, shape: Shape) -> int | None:
+        """Return the sides that suffice of a JPEG that becomes `shape`: twice its own, as for Pillow's thumbnails."""
+        return None if self.resize == "none" else 2 * max(shape)
 
     def __call__(self, image: Image.Image, epoch: int, index: int | str, shape: Shape | None = None) -> Tensor:
         """Transform an image, to the `shape` that was said before if given; `index` identifies it in its data set."""
         uniform = random.Random(f"{self.seed} {epoch} {index}").random
         place = (uniform(), uniform()) if self.crop == "random" else (0.5, 0.5)
-        image = crop_to(image, shape or self.shape(*image.size), place)
+        shape = shape or self.shape(*image.size)
+        if self.resize == "exact":
+            image = image.resize(shape, Image.Resampling.LANCZOS)
+        else:
+            image = crop_to(image, shape, place, largest=self.resize == "shorter")
         if self.flip and uniform() < 0.5:
             image = ImageOps.mirror(image)
         return to_tensor(image)
 
 
-def crop_to(image: Image.Image, shape: Shape, place: tuple[float, float]) -> Image.Image:
+def crop_to(image: Image.Image, shape: Shape, place: tuple[float, float], largest: bool = True) -> Image.Image:
     """Crop to the aspect ratio of `shape` at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), and resize to it.
 
+    The part is as large as can be, or, without `largest`, of that shape.
     Cropping comes first, or a strip of 2 x 9,000 pixels would be enlarged to gigabytes; and at integer pixels, so that
     an image of the right size is not resampled.
     """
-    scale = min(side / wanted for side, wanted in zip(image.size, shape, strict=True))
+    scale = min(side / wanted for side, wanted in zip(image.size, shape, strict=True)) if largest else 1
     part = [max(1, round(scale * wanted)) for wanted in shape]
     left, top = (round(at * (side - kept)) for at, side, kept in zip(place, image.size, part, strict=True))
     box = (left, top, left + part[0], top + part[1])

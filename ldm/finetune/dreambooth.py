@@ -56,8 +56,6 @@ class DreamBoothStage(FineTuningStage):
         seed: of the adapters' initial weights.
     """
 
-    takes_shapes = True
-
     def __init__(
         self,
         ckpt: str | LatentDiffusion | None,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -100,7 +100,7 @@ class TextualInversionStage(FineTuningStage):
             print(f"note: {note}", file=sys.stderr)
         if has_captions(dataset.root, find_images(dataset.root)):
             print("note: the images' own captions are not used: each is one of the stage's frames", file=sys.stderr)
-        self.pixels = torch.stack([sample["image"] for sample in dataset])  # (n, c, h, w)
+        self.images = [to_pil(sample["image"][None])[0] for sample in dataset]
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
         return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, 1), keys=()))
 
@@ -117,8 +117,9 @@ class TextualInversionStage(FineTuningStage):
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
         """Return a row of the subject's images, and one that the model generates for the first caption."""
-        shown = self.pixels[torch.arange(self.preview_columns) % len(self.pixels)]
-        return to_pil(shown) + self._generate(self.captions[0])
+        made = self._generate(self.captions[0])
+        shown = [self.images[i % len(self.images)] for i in range(self.preview_columns)]
+        return [one if one.size == made[0].size else ImageOps.pad(one, made[0].size) for one in shown] + made
 
     def preview_labels(self) -> list[str]:
         return ["the subject's images", self.captions[0]]
@@ -131,7 +132,7 @@ class TextualInversionStage(FineTuningStage):
         if self.sheet is not None:
             prompt = self.captions[0]
             before, after = prompt.replace(self.word, self.initial), self._generate(prompt)
-            rows = [("the subject's images", to_pil(self.pixels[:8])), (before, self.before), (prompt, after)]
+            rows = [("the subject's images", self.images[:8]), (before, self.before), (prompt, after)]
             save_contact_sheet(rows, self.sheet)
 
     def export(self) -> tuple[None, dict[str, Tensor]]:
@@ -144,6 +145,7 @@ class Repeated(Dataset):
 
     def __init__(self, dataset: LatentDataset, times: int = 100) -> None:
         self.dataset, self.times = dataset, times
+        self.groups = None if dataset.groups is None else dataset.groups * times
 
     def __len__(self) -> int:
         return self.times * len(self.dataset)

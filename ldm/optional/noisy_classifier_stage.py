@@ -30,6 +30,7 @@ class NoisyClassifierStage(Stage):
     """
 
     reads = ("image", "label")
+    takes_shapes = False  # its last layer knows one
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from ldm.models.perceptual import lpips, perceptual_distance, psnr
 from ldm.training.contract import check_image_size
 from ldm.training.latents import encode_dataset, posterior
 from ldm.training.optimizers import make_optimizer
+from ldm.training.shapes import alike_batches, latent_statistics
 from ldm.training.stage import Loss, Stage
 from ldm.util import call_with, instantiate_from_config
 
@@ -109,9 +110,10 @@ class AutoencoderStage(Stage):
 
     def prepare(self, dataset: Any) -> Dataset:
         check_image_size(dataset, self.model.image_channels, self.model.downsampling)
-        self.preview_columns = min(self.preview_columns, len(dataset))
-        count = self.preview_columns * min(2, len(dataset) // self.preview_columns)  # complete rows
-        self.shown = torch.stack([dataset[i * (len(dataset) // count)]["image"] for i in range(count)])
+        places = max(alike_batches(dataset, len(dataset)), key=len)  # of the commonest shape
+        self.preview_columns = min(self.preview_columns, len(places))
+        count = self.preview_columns * min(2, len(places) // self.preview_columns)  # complete rows
+        self.shown = torch.stack([dataset[places[i * (len(places) // count)]]["image"] for i in range(count)])
         return dataset
 
     def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
@@ -180,9 +182,8 @@ class AutoencoderStage(Stage):
     def finish(self, dataset: Dataset) -> None:
         if not self.normalize:
             return
-        means, stds = (torch.stack(part).double() for part in encode_dataset(self.model, dataset, 512))
-        mean = means.mean((0, 2, 3))
-        std = ((means - mean[:, None, None]).square() + stds.square()).mean((0, 2, 3)).sqrt()
+        latents = list(zip(*encode_dataset(self.model, dataset, 512), strict=True))
+        mean, std = latent_statistics([latents[i] for i in places] for places in alike_batches(dataset, len(dataset)))
         self.model.fold_latent_statistics(mean.float(), std.float())
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 from ldm.checks import Count, Rate
 from ldm.images import to_pil
 from ldm.training.order import in_batches
+from ldm.training.shapes import alike_batches
 from ldm.training.stage import Loss, Stage
 from ldm.util import instantiate_from_config
 
@@ -30,6 +31,7 @@ class ClassifierStage(Stage):
     """
 
     reads = ("image", "label")
+    takes_shapes = False  # its last layer knows one
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class ClassifierStage(Stage):
     def finish(self, dataset: Any) -> None:
         """Measure all batch statistics again: on images without transforms, and for the averaged weights."""
         subset = Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
-        batches = in_batches(subset, 500, "measuring batch statistics")
+        batches = in_batches(subset, alike_batches(subset, 500), "measuring batch statistics")
         update_bn((batch["image"] for batch in batches), self.model, self.device)
 
 

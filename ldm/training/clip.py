@@ -18,7 +18,8 @@ from ldm.checks import Count, Rate
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
-from ldm.training.contract import check_image_size
+from ldm.training.contract import square_side
+from ldm.training.shapes import squared
 from ldm.training.stage import Loss, Stage
 
 
@@ -67,13 +68,7 @@ class CLIPStage(Stage):
         """Choose the vocabulary from the data set's captions and build the two towers."""
         from open_clip import CLIP
 
-        height, width = check_image_size(dataset, None, self.vision.get("patch_size", 1))
-        size = self.vision.setdefault("image_size", height)
-        if not height == width == size:
-            raise ValueError(
-                f"the images of {type(dataset).__name__} are {width} x {height} pixels, and CLIP's, by its "
-                f"vision.image_size, {size} x {size}"
-            )
+        self.side = self.vision["image_size"] = square_side(dataset, **self.vision)
         merges = reduce(dataset.texts(), self.merges_first, cleaning="openclip")
         vocab_size = 512 + len(merges) + 2
         # Exported in the end; its tower has the same parameters as the text half of the CLIP that trains.
@@ -85,7 +80,10 @@ class CLIPStage(Stage):
         self.clip = CLIP(self.projection_dim, self.vision, {**self.text, "vocab_size": vocab_size})
         self.networks["clip"] = self.clip
         count = min(50, len(dataset))
-        self.shown = [dataset[i * (len(dataset) // count)] for i in range(count)]
+        shown = [dataset[i * (len(dataset) // count)] for i in range(count)]
+        self.shown = [
+            {**sample, "image": squared(sample["image"][None], self.vision["image_size"])[0]} for sample in shown
+        ]
         self.preview_columns = min(self.preview_columns, count)
         return dataset
 
@@ -110,7 +108,7 @@ class CLIPStage(Stage):
         return (rows + columns) / 2, caption_found.float(), image_found.float()
 
     def _embed(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        image = batch["image"].expand(-1, 3, -1, -1)  # open_clip's towers have three input channels
+        image = squared(batch["image"], self.side).expand(-1, 3, -1, -1)  # open_clip's towers have three channels
         tokens = self.encoder.tokenizer(batch["caption"]).to(image.device)
         images, texts, scale = self.clip(image, tokens)
         return images.float(), texts.float(), scale.float()

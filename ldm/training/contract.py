@@ -52,20 +52,41 @@ def check_dataset(stage: Stage, dataset: Any) -> None:
     shapes = {tuple(image.shape), tuple(last["image"].shape)} if groups is None else set(groups)
     single, some = len(shapes) == 1, ", ".join(map(str, sorted(shapes)[:3]))
     good = single or (stage.takes_shapes and groups is not None)
-    require(good, f"its images have several shapes ({some}): leave out buckets here")
+    why = "leave out buckets here" if groups else "say in `groups` which images have one"
+    require(good, f"its images have several shapes ({some}): {why}")
 
 
-def check_image_size(dataset: Any, channels: int | None, multiple: int) -> tuple[int, int]:
-    """Return the height and width of a data set's images; raise ValueError if they do not fit a network."""
-    found, height, width = dataset[0]["image"].shape
+def check_image_size(dataset: Any, channels: int | None, multiple: int) -> list[tuple[int, int]]:
+    """Return each (width, height) of a data set's images; raise ValueError if they do not fit a network."""
+    found, *size = dataset[0]["image"].shape
+    shapes = sorted(set(getattr(dataset, "groups", None) or [tuple(size[::-1])]))
     if channels is not None and found != channels:
         raise ValueError(
             f"the images of {type(dataset).__name__} have {found} channels, and those of the network have {channels}"
         )
-    for side in (height, width):
-        if side % multiple:
+    for width, height in shapes:
+        if width % multiple or height % multiple:
             raise ValueError(
                 f"the images of {type(dataset).__name__} are {width} x {height} pixels, but the network takes "
                 f"multiples of {multiple}"
             )
-    return height, width
+    return shapes
+
+
+def square_side(dataset: Any, image_size: int | None = None, patch_size: int = 1, **others: Any) -> int:
+    """Return the side of the squares that a network sees, by its settings or else the data set's.
+
+    Images in buckets are resized to it; others must have it.
+    """
+    if getattr(dataset, "groups", None) is not None:
+        if image_size is None:
+            raise ValueError("images in buckets are resized to CLIP's square: give its side, vision.image_size")
+        return image_size
+    ((width, height),) = check_image_size(dataset, None, patch_size)
+    size = height if image_size is None else image_size
+    if not height == width == size:
+        raise ValueError(
+            f"the images of {type(dataset).__name__} are {width} x {height} pixels, and CLIP's, by its "
+            f"vision.image_size, {size} x {size}"
+        )
+    return size

@@ -38,8 +38,6 @@ class DiffusionStage(DenoisingStage):
         preview_prompts: prompts or classes of a preview's images; None is the empty prompt, or each class in turn.
     """
 
-    takes_shapes = True
-
     def __init__(
         self,
         unet_config: Mapping[str, Any],

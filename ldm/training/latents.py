@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ldm.training.order import in_batches
+from ldm.training.shapes import alike_batches
 
 
 class LatentDataset(Dataset):
@@ -49,17 +50,14 @@ class LatentDataset(Dataset):
 def encode_dataset(first_stage: nn.Module, dataset: Dataset, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
     """Return mean and standard deviation of each image's unscaled latents, (z, h/f, w/f) each, on the CPU.
 
-    Images of several shapes (`groups`) are encoded one at a time.
+    Images of one shape (`groups`) are encoded together.
     """
-    means, stds = [], []
-    if len(set(getattr(dataset, "groups", None) or [0])) > 1:
-        batch_size = 1
-    device = next(first_stage.parameters()).device
-    for batch in in_batches(dataset, batch_size, "encoding latents"):
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    batches, device = alike_batches(dataset, batch_size), next(first_stage.parameters()).device
+    for indices, batch in zip(batches, in_batches(dataset, batches, "encoding latents"), strict=True):
         mean, std = posterior(first_stage, batch["image"].to(device))
-        means += mean.cpu()
-        stds += std.cpu()
-    return means, stds
+        found |= dict(zip(indices, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
+    return [found[i][0] for i in range(len(found))], [found[i][1] for i in range(len(found))]
 
 
 def posterior(first_stage: Any, images: Tensor) -> tuple[Tensor, Tensor]:

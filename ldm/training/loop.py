@@ -21,7 +21,7 @@ from ldm.checks import Decay, Positive, Range
 from ldm.models.compiler import compiled
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
-from ldm.training.metrics import Metrics
+from ldm.training.metrics import Metrics, Waits
 from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches, mix_seed, training_batches
 from ldm.training.processes import StopFlag, agreed, make_accelerator
@@ -153,8 +153,9 @@ def train_stage(
 
     bar = {"initial": step, "total": settings.steps, "desc": name, "unit": "step", "mininterval": 1}
     compiling = compiled(stage.compiles()) if settings.compile else nullcontext()
+    batches = Waits(training_batches(dataset, order, step * settings.accumulate, settings.workers))
     with StopFlag() as stopped, tqdm(**bar, disable=not folder.writes) as progress, compiling:
-        for number, batch in training_batches(dataset, order, step * settings.accumulate, settings.workers):
+        for number, batch in batches:
             if step >= settings.steps:
                 break
             torch.manual_seed(mix_seed(seed, number, accelerator.process_index))
@@ -183,7 +184,7 @@ def train_stage(
                 if last or step % every == 0:
                     metrics.measured(step, measure(average))
             if last or step % settings.log_every == 0:
-                progress.set_postfix(metrics.report(step), refresh=False)
+                progress.set_postfix(metrics.report(step, batches.share()), refresh=False)
             if last or step % settings.preview_every == 0:
                 preview(stage, average, folder, step)
             keep = settings.keep_every > 0 and step % settings.keep_every == 0 and not last

@@ -1,6 +1,8 @@
 """What a run reports: means over batches, checked, for its files and its progress bar."""
 
 import math
+from collections.abc import Iterable, Iterator
+from time import perf_counter
 from typing import NoReturn
 
 import torch
@@ -22,9 +24,10 @@ class Metrics:
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach())
 
-    def report(self, step: int) -> dict[str, str]:
+    def report(self, step: int, waits: float | None = None) -> dict[str, str]:
         """Log the means and return the first few for the progress bar.
 
+        waits: the share of the time since the last report that the network waited for data, reported too.
         Raises ValueError if a mean or weight is not finite, or a weight larger than any that a network works with.
         """
         means = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
@@ -34,9 +37,12 @@ class Metrics:
         largest = torch.stack(weights).max().item() if weights else 0.0
         if not largest <= LARGEST_WEIGHT:
             self._stop(f"a weight became {largest:.3g}", step)
+        shown = {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]} | self.latest
+        if waits is not None:
+            means["waits_for_data"], shown["waits"] = waits, f"{waits:.0%}"
         if means:
             self.folder.log(step, means)
-        return {name: f"{mean:.4g}" for name, mean in list(means.items())[:3]} | self.latest
+        return shown
 
     def measured(self, step: int, means: dict[str, float]) -> None:
         """Log what was found on other images; ValueError if it is not finite."""
@@ -58,3 +64,28 @@ class Metrics:
             f"{self.stage}: {what} by step {step}, so training stopped; {advice} a lower learning rate, or "
             "loop.precision=fp32"
         )
+
+
+class Waits:
+    """Hands on the items of an iterable, and measures how long its user waits for them."""
+
+    def __init__(self, items: Iterable) -> None:
+        self.items, self.waited, self.since = items, 0.0, perf_counter()
+
+    def __iter__(self) -> Iterator:
+        items = iter(self.items)
+        while True:
+            asked = perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self.waited += perf_counter() - asked
+            yield item
+
+    def share(self) -> float:
+        """Return the share of the time since the last call, or since the start, that was waited for items."""
+        now = perf_counter()
+        waited, passed = self.waited, now - self.since
+        self.waited, self.since = 0.0, now
+        return waited / passed if passed > 0 else 0.0

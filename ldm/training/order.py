@@ -35,9 +35,9 @@ class EpochBatches(Sampler):
         self.length, self.batch_size, self.seed, self.rank = length, batch_size, seed, rank
         self.global_size, self.groups = batch_size * processes, [None] * length if groups is None else groups
         self.counts = Counter(self.groups)
-        least = min(self.counts.values(), default=0)
+        group, least = min(self.counts.items(), key=lambda pair: pair[1], default=(None, 0))
         if least < self.global_size:
-            of = "" if groups is None else " of one shape"
+            of = "" if groups is None else f" of one shape, {group}"
             raise ValueError(f"the data set has {least} images{of}, fewer than one batch of {self.global_size}")
         self.epoch, self.start = 0, 0
 
@@ -92,9 +92,9 @@ def training_batches(dataset: Any, order: EpochBatches, first: int, workers: int
             number += 1
 
 
-def in_batches(dataset: Dataset, batch_size: int, label: str) -> Iterable[dict]:
-    """Return the batches of the whole data set, in order, with a progress bar."""
-    loader = DataLoader(dataset, batch_size, generator=torch.Generator())  # torch's own must not change
+def in_batches(dataset: Dataset, batches: Sequence[list[int]], label: str) -> Iterable[dict]:
+    """Return these batches of a data set, with a progress bar."""
+    loader = DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())  # torch's own must not change
     return tqdm(loader, desc=label, unit="batch", leave=False)
 
 

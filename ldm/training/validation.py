@@ -4,7 +4,6 @@ A validation leaves no trace in the training: it has random states of its own, a
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ldm.data.part import part
 from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.order import ignore_signals, mix_seed
+from ldm.training.shapes import alike_batches
 from ldm.training.stage import Stage
 from ldm.util import call_with, instantiate_from_config
 
@@ -81,10 +81,7 @@ class Validation:
         self.stage, self.workers, self.both = stage, workers, both
         self.dataset = part(dataset, [i % len(dataset) for i in range(count)])
         self.places = (torch.randperm(count, generator=_generator(1)).double() + 0.5) / count
-        alike, size = defaultdict(list), stage.validation_batch or batch_size
-        for i, group in enumerate(self.dataset.groups or [None] * count):
-            alike[group].append(i)
-        self.batches = [some[k : k + size] for some in alike.values() for k in range(0, len(some), size)]
+        self.batches = alike_batches(self.dataset, stage.validation_batch or batch_size)
 
     def report(self, average: EMA, accelerator: Any) -> dict[str, float]:
         """Return the means for the averaged weights, and for those that train if `both`, by their names."""
