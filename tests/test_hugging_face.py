@@ -101,7 +101,7 @@ def test_other_columns_and_kinds_of_them(folder: Path, tmp_path: Path) -> None:
         ),
         ({"image": "img"}, "no column 'img' of the images, .*data.params.image"),
         ({"reads": ("image", "label"), "label": "class"}, "no column 'class' of the labels"),
-        ({"text": "empty"}, r"row 1 \(1 of 6 images\) has no caption, or an empty one"),
+        ({"text": "empty"}, "1 of 6 images cannot be used: data: row 1 has no caption, or an empty one"),
         ({"text": "minus"}, "row 0: the caption -1 is not a text"),
         ({"reads": ("image", "label"), "label": "minus"}, "row 0: -1 is not the number of a class"),
         ({"image": "minus"}, "row 0: the image -1 is neither bytes nor a path"),

@@ -8,7 +8,7 @@ from ldm.checks import Range, few, shorten
 from ldm.data.caption_choice import number_classes
 from ldm.data.image_files import Alpha
 from ldm.data.image_set import ImageSet, OnError
-from ldm.data.shards import Captions
+from ldm.data.shards import Captions, uncaptioned
 
 
 class HuggingFace(ImageSet):
@@ -64,9 +64,9 @@ class HuggingFace(ImageSet):
                 )
         self.root, self.column, self.rows = root, image, range(len(data))
         self.images = _column(data, image)
-        self.rows = self.choose(len(data))
+        self.text, self.own = text, _column(data, text) if text in data.column_names else None
+        self.rows = self.choose(len(data), uncaptioned(self) if "caption" in reads and caption is None else {})
         if "caption" in reads:
-            self.text, self.own = text, _column(data, text) if text in data.column_names else None
             self.captions = Captions(self, caption)
         if "label" in reads:
             self.labels, self.classes = self._classes(data, label)
@@ -126,7 +126,8 @@ def load_split(root: str, split: str | None, subset: str | None, download: bool)
             if not kinds:
                 raise FileNotFoundError(f"{root!r} has neither Parquet nor Arrow files, nor what save_to_disk writes")
             # By the name of the format: a script in the folder is not looked for.
-            data = datasets.load_dataset(kinds[0], **{"data_files" if folder.is_file() else "data_dir": root})
+            where = (root, None) if folder.is_dir() else (None, root)
+            data = datasets.load_dataset(kinds[0], None, *where)
         elif download:
             data = datasets.load_dataset(root, subset, trust_remote_code=False)
         else:

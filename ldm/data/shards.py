@@ -81,10 +81,7 @@ class Shards(ImageSet):
         if not len(self.members):
             raise ValueError(f"{few(self.paths, 3)}: these shards hold no images ({' '.join(sorted(SUFFIXES))})")
         self.starts = np.cumsum([0, *map(len, tables)])  # of each shard's images
-        faults: dict[int, str] = {}
-        if "caption" in reads and caption is None:
-            lacking = [index for index in range(len(self)) if not self.own_captions(index)]
-            faults = {index: f"{self.name(index)} has no caption, or an empty one" for index in lacking}
+        faults = uncaptioned(self) if "caption" in reads and caption is None else {}
         kept = self.choose(len(self.members), faults)
         self.members, self.starts = self.members[kept], np.searchsorted(kept, self.starts)
         if "caption" in reads:
@@ -175,19 +172,26 @@ class Shards(ImageSet):
         return names
 
 
+def uncaptioned(data: Any) -> dict[int, str]:
+    """Return the images of a data set with `own_captions` and `name` that have no caption, each with a sentence."""
+    lacking = [index for index in range(len(data)) if not data.own_captions(index)]
+    return {index: f"{data.name(index)} has no caption, or an empty one" for index in lacking}
+
+
 class Captions(Sequence[Sequence[str]]):
-    """The captions of each image of shards, which are read when they are asked for.
+    """The captions of each image, which are read when they are asked for.
 
     Args:
+        shards: A data set with `own_captions`, [] where there are none, and `name`.
         otherwise: for images that have none, or an empty one; None where there are no such.
     """
 
-    def __init__(self, shards: Shards, otherwise: str | None) -> None:
+    def __init__(self, shards: Any, otherwise: str | None) -> None:
         self.shards, self.otherwise = shards, otherwise
         if otherwise is None:
             return
-        lacking = [index for index in range(len(shards)) if not shards.own_captions(index)]
-        some = f"{few(map(shards.name, lacking[:3]))} ({len(lacking)} of {len(shards)} images)"
+        lacking = uncaptioned(shards)
+        some = f"{few(map(shards.name, lacking), 3)} ({len(lacking)} of {len(shards)} images)"
         if 0 < len(lacking) < len(shards):
             print(f"note: the caption for all is used for {some}, without one or with an empty one", file=sys.stderr)
 
