@@ -103,7 +103,7 @@ def test_every_stage_takes_one(stage, tmp_path):
 def test_schedule_free_shows_its_average_and_trains_on(tmp_path):
     weight = weights()
     optimizer = make_optimizer([weight], 0.1, {"target": "schedulefree.SGDScheduleFree"}, weight_decay=0.0)
-    average, z, x = average_of(torch.nn.ParameterList([weight]), [optimizer], 0.0, None), 1.0, 1.0
+    average, z, x = average_of(torch.nn.ParameterList([weight]), [optimizer], 0.0, "auto"), 1.0, 1.0
     for k in range(1, 4):  # Defazio et al. 2024, eq. 3 to 5, with the gradient y of y^2 / 2 and beta 0.9
         y = 0.1 * z + 0.9 * x
         torch.testing.assert_close(weight.detach(), torch.full((4, 3), y))
@@ -115,4 +115,4 @@ def test_schedule_free_shows_its_average_and_trains_on(tmp_path):
         with average.applied():
             torch.testing.assert_close(weight.detach(), torch.full((4, 3), x))
         assert torch.equal(weight, trained)
-    refused("SGDScheduleFree averages the weights itself: set loop.ema=0", average_of, weight, [optimizer], 0.9, None)
+    refused("SGDScheduleFree averages the weights itself: set loop.ema=0", average_of, weight, [optimizer], 0.9, "auto")

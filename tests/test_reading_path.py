@@ -48,6 +48,7 @@ SUPPORT = {
     "training/shapes": "images of several shapes",
     "training/classes": "class-conditional models",
     "models/compiler": "gradient checkpointing, torch.compile",
+    "training/posthoc": "averages chosen after training",
     "training/optimizers": "other optimizers than AdamW",
     "training/validation data/part": "images that are not trained on",
     "checkpoint/networks checkpoint/tensors checkpoint/atomic": "file formats of other programs, complete files",

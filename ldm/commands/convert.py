@@ -4,6 +4,7 @@ ldm convert runs/digits/diffusion/model.safetensors digits.safetensors --dtype f
 ldm convert model.ckpt folder/ --format diffusers --vae vae.safetensors
 ldm convert model.safetensors other.safetensors --lora subject.safetensors:0.8 --lora style.safetensors
 ldm convert model.safetensors other.safetensors --default scale=1.25 --default steps=20
+ldm convert runs/digits/diffusion other.safetensors --sigma-rel 0.08
 ldm convert lora.safetensors small.safetensors --rank 4 --lora-format peft
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ldm.cli import Parser, int_range
+from ldm.cli import Parser, finite_float, int_range
 from ldm.inference.options import LOADING, add_loading_options, loading_arguments
 from ldm.settings import of_model
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:  # it takes a second, which --help has no use for
     from ldm.latent_diffusion import LatentDiffusion
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-OF_MODELS = (*LOADING, "format", "lora", "default")
+OF_MODELS = (*LOADING, "format", "lora", "default", "sigma_rel")
 OF_LORAS = ("rank", "lora_format")
 
 
@@ -68,6 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = "add this LoRA's change, times STRENGTH (1), to the weights; several add up"
     add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help=what)
     add("--default", action="append", default=[], metavar="KEY=VALUE", help="change one of the model's own settings")
+    what = "IN is a run with loop.ema_snapshots: average its weights with this relative width (0.05 to 0.25, say)"
+    add("--sigma-rel", type=finite_float(0), metavar="WIDTH", help=what)
     add_loading_options(group)
 
     add = parser.add_argument_group("if IN is a LoRA").add_argument
@@ -85,6 +88,10 @@ def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list
     from ldm.generation import check_defaults
 
     model = ldm.load(args.input, device="cpu", **loading_arguments(args))
+    if args.sigma_rel is not None:
+        from ldm.training.posthoc import apply_average
+
+        apply_average(model, args.input, args.sigma_rel)
     for change in args.default:
         set_default(model, change)
     if args.default:

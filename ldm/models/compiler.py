@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-BACKEND = "inductor"
+BACKEND: Any = "inductor"
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def compiled(networks: Iterable[nn.Module]) -> Iterator[None]:
     from torch._functorch import config  # takes a second to import
 
     changed = [network for network in networks if type(network).forward is not nn.Module.forward]
-    options = {"fallback_random": True} if BACKEND == "inductor" else None
+    options: Any = {"fallback_random": True} if BACKEND == "inductor" else None
     for network in changed:
         fast = torch.compile(network._call_impl, dynamic=False, backend=BACKEND, options=options)
         network._compiled_call_impl = _with_gradients(fast, network._call_impl)

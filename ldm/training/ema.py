@@ -25,7 +25,7 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999, device: torch.device | str | None = None) -> None:
-        self.decay, self.updates = decay, 0
+        self.decay, self.updates, self.device = decay, 0, device
         trainable = module.named_parameters() if decay > 0 else ()
         self.live = {name: p for name, p in trainable if p.requires_grad}
         self.shadow = {name: wide(p.detach()).to(device=device, copy=True) for name, p in self.live.items()}

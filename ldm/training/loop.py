@@ -24,6 +24,7 @@ from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
 from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches, mix_seed, training_batches
+from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import StopFlag, agreed, make_accelerator
 from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage, Trained
@@ -47,6 +48,7 @@ class LoopSettings:
     gradient_checkpointing: bool = False  # less memory, a third more work: blocks compute their activations twice
     ema: Decay = 0.999  # decay of the average of the weights, which is the result; 0 keeps none
     ema_device: Literal["auto", "cpu"] = "auto"  # where it is kept: with the weights, or on the CPU
+    ema_snapshots: Annotated[int, Range(0)] = 0  # steps between those for `ldm convert --sigma-rel`; 0: none
     # Arguments of `lr_multiplier`.
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     log_every: Positive = 50  # steps between lines of metrics.jsonl
@@ -129,7 +131,7 @@ def train_stage(
     if settings.gradient_checkpointing:
         stage.checkpoint_blocks()
     own = stage.optimizers()
-    average = average_of(trained, own, settings.ema, None if settings.ema_device == "auto" else settings.ema_device)
+    average = average_of(trained, own, settings.ema, settings.ema_device)
     model, *optimizers = accelerator.prepare(trained, *own)
     scaler = accelerator.scaler  # of gradients in fp16, else None
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
@@ -139,7 +141,8 @@ def train_stage(
     own = {name: getattr(dataset, name, None) for name in ("groups", "shuffled")}
     order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, **own)
     parts = {"networks": trained, "ema": average} | {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
-    parts |= {} if scaler is None else {"scaler": scaler}
+    profiles = ProfileAverages(stage, settings.ema_snapshots, average.device)
+    parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
     step = load_state(folder, parts)
     if step > settings.steps:
         raise ValueError(f"the run in {str(folder.path)!r} has {step} steps already: loop.steps must be at least that")
@@ -180,6 +183,7 @@ def train_stage(
             step += 1
             progress.update()
             last = step == settings.steps
+            profiles.update(folder, step, last)
             for every, measure in measurements:
                 if last or step % every == 0:
                     metrics.measured(step, measure(average))

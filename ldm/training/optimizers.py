@@ -81,11 +81,11 @@ class ScheduleFree(EMA):
                 torch._foreach_copy_(self.weights, kept)
 
 
-def average_of(module: nn.Module, optimizers: Sequence[Any], decay: float, device: str | None) -> EMA:
-    """Return the average of a module's weights: an EMA, or what the optimizers keep."""
+def average_of(module: nn.Module, optimizers: Sequence[Any], decay: float, device: str) -> EMA:
+    """Return the average of a module's weights: an EMA, or what the optimizers keep. device: auto is the weights'."""
     averaging = [optimizer for optimizer in optimizers if hasattr(optimizer, "eval")]
     if not averaging:
-        return EMA(module, decay, device)
+        return EMA(module, decay, None if device == "auto" else device)
     if decay > 0:
         raise ValueError(f"{type(averaging[0]).__name__} averages the weights itself: set loop.ema=0")
     return ScheduleFree(averaging)

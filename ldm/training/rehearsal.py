@@ -18,6 +18,7 @@ from ldm.data.part import first_images
 from ldm.training.loop import LoopSettings
 from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches
+from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder, flatten
 from ldm.training.stage import Stage
@@ -73,7 +74,8 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
             batch = send_to_device(next(iter(DataLoader(prepared, batch_sampler=[alike]))), device)
             shared = None
             optimizers = stage.optimizers()
-            average_of(stage.networks, optimizers, settings.ema, None)
+            average_of(stage.networks, optimizers, settings.ema, settings.ema_device)
+            ProfileAverages(stage, settings.ema_snapshots)
             for k, _ in enumerate(optimizers):
                 _, _, shared = stage.turn(batch, k, 0, shared)
             with torch.no_grad():
