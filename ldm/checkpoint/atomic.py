@@ -197,6 +197,18 @@ def sweep(folder: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def claim(path: Path) -> BinaryIO | None:
+    """Open and lock a file, made if missing; None if another process has it. To release it, unlink and close it.
+
+    With the name of a temporary file, `sweep` removes what a killed process left.
+    """
+    file = open(path, "ab")
+    if _lock(file) is not False and _is(file, path):
+        return file
+    file.close()
+    return None
+
+
 class Lock:
     """A lock on a folder, held by a file `.lock` in it, until `release` or the end of the process, kill -9 included.
 

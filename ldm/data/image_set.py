@@ -116,6 +116,17 @@ class ImageSet(Dataset):
         sample: dict[str, Any] = {"caption": self.caption(index).text} if "caption" in self.reads else {}
         return sample | ({"label": self.labels[index]} if "label" in self.reads else {})
 
+    def content(self, index: int) -> bytes:
+        """Return what the pixels of an image follow from, for caches: its file, its shape, and how both are read."""
+        settings = [
+            {k: v for k, v in vars(part).items() if k not in ("seed", "buckets")}
+            for part in (self.transform, self.read)
+        ]
+        source = self.source(index)[0]
+        return repr((settings, self.shapes[index])).encode() + (
+            source if isinstance(source, bytes) else source.read_bytes()
+        )
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")

@@ -162,7 +162,7 @@ class DreamBoothStage(FineTuningStage):
 
     def _encoded(self, images: Any) -> Dataset:
         """Return a set of images as the means and deviations of their latents, on the CPU."""
-        return LatentDataset(images, *encode_dataset(self.first_stage, images, 16))
+        return LatentDataset(images, *encode_dataset(self.first_stage, images, self.workers))
 
     def optimizers(self) -> list[Optimizer]:
         weights = {name: p for name, p in self.latent_diffusion.named_parameters() if p.requires_grad}

@@ -102,7 +102,7 @@ class TextualInversionStage(FineTuningStage):
             print("note: the images' own captions are not used: each is one of the stage's frames", file=sys.stderr)
         self.images = [to_pil(sample["image"][None])[0] for sample in dataset]
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
-        return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, 1), keys=()))
+        return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, self.workers), keys=()))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         model = self.latent_diffusion

@@ -182,7 +182,7 @@ class AutoencoderStage(Stage):
     def finish(self, dataset: Dataset) -> None:
         if not self.normalize:
             return
-        latents = list(zip(*encode_dataset(self.model, dataset, 512), strict=True))
+        latents = list(zip(*encode_dataset(self.model, dataset, self.workers), strict=True))
         mean, std = latent_statistics([latents[i] for i in places] for places in alike_batches(dataset, len(dataset)))
         self.model.fold_latent_statistics(mean.float(), std.float())
 

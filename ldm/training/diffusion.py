@@ -1,6 +1,8 @@
 """The last stage: a UNet learns to denoise latents, conditioned on text, classes or nothing (Rombach et al. 2022)."""
 
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.classes import check_dropout, drop_classes, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.frozen import read_first_stage, read_text_stage
-from ldm.training.latents import LatentDataset, encode_dataset
+from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
 from ldm.training.objective import Objective
 
 
@@ -34,6 +36,8 @@ class DiffusionStage(DenoisingStage):
         caption_dropout: probability of the empty prompt instead of the caption, or of the null class instead of the
             class, for classifier-free guidance.
         cache_latents: encode the data set once; not for data sets that augment their images.
+        cache_dir: a folder that keeps the latents, if they are cached, and the embeddings of the captions, for this and
+            other runs, also at the same time.
         error, weight, noise, timesteps: of `Objective`.
         preview_prompts: prompts or classes of a preview's images; None is the empty prompt, or each class in turn.
     """
@@ -57,9 +61,12 @@ class DiffusionStage(DenoisingStage):
         timesteps: Mapping[str, Any] | None = None,
         caption_dropout: Probability = 0.1,
         cache_latents: bool = True,
+        cache_dir: str | None = None,
         preview_prompts: Sequence[str | int] | None = None,
         preview_columns: Count = 10,
     ) -> None:
+        if cache_dir is not None and os.path.isfile(cache_dir):
+            raise ValueError(f"cache_dir {cache_dir!r} is a file: name a folder")
         first, weights = read_first_stage(first_stage)
         cond: Any = cond_stage
         if text := isinstance(cond_stage, str):
@@ -86,7 +93,8 @@ class DiffusionStage(DenoisingStage):
             self.freeze(cond_stage=conditioner)
         else:
             train_conditioner(self)
-        self.caption_dropout, self.cache_latents = caption_dropout, cache_latents
+        self.caption_dropout, self.cache_latents, self.cache_dir = caption_dropout, cache_latents, cache_dir
+        self.texts: Any = partial(encode_texts, conditioner)  # captions -> conditioning
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
@@ -100,19 +108,28 @@ class DiffusionStage(DenoisingStage):
                 f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
-        some = dataset if self.cache_latents else first_images(dataset, 256)  # enough to measure
-        mean, std = encode_dataset(self.latent_diffusion.first_stage_model, some, 256)
-        means, stds = (torch.cat([z.flatten() for z in part]).double() for part in (mean, std))
-        variance = means.var() + stds.square().mean()
-        self.latent_diffusion.scale_factor = float(variance**-0.5)
+        model = self.latent_diffusion
+        if self.cache_dir is not None:
+            from ldm.training.cache import CachedTexts, cached_latents
+
+            if "caption" in self.reads:
+                self.texts = CachedTexts(self.cache_dir, model, dataset)
+        if self.cache_latents and self.cache_dir is not None:
+            mean, std = cached_latents(self.cache_dir, model, dataset, self.workers)
+        else:
+            some = dataset if self.cache_latents else first_images(dataset, 256)  # enough to measure
+            mean, std = encode_dataset(model.first_stage_model, some, self.workers)
+        model.scale_factor = scale_factor(mean, std)
         return LatentDataset(dataset, mean, std, self.reads[1:]) if self.cache_latents else dataset
 
     def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
         model = self.latent_diffusion
-        if "mean" in batch:
-            z = model.scale_factor * (batch["mean"] + batch["std"] * torch.randn_like(batch["mean"]))
+        if "mean" in batch or training:
+            cached = "mean" in batch
+            mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
+            z = model.scale_factor * (mean + std * torch.randn_like(mean))
         else:
-            z = model.encode(batch["image"], mode=not training)
+            z = model.encode(batch["image"], mode=True)
         dropout = self.caption_dropout if training else 0.0
         if self.classes:
             return z, model.condition(drop_classes(batch["label"], model.null, dropout))
@@ -120,7 +137,7 @@ class DiffusionStage(DenoisingStage):
             return z, {}
         dropped = torch.rand(len(z)) < dropout
         captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
-        return z, model.cond_stage_model(captions)  # taken literally, and cut to the context length
+        return z, self.texts(captions)
 
 
 def _match_pooled(unet_config: Mapping[str, Any], pooled: bool, cond_stage: str, given: bool) -> dict[str, Any]:

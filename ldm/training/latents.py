@@ -6,9 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from ldm.training.order import in_batches
+from ldm.conditioning.text import distinct_prompts
+from ldm.latent_diffusion import Conditioning
+from ldm.training.order import loader_of
 from ldm.training.shapes import alike_batches
+
+PIXELS = 2**20  # of a batch that is encoded: 256 images of 64 x 64
 
 
 class LatentDataset(Dataset):
@@ -20,8 +25,8 @@ class LatentDataset(Dataset):
     def __init__(
         self,
         dataset: Any,
-        mean: Sequence[Tensor] | Tensor,
-        std: Sequence[Tensor] | Tensor,
+        mean: Any,  # n tensors, or one of them all
+        std: Any,
         keys: Sequence[str] = ("caption",),
     ) -> None:
         self.dataset, self.mean, self.std, self.keys = dataset, mean, std, keys
@@ -46,18 +51,66 @@ class LatentDataset(Dataset):
         return {key: sample[key] for key in self.keys}
 
 
-@torch.no_grad()
-def encode_dataset(first_stage: nn.Module, dataset: Dataset, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
+def encode_dataset(first_stage: nn.Module, dataset: Any, workers: int = 0) -> tuple[Any, Any]:
     """Return mean and standard deviation of each image's unscaled latents, (z, h/f, w/f) each, on the CPU.
 
-    Images of one shape (`groups`) are encoded together.
+    They are one tensor each, which processes that load data share, or lists for images of several shapes (`groups`).
     """
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    batches, device = alike_batches(dataset, batch_size), next(first_stage.parameters()).device
-    for indices, batch in zip(batches, in_batches(dataset, batches, "encoding latents"), strict=True):
-        mean, std = posterior(first_stage, batch["image"].to(device))
-        found |= dict(zip(indices, zip(mean.cpu(), std.cpu(), strict=True), strict=True))
-    return [found[i][0] for i in range(len(found))], [found[i][1] for i in range(len(found))]
+    count, groups = len(dataset), getattr(dataset, "groups", None)
+    batches = alike_batches(dataset, encoding_size(dataset))
+    loader = loader_of(dataset, workers, batch_sampler=batches)
+    made: list[Any] = [[None] * count, [None] * count]
+    with tqdm(total=count, desc="encoding images", unit="images", leave=False) as bar:
+        for indices, batch in zip(batches, loader, strict=True):
+            parts = encode_batch(first_stage, batch["image"])
+            if indices[0] == 0 and len(set(groups or [None])) == 1:
+                made = [torch.empty(count, *part.shape[1:]) for part in parts]
+            for index, *both in zip(indices, *parts, strict=True):
+                made[0][index], made[1][index] = both
+            bar.update(len(indices))
+    return made[0], made[1]
+
+
+def encoding_size(dataset: Any) -> int:
+    """Return how many images to encode at once."""
+    height, width = dataset[0]["image"].shape[-2:]
+    return min(256, max(PIXELS // (height * width), 1))
+
+
+@torch.no_grad()
+def encode_batch(first_stage: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of images' latents, on the CPU.
+
+    The batch is filled up to a multiple of 16, of large images less. An image's bits then do not depend on what it is
+    encoded with (measured on CPUs, where matrix products of few rows are computed in another order).
+    """
+    height, width = images.shape[-2:]
+    multiple = min(16, max(2**16 // (height * width), 1))
+    filled = torch.cat([images, *[images[-1:]] * (-len(images) % multiple)])
+    mean, std = posterior(first_stage, filled.to(next(first_stage.parameters()).device))
+    return mean[: len(images)].cpu(), std[: len(images)].cpu()
+
+
+@torch.no_grad()
+def encode_texts(encoder: nn.Module, texts: Sequence[str]) -> Conditioning:
+    """Return the conditioning of texts, each taken literally and cut to the context length, on the encoder's device.
+
+    They are filled up to a multiple of 4, for the same reason as in `encode_batch`.
+    """
+    distinct, which = distinct_prompts(texts)
+    filled = distinct + [distinct[-1] + " " * (i + 1) for i in range(-len(distinct) % 4)]
+    return {name: value[which.to(value.device)] for name, value in encoder(filled).items()}
+
+
+def scale_factor(means: Any, stds: Any) -> float:
+    """Return 1 / standard deviation of the samples of latents (Rombach et al. 2022, appendix G), a part at a time."""
+    count = total = squares = within = 0.0
+    for start in range(0, len(means), 1024):
+        some = range(start, min(start + 1024, len(means)))
+        mean, std = (torch.cat([part[i].flatten() for i in some]).double() for part in (means, stds))
+        count, total, squares = count + len(mean), total + mean.sum(), squares + mean.square().sum()
+        within += std.square().sum()
+    return float(((squares - total**2 / count) / (count - 1) + within / count) ** -0.5)
 
 
 def posterior(first_stage: Any, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,7 @@ def train_stage(
     stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
     with accelerator.main_process_first():  # it writes files that the others then find
         dataset, held_out = build_datasets(stage, config["data"])
+    stage.workers = settings.workers
     images, dataset = dataset, stage.prepare(dataset)
     measurements = make_measurements(stage, images, held_out, settings, accelerator)
     trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks

@@ -94,8 +94,21 @@ def training_batches(dataset: Any, order: EpochBatches, first: int, workers: int
 
 def in_batches(dataset: Dataset, batches: Sequence[list[int]], label: str) -> Iterable[dict]:
     """Return these batches of a data set, with a progress bar."""
-    loader = DataLoader(dataset, batch_sampler=batches, generator=torch.Generator())  # torch's own must not change
-    return tqdm(loader, desc=label, unit="batch", leave=False)
+    return tqdm(loader_of(dataset, 0, batch_sampler=batches), desc=label, unit="batch", leave=False)
+
+
+def loader_of(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
+    """Return a loader that leaves torch's random state and the signals of its processes alone."""
+    generator = torch.Generator()
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, generator=generator, **options)
+
+
+def in_groups(indices: Iterable[int], groups: Sequence[Hashable] | None, size: int) -> list[list[int]]:
+    """Return the indices, in their order, as lists of at most `size` of one group each; `groups` as in EpochBatches."""
+    parts = defaultdict(list)
+    for index in indices:
+        parts[None if groups is None else groups[index]].append(index)
+    return [part[i : i + size] for part in parts.values() for i in range(0, len(part), size)]
 
 
 def ignore_signals(worker: int) -> None:

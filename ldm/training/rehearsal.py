@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ldm.checkpoint.writing import save_file
+from ldm.cli import check_writable
 from ldm.data.part import first_images
 from ldm.training.loop import LoopSettings
 from ldm.training.optimizers import average_of
@@ -46,14 +47,14 @@ def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.d
             if folder.finished or not kind.rehearses:
                 continue
             tried[os.path.normpath(folder.path)] = trial = os.path.join(temporary, str(number))
-            stage = _try({**config, "stage": _moved(config["stage"], tried)}, device)
+            stage = _try({**config, "stage": _moved(config["stage"], tried)}, device, trial)
             later = flatten([other["stage"] for other in configs[number + 1 :]]).values()
             if os.path.normpath(folder.model) in (os.path.normpath(text) for text in later if isinstance(text, str)):
                 made, state = stage.export()
                 save_file(os.path.join(trial, folder.model.name), state, made)
 
 
-def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
+def _try(config: Mapping[str, Any], device: torch.device, folder: str) -> Stage:
     """Build a stage and its data, compute the loss of a batch, a preview and what is done at the end."""
     from accelerate.utils import send_to_device
 
@@ -63,6 +64,9 @@ def _try(config: Mapping[str, Any], device: torch.device) -> Stage:
     try:
         with redirect_stderr(io.StringIO()):  # notes and bars are training's, which begins anew
             stage = instantiate_from_config(config["stage"]).to(device).train(False)
+            if stage.cache_dir is not None:
+                check_writable(Path(stage.cache_dir, "shard"))
+                stage.cache_dir = folder  # what an untrained network makes is of no use to others
             dataset, held_out = build_datasets(stage, config["data"])
             groups = getattr(dataset, "groups", None)
             EpochBatches(len(dataset), settings.batch_size, 0, groups=groups)

@@ -30,7 +30,7 @@ from ldm.labels import Row, labelled_rows
 FREE = re.compile(
     r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|workers|"
     r"validate_\w+|quality\b.*|quality_every|tensorboard|report_to|ema_device|compile)|"
-    r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*"
+    r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.(preview.*|cache_dir)"
 )
 
 # Names of what a run's folder holds, in which another run may have its folder.

@@ -32,6 +32,8 @@ class Stage:
     reads: tuple[str, ...] = ("image",)  # what a sample of its data set needs
     methods: ClassVar[tuple[str, ...]] = ()  # what its data set needs besides
     takes_shapes: ClassVar[bool] = True  # whether the images of its data set may have several shapes
+    workers = 0  # processes that load data, which the loop sets
+    cache_dir: str | None = None  # where `prepare` keeps what it makes, for other runs
     validation_batch: ClassVar[int | None] = None  # images that a value of `validate` depends on; None: itself only
     rehearses: ClassVar[bool] = True  # whether it can be tried on two images: not where a model is loaded to be tuned
 

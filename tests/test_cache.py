@@ -1,0 +1,202 @@
+"""The cache on disk: equal to encoding in training, resumable after a kill, shared, and verified when it is read."""
+
+import copy
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_stages import config_of, write_inputs
+
+from ldm.data.digits import Digits
+from ldm.data.folder import Folder
+from ldm.data.part import first_images
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.training import cache
+from ldm.training.cache import CachedTexts, cached_latents, captions_of
+from ldm.training.latents import encode_dataset, encode_texts
+from ldm.training.loop import train
+
+COUNT = 60  # images: seven shards of 8 and one of 4
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(cache, "SHARD", 8)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits(first=COUNT)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many images were encoded for caches, a number for each batch."""
+    counts, own = [], cache.encode_batch
+    monkeypatch.setattr(cache, "encode_batch", lambda net, x: (counts.append(len(x)), own(net, x))[1])
+    return counts
+
+
+def latents(model: LatentDiffusion, folder: Path, dataset, workers: int = 0) -> torch.Tensor:
+    """(2, n, z, h, w): the mean and deviation of each image, from a cache."""
+    columns = cached_latents(folder, model, dataset, workers)
+    return torch.stack([torch.stack([*column]) for column in columns])
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.fixture
+def in_memory(tiny_model, digits):
+    return torch.stack([*encode_dataset(tiny_model.first_stage_model, digits)])
+
+
+def test_an_image_is_encoded_once_and_equals_memory_to_the_bit(tiny_model, digits, in_memory, tmp_path, encoded):
+    part = first_images(digits, 21)  # the rest is then encoded in batches of other images
+    assert torch.equal(latents(tiny_model, tmp_path, part), in_memory[:, :21])
+    assert torch.equal(latents(tiny_model, tmp_path, digits, workers=2), in_memory)
+    assert torch.equal(latents(tiny_model, tmp_path, digits), in_memory)
+    assert sum(encoded) == COUNT and [path.suffix for path in tmp_path.glob("*/*")] == [".safetensors"] * 8
+    other = copy.deepcopy(tiny_model)
+    other.first_stage_model.quant_conv.bias.data += 1
+    assert not torch.equal(latents(other, tmp_path, digits), in_memory) and sum(encoded) == 2 * COUNT
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of a key", "foreign", "moved"])
+def test_a_shard_that_is_not_whole_is_made_anew(tiny_model, digits, in_memory, tmp_path, encoded, damage, capsys):
+    latents(tiny_model, tmp_path, digits)
+    path = shards(tmp_path)[3]
+    content = bytearray(path.read_bytes())
+    if damage == "of a key":
+        place = 8 + int.from_bytes(content[:8], "little")
+        keys = load_file(path)["keys"].numpy().tobytes()
+        content[content.index(keys, place)] ^= 1
+    other = {"truncated": content[:-1], "empty": b"", "of a key": content, "foreign": b"text", "moved": content}[damage]
+    target = path.with_name(f"{'0' * 32}.safetensors") if damage == "moved" else path
+    target.write_bytes(other)
+    if damage == "moved":
+        path.unlink()
+    assert torch.equal(latents(tiny_model, tmp_path, digits), in_memory)
+    assert sum(encoded) in (COUNT + 8, COUNT + 4)
+    assert str(target) in capsys.readouterr().err
+
+
+def test_a_flipped_bit_of_an_entry_is_found(tiny_model, digits, tmp_path):
+    latents(tiny_model, tmp_path, digits)
+    path = shards(tmp_path)[0]
+    content = bytearray(path.read_bytes())
+    content[content.index(load_file(path)["mean"].numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(content)
+    refused(f"{path.name}' is damaged, by its checksums: delete it", latents, tiny_model, tmp_path, digits)
+    path.unlink()
+    latents(tiny_model, tmp_path, digits)
+
+
+def slowly(model: LatentDiffusion, folder: Path, dataset, seconds: float) -> None:
+    """Build a cache in a process of its own, which was forked from this one, with so long a pause in each batch."""
+    own = cache.encode_batch
+    cache.encode_batch = lambda net, x: (time.sleep(seconds), Path(f"{folder}.{os.getpid()}").touch(), own(net, x))[2]
+    torch.set_num_threads(1)
+    latents(model, folder, dataset)
+
+
+def start(*args) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=slowly, args=args)
+    process.start()
+    return process
+
+
+def test_a_killed_build_keeps_its_shards(tiny_model, digits, in_memory, tmp_path, encoded):
+    process = start(tiny_model, tmp_path / "cache", digits, 0.1)
+    while len(shards(tmp_path)) < 3:
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    kept = len(shards(tmp_path))
+    assert 3 <= kept < 8
+    assert torch.equal(latents(tiny_model, tmp_path / "cache", digits), in_memory)
+    assert sum(encoded) == COUNT - 8 * kept
+    assert len([*(tmp_path / "cache").rglob("*")]) == 9  # neither temporary files nor locks remain
+
+
+def test_processes_that_build_at_once_share_the_work(tiny_model, digits, in_memory, tmp_path, encoded):
+    processes = [start(tiny_model, tmp_path / "cache", digits, 0.05) for _ in range(2)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0 and (tmp_path / f"cache.{process.pid}").exists()  # each encoded some
+    assert len(shards(tmp_path)) == 8
+    assert torch.equal(latents(tiny_model, tmp_path / "cache", digits), in_memory) and not encoded
+
+
+def test_the_key_of_a_file_follows_from_its_bytes_and_the_settings(tmp_path, tiny_model, encoded):
+    write_inputs(tmp_path)
+    settings = {"root": tmp_path / "instance", "size": 32, "channels": 1, "caption": ""}
+    for changed, count in [({}, 3), ({"caption": "five"}, 0), ({"seed": 1}, 0), ({"buckets": [[32, 32]]}, 0)]:
+        latents(tiny_model, tmp_path / "cache", Folder(**settings | changed))
+        assert sum(encoded) == count, changed
+        encoded.clear()
+    images = Folder(**settings | {"size": 64})
+    assert latents(tiny_model, tmp_path / "cache", images).shape[-1] == 16 and sum(encoded) == 3
+    mixed = Folder(**settings | {"buckets": [[32, 32], [40, 32]]})
+    columns = cached_latents(tmp_path / "cache", tiny_model, mixed, 0)
+    assert {tuple(mean.shape) for mean in columns[0]} == {(4, 8, 10)}
+
+
+def test_texts_are_as_without_a_cache(tiny_model, digits, tmp_path, monkeypatch):
+    encoder, known = tiny_model.cond_stage_model, ["", *captions_of(digits)]
+    cached = CachedTexts(tmp_path, tiny_model, digits)
+    calls = []
+    monkeypatch.setattr(cache, "encode_texts", lambda net, texts: (calls.append(texts), encode_texts(net, texts))[1])
+    for captions in (["", known[5], "", known[9]], ["of no image", known[7], "of none", known[7], ""]):
+        expected, found = encode_texts(encoder, captions), cached(captions)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        torch.testing.assert_close(found, encoder(captions))
+    assert calls == [["of no image", "of none"]]  # the others were read
+
+
+@pytest.mark.parametrize("data", ["diffusion", "folder"])
+def test_training_is_the_same_to_the_bit(tmp_path, monkeypatch, data):
+    """Without a cache, from memory, and from disk: built, found, and built in part by others."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        noise = np.random.default_rng(i).integers(0, 256, (32, 40), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(f"image {i % 20}")
+    given = {
+        "none": {"cache_latents": False},
+        "texts": {"cache_latents": False, "cache_dir": "texts"},
+        "memory": {"cache_latents": True},
+        "disk": {"cache_latents": True, "cache_dir": "cache"},
+        "again": {"cache_latents": True, "cache_dir": "cache"},
+    }
+    results = {}
+    for name, settings in given.items():
+        config = config_of(data)
+        config["stage"]["params"] |= settings
+        config["data"]["params"] |= {"first": 40} if data == "diffusion" else {"root": "images"}
+        # without a cache the bits of an image depend on the others of its batch, unless it has a multiple of 16
+        config["loop"] |= {"steps": 5, "batch_size": 16, "precision": "fp32", "workers": int(name == "again")}
+        results[name] = load_file(train(config | {"outdir": f"run {name}"}, device="cpu"))
+    for name, state in results.items():
+        different = [key for key, value in state.items() if not torch.equal(value, results["none"][key])]
+        assert not different, (name, different[:3])
+    assert shards(tmp_path / "cache") and all("texts-" in str(path) for path in shards(tmp_path / "texts"))
+
+
+def test_a_file_is_not_a_folder_of_caches(tmp_path, tiny_parts):
+    from test_stages import diffusion
+
+    (tmp_path / "file").touch()
+    refused("cache_dir .* is a file: name a folder", diffusion, tiny_parts, cache_dir=str(tmp_path / "file"))
