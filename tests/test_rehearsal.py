@@ -48,7 +48,7 @@ def trained(tmp_path_factory) -> Path:
         ("diffusion.data.params.first=5000", "first must be from 1 to 1400"),
         ("diffusion.data.params.first=2", "has 2 images, fewer than one batch of 4"),
         ("diffusion.loop.precision=fp16", "precision fp16 trains on CUDA GPUs"),
-        ("diffusion.stage.params.learning_rate=-1", "Invalid learning rate"),
+        ("diffusion.stage.params.learning_rate=-1", "learning_rate -1 must be a number of at least 0"),
     ],
 )
 def test_a_mistake_in_the_last_stage_shows_at_once(trained, change, said):
