@@ -9,7 +9,7 @@ from conftest import refused
 from meta_models import TINY_1
 
 import ldm
-from benchmarks import common, generators, loading, samplers, trilemma
+from benchmarks import common, data, generators, loading, samplers, trilemma
 from ldm.checkpoint.compvis import single_file
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import load_reference
@@ -192,3 +192,10 @@ def test_labels_of_near_points_do_not_meet():
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     discs = [axes.transData.transform(point) for point in points]
     assert not any(box.contains(*disc) for box in boxes for disc in discs)
+
+
+def test_data_rates(capsys, monkeypatch):
+    monkeypatch.setattr(data, "KINDS", {"small": ((16, 16), "png", 8)})
+    data.main(["--seconds", "0.01", "--workers", "0"])
+    (row,) = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "small" in line]
+    assert len(row) == 4 and all(float(cell.replace(",", "")) > 0 for cell in row)
