@@ -140,6 +140,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert len(list((alone.parent / "previews").iterdir())) == 3
 
 
+@pytest.mark.parametrize("key", ["learning_rate", "discriminator_rate"])
+def test_a_learning_rate_that_ruins_the_weights_stops_the_training(tmp_path, key):
+    settings = config(tmp_path)
+    settings["stage"]["params"][key] = 1e30
+    match = (
+        r"ddgan: a weight became .*e\+\d+ by step 1, so training stopped; nothing was saved yet: .* lower learning rate"
+    )
+    refused(match, train, settings, device="cpu")
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("resume.pt"))
+
+
 def test_the_shipped_configuration_trains_and_generates(tmp_path):
     settings = OmegaConf.load(CONFIG)
     settings.data = {"target": "ldm.data.digits.Digits", "params": {"first": 20}}
