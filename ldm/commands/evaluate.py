@@ -87,13 +87,15 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
     ),
     "dreambooth": (
         "measure what a model learnt of a subject, and what it forgot",
-        f"--batch-size --device --allow --out --image {NETWORKS}",
+        "--batch-size --device --allow --out --image --judge --features",
         {
             "--ckpt": {"required": True, "help": "the tuned model"},
             "--before": FILE | {"help": "the model that it was (the digits model that ships)"},
             "--without": FILE | {"help": "what the same command gives with --prior_loss_weight 0"},
-            "--embedding": FILE
-            | {"action": "append", "default": [], "help": "learned words of the tuned model; repeatable"},
+            "--embedding": {
+                **{"action": "append", "default": [], "metavar": "FILE[=WORD]"},
+                "help": "learned words of the tuned model; repeatable",
+            },
             "--subject": DIR
             | {
                 "required": True,

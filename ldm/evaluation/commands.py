@@ -25,11 +25,12 @@ from ldm.evaluation.own_data import Halves, prompts_of, read_for, report_agreeme
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
 from ldm.evaluation.report import report_autoencoder, report_model
 from ldm.evaluation.samples import image_sheet, images_by_class, prompts_for, sample_images
+from ldm.finetune.embedding_files import split_word
 from ldm.finetune.embeddings import apply_embedding
 from ldm.images import image_grid, to_pil
 from ldm.inference.guiders import make_guide
 from ldm.inference.options import load_model, settings_of
-from ldm.inference.run import unknown_prompts
+from ldm.inference.run import note_unused_words, unknown_prompts
 from ldm.loading import SHIPPED
 from ldm.models.classifier import INNER, PADDING, inner
 from ldm.settings import Guidance
@@ -51,6 +52,8 @@ def evaluate_model(args: argparse.Namespace) -> Result:
     prompts, captions = prompts_for(model, reference.captions(n, frames), args.classifier is not None)
     given = _given(args)
     guide, settings = _guide(model, args, given)
+    if args.embedding:
+        note_unused_words(model, prompts)
     started = time.perf_counter()
     images = sample_images(model, prompts, args.seed, args.batch_size, networks.size, **guide, **given)
     generated = time.perf_counter() - started
@@ -146,6 +149,8 @@ def _evaluate_on_folder(args: argparse.Namespace) -> Result:
         raise ValueError(f"{n} images are more than half of {args.dataset}: use --n {len(halves.images)} or less")
     given = _given(args)
     prompts = prompts_of(model, halves, n)
+    if args.embedding:
+        note_unused_words(model, prompts)
     if args.clip is not None and read_for(model) != "caption":
         raise ValueError("--clip compares images with captions, which this model does not take")
     encoder = None if args.clip is None else load_image_network(args.clip)
@@ -195,8 +200,11 @@ def evaluate_dreambooth(args: argparse.Namespace) -> Result:
     for name, path in (("before", args.before), ("after", args.ckpt), ("without_prior", args.without)):
         if name != "without_prior" or path is not None:
             model = ldm.load(path, device=args.device)
-            for file in args.embedding if name == "after" else ():
-                apply_embedding(model, file)
+            embeddings = args.embedding if name == "after" else []
+            for file, word in map(split_word, embeddings):
+                apply_embedding(model, file, word)
+            if embeddings:
+                note_unused_words(model, [args.instance_prompt, args.class_prompt])
             figures[name], shown = measure_subject(model, prompts, detector, networks, args.n, args.batch_size)
             rows.append(shown)
     report = {

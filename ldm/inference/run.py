@@ -136,15 +136,19 @@ def plan_recipes(
     first = default_recipe(model, model.path.stem, **settings)
     note_unused(first, args)
     if args.embedding:
-        from ldm.conditioning.words import unused_words
-
-        texts = [*prompts, *([] if first.scale == 1 else [first.negative])]
-        for word in unused_words(model.cond_stage_model.tokenizer, texts, first.plain):
-            print(f"note: no prompt contains the learned word {word!r}, so it has no effect", file=sys.stderr)
+        note_unused_words(model, [*prompts, *([] if first.scale == 1 else [first.negative])], first.plain)
     batch_size = BATCH if args.batch_size is None else args.batch_size
     count = len(prompts) * args.n_samples * args.n_iter
     check_memory(first, count, count if first.fixed_code else min(batch_size, count), not args.skip_grid)
     return plan(first, prompts, args.n_samples * args.n_iter, batch_size, chunks(model, first, prompts))
+
+
+def note_unused_words(model: "LatentDiffusion", prompts: Sequence[str], plain: bool = False) -> None:
+    """Print which of the model's learned words no prompt contains."""
+    from ldm.conditioning.words import unused_words
+
+    for word in unused_words(model.cond_stage_model.tokenizer, prompts, plain):
+        print(f"note: no prompt contains the learned word {word!r}, so it has no effect", file=sys.stderr)
 
 
 def check_memory(recipe: Recipe, count: int, at_once: int, grid: bool = True) -> None:
