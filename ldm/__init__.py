@@ -22,7 +22,7 @@ How the model is trained:
     training/autoencoder.py          197  stage 1: the first stage
     training/clip.py                 151  stage 2: the text encoder
     training/diffusion.py            410  stage 3: the UNet (with denoising.py and latents.py)
-    training/loop.py                 457  the training loop, its EMA, learning rate and data order
+    training/loop.py                 519  the training loop, its EMA, learning rate and data order
     data/captions.py                 247  the captions of digits (with captioned.py)
     data/mnist.py                    288  MNIST, scikit-learn's digits, and their measured style (measure.py)
     loading.py                       497  load and save, our own file format (checkpoint/file.py, writing.py)

@@ -81,6 +81,7 @@ class PixelDiffusion(LatentDiffusion):
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
         bound_weight: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the loss as LatentDiffusion does: (b,).
 
@@ -89,7 +90,7 @@ class PixelDiffusion(LatentDiffusion):
         """
         x = q_sample(z, t, noise, self.schedule)
         if self.self_condition:
-            cond = {**cond, "c_concat": self.self_cond_x0(x, t, cond)}
+            cond = {**cond, "c_concat": self.self_cond_x0(x, t, cond, generator)}
         predicted, share = self.predict(x, t, cond)
         ab = self.schedule.alphas_cumprod[t.cpu()]
         losses = prediction_loss(self.prediction, predicted, z, noise, ab, error, weight)
@@ -99,10 +100,12 @@ class PixelDiffusion(LatentDiffusion):
         return losses
 
     @torch.no_grad()
-    def self_cond_x0(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def self_cond_x0(
+        self, x: Tensor, t: Tensor, cond: Conditioning, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Return the x0 that a training step is conditioned on: the network's own with SELF_COND_PROB, else zeros."""
         zeros = torch.zeros_like(x)
-        if torch.rand(()) >= SELF_COND_PROB:
+        if torch.rand((), generator=generator) >= SELF_COND_PROB:
             return zeros
         predicted, _ = self.predict(x, t, {**cond, "c_concat": zeros})
         return self_cond_input(predicted_x0(self.prediction, predicted, x, self.schedule.sigmas[t.cpu()]))

@@ -22,6 +22,7 @@ from ldm.training import cache
 from ldm.training.cache import CachedTexts, cached_latents, captions_of
 from ldm.training.latents import encode_dataset, encode_texts
 from ldm.training.loop import train
+from ldm.training.share import BatchShare
 
 COUNT = 60  # images: seven shards of 8 and one of 4
 
@@ -56,7 +57,7 @@ def shards(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def in_memory(tiny_model, digits):
-    return torch.stack([*encode_dataset(tiny_model.first_stage_model, digits)])
+    return torch.stack([*encode_dataset(tiny_model.first_stage_model, digits, BatchShare())])
 
 
 def test_an_image_is_encoded_once_and_equals_memory_to_the_bit(tiny_model, digits, in_memory, tmp_path, encoded):

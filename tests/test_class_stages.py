@@ -18,6 +18,7 @@ from ldm.training.classes import drop_classes, shown_classes
 from ldm.training.contract import build_dataset
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.pixel_diffusion import PixelDiffusionStage
+from ldm.training.share import BatchShare
 from ldm.util import instantiate_from_config
 
 ROOT = Path(__file__).parents[1]
@@ -52,10 +53,10 @@ def test_the_folders_classes_become_the_models():
 def test_classes_are_dropped_at_their_share():
     labels = torch.arange(2000) % 3
     torch.manual_seed(0)
-    dropped = drop_classes(labels, 3, 0.3)
-    assert ((dropped == labels) | (dropped == 3)).all() and drop_classes(labels, 3, 0.0) is labels
+    dropped = drop_classes(labels, 3, 0.3, BatchShare())
+    assert ((dropped == labels) | (dropped == 3)).all() and drop_classes(labels, 3, 0.0, BatchShare()) is labels
     assert (dropped == 3).float().mean() == pytest.approx(0.3, abs=0.041)  # 4 standard deviations of 0.0102
-    assert drop_classes(labels, 3, 1.0).unique().tolist() == [3]
+    assert drop_classes(labels, 3, 1.0, BatchShare()).unique().tolist() == [3]
 
 
 def test_numbers_of_classes_that_do_not_fit():

@@ -8,8 +8,9 @@ from torch.utils.data import default_collate as collate
 from ldm.models.classifier import FeatureNetwork, Judge, inner
 from ldm.training.classifier import ClassifierStage, random_affine
 from ldm.training.contract import check_dataset
+from ldm.training.share import BatchShare
 
-STILL = {"rotation": 0.0, "shear": 0.0, "scale": 0.0, "shift": 0.0}
+STILL = {"rotation": 0.0, "shear": 0.0, "scale": 0.0, "shift": 0.0, "share": BatchShare()}
 
 
 @pytest.mark.parametrize("network", [Judge, FeatureNetwork])

@@ -7,6 +7,7 @@ from test_pixel_diffusion import CONFIG
 
 from ldm.diffusion.loss import prediction_loss
 from ldm.training.objective import Objective
+from ldm.training.share import BatchShare
 from ldm.util import instantiate_from_config
 
 OTHERS = [  # stages that train no denoiser
@@ -72,7 +73,7 @@ def test_the_loss_of_an_objective_by_hand(tiny_model):
     objective = Objective(tiny_model, error="l1", weight={"name": "min_snr", "gamma": 2.0}, noise={"offset": 0.3})
     z, cond = torch.randn(3, 4, 8, 8), tiny_model.condition(["one", "two", ""])
     torch.manual_seed(0)
-    t, noise = objective.sample_timesteps(z), objective.sample_noise(z)
+    t, noise = objective.sample_timesteps(z, BatchShare()), objective.sample_noise(z, BatchShare())
     torch.manual_seed(0)
     assert torch.equal(t, torch.randint(0, 1000, (3,)))
     assert torch.equal(noise, torch.randn_like(z) + 0.3 * torch.randn(3, 4, 1, 1))
@@ -80,7 +81,7 @@ def test_the_loss_of_an_objective_by_hand(tiny_model):
     signal, spread, snr = ab.sqrt(), (1 - ab).sqrt(), (ab / (1 - ab)).flatten()
     error = tiny_model.apply_model(signal * z + spread * noise, t, cond) - (signal * noise - spread * z)
     expected = error.abs().mean((1, 2, 3)) * snr.clamp(max=2) / (snr + 1)
-    torch.testing.assert_close(objective.losses(z, cond, t, noise), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(objective.losses(z, cond, t, noise, BatchShare()), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_no_weight_is_a_weight_of_one():

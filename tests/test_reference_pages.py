@@ -61,7 +61,7 @@ NOT_KEYS = {
     "Objective": "model",
     "DenoisingStage": "objective",
     "loss_weight": "prediction alphas_cumprod_t",
-    "training_noise": "x0",
+    "training_noise": "x0 generator",
     "training_timesteps": "batch T generator",
     "lr_multiplier": "step steps",
     "attach": "network",

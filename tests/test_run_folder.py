@@ -130,7 +130,7 @@ def test_the_earlier_name_of_report_to(given, expected):
 
 def test_every_setting_of_the_loop_is_free_or_decides_the_past():
     fixed = {name for name in LoopSettings.__dataclass_fields__ if not FREE.fullmatch(f"loop.{name}")}
-    assert fixed == {"batch_size", "accumulate", "ema"}
+    assert fixed == {"ema", "ema_snapshots"}
     for key in (
         "stage.params.text_learning_rate.words",
         "stage.params.relative_learning_rate",

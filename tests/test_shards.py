@@ -77,10 +77,9 @@ def test_a_folder_and_its_shards_give_the_same_samples(shards: Path) -> None:
 
 def batches(data: Shards, first: int, count: int, processes: int, workers: int = 0) -> list[list[tuple]]:
     """Return caption and image of each global batch of 4, as `processes` processes read them."""
+    of = (processes, None, data.shuffled)
     streams = [
-        training_batches(
-            data, EpochBatches(len(data), 4 // processes, 1, rank, processes, None, data.shuffled), first, workers
-        )
+        training_batches(data, EpochBatches(len(data), 4 // processes, 1, rank, *of).seek(first), workers)
         for rank in range(processes)
     ]
     found = []

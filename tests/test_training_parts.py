@@ -67,8 +67,7 @@ def test_order_is_a_permutation_per_epoch_and_resumes_anywhere():
     order.epoch = 1
     second = list(order)
     assert first != second
-    order.start = 3
-    assert list(order) == second[3:]
+    assert list(order.seek(8)) == second[3:]
 
 
 def test_processes_share_the_global_batches():
@@ -108,7 +107,7 @@ def test_batches_go_on_from_any_number_with_the_epoch_set():
             return {"index": index, "epoch": self.epoch, "text": str(index)}
 
     def take(first, count):
-        stream = training_batches(Counting(), EpochBatches(10, 3, seed=0), first, workers=0)
+        stream = training_batches(Counting(), EpochBatches(10, 3, seed=0).seek(first), workers=0)
         return [
             (n, b["index"].tolist(), b["epoch"].tolist(), b["text"]) for n, b in (next(stream) for _ in range(count))
         ]
@@ -119,11 +118,30 @@ def test_batches_go_on_from_any_number_with_the_epoch_set():
     assert take(4, 4) == whole[4:]
 
 
+@pytest.mark.parametrize("groups", [None, ["a"] * 30 + ["b"] * 17])
+def test_an_epoch_goes_on_at_its_next_image_with_batches_of_other_sizes(groups):
+    """Of 4 x 2, then 3 x 2 with a state saved in between, then 5: no image twice, and none missed but at the end."""
+    images, state, seen = list(range(47)), None, []
+    for size, processes, count in ((4, 2, 2), (3, 2, 3), (5, 1, 1)):
+        orders = [EpochBatches(47, size, 7, rank, processes, groups) for rank in range(processes)]
+        for order in orders:
+            order.load_state_dict(order.state_dict() if state is None else state)
+        streams = [training_batches(images, order, workers=0) for order in orders]
+        seen += [i for _ in range(count) for stream in streams for i in next(stream)[1].tolist()]
+        state = orders[0].state_dict()
+    remaining = [i for batch in orders[0] for i in batch]
+    assert state["images"] == len(seen) == 16 + 18 + 5 and state["number"] == 6
+    assert len({*seen, *remaining}) == len(seen + remaining) >= 47 - 4 * len(set(groups or "a"))
+    if groups is None:
+        assert seen == torch.randperm(47, generator=torch.Generator().manual_seed(mix_seed(7, 0))).tolist()[:39]
+    assert orders[0].epoch == 0 and len([next(streams[0]) for _ in range(3)]) == 3 and orders[0].epoch == 1
+
+
 def test_the_loader_does_not_move_torchs_random_state():
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
-    next(training_batches([{"x": torch.tensor(i)} for i in range(2)], EpochBatches(2, 2, seed=0), 0, workers=0))
+    next(training_batches([{"x": torch.tensor(i)} for i in range(2)], EpochBatches(2, 2, seed=0), workers=0))
     assert torch.rand(1) == expected
 
 

@@ -1,10 +1,14 @@
 """The noise of training: plain, with an offset, or assigned to the nearest images of the batch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def training_noise(x0: Tensor, offset: float = 0.0, immiscible: bool = False) -> Tensor:
+def training_noise(
+    x0: Tensor, offset: float = 0.0, immiscible: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
     """Sample noise for images or latents x0 (b, c, h, w), from torch's global generator.
 
     Args:
@@ -12,12 +16,14 @@ def training_noise(x0: Tensor, offset: float = 0.0, immiscible: bool = False) ->
             brightness is destroyed as details are, and learned (Guttenberg 2023, "Diffusion with offset noise"; 0.1).
         immiscible: Assign the noise to the images of the batch so that the sum of squared distances is minimal (Li et
             al. 2024, arXiv 2406.12303, algorithm 1): the noise of a batch stays normal, and paths cross less.
+        generator: On their device, instead of that one.
     """
     if not offset >= 0:
         raise ValueError(f"noise offset {offset} must not be below 0")
-    noise = torch.randn_like(x0)
+    options: dict[str, Any] = {"dtype": x0.dtype, "device": x0.device, "generator": generator}
+    noise = torch.randn(x0.shape, **options)
     if offset:
-        noise += offset * torch.randn_like(x0[:, :, :1, :1])
+        noise += offset * torch.randn(x0[:, :, :1, :1].shape, **options)
     return noise[assign_noise(x0, noise)] if immiscible else noise
 
 

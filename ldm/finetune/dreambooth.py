@@ -162,7 +162,7 @@ class DreamBoothStage(FineTuningStage):
 
     def _encoded(self, images: Any) -> Dataset:
         """Return a set of images as the means and deviations of their latents, on the CPU."""
-        return LatentDataset(images, *encode_dataset(self.first_stage, images, self.workers))
+        return LatentDataset(images, *encode_dataset(self.first_stage, images, self.share, self.workers))
 
     def optimizers(self) -> list[Optimizer]:
         weights = {name: p for name, p in self.latent_diffusion.named_parameters() if p.requires_grad}
@@ -185,9 +185,10 @@ class DreamBoothStage(FineTuningStage):
         captions = [batch[f"{part}caption"] for part in parts]
         with torch.no_grad():
             z = [self.latents(batch, part) for part in parts]  # (b, z, h/f, w/f) each
-        if len({half.shape for half in z}) == 1:
+        batches = len(parts) if len({half.shape for half in z}) == 1 else 1
+        if batches == len(parts):
             z, captions = [torch.cat(z)], [sum(captions, [])]
-        losses, (cond, *_) = zip(*map(self._losses, z, captions), strict=True)
+        losses, (cond, *_) = zip(*(self._losses(*both, batches) for both in zip(z, captions, strict=True)), strict=True)
         instance, *prior = (part.mean() for part in torch.cat(losses).chunk(len(parts)))
         if not prior:
             return instance, {"loss": instance, "instance_loss": instance}
@@ -198,11 +199,12 @@ class DreamBoothStage(FineTuningStage):
         repulsion = embedding_repulsion(self._directions(cond), self.class_directions, len(batch["caption"]))
         return loss + repulsion, values | {"embedding_repulsion": repulsion}
 
-    def _losses(self, z: Tensor, captions: list[str]) -> tuple[Tensor, Conditioning]:
-        """Return the loss of each of the latents z (b, ...), and the captions' conditioning."""
-        t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
+    def _losses(self, z: Tensor, captions: list[str], parts: int) -> tuple[Tensor, Conditioning]:
+        """Return the loss of each of the latents z (b, ...), of so many batches, and the captions' conditioning."""
+        given = z, self.share, parts
+        t, noise = self.objective.sample_timesteps(*given), self.objective.sample_noise(*given)
         cond = self._condition(captions)
-        return self.objective.losses(z, cond, t, noise), cond
+        return self.objective.losses(z, cond, t, noise, self.share), cond
 
     def _directions(self, cond: Conditioning) -> Conditioning:
         """Return unit vectors (b, -) from the empty prompt's embedding to each of (b, ...)."""

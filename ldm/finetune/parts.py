@@ -84,7 +84,7 @@ class FineTuningStage(Stage):
             mean, std = batch[f"{part}mean"], batch[f"{part}std"]
         else:
             mean, std = posterior(self.first_stage, batch[f"{part}image"])
-        return self.latent_diffusion.scale_factor * (mean + std * torch.randn_like(mean))
+        return self.latent_diffusion.scale_factor * (mean + std * self.share.randn(mean))
 
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Image.Image]:
         """Generate images of the training size with the model's own settings."""

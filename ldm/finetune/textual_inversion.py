@@ -102,15 +102,18 @@ class TextualInversionStage(FineTuningStage):
             print("note: the images' own captions are not used: each is one of the stage's frames", file=sys.stderr)
         self.images = [to_pil(sample["image"][None])[0] for sample in dataset]
         self.before = [] if self.sheet is None else self._generate(self.captions[0].replace(self.word, self.initial))
-        return Repeated(LatentDataset(dataset, *encode_dataset(self.first_stage, dataset, self.workers), keys=()))
+        latents = encode_dataset(self.first_stage, dataset, self.share, self.workers)
+        return Repeated(LatentDataset(dataset, *latents, keys=()))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         model = self.latent_diffusion
         z = self.latents(batch)
-        t = self.objective.sample_timesteps(z)
-        said = torch.randint(len(self.captions), (len(z),)).tolist()
+        t = self.objective.sample_timesteps(z, self.share)
+        chosen = torch.randint(len(self.captions), (len(z) * self.share.count,), generator=self.share.generator())
+        said = self.share.cut(chosen).tolist()
         cond = model.cond_stage_model([self.captions[i] for i in said])
-        loss = self.objective.losses(z, cond, t, self.objective.sample_noise(z)).mean()
+        noise = self.objective.sample_noise(z, self.share)
+        loss = self.objective.losses(z, cond, t, noise, self.share).mean()
         moved = ((self.vectors - self.start.to(self.vectors)) / self.deviation).square().mean()
         return loss + self.pull * moved, {"loss": loss, "moved": moved.sqrt()}
 

@@ -1,7 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1; Esser et al. 2021), in CompVis's names."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -337,10 +337,15 @@ class AutoencoderKL(Autoencoder):
         """Map pixels (b, c, h, w) to the posterior over latents (b, embed_dim, h / f, w / f), in float32 or wider."""
         return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype))))
 
-    def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Return the reconstruction (b, c, h, w) from a sample of the posterior, or its mode, and the posterior."""
+    def forward(
+        self, input: Tensor, sample_posterior: bool = True, noise: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """Return the reconstruction (b, c, h, w) from a sample of the posterior, or its mode, and the posterior.
+
+        noise: what makes the sample's noise of the posterior's mean.
+        """
         posterior = self.encode(input)
-        z = posterior.sample() if sample_posterior else posterior.mode()
+        z = posterior.sample(noise=noise) if sample_posterior else posterior.mode()
         return self.decode(z), posterior
 
     @torch.no_grad()

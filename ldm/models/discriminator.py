@@ -1,5 +1,7 @@
 """The PatchGAN discriminator (Isola et al. 2017, section 3.2.2) that sharpens an autoencoder, and its losses."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,7 +67,13 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
     return -logits_fake.mean()
 
 
-def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """Return |grad loss| / |grad adversarial| at the last layer (Esser et al. 2021, eq. 7), clamped to [0, 1e4]."""
-    gradients = [torch.autograd.grad(value, last_layer, retain_graph=True)[0].norm() for value in (loss, adversarial)]
-    return (gradients[0] / (gradients[1] + 1e-4)).clamp(0.0, 1e4).detach()
+def adaptive_weight(
+    loss: Tensor, adversarial: Tensor, last_layer: Tensor, mean: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Return |grad loss| / |grad adversarial| at the last layer (Esser et al. 2021, eq. 7), clamped to [0, 1e4].
+
+    mean: of a gradient over the processes that share the batch.
+    """
+    gradients = [torch.autograd.grad(value, last_layer, retain_graph=True)[0] for value in (loss, adversarial)]
+    norms = [mean(gradient).norm() for gradient in gradients]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4).detach()

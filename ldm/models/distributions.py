@@ -1,7 +1,7 @@
 """Gaussians with a diagonal covariance, the posterior of the autoencoder (Kingma & Welling 2014)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,8 +24,15 @@ class DiagonalGaussianDistribution:
         self.std = torch.zeros_like(self.mean) if deterministic else torch.exp(0.5 * self.logvar)
         self.var = torch.zeros_like(self.mean) if deterministic else torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Return mean + std * noise (b, c, h, w), the noise from the generator and on its device, if there is one."""
+    def sample(
+        self, generator: torch.Generator | None = None, noise: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Return mean + std * noise (b, c, h, w), the noise from the generator and on its device, if there is one.
+
+        noise: what makes it of the mean, instead.
+        """
+        if noise is not None:
+            return self.mean + self.std * noise(self.mean)
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)

@@ -5,7 +5,7 @@ with a latent z, fresh at every step, and the discriminator sees the pair (x_{t-
 be deterministic; without x_t and t the discriminator would judge an image, not a denoising step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ldm.models.unet import UNetModel
 from ldm.util import call_with
 
 NORM_EPS = 1e-8
+Average = Callable[[Tensor], Tensor]
 
 
 class Generator(nn.Module):
@@ -113,14 +114,19 @@ class Discriminator(nn.Module):
         if classes is not None:
             self.label_emb = zero_module(nn.Embedding(classes, widths[-1]))
 
-    def forward(self, before: Tensor, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return logits (b,) of before = x_{t-1} and x = x_t, (b, c, h, w), at timesteps (b,) in 0..T-1, y (b,)."""
+    def forward(
+        self, before: Tensor, x: Tensor, timesteps: Tensor, y: Tensor | None = None, average: Average = lambda x: x
+    ) -> Tensor:
+        """Return logits (b,) of before = x_{t-1} and x = x_t, (b, c, h, w), at timesteps (b,) in 0..T-1, y (b,).
+
+        average: means over the processes that share the batch.
+        """
         emb = timestep_embedding(timesteps, self.time_channels).to(self.out.weight.dtype)
         emb = self.time_embed(emb)  # (b, time_channels)
         h = self.conv_in(F.pixel_unshuffle(torch.cat([before, x], dim=1), self.patch))  # (b, width, h / patch, ...)
         for block in self.blocks:
             h = block(h, emb)
-        h = torch.cat([F.leaky_relu(h, 0.2), batch_deviation(h)], dim=1)
+        h = torch.cat([F.leaky_relu(h, 0.2), batch_deviation(h, average)], dim=1)
         h = F.leaky_relu(self.conv_out(h), 0.2).sum(dim=(2, 3))  # (b, width of the last block)
         logits = self.out(h).squeeze(1)  # (b,)
         return logits + (self.label_emb(y) * h).sum(dim=1) if check_classes(self.classes, y) else logits
@@ -165,12 +171,14 @@ def pixel_norm(z: Tensor) -> Tensor:
     return z * (z.square().mean(dim=1, keepdim=True) + NORM_EPS).rsqrt()
 
 
-def batch_deviation(h: Tensor) -> Tensor:
+def batch_deviation(h: Tensor, average: Average = lambda x: x) -> Tensor:
     """Return the mean standard deviation of all features over the batch as one more feature, (b, 1, h, w).
 
     With it the discriminator detects a generator whose images are all alike (Karras et al. 2018, section 3).
     """
-    deviation = (h.float().var(dim=0, unbiased=False) + NORM_EPS).sqrt().mean()
+    mean, variance = h.float().mean(0), h.float().var(dim=0, unbiased=False)
+    variance = average(variance + (mean - average(mean)).square())
+    deviation = (variance + NORM_EPS).sqrt().mean()
     return deviation.to(h.dtype).expand(len(h), 1, *h.shape[2:])
 
 

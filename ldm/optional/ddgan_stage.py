@@ -112,16 +112,21 @@ class DenoisingGANStage(PixelDiffusionStage):
 
     def _sample_steps(self, x0: Tensor, cond: Conditioning) -> tuple[Tensor, Steps]:
         """Return the generator's x0' (b, c, h, w), and real and fake steps at random t."""
-        model, t = self.latent_diffusion, self.objective.sample_timesteps(x0)
-        real, x = q_pair(x0, t, torch.randn_like(x0), torch.randn_like(x0), model.schedule)
-        generated = model.apply_model(x, t, cond).float()
+        model: Any = self.latent_diffusion
+        share = self.share
+        t = self.objective.sample_timesteps(x0, share)
+        real, x = q_pair(x0, t, share.randn(x0), share.randn(x0), model.schedule)
+        z = share.randn(x0.new_empty(len(x0), model.model.diffusion_model.latent_dim))
+        generated = model.apply_model(x, t, cond, z).float()
         mean, variance = q_posterior(generated, x, t, model.schedule)
-        fake = mean + variance.sqrt() * torch.randn_like(x0)
+        fake = mean + variance.sqrt() * share.randn(x0)
         return generated, Steps(real, fake, x, t, cond.get("c_adm"))
 
     def _generator_loss(self, x0: Tensor, generated: Tensor, steps: Steps) -> Loss:
         self.discriminator.requires_grad_(False)
-        loss = F.softplus(-self.discriminator(steps.fake, steps.x, steps.t, y=steps.y).float()).mean()
+        loss = F.softplus(
+            -self.discriminator(steps.fake, steps.x, steps.t, y=steps.y, average=self.share.mean).float()
+        ).mean()
         self.discriminator.requires_grad_(True)
         metrics = {"generator": loss}
         if self.reconstruction > 0:
@@ -131,8 +136,8 @@ class DenoisingGANStage(PixelDiffusionStage):
 
     def _discriminator_loss(self, steps: Steps, penalised: bool) -> Loss:
         x_before = steps.real.detach().requires_grad_(penalised)
-        real = self.discriminator(x_before, steps.x, steps.t, y=steps.y).float()
-        fake = self.discriminator(steps.fake, steps.x, steps.t, y=steps.y).float()
+        real = self.discriminator(x_before, steps.x, steps.t, y=steps.y, average=self.share.mean).float()
+        fake = self.discriminator(steps.fake, steps.x, steps.t, y=steps.y, average=self.share.mean).float()
         loss = 2 * vanilla_d_loss(real, fake)
         metrics = {"discriminator": loss}
         if penalised:

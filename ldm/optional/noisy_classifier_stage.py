@@ -70,8 +70,9 @@ class NoisyClassifierStage(Stage):
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         images, labels = batch["image"], batch["label"]
-        t = training_timesteps(batch=len(images), T=self.schedule.T, **self.timesteps).to(images.device)
-        logits = self.model(q_sample(images, t, torch.randn_like(images), self.schedule), t).float()  # (b, classes)
+        options: dict[str, Any] = {"batch": len(images) * self.share.count, "generator": self.share.generator()}
+        t = self.share.cut(training_timesteps(T=self.schedule.T, **options, **self.timesteps)).to(images.device)
+        logits = self.model(q_sample(images, t, self.share.randn(images), self.schedule), t).float()  # (b, classes)
         loss = F.cross_entropy(logits, labels)
         return loss, {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 

@@ -120,13 +120,18 @@ class AutoencoderStage(Stage):
         loss = self._autoencoder_loss if k == 0 else self._discriminator_loss
         return *loss(batch["image"], number >= self.disc_start), None
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Options of the autoencoder in training."""
+        return {"noise": self.share.randn} if isinstance(self.model, AutoencoderKL) else {}
+
     def _autoencoder_loss(self, x: Tensor, adversarial: bool) -> Loss:
-        reconstruction, losses, metrics = self._reconstruct(x)
+        reconstruction, losses, metrics = self._reconstruct(x, **self.sampling)
         loss, metrics = losses.mean(), {name: values.mean() for name, values in metrics.items()}
         if self.discriminator is not None:
             metrics["adversarial"] = generator_loss(self._judged(reconstruction))
             last = self.model.get_last_layer()
-            factor = adaptive_weight(loss, metrics["adversarial"], last) * self.disc_weight
+            factor = adaptive_weight(loss, metrics["adversarial"], last, self.share.mean) * self.disc_weight
             loss = loss + adversarial * factor * metrics["adversarial"]
         return loss, metrics
 
@@ -163,7 +168,7 @@ class AutoencoderStage(Stage):
 
     def _discriminator_loss(self, x: Tensor, adversarial: bool) -> Loss:
         with torch.no_grad():
-            fake, _ = self.model(x)
+            fake, _ = self.model(x, **self.sampling)
         loss = adversarial * hinge_d_loss(self.discriminator(x).float(), self.discriminator(fake).float())
         return loss, {"discriminator": loss}
 
@@ -182,7 +187,7 @@ class AutoencoderStage(Stage):
     def finish(self, dataset: Dataset) -> None:
         if not self.normalize:
             return
-        latents = list(zip(*encode_dataset(self.model, dataset, self.workers), strict=True))
+        latents = list(zip(*encode_dataset(self.model, dataset, self.share, self.workers), strict=True))
         mean, std = latent_statistics([latents[i] for i in places] for places in alike_batches(dataset, len(dataset)))
         self.model.fold_latent_statistics(mean.float(), std.float())
 

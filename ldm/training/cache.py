@@ -28,7 +28,8 @@ from ldm.checkpoint.writing import save_file
 from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.latents import encode_batch, encode_texts, encoding_size
-from ldm.training.order import in_groups, loader_of
+from ldm.training.order import loader_of
+from ldm.training.shapes import in_groups
 
 SHARD = 1024  # entries
 MAPPED = 64  # shards that are open at a time: each takes one of a process's few hundred file handles

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldm.checks import few
 from ldm.training.denoising import DenoisingStage
+from ldm.training.share import BatchShare
 
 
 def check_dropout(conditioner: Any, probability: float) -> None:
@@ -61,9 +62,9 @@ def shown_classes(conditioner: Any, count: int) -> list[Any]:
     return [classes[i % len(classes)] for i in range(count)]
 
 
-def drop_classes(labels: Tensor, null: int | None, probability: float) -> Tensor:
+def drop_classes(labels: Tensor, null: int | None, probability: float, share: BatchShare) -> Tensor:
     """Return class numbers (b,), each replaced by the null class with that probability."""
     if probability == 0:
         return labels
-    dropped = torch.rand(len(labels)) < probability
+    dropped = share.rand(len(labels)) < probability
     return torch.where(dropped.to(labels.device), torch.as_tensor(null), labels)

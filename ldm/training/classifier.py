@@ -15,6 +15,7 @@ from ldm.checks import Count, Rate
 from ldm.images import to_pil
 from ldm.training.order import in_batches
 from ldm.training.shapes import alike_batches
+from ldm.training.share import BatchShare
 from ldm.training.stage import Loss, Stage
 from ldm.util import instantiate_from_config
 
@@ -61,7 +62,7 @@ class ClassifierStage(Stage):
         return dataset
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
-        logits = self.model(random_affine(batch["image"], **self.transform)).float()
+        logits = self.model(random_affine(batch["image"], **self.transform, share=self.share)).float()
         loss = F.cross_entropy(logits, batch["label"], label_smoothing=self.label_smoothing)
         right = (logits.argmax(dim=1) == batch["label"]).float().mean()
         return loss, {"loss": loss, "accuracy": right}
@@ -84,10 +85,12 @@ class ClassifierStage(Stage):
         """Measure all batch statistics again: on images without transforms, and for the averaged weights."""
         subset = Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
         batches = in_batches(subset, alike_batches(subset, 500), "measuring batch statistics")
-        update_bn((batch["image"] for batch in batches), self.model, self.device)
+        update_bn((self.share.cut(batch["image"]) for batch in batches), self.model, self.device)
 
 
-def random_affine(images: Tensor, rotation: float, shear: float, scale: float, shift: float) -> Tensor:
+def random_affine(
+    images: Tensor, rotation: float, shear: float, scale: float, shift: float, share: BatchShare
+) -> Tensor:
     """Return images (b, c, h, w) in [-1, 1], each under its own random affine transform, on a background of -1.
 
     Bilinear. Each amount is uniform in plus or minus its bound: rotation in degrees, shear and scale (of each axis) as
@@ -95,7 +98,7 @@ def random_affine(images: Tensor, rotation: float, shear: float, scale: float, s
     """
     size = images.new_tensor([images.shape[3], images.shape[2]])  # (w, h), as grid_sample orders its axes
     bounds = torch.tensor([math.radians(rotation), shear, scale, scale, shift, shift])
-    amounts = (2 * torch.rand(len(images), 6) - 1) * bounds
+    amounts = (2 * share.rand(len(images), 6) - 1) * bounds
     angle, slope, wide, high, right, down = amounts.to(images.device).unbind(dim=1)  # (b,) each
     row1 = torch.stack([angle.cos() * (1 + wide), (slope - angle.sin()) * (1 + wide), 2 * right / size[0]], dim=1)
     row2 = torch.stack([angle.sin() * (1 + high), angle.cos() * (1 + high), 2 * down / size[1]], dim=1)

@@ -1,8 +1,8 @@
 """A small CLIP, trained contrastively on the data's own captions and then frozen (Radford et al. 2021, figure 3).
 
 The network is open_clip's class. The loss differs in one point: captions of the same thing are not negatives of each
-other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batch holds many fives. With several
-processes, each compares its own part of the batch only.
+other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batch holds many fives. Several processes
+compare all their images with all their captions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,18 +88,24 @@ class CLIPStage(Stage):
         return dataset
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
-        losses, found, _ = self._compare(batch)
+        share, (images, texts, scale) = self.share, self._embed(batch)
+        true: dict[str, Any] = {"caption": share.objects(batch["caption"])}
+        if "label" in batch:
+            pairs = {key: list(map(share.joined, batch[key])) for key in ("stated", "style")}
+            true |= {"label": share.joined(batch["label"]), **pairs}
+        losses, found, _ = self._compare(share.joined(images), share.joined(texts), scale, true)
         loss = losses.mean()
         return loss, {"loss": loss, "accuracy": found.mean()}
 
     def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Return the loss, and whether an image's nearest caption of 128 is right, and a caption's nearest image."""
-        losses, caption_found, image_found = self._compare(batch)
+        losses, caption_found, image_found = self._compare(*self._embed(batch), batch)
         return {"loss": losses, "accuracy": caption_found, "image_accuracy": image_found}
 
-    def _compare(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _compare(
+        self, images: Tensor, texts: Tensor, scale: Tensor, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return losses (b,), and whether caption retrieval and image retrieval within the batch are right, (b,)."""
-        images, texts, scale = self._embed(batch)
         logits = scale.clamp(max=100.0) * images @ texts.T  # (images, captions)
         true = self.positives(batch).to(logits.device)
         rows = -(true / true.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)

@@ -90,8 +90,8 @@ class DenoisingStage(Stage):
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         z, cond = self.data(batch)
-        t, noise = self.objective.sample_timesteps(z), self.objective.sample_noise(z)
-        loss = self.objective.losses(z, cond, t, noise).mean()
+        t, noise = self.objective.sample_timesteps(z, self.share), self.objective.sample_noise(z, self.share)
+        loss = self.objective.losses(z, cond, t, noise, self.share).mean()
         return loss, {"loss": loss}
 
     def validation_count(self, images: int) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -118,7 +117,7 @@ class DiffusionStage(DenoisingStage):
             mean, std = cached_latents(self.cache_dir, model, dataset, self.workers)
         else:
             some = dataset if self.cache_latents else first_images(dataset, 256)  # enough to measure
-            mean, std = encode_dataset(model.first_stage_model, some, self.workers)
+            mean, std = encode_dataset(model.first_stage_model, some, self.share, self.workers)
         model.scale_factor = scale_factor(mean, std)
         return LatentDataset(dataset, mean, std, self.reads[1:]) if self.cache_latents else dataset
 
@@ -127,15 +126,15 @@ class DiffusionStage(DenoisingStage):
         if "mean" in batch or training:
             cached = "mean" in batch
             mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
-            z = model.scale_factor * (mean + std * torch.randn_like(mean))
+            z = model.scale_factor * (mean + std * self.share.randn(mean))
         else:
             z = model.encode(batch["image"], mode=True)
         dropout = self.caption_dropout if training else 0.0
         if self.classes:
-            return z, model.condition(drop_classes(batch["label"], model.null, dropout))
+            return z, model.condition(drop_classes(batch["label"], model.null, dropout, self.share))
         if model.cond_stage_model is None:
             return z, {}
-        dropped = torch.rand(len(z)) < dropout
+        dropped = self.share.rand(len(z)) < dropout
         captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
         return z, self.texts(captions)
 

@@ -1,6 +1,7 @@
 """Data sets encoded once, before training."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning
 from ldm.training.order import loader_of
 from ldm.training.shapes import alike_batches
+from ldm.training.share import BatchShare
 
 PIXELS = 2**20  # of a batch that is encoded: 256 images of 64 x 64
 
@@ -51,23 +53,26 @@ class LatentDataset(Dataset):
         return {key: sample[key] for key in self.keys}
 
 
-def encode_dataset(first_stage: nn.Module, dataset: Any, workers: int = 0) -> tuple[Any, Any]:
+def encode_dataset(first_stage: nn.Module, dataset: Any, share: BatchShare, workers: int = 0) -> tuple[Any, Any]:
     """Return mean and standard deviation of each image's unscaled latents, (z, h/f, w/f) each, on the CPU.
 
     They are one tensor each, which processes that load data share, or lists for images of several shapes (`groups`).
+    Each process of the training encodes its part of them.
     """
     count, groups = len(dataset), getattr(dataset, "groups", None)
     batches = alike_batches(dataset, encoding_size(dataset))
-    loader = loader_of(dataset, workers, batch_sampler=batches)
+    own = batches[share.rank :: share.count]
+    loaded = zip(own, loader_of(dataset, workers, batch_sampler=own), strict=True)
     made: list[Any] = [[None] * count, [None] * count]
     with tqdm(total=count, desc="encoding images", unit="images", leave=False) as bar:
-        for indices, batch in zip(batches, loader, strict=True):
-            parts = encode_batch(first_stage, batch["image"])
-            if indices[0] == 0 and len(set(groups or [None])) == 1:
-                made = [torch.empty(count, *part.shape[1:]) for part in parts]
-            for index, *both in zip(indices, *parts, strict=True):
-                made[0][index], made[1][index] = both
-            bar.update(len(indices))
+        for _ in range(0, len(batches), share.count):
+            mine = [(indices, *encode_batch(first_stage, batch["image"])) for indices, batch in islice(loaded, 1)]
+            for indices, *parts in share.objects(mine):
+                if indices[0] == 0 and len(set(groups or [None])) == 1:
+                    made = [torch.empty(count, *part.shape[1:]) for part in parts]
+                for index, *both in zip(indices, *parts, strict=True):
+                    made[0][index], made[1][index] = both
+                bar.update(len(indices))
     return made[0], made[1]
 
 

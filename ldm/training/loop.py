@@ -23,10 +23,11 @@ from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
 from ldm.training.optimizers import average_of
-from ldm.training.order import EpochBatches, mix_seed, training_batches
+from ldm.training.order import EpochBatches, training_batches
 from ldm.training.posthoc import ProfileAverages
-from ldm.training.processes import StopFlag, agreed, make_accelerator
+from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator
 from ldm.training.run_folder import RunFolder
+from ldm.training.share import BatchShare, share_batch_norm
 from ldm.training.stage import Stage, Trained
 from ldm.training.validation import build_datasets, make_measurements
 from ldm.util import call_with, instantiate_from_config, pick_device
@@ -110,7 +111,8 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     accelerator = make_accelerator(settings.precision, settings.accumulate, pick_device(device), *tracking)
     with closing(RunFolder(path, config, resume, accelerator.is_main_process)) as folder:
         if not folder.finished:
-            train_stage(config, settings, accelerator, folder, **stage_params)
+            with lost_processes_named(accelerator, folder.path):
+                train_stage(config, settings, accelerator, folder, **stage_params)
     return folder.model
 
 
@@ -123,6 +125,8 @@ def train_stage(
     name, seed = config["name"], config["seed"]
     torch.manual_seed(seed)
     stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
+    ranks = accelerator.process_index, accelerator.num_processes
+    stage.share = BatchShare(*ranks)
     with accelerator.main_process_first():  # it writes files that the others then find
         dataset, held_out = build_datasets(stage, config["data"])
     stage.workers = settings.workers
@@ -131,6 +135,8 @@ def train_stage(
     trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks
     if settings.gradient_checkpointing:
         stage.checkpoint_blocks()
+    if stage.share.count > 1:
+        share_batch_norm(trained)
     own = stage.optimizers()
     average = average_of(trained, own, settings.ema, settings.ema_device)
     model, *optimizers = accelerator.prepare(trained, *own)
@@ -138,13 +144,20 @@ def train_stage(
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    ranks = accelerator.process_index, accelerator.num_processes
     own = {name: getattr(dataset, name, None) for name in ("groups", "shuffled")}
     order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, **own)
-    parts = {"networks": trained, "ema": average} | {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
+    parts = {"networks": trained, "ema": average, "order": order} | {
+        f"optimizer_{k}": part for k, part in enumerate(optimizers)
+    }
     profiles = ProfileAverages(stage, settings.ema_snapshots, average.device)
     parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
-    step = load_state(folder, parts)
+    step = load_state(folder, parts, settings.accumulate)
+    if order.past and (before := order.past[-1][0]) != order.global_size and folder.writes:
+        print(
+            f"note: all processes together took {before} images in a batch, and now take {order.global_size}: the run "
+            "goes on at the next image; steps, the learning rate and its schedule are counted as before",
+            file=sys.stderr,
+        )
     if step > settings.steps:
         raise ValueError(f"the run in {str(folder.path)!r} has {step} steps already: loop.steps must be at least that")
     counts = {"lr_schedule.warmup": settings.lr_schedule.get("warmup", 0), "keep_every": settings.keep_every}
@@ -153,16 +166,16 @@ def train_stage(
             print(f"note: loop.{key} is {count} steps, and the run has only {settings.steps}", file=sys.stderr)
     accelerator.wait_for_everyone()  # until every process has read the folder
     folder.begin(config, step, accelerator)
-    metrics = Metrics(name, folder, trained)
+    metrics = Metrics(name, folder, trained, stage.share)
 
     bar = {"initial": step, "total": settings.steps, "desc": name, "unit": "step", "mininterval": 1}
     compiling = compiled(stage.compiles()) if settings.compile else nullcontext()
-    batches = Waits(training_batches(dataset, order, step * settings.accumulate, settings.workers))
+    batches = Waits(training_batches(dataset, order, settings.workers))
     with StopFlag() as stopped, tqdm(**bar, disable=not folder.writes) as progress, compiling:
         for number, batch in batches:
             if step >= settings.steps:
                 break
-            torch.manual_seed(mix_seed(seed, number, accelerator.process_index))
+            stage.share.begin(seed, number)
             batch, shared = send_to_device(batch, accelerator.device), None
             with accelerator.accumulate(model):
                 for k, optimizer in enumerate(optimizers):
@@ -222,7 +235,7 @@ def train_stage(
     accelerator.free_memory()
 
 
-def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:
+def load_state(folder: RunFolder, parts: Mapping[str, Any], accumulate: int) -> int:
     """Load a saved state into the parts of a run and return its step; 0 if nothing is saved yet.
 
     Randomness and data order are functions of the step. A run that was saved in another precision than the fp16 it is
@@ -237,7 +250,9 @@ def load_state(folder: RunFolder, parts: Mapping[str, Any]) -> int:
         state |= {"networks": state["stage"], **optimizers}
     try:
         for key, part in parts.items():
-            if state.get(key) is not None or key != "scaler":
+            if key == "order" and key not in state:  # of before it was saved
+                part.seek(state["step"] * accumulate)
+            elif state.get(key) is not None or key != "scaler":
                 part.load_state_dict(state[key])
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
         raise ValueError(

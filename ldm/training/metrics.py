@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from ldm.training.run_folder import RunFolder
+from ldm.training.share import BatchShare
 
 LARGEST_WEIGHT = 1e6  # far more than any trained network's
 
 
 class Metrics:
-    """Means over the main process's batches since the last report, logged as a JSON line and to the trackers."""
+    """Means over the batches of all processes since the last report, logged as a JSON line and to the trackers."""
 
-    def __init__(self, stage: str, folder: RunFolder, networks: nn.Module) -> None:
-        self.stage, self.folder, self.networks, self.values = stage, folder, networks, {}
+    def __init__(self, stage: str, folder: RunFolder, networks: nn.Module, share: BatchShare) -> None:
+        self.stage, self.folder, self.networks, self.share, self.values = stage, folder, networks, share, {}
         self.latest: dict[str, str] = {}  # of validation, for the progress bar
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
@@ -30,7 +31,9 @@ class Metrics:
         waits: the share of the time since the last report that the network waited for data, reported too.
         Raises ValueError if a mean or weight is not finite, or a weight larger than any that a network works with.
         """
-        means = {name: torch.stack(values).float().mean().item() for name, values in self.values.items()}
+        means = {
+            name: self.share.mean(torch.stack(values).float().mean()).item() for name, values in self.values.items()
+        }
         self.values = {}
         self._check(means, step)
         weights = [p.detach().abs().max().float() for p in self.networks.parameters() if p.requires_grad and p.numel()]

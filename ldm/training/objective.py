@@ -10,6 +10,7 @@ from ldm.diffusion.loss import loss_weight, mean_error
 from ldm.diffusion.schedule import training_timesteps
 from ldm.diffusion.training_noise import training_noise
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
+from ldm.training.share import BatchShare
 from ldm.util import call_with
 
 
@@ -43,17 +44,27 @@ class Objective:
         call_with("weight", loss_weight, self.weight, prediction=model.prediction, alphas_cumprod_t=ab)
         call_with("noise", training_noise, self.noise, x0=torch.zeros(2, 1, 1, 1))
 
-    def sample_timesteps(self, z: Tensor) -> Tensor:
-        """Return the timesteps that latents z (b, ...) are trained at: int64 (b,)."""
-        return training_timesteps(batch=len(z), T=self.model.schedule.T, **self.timesteps).to(z.device)
+    def sample_timesteps(self, z: Tensor, share: BatchShare, parts: int = 1) -> Tensor:
+        """Return the timesteps that latents z (b, ...) are trained at: int64 (b,).
 
-    def sample_noise(self, z: Tensor) -> Tensor:
-        """Return the noise for latents z: (b, ...)."""
-        return training_noise(z, **self.noise)
+        parts: batches that z consists of, such as one of the subject's and one of class images.
+        """
+        options: dict[str, Any] = {
+            "batch": len(z) * share.count,
+            "T": self.model.schedule.T,
+            "generator": share.generator(),
+        }
+        return share.cut(training_timesteps(**options, **self.timesteps), parts).to(z.device)
 
-    def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor) -> Tensor:
+    def sample_noise(self, z: Tensor, share: BatchShare, parts: int = 1) -> Tensor:
+        """Return the noise for latents z, of so many batches: (b, ...)."""
+        noise = training_noise(share.joined(z, parts), generator=share.generator(z.device), **self.noise)
+        return share.cut(noise, parts)
+
+    def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor, share: BatchShare) -> Tensor:
         """Return the loss of each of the latents z (b, ...), noised by `noise` at timesteps t (b,): (b,)."""
-        return self.model.loss(z, cond, t, noise, self.error, self.weight, **self.extras)
+        random = {"generator": share.generator()} if getattr(self.model, "self_condition", False) else {}
+        return self.model.loss(z, cond, t, noise, self.error, self.weight, **self.extras, **random)
 
 
 def timestep_settings(given: Mapping[str, Any] | None, T: int) -> dict[str, Any]:

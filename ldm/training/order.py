@@ -3,6 +3,7 @@
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from tqdm import tqdm
 
 
 class EpochBatches(Sampler):
-    """Index batches of one epoch, shuffled by (seed, epoch), from number `start` on; an incomplete last one is dropped.
+    """Index batches of one epoch, shuffled by (seed, epoch); an incomplete last one is dropped.
+
+    Its state says what was trained on, so that a run resumes at the next image, also with batches of another size.
 
     Args:
         length: of the data set.
@@ -19,6 +22,11 @@ class EpochBatches(Sampler):
         groups: for each image, a key that all images of a batch share, such as their shape; None is one group. The
             incomplete last batch of each group is dropped, and a group smaller than a batch is refused.
         shuffled: the data set's own way to shuffle: all indices in an order that follows from the generator.
+
+    Attributes:
+        epoch, number: of the next batch, that in the run.
+        images: that the run was trained on, each counted in each epoch.
+        past: (images in a batch of all processes, batches) that this epoch had, in their order.
     """
 
     def __init__(
@@ -39,23 +47,53 @@ class EpochBatches(Sampler):
         if least < self.global_size:
             of = "" if groups is None else f" of one shape, {group}"
             raise ValueError(f"the data set has {least} images{of}, fewer than one batch of {self.global_size}")
-        self.epoch, self.start = 0, 0
+        self.epoch = self.number = self.images = 0
+        self.past: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         return sum(count // self.global_size for count in self.counts.values())
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield each group's batch as soon as the shuffled order has filled it."""
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        filling, number = defaultdict(list), 0
-        for index in self.shuffled(generator):
-            batch = filling[self.groups[index]]
-            batch.append(index)
-            if len(batch) == self.global_size:
-                if number >= self.start:
-                    yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-                number += 1
-                batch.clear()
+        """Yield this process's part of the batches that the epoch still has."""
+        indices = iter(self.shuffled(torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))))
+        for size, count in [*self.past]:
+            indices = self._without(indices, size, count)
+        for batch in self._filled(indices, defaultdict(list), self.global_size):
+            yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+    def _filled(self, indices: Iterator[int], filling: dict[Hashable, list[int]], size: int) -> Iterator[list[int]]:
+        """Yield each group's batch as soon as the indices have filled it."""
+        for index in indices:
+            filling[group := self.groups[index]].append(index)
+            if len(filling[group]) == size:
+                yield filling.pop(group)
+
+    def _without(self, indices: Iterator[int], size: int, count: int) -> Iterator[int]:
+        """Yield the indices that are not in the first batches."""
+        filling: dict[Hashable, list[int]] = defaultdict(list)
+        for _ in islice(self._filled(indices, filling, size), count):
+            pass
+        yield from chain(*filling.values(), indices)
+
+    def take(self) -> int:
+        """Note that the next batch is trained on; return its number."""
+        size, count = self.past.pop() if self.past and self.past[-1][0] == self.global_size else (self.global_size, 0)
+        self.past.append((size, count + 1))
+        self.number, self.images = self.number + 1, self.images + self.global_size
+        return self.number - 1
+
+    def seek(self, number: int) -> "EpochBatches":
+        """Go to batch `number` of a run whose batches had this size from the start, and return the order."""
+        self.epoch, count = divmod(number, len(self))
+        self.number, self.images, self.past = number, number * self.global_size, [(self.global_size, count)]
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "number": self.number, "images": self.images, "past": [*self.past]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.number, self.images = state["epoch"], state["number"], state["images"]
+        self.past = [(int(size), int(count)) for size, count in state["past"]]
 
     def _permutation(self, generator: torch.Generator) -> list[int]:
         return torch.randperm(self.length, generator=generator).tolist()
@@ -72,11 +110,9 @@ def mix_seed(*numbers: int) -> int:
     return state >> 1
 
 
-def training_batches(dataset: Any, order: EpochBatches, first: int, workers: int) -> Iterator[tuple[int, dict]]:
-    """Yield (number, batch) without end, from batch number `first` of the run on, as dicts of stacked fields."""
-    number = first
+def training_batches(dataset: Any, order: EpochBatches, workers: int) -> Iterator[tuple[int, dict]]:
+    """Yield (number, batch) without end, as dicts of stacked fields, and note them in the order's state."""
     while True:
-        order.epoch, order.start = divmod(number, len(order))
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(order.epoch)  # captions and augmentation are functions of (seed, epoch, index)
         loader = DataLoader(
@@ -88,8 +124,8 @@ def training_batches(dataset: Any, order: EpochBatches, first: int, workers: int
             generator=torch.Generator().manual_seed(order.seed),
         )
         for batch in loader:
-            yield number, batch
-            number += 1
+            yield order.take(), batch
+        order.epoch, order.past = order.epoch + 1, []
 
 
 def in_batches(dataset: Dataset, batches: Sequence[list[int]], label: str) -> Iterable[dict]:
@@ -101,14 +137,6 @@ def loader_of(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     """Return a loader that leaves torch's random state and the signals of its processes alone."""
     generator = torch.Generator()
     return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, generator=generator, **options)
-
-
-def in_groups(indices: Iterable[int], groups: Sequence[Hashable] | None, size: int) -> list[list[int]]:
-    """Return the indices, in their order, as lists of at most `size` of one group each; `groups` as in EpochBatches."""
-    parts = defaultdict(list)
-    for index in indices:
-        parts[None if groups is None else groups[index]].append(index)
-    return [part[i : i + size] for part in parts.values() for i in range(0, len(part), size)]
 
 
 def ignore_signals(worker: int) -> None:

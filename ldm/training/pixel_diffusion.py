@@ -68,4 +68,4 @@ class PixelDiffusionStage(DenoisingStage):
         if model.cond_stage_model is None:
             return batch["image"], {}
         dropout = self.class_dropout if training else 0.0
-        return batch["image"], model.condition(drop_classes(batch["label"], model.null, dropout))
+        return batch["image"], model.condition(drop_classes(batch["label"], model.null, dropout, self.share))

@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,22 @@ def agreed(accelerator: Any, flag: bool) -> bool:
     if flag:
         accelerator.set_trigger()
     return accelerator.check_trigger()
+
+
+@contextmanager
+def lost_processes_named(accelerator: Any, run: Path) -> Iterator[None]:
+    """Raise one sentence where another process has ended, without which those that remain cannot go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        backends = ("gloo", "NCCL", "closed by peer", "reset by peer")
+        if accelerator.num_processes == 1 or not any(name in str(error) for name in backends):
+            raise
+        raise ConnectionError(
+            f"another of the {accelerator.num_processes} processes has ended, or cannot be reached, so process "
+            f"{accelerator.process_index} ends too: the run is in {str(run)!r}; continue it by the same command with "
+            "--resume, on any number of processes"
+        ) from error
 
 
 def mixed_precision(precision: str, device: torch.device) -> str:

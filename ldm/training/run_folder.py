@@ -28,8 +28,8 @@ from ldm.labels import Row, labelled_rows
 
 # Settings that a resumed run may change: they affect the training that remains, not the past or the data.
 FREE = re.compile(
-    r"loop\.(steps|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|keep_every|keep_state|workers|"
-    r"validate_\w+|quality\b.*|quality_every|tensorboard|report_to|ema_device|compile)|"
+    r"loop\.(steps|batch_size|accumulate|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|"
+    r"keep_every|keep_state|workers|validate_\w+|quality\b.*|quality_every|tensorboard|report_to|ema_device|compile)|"
     r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.(preview.*|cache_dir)"
 )
 

@@ -1,7 +1,7 @@
 """Data sets whose images have several shapes: the `groups` of a data set list them."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,15 @@ from torch.nn import functional as F
 
 def alike_batches(dataset: Any, batch_size: int) -> list[list[int]]:
     """Return the indices of a whole data set in batches, in order, of images of one shape each (`groups`)."""
-    alike = defaultdict(list)
-    groups = getattr(dataset, "groups", None) or [None] * len(dataset)
-    for i, group in zip(range(len(dataset)), groups, strict=False):  # `first_images` leaves groups as they are
-        alike[group].append(i)
-    return [some[k : k + batch_size] for some in alike.values() for k in range(0, len(some), batch_size)]
+    return in_groups(range(len(dataset)), getattr(dataset, "groups", None), batch_size)
+
+
+def in_groups(indices: Iterable[int], groups: Sequence[Hashable] | None, size: int) -> list[list[int]]:
+    """Return the indices, in their order, as lists of at most `size` of one group each; `groups` as in EpochBatches."""
+    parts = defaultdict(list)
+    for index in indices:
+        parts[None if groups is None else groups[index]].append(index)
+    return [part[i : i + size] for part in parts.values() for i in range(0, len(part), size)]
 
 
 def latent_statistics(parts: Iterable[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:

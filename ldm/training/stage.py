@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ldm.models.compiler import checkpoint_blocks
 from ldm.training.optimizers import make_optimizer
+from ldm.training.share import BatchShare
 
 Loss = tuple[Tensor, dict[str, Tensor]]  # a scalar, and scalars to report
 
@@ -38,6 +39,7 @@ class Stage:
     rehearses: ClassVar[bool] = True  # whether it can be tried on two images: not where a model is loaded to be tuned
 
     def __init__(self, preview_columns: int, **adam: Any) -> None:
+        self.share = BatchShare()  # of one process; the loop sets that of several
         self.networks, self.frozen = nn.ModuleDict(), nn.ModuleDict()
         self.preview_columns, self.adam = preview_columns, adam
 
