@@ -4,7 +4,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules import module as registration
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ldm.checks import shorten, unfit
 from ldm.legacy_paths import elsewhere, open_home
@@ -209,3 +210,8 @@ def pick_device(name: str | torch.device | None = "auto") -> torch.device:
         usable = ["auto", "cpu", *(kind for kind, there in found.items() if there)]
         raise ValueError(f"device {name!r} is not available here: use {' or '.join(usable)}") from None
     return device
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """Return a bar that vanishes at the end, and that only the first of torchrun's processes shows."""
+    return tqdm(iterable, leave=False, disable=os.environ.get("RANK", "0") != "0", **options)

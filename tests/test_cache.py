@@ -3,7 +3,9 @@
 import copy
 import multiprocessing
 import os
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_stages import config_of, write_inputs
 
+from ldm.data import finding
 from ldm.data.digits import Digits
 from ldm.data.folder import Folder
 from ldm.data.part import first_images
@@ -53,6 +56,16 @@ def latents(model: LatentDiffusion, folder: Path, dataset, workers: int = 0) -> 
 
 def shards(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
+
+
+def write_noise(folder: Path, count: int = 6, height: int = 16) -> Path:
+    """Images of `height` and more pixels, each of another width, with captions."""
+    folder.mkdir(exist_ok=True)
+    for i in range(count):
+        noise = np.random.default_rng(i).integers(0, 256, (height, height + i % 9), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"image {i % 20}")
+    return folder
 
 
 @pytest.fixture
@@ -152,6 +165,45 @@ def test_the_key_of_a_file_follows_from_its_bytes_and_the_settings(tmp_path, tin
     assert {tuple(mean.shape) for mean in columns[0]} == {(4, 8, 10)}
 
 
+def test_what_is_known_of_files_is_not_found_out_again(tmp_path, tiny_model, encoded, monkeypatch, capsys):
+    names, own = [], finding.examine_image
+    monkeypatch.setattr(finding, "examine_image", lambda source, name: (names.append(Path(name).name), own(source))[1])
+    root = write_noise(tmp_path / "images")
+    (root / "broken.png").write_bytes(b"none")
+    settings = {"root": root, "size": 16, "channels": 1, "caption": "", "on_error": "skip"}
+    paths, memory = sorted(root.glob("?.png")), tmp_path / "cache" / "images.sqlite"
+
+    def decoded(count: int = 6) -> str:
+        """The images that a new process decodes, beside the broken one."""
+        names.clear()
+        finding._HERE.execute("DELETE FROM images")
+        data = Folder(**settings, cache_dir=str(tmp_path / "cache"))
+        found, fresh = [*names], Folder(**settings)
+        assert data.paths == fresh.paths and data.shapes == fresh.shapes and len(data) == count
+        assert [*map(data.content, range(count))] == [*map(fresh.content, range(count))]
+        found.remove("broken.png")
+        return " ".join(sorted(name.removesuffix(".png") for name in found))
+
+    assert decoded() == "0 1 2 3 4 5" and decoded() == ""
+    paths[1].write_bytes(paths[2].read_bytes())  # of other size
+    os.utime(paths[3], ns=(0, 0))
+    paths[4].rename(root / "7.png")
+    assert decoded() == "1 3 7" and decoded() == ""
+    with closing(sqlite3.connect(memory)) as table, table:
+        table.execute("UPDATE images SET width = 7 WHERE CAST(name AS TEXT) LIKE '%1.png:0'")
+    assert decoded() == "1" and decoded() == ""
+    content = memory.read_bytes()
+    for damaged in (b"", b"text" * 2000, content[: len(content) // 2], content[:5000] + bytes(9) + content[5009:]):
+        memory.write_bytes(damaged)
+        assert decoded() in ("0 1 2 3 5 7", "") and decoded() == ""
+    paths[5].unlink()
+    assert decoded(5) == ""
+    data = Folder(**settings, cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(Path, "read_bytes", None)  # the keys of latents follow without reading
+    assert len(cache._content_keys(data, 0)) == 5
+    capsys.readouterr()
+
+
 def test_texts_are_as_without_a_cache(tiny_model, digits, tmp_path, monkeypatch):
     encoder, known = tiny_model.cond_stage_model, ["", *captions_of(digits)]
     cached = CachedTexts(tmp_path, tiny_model, digits)
@@ -170,11 +222,7 @@ def test_training_is_the_same_to_the_bit(tmp_path, monkeypatch, data):
     """Without a cache, from memory, and from disk: built, found, and built in part by others."""
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
-    (tmp_path / "images").mkdir()
-    for i in range(40):
-        noise = np.random.default_rng(i).integers(0, 256, (32, 40), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / "images" / f"{i}.png")
-        (tmp_path / "images" / f"{i}.txt").write_text(f"image {i % 20}")
+    write_noise(tmp_path / "images", 40, 32)
     given = {
         "none": {"cache_latents": False},
         "texts": {"cache_latents": False, "cache_dir": "texts"},

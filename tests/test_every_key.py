@@ -95,7 +95,7 @@ folder data.params:
    caption: four, paths: [instance/0.png], buckets: [[32, 24]], reads: [image],
    shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, alpha: keep, resize: none,
    background: {to: black, with: {root: faulty, on_error: skip}},
-   on_error: {to: refuse, with: {root: faulty, on_error: skip}}}
+   on_error: {to: refuse, with: {root: faulty, on_error: skip}}, cache_dir: known}
 rows data.params:
   {root: faulty_rows, size: 16, channels: 3, crop: random, flip: true,
    seed: {to: 1, with: {flip: true, crop: random}}, caption: {to: four, with: {text: none}}, split: test, subset: one,
@@ -104,13 +104,13 @@ rows data.params:
      network: {target: ldm.models.classifier.Judge, params: {widths: [4, 4, 8]}}}}, label: text}},
    shuffle_tags_after: {to: 0, with: {text: none, caption: 'four, five, six'}}, alpha: keep,
    background: {to: black, with: {root: faulty_rows, on_error: skip}},
-   on_error: {to: refuse, with: {root: faulty_rows, on_error: skip}}}
+   on_error: {to: refuse, with: {root: faulty_rows, on_error: skip}}, cache_dir: known}
 shards data.params:
   {root: '[01].tar', size: 16, channels: 3, crop: random, flip: true,
    seed: {to: 1, with: {flip: true, crop: random}}, caption: four, buckets: [[32, 24]], reads: [image],
    shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, mixed: 2, alpha: keep,
    background: {to: black, with: {root: faulty.tar, on_error: skip}},
-   on_error: {to: refuse, with: {root: faulty.tar, on_error: skip}}}
+   on_error: {to: refuse, with: {root: faulty.tar, on_error: skip}}, cache_dir: known}
 dreambooth data.params:
   {instance_data_dir: class, instance_prompt: a sks four, class_data_dir: elsewhere, class_prompt: four,
    keep_prompt: four, prior_weight: 0.0, num_class_images: 6,

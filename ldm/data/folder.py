@@ -39,11 +39,14 @@ class Folder(ImageSet):
         background: The colour that transparency is composited over, such as white or "#808080".
         on_error: "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them;
             "skip" leaves them out, and lists them as a note.
+        cache_dir: A folder that keeps what is known of the images, for this and other runs: by a file's path, size and
+            time of change, its width and height, and the hash of its content.
         resize: "shorter" crops an image to the square, or its bucket's aspect ratio, and resizes it (Lanczos); "exact"
             resizes all of it, distorted; "none" cuts the square or bucket out of the image, which may not be smaller.
 
-    Every image is read once, so that none is found to be damaged in the middle of training. Raises ValueError, naming
-    the file, for an image without caption or class where these are read, a caption without image or a bad line.
+    Every image is read once, unless it is known, so that none is found to be damaged in the middle of training. Raises
+    ValueError, naming the file, for an image without caption or class where these are read, a caption without image or
+    a bad line.
     """
 
     def __init__(
@@ -63,11 +66,12 @@ class Folder(ImageSet):
         background: str = "white",
         on_error: OnError = "refuse",
         resize: Resize = "shorter",
+        cache_dir: str | None = None,
     ):
         if root is None:
             raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root)")
-        fields = shuffle_tags_after, reads
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, alpha, background, on_error, resize)
+        fields = shuffle_tags_after, reads, alpha, background, on_error, resize, cache_dir
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields)
         self.root = Path(root)
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths

@@ -23,8 +23,8 @@ class HuggingFace(ImageSet):
         subset: Of a name on the hub, which of its data sets.
         download: Whether to fetch a name from the hub; Hugging Face's library keeps what was fetched in its own folder.
         image, text, label: The names of the columns.
-        size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error: As in
-            `Folder`.
+        size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error, cache_dir: As
+            in `Folder`.
         caption: For images that have none, or an empty one; without it every image needs one.
     """
 
@@ -49,9 +49,10 @@ class HuggingFace(ImageSet):
         alpha: Alpha | None = None,
         background: str = "white",
         on_error: OnError = "refuse",
+        cache_dir: str | None = None,
     ) -> None:
-        fields = shuffle_tags_after, reads
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, alpha, background, on_error)
+        fields = shuffle_tags_after, reads, alpha, background, on_error
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir)
         if root is None:
             raise ValueError("no data set is given: name a folder, or a data set of the hub, with data.params.root")
         data = load_split(root, split, subset, download)

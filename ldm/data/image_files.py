@@ -85,14 +85,14 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def examine_image(source: Path | bytes, name: str = "an image") -> tuple[Shape, str, str]:
-    """Decode an image, which finds damage, and return its upright (width, height), "" and what reading it ignores."""
+def examine_image(source: Path | bytes, name: str = "an image") -> tuple[Shape, str]:
+    """Decode an image, which finds damage, and return its upright (width, height) and what reading it ignores."""
     with _open(source, name) as opened:
         size = opened.size
         opened.draft(None, (1, 1))  # all of a JPEG's bytes are read for the smallest image too
         image = upright(opened)
         turned = (image.width > image.height) != (size[0] > size[1])
-        return size[::-1] if turned else size, "", image.info.get("ignored", "")
+        return size[::-1] if turned else size, image.info.get("ignored", "")
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -1,7 +1,9 @@
 """What data sets of a user's own images share, wherever the images lie: how a sample is made of a file."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -10,7 +12,7 @@ from torch.utils.data import Dataset
 from ldm.checks import Range, few
 from ldm.data.caption_choice import choose_caption
 from ldm.data.captions import Caption
-from ldm.data.finding import examine
+from ldm.data.finding import Identity, examine, file_identity
 from ldm.data.image_files import Alpha, Reader
 from ldm.data.transforms import Resize, Transform
 
@@ -34,6 +36,7 @@ class ImageSet(Dataset):
         channels, alpha, background: As in `Reader`.
         on_error: "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them;
             "skip" leaves them out, and lists them as a note.
+        cache_dir: A folder that keeps what is known of the images, for this and other runs.
     """
 
     captions: Sequence[Sequence[str]]
@@ -54,12 +57,16 @@ class ImageSet(Dataset):
         background: str = "white",
         on_error: OnError = "refuse",
         resize: Resize = "shorter",
+        cache_dir: str | None = None,
     ) -> None:
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error is 'refuse' or 'skip', not {on_error!r}")
+        if cache_dir is not None and os.path.isfile(cache_dir):
+            raise ValueError(f"cache_dir {cache_dir!r} is a file: name a folder")
         self.transform = Transform(size, crop, flip, seed, buckets, resize)
         self.read = Reader(channels, alpha, background)
-        self.size, self.channels, self.on_error, self.epoch = size, channels, on_error, 0
+        self.size, self.channels, self.on_error, self.cache_dir = size, channels, on_error, cache_dir
+        self.epoch = 0
         self.augments = self.transform.augments
         self.seed, self.shuffle_tags_after, self.reads = seed, shuffle_tags_after, tuple(reads)
 
@@ -70,13 +77,19 @@ class ImageSet(Dataset):
         """Return an image's file, or the bytes of it, and what errors call it."""
         raise NotImplementedError
 
+    def identity(self, index: int) -> Identity:
+        """Return what an image is known by, from one start to the next."""
+        found = self.source(index)[0]
+        return (sha256(found).digest(), "") if isinstance(found, bytes) else file_identity(found)
+
     def choose(self, count: int, faults: Mapping[int, str] | None = None) -> list[int]:
         """Return which of the `count` images are used, keep what is read of these, and set their (width, height).
 
-        Every image is decoded once, so that none is found to be damaged in the middle of training, and what is wrong
-        is settled as `on_error` says. faults: what else is wrong, in a sentence that names the file, by index.
+        Every image is decoded, unless it is known already, so that none is found to be damaged in the middle of
+        training, and what is wrong is settled as `on_error` says. faults: what else is wrong, in a sentence that names
+        the file, by index.
         """
-        examined = examine(self.source, count)
+        examined = examine(self.source, count, self.identity, self.cache_dir)
         wrong = dict(faults or {})
         for i, one in enumerate(examined):
             if one.fault:
@@ -98,6 +111,7 @@ class ImageSet(Dataset):
             if hasattr(self, name):
                 setattr(self, name, [getattr(self, name)[i] for i in kept])
         self.shapes = [self.transform.shape(*examined[i].size) for i in kept]
+        self.hashes = None if self.cache_dir is None else [examined[i].content for i in kept]
         self.groups = None if self.transform.buckets is None else self.shapes
         return kept
 
@@ -122,10 +136,12 @@ class ImageSet(Dataset):
             {k: v for k, v in vars(part).items() if k not in ("seed", "buckets")}
             for part in (self.transform, self.read)
         ]
-        source = self.source(index)[0]
-        return repr((settings, self.shapes[index])).encode() + (
-            source if isinstance(source, bytes) else source.read_bytes()
-        )
+        if self.hashes is None:
+            source = self.source(index)[0]
+            file = sha256(source if isinstance(source, bytes) else source.read_bytes()).digest()
+        else:
+            file = self.hashes[index]
+        return repr((settings, self.shapes[index])).encode() + file
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):

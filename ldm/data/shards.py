@@ -28,6 +28,7 @@ import torch
 
 from ldm.checks import Range, check_file, few, shorten
 from ldm.data.caption_choice import split_captions
+from ldm.data.finding import Identity, file_identity
 from ldm.data.image_files import Alpha
 from ldm.data.image_set import ImageSet, OnError
 from ldm.images import SUFFIXES
@@ -48,8 +49,8 @@ class Shards(ImageSet):
             .tar files.
         mixed: How many shards are shuffled together: shards come in a new order in every epoch, so many at a time, and
             their images are mixed. Fewer means that a disk reads less here and there.
-        size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error: As in
-            `Folder`.
+        size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error, cache_dir: As
+            in `Folder`.
         caption: For images that have none, or an empty one; without it every image needs one.
 
     Raises ValueError, naming the shard, for one that is damaged, compressed, or has an image without caption or class
@@ -72,9 +73,10 @@ class Shards(ImageSet):
         alpha: Alpha | None = None,
         background: str = "white",
         on_error: OnError = "refuse",
+        cache_dir: str | None = None,
     ) -> None:
-        fields = shuffle_tags_after, reads
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, alpha, background, on_error)
+        fields = shuffle_tags_after, reads, alpha, background, on_error
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir)
         self.paths, self.mixed = find_shards(root), mixed
         tables = [np.array([*_table(path)], np.int64).reshape(-1, len(KINDS), 2) for path in self.paths]
         self.members = np.concatenate(tables)  # of all images: offset and size of each of KINDS, -1 where there is none
@@ -95,6 +97,9 @@ class Shards(ImageSet):
 
     def source(self, index: int) -> tuple[bytes, str]:
         return self._content(index, "image"), self.name(index)
+
+    def identity(self, index: int) -> Identity:
+        return file_identity(self._shard(index), int(self.members[index, 0, 0]))
 
     def shuffled(self, generator: torch.Generator) -> Iterator[int]:
         """Yield all indices: shards in random order, the images of `mixed` of them at a time shuffled.

@@ -30,6 +30,7 @@ from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.latents import encode_batch, encode_texts, encoding_size
 from ldm.training.order import loader_of
 from ldm.training.shapes import in_groups
+from ldm.util import progress_bar
 
 SHARD = 1024  # entries
 MAPPED = 64  # shards that are open at a time: each takes one of a process's few hundred file handles
@@ -122,7 +123,7 @@ class Cache:
         first = np.sort(np.unique(keys, return_index=True)[1])
         missing = first[self.find(keys[first]) < 0].tolist()
         shards, unit = in_groups(missing, groups, SHARD), label.split()[-1]
-        with tqdm(total=len(missing), desc=label, unit=unit, leave=False) as bar:
+        with progress_bar(total=len(missing), desc=label, unit=unit) as bar:
             while shards:
                 if not self._make(keys, shards, size, load, make, bar):
                     time.sleep(0.2)  # others make the remaining ones
@@ -285,8 +286,7 @@ def _release(lock: BinaryIO) -> None:
 
 def _content_keys(dataset: Any, workers: int) -> np.ndarray:
     loader = loader_of(_Keys(dataset), workers, batch_size=64, collate_fn=b"".join)
-    bar = tqdm(loader, desc="reading images", unit="batch", leave=False)
-    return np.frombuffer(b"".join(bar), KEY)
+    return np.frombuffer(b"".join(progress_bar(loader, desc="reading images", unit="batch")), KEY)
 
 
 def _text_keys(texts: Sequence[str]) -> np.ndarray:

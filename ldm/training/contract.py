@@ -13,11 +13,14 @@ from ldm.util import get_obj_from_str, instantiate_from_config
 def build_dataset(stage: Stage, config: Mapping[str, Any]) -> Any:
     """Build the data set of a configuration for a stage; ValueError if it is not as the stage needs it.
 
-    A data set that takes `reads` is given what the stage reads, and looks for nothing else.
+    A data set that takes `reads` is given what the stage reads, and looks for nothing else; one that takes `cache_dir`
+    the stage's, unless it has its own.
     """
     kind, own = get_obj_from_str(config["target"]), stage.data_params()
     if "reads" in signature(kind).parameters:
         own = {"reads": stage.reads} | own
+    if "cache_dir" in signature(kind).parameters and "cache_dir" not in (config.get("params") or {}):
+        own = {"cache_dir": stage.cache_dir} | own
     if twice := sorted(own.keys() & (config.get("params") or {}).keys()):
         raise ValueError(f"data.params.{twice[0]} follows from the model of {type(stage).__name__}: leave it out")
     dataset = instantiate_from_config(config, **own)

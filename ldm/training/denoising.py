@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
 from ldm.latent_diffusion import Conditioning, require
 from ldm.training.objective import Objective
 from ldm.training.stage import Loss, Stage
+from ldm.util import progress_bar
 
 BINS, TRIPLES = 5, 260  # of validation: ranges of timesteps, and at least so many (image, timestep, noise)
 MAX_TERMINAL_SIGNAL = 0.05  # sqrt(alpha-bar) at the last noise level, above which a note is printed
@@ -118,7 +118,7 @@ class DenoisingStage(Stage):
     @torch.no_grad()
     def preview(self) -> list[Image.Image]:
         """Return an image for each preview prompt, sampled with seeds from 0 on and the model's own settings."""
-        with tqdm(desc="sampling a preview", unit="step", delay=2, leave=False) as bar:
+        with progress_bar(desc="sampling a preview", unit="step", delay=2) as bar:
             options = {"batch_size": 64, "callback": lambda step: bar.update()}
             return self.latent_diffusion.generate(self.preview_prompts, **options)
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning
 from ldm.training.order import loader_of
 from ldm.training.shapes import alike_batches
 from ldm.training.share import BatchShare
+from ldm.util import progress_bar
 
 PIXELS = 2**20  # of a batch that is encoded: 256 images of 64 x 64
 
@@ -64,7 +64,7 @@ def encode_dataset(first_stage: nn.Module, dataset: Any, share: BatchShare, work
     own = batches[share.rank :: share.count]
     loaded = zip(own, loader_of(dataset, workers, batch_sampler=own), strict=True)
     made: list[Any] = [[None] * count, [None] * count]
-    with tqdm(total=count, desc="encoding images", unit="images", leave=False) as bar:
+    with progress_bar(total=count, desc="encoding images", unit="images") as bar:
         for _ in range(0, len(batches), share.count):
             mine = [(indices, *encode_batch(first_stage, batch["image"])) for indices, batch in islice(loaded, 1)]
             for indices, *parts in share.objects(mine):

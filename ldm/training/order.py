@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
+
+from ldm.util import progress_bar
 
 
 class EpochBatches(Sampler):
@@ -130,7 +131,7 @@ def training_batches(dataset: Any, order: EpochBatches, workers: int) -> Iterato
 
 def in_batches(dataset: Dataset, batches: Sequence[list[int]], label: str) -> Iterable[dict]:
     """Return these batches of a data set, with a progress bar."""
-    return tqdm(loader_of(dataset, 0, batch_sampler=batches), desc=label, unit="batch", leave=False)
+    return progress_bar(loader_of(dataset, 0, batch_sampler=batches), desc=label, unit="batch")
 
 
 def loader_of(dataset: Dataset, workers: int, **options: Any) -> DataLoader:

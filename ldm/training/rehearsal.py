@@ -66,8 +66,9 @@ def _try(config: Mapping[str, Any], device: torch.device, folder: str) -> Stage:
             stage = instantiate_from_config(config["stage"]).to(device).train(False)
             if stage.cache_dir is not None:
                 check_writable(Path(stage.cache_dir, "shard"))
-                stage.cache_dir = folder  # what an untrained network makes is of no use to others
             dataset, held_out = build_datasets(stage, config["data"])
+            if stage.cache_dir is not None:
+                stage.cache_dir = folder  # what an untrained network makes is of no use to others
             groups = getattr(dataset, "groups", None)
             EpochBatches(len(dataset), settings.batch_size, 0, groups=groups)
             prepared = stage.prepare(first_images(dataset, 2))

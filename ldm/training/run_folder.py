@@ -30,7 +30,7 @@ from ldm.labels import Row, labelled_rows
 FREE = re.compile(
     r"loop\.(steps|batch_size|accumulate|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|"
     r"keep_every|keep_state|workers|validate_\w+|quality\b.*|quality_every|tensorboard|report_to|ema_device|compile)|"
-    r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.(preview.*|cache_dir)"
+    r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*|(stage|data)\.params\.cache_dir"
 )
 
 # Names of what a run's folder holds, in which another run may have its folder.

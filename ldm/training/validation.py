@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ldm.checks import Range, few
 from ldm.data.part import part
@@ -20,7 +19,7 @@ from ldm.training.ema import EMA
 from ldm.training.order import ignore_signals, mix_seed
 from ldm.training.shapes import alike_batches
 from ldm.training.stage import Stage
-from ldm.util import call_with, instantiate_from_config
+from ldm.util import call_with, instantiate_from_config, progress_bar
 
 
 @dataclass
@@ -108,7 +107,7 @@ class Validation:
             generator=torch.Generator(),
         )
         with _own_random_state(device):
-            bar = tqdm(loader, desc="validating", unit="batch", leave=False, delay=2, disable=rank > 0)
+            bar = progress_bar(loader, desc="validating", unit="batch", delay=2)
             for number, (images, batch) in enumerate(zip(own, bar, strict=True)):
                 torch.manual_seed(mix_seed(2, rank + number * count))  # of what a network or data set may take besides
                 noise = [_generator(3, i) for i in images]
