@@ -76,8 +76,10 @@ def test_numbers_of_classes_that_do_not_fit():
     unet = {"target": "ldm.models.unet.UNetModel"}
     unet["params"] = STAGES["unconditional"][1]["unet_config"]["params"] | {"num_classes": 3}
     options = {"unet_config": unet, "cond_stage": cond, "defaults": STAGES["unconditional"][1]["defaults"]}
-    refused("class_dropout 0.1 needs a null class", stage_of, "classes", **options)
-    stage_of("classes", **options, caption_dropout=0.0).prepare(Digits(first=4))
+    refused("dropout 0.1 needs a null condition", stage_of, "classes", **options, caption_dropout=0.1)
+    stage_of("classes", **options).prepare(Digits(first=4))
+    for ignored in ({"caption_dropout": 0.1}, {"pooled": False}):
+        refused("leave it out", stage_of, "unconditional", **ignored)
     other = {"target": "ldm.conditioning.spatial.SpatialRescaler", "params": {}}
     refused("SpatialRescaler is not one of classes: name a text encoder's", stage_of, "classes", cond_stage=other)
 

@@ -153,7 +153,8 @@ def test_classes_without_a_null_class():
     assert stage.preview_prompts == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     labels = torch.tensor([9, 0, 9])
     assert torch.equal(stage.data({"image": torch.zeros(3, 1, 32, 32), "label": labels})[1]["c_adm"], labels)
-    refused("class_dropout 0.1 needs a null class, which this model lacks", PixelDiffusionStage, config, 1e-3)
+    refused("dropout 0.1 needs a null condition, which this", PixelDiffusionStage, config, 1e-3, class_dropout=0.1)
+    assert PixelDiffusionStage(config, 1e-3).class_dropout == 0
     params = {**config["params"], "defaults": {**PIXEL["defaults"], "scale": 2.0}}
     with pytest.raises(ValueError, match="^the model's defaults: guidance scale 2 needs a null or negative"):
         PixelDiffusionStage({**config, "params": params}, 1e-3, class_dropout=0.0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm.checks import Betas, Count, Rate
+from ldm.checks import Betas, Count, Probability, Rate
 from ldm.diffusion.posterior import q_posterior
 from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
@@ -54,7 +54,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         discriminator: Mapping[str, Any],
         learning_rate: Rate,
         discriminator_rate: Rate,
-        class_dropout: float = 0.1,
+        class_dropout: Probability | None = None,
         betas: Betas = (0.5, 0.9),
         r1_weight: float = 0.05,
         r1_every: Count = 15,

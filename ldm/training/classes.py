@@ -10,13 +10,20 @@ from ldm.training.denoising import DenoisingStage
 from ldm.training.share import BatchShare
 
 
-def check_dropout(conditioner: Any, probability: float) -> None:
-    """Raise ValueError for a probability of the null class where a conditioner of classes has none."""
-    if conditioner is not None and conditioner.null is None and probability != 0:
+def dropout_of(conditioner: Any, probability: float | None) -> float:
+    """Return the probability of the null condition: as given, or by default 0.1 for a model that has one, else 0.
+
+    Raises ValueError for one that is given to a model without a null condition.
+    """
+    null = conditioner is not None and conditioner.null is not None
+    if probability is None:
+        return 0.1 if null else 0.0
+    if probability > 0 and not null:
         raise ValueError(
-            f"class_dropout {probability} needs a null class, which this model lacks: set it to 0, or give the "
-            "model's cond_stage_config null: true and one more class"
+            f"dropout {probability} needs a null condition, which this model lacks: leave it out, or give a "
+            "conditioner of classes null: true and one more class"
         )
+    return probability
 
 
 def train_conditioner(stage: DenoisingStage) -> None:

@@ -11,11 +11,13 @@ from torch.utils.data import Dataset
 from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.classes import check_dropout, drop_classes, shown_classes, take_classes, train_conditioner
+from ldm.training.classes import drop_classes, dropout_of, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.frozen import read_first_stage, read_text_stage
 from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
 from ldm.training.objective import Objective
+
+POOLED = ("num_classes", "adm_in_channels")  # of a UNet that takes pooled text
 
 
 class DiffusionStage(DenoisingStage):
@@ -30,10 +32,10 @@ class DiffusionStage(DenoisingStage):
             "params"}` of a conditioner of classes, without `n_classes` where the data set names its classes, as the
             sub-folders of a `Folder` do; or None for an unconditional model.
         schedule, prediction, defaults: of `LatentDiffusion`.
-        pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say. False
-            leaves these two out; the encoder must have been trained with the same choice.
+        pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say; None
+            is true. False leaves these two out; the encoder must have been trained with the same choice.
         caption_dropout: probability of the empty prompt instead of the caption, or of the null class instead of the
-            class, for classifier-free guidance.
+            class, for classifier-free guidance; None is 0.1, or 0 where there is neither.
         cache_latents: encode the data set once; not for data sets that augment their images.
         cache_dir: a folder that keeps the latents, if they are cached, and the embeddings of the captions, for this and
             other runs, also at the same time.
@@ -49,7 +51,7 @@ class DiffusionStage(DenoisingStage):
         learning_rate: Rate,
         schedule: Mapping[str, Any],
         prediction: str = "v",
-        pooled: bool = True,
+        pooled: bool | None = None,
         defaults: Mapping[str, Any] | None = None,
         betas: Betas = (0.9, 0.99),
         weight_decay: Rate = 0.01,
@@ -58,7 +60,7 @@ class DiffusionStage(DenoisingStage):
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
         timesteps: Mapping[str, Any] | None = None,
-        caption_dropout: Probability = 0.1,
+        caption_dropout: Probability | None = None,
         cache_latents: bool = True,
         cache_dir: str | None = None,
         preview_prompts: Sequence[str | int] | None = None,
@@ -70,7 +72,9 @@ class DiffusionStage(DenoisingStage):
         cond: Any = cond_stage
         if text := isinstance(cond_stage, str):
             cond, text_weights = read_text_stage(cond_stage)
-            unet_config = _match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
+            unet_config = _match_pooled(
+                unet_config, pooled is not False, cond_stage, cond["params"].get("pooled", False)
+            )
         model = LatentDiffusion(unet_config, first, cond, schedule=schedule, prediction=prediction, defaults=defaults)
         model.first_stage_model.load_state_dict(weights)
         conditioner = model.cond_stage_model
@@ -79,8 +83,8 @@ class DiffusionStage(DenoisingStage):
         elif conditioner is not None and not hasattr(conditioner, "n_classes"):
             raise ValueError(f"cond_stage {cond['target']} is not one of classes: name a text encoder's checkpoint")
         self.classes = conditioner is not None and not text  # whether the model is conditioned on them
-        if self.classes:
-            check_dropout(conditioner, caption_dropout)
+        if not text and pooled is not None:
+            raise ValueError("pooled is for a text encoder's pooled text: leave it out without one")
         self.reads = ("image", "caption") if text else ("image", "label") if self.classes else ("image",)
         objective = Objective(model, error, weight, noise, timesteps)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
@@ -92,7 +96,8 @@ class DiffusionStage(DenoisingStage):
             self.freeze(cond_stage=conditioner)
         else:
             train_conditioner(self)
-        self.caption_dropout, self.cache_latents, self.cache_dir = caption_dropout, cache_latents, cache_dir
+        self.caption_dropout = dropout_of(conditioner, caption_dropout)
+        self.cache_latents, self.cache_dir = cache_latents, cache_dir
         self.texts: Any = partial(encode_texts, conditioner)  # captions -> conditioning
 
     def prepare(self, dataset: Any) -> Dataset:
@@ -139,9 +144,9 @@ class DiffusionStage(DenoisingStage):
         return z, self.texts(captions)
 
 
-def _match_pooled(unet_config: Mapping[str, Any], pooled: bool, cond_stage: str, given: bool) -> dict[str, Any]:
+def _match_pooled(unet_config: Mapping[str, Any], pooled: bool | None, cond_stage: str, given: bool) -> dict[str, Any]:
     """Return the UNet's configuration, without pooled text unless wanted. ValueError where the encoder differs."""
-    params = {k: v for k, v in unet_config["params"].items() if pooled or k not in ("num_classes", "adm_in_channels")}
+    params = {k: v for k, v in unet_config["params"].items() if pooled is not False or k not in POOLED}
     if given != ("num_classes" in params):
         raise ValueError(
             f"the text encoder {cond_stage!r} and the UNet differ about pooled text: train both stages with "

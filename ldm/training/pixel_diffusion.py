@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from ldm.checks import Betas, Count, Probability, Range, Rate
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
-from ldm.training.classes import check_dropout, drop_classes, shown_classes, take_classes, train_conditioner
+from ldm.training.classes import drop_classes, dropout_of, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.objective import Objective
 from ldm.util import instantiate_from_config
@@ -20,7 +20,8 @@ class PixelDiffusionStage(DenoisingStage):
 
     Args:
         model: `{"target", "params"}` of a PixelDiffusion.
-        class_dropout: probability of the null class instead of the label, for classifier-free guidance.
+        class_dropout: probability of the null class instead of the label, for classifier-free guidance; None is 0.1, or
+            0 without a null class.
         error, weight, noise, timesteps: of `Objective`.
         bound_weight: of the variational bound, for a model that learns the variance (Nichol & Dhariwal 2021, eq. 16).
         previews: images in a preview, of each class in turn for a class-conditional model.
@@ -30,7 +31,7 @@ class PixelDiffusionStage(DenoisingStage):
         self,
         model: Mapping[str, Any],
         learning_rate: Rate,
-        class_dropout: Probability = 0.1,
+        class_dropout: Probability | None = None,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
         noise: Mapping[str, Any] | None = None,
@@ -49,13 +50,12 @@ class PixelDiffusionStage(DenoisingStage):
                 f"this stage trains a class-conditional or unconditional PixelDiffusion, not a {model['target']} "
                 f"conditioned by {type(cond).__name__}"
             )
-        check_dropout(cond, class_dropout)
         objective = Objective(built, error, weight, noise, timesteps, bound_weight=bound_weight)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
         super().__init__(objective, shown_classes(cond, previews), preview_columns, **adam)
         self.reads = ("image",) if cond is None else ("image", "label")
         train_conditioner(self)
-        self.class_dropout = class_dropout
+        self.class_dropout = dropout_of(cond, class_dropout)
 
     def prepare(self, dataset: Any) -> Dataset:
         """Raise ValueError for images of another size than the model's, or other classes; take these classes' names."""
