@@ -7,6 +7,7 @@ from ldm.data.caption_choice import choose_caption, number_classes, split_captio
 
 def test_each_line_is_a_caption():
     assert split_captions("a kite\r\n\n  red, round \n") == ["a kite", "red, round"] and split_captions(" \n\n") == []
+    assert split_captions("a\u2028red\x85kite\rhigh") == ["a\u2028red\x85kite", "high"]
 
 
 def test_one_of_several_is_chosen_by_seed_epoch_and_index():

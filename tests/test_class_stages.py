@@ -129,7 +129,9 @@ def test_a_folder_by_class_from_images_to_figures(tmp_path):
     assert model.cond_stage_model.names == ["5", "cat", "dog"]  # a name comes before a number: "5" is class 0
     assert named == [image.tobytes() for image in model.generate([2, 2, 0], scale=2.0)]
     refused(
-        "class 'bird' does not exist: this model's are 0 to 3: 5, cat, dog", sample.main, [*ckpt, "--class", "bird"]
+        "class 'bird' does not exist: this model's are 0 to 3: 5, cat, dog, and the null class",
+        sample.main,
+        [*ckpt, "--class", "bird"],
     )
     evaluate.main(["model", *ckpt, "--dataset", "many", "--steps", "1", "--device", "cpu", "--out", "report.json"])
     report = json.loads(Path("report.json").read_text())

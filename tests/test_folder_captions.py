@@ -27,6 +27,8 @@ def root(tmp_path):
             '\ufefffile_name,text\r\ncat/a.png,"red, round"\r\nc.png,high\r\ncat/a.png,small\r\n',
             "several",
         ),
+        ("captions.csv", '\ufefffile_name;text\r\ncat/a.png;"red, round"\r\nc.png;high\r\n', "one"),
+        ("captions.csv", "file_name\ttext\ncat/a.png\tred, round\nc.png\thigh\n", "one"),
         ("metadata.csv", 'more,text,file_name\n1,"red, round",cat/a.png\n2, high ,c.png\n', "one"),
         (
             "metadata.jsonl",
@@ -88,6 +90,34 @@ def test_missing_and_empty_captions_are_refused_or_left_out(root: Path, capsys) 
     refused("none of 3 images can be used: ", Folder, root, 8, on_error="skip")
     others = {"cat/a.png": "", "c.png": "x", "dog/sub/b.png": "a dog"}
     assert Folder(root, 8, caption=others).texts() == ["x", "", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.jsonl", '{"file_name": "c.png", "text": "a\u2028red\x85kite"}\n'),
+        ("captions.csv", "file_name,text\nc.png,a\u2028red\x85kite\n"),
+    ],
+)
+def test_separators_of_unicode_end_no_line(root: Path, name: str, text: str) -> None:
+    (root / name).write_text(text, encoding="utf-8")
+    assert Folder(root, 8, on_error="skip").texts() == ["a\u2028red\x85kite"]
+
+
+def test_captions_that_are_not_utf8_are_named_or_left_out(root: Path, capsys) -> None:
+    for image in ("cat/a", "dog/sub/b"):
+        (root / f"{image}.txt").write_bytes("grün".encode("latin-1"))
+    (root / "c.txt").write_text("x")
+    refused("2 of 3 .*a.txt is not UTF-8 text .byte 2.: save it as UTF-8; .*b.txt is not UTF-8", Folder, root, 8)
+    assert Folder(root, 8, on_error="skip").texts() == ["x"] and "2 of 3 images are left out" in capsys.readouterr().err
+
+
+def test_folders_without_images_are_no_class(root: Path, capsys) -> None:
+    (root / "c.png").unlink()
+    for name in ("bird", ".hidden"):
+        (root / name).mkdir()
+    assert Folder(root, 8, reads=("image", "label")).classes == ["cat", "dog"]
+    assert capsys.readouterr().err == "note: folders without images are left out: bird\n"
 
 
 def test_classes_are_sub_folders(root: Path) -> None:

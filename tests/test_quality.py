@@ -43,6 +43,15 @@ def test_the_figures_by_hand(model, networks):
     assert found == {"frechet": pytest.approx(distance, rel=1e-4), "accuracy": right.double().mean().item()}
 
 
+def test_images_of_several_shapes_are_measured(model):
+    class Shapes(Digits):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample | {"image": sample["image"].repeat(1, 1, 1 + index % 2)}
+
+    assert Quality(model, Shapes(first=6), images=6).measure(steps=1)["frechet"] > 0
+
+
 def test_training_is_as_without_it(tmp_path, networks, capsys):
     paths = []
     for name, quality in (("plain", None), ("measured", {"images": 4, "classifier": networks["judge"]})):

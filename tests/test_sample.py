@@ -55,5 +55,7 @@ def test_a_model_without_a_null_class(tmp_path):
 def test_mistakes(generate, generate_alone, tmp_path):
     refused("this one takes texts", load_script("sample").main, ["--class", "5", "--outdir", str(tmp_path)])
     refused("class 'five' does not exist: this model's are 0 to 10", generate, "--class", "five")
+    refused("class 'five' does", generate, "--class", 5, "five", "--batch-size", 1)  # before the first batch
+    assert not list(tmp_path.rglob("*.png"))
     refused("--class needs a class-conditional model, or --classifier", generate_alone, "--class", 5)
     refused("guidance scale 2 needs a null or negative condition", generate_alone, "--scale", 2)

@@ -69,7 +69,7 @@ def class_numbers(
     """
     named = {name: number for number, name in enumerate(names or ())}
     numbers = classes.tolist() if isinstance(classes, Tensor) else [_number(one, null, named) for one in classes]
-    known = f"0 to {n_classes - 1}{': ' * bool(named)}{few(named, 50)}"
+    known = f"0 to {n_classes - 1}{': ' * bool(named)}{few(named, 50)}{', and the null class' * bool(named)}"
     for number in numbers:
         if number == "":
             raise ValueError(f"this model has no null class: name a class, {known}")

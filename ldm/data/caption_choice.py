@@ -1,12 +1,16 @@
 """Captions and classes of own images, wherever they are kept: in a folder, in shards, in a Hugging Face data set."""
 
 import random
+import re
 from collections.abc import Sequence
 
 
 def split_captions(text: str) -> list[str]:
-    """Return the captions in the text of a file: one in each line, as with sd-scripts' `enable_wildcard`."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """Return the captions in the text of a file: one in each line, as with sd-scripts' `enable_wildcard`.
+
+    Only line feeds and carriage returns end a line: captions may contain Unicode's separators, such as U+2028.
+    """
+    return [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
 
 
 def choose_caption(

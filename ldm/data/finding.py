@@ -39,13 +39,18 @@ def find_images(root: Path, empty: bool = False) -> list[Path]:
     return paths
 
 
+def is_skipped(name: str) -> bool:
+    """Return whether a file or folder of this name is not one of the user's own."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:
         raise ValueError(f"{folder} is a link to {real}, which it lies in: remove the link")
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
+            if is_skipped(entry.name):
                 continue
             if entry.is_dir():
                 yield from _walk(folder / entry.name, (*above, real))

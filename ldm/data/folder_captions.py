@@ -1,6 +1,7 @@
 """The captions and classes of a folder's images: NAME.txt or NAME.caption beside NAME.png, tables, or sub-folders."""
 
 import csv
+import io
 import json
 import sys
 from collections import defaultdict
@@ -10,6 +11,7 @@ from typing import Any
 
 from ldm.checks import few, shorten
 from ldm.data.caption_choice import number_classes, split_captions
+from ldm.data.finding import is_skipped
 
 SIDECARS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv")  # the first two are Hugging Face's
@@ -34,12 +36,15 @@ def read_captions(
     captions: list[list[str]] = []
     faults, empty = {}, []
     for index, (path, name) in enumerate(zip(paths, names, strict=True)):
-        own, source = _own_captions(path, listed.get(name))
+        try:
+            own, source = _own_captions(path, listed.get(name))
+        except ValueError as error:  # its file is not text
+            own, source, faults[index] = [], path, str(error)
         other = others.get(name)
         captions.append(own or ([] if other is None else [other]))
         if own == []:
             empty.append(source)
-        if not captions[-1]:
+        if not captions[-1] and index not in faults:
             faults[index] = f"the caption of {source} is empty" if own == [] else f"{path} has no caption"
     if len(faults) == len(paths) and not empty:
         raise ValueError(
@@ -90,7 +95,7 @@ def _read_tables(root: Path, names: set[str]) -> dict[str, list[str]]:
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
     """Yield number, file name and text of each line."""
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):  # not splitlines: captions may have U+2028
         if not line.strip():
             continue
         try:
@@ -101,8 +106,11 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
-    """Yield line number, file name and text of each row."""
-    rows = csv.DictReader(_read_text(path).splitlines(keepends=True), strict=True)
+    """Yield line number, file name and text of each row. Spreadsheets separate by commas, semicolons or tabs."""
+    text = _read_text(path)
+    first = text.partition("\n")[0]
+    separator = max(",;\t", key=first.count)
+    rows = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
     try:
         columns = rows.fieldnames or []
         if not {"file_name", "text"} <= set(columns):
@@ -111,7 +119,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
             if None in row or None in row.values():
                 raise ValueError(
                     f"{path}, line {rows.line_num}, has not the {len(columns)} fields of the first line: "
-                    'put a caption that has commas in quotes, as in a.png,"red, round"'
+                    f'put a caption that has {separator!r} in quotes, as in a.png{separator}"red{separator} round"'
                 )
             yield rows.line_num, row["file_name"], row["text"]
     except csv.Error as error:
@@ -130,6 +138,9 @@ def read_classes(root: Path, paths: Sequence[Path], everything: Sequence[Path]) 
             f"{root}, by its name"
         )
     classes, numbers = number_classes([parts[0] for parts in places])
+    folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not is_skipped(entry.name)}
+    if empty := sorted(folders - {parts[0] for parts in places}):
+        print(f"note: folders without images are left out: {few(empty, 3)}", file=sys.stderr)
     labels = dict(zip(everything, numbers, strict=True))
     return classes, [labels[path] for path in paths]
 
@@ -138,4 +149,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error

@@ -72,8 +72,10 @@ class Quality:
         key = "label" if hasattr(conditioner, "n_classes") else "caption"
         for first in range(0, len(chosen), self.batch_size):
             samples = [self.dataset[i] for i in chosen[first : first + self.batch_size]]
-            images = to_uint8(torch.stack([sample["image"] for sample in samples]))
-            found.append(self._each(self.features, images))
+            by_shape: dict[torch.Size, list[Tensor]] = {}  # with buckets there are several
+            for sample in samples:
+                by_shape.setdefault(sample["image"].shape, []).append(sample["image"])
+            found += [self._each(self.features, to_uint8(torch.stack(images))) for images in by_shape.values()]
             conditions += ["" if conditioner is None else sample[key] for sample in samples]
             labels += [sample.get("label") for sample in samples]
         return conditions, labels, moments(torch.cat(found))

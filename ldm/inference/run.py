@@ -180,6 +180,8 @@ def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.
     """Return the prompts, or empty ones for an unconditional model. ValueError for what the model does not take."""
     if args.classes and any(prompts) and hasattr(model.cond_stage_model, "tokenizer"):
         raise ValueError("--class needs a class-conditional model: this one takes texts, so use the command txt2img")
+    if hasattr(model.cond_stage_model, "n_classes"):
+        model.condition(prompts)  # refuses what is not a class of it, before any image is made
     if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
         for prompt in unknown_prompts(model.tokenizer, prompts)[:5]:
             print(f"note: the model was trained on none of the words of {prompt!r}", file=sys.stderr)
