@@ -43,10 +43,12 @@ def save_file(
         return save_torch(path, {"state_dict": tensors, **texts})
     with atomic(path, sum(t.numel() * dtypes[n].itemsize for n, t in state.items())) as temporary:
         with open(temporary, "wb") as file:
-            _write(file, state, texts, dtypes)
+            write_tensors(file, state, texts, dtypes)
 
 
-def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], dtypes: dict[str, torch.dtype]) -> None:
+def write_tensors(
+    file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], dtypes: dict[str, torch.dtype]
+) -> None:
     """Write the format's 8 bytes of length, JSON header and tensors. The library wants all of them at once, converted,
     and writes the header's texts in random order; here one tensor at a time is in memory a second time."""
     unknown = sorted(name for name in state if dtypes[name] not in SAFETENSORS_DTYPES)
@@ -69,7 +71,7 @@ def _write(file: BinaryIO, state: Mapping[str, Tensor], texts: dict[str, str], d
 
 def save_torch(path: str | Path, content: Any) -> None:
     """Write what `torch.save` takes, atomically."""
-    with atomic(path, _bytes(content)) as temporary:
+    with atomic(path, bytes_of(content)) as temporary:
         try:
             with open(temporary, "wb") as temporary_file:
                 torch.save(content, temporary_file)
@@ -77,12 +79,12 @@ def save_torch(path: str | Path, content: Any) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def _bytes(content: Any) -> int:
+def bytes_of(content: Any) -> int:
     """Return how many bytes the tensors have in nested mappings and sequences."""
     if isinstance(content, Tensor):
         return content.numel() * content.element_size()
     values = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
-    return sum(map(_bytes, values))
+    return sum(map(bytes_of, values))
 
 
 def vanishing(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[str]:

@@ -57,12 +57,12 @@ def compiler_failures(option: str) -> Iterator[None]:
         raise ValueError(f"torch.compile failed ({reason}): repair that, or leave {option} out") from error
 
 
-def checkpoint_blocks(network: nn.Module) -> int:
-    """Let all blocks of a network that can do so compute their activations twice; return how many those are."""
+def checkpoint_blocks(network: nn.Module, on: bool = True) -> int:
+    """Let all blocks of a network that can do so compute their activations twice, or not; return how many those are."""
     found = 0
     for module in network.modules():
         for name in ("use_checkpoint", "checkpoint"):  # of residual and attention blocks, and of transformer blocks
             if isinstance(getattr(module, name, None), bool):
-                setattr(module, name, True)
+                setattr(module, name, on)
                 found += 1
     return found

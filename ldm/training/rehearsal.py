@@ -3,7 +3,7 @@
 import io
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +26,17 @@ from ldm.training.stage import Stage
 from ldm.training.validation import build_datasets, make_quality, make_validation
 from ldm.util import get_obj_from_str, instantiate_from_config
 
+Inspect = Callable[[Mapping[str, Any], Stage, Any, torch.device], None]  # (configuration, stage, data set, device)
 
-def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.device) -> None:
+
+def rehearse(
+    configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.device, inspect: Inspect | None = None
+) -> None:
     """Do everything that training does once, and one batch of it; raise ValueError for what does not work.
 
     Every stage is built with its real networks, tried, and thrown away. Where a later stage reads the checkpoint of an
     earlier one, that of the trial takes its place; a temporary folder stands for that of each stage. Finished stages
-    are not tried, nor those that load a model to tune it (`Stage.rehearses`).
+    are not tried, nor those that load a model to tune it (`Stage.rehearses`). inspect: is called with each that was.
     """
     with TemporaryDirectory(prefix="ldm-rehearsal-") as temporary:
         tried: dict[str, str] = {}  # folder of a stage -> that of its trial
@@ -47,14 +51,14 @@ def rehearse(configs: Sequence[Mapping[str, Any]], resume: bool, device: torch.d
             if folder.finished or not kind.rehearses:
                 continue
             tried[os.path.normpath(folder.path)] = trial = os.path.join(temporary, str(number))
-            stage = _try({**config, "stage": _moved(config["stage"], tried)}, device, trial)
+            stage = _try({**config, "stage": _moved(config["stage"], tried)}, device, trial, inspect)
             later = flatten([other["stage"] for other in configs[number + 1 :]]).values()
             if os.path.normpath(folder.model) in (os.path.normpath(text) for text in later if isinstance(text, str)):
                 made, state = stage.export()
                 save_file(os.path.join(trial, folder.model.name), state, made)
 
 
-def _try(config: Mapping[str, Any], device: torch.device, folder: str) -> Stage:
+def _try(config: Mapping[str, Any], device: torch.device, folder: str, inspect: Inspect | None) -> Stage:
     """Build a stage and its data, compute the loss of a batch, a preview and what is done at the end."""
     from accelerate.utils import send_to_device
 
@@ -90,6 +94,8 @@ def _try(config: Mapping[str, Any], device: torch.device, folder: str) -> Stage:
                 if quality := make_quality(stage, dataset if held_out is None else held_out, settings):
                     quality.measure(2, steps=min(2, stage.latent_diffusion.schedule.T))
                 stage.finish(prepared)
+            if inspect is not None:
+                inspect(config, stage, dataset, device)
             return stage
     except OSError:
         raise

@@ -62,9 +62,9 @@ class Stage:
         self.networks.train(mode)
         return self
 
-    def checkpoint_blocks(self) -> None:
-        """Compute activations twice instead of keeping them; ValueError where no network has blocks that can."""
-        if not sum(map(checkpoint_blocks, (*self.networks.values(), *self.frozen.values()))):
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        """Compute activations twice instead of keeping them, or not; ValueError where no network has such blocks."""
+        if not sum(checkpoint_blocks(network, on) for network in (*self.networks.values(), *self.frozen.values())):
             raise ValueError(f"loop.gradient_checkpointing: no network of {type(self).__name__} has blocks for it")
 
     def compiles(self) -> list[nn.Module]:
