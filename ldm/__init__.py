@@ -17,8 +17,8 @@ The networks:
     models/clip.py                   241  the text encoder
     conditioning/text.py             344  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
-    diffusion/loss.py                114  errors and their weights; the noise (training_noise.py)
-    training/stage.py                210  what a stage of training is, and its loss (objective.py)
+    diffusion/loss.py                134  errors and their weights; the noise (training_noise.py)
+    training/stage.py                238  what a stage of training is, and its loss (objective.py)
     training/autoencoder.py          197  stage 1: the first stage
     training/clip.py                 151  stage 2: the text encoder
     training/diffusion.py            410  stage 3: the UNet (with denoising.py and latents.py)

@@ -223,13 +223,14 @@ class LatentDiffusion(nn.Module):
         noise: Tensor,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Return the `prediction_loss` of each latent z (b, c, h, w) at its timestep t (b,): (b,)."""
         from ldm.diffusion.loss import prediction_loss  # only training needs it
 
         output = self.apply_model(q_sample(z, t, noise, self.schedule), t, cond).float()
         ab = self.schedule.alphas_cumprod[t.cpu()]
-        return prediction_loss(self.prediction, output, z, noise, ab, error, weight)
+        return prediction_loss(self.prediction, output, z, noise, ab, error, weight, mask)
 
     def denoiser(self, seeds: Sequence[int] | None = None) -> Denoise:
         """Return `denoise(x, sigma, cond) -> Prediction`. seeds: the images', for networks with noise of their own."""

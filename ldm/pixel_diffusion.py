@@ -80,6 +80,7 @@ class PixelDiffusion(LatentDiffusion):
         noise: Tensor,
         error: str = "l2",
         weight: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
         bound_weight: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -93,10 +94,11 @@ class PixelDiffusion(LatentDiffusion):
             cond = {**cond, "c_concat": self.self_cond_x0(x, t, cond, generator)}
         predicted, share = self.predict(x, t, cond)
         ab = self.schedule.alphas_cumprod[t.cpu()]
-        losses = prediction_loss(self.prediction, predicted, z, noise, ab, error, weight)
+        losses = prediction_loss(self.prediction, predicted, z, noise, ab, error, weight, mask)
         if share is not None:
             x0 = predicted_x0(self.prediction, predicted.detach(), x, self.schedule.sigmas[t.cpu()])
-            losses = losses + bound_weight * self.schedule.T * step_bits(z, x, t, x0, share, self.schedule)
+            bits = step_bits(z, x, t, x0, share, self.schedule, mask)
+            losses = losses + bound_weight * self.schedule.T * bits
         return losses
 
     @torch.no_grad()

@@ -94,6 +94,7 @@ folder data.params:
   {root: class, size: 16, channels: 3, crop: random, flip: true, seed: {to: 1, with: {flip: true, crop: random}},
    caption: four, paths: [instance/0.png], buckets: [[32, 24]], reads: [image],
    shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, alpha: keep, resize: none,
+   mask: {to: alpha, with: {root: faulty, on_error: skip}},
    background: {to: black, with: {root: faulty, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty, on_error: skip}}, cache_dir: known}
 rows data.params:
@@ -104,12 +105,14 @@ rows data.params:
      network: {target: ldm.models.classifier.Judge, params: {widths: [4, 4, 8]}}}}, label: text}},
    shuffle_tags_after: {to: 0, with: {text: none, caption: 'four, five, six'}}, alpha: keep,
    background: {to: black, with: {root: faulty_rows, on_error: skip}},
+   mask: {to: alpha, with: {root: faulty_rows, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty_rows, on_error: skip}}, cache_dir: known}
 shards data.params:
   {root: '[01].tar', size: 16, channels: 3, crop: random, flip: true,
    seed: {to: 1, with: {flip: true, crop: random}}, caption: four, buckets: [[32, 24]], reads: [image],
    shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, mixed: 2, alpha: keep,
    background: {to: black, with: {root: faulty.tar, on_error: skip}},
+   mask: {to: alpha, with: {root: faulty.tar, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty.tar, on_error: skip}}, cache_dir: known}
 dreambooth data.params:
   {instance_data_dir: class, instance_prompt: a sks four, class_data_dir: elsewhere, class_prompt: four,
@@ -117,7 +120,7 @@ dreambooth data.params:
    default_class_images: {to: 6, with: {class_data_dir: elsewhere, default_class_images: 5}},
    class_guidance_scale: {to: 3.0, with: {class_data_dir: elsewhere, default_class_images: 5}},
    sample_batch_size: {to: 1, with: {class_data_dir: elsewhere, default_class_images: 5}}, crop: random, flip: true,
-   seed: {to: 1, with: {crop: random}}, min_samples: 50, buckets: true}
+   seed: {to: 1, with: {crop: random}}, min_samples: 50, buckets: true, mask: file}
 pixel stage.params.weight: {name: {to: snr, with: {name: min_snr}}, gamma: {to: 1.0, with: {name: min_snr}}}
 pixel stage.params.noise: {offset: 0.1, immiscible: true}
 pixel stage.params.timesteps:

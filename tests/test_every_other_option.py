@@ -124,6 +124,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --center_crop: | --crop random
 --enable_bucket: | --instance_data_dir third
 --random_flip:
+--mask: file
 --train_text: none
 --train_text_encoder:
 --text_encoder_lr: 0.1

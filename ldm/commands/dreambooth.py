@@ -58,6 +58,8 @@ FLAGS = {
         ("--enable_bucket --buckets", "data.params.buckets", const(True),
          "cut the subject's images to the nearest of several shapes of about as many pixels, not to squares"),
         ("--random_flip", "data.params.flip", const(True), "mirror half of the images"),
+        ("--mask", "data.params.mask", choose(("file", "alpha")),
+         "train on parts of the subject's images only: white in NAME.mask.png beside NAME.png, or opaque ones"),
     ],
     "training": [
         *TRAINING,

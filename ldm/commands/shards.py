@@ -56,6 +56,7 @@ def write_shards(data: "Folder", folder: Path, count: int) -> list[Path]:
     from tqdm import tqdm
 
     from ldm.checkpoint.atomic import atomic, write_text
+    from ldm.data.finding import MASK
 
     paths = [folder / f"{number:06}.tar" for number in range(-(-len(data) // count))]
     if others := sorted({*folder.glob("*.tar")} - {*paths}):
@@ -70,6 +71,8 @@ def write_shards(data: "Folder", folder: Path, count: int) -> list[Path]:
                     sample["txt"] = "\n".join(data.captions[index]).encode()
                 if "label" in data.reads:
                     sample["cls"] = str(data.labels[index]).encode()
+                if mask := data.mask_source(index):
+                    sample[MASK[1:]] = mask[0].read_bytes()
                 tar.write(sample)
     if "label" in data.reads:
         write_text(folder / "classes.txt", "\n".join([*data.classes, ""]))

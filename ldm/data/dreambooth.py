@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from ldm.data.buckets import Shape
-from ldm.data.finding import find_images
+from ldm.data.finding import MASK, find_images
 from ldm.data.folder import Folder
 from ldm.data.folder_captions import SIDECARS, TABLES
+from ldm.data.image_set import Mask
 
 CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 HALF_CHOICE = re.compile(r"\{[^}]*\||\|[^{]*\}")  # a choice that is not closed, or not opened
@@ -34,6 +35,7 @@ class DreamBooth(Dataset):
         buckets: As in `Folder`, for the subjects' images; class images are square, as they are generated. `groups` then
             says which samples may be in one batch, and an epoch holds every image at least 8 * `min_samples` times, so
             that little is lost with a bucket's last, incomplete batch.
+        mask: As in `Folder`, for the subjects' images; class images count whole.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class DreamBooth(Dataset):
         seed: int = 0,
         min_samples: int = 1,
         buckets: Sequence[Sequence[int]] | None = None,
+        mask: Mask | None = None,
     ) -> None:
         if not subjects:
             raise ValueError("DreamBooth needs a subject: give a folder with its images")
         settings: dict[str, Any] = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
+        own = settings | {"buckets": buckets, "mask": mask}
         self.instances: list[Any] = [
-            Folder(one["instance_dir"], caption=one["instance_prompt"], buckets=buckets, **settings) for one in subjects
+            Folder(one["instance_dir"], caption=one["instance_prompt"], **own) for one in subjects
         ]
         self.classes: list[Any] = []
         for one, images in zip(subjects, self.class_images(subjects), strict=True):
@@ -218,9 +222,9 @@ def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
 
 
 def unread(folder: str | Path, read: Iterable[Path]) -> list[str]:
-    """Return names of the files in a folder that are neither images read from it nor captions."""
+    """Return names of the files in a folder that are neither images read from it nor their captions or masks."""
     known, root = {Path(path) for path in read}, Path(folder)
-    captions = {path.with_suffix(suffix) for path in known for suffix in SIDECARS}
+    captions = {path.with_suffix(suffix) for path in known for suffix in (*SIDECARS, MASK)}
     files = (path for path in root.rglob("*") if path.is_file() and path.name not in TABLES)
     return sorted(str(path.relative_to(root)) for path in files if path not in known | captions)
 

@@ -22,18 +22,23 @@ _TABLE = (
     "content BLOB, crc32 INT) WITHOUT ROWID"
 )
 
+MASK = ".mask.png"  # after the name of an image, in place of its suffix
+
 
 def find_images(root: Path, empty: bool = False) -> list[Path]:
     """Return the images below a folder, sorted by name. FileNotFoundError if there are none, unless it may be empty.
 
     Links to folders are followed; ValueError if one leads back to a folder that it lies in. Hidden files and folders,
-    and __MACOSX, hold what editors, notebooks and archives leave there: they are skipped.
+    and __MACOSX, hold what editors, notebooks and archives leave there: they are skipped. So are the masks of images.
     """
     if empty and not root.is_dir():
         return []
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give one that holds images")
     paths = sorted(_walk(root, ()))
+    if any(path.name.endswith(MASK) for path in paths):
+        named = {path.with_suffix("") for path in paths}
+        paths = [path for path in paths if not (path.name.endswith(MASK) and Path(str(path)[: -len(MASK)]) in named)]
     if not paths and not empty:
         raise FileNotFoundError(f"{root} holds no images ({' '.join(sorted(SUFFIXES))})")
     return paths

@@ -1,14 +1,15 @@
 """A folder of images: with captions, with a sub-folder for each class, or with neither."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from ldm.checks import Range
-from ldm.data.finding import find_images
+from ldm.checks import Range, few
+from ldm.data.finding import MASK, find_images
 from ldm.data.folder_captions import read_captions, read_classes
 from ldm.data.image_files import Alpha
-from ldm.data.image_set import ImageSet, OnError
+from ldm.data.image_set import ImageSet, Mask, OnError
 from ldm.data.transforms import Resize
 
 
@@ -43,6 +44,9 @@ class Folder(ImageSet):
             time of change, its width and height, and the hash of its content.
         resize: "shorter" crops an image to the square, or its bucket's aspect ratio, and resizes it (Lanczos); "exact"
             resizes all of it, distorted; "none" cuts the square or bucket out of the image, which may not be smaller.
+        mask: What weighs the loss of denoising over an image: "file", the grey image NAME.mask.png beside NAME.png, of
+            its size, or "alpha", its own. White counts, black does not; an image without a mask counts whole. Without
+            this argument NAME.mask.png is not read, nor taken for an image.
 
     Every image is read once, unless it is known, so that none is found to be damaged in the middle of training. Raises
     ValueError, naming the file, for an image without caption or class where these are read, a caption without image or
@@ -67,14 +71,18 @@ class Folder(ImageSet):
         on_error: OnError = "refuse",
         resize: Resize = "shorter",
         cache_dir: str | None = None,
+        mask: Mask | None = None,
     ):
         if root is None:
             raise ValueError("no folder of images is given: name it with data.params.root=DIR (or root)")
-        fields = shuffle_tags_after, reads, alpha, background, on_error, resize, cache_dir
+        fields = shuffle_tags_after, reads, alpha, background, on_error, resize, cache_dir, mask
         super().__init__(size, channels, crop, flip, seed, buckets, *fields)
         self.root = Path(root)
         everything = find_images(self.root)
         self.paths = everything if paths is None else paths
+        if mask is None and (ignored := [path for path in self.paths if path.with_suffix(MASK).is_file()]):
+            what = "have a mask beside them, which denoising stages use with data.params.mask=file"
+            print(f"note: {len(ignored)} of {len(self.paths)} images {what}: {few(ignored, 3)}", file=sys.stderr)
         faults: dict[int, str] = {}
         if "caption" in reads:
             self.captions, faults = read_captions(self.root, self.paths, everything, caption)
@@ -88,3 +96,7 @@ class Folder(ImageSet):
 
     def source(self, index: int) -> tuple[Path, str]:
         return self.paths[index], str(self.paths[index])
+
+    def mask_source(self, index: int) -> tuple[Path, str] | None:
+        path = self.paths[index].with_suffix(MASK)
+        return (path, str(path)) if path.is_file() else None

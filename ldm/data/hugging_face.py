@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ldm.checks import Range, few, shorten
 from ldm.data.caption_choice import number_classes
@@ -26,6 +26,7 @@ class HuggingFace(ImageSet):
         size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error, cache_dir: As
             in `Folder`.
         caption: For images that have none, or an empty one; without it every image needs one.
+        mask: As in `Folder`, the images' alpha only.
     """
 
     def __init__(
@@ -50,9 +51,10 @@ class HuggingFace(ImageSet):
         background: str = "white",
         on_error: OnError = "refuse",
         cache_dir: str | None = None,
+        mask: Literal["alpha"] | None = None,
     ) -> None:
         fields = shuffle_tags_after, reads, alpha, background, on_error
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir)
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir, mask=mask)
         if root is None:
             raise ValueError("no data set is given: name a folder, or a data set of the hub, with data.params.root")
         data = load_split(root, split, subset, download)

@@ -71,6 +71,13 @@ class Reader:
         return image.convert(_MODES[self.channels])
 
 
+def read_alpha(source: Path | bytes, name: str = "an image") -> Image.Image | None:
+    """Read the alpha of an image, mode "L"; None if it has none. Errors as in `Reader`."""
+    with _open(source, name) as opened:
+        image = upright(opened)
+    return image.getchannel("A") if image.mode == "RGBA" else None
+
+
 def read_image(path: Path, channels: int = 3) -> Image.Image:
     """Read an image in mode "RGB" (channels 3) or "L" (channels 1) as a `Reader` does, over white."""
     return Reader(channels)(path)

@@ -2,21 +2,27 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
+import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.checks import Range, few
 from ldm.data.caption_choice import choose_caption
 from ldm.data.captions import Caption
-from ldm.data.finding import Identity, examine, file_identity
-from ldm.data.image_files import Alpha, Reader
+from ldm.data.finding import Examined, Identity, examine, file_identity
+from ldm.data.image_files import Alpha, Reader, read_alpha
 from ldm.data.transforms import Resize, Transform
 
 OnError = Literal["refuse", "skip"]
+Mask = Literal["file", "alpha"]
 NAMED = 20  # images that a message names
 
 
@@ -25,9 +31,10 @@ class ImageSet(Dataset):
         image    float32 (channels, height, width) in [-1, 1]
         caption  str, one of the image's captions, as a function of (seed, epoch, index)
         label    int, the number of its class
+        mask     float32 (1, height, width) in [0, 1], where `mask` says: the weight of each pixel in a denoising loss
 
-    A subclass has `__len__` and `source`, and sets what it reads of all images: `captions`, some for each, and `labels`
-    with `classes`, their names; then it calls `choose`.
+    A subclass has `__len__`, `source` and, for masks in files, `mask_source`, and sets what it reads of all images:
+    `captions`, some for each, and `labels` with `classes`, their names; then it calls `choose`.
 
     Args:
         size, crop, flip, seed, buckets, resize: As in `Transform`.
@@ -37,6 +44,7 @@ class ImageSet(Dataset):
         on_error: "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them;
             "skip" leaves them out, and lists them as a note.
         cache_dir: A folder that keeps what is known of the images, for this and other runs.
+        mask: "file" for `mask_source`, "alpha" for the images' own; an image that has none counts whole.
     """
 
     captions: Sequence[Sequence[str]]
@@ -58,7 +66,12 @@ class ImageSet(Dataset):
         on_error: OnError = "refuse",
         resize: Resize = "shorter",
         cache_dir: str | None = None,
+        mask: Mask | None = None,
     ) -> None:
+        if mask not in (None, *get_args(Mask)):
+            raise ValueError(f"mask is 'file' or 'alpha', not {mask!r}")
+        if mask == "alpha" and channels in (2, 4):
+            raise ValueError(f"mask 'alpha' needs channels 1 or 3: alpha is an image's own channel with {channels}")
         if on_error not in get_args(OnError):
             raise ValueError(f"on_error is 'refuse' or 'skip', not {on_error!r}")
         if cache_dir is not None and os.path.isfile(cache_dir):
@@ -69,6 +82,7 @@ class ImageSet(Dataset):
         self.epoch = 0
         self.augments = self.transform.augments
         self.seed, self.shuffle_tags_after, self.reads = seed, shuffle_tags_after, tuple(reads)
+        self.mask = mask
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -81,6 +95,10 @@ class ImageSet(Dataset):
         """Return what an image is known by, from one start to the next."""
         found = self.source(index)[0]
         return (sha256(found).digest(), "") if isinstance(found, bytes) else file_identity(found)
+
+    def mask_source(self, index: int) -> tuple[Path | bytes, str] | None:
+        """Return the file of an image's mask as `source` does; None if it has none."""
+        raise NotImplementedError
 
     def choose(self, count: int, faults: Mapping[int, str] | None = None) -> list[int]:
         """Return which of the `count` images are used, keep what is read of these, and set their (width, height).
@@ -96,6 +114,8 @@ class ImageSet(Dataset):
                 wrong[i] = one.fault
             elif fault := self.transform.fault(*one.size):
                 wrong[i] = f"{self.source(i)[1]} {fault}"
+        if self.mask is not None:
+            wrong |= self._mask_faults(examined, [i for i in range(count) if i not in wrong])
         kept = [i for i in range(count) if i not in wrong]
         some = "; ".join([wrong[i] for i in sorted(wrong)][:NAMED]) + (" ..." if len(wrong) > NAMED else "")
         if wrong and self.on_error == "refuse":
@@ -115,6 +135,39 @@ class ImageSet(Dataset):
         self.groups = None if self.transform.buckets is None else self.shapes
         return kept
 
+    def _mask_faults(self, examined: Sequence[Examined], indices: Sequence[int]) -> dict[int, str]:
+        """Return what is wrong with the masks of these images, by index. ValueError if none has a mask."""
+
+        def look(index: int) -> tuple[bool, str]:  # whether there is a mask, and what is wrong with it
+            name, (width, height) = self.source(index)[1], examined[index].size
+            try:
+                mask = self._read_mask(index)
+            except (OSError, ValueError) as error:
+                return True, str(error)
+            if mask is None:
+                return False, ""
+            if mask.size != (width, height):
+                return True, f"the mask of {name} is {mask.width} x {mask.height} pixels, and it {width} x {height}"
+            cut = self.transform.crop == "center"  # a random crop shows another part in every epoch
+            seen = self.transform.mask(mask, 0, index, self.transform.shape(width, height)) if cut else mask
+            return True, "" if np.any(np.asarray(seen)) else f"the mask of {name} is black: nothing to train on is left"
+
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # filters are of all threads
+            found = [*pool.map(look, indices)]
+        lacking = [self.source(index)[1] for index, (has, _) in zip(indices, found, strict=True) if not has]
+        some = f"{len(lacking)} of {len(indices)} images have no mask ({self.mask}): {few(lacking, 3)}"
+        if lacking and len(lacking) == len(indices):
+            raise ValueError(f"{some}; leave out data.params.mask, or give masks")
+        if lacking:
+            print(f"note: {some}; they count whole", file=sys.stderr)
+        return {index: fault for index, (_, fault) in zip(indices, found, strict=True) if fault}
+
+    def _read_mask(self, index: int) -> Image.Image | None:
+        if self.mask == "alpha":
+            return read_alpha(*self.source(index))
+        found = self.mask_source(index)
+        return None if found is None else Reader(1, background="black")(*found)
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
@@ -126,9 +179,15 @@ class ImageSet(Dataset):
         return [text for captions in self.captions for text in captions]
 
     def without_image(self, index: int) -> dict[str, Any]:
-        """Return a sample without its image, which is not read."""
+        """Return a sample without its image, which is read for its alpha only."""
         sample: dict[str, Any] = {"caption": self.caption(index).text} if "caption" in self.reads else {}
-        return sample | ({"label": self.labels[index]} if "label" in self.reads else {})
+        if "label" in self.reads:
+            sample["label"] = self.labels[index]
+        if self.mask is not None:
+            shape, mask = self.shapes[index], self._read_mask(index)
+            ones = torch.ones(1, *shape[::-1])
+            sample["mask"] = ones if mask is None else self.transform.mask(mask, self.epoch, index, shape)
+        return sample
 
     def content(self, index: int) -> bytes:
         """Return what the pixels of an image follow from, for caches: its file, its shape, and how both are read."""

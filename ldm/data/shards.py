@@ -28,13 +28,13 @@ import torch
 
 from ldm.checks import Range, check_file, few, shorten
 from ldm.data.caption_choice import split_captions
-from ldm.data.finding import Identity, file_identity
+from ldm.data.finding import MASK, Identity, file_identity
 from ldm.data.image_files import Alpha
-from ldm.data.image_set import ImageSet, OnError
+from ldm.data.image_set import ImageSet, Mask, OnError
 from ldm.images import SUFFIXES
 
 CAPTIONS = (".txt", ".caption", ".json")
-KINDS = ("image", *CAPTIONS, ".cls")
+KINDS = ("image", *CAPTIONS, ".cls", MASK)
 
 
 class Shards(ImageSet):
@@ -52,6 +52,7 @@ class Shards(ImageSet):
         size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error, cache_dir: As
             in `Folder`.
         caption: For images that have none, or an empty one; without it every image needs one.
+        mask: As in `Folder`; "file" is the member .mask.png.
 
     Raises ValueError, naming the shard, for one that is damaged, compressed, or has an image without caption or class
     where these are read.
@@ -74,9 +75,10 @@ class Shards(ImageSet):
         background: str = "white",
         on_error: OnError = "refuse",
         cache_dir: str | None = None,
+        mask: Mask | None = None,
     ) -> None:
         fields = shuffle_tags_after, reads, alpha, background, on_error
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir)
+        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir, mask=mask)
         self.paths, self.mixed = find_shards(root), mixed
         tables = [np.array([*_table(path)], np.int64).reshape(-1, len(KINDS), 2) for path in self.paths]
         self.members = np.concatenate(tables)  # of all images: offset and size of each of KINDS, -1 where there is none
@@ -100,6 +102,10 @@ class Shards(ImageSet):
 
     def identity(self, index: int) -> Identity:
         return file_identity(self._shard(index), int(self.members[index, 0, 0]))
+
+    def mask_source(self, index: int) -> tuple[bytes, str] | None:
+        there = self.members[index, KINDS.index(MASK), 0] >= 0
+        return (self._content(index, MASK), self.name(index, MASK)) if there else None
 
     def shuffled(self, generator: torch.Generator) -> Iterator[int]:
         """Yield all indices: shards in random order, the images of `mixed` of them at a time shuffled.

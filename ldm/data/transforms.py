@@ -68,19 +68,27 @@ class Transform:
 
     def __call__(self, image: Image.Image, epoch: int, index: int | str, shape: Shape | None = None) -> Tensor:
         """Transform an image, to the `shape` that was said before if given; `index` identifies it in its data set."""
+        return to_tensor(self._cut(image, epoch, index, shape or self.shape(*image.size), Image.Resampling.LANCZOS))
+
+    def mask(self, mask: Image.Image, epoch: int, index: int | str, shape: Shape) -> Tensor:
+        """Transform the grey mask of an image as the image, by areas: float32 (1, height, width) in [0, 1]."""
+        return to_tensor(self._cut(mask, epoch, index, shape, Image.Resampling.BOX)).add_(1).div_(2)
+
+    def _cut(
+        self, image: Image.Image, epoch: int, index: int | str, shape: Shape, filtering: Image.Resampling
+    ) -> Image.Image:
         uniform = random.Random(f"{self.seed} {epoch} {index}").random
         place = (uniform(), uniform()) if self.crop == "random" else (0.5, 0.5)
-        shape = shape or self.shape(*image.size)
         if self.resize == "exact":
-            image = image.resize(shape, Image.Resampling.LANCZOS)
+            image = image.resize(shape, filtering)
         else:
-            image = crop_to(image, shape, place, largest=self.resize == "shorter")
-        if self.flip and uniform() < 0.5:
-            image = ImageOps.mirror(image)
-        return to_tensor(image)
+            image = crop_to(image, shape, place, self.resize == "shorter", filtering)
+        return ImageOps.mirror(image) if self.flip and uniform() < 0.5 else image
 
 
-def crop_to(image: Image.Image, shape: Shape, place: tuple[float, float], largest: bool = True) -> Image.Image:
+def crop_to(
+    image: Image.Image, shape: Shape, place: tuple[float, float], largest: bool, filtering: Image.Resampling
+) -> Image.Image:
     """Crop to the aspect ratio of `shape` at `place`, (x, y) from 0 (left, top) to 1 (right, bottom), and resize to it.
 
     The part is as large as can be, or, without `largest`, of that shape.
@@ -93,7 +101,7 @@ def crop_to(image: Image.Image, shape: Shape, place: tuple[float, float], larges
     box = (left, top, left + part[0], top + part[1])
     if part == [*shape]:
         return image.crop(box)
-    return image.resize(shape, Image.Resampling.LANCZOS, box=box)
+    return image.resize(shape, filtering, box=box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ldm.diffusion.loss import weighted_mean
 from ldm.diffusion.posterior import levels, q_posterior
 from ldm.diffusion.schedule import Schedule
 
@@ -33,7 +34,15 @@ def log_variances(t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
     return small.log(), (1 - now / before).log()
 
 
-def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor | float, schedule: Schedule) -> Tensor:
+def step_bits(
+    x0: Tensor,
+    x: Tensor,
+    t: Tensor,
+    predicted: Tensor,
+    share: Tensor | float,
+    schedule: Schedule,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Return the bound's term at timestep t (b,) of each image, in bits per dimension: (b,).
 
     Args:
@@ -41,6 +50,7 @@ def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor
         x: The image at timestep t, in DDPM's variance-preserving scaling.
         predicted: The network's x0.
         share: Where the log variance lies between the small (0) and the large one (1); (b, ...) if learned.
+        mask: As in `weighted_mean`.
     """
     shape = [-1, *[1] * (x.ndim - 1)]
     small, large = (log.reshape(shape).to(x) for log in log_variances(t, schedule))  # (b, 1, ...)
@@ -50,7 +60,7 @@ def step_bits(x0: Tensor, x: Tensor, t: Tensor, predicted: Tensor, share: Tensor
     divergence = normal_kl(true, small, mean, log_variance)
     decoder = -log_bin(x0, mean, log_variance)
     first = (t == 0).reshape(shape).to(x.device)
-    return torch.where(first, decoder, divergence).flatten(1).mean(1) / math.log(2)
+    return weighted_mean(torch.where(first, decoder, divergence), mask) / math.log(2)
 
 
 def prior_bits(x0: Tensor, schedule: Schedule) -> Tensor:

@@ -20,6 +20,7 @@ def prediction_loss(
     alphas_cumprod_t: Tensor,
     error: str = "l2",
     weight: Mapping[str, Any] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return the weighted mean error of a network's output (b, ...) for x_t: (b,), one loss for each image.
 
@@ -28,19 +29,32 @@ def prediction_loss(
         x0, noise: What x_t consists of, (b, ...) each.
         alphas_cumprod_t: ab at the timestep of each image, (b,).
         weight: Arguments of `loss_weight`; None is a weight of 1.
+        mask: As in `weighted_mean`.
     """
-    losses = mean_error(error, output, target(prediction, x0, noise, alphas_cumprod_t))
+    losses = mean_error(error, output, target(prediction, x0, noise, alphas_cumprod_t), mask)
     if weight is None:
         return losses
     return losses * loss_weight(prediction=prediction, alphas_cumprod_t=alphas_cumprod_t, **weight).to(losses)
 
 
-def mean_error(error: str, predicted: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean squared (l2) or absolute (l1) difference of each image: (b, ...) -> (b,)."""
+def mean_error(error: str, predicted: Tensor, wanted: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the `weighted_mean` of the squared (l2) or absolute (l1) difference of each image: (b, ...) -> (b,)."""
     if error not in ERRORS:
         raise ValueError(f"unknown error {error!r}; choose from {', '.join(ERRORS)}")
     difference = predicted - wanted
-    return (difference.square() if error == "l2" else difference.abs()).flatten(1).mean(1)
+    return weighted_mean(difference.square() if error == "l2" else difference.abs(), mask)
+
+
+def weighted_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean of each image's values (b, c, h, w), weighted by a mask (b, 1, h, w) in [0, 1] if given: (b,).
+
+    The mean is over the mask's weight, so that an image counts the same however much of it the mask shows; OneTrainer's
+    "normalize masked area loss" does so too, while kohya's scripts divide by the whole area. A black mask gives 0.
+    """
+    if mask is None:
+        return values.flatten(1).mean(1)
+    weight = mask.flatten(1).mean(1).clamp(min=torch.finfo(mask.dtype).tiny)
+    return (values * mask).flatten(1).mean(1) / weight
 
 
 def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: float = 5.0) -> Tensor:

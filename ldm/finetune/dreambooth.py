@@ -24,6 +24,7 @@ from ldm.finetune.parts import FineTuningStage, choose_layers, choose_text, rate
 from ldm.images import to_pil
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.latents import LatentDataset, encode_dataset
+from ldm.training.objective import loss_mask
 from ldm.training.optimizers import make_optimizer
 from ldm.training.stage import Loss
 from ldm.util import call_with
@@ -185,10 +186,14 @@ class DreamBoothStage(FineTuningStage):
         captions = [batch[f"{part}caption"] for part in parts]
         with torch.no_grad():
             z = [self.latents(batch, part) for part in parts]  # (b, z, h/f, w/f) each
+        masks = [loss_mask(batch, z[0]), None]  # class images count whole
         batches = len(parts) if len({half.shape for half in z}) == 1 else 1
         if batches == len(parts):
+            if masks[0] is not None:
+                masks = [torch.cat([masks[0], *(torch.ones_like(half[:, :1]) for half in z[1:])])]
             z, captions = [torch.cat(z)], [sum(captions, [])]
-        losses, (cond, *_) = zip(*(self._losses(*both, batches) for both in zip(z, captions, strict=True)), strict=True)
+        rows = zip(z, captions, masks, strict=False)  # as many as z
+        losses, (cond, *_) = zip(*(self._losses(*row, batches) for row in rows), strict=True)
         instance, *prior = (part.mean() for part in torch.cat(losses).chunk(len(parts)))
         if not prior:
             return instance, {"loss": instance, "instance_loss": instance}
@@ -199,12 +204,12 @@ class DreamBoothStage(FineTuningStage):
         repulsion = embedding_repulsion(self._directions(cond), self.class_directions, len(batch["caption"]))
         return loss + repulsion, values | {"embedding_repulsion": repulsion}
 
-    def _losses(self, z: Tensor, captions: list[str], parts: int) -> tuple[Tensor, Conditioning]:
+    def _losses(self, z: Tensor, captions: list[str], mask: Tensor | None, parts: int) -> tuple[Tensor, Conditioning]:
         """Return the loss of each of the latents z (b, ...), of so many batches, and the captions' conditioning."""
         given = z, self.share, parts
         t, noise = self.objective.sample_timesteps(*given), self.objective.sample_noise(*given)
         cond = self._condition(captions)
-        return self.objective.losses(z, cond, t, noise, self.share), cond
+        return self.objective.losses(z, cond, t, noise, self.share, mask), cond
 
     def _directions(self, cond: Conditioning) -> Conditioning:
         """Return unit vectors (b, -) from the empty prompt's embedding to each of (b, ...)."""

@@ -44,7 +44,7 @@ class FineTuningStage(Stage):
         preview_columns, adam: of `Stage`.
     """
 
-    rehearses = False
+    rehearses, masked = False, True
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from ldm.finetune.parts import FineTuningStage, knows_only_digits, save_contact_
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training.latents import LatentDataset, encode_dataset
+from ldm.training.objective import loss_mask
 from ldm.training.stage import Loss
 
 # Captions that fit any image of the subject: they mention nothing but the subject.
@@ -113,7 +114,7 @@ class TextualInversionStage(FineTuningStage):
         said = self.share.cut(chosen).tolist()
         cond = model.cond_stage_model([self.captions[i] for i in said])
         noise = self.objective.sample_noise(z, self.share)
-        loss = self.objective.losses(z, cond, t, noise, self.share).mean()
+        loss = self.objective.losses(z, cond, t, noise, self.share, loss_mask(batch, z)).mean()
         moved = ((self.vectors - self.start.to(self.vectors)) / self.deviation).square().mean()
         return loss + self.pull * moved, {"loss": loss, "moved": moved.sqrt()}
 

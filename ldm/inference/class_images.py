@@ -21,6 +21,7 @@ from ldm.conditioning.prompt import count_chunks
 from ldm.data.buckets import bucket_shapes
 from ldm.data.dreambooth import DreamBooth, Subject, as_list, choices, identifiers, notes_on_images, subjects
 from ldm.data.finding import find_images
+from ldm.data.image_set import Mask
 from ldm.finetune.parts import known_prompts
 from ldm.inference.again import read_image_text, recipe_from_text
 from ldm.inference.generate import default_recipe, generate_run
@@ -52,6 +53,7 @@ class SubjectImages(DreamBooth):
         class_guidance_scale, sample_batch_size: how class images are generated.
         min_samples: smallest number of samples in an epoch, for each process.
         buckets: cut the subjects' images to the nearest of `bucket_shapes`.
+        mask: as in `Folder`, for the subjects' images.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class SubjectImages(DreamBooth):
         seed: int = 0,
         min_samples: int = 1,
         buckets: bool = False,
+        mask: Mask | None = None,
     ) -> None:
         if class_prompt is None and (num_class_images is not None or any(as_list(keep_prompt))):
             raise ValueError("num_class_images and keep_prompt need class_prompt: without it there are no class images")
@@ -91,7 +94,7 @@ class SubjectImages(DreamBooth):
         self._collect = partial(collect, model, classes, *generated)
         rows = [one._asdict() for one in found]
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        super().__init__(rows, size, channels, crop, flip, seed, min_samples * processes, shapes)
+        super().__init__(rows, size, channels, crop, flip, seed, min_samples * processes, shapes, mask)
 
     def class_images(self, subjects: Sequence[Mapping[str, Any]]) -> list[dict[str, str | None] | None]:
         """Generate the class images that are missing, once all that the user has is known to be good."""

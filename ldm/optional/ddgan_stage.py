@@ -46,6 +46,7 @@ class DenoisingGANStage(PixelDiffusionStage):
         reconstruction: weight of |x0' - x0|^2, a mean over pixels; 0 is the paper's loss.
     """
 
+    masked = False  # the discriminator sees all of an image
     validate = Stage.validate  # there is none: the error of x0 does not say how good a sample of it is
 
     def __init__(

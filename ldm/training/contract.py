@@ -43,6 +43,8 @@ def check_dataset(stage: Stage, dataset: Any) -> None:
     require(isinstance(first, Mapping), f"its samples are of type {type(first).__name__}, not mappings")
     lacking = [key for key in stage.reads if key not in first]
     require(not lacking, f"its samples have no {', '.join(lacking)}, only {', '.join(map(str, first))}")
+    wrong = "its samples have a mask, and this stage's loss takes none: leave out data.params.mask here"
+    require(stage.masked or not getattr(dataset, "mask", None), wrong)
     image, caption = first["image"], first.get("caption", "")
     require(isinstance(image, Tensor), f"its image must be a tensor, not of type {type(image).__name__}")
     found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
@@ -50,6 +52,10 @@ def check_dataset(stage: Stage, dataset: Any) -> None:
     require(good, f"its image must be floats (channels, height, width), not {found}")
     low, high = image.min().item(), image.max().item()
     require(-1.01 <= low and high <= 1.01, f"its image must be in [-1, 1], not from {low:g} to {high:g}")
+    if stage.masked and "mask" in first:
+        mask, wanted = first["mask"], (1, *image.shape[1:])
+        good = isinstance(mask, Tensor) and mask.is_floating_point() and mask.shape == wanted
+        require(good and 0 <= mask.min() <= mask.max() <= 1, f"its mask must be floats {wanted} in [0, 1]")
     require(isinstance(caption, str), f"its caption must be a text, not {caption!r}")
     require(groups is None or len(groups) == len(dataset), "its groups must list the shape of each image")
     shapes = {tuple(image.shape), tuple(last["image"].shape)} if groups is None else set(groups)

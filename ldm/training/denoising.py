@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
 from ldm.latent_diffusion import Conditioning, require
-from ldm.training.objective import Objective
+from ldm.training.objective import Objective, loss_mask
 from ldm.training.stage import Loss, Stage
 from ldm.util import progress_bar
 
@@ -27,6 +27,8 @@ class DenoisingStage(Stage):
         objective: the loss, with its model.
         preview_prompts: a prompt or class for each preview image.
     """
+
+    masked = True
 
     def __init__(self, objective: Objective, preview_prompts: Sequence[Any], preview_columns: int, **adam: Any) -> None:
         super().__init__(preview_columns, **adam)
@@ -91,7 +93,7 @@ class DenoisingStage(Stage):
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         z, cond = self.data(batch)
         t, noise = self.objective.sample_timesteps(z, self.share), self.objective.sample_noise(z, self.share)
-        loss = self.objective.losses(z, cond, t, noise, self.share).mean()
+        loss = self.objective.losses(z, cond, t, noise, self.share, loss_mask(batch, z)).mean()
         return loss, {"loss": loss}
 
     def validation_count(self, images: int) -> int:
@@ -101,13 +103,14 @@ class DenoisingStage(Stage):
     def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Return the mean squared error of the prediction, over all timesteps and in BINS ranges of them.
 
-        Timesteps are uniform and errors not weighted, whatever the objective: runs that differ in it compare.
+        Timesteps are uniform and errors not weighted, whatever the objective: runs that differ in it compare. Masks
+        are of the data, not of the objective: images that have them are measured where their masks say.
         """
         z, cond = self.data(batch, training=False)
         T, bins = self.objective.model.schedule.T, min(BINS, self.objective.model.schedule.T)
         t = (places * T).long()
         eps = torch.stack([torch.randn(z.shape[1:], generator=generator) for generator in noise])
-        losses = self.latent_diffusion.loss(z, cond, t.to(z.device), eps.to(z))
+        losses = self.latent_diffusion.loss(z, cond, t.to(z.device), eps.to(z), mask=loss_mask(batch, z))
         values, nan = {"loss": losses}, losses.new_tensor(torch.nan)
         for k in range(bins):
             low, high = -(-k * T // bins), -(-(k + 1) * T // bins)

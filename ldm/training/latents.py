@@ -21,7 +21,7 @@ PIXELS = 2**20  # of a batch that is encoded: 256 images of 64 x 64
 class LatentDataset(Dataset):
     """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each.
 
-    keys: what else of its samples training reads.
+    keys: what else of its samples training reads, besides masks, of which the pixels stay: they are not encoded.
     """
 
     def __init__(
@@ -31,7 +31,8 @@ class LatentDataset(Dataset):
         std: Any,
         keys: Sequence[str] = ("caption",),
     ) -> None:
-        self.dataset, self.mean, self.std, self.keys = dataset, mean, std, keys
+        self.dataset, self.mean, self.std, self.keys = dataset, mean, std, tuple(keys)
+        self.keys += ("mask",) if "mask" in self._sample(0) else ()
         self.groups = getattr(dataset, "groups", None)  # the latents of a batch have one shape, too
         self.shuffled = getattr(dataset, "shuffled", None)  # the same order as without latents
 
@@ -46,11 +47,12 @@ class LatentDataset(Dataset):
         return [{**self._others(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
 
     def _others(self, index: int) -> dict[str, Any]:
-        if not self.keys:
-            return {}
-        own = hasattr(self.dataset, "without_image")  # of our own data sets: it does not read the image
-        sample = self.dataset.without_image(index) if own else self.dataset[index]
+        sample = self._sample(index) if self.keys else {}
         return {key: sample[key] for key in self.keys}
+
+    def _sample(self, index: int) -> Any:
+        own = hasattr(self.dataset, "without_image")  # of our own data sets: it does not read the image
+        return self.dataset.without_image(index) if own else self.dataset[index]
 
 
 def encode_dataset(first_stage: nn.Module, dataset: Any, share: BatchShare, workers: int = 0) -> tuple[Any, Any]:

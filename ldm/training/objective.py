@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ldm.diffusion.loss import loss_weight, mean_error
 from ldm.diffusion.schedule import training_timesteps
@@ -61,10 +62,21 @@ class Objective:
         noise = training_noise(share.joined(z, parts), generator=share.generator(z.device), **self.noise)
         return share.cut(noise, parts)
 
-    def losses(self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor, share: BatchShare) -> Tensor:
+    def losses(
+        self, z: Tensor, cond: Conditioning, t: Tensor, noise: Tensor, share: BatchShare, mask: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of each of the latents z (b, ...), noised by `noise` at timesteps t (b,): (b,)."""
         random = {"generator": share.generator()} if getattr(self.model, "self_condition", False) else {}
-        return self.model.loss(z, cond, t, noise, self.error, self.weight, **self.extras, **random)
+        return self.model.loss(z, cond, t, noise, self.error, self.weight, mask, **self.extras, **random)
+
+
+def loss_mask(batch: Mapping[str, Any], z: Tensor) -> Tensor | None:
+    """Return the weights of latents z (b, c, h, w) by their images' masks, (b, 1, h, w); None where they have none.
+
+    A weight is the mean of the mask over a latent's part of the image.
+    """
+    mask = batch.get("mask")
+    return None if mask is None else F.interpolate(mask, z.shape[-2:], mode="area")
 
 
 def timestep_settings(given: Mapping[str, Any] | None, T: int) -> dict[str, Any]:

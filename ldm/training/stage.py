@@ -33,6 +33,7 @@ class Stage:
     reads: tuple[str, ...] = ("image",)  # what a sample of its data set needs
     methods: ClassVar[tuple[str, ...]] = ()  # what its data set needs besides
     takes_shapes: ClassVar[bool] = True  # whether the images of its data set may have several shapes
+    masked: ClassVar[bool] = False  # whether masks of its data set's images weigh its loss
     workers = 0  # processes that load data, which the loop sets
     cache_dir: str | None = None  # where `prepare` keeps what it makes, for other runs
     validation_batch: ClassVar[int | None] = None  # images that a value of `validate` depends on; None: itself only
