@@ -1,9 +1,12 @@
 """The cache on disk: equal to encoding in training, resumable after a kill, shared, and verified when it is read."""
 
 import copy
+import json
 import multiprocessing
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -11,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+import yaml
+from conftest import TINY, refused
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_stages import config_of, write_inputs
+from tiny_stages import config_of, write_inputs, write_rows
 
+from ldm.checkpoint.writing import save_file
 from ldm.data import finding
 from ldm.data.digits import Digits
 from ldm.data.folder import Folder
@@ -26,7 +31,9 @@ from ldm.training.cache import CachedTexts, cached_latents, captions_of
 from ldm.training.latents import encode_dataset, encode_texts
 from ldm.training.loop import train
 from ldm.training.share import BatchShare
+from ldm.util import instantiate_from_config
 
+ROOT = Path(__file__).parents[1]
 COUNT = 60  # images: seven shards of 8 and one of 4
 
 
@@ -204,6 +211,23 @@ def test_what_is_known_of_files_is_not_found_out_again(tmp_path, tiny_model, enc
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("kind", ["shards", "rows"])
+def test_other_data_sets_find_the_entries_of_a_folder(tmp_path, tiny_model, encoded, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    if kind == "rows":
+        write_rows(tmp_path)
+    expected = latents(tiny_model, "cache", Folder("instance", 32, 1, caption=""))
+    names, own = [], finding.examine_image
+    monkeypatch.setattr(finding, "examine_image", lambda *source: (names.append(source[1]), own(*source))[1])
+    for count in (3, 0):
+        finding._HERE.execute("DELETE FROM images")
+        data = instantiate_from_config(config_of(kind)["data"], cache_dir="cache")
+        assert torch.equal(latents(tiny_model, "cache", data), expected[:, : len(data)])
+        assert len(names) == count and sum(encoded) == 3
+        names.clear()
+
+
 def test_texts_are_as_without_a_cache(tiny_model, digits, tmp_path, monkeypatch):
     encoder, known = tiny_model.cond_stage_model, ["", *captions_of(digits)]
     cached = CachedTexts(tmp_path, tiny_model, digits)
@@ -249,3 +273,67 @@ def test_a_file_is_not_a_folder_of_caches(tmp_path, tiny_parts):
 
     (tmp_path / "file").touch()
     refused("cache_dir .* is a file: name a folder", diffusion, tiny_parts, cache_dir=str(tmp_path / "file"))
+
+
+MANY = """
+import json, os, sys, time
+from pathlib import Path
+import torch
+from PIL import Image
+from ldm.training import loop
+
+torch.set_num_threads(1)
+count, config, points = int(sys.argv[1]), json.loads(sys.argv[2]), []
+
+def note(what):
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    memory = {line[0][:-1]: int(line[1]) // 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:", "RssAnon:")}
+    points.append((what, time.process_time(), memory))
+    print(*points[-1], file=sys.stderr, flush=True)
+
+def noted(owner, name):
+    own = getattr(owner, name)
+    def call(*args, **options):
+        found = own(*args, **options)
+        note(name)
+        return found
+    setattr(owner, name, call)
+
+for i in range(count):
+    path = Path("images", f"{i // 1000:03}", f"{i:06}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = bytes((j + i) % 256 for j in range(192))
+    Image.frombytes("RGB", (64, 64), row * 64).save(path, compress_level=1)
+    path.with_suffix(".txt").write_text(f"a gradient number {i % 1000}")
+note("written")
+noted(loop, "build_datasets")
+noted(loop, "EpochBatches")  # after the cache is built
+noted(loop.Stage, "turn")
+loop.train(config, device="cpu")
+print(json.dumps(points))
+"""
+
+
+@pytest.mark.full
+def test_training_on_many_images_takes_little_memory(tmp_path):
+    """100,000 of 64 px, with the UNet of configs/folder and an autoencoder of little work with its latents' size.
+
+    256 images are distinct, so of the mapped cache little is read: this measures what is not mapped.
+    """
+    write_inputs(tmp_path)
+    config = yaml.safe_load((ROOT / "configs" / "folder" / "diffusion.yaml").read_text())
+    first = copy.deepcopy(TINY["first_stage_config"])
+    first["params"]["ddconfig"] |= {"ch": 4, "ch_mult": [1, 1, 1], "norm_groups": 4, "resolution": 64}
+    first["params"]["ddconfig"] |= {"in_channels": 3, "out_ch": 3, "attn_resolutions": [], "attn_type": "none"}
+    network = instantiate_from_config(first)
+    save_file(tmp_path / "coarse", network.state_dict(), first)
+    config["stage"]["params"] |= {"first_stage": "coarse", "cond_stage": "cond_stage", "cache_dir": "cache"}
+    config["stage"]["params"]["defaults"] = {"height": 64, "width": 64, "steps": 2, "scale": 3.0}
+    config["stage"]["params"]["unet_config"]["params"] |= {"context_dim": 32, "adm_in_channels": 24}
+    config["data"]["params"]["root"] = "images"
+    config["outdir"], config["loop"] = "out", {"steps": 8, "batch_size": 8, "report_to": "none", "precision": "fp32"}
+    command = [sys.executable, "-c", MANY, "100000", json.dumps(config)]
+    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=paths, check=True)
+    before, *_, after = [memory for _, _, memory in json.loads(done.stdout.splitlines()[-1])]
+    assert after["RssAnon"] < 1024 and before["RssAnon"] < after["RssAnon"]

@@ -111,6 +111,28 @@ def test_two_processes_are_one_with_their_batches_together(inputs):
 
 
 @pytest.mark.full
+def test_two_processes_make_one_cache(inputs):
+    """An image is encoded by one of them, one shows the progress, and training is as from memory, to the bit."""
+    ones = "from ldm.training import cache\ncache.SHARD = 4\n"
+    count = "import atexit, os\nown, made = cache.encode_batch, []\n"
+    count += "cache.encode_batch = lambda net, images: (made.append(len(images)), own(net, images))[1]\n"
+    count += "atexit.register(lambda: os.path.exists('cache') and open(f'made{rank}', 'w').write(str(sum(made))))\n"
+    script = RUN.replace("    sys.addaudithook(watch)", "    pass").replace("def watch", ones + count + "def watch")
+    (inputs / "cached.py").write_text(script)
+    for name, cache in (("memory", None), ("disk", "cache")):
+        configs = json.loads(configured(name, ("diffusion", "shards"), batch_size=1))
+        for config in configs:
+            config["stage"]["params"] |= {"cache_latents": True, "cache_dir": cache}
+        done = launch(2, "cached.py", json.dumps(configs), cwd=inputs)
+        assert done.stderr.count("encoding images:   0%") == 2  # one of each stage
+    for stage in ("diffusion", "shards"):
+        memory, disk = (result(inputs / name / stage)[0] for name in ("memory", "disk"))
+        assert torch.equal(memory, disk), stage
+    made = [int((inputs / f"made{rank}").read_text()) for rank in range(2)]
+    assert sum(made) == 19
+
+
+@pytest.mark.full
 def test_dreambooth_in_two_processes(tiny_checkpoint, images):
     """Class images are generated once, five images are enough for two batches of four, and results are printed once."""
     given = {"ckpt": tiny_checkpoint, "instance_data_dir": images / "instance", "output_dir": images / "out"}
