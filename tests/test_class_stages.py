@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ldm.data.digits import Digits
 from ldm.training.classes import drop_classes, shown_classes
 from ldm.training.contract import build_dataset
 from ldm.training.diffusion import DiffusionStage
+from ldm.training.loop import train as train_run
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.share import BatchShare
 from ldm.util import instantiate_from_config
@@ -48,6 +50,22 @@ def test_the_folders_classes_become_the_models():
     loss.backward()
     assert conditioner.embedding.weight.grad[:2].abs().sum(1).min() > 0
     assert stage.export()[0]["params"]["cond_stage_config"]["params"]["names"] == ["cat", "dog"]
+
+
+def test_resuming_with_other_images_is_noted_and_with_other_classes_refused(tmp_path, capsys):
+    config = config_of("classes") | {"outdir": str(tmp_path / "out")}
+    train_run(config, device="cpu")
+    config["loop"]["steps"] = 3
+    shutil.copy("sorted/cat/0.png", "sorted/cat/9.png")
+    train_run(config, resume=True, device="cpu")
+    assert "is resumed with other images: 3 when it was started, 4 now" in capsys.readouterr().err
+    config["loop"]["steps"] = 4
+    Path("sorted/cat").rename("sorted/zebra")  # the dogs would become number 0
+    refused("started with the classes cat, dog and the data has dog, zebra", train_run, config, True, device="cpu")
+    Path("sorted/zebra").rename("sorted/cat")
+    Path("sorted/emu").mkdir()
+    shutil.copy("sorted/cat/0.png", "sorted/emu/0.png")
+    refused("classes cat, dog and the data has cat, dog, emu", train_run, config, True, device="cpu")
 
 
 def test_classes_are_dropped_at_their_share():

@@ -138,6 +138,8 @@ def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path) -> None:
     exif[0x0112] = 6
     save(tmp_path, "a.jpg", noise, quality=95, exif=exif)
     data = Folder(str(tmp_path), 64, buckets=[[48, 64], [64, 48]])
+    for bad in ([[48.5, 64]], ["ab"], [[48]]):
+        refused("buckets is a list of .width, height. in pixels", Folder, str(tmp_path), 64, buckets=bad)
     read = data.read(data.paths[0], least=data.transform.least(data.shapes[0]))
     assert data.groups == [(48, 64)] and read.size == (225, 300)  # a quarter: an eighth has a side below 2 * 64
     seen = data[0]["image"]

@@ -90,6 +90,9 @@ def test_other_columns_and_kinds_of_them(folder: Path, tmp_path: Path) -> None:
     by_path = HuggingFace(root, **EVERYTHING)
     assert by_path.classes == ["cats", "dogs"] and torch.equal(data[4]["image"], by_path[4]["image"])
     refused("row 5 is not an image", HuggingFace, root, image="pixels", **KEYS)
+    without = save(made(folder, image=[None, *paths[1:]]), tmp_path / "without", "save_to_disk")
+    assert len(HuggingFace(without, **KEYS, on_error="skip")) == 5
+    refused("1 of 6 images cannot be used: .*row 0: the image None", HuggingFace, without, **KEYS)
 
 
 @pytest.mark.parametrize(

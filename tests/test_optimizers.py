@@ -45,9 +45,11 @@ def test_a_class_takes_the_stages_settings_and_its_own():
         ({"target": "torch.optim.LBFGS"}, "'torch.optim.LBFGS' is not an allowed class"),
         ({"target": "torch.nn.Linear"}, "'torch.nn.Linear' is not a class of optimizers"),
         ({"target": "torch.optim.SGD", "parms": {}}, "is unknown"),
+        ({"target": "torch.optim.SGD", "params": {"lr": 1.0}}, "without lr and params: the stage's learning_rate"),
+        ({"target": "torch.optim.SGD", "params": [1]}, "must be a mapping"),
         ({"target": "torch.optim.SGD", "params": {"momentun": 1}}, "^optimizer torch.optim.SGD: .*momentun.*momentum"),
         (
-            {"target": "torch.optim.SGD", "params": {"lr": 1.0, "momentum": -1.0}},
+            {"target": "torch.optim.SGD", "params": {"momentum": -1.0}},
             "^optimizer .*: .*Invalid momentum|-1",
         ),
     ],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_loop import assert_same, interrupt
 from tiny_stages import config_of
 
@@ -74,7 +74,7 @@ def test_a_run_and_convert(tmp_path, monkeypatch):
         patch.setattr(loop, "preview", interrupt)
         train(run(tmp_path / "parts", preview_every=3), device="cpu")
     train(run(tmp_path / "parts", preview_every=3), resume=True, device="cpu")
-    folder = path.parent / posthoc.FOLDER
+    folder = path.parent / posthoc.SNAPSHOTS
     assert [file.name for file in sorted(folder.iterdir())] == [f"{step:06d}.safetensors" for step in (2, 4, 6)]
     for file in folder.iterdir():
         assert_same(file, tmp_path / "parts" / "pixel" / "ema" / file.name)
@@ -86,6 +86,15 @@ def test_a_run_and_convert(tmp_path, monkeypatch):
         found, wanted = load_file(out), direct(walk, width).float()
         assert (found[name].flatten() - wanted).norm() / wanted.norm() < near, width
     assert {key for key in kept[-1] if torch.equal(found[key], kept[-1][key])} <= {"schedule"}  # all weights train
+
+
+def test_snapshots_of_a_killed_run_take_no_part(tmp_path):
+    """A run that was killed before its first state may begin anew with other settings, in the same folder."""
+    folder = tmp_path / "pixel" / "ema"
+    folder.mkdir(parents=True)
+    save_file({"0.05/weight": torch.ones(1)}, folder / "000005.safetensors")
+    path = train(run(tmp_path, steps=4, keep_every=0), device="cpu")
+    assert path.parent == folder.parent and sorted(file.name[:6] for file in folder.iterdir()) == ["000002", "000004"]
 
 
 def test_mistakes_are_named(tiny_checkpoint, tmp_path):

@@ -156,6 +156,12 @@ def test_names_are_only_names_and_only_images_and_texts_are_read(tmp_path: Path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def header(name: str, kind: bytes, size: int, content: bytes = b"") -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT) + content
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -164,6 +170,9 @@ def test_names_are_only_names_and_only_images_and_texts_are_read(tmp_path: Path)
         (lambda whole: whole[:2048] + b"half a header", "a.tar.*(no member begins|truncated header)"),
         (lambda whole: whole[:560], "a.tar.*0.png is cut off"),
         (lambda whole: b"", "a.tar.*empty file"),
+        (lambda whole: header("x", tarfile.GNUTYPE_LONGNAME, 512, b"a" * 512) * 2000 + whole, "a.tar.*damaged one"),
+        (lambda whole: header("x", tarfile.XHDTYPE, 1 << 60) + whole, "a.tar.*damaged one"),
+        (lambda whole: header("0.txt", tarfile.GNUTYPE_SPARSE, 512, b"a" * 512) + whole, "a.tar.*'0.txt' is sparse"),
         (lambda whole: b"not a tar file" * 99, "a.tar.*is not a tar file, or a compressed or damaged one"),
     ],
 )

@@ -178,7 +178,7 @@ def test_two_processes_measure_as_one(tmp_path):
             "folder",
             {"validation": {"root": "./instance"}},
             {},
-            "3 images of data.validation are also trained on: .*0.png",
+            "3 files of data.validation are also trained on: .*0.png",
         ),
         ("ddgan", {"validation": 0.25}, {}, "DenoisingGANStage cannot be validated: leave out data.validation"),
     ],

@@ -96,7 +96,7 @@ def examine(
         with progress_bar(total=len(missing), desc="examining images", unit="image", delay=2) as bar:
             for start in range(0, len(missing), 512):
                 rows, some = [], missing[start : start + 512]
-                made = pool.map(lambda i: _examine(*source(i), folder is not None), some)
+                made = pool.map(lambda i: _examine(source, i, folder is not None), some)
                 for i, one in zip(some, made, strict=True):
                     found[i], row = one, (*identities[i], *one.size, one.ignored, one.content)
                     if not one.fault:
@@ -120,13 +120,14 @@ def _identity(identity: Callable[[int], Identity], index: int) -> Identity:
         return b"", ""
 
 
-def _examine(source: Path | bytes, name: str, hashed: bool) -> Examined:
+def _examine(find: Callable[[int], tuple[Path | bytes, str]], index: int, hashed: bool) -> Examined:
     try:
+        source, name = find(index)
+        if isinstance(source, Path) and not os.path.exists(source):
+            return Examined((0, 0), fault=f"{name} is a link to a file that does not exist")
         size, ignored = examine_image(source, name)
         content = source if isinstance(source, bytes) else source.read_bytes() if hashed else b""
         return Examined(size, ignored, sha256(content).digest() if hashed else b"")
-    except FileNotFoundError:
-        return Examined((0, 0), fault=f"{name} is a link to a file that does not exist")
     except (OSError, ValueError) as error:
         return Examined((0, 0), fault=str(error))
 

@@ -114,7 +114,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
     try:
         columns = rows.fieldnames or []
         if not {"file_name", "text"} <= set(columns):
-            raise ValueError(f"{path} needs a first line that names its columns, file_name,text, not {columns}")
+            raise ValueError(
+                f"{path} needs a first line that names its columns, file_name,text, not {shorten(repr(columns))}"
+            )
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError(

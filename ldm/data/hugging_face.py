@@ -66,6 +66,7 @@ class HuggingFace(ImageSet):
                     f"data.params.{option}"
                 )
         self.root, self.column, self.rows = root, image, range(len(data))
+        self.paths = [Path(file["filename"]) for file in data.cache_files]  # which say whether two data sets are one
         self.images = _column(data, image)
         self.text, self.own = text, _column(data, text) if text in data.column_names else None
         self.rows = self.choose(len(data), uncaptioned(self) if "caption" in reads and caption is None else {})

@@ -275,6 +275,8 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                     tar.members.clear()  # it would keep all of them
                     folder, _, name = member.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
+                    if member.issparse():  # it says the size of the file, and not how much of it is stored
+                        raise tarfile.ReadError(f"{member.name!r} is sparse: write the shard without that (tar -S)")
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError(f"{member.name} is cut off")
                     if not member.isreg() or not stem or not suffix:
@@ -290,7 +292,8 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
                 file.seek(tar.offset)  # tarfile takes a damaged header for the end
                 if any(file.read(tarfile.BLOCKSIZE)):
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset:,}")
-        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        # the last two for headers of names: one after the other without end, or of a size that no memory holds
+        except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             kind = "is not a tar file, or a compressed or damaged one"
             raise ValueError(f"shard {str(path)!r} {kind}: {error}") from error
     if members:

@@ -42,7 +42,9 @@ class Transform:
         if crop not in ("center", "random"):
             raise ValueError(f"crop is 'center' or 'random', not {crop!r}")
         pairs = [shape if isinstance(shape, Sequence) else () for shape in buckets or ()]
-        if buckets is not None and not (pairs and all(len(p) == 2 and min(p) > 0 for p in pairs)):
+        if buckets is not None and not (
+            pairs and all(len(p) == 2 and all(isinstance(s, int) and s > 0 for s in p) for p in pairs)
+        ):
             raise ValueError(f"buckets is a list of [width, height] in pixels, not {buckets!r}")
         if resize not in get_args(Resize):
             raise ValueError(f"resize is 'shorter', 'exact' or 'none', not {resize!r}")

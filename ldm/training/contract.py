@@ -1,11 +1,15 @@
 """What stages need of a data set, own ones included: docs/how-to/your_own_data.md lists it."""
 
+import sys
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
+from zlib import crc32
 
 from torch import Tensor
 
+from ldm.checks import few
+from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -99,3 +103,22 @@ def square_side(dataset: Any, image_size: int | None = None, patch_size: int = 1
             f"vision.image_size, {size} x {size}"
         )
     return size
+
+
+def content_of(dataset: Any) -> dict[str, Any]:
+    """Return what a run remembers of its images, for `compare_content`: their number, files by name, and classes."""
+    names = "/".join(path.name for path in getattr(dataset, "paths", ()))  # not their folder, which may be moved
+    classes = list(map(str, getattr(dataset, "classes", ())))
+    return {"images": len(dataset), "names": crc32(names.encode(errors="surrogateescape")), "classes": classes}
+
+
+def compare_content(before: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
+    """Print a note if a resumed run has other images than it began with, and raise ValueError for other classes."""
+    if before["classes"] != now["classes"]:
+        raise ValueError(
+            f"{str(folder.path)!r} was started with the classes {few(before['classes'])} and the data has "
+            f"{few(now['classes'])} now: resume with those, or choose another output folder"
+        )
+    if before != now and folder.writes:
+        counts = f"{before['images']} when it was started, {now['images']} now"
+        print(f"note: {str(folder.path)!r} is resumed with other images: {counts}", file=sys.stderr)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ldm.checks import Decay, Positive, Range
 from ldm.models.compiler import compiled
+from ldm.training.contract import compare_content, content_of
 from ldm.training.ema import EMA
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
@@ -151,7 +152,7 @@ def train_stage(
     }
     profiles = ProfileAverages(stage, settings.ema_snapshots, average.device)
     parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
-    step = load_state(folder, parts, settings.accumulate)
+    step = load_state(folder, parts, settings.accumulate, known := {"data": content_of(images)})
     if order.past and (before := order.past[-1][0]) != order.global_size and folder.writes:
         print(
             f"note: all processes together took {before} images in a batch, and now take {order.global_size}: the run "
@@ -214,7 +215,7 @@ def train_stage(
                 save_checkpoint(stage, average, dataset, folder, step, f"model-{step:06d}.safetensors")
             if save:
                 try:
-                    folder.save_state({"step": step} | {key: part.state_dict() for key, part in parts.items()})
+                    folder.save_state(known | {"step": step} | {k: part.state_dict() for k, part in parts.items()})
                 except OSError as error:
                     if not last:
                         raise
@@ -235,7 +236,7 @@ def train_stage(
     accelerator.free_memory()
 
 
-def load_state(folder: RunFolder, parts: Mapping[str, Any], accumulate: int) -> int:
+def load_state(folder: RunFolder, parts: Mapping[str, Any], accumulate: int, known: Mapping[str, Any]) -> int:
     """Load a saved state into the parts of a run and return its step; 0 if nothing is saved yet.
 
     Randomness and data order are functions of the step. A run that was saved in another precision than the fp16 it is
@@ -248,6 +249,7 @@ def load_state(folder: RunFolder, parts: Mapping[str, Any], accumulate: int) -> 
         state["stage"].pop("batches", None)
         optimizers = {f"optimizer_{k}": saved for k, saved in enumerate(state["optimizers"])}
         state |= {"networks": state["stage"], **optimizers}
+    compare_content((known | state)["data"], known["data"], folder)
     try:
         for key, part in parts.items():
             if key == "order" and key not in state:  # of before it was saved

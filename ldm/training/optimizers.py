@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Adafactor, AdamW, Optimizer
 
+from ldm.checks import shorten
 from ldm.training.ema import EMA
 from ldm.util import call_with, get_obj_from_str
 
@@ -48,11 +49,17 @@ def make_optimizer(
         return AdamW8bit(groups, **own)
     if not isinstance(optimizer, Mapping) or not {"target"} <= optimizer.keys() <= {"target", "params"}:
         raise ValueError(f"optimizer {optimizer!r} is unknown: use {', '.join(OPTIMIZERS)}, or a target with params")
+    given_params = optimizer.get("params") or {}
+    if not isinstance(given_params, Mapping) or given_params.keys() & {"lr", "params"}:
+        raise ValueError(
+            f"optimizer {optimizer['target']!r}: params {shorten(repr(given_params))} must be a mapping without lr and "
+            "params: the stage's learning_rate says lr, and which weights train follows from the stage"
+        )
     kind = get_obj_from_str(optimizer["target"])
     if not issubclass(kind, Optimizer):
         raise ValueError(f"optimizer {optimizer['target']!r} is not a class of optimizers (torch.optim.Optimizer)")
     chosen = {k: v for k, v in own.items() if k in inspect.signature(kind).parameters}
-    chosen |= optimizer.get("params") or {}
+    chosen |= given_params
     return call_with(f"optimizer {optimizer['target']}", kind, chosen | {"params": groups})
 
 

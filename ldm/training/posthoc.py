@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file
 from ldm.training.ema import wide
+from ldm.training.run_folder import SNAPSHOTS
 
 SIGMA_RELS = (0.05, 0.10)  # of the snapshots, as in the paper
 LARGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean
-FOLDER = "ema"
 
 
 def gamma_of(sigma_rel: float) -> float:
@@ -71,7 +71,7 @@ class ProfileAverages:
             live = [wide(p.detach()).to(average.device) for p, average in zip(self.live.values(), own, strict=True)]
             torch._foreach_lerp_(own, live, 1 - (1 - 1 / step) ** (gamma_of(width) + 1))
         if self.every and folder.writes and (last or step % self.every == 0):
-            save_file(folder.path / FOLDER / f"{step:06d}.safetensors", self.shadow, None)
+            save_file(folder.path / SNAPSHOTS / f"{step:06d}.safetensors", self.shadow, None)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.shadow
@@ -86,14 +86,14 @@ def apply_average(model: nn.Module, run: Path, sigma_rel: float) -> None:
     found = combine_snapshots(run, sigma_rel)
     own = dict(model.named_parameters())
     if not found.keys() <= own.keys() or any(own[name].shape != tensor.shape for name, tensor in found.items()):
-        raise ValueError(f"the snapshots in {str(run / FOLDER)!r} are not of this model")
+        raise ValueError(f"the snapshots in {str(run / SNAPSHOTS)!r} are not of this model")
     for name, tensor in found.items():
         own[name].data.copy_(tensor)
 
 
 def combine_snapshots(run: Path, sigma_rel: float) -> dict[str, Tensor]:
     """Return the average of that width at the last snapshot of a run, from all of them: {name: tensor}."""
-    files = {int(path.stem): path for path in sorted((run / FOLDER).glob("[0-9]*.safetensors"))}
+    files = {int(path.stem): path for path in sorted((run / SNAPSHOTS).glob("[0-9]*.safetensors"))}
     if not files:
         raise ValueError(f"{str(run)!r} is not a run with snapshots: train it with loop.ema_snapshots=N")
     profiles = [(step, width) for step in files for width in SIGMA_RELS]

@@ -33,9 +33,11 @@ FREE = re.compile(
     r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*|(stage|data)\.params\.cache_dir"
 )
 
+SNAPSHOTS = "ema"  # the folder of `ldm.training.posthoc`'s
+
 # Names of what a run's folder holds, in which another run may have its folder.
 TAKEN = re.compile(
-    r"\.lock|\..*\.tmp|config\.yaml|metrics\.jsonl|events\..*|wandb|previews|resume\.pt|model.*\.safetensors"
+    r"\.lock|\..*\.tmp|config\.yaml|metrics\.jsonl|events\..*|wandb|previews|ema|resume\.pt|model.*\.safetensors"
 )
 
 
@@ -164,7 +166,10 @@ class RunFolder:
                     "another output folder or delete that file"
                 ) from None
         if self.writes:
-            self._cut_metrics(0 if state is None else state["step"])
+            self._cut_metrics(step := 0 if state is None else state["step"])
+            for path in (self.path / SNAPSHOTS).glob("[0-9]*.safetensors"):  # of a run that was killed, as well
+                if int(path.stem) > step:
+                    path.unlink()
         return state
 
     def _cut_metrics(self, step: int) -> None:

@@ -62,7 +62,7 @@ def build_datasets(stage: Stage, config: Mapping[str, Any]) -> tuple[Any, Any | 
         )
     files = [set(map(os.path.realpath, getattr(images, "paths", ()))) for images in (dataset, other)]
     if both := sorted(files[0] & files[1]):
-        raise ValueError(f"{len(both)} images of data.validation are also trained on: {both[0]}; use other folders")
+        raise ValueError(f"{len(both)} files of data.validation are also trained on: {both[0]}; use others")
     return dataset, other
 
 
