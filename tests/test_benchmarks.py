@@ -9,13 +9,17 @@ from conftest import refused
 from meta_models import TINY_1
 
 import ldm
-from benchmarks import common, data, generators, loading, samplers, trilemma
+from benchmarks import common, data, generators, loading, samplers, training, trilemma
 from ldm.checkpoint.compvis import single_file
+from ldm.checkpoint.diffusers_config import unet_levels
+from ldm.checkpoint.diffusers_names import unet_to_diffusers
+from ldm.checkpoint.diffusers_writer import write_unet
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import load_reference
 from ldm.evaluation.samples import from_pil, prompts_for, quantise, sample_images
 from ldm.inference import precision
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.unet import UNetModel
 
 WIDE = {"width": 512, "layers": 4, "heads": 8}  # 38 million parameters of text, 150 MB
 
@@ -199,3 +203,40 @@ def test_data_rates(capsys, monkeypatch):
     data.main(["--seconds", "0.01", "--workers", "0"])
     (row,) = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "small" in line]
     assert len(row) == 4 and all(float(cell.replace(",", "")) > 0 for cell in row)
+
+
+def test_diffusers_loop_has_the_loss_of_ours():
+    diffusers = pytest.importorskip("diffusers")
+    own = training.NETWORKS["tiny"].unet
+    model = LatentDiffusion(
+        {"target": "ldm.models.unet.UNetModel", "params": own},
+        TINY_1["params"]["first_stage_config"],
+        None,
+        schedule=training.SCHEDULE,
+    )
+    unet = model.model.diffusion_model
+    for p in unet.parameters():  # the last layer is zero at first
+        torch.nn.init.normal_(p, std=0.05)
+    theirs = diffusers.UNet2DConditionModel(**write_unet(own, 8))
+    theirs.load_state_dict(unet_to_diffusers(unet.state_dict(), unet_levels(own)))
+    (z, noise), text, t = torch.randn(2, 2, 4, 8, 8), torch.randn(2, 24, 128), torch.tensor([3, 700])
+    expected = model.loss(z, {"c_crossattn": text}, t, noise).mean()
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(training.their_loss(theirs, scheduler, z, text, t, noise), expected)
+
+
+def test_training_loops_take_turns(tmp_path):
+    pytest.importorskip("diffusers")
+    others = {"bare": training.bare_steps("tiny", "fp32")}
+    others["diffusers"] = training.diffusers_steps("tiny", "fp32", str(tmp_path))
+    found = training.measure(training.config_of("tiny", "fp32", str(tmp_path)), others, 4)
+    assert list(found) == ["ours", "bare", "diffusers"]
+    assert all(len(seconds) == 4 and min(seconds) > 0.001 for seconds in found.values())
+    assert not list(tmp_path.rglob("model.safetensors"))  # it ends before it writes a result
+
+
+@pytest.mark.parametrize("name", ["10M", "100M"])
+def test_networks_have_the_size_of_their_name(name):
+    with torch.device("meta"):
+        unet = UNetModel(**training.NETWORKS[name].unet)
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(float(name[:-1]) * 1e6, rel=0.06)

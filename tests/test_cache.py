@@ -27,6 +27,7 @@ from ldm.data.folder import Folder
 from ldm.data.part import first_images
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import cache
+from ldm.training import latents as latents_module
 from ldm.training.cache import CachedTexts, cached_latents, captions_of
 from ldm.training.latents import encode_dataset, encode_texts
 from ldm.training.loop import train
@@ -239,6 +240,23 @@ def test_texts_are_as_without_a_cache(tiny_model, digits, tmp_path, monkeypatch)
         assert all(torch.equal(found[name], expected[name]) for name in found)
         torch.testing.assert_close(found, encoder(captions))
     assert calls == [["of no image", "of none"]]  # the others were read
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_recent_texts_are_encoded_once(tiny_model, monkeypatch, cast):
+    encoder, calls = tiny_model.cond_stage_model, []
+    recent = latents_module.RecentTexts(lambda texts: (calls.append(texts), encode_texts(encoder, texts))[1])
+    size = sum(value[0].nbytes for value in encode_texts(encoder, [""]).values())
+    monkeypatch.setattr(latents_module, "TEXT_BYTES", 3 * size)
+    for captions in (["a", "b", "a"], ["c", "a"], ["d", "a", "b"], ["c"]):
+        recent(captions)  # as outside of autocast, in validation: not what is found within
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            expected, found = encode_texts(encoder, captions), recent(captions)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert [value.dtype for value in found.values()] == [value.dtype for value in expected.values()]
+        assert len(recent.kept) <= 3
+    if not cast:
+        assert calls == [["a", "b"], ["c"], ["d"], ["c"]]  # c, the least recent, had to go when d came
 
 
 @pytest.mark.parametrize("data", ["diffusion", "folder"])

@@ -14,7 +14,7 @@ from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.classes import drop_classes, dropout_of, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.frozen import read_first_stage, read_text_stage
-from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
+from ldm.training.latents import LatentDataset, RecentTexts, encode_dataset, encode_texts, posterior, scale_factor
 from ldm.training.objective import Objective
 
 POOLED = ("num_classes", "adm_in_channels")  # of a UNet that takes pooled text
@@ -98,7 +98,7 @@ class DiffusionStage(DenoisingStage):
             train_conditioner(self)
         self.caption_dropout = dropout_of(conditioner, caption_dropout)
         self.cache_latents, self.cache_dir = cache_latents, cache_dir
-        self.texts: Any = partial(encode_texts, conditioner)  # captions -> conditioning
+        self.texts = RecentTexts(partial(encode_texts, conditioner))  # captions -> conditioning
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
@@ -117,7 +117,7 @@ class DiffusionStage(DenoisingStage):
             from ldm.training.cache import CachedTexts, cached_latents
 
             if "caption" in self.reads:
-                self.texts = CachedTexts(self.cache_dir, model, dataset)
+                self.texts = RecentTexts(CachedTexts(self.cache_dir, model, dataset))
         if self.cache_latents and self.cache_dir is not None:
             mean, std = cached_latents(self.cache_dir, model, dataset, self.workers)
         else:
