@@ -26,8 +26,7 @@ from ldm.data.digits import Digits
 from ldm.data.folder import Folder
 from ldm.data.part import first_images
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.training import cache
-from ldm.training import latents as latents_module
+from ldm.training import cache, frozen
 from ldm.training.cache import CachedTexts, cached_latents, captions_of
 from ldm.training.latents import encode_dataset, encode_texts
 from ldm.training.loop import train
@@ -245,9 +244,9 @@ def test_texts_are_as_without_a_cache(tiny_model, digits, tmp_path, monkeypatch)
 @pytest.mark.parametrize("cast", [False, True])
 def test_recent_texts_are_encoded_once(tiny_model, monkeypatch, cast):
     encoder, calls = tiny_model.cond_stage_model, []
-    recent = latents_module.RecentTexts(lambda texts: (calls.append(texts), encode_texts(encoder, texts))[1])
+    recent = frozen.RecentTexts(lambda texts: (calls.append(texts), encode_texts(encoder, texts))[1])
     size = sum(value[0].nbytes for value in encode_texts(encoder, [""]).values())
-    monkeypatch.setattr(latents_module, "TEXT_BYTES", 3 * size)
+    monkeypatch.setattr(frozen, "TEXT_BYTES", 3 * size)
     for captions in (["a", "b", "a"], ["c", "a"], ["d", "a", "b"], ["c"]):
         recent(captions)  # as outside of autocast, in validation: not what is found within
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):

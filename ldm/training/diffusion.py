@@ -13,8 +13,8 @@ from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.classes import drop_classes, dropout_of, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
-from ldm.training.frozen import read_first_stage, read_text_stage
-from ldm.training.latents import LatentDataset, RecentTexts, encode_dataset, encode_texts, posterior, scale_factor
+from ldm.training.frozen import RecentTexts, read_first_stage, read_text_stage
+from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
 from ldm.training.objective import Objective
 
 POOLED = ("num_classes", "adm_in_channels")  # of a UNet that takes pooled text

@@ -1,13 +1,19 @@
-"""The networks that the diffusion stage only uses, out of the files that hold them."""
+"""The networks that the diffusion stage only uses, out of the files that hold them, and what they made of texts."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.checkpoint.file import checkpoint_at, load_file
 from ldm.checkpoint.networks import TEXT_TARGET
+from ldm.conditioning.text import distinct_prompts
+from ldm.latent_diffusion import Conditioning
 from ldm.loading import take_part
+
+TEXT_BYTES = 2**27  # of embeddings that are kept: 10,000 of the digits' captions, 560 of Stable Diffusion 1's
 
 
 def read_first_stage(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -24,3 +30,29 @@ def read_text_stage(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     params, state = public_clip.read_text_encoder(path)
     return {"target": TEXT_TARGET, "params": params}, state
+
+
+class RecentTexts:
+    """Conditioning of texts by a frozen encoder, which keeps that of the latest ones in memory.
+
+    encode: distinct texts -> conditioning, of which no row depends on the others, as of `encode_texts`.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[str]], Conditioning]) -> None:
+        self.encode = encode
+        self.kept: dict[tuple[bool, str], Conditioning] = {}  # the latest last
+
+    def __call__(self, texts: Sequence[str]) -> Conditioning:
+        distinct, which = distinct_prompts(texts)
+        cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")  # which changes the bits
+        rows = {text: self.kept.pop((cast, text), None) for text in distinct}
+        absent = [text for text, row in rows.items() if row is None]
+        made = self.encode(absent) if absent else {}
+        for i, text in enumerate(absent):
+            rows[text] = {name: value[i].clone() for name, value in made.items()}
+        self.kept |= {(cast, text): row for text, row in rows.items()}
+        most = max(TEXT_BYTES // sum(part.nbytes for part in rows[distinct[0]].values()), 1)
+        for key in list(self.kept)[: max(len(self.kept) - most, 0)]:
+            del self.kept[key]
+        found = {name: torch.stack([rows[text][name] for text in distinct]) for name in rows[distinct[0]]}
+        return {name: value[which.to(value.device)] for name, value in found.items()}

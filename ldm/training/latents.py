@@ -1,6 +1,6 @@
 """Data sets encoded once, before training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,7 +16,6 @@ from ldm.training.share import BatchShare
 from ldm.util import progress_bar
 
 PIXELS = 2**20  # of a batch that is encoded: 256 images of 64 x 64
-TEXT_BYTES = 2**27  # of embeddings that are kept: 10,000 of the digits' captions, 560 of Stable Diffusion 1's
 
 
 class LatentDataset(Dataset):
@@ -108,32 +107,6 @@ def encode_texts(encoder: nn.Module, texts: Sequence[str]) -> Conditioning:
     distinct, which = distinct_prompts(texts)
     filled = distinct + [distinct[-1] + " " * (i + 1) for i in range(-len(distinct) % 4)]
     return {name: value[which.to(value.device)] for name, value in encoder(filled).items()}
-
-
-class RecentTexts:
-    """Conditioning of texts by a frozen encoder, which keeps that of the latest ones in memory.
-
-    encode: distinct texts -> conditioning, of which no row depends on the others, as of `encode_texts`.
-    """
-
-    def __init__(self, encode: Callable[[Sequence[str]], Conditioning]) -> None:
-        self.encode = encode
-        self.kept: dict[tuple[bool, str], Conditioning] = {}  # the latest last
-
-    def __call__(self, texts: Sequence[str]) -> Conditioning:
-        distinct, which = distinct_prompts(texts)
-        cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")  # which changes the bits
-        rows = {text: self.kept.pop((cast, text), None) for text in distinct}
-        absent = [text for text, row in rows.items() if row is None]
-        made = self.encode(absent) if absent else {}
-        for i, text in enumerate(absent):
-            rows[text] = {name: value[i].clone() for name, value in made.items()}
-        self.kept |= {(cast, text): row for text, row in rows.items()}
-        most = max(TEXT_BYTES // sum(part.nbytes for part in rows[distinct[0]].values()), 1)
-        for key in list(self.kept)[: max(len(self.kept) - most, 0)]:
-            del self.kept[key]
-        found = {name: torch.stack([rows[text][name] for text in distinct]) for name in rows[distinct[0]]}
-        return {name: value[which.to(value.device)] for name, value in found.items()}
 
 
 def scale_factor(means: Any, stds: Any) -> float:
