@@ -335,7 +335,7 @@ def test_noise_of_a_stage(monkeypatch):
     stage, batch = learning(noise={"offset": 0.5, "immiscible": True})
     given = []
     monkeypatch.setattr(
-        stage.objective, "losses", lambda z, cond, t, noise, share: given.append(noise) or z.flatten(1).mean(1)
+        stage.objective, "losses", lambda z, cond, t, noise, *_: given.append(noise) or z.flatten(1).mean(1)
     )
     torch.manual_seed(3)
     stage.loss(batch)

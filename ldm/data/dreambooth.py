@@ -53,7 +53,7 @@ class DreamBooth(Dataset):
         if not subjects:
             raise ValueError("DreamBooth needs a subject: give a folder with its images")
         settings: dict[str, Any] = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
-        own = settings | {"buckets": buckets, "mask": mask}
+        own: dict[str, Any] = settings | {"buckets": buckets, "mask": mask}
         self.instances: list[Any] = [
             Folder(one["instance_dir"], caption=one["instance_prompt"], **own) for one in subjects
         ]
