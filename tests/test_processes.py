@@ -5,16 +5,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import save_noise
+import yaml
+from conftest import refused, save_noise
 from safetensors.torch import load_file
 from test_pixel_diffusion import CONFIG, PIXEL, widened
 from tiny_stages import STAGES as ALL
 from tiny_stages import config_of, write_inputs
 
 from ldm.training.processes import processes
+from ldm.training.sharding import check_fsdp, use_fsdp
+from ldm.training.stage import Stage
 
 ROOT = Path(__file__).parent.parent
 
@@ -130,6 +134,55 @@ def test_two_processes_make_one_cache(inputs):
         assert torch.equal(memory, disk), stage
     made = [int((inputs / f"made{rank}").read_text()) for rank in range(2)]
     assert sum(made) == 19
+
+
+@pytest.mark.full
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_with_another_number(inputs):
+    """One sentence, no result; then one process with the whole batch ends with the weights of one that did it all."""
+    launch(1, "run.py", configured("alone", ["diffusion"], batch_size=2), cwd=inputs)
+    given = {"cwd": inputs, "env": {"KILL": "1"}}
+    done = launch(2, "run.py", configured("killed", ["diffusion"], batch_size=1, save_every=1), status=1, **given)
+    assert done.stderr.count("error: another of the 2 processes has ended") == 1
+    run = inputs / "killed" / "diffusion"
+    assert (run / "config.yaml").exists() and not (run / "model.safetensors").exists()
+    launch(2, "run.py", configured("killed", ["diffusion"], batch_size=1, steps=2), "--resume", cwd=inputs)
+    assert torch.load(run / "resume.pt")["order"] == {"epoch": 0, "number": 2, "images": 4, "past": [(2, 2)]}
+    (run / "model.safetensors").unlink()
+    done = launch(1, "run.py", configured("killed", ["diffusion"], batch_size=2), "--resume", cwd=inputs)
+    alone, resumed = result(inputs / "alone" / "diffusion"), result(run)
+    assert (alone[0] - resumed[0]).norm() < 1e-5 * alone[0].norm() and "now take" not in done.stderr
+
+
+FSDP = yaml.safe_load((ROOT / "docs" / "how-to" / "fsdp.yaml").read_text())["fsdp_config"]
+
+
+@pytest.mark.full
+def test_sharded_training_is_as_that_of_one_process(inputs):
+    """FSDP's weights, average and checkpoint, resumed after the second step, by the variables of accelerate launch."""
+    sharded = {"ACCELERATE_USE_FSDP": "true"} | {name.upper(): str(value) for name, value in FSDP.items()}
+    given = {"cwd": inputs, "env": sharded}
+    launch(1, "run.py", configured("complete", ["diffusion"], batch_size=2, ema=0.9), cwd=inputs)
+    launch(2, "run.py", configured("sharded", ["diffusion"], batch_size=1, ema=0.9, steps=2), **given)
+    launch(2, "run.py", configured("sharded", ["diffusion"], batch_size=1, ema=0.9), "--resume", **given)
+    complete, found = (result(inputs / name / "diffusion") for name in ("complete", "sharded"))
+    assert (complete[0] - found[0]).norm() < 1e-7 * complete[0].norm()
+    assert found[1]["loss"] == pytest.approx(complete[1]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "count", "said"),
+    [
+        ({}, 1, "this is one: start several"),
+        ({"FSDP_VERSION": "1"}, 2, "fsdp_version: 2, fsdp_auto_wrap_policy: NO_WRAP"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, 2, "as in docs/how-to/fsdp.yaml"),
+    ],
+)
+def test_refusals_of_fsdp(monkeypatch, variables, count, said):
+    names = {"ACCELERATE_USE_FSDP": "true"} | {name.upper(): str(value) for name, value in FSDP.items()} | variables
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    refused(said, use_fsdp, SimpleNamespace(num_processes=count, state=SimpleNamespace()))
+    refused("start Stage without it", check_fsdp, Stage(1), [None, None])
 
 
 @pytest.mark.full

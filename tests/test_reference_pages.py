@@ -255,7 +255,7 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
     return own.union(*(options(part) for action in subparsers for part in action.choices.values()))
 
 
-OF_OTHERS = {"--nproc-per-node", "--num-processes"}  # torchrun's and accelerate's
+OF_OTHERS = {"--nproc-per-node", "--num-processes", "--config-file"}  # torchrun's and accelerate's
 OF_OTHERS |= {"--plot", "--images", "--ddpm", "--ddgan"}  # of benchmarks, whose commands test_readme.py parses
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.training.sharding import joined
+
 
 def ema_decay(update: int, decay: float) -> float:
     """Return min(decay, (1 + n) / (10 + n)) for update n from 1, so that early averages forget the initial weights."""
@@ -25,7 +27,7 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999, device: torch.device | str | None = None) -> None:
-        self.decay, self.updates, self.device = decay, 0, device
+        self.module, self.decay, self.updates, self.device = module, decay, 0, device
         trainable = module.named_parameters() if decay > 0 else ()
         self.live = {name: p for name, p in trainable if p.requires_grad}
         self.shadow = {name: wide(p.detach()).to(device=device, copy=True) for name, p in self.live.items()}
@@ -46,7 +48,8 @@ class EMA:
         kept = {name: p.detach().clone() for name, p in self.live.items()}
         self._write(self.shadow)
         try:
-            yield
+            with joined(self.module):
+                yield
         finally:
             self._write(kept)
 

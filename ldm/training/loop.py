@@ -28,6 +28,7 @@ from ldm.training.order import EpochBatches, training_batches
 from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator
 from ldm.training.run_folder import RunFolder
+from ldm.training.sharding import check_fsdp, complete, sharded
 from ldm.training.share import BatchShare, share_batch_norm
 from ldm.training.stage import Stage, Trained
 from ldm.training.validation import build_datasets, make_measurements
@@ -139,8 +140,10 @@ def train_stage(
     if stage.share.count > 1:
         share_batch_norm(trained)
     own = stage.optimizers()
-    average = average_of(trained, own, settings.ema, settings.ema_device)
+    if accelerator.distributed_type == "FSDP":
+        check_fsdp(stage, own, **{key: getattr(settings, key) for key in ("ema_snapshots", "validate_both", "compile")})
     model, *optimizers = accelerator.prepare(trained, *own)
+    average = average_of(trained, own, settings.ema, settings.ema_device)
     scaler = accelerator.scaler  # of gradients in fp16, else None
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")
@@ -215,7 +218,8 @@ def train_stage(
                 save_checkpoint(stage, average, dataset, folder, step, f"model-{step:06d}.safetensors")
             if save:
                 try:
-                    folder.save_state(known | {"step": step} | {k: part.state_dict() for k, part in parts.items()})
+                    state = {key: complete(part.state_dict()) for key, part in parts.items()}
+                    folder.save_state(known | {"step": step} | state)
                 except OSError as error:
                     if not last:
                         raise
@@ -251,6 +255,7 @@ def load_state(folder: RunFolder, parts: Mapping[str, Any], accumulate: int, kno
         state |= {"networks": state["stage"], **optimizers}
     compare_content((known | state)["data"], known["data"], folder)
     try:
+        state = sharded(state, parts)
         for key, part in parts.items():
             if key == "order" and key not in state:  # of before it was saved
                 part.seek(state["step"] * accumulate)
@@ -276,10 +281,12 @@ def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
 @torch.no_grad()
 def save_checkpoint(stage: Stage, average: EMA, dataset: Dataset, folder: RunFolder, step: int, name: str) -> None:
     """Write the averaged weights, completed as a result's are, and leave the weights that train as they are."""
-    own = {key: tensor.to("cpu", copy=True) for key, tensor in stage.networks.state_dict().items()}
+    state = stage.networks.state_dict()  # of which the shards are kept as they are
+    own = {k: tensor.to("cpu", copy=True) for k, tensor in state.items() if not hasattr(tensor, "full_tensor")}
     with average.applied():
         stage.train(False)
         stage.finish(dataset)
-        folder.save_model(folder.path / name, step, *stage.export())
-    stage.networks.load_state_dict(own)
+        config, tensors = stage.export()
+        folder.save_model(folder.path / name, step, config, complete(tensors))
+    stage.networks.load_state_dict(own, strict=False)
     stage.train()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm.training.run_folder import RunFolder
+from ldm.training.sharding import complete
 from ldm.training.share import BatchShare
 
 LARGEST_WEIGHT = 1e6  # far more than any trained network's
@@ -23,7 +24,7 @@ class Metrics:
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         for name, value in values.items():
-            self.values.setdefault(name, []).append(value.detach())
+            self.values.setdefault(name, []).append(complete(value.detach()))
 
     def report(self, step: int, waits: float | None = None) -> dict[str, str]:
         """Log the means and return the first few for the progress bar.
@@ -36,7 +37,11 @@ class Metrics:
         }
         self.values = {}
         self._check(means, step)
-        weights = [p.detach().abs().max().float() for p in self.networks.parameters() if p.requires_grad and p.numel()]
+        weights = [
+            complete(p.detach()).abs().max().float()
+            for p in self.networks.parameters()
+            if p.requires_grad and p.numel()
+        ]
         largest = torch.stack(weights).max().item() if weights else 0.0
         if not largest <= LARGEST_WEIGHT:
             self._stop(f"a weight became {largest:.3g}", step)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ldm.training.sharding import use_fsdp
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def make_accelerator(precision: str, accumulate: int, device: torch.device, repo
         log_with=None if report_to == "none" else report_to,
         project_dir=outdir,
     )
+    use_fsdp(accelerator)
     if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
         raise ValueError(f"training on {str(device)!r} is not possible here: accelerate gives {accelerator.device}")
     return accelerator
