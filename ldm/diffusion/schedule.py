@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.checks import Range
+from ldm.checks import Range, Rate
 
 MIN_ALPHA_BAR = 2.0**-24  # replaces ab = 0 (zero terminal SNR), so that sigma is finite: 4096
 
@@ -198,7 +198,7 @@ def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor
 
 
 def training_timesteps(
-    name: str, batch: int, T: int, mean: float = 0.0, std: float = 1.0, generator: torch.Generator | None = None
+    name: str, batch: int, T: int, mean: float = 0.0, std: Rate = 1.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """Sample the timesteps to train on: int64 (batch,) in 0..T-1, on the CPU.
 

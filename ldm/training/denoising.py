@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
 from ldm.latent_diffusion import Conditioning, require
+from ldm.models.unet import UNetModel
 from ldm.training.objective import Objective, loss_mask
 from ldm.training.stage import Loss, Stage
 from ldm.util import progress_bar
@@ -44,7 +45,11 @@ class DenoisingStage(Stage):
         require("network", model.model.diffusion_model, "downsampling")
         if model.cond_stage_model is not None:
             require("conditioner", model.cond_stage_model, "null")
-        size = check_defaults(model)
+        size, unet = check_defaults(model), model.model.diffusion_model
+        if isinstance(unet, UNetModel):
+            factors = [2**i for i in range(len(unet.channel_mult))]
+            if lost := sorted({*unet.attention_resolutions} - {*factors}):
+                raise ValueError(f"attention_resolutions {lost} is no level's downsampling: this UNet's are {factors}")
         if not self.preview_prompts:
             raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")
         self.train(False)  # batch statistics need more than one image
