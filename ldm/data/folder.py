@@ -61,7 +61,7 @@ class Folder(ImageSet):
         crop: str = "center",
         flip: bool = False,
         seed: int = 0,
-        caption: str | Mapping[str, str] | None = None,
+        caption: str | Mapping[str, str | None] | None = None,
         paths: list[Path] | None = None,
         buckets: Sequence[Sequence[int]] | None = None,
         shuffle_tags_after: Annotated[int, Range(0)] | None = None,

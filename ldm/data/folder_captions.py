@@ -19,7 +19,7 @@ JSON_LINE = '{"file_name": "a.png", "text": "a caption"}'
 
 
 def read_captions(
-    root: Path, paths: Sequence[Path], everything: Sequence[Path], otherwise: str | Mapping[str, str] | None
+    root: Path, paths: Sequence[Path], everything: Sequence[Path], otherwise: str | Mapping[str, str | None] | None
 ) -> tuple[list[list[str]], dict[int, str]]:
     """Return the captions of each of `paths`, of the images `everything` below `root`, and what is wrong, by index.
 

@@ -48,7 +48,8 @@ def _transform(profile: bytes) -> tuple[str, Any]:
         mode = _MODES.get(opened.profile.xcolor_space)
         if mode is None:
             raise ValueError(f"its colour space {opened.profile.xcolor_space.strip()} is not one of images")
-        exact = ImageCms.Flags.NOOPTIMIZE if mode == "L" else 0  # or a linear curve is 9/255 off in the shadows
+        flags = ImageCms.Flags
+        exact = flags.NOOPTIMIZE if mode == "L" else flags.NONE  # or a linear curve is 9/255 off in the shadows
         srgb = ImageCms.createProfile("sRGB")
         transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", ImageCms.Intent.PERCEPTUAL, exact)
     except ImageCms.PyCMSError as error:

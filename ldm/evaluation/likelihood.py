@@ -70,7 +70,7 @@ def bits_per_dimension(
         x = q_sample(x0, t, noise, schedule)
         for _ in range(2 if model.self_condition else 1):
             found = denoise(from_vp(x, sigma), sigma)
-        share = found.variance_share if name == LEARNED else VARIANCES[name]
+        share: Any = found.variance_share if name == LEARNED else VARIANCES[name]
         terms.append(step_bits(x0, x, t, found.x0, share, schedule).cpu())
     return Bits(torch.stack(terms[::-1]), prior_bits(x0, schedule).cpu())
 

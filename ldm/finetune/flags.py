@@ -23,6 +23,8 @@ MIXED_PRECISIONS = {"auto": "auto", "fp32": "fp32", "no": "fp32", "bf16": "bf16"
 class Choose(argparse.Action):
     """Store the value that a mapping of choices has for the word given."""
 
+    choices: Any
+
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, self.choices[values])
 

@@ -139,7 +139,7 @@ def collect(
     classes: Sequence[Class],
     default_count: int,
     size: int,
-    scale: float,
+    scale: float | None,
     batch_size: int,
     known: Sequence[str] = (),
 ) -> list[dict[str, str | None]]:
@@ -181,7 +181,7 @@ def _plan(one: Class, default_count: int, known: Sequence[str]) -> tuple[dict[st
 
 
 def generate_class_images(
-    model: LatentDiffusion, shares: Sequence[Share], size: int, scale: float, batch_size: int
+    model: LatentDiffusion, shares: Sequence[Share], size: int, scale: float | None, batch_size: int
 ) -> list[list[str]]:
     """Return the names of each share's images; those that its folder lacks are generated, `size` pixels high and wide.
 

@@ -101,7 +101,7 @@ class DenoisingGANStage(PixelDiffusionStage):
 
     def optimizers(self) -> list[Optimizer]:
         networks = zip(self.networks.values(), self.rates, strict=True)
-        return [make_optimizer(n.parameters(), **{**self.adam, "lr": rate}) for n, rate in networks]
+        return [make_optimizer(n.parameters(), **dict[str, Any](self.adam, lr=rate)) for n, rate in networks]
 
     def turn(self, batch: Mapping[str, Any], k: int, number: int, shared: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
         """Return the loss as `Stage` says; the discriminator judges the steps of the generator's turn."""

@@ -184,7 +184,7 @@ class AutoencoderStage(Stage):
         return ["images", "their reconstructions"] * (len(self.shown) // self.preview_columns)
 
     @torch.no_grad()
-    def finish(self, dataset: Dataset) -> None:
+    def finish(self, dataset: Any) -> None:
         if not self.normalize:
             return
         latents = list(zip(*encode_dataset(self.model, dataset, self.share, self.workers), strict=True))

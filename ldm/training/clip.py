@@ -59,8 +59,8 @@ class CLIPStage(Stage):
     ) -> None:
         adam = {"lr": learning_rate, "betas": (0.9, 0.98), "weight_decay": weight_decay, "optimizer": optimizer}
         super().__init__(preview_columns, **adam)
-        self.vision = dict(vision)
-        self.text = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
+        self.vision: Any = dict(vision)
+        self.text: dict[str, Any] = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
         self.projection_dim, self.merges_first, self.agreement = projection_dim, merges_first, agreement
         self.pooled, self.image_encoder = pooled, image_encoder
 
@@ -77,11 +77,11 @@ class CLIPStage(Stage):
             "projection_dim": self.projection_dim, "pooled": self.pooled, "tokenizer": {"merges": merges},
         }  # fmt: skip
         self.encoder = TextEncoder(**self.params)
-        self.clip = CLIP(self.projection_dim, self.vision, {**self.text, "vocab_size": vocab_size})
+        self.clip = CLIP(self.projection_dim, self.vision, dict[str, Any](self.text, vocab_size=vocab_size))
         self.networks["clip"] = self.clip
         count = min(50, len(dataset))
         shown = [dataset[i * (len(dataset) // count)] for i in range(count)]
-        self.shown = [
+        self.shown: list[dict[str, Any]] = [
             {**sample, "image": squared(sample["image"][None], self.vision["image_size"])[0]} for sample in shown
         ]
         self.preview_columns = min(self.preview_columns, count)

@@ -50,7 +50,7 @@ class ProfileAverages:
     Snapshots of them are written every so many steps and after the last one; with 0 there are none.
     """
 
-    def __init__(self, stage: Any, every: int, device: str | None = None) -> None:
+    def __init__(self, stage: Any, every: int, device: torch.device | str | None = None) -> None:
         self.every, model = every, getattr(stage, "latent_diffusion", None)
         named = model.named_parameters() if every and model is not None else ()
         self.live = {name: p for name, p in named if p.requires_grad}
