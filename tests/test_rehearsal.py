@@ -41,7 +41,7 @@ def trained(tmp_path_factory) -> Path:
         ("diffusion.stage.params.prediction=velocity", "'velocity'"),
         (f"{UNET}.context_dim=64", "context_dim"),
         (f"{UNET}.norm_groups=7", "7"),
-        (f"{UNET}.attention_resolutions=[2,3]", r"attention_resolutions \[3\] is no level's .* \[1, 2\]"),
+        (f"{UNET}.attention_resolutions=[2,3]", r"attention_resolutions \[3\] would have no effect: .* \[1, 2\]"),
         ("diffusion.stage.params.timesteps.std=-1", "std -1 must be a number of at least 0"),
         (f"{UNET}.in_channels=3", "does not fit latents"),
         ("diffusion.stage.params.unet_config.target=ldm.models.unet.UNet", "'ldm.models.unet.UNet' does not exist"),

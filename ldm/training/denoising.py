@@ -49,7 +49,9 @@ class DenoisingStage(Stage):
         if isinstance(unet, UNetModel):
             factors = [2**i for i in range(len(unet.channel_mult))]
             if lost := sorted({*unet.attention_resolutions} - {*factors}):
-                raise ValueError(f"attention_resolutions {lost} is no level's downsampling: this UNet's are {factors}")
+                raise ValueError(
+                    f"attention_resolutions {lost} would have no effect: this UNet downsamples by {factors}"
+                )
         if not self.preview_prompts:
             raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")
         self.train(False)  # batch statistics need more than one image
