@@ -12,7 +12,6 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
 from ldm.latent_diffusion import Conditioning, require
-from ldm.models.unet import UNetModel
 from ldm.training.objective import Objective, loss_mask
 from ldm.training.stage import Loss, Stage
 from ldm.util import progress_bar
