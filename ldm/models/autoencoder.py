@@ -362,8 +362,7 @@ class AutoencoderKL(Autoencoder):
             )
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
             raise ValueError(f"mean {mean.tolist()} and std {std.tolist()} must be finite, and std positive")
-        quant: Any = self.quant_conv
-        post: Any = self.post_quant_conv
+        quant, post = self.quant_conv, self.post_quant_conv
         mean, std = mean.cpu().double(), std.cpu().double()  # on the CPU: not every device has float64
         # a mean W h + b becomes (W h + b - mean) / std; a log variance loses 2 log std
         scale = torch.cat([1 / std, torch.ones_like(std)])

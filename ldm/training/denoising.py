@@ -45,12 +45,9 @@ class DenoisingStage(Stage):
         if model.cond_stage_model is not None:
             require("conditioner", model.cond_stage_model, "null")
         size, unet = check_defaults(model), model.model.diffusion_model
-        if isinstance(unet, UNetModel):
-            factors = [2**i for i in range(len(unet.channel_mult))]
-            if lost := sorted({*unet.attention_resolutions} - {*factors}):
-                raise ValueError(
-                    f"attention_resolutions {lost} would have no effect: this UNet downsamples by {factors}"
-                )
+        factors = [2**i for i in range(len(getattr(unet, "channel_mult", ())))]  # none of a network of another kind
+        if factors and (lost := sorted({*getattr(unet, "attention_resolutions", ())} - {*factors})):
+            raise ValueError(f"attention_resolutions {lost} would have no effect: this UNet downsamples by {factors}")
         if not self.preview_prompts:
             raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")
         self.train(False)  # batch statistics need more than one image
