@@ -1,6 +1,6 @@
 """Compare training loops: ours, that of diffusers' train_text_to_image.py, and the bare steps of a network.
 
-python -m benchmarks.training                        # 7 minutes of CPU time
+python -m benchmarks.training                        # about 7 minutes of CPU time, by an estimate
 python -m benchmarks.training --networks 10M --precisions fp32
 
 Each network is trained by all loops in one process, which take turns after every step, so that what else runs on the
