@@ -45,7 +45,7 @@ class RecentTexts:
     def __call__(self, texts: Sequence[str]) -> Conditioning:
         distinct, which = distinct_prompts(texts)
         cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")  # which changes the bits
-        rows = {text: self.kept.pop((cast, text), None) for text in distinct}
+        rows: dict[str, Any] = {text: self.kept.pop((cast, text), None) for text in distinct}
         absent = [text for text, row in rows.items() if row is None]
         made = self.encode(absent) if absent else {}
         for i, text in enumerate(absent):
