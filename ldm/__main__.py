@@ -16,6 +16,7 @@ SUMMARIES = {
     "dreambooth": "teach a model a subject from a few images",
     "textual_inversion": "learn a word for a subject from a few images",
     "evaluate": "measure a model",
+    "doctor": "examine a run whose samples are noise",
     "convert": "rewrite a model in another format or precision",
     "shards": "write a folder of images as tar shards",
 }

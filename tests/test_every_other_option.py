@@ -20,6 +20,7 @@ from conftest import randomised, save_noise
 from lora_models import learned
 from PIL import Image
 from test_classifier_guide import write as write_classifier
+from test_doctor import write_run
 from test_evaluation import small_networks
 from test_every_option import TINY
 from test_likelihood import SHORTER
@@ -148,6 +149,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --lr_scheduler: cosine
 """,
     ),
+    "doctor": (
+        "IN run --device cpu --images 20 --overfit 0",
+        "--images: 30\n--overfit: 2\n--device: meta",
+    ),
     "evaluate model": (
         f"--ckpt model.safetensors --device cpu --dataset digits {MEASURED} {NETWORKS} --steps 3",
         LOADING + SAMPLING + """
@@ -232,7 +237,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate statistics": (f"--outdir out {NETWORKS} --data mnist", OF_MNIST),
     "evaluate subjects": (f"--outdir out {NETWORKS} --data mnist", OF_MNIST),
 }  # fmt: skip
-QUICK = ("convert", "evaluate bits", "evaluate statistics", "evaluate subjects")  # seconds each; the others minutes
+QUICK = (
+    "convert",
+    "doctor",
+    "evaluate bits",
+    "evaluate statistics",
+    "evaluate subjects",
+)  # seconds each; the others minutes
 
 
 def table_of(command: str) -> dict[str, tuple[list[str], str]]:
@@ -280,6 +291,7 @@ def inputs(tmp_path_factory) -> Path:
     write_classifier(folder / "classifier.safetensors", {"name": "linear"}, in_channels=1, image_size=32)
     save_noise(folder)
     write_mnist(folder / "mnist" / "MNIST" / "raw")
+    write_run(folder / "run")
     (folder / "templates.txt").write_text("my own {}\n")
     for name, count in (
         ("class2", 5),

@@ -39,6 +39,7 @@ SCRIPTS = (
     "textual_inversion",
     "convert",
     "evaluate",
+    "doctor",
     "shards",
 )
 STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.clip.CLIPStage ldm.training.diffusion.DiffusionStage
