@@ -59,7 +59,12 @@ class Network(NamedTuple):
 def stable_diffusion(width: int, mult: Sequence[int]) -> dict[str, Any]:
     """Return UNetModel's arguments for a smaller network of Stable Diffusion 1's kind."""
     own = {"image_size": None, "in_channels": 4, "out_channels": 4, "model_channels": width, "channel_mult": [*mult]}
-    own |= {"num_res_blocks": 2, "attention_resolutions": [1, 2, 4], "num_heads": 4, "use_spatial_transformer": True}
+    own |= {
+        "num_res_blocks": 2,
+        "attention_resolutions": [2**i for i in range(len(mult))],
+        "num_heads": 4,
+        "use_spatial_transformer": True,
+    }
     return own | {"transformer_depth": 1, "context_dim": 128, "legacy": False}
 
 

@@ -27,6 +27,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.training import objective, run_folder
 from ldm.training.ema import EMA
 from ldm.training.loop import train
+from ldm.training.share import BatchShare
 from ldm.util import call_with
 
 CPU = torch.device("cpu")
@@ -429,7 +430,7 @@ def test_micro_batches_averages_and_bf16(checkpoints, subject, tmp_path, monkeyp
     """
     monkeypatch.setattr(objective, "training_timesteps", lambda batch, T, **_: torch.full((batch,), T // 2))
     monkeypatch.setattr(objective, "training_noise", lambda x0, **_: x0.flip(-1))
-    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    monkeypatch.setattr(BatchShare, "randn", lambda self, like: torch.zeros_like(like))
     monkeypatch.setattr(DreamBoothStage, "preview", lambda self: [Image.new("L", (8, 8))])
     monkeypatch.setattr(DreamBoothStage, "preview_labels", lambda self: [])
 

@@ -91,6 +91,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --format: compvis
 --lora: lora.safetensors
 --default: steps=7
+--sigma-rel: 0.1
 --rank: 1 | IN lora.safetensors
 --lora-format: peft | IN lora.safetensors
 """,

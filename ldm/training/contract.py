@@ -108,7 +108,8 @@ def square_side(dataset: Any, image_size: int | None = None, patch_size: int = 1
 def content_of(dataset: Any) -> dict[str, Any]:
     """Return what a run remembers of its images, for `compare_content`: their number, files by name, and classes."""
     names = "/".join(path.name for path in getattr(dataset, "paths", ()))  # not their folder, which may be moved
-    classes = list(map(str, getattr(dataset, "classes", ())))
+    # names of a folder's; DreamBooth's are data sets
+    classes = [str(one) for one in getattr(dataset, "classes", ()) if isinstance(one, str | int)]
     return {"images": len(dataset), "names": crc32(names.encode(errors="surrogateescape")), "classes": classes}
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -46,8 +47,8 @@ class DiffusionStage(DenoisingStage):
     def __init__(
         self,
         unet_config: Mapping[str, Any],
-        first_stage: str,
-        cond_stage: str | Mapping[str, Any] | None,
+        first_stage: str | Path,
+        cond_stage: str | Path | Mapping[str, Any] | None,
         learning_rate: Rate,
         schedule: Mapping[str, Any],
         prediction: str = "v",
@@ -70,11 +71,9 @@ class DiffusionStage(DenoisingStage):
             raise ValueError(f"cache_dir {cache_dir!r} is a file: name a folder")
         first, weights = read_first_stage(first_stage)
         cond: Any = cond_stage
-        if text := isinstance(cond_stage, str):
+        if text := isinstance(cond_stage, str | Path):
             cond, text_weights = read_text_stage(cond_stage)
-            unet_config = _match_pooled(
-                unet_config, pooled is not False, cond_stage, cond["params"].get("pooled", False)
-            )
+            unet_config = _match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
         model = LatentDiffusion(unet_config, first, cond, schedule=schedule, prediction=prediction, defaults=defaults)
         model.first_stage_model.load_state_dict(weights)
         conditioner = model.cond_stage_model
@@ -144,12 +143,14 @@ class DiffusionStage(DenoisingStage):
         return z, self.texts(captions)
 
 
-def _match_pooled(unet_config: Mapping[str, Any], pooled: bool | None, cond_stage: str, given: bool) -> dict[str, Any]:
+def _match_pooled(
+    unet_config: Mapping[str, Any], pooled: bool | None, cond_stage: str | Path, given: bool
+) -> dict[str, Any]:
     """Return the UNet's configuration, without pooled text unless wanted. ValueError where the encoder differs."""
     params = {k: v for k, v in unet_config["params"].items() if pooled is not False or k not in POOLED}
     if given != ("num_classes" in params):
         raise ValueError(
-            f"the text encoder {cond_stage!r} and the UNet differ about pooled text: train both stages with "
+            f"the text encoder {str(cond_stage)!r} and the UNet differ about pooled text: train both stages with "
             "the same stage.params.pooled (false leaves num_classes and adm_in_channels out)"
         )
     return {**unet_config, "params": params}

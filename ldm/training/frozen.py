@@ -16,19 +16,19 @@ from ldm.loading import take_part
 TEXT_BYTES = 2**27  # of embeddings that are kept: 10,000 of the digits' captions, 560 of Stable Diffusion 1's
 
 
-def read_first_stage(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_first_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and tensors of an autoencoder: out of a run's folder, or whatever --vae takes."""
     found = take_part("first_stage", checkpoint_at(path))
     return found.config, found.state
 
 
-def read_text_stage(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_text_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and tensors of a text encoder of ours, or of a CLIP in a folder of transformers."""
     if not (Path(path) / "config.json").is_file():
         return load_file(path)
     from ldm.conditioning import public_clip
 
-    params, state = public_clip.read_text_encoder(path)
+    params, state = public_clip.read_text_encoder(str(path))
     return {"target": TEXT_TARGET, "params": params}, state
 
 
