@@ -17,8 +17,10 @@ def compiled(networks: Iterable[nn.Module]) -> Iterator[None]:
 
     They take a minute for each new shape of inputs. Random numbers are those of the networks that are not compiled.
     """
+    from torch import _dynamo
     from torch._functorch import config  # takes a second to import
 
+    _dynamo.reset()  # its limit of 8 compilations, beyond which it computes uncompiled in silence, is of all networks
     changed = [network for network in networks if type(network).forward is not nn.Module.forward]
     options: Any = {"fallback_random": True} if BACKEND == "inductor" else None
     for network in changed:
