@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import encode_prompts
-from ldm.diffusion.denoiser import Denoise, make_denoiser
+from ldm.diffusion.denoiser import Denoise, make_denoiser, network_input
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
 from ldm.generation import generate
 from ldm.settings import check_size, of_model
@@ -69,7 +69,7 @@ class LatentDiffusion(nn.Module):
         unet_config, first_stage_config, cond_stage_config: `{"target": class, "params": {...}}` of the three networks;
             cond_stage_config is None for an unconditional model.
         schedule: arguments of `make_schedule`, e.g. `{"name": "cosine"}`.
-        prediction: what the UNet predicts: "eps", "x0" or "v".
+        prediction: what the UNet predicts: "eps", "x0", "v" or "flow".
         scale_factor: factor of the latents after encoding, which gives them unit variance.
         defaults: this model's own sampling settings: height, width (pixels), steps, scale, sampler, spacing, interval,
             final_sigma.
@@ -212,7 +212,7 @@ class LatentDiffusion(nn.Module):
         return {key: value.to(self.device) for key, value in cond.items()}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Return the UNet's prediction (eps, x0 or v) for noised latents x (b, z, h, w) at timesteps t (b,)."""
+        """Return the UNet's output for its input x (b, z, h, w) at timesteps t (b,): see `network_input`."""
         return self.model(x, t, **cond)
 
     def loss(
@@ -228,7 +228,8 @@ class LatentDiffusion(nn.Module):
         """Return the `prediction_loss` of each latent z (b, c, h, w) at its timestep t (b,): (b,)."""
         from ldm.diffusion.loss import prediction_loss  # only training needs it
 
-        output = self.apply_model(q_sample(z, t, noise, self.schedule), t, cond).float()
+        x = q_sample(z, t, noise, self.schedule)
+        output = self.apply_model(*network_input(self.prediction, x, t, self.schedule), cond).float()
         ab = self.schedule.alphas_cumprod[t.cpu()]
         return prediction_loss(self.prediction, output, z, noise, ab, error, weight, mask)
 

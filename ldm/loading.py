@@ -60,7 +60,7 @@ def load(
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
         vae, unet: files that hold that part, to be used in place of the checkpoint's own.
         ema: take the averaged weights of a training checkpoint (`model_ema.*`), the file that the UNet comes from.
-        prediction: what the UNet predicts ("eps", "x0", "v"), for files that do not say.
+        prediction: what the UNet predicts ("eps", "x0", "v", "flow"), for files that do not say.
         vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
         variant: of a diffusers folder's files, "fp16" say.
     """

@@ -11,6 +11,7 @@ from ldm.diffusion.bound import step_bits
 from ldm.diffusion.denoiser import (
     Denoise,
     make_denoiser,
+    network_input,
     predicted_x0,
     self_cond_input,
     self_conditioned,
@@ -68,8 +69,8 @@ class PixelDiffusion(LatentDiffusion):
         }
 
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
-        """Return the network's eps, x0 or v (b, c, h, w) for x at timesteps t, and the variance's share."""
-        output = self.apply_model(x, t, cond).float()
+        """Return the network's prediction (b, c, h, w) for x_vp at timesteps t, and the variance's share."""
+        output = self.apply_model(*network_input(self.prediction, x, t, self.schedule), cond).float()
         return split_variance(output, x.shape[1]) if self.learned_variance else (output, None)
 
     def loss(

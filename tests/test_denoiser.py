@@ -1,4 +1,4 @@
-"""eps, x0 and v networks as one denoise(x, sigma, cond), and their training targets."""
+"""eps, x0, v and flow networks as one denoise(x, sigma, cond), and their training targets."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from ldm.diffusion.denoiser import (
     Prediction,
     from_vp,
     make_denoiser,
+    network_input,
     predicted_x0,
     scalings,
     self_conditioned,
@@ -22,9 +23,13 @@ from ldm.diffusion.schedule import make_schedule, q_sample, sampling_sigmas
 
 
 def gaussian_network(schedule, prediction, data_variance=0.25):
-    """The exact network for data N(0, data_variance), giving eps, x0 or v: E[. | x_vp] is linear in x_vp."""
+    """The exact network for data N(0, data_variance): E[. | x] of eps, x0, v or flow is linear in its input x."""
 
     def network(x_vp, t, cond):
+        if prediction == "flow":
+            time = (t / schedule.T).view(-1, 1)
+            total = data_variance * (1 - time) ** 2 + time**2
+            return (time - data_variance * (1 - time)) / total * x_vp
         ab = schedule.alphas_cumprod[t.long()].to(x_vp).view(-1, 1)
         total = data_variance * ab + 1 - ab
         eps = (1 - ab).sqrt() / total * x_vp
@@ -35,7 +40,7 @@ def gaussian_network(schedule, prediction, data_variance=0.25):
 
 
 @pytest.mark.parametrize("t", [0, 20, 500, 999])
-def test_one_predictor_in_three_parametrisations_gives_one_x0(t):
+def test_one_predictor_in_four_parametrisations_gives_one_x0(t):
     schedule = make_schedule("scaled_linear")
     sigma = schedule.sigma_at(t)
     x = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * (1 + sigma**2) ** 0.5
@@ -88,6 +93,59 @@ def test_zero_terminal_snr_with_v():
     assert torch.allclose(last.x, 0.5 * x_t, rtol=0.02)
 
 
+def test_flow_matching_of_a_gaussian():
+    """Exact velocities carry N(0, 1) to N(0, 0.25); an Euler step keeps x0 and noise, so that it is DDIM's."""
+    schedule = make_schedule("flow", 1000)
+    start = torch.randn(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    network, sigmas = gaussian_network(schedule, "flow"), sampling_sigmas(schedule, 20, "trailing")
+    denoise, times = make_denoiser(network, schedule, "flow"), sigmas / (1 + sigmas)
+    *_, last = sample(lambda x, sigma: denoise(x, sigma, {}), from_vp(start, float(sigmas[0])), sigmas)
+    x = from_vp(start, float(sigmas[0])) / (1 + sigmas[0])  # x_t = (1 - t) x
+    for time, following in zip(times, times[1:], strict=False):
+        x = x + (following - time) * network(x, 1000 * time.expand(64), {})
+    torch.testing.assert_close(last.x, x, rtol=1e-9, atol=1e-9)
+    *_, last = sample(
+        lambda x, sigma: denoise(x, sigma, {}),
+        from_vp(start, schedule.sigmas[-1].item()),
+        sampling_sigmas(schedule, 500, "trailing"),
+    )
+    assert torch.allclose(last.x, 0.5 * start, rtol=5e-3)
+
+
+def test_flow_is_diffusers_flow_matching():
+    """Inputs, times and steps of FlowMatchEulerDiscreteScheduler, with a shift; its first time is 1, ours 0.99976."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    schedule, received = make_schedule("flow", 1000, shift=3.0), []
+
+    def network(x, t, cond):
+        received.append(t[0].item())
+        return gaussian_network(schedule, "flow")(x, t, cond)
+
+    start = torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
+    theirs = FlowMatchEulerDiscreteScheduler(1000, shift=3.0)
+    theirs.set_timesteps(10)
+    levels = (theirs.sigmas[:-1] / (1 - theirs.sigmas[:-1])).clamp(max=float(schedule.sigmas[-1]))
+    sigmas = torch.cat([levels, levels.new_zeros(1)]).double()
+    denoise, x = make_denoiser(network, schedule, "flow"), start
+    *_, last = sample(lambda x, sigma: denoise(x, sigma, {}), from_vp(start, float(sigmas[0])), sigmas)
+    ours = received[:10]
+    for t in theirs.timesteps:
+        x = theirs.step(network(x, t.expand(8), {}), t, x).prev_sample
+    assert ours == pytest.approx(theirs.timesteps.tolist(), rel=3e-4) and torch.allclose(last.x, x, rtol=1e-3)
+
+
+def test_a_network_that_predicts_flow_gets_the_line_between_image_and_noise():
+    schedule, t = make_schedule("flow", 10, shift=2.0), torch.tensor([0, 4, 9])
+    x0, noise = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, time = network_input("flow", q_sample(x0, t, noise, schedule), t, schedule)
+    expected = torch.tensor([2 * u / (1 + u) for u in (0.1, 0.5, 1.0)], dtype=torch.float64)
+    torch.testing.assert_close(time / 10, expected)
+    torch.testing.assert_close(x, x0 + expected[:, None] * (noise - x0))
+    ab, flow = schedule.alphas_cumprod[t], noise - x0
+    assert torch.equal(target("flow", x0, noise, ab), flow) and target("flow", x0, noise, ab).shape == x0.shape
+
+
 def test_the_network_gets_the_level_of_every_sigma():
     schedule = make_schedule("cosine")
     levels = []
@@ -111,7 +169,7 @@ def test_unknown_prediction_is_refused():
         lambda: target("velocity", torch.zeros(1), torch.zeros(1), torch.ones(1)),
         lambda: scalings("velocity", 1.0),
     ):
-        refused("'velocity'; choose from eps, x0, v", call)
+        refused("'velocity'; choose from eps, x0, v, flow", call)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -150,6 +150,8 @@ def test_tokens_that_were_added_are_named(folder):
         (SD1 | {"first_stage_config": {"target": "ldm.models.vq_autoencoder.VQModelInterface"}}, "VQModelInterface"),
         (SD1 | {"concat": "latents_mask"}, "concat 'latents_mask'"),
         (SD1 | {"schedule": {"name": "sigmoid_alphabar"}}, "noise schedule 'sigmoid_alphabar'"),
+        (SD1 | {"schedule": {"name": "cosine", "shift": 3.0}}, "shift 3"),
+        (SD1 | {"prediction": "flow"}, "prediction 'flow'"),
         (changed(SD1, "unet", num_classes=7), "num_classes"),
         (changed(SD1, "unet", resblock_updown=True), "resblock_updown"),
         (changed(SD1, "unet", conv_resample=False), "conv_resample False"),

@@ -126,7 +126,8 @@ pixel stage.params.noise: {offset: 0.1, immiscible: true}
 pixel stage.params.timesteps:
   {name: {to: logit_normal, with: {name: uniform}}, mean: {to: 2.0, with: {name: logit_normal}},
    std: {to: 3.0, with: {name: logit_normal}}}
-pixel stage.params.model.params.schedule: {name: cosine, T: 500, start: 0.001, end: 0.1, zero_terminal_snr: true}
+pixel stage.params.model.params.schedule: {name: cosine, T: 500, start: 0.001, end: 0.1, zero_terminal_snr: true,
+                                             shift: 2.0}
 pixel loop.lr_schedule:
   {name: {to: linear, with: {name: constant}}, warmup: {to: 2, with: {name: constant}},
    decay: {to: 0.1, with: {name: linear}}, low: {to: 0.5, with: {name: step}}}

@@ -9,9 +9,9 @@ from conftest import TINY, pixels, refused
 
 import ldm
 from ldm.diffusion import guidance
-from ldm.diffusion.denoiser import from_vp, to_vp
+from ldm.diffusion.denoiser import PREDICTIONS, from_vp, target, to_vp
 from ldm.diffusion.sampling import SAMPLERS
-from ldm.diffusion.schedule import sampling_sigmas
+from ldm.diffusion.schedule import q_sample, sampling_sigmas
 from ldm.images import to_pil
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.pixel_diffusion import PixelDiffusion
@@ -323,3 +323,38 @@ def test_latents_have_no_limit_to_set(tiny_model):
 @pytest.mark.parametrize("scale_factor", [0.0, -1.0, float("inf"), float("nan")])
 def test_latents_are_divided_by_the_scale_factor(scale_factor):
     refused("scale_factor .* must be a number above 0", LatentDiffusion, **TINY, scale_factor=scale_factor)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_training_and_sampling_ask_the_network_the_same(model, prediction):
+    """The loss is the error of the denoiser's own prediction at that noise level; a flow network's input differs."""
+    config = {**model.config, "prediction": prediction, "schedule": {"name": "flow", "shift": 2.0}}
+    model, state = LatentDiffusion(**config), model.state_dict()
+    model.load_state_dict(state)
+    t, generator = torch.tensor([0, 300, 900]), torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    with torch.no_grad():
+        cond, denoise = model.condition(PROMPTS[:3]), model.denoiser()
+        losses, x_vp = model.loss(z, cond, t, noise), q_sample(z, t, noise, model.schedule)
+        for i, sigma in enumerate(model.schedule.sigmas[t].tolist()):
+            x = from_vp(x_vp[i : i + 1], sigma)
+            x0 = denoise(x, sigma, {key: value[i : i + 1] for key, value in cond.items()}).x0
+            output = {"eps": (x - x0) / sigma, "x0": x0, "flow": (x - x0) / sigma - x0}
+            output["v"] = (output["eps"] - sigma * x0) / (1 + sigma**2) ** 0.5
+            error = output[prediction] - target(prediction, z, noise, model.schedule.alphas_cumprod[t])[i : i + 1]
+            assert losses[i].item() == pytest.approx(error.square().mean().item(), rel=2e-4)
+
+
+def test_a_flow_model_is_saved_as_ours_alone(model, tmp_path):
+    flow = LatentDiffusion(**{**model.config, "prediction": "flow", "schedule": {"name": "flow", "shift": 3.0}})
+    flow.load_state_dict(model.state_dict())
+    ldm.save(flow, tmp_path / "flow.safetensors")
+    again = ldm.load(tmp_path / "flow.safetensors")
+    assert again.prediction == "flow" and torch.equal(again.schedule.sigmas, flow.schedule.sigmas)
+    images = [each.generate(["five"], steps=2, seed=1) for each in (again, flow, model)]
+    assert np.array_equal(pixels(images[0]), pixels(images[1])) and not np.array_equal(
+        pixels(images[0]), pixels(images[2])
+    )
+    with pytest.raises(ValueError, match="CompVis's format cannot say that a network predicts flow"):
+        ldm.save(flow, tmp_path / "flow.ckpt", format="compvis")
+    assert [path.name for path in tmp_path.iterdir()] == ["flow.safetensors"]

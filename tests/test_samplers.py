@@ -237,24 +237,25 @@ def test_plms_is_lms_on_even_levels():
 
 
 def network_of(denoise, schedule, prediction):
-    """The network that predicts eps, x0 or v as that denoiser does."""
+    """The network that predicts eps, x0, v or flow as that denoiser does."""
 
-    def network(x_vp, t, cond):
-        sigma = schedule.sigma_at(float(t[0]))
-        x = from_vp(x_vp, sigma)
+    def network(x_in, t, cond):
+        time = float(t[0]) / schedule.T
+        sigma = time / (1 - time) if prediction == "flow" else schedule.sigma_at(float(t[0]))
+        x = x_in * (1 + sigma) if prediction == "flow" else from_vp(x_in, sigma)
         x0 = denoise(x, sigma).x0
         eps = (x - x0) / sigma
-        return {"eps": eps, "x0": x0, "v": to_vp(eps - sigma * x0, sigma)}[prediction]
+        return {"eps": eps, "x0": x0, "v": to_vp(eps - sigma * x0, sigma), "flow": eps - x0}[prediction]
 
     return network
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "karras"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_eps_x0_and_v_networks_give_the_same_image(name, spacing):
+def test_networks_of_each_prediction_give_the_same_image(name, spacing):
     start = torch.linspace(-2, 2, 9, dtype=torch.float64)
     ends = {}
-    for key, predictions in (("sd", ("eps", "x0", "v")), ("zero_terminal_snr", ("x0", "v"))):
+    for key, predictions in (("sd", ("eps", "x0", "v", "flow")), ("zero_terminal_snr", ("x0", "v", "flow"))):
         schedule = SCHEDULES[key]
         sigmas = sampling_sigmas(schedule, 7, spacing)
         for prediction in predictions:

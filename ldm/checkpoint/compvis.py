@@ -157,6 +157,8 @@ def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dic
     (https://github.com/Stability-AI/ModelSpec).
     """
     params = config["params"]
+    if params["prediction"] == "flow":
+        raise ValueError("CompVis's format cannot say that a network predicts flow: save the model as ours")
     added = schedule_buffers(params["schedule"])
     if kind(params["cond_stage_config"]) == "clip":
         name = f"{networks.PREFIXES['text']}transformer.text_model.embeddings.position_ids"

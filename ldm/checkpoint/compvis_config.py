@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from ldm.checkpoint import networks
 from ldm.checkpoint.family_table import Family, find_family
 from ldm.checkpoint.networks import Config
-from ldm.diffusion.denoiser import PREDICTIONS
 from ldm.models.autoencoder import Encoder
 from ldm.models.unet import UNetModel
 
@@ -84,8 +83,8 @@ def _model(params: Config) -> Config:
     conditioner = _conditioner(params)
     family, concat = find_family(unet["params"]["in_channels"], first_stage, conditioner)
     prediction = params.get("parameterization", "eps")
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"parameterization {prediction!r} is unknown: it is one of {', '.join(PREDICTIONS)}")
+    if prediction not in ("eps", "x0", "v"):
+        raise ValueError(f"parameterization {prediction!r} is unknown: it is one of eps, x0, v")
     return {
         "unet_config": unet,
         "first_stage_config": first_stage,

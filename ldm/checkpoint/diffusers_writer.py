@@ -248,7 +248,14 @@ def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tupl
     """Return (a DDIMScheduler's arguments, notes on what is lost) from our schedule, prediction and defaults."""
     name = schedule.get("name", "cosine")
     curves = {own: theirs for theirs, own in BETA_CURVES.items() if theirs != "sigmoid"}
-    _refuse({f"the noise schedule {name!r}": name not in curves})
+    types = {own: theirs for theirs, own in PREDICTION_TYPES.items()}
+    _refuse(
+        {
+            f"the noise schedule {name!r}": name not in curves,
+            f"its shift {schedule.get('shift')}": schedule.get("shift", 1) != 1,
+            f"the prediction {prediction!r}": prediction not in types,
+        }
+    )
     ends, T = {}, schedule.get("T", 1000)
     if (usual_ends := SCHEDULES[name]) is not None:
         for end, usual in zip(("start", "end"), usual_ends, strict=True):
@@ -268,7 +275,7 @@ def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tupl
         "num_train_timesteps": T,
         "beta_schedule": curves[name],
         **ends,
-        "prediction_type": {own: theirs for theirs, own in PREDICTION_TYPES.items()}[prediction],
+        "prediction_type": types[prediction],
         "rescale_betas_zero_snr": schedule.get("zero_terminal_snr", False),
         "timestep_spacing": "leading" if their_spacing is None else their_spacing,
         "steps_offset": 1,

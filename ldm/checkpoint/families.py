@@ -47,7 +47,7 @@ def recognise(
             and shapes count.
         metadata: a safetensors file's header.
         facts: plain values at the top of a .ckpt, such as global_step.
-        prediction: what the UNet predicts ("eps", "x0", "v"), if the user knows better than the file.
+        prediction: what the UNet predicts ("eps", "x0", "v", "flow"), if the user knows better than the file.
     """
     if prediction is not None:
         check_prediction(prediction)

@@ -1,8 +1,9 @@
-"""From a network that predicts eps, x0 or v to denoise(x, sigma, cond), which predicts x0; and the training targets.
+"""From a network that predicts eps, x0, v or flow to denoise(x, sigma, cond), which predicts x0; and their targets.
 
 Samplers and guidance work on x = x0 + sigma noise and call a function `denoise` that predicts x0 from it (Karras et al.
-2022). A network takes the variance-preserving x_vp = x / sqrt(1 + sigma^2) and a timestep t, and predicts eps, x0 or v.
-This module is the only place where the two meet.
+2022). A network takes the variance-preserving x_vp = x / sqrt(1 + sigma^2) and a timestep t, and predicts eps, x0 or v;
+or it takes the line x / (1 + sigma) between image and noise, and predicts its direction, the flow. This module is the
+only place where the two meet.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 
-PREDICTIONS = ("eps", "x0", "v")
+PREDICTIONS = ("eps", "x0", "v", "flow")
 
 Cond = dict[str, Tensor]  # a conditioning: "c_crossattn", "c_concat", "c_adm"; {} for none
 
@@ -61,28 +62,46 @@ def scalings(prediction: str | None, sigma: float | Tensor) -> tuple[float | Ten
     x0:   x0 = output.
     v:    x0 = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) v, which is sqrt(ab) x_vp - sqrt(1 - ab) v (Salimans & Ho
           2022, section 4).
+    flow: x0 = x / (1 + sigma) - sigma / (1 + sigma) flow, which is x_t - t flow (Liu et al. 2022, arXiv 2209.03003),
+          with t = sigma / (1 + sigma).
     """
     check_prediction(prediction)
     if prediction == "eps":
         return 1.0, -sigma
     if prediction == "x0":
         return 0.0, 1.0
+    if prediction == "flow":
+        return 1 / (1 + sigma), -sigma / (1 + sigma)
     return 1 / (1 + sigma * sigma), -sigma / (1 + sigma * sigma) ** 0.5
 
 
 def target(prediction: str, x0: Tensor, noise: Tensor, alphas_cumprod_t: Tensor) -> Tensor:
     """Return what the network learns to predict from x_vp = sqrt(ab) x0 + sqrt(1 - ab) noise: (b, ...).
 
-    It is noise (eps; Ho et al. 2020), x0, or sqrt(ab) noise - sqrt(1 - ab) x0 (v; Salimans & Ho 2022, section 4), with
-    ab of each image, (b,).
+    It is noise (eps; Ho et al. 2020), x0, sqrt(ab) noise - sqrt(1 - ab) x0 (v; Salimans & Ho 2022, section 4), with ab
+    of each image, (b,), or noise - x0 (flow; Liu et al. 2022).
     """
     check_prediction(prediction)
     if prediction == "eps":
         return noise
     if prediction == "x0":
         return x0
+    if prediction == "flow":
+        return noise - x0
     signal_level, noise_level = signal_and_noise_levels(alphas_cumprod_t, x0)
     return signal_level * noise - noise_level * x0
+
+
+def network_input(prediction: str, x_vp: Tensor, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Return what the network takes for x_vp (b, ...) at timesteps t (b,): these two, but for flow x_t and T t.
+
+    There x_t = (1 - t) x0 + t noise, for the time t = sigma / (1 + sigma) in [0, 1].
+    """
+    if prediction != "flow":
+        return x_vp, t
+    signal_level, noise_level = signal_and_noise_levels(schedule.alphas_cumprod[t.cpu()], x_vp)
+    total = signal_level + noise_level
+    return x_vp / total, schedule.T * (noise_level / total).flatten()
 
 
 def predicted_x0(prediction: str, output: Tensor, x_vp: Tensor, sigmas: Tensor) -> Tensor:
@@ -103,9 +122,9 @@ def make_denoiser(
 
     Args:
         network: Takes x_vp (b, ...) and t (b,) in 0..T-1, fractional between the timesteps it was trained on, in the
-            dtype of x.
+            dtype of x; one that predicts flow takes what `network_input` says.
         schedule: What the network was trained on; it relates sigma to t.
-        prediction: What the network returns: eps, x0 or v.
+        prediction: What the network returns: eps, x0, v or flow.
         dtype: Of x_vp, if the network's differs from that of x. x0 always has the dtype of x, float32 or wider.
         learned_variance: The network returns twice x's channels, see `split_variance`.
     """
@@ -114,8 +133,11 @@ def make_denoiser(
     def denoise(x: Tensor, sigma: float, cond: Cond) -> Prediction:
         sigma = float(sigma)
         c_skip, c_out = scalings(prediction, sigma)
-        t = torch.full((len(x),), schedule.t_at(sigma), dtype=x.dtype, device=x.device)
-        output = network(to_vp(x, sigma).to(x.dtype if dtype is None else dtype), t, cond).to(x.dtype)
+        scaled, time = to_vp(x, sigma), schedule.t_at(sigma)
+        if prediction == "flow":
+            scaled, time = x / (1 + sigma), schedule.T * sigma / (1 + sigma)
+        t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
+        output = network(scaled.to(x.dtype if dtype is None else dtype), t, cond).to(x.dtype)
         output, share = split_variance(output, x.shape[1]) if learned_variance else (output, None)
         return Prediction(output if prediction == "x0" else c_skip * x + c_out * output, share)
 

@@ -53,7 +53,7 @@ def classifier_free(
         scale: 0 is unconditional, 1 conditional.
         interval: (low, high) in sigma; guidance is on where low < sigma <= high, see `in_interval`.
         rescale: phi in [0, 1] of Lin et al. 2024, section 3.4. It acts on the network's own output.
-        prediction: What that output is: eps, x0 or v; needed for rescale only.
+        prediction: What that output is: eps, x0, v or flow; needed for rescale only.
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale must be from 0 to 1, got {rescale}")

@@ -25,7 +25,7 @@ def prediction_loss(
     """Return the weighted mean error of a network's output (b, ...) for x_t: (b,), one loss for each image.
 
     Args:
-        prediction: What the network predicts: eps, x0 or v.
+        prediction: What the network predicts: eps, x0, v or flow.
         x0, noise: What x_t consists of, (b, ...) each.
         alphas_cumprod_t: ab at the timestep of each image, (b,).
         weight: Arguments of `loss_weight`; None is a weight of 1.
@@ -60,18 +60,19 @@ def weighted_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: float = 5.0) -> Tensor:
     """Return the weight of a prediction's own squared error, such that the error of x0 has the weight `name`.
 
-      none           1: the weight of x0's error that the prediction implies (1 for x0, SNR for eps, SNR + 1 for v)
+      none           1: the weight of x0's error that the prediction implies (1 for x0, SNR for eps, SNR + 1 for v,
+                     (sqrt(SNR) + 1)^2 for flow)
       snr            SNR: eps with weight 1 (Ho et al. 2020, eq. 14)
       truncated_snr  max(SNR, 1) (Salimans & Ho 2022, section 4)
       min_snr        min(SNR, gamma) (Hang et al. 2023, section 3.4)
 
-    With SNR = ab / (1 - ab), the errors are related by |x0|^2 = |eps|^2 / SNR = |v|^2 / (SNR + 1), so a weight w of
-    x0's error is w / SNR of eps's and w / (SNR + 1) of v's. The weights, float32 (b,), are finite at zero terminal SNR
-    (ab = 0) too, except for eps with truncated_snr.
+    With SNR = ab / (1 - ab), the errors are related by |x0|^2 = |eps|^2 / SNR = |v|^2 / (SNR + 1) = |flow|^2 /
+    (sqrt(SNR) + 1)^2, so a weight w of x0's error is w / SNR of eps's, w / (SNR + 1) of v's and so on. The weights,
+    float32 (b,), are finite at zero terminal SNR (ab = 0) too, except for eps with truncated_snr.
 
     Args:
         name: none, snr, truncated_snr or min_snr.
-        prediction: eps, x0 or v.
+        prediction: eps, x0, v or flow.
         alphas_cumprod_t: (b,).
         gamma: of min_snr; the paper takes 5.
     """
@@ -92,5 +93,5 @@ def loss_weight(name: str, prediction: str, alphas_cumprod_t: Tensor, gamma: flo
         }[name]
     else:
         weight = {"snr": snr, "truncated_snr": snr.clamp(min=1), "min_snr": snr.clamp(max=gamma)}[name]
-        weight = weight / (1 if prediction == "x0" else snr + 1)
+        weight = weight / {"x0": 1, "v": snr + 1, "flow": (snr.sqrt() + 1) ** 2}[prediction]
     return weight.to(torch.float32)

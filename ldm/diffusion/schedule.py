@@ -34,6 +34,7 @@ SCHEDULES = {
     "linear": (1e-4, 0.02),
     "scaled_linear": (0.00085, 0.012),
     "cosine": None,
+    "flow": None,
     "sigmoid_alphabar": (-3.0, 3.0),
     "sigmoid_beta": (1e-4, 0.02),
     "sqrt": (1e-4, 0.02),
@@ -46,11 +47,13 @@ FINAL_SIGMAS = ("zero", "sigma_min")
 
 
 def betas(name: str, T: int = 1000, start: float | None = None, end: float | None = None) -> Tensor:
-    """Return the variances beta_0..beta_{T-1} of the forward process: float64 (T,), each in (0, 1).
+    """Return the variances beta_0..beta_{T-1} of the forward process: float64 (T,), each in (0, 1), flow's last one 1.
 
       linear            beta linear from 1e-4 to 0.02 (Ho et al. 2020). CompVis calls this "sqrt_linear".
       scaled_linear     sqrt(beta) linear, beta from 0.00085 to 0.012 (Stable Diffusion). CompVis: "linear".
       cosine            ab = cos^2 (Nichol & Dhariwal 2021, eq. 17, s = 0.008); takes neither start nor end.
+      flow              sigma = t / (1 - t), t = 1/T, 2/T, ..., 1: the times of flow matching (Liu et al. 2022), for any
+                        prediction; takes neither start nor end.
       sigmoid_alphabar  ab a sigmoid on [-3, 3] (Jabri et al. 2022, fig. 8, tau = 1).
       sigmoid_beta      beta = start + (end - start) sigmoid(u), u linear from -6 to 6, from 1e-4 to 0.02.
       sqrt              beta = sqrt(u), u linear from 1e-4 to 0.02 (CompVis).
@@ -67,6 +70,8 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
     if defaults is None:
         if start is not None or end is not None:
             raise ValueError(f"schedule {name!r} takes neither start nor end, got start={start}, end={end}")
+        if name == "flow":
+            return betas_from_alpha_bar(lambda t: (1 - t) ** 2 / ((1 - t) ** 2 + t**2), T, max_beta=1)
         return betas_from_alpha_bar(lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, T)
     start = defaults[0] if start is None else start
     end = defaults[1] if end is None else end
@@ -172,17 +177,23 @@ def make_schedule(
     start: float | None = None,
     end: float | None = None,
     zero_terminal_snr: bool = False,
+    shift: float = 1.0,
 ) -> Schedule:
     """Build a schedule.
 
     Args:
-        name: linear, scaled_linear, cosine, sigmoid_alphabar, sigmoid_beta, sqrt or vp: see `betas`.
+        name: linear, scaled_linear, cosine, flow, sigmoid_alphabar, sigmoid_beta, sqrt or vp: see `betas`.
         T: the number of timesteps.
         start, end: in place of the name's two numbers.
         zero_terminal_snr: rescale it to end in noise alone (Lin et al. 2024, algorithm 1).
+        shift: multiplies each sigma, for larger images: t becomes shift t / (1 + (shift - 1) t) of flow matching
+            (Esser et al. 2024, eq. 23), and log SNR falls by 2 log shift (Hoogeboom et al. 2023, section 3.1).
     """
     ab = alphas_cumprod(betas(name, T, start, end))
-    return Schedule(rescale_zero_terminal_snr(ab) if zero_terminal_snr else ab)
+    ab = rescale_zero_terminal_snr(ab) if zero_terminal_snr else ab
+    if not 0 < shift < math.inf:
+        raise ValueError(f"the shift of a noise schedule must be above 0 (1 for none), got {shift}")
+    return Schedule(ab if shift == 1 else ab / (ab + shift**2 * (1 - ab)))
 
 
 def signal_and_noise_levels(ab: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from ldm.checkpoint.networks import PREFIXES
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file
 from ldm.data.part import part
-from ldm.diffusion.denoiser import PREDICTIONS, predicted_x0
+from ldm.diffusion.denoiser import PREDICTIONS, network_input, predicted_x0
 from ldm.diffusion.schedule import Schedule, q_sample
 from ldm.models.perceptual import psnr
 from ldm.training.config import read_configs
@@ -222,10 +222,11 @@ def read_outputs(model: Any, z: Tensor, cond: dict[str, Tensor]) -> tuple[dict[s
     for wanted in SIGMAS:
         t = torch.full((len(z),), round(model.schedule.t_at(wanted)), device=z.device)
         x, levels = q_sample(z, t, torch.randn_like(z), model.schedule), sigmas[t.cpu()]
-        output = model.apply_model(x, t, cond).float()
+        inputs = network_input(model.prediction, x, t, model.schedule)
+        output = model.apply_model(*inputs, cond).float()
         row = [(predicted_x0(name, output, x, levels) - z).square().mean().item() for name in PREDICTIONS]
         row += [1 / (1 / variance + 1 / levels[0].item() ** 2)]
-        other = output if null is None else model.apply_model(x, t, null).float()
+        other = output if null is None else model.apply_model(*inputs, null).float()
         found.append([*row, (output - other).norm().item() / max(output.norm().item(), 1e-12)])
     *errors, linear, share = torch.tensor(found).mean(0).tolist()
     return dict(zip(PREDICTIONS, errors, strict=True)), linear, None if null is None else share
@@ -237,7 +238,7 @@ def mean_errors(prediction: str, schedule: Schedule, variance: float, names: Map
     for name in (name for name in names if name.startswith("loss_t")):
         low, high = map(int, name.removeprefix("loss_t").split("-"))
         ab = schedule.alphas_cumprod[low : high + 1].mean().item()
-        found[name] = {"eps": 1.0, "x0": variance, "v": ab + (1 - ab) * variance}[prediction]
+        found[name] = {"eps": 1.0, "x0": variance, "v": ab + (1 - ab) * variance, "flow": 1 + variance}[prediction]
     return found
 
 

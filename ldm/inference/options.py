@@ -175,7 +175,11 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
     add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
     add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
     add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
-    add("--prediction", choices=("eps", "x0", "v"), help="what the UNet predicts, where the checkpoint does not say")
+    add(
+        "--prediction",
+        choices=("eps", "x0", "v", "flow"),
+        help="what the UNet predicts, where the checkpoint does not say",
+    )
     add("--vocab", type=Path, metavar="FILE", help="vocab.txt of a text encoder that comes without its words (BERT)")
     add("--allow", **ALLOW)
     add("--variant", metavar="NAME", help="of a diffusers folder's files: fp16, ...")

@@ -88,7 +88,7 @@ class UNetEncoder(nn.Module):
 
 @dataclass(eq=False, repr=False)
 class UNetModel(UNetEncoder):
-    """Predicts eps, x0 or v from a noisy image or latent x. It has all that CompVis's v1 and v2 UNets have for images.
+    """Predicts eps, x0, v or flow from a noisy image or latent. It has all of CompVis's v1 and v2 UNets for images.
 
     The fields are the constructor's arguments, in CompVis's order.
     """
