@@ -3,11 +3,11 @@
 The reading path: all that it takes to train the digits model and to sample from it, in this order (with lines).
 
 How an image is sampled:
-    diffusion/schedule.py            323  noise levels: betas, alpha-bar, sigma; the timesteps to visit
-    diffusion/denoiser.py            170  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
+    diffusion/schedule.py            333  noise levels: betas, alpha-bar, sigma; the timesteps to visit
+    diffusion/denoiser.py            192  a network that predicts eps, x0 or v -> denoise(x, sigma, cond)
     diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
     diffusion/sampling/              532  first_order explains DDIM and DDPM; the others refine it
-    latent_diffusion.py              266  first stage + text encoder + UNet + schedule
+    latent_diffusion.py              267  first stage + text encoder + UNet + schedule
     generation.py                    258  generate: prompts -> images
 The networks:
     models/unet.py                   288  the UNet
@@ -17,7 +17,7 @@ The networks:
     models/clip.py                   241  the text encoder
     conditioning/text.py             344  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
-    diffusion/loss.py                134  errors and their weights; the noise (training_noise.py)
+    diffusion/loss.py                136  errors and their weights; the noise (training_noise.py)
     training/stage.py                238  what a stage of training is, and its loss (objective.py)
     training/autoencoder.py          197  stage 1: the first stage
     training/clip.py                 151  stage 2: the text encoder
