@@ -45,8 +45,9 @@ pixel loop.quality.params:
 pixel data: {target: missing, params: {}, validation: 0.25}
 autoencoder stage.params:
   {ddconfig: {}, embed_dim: 3, learning_rate: 0.002, kl_weight: 1.0, reconstruction: l1, discriminator: null,
-   disc_start: 9, disc_weight: 2.0, perceptual: judge, perceptual_weight: {to: 2.0, with: {perceptual: judge}},
-   normalize: false, optimizer: {target: torch.optim.SGD}, preview_columns: 2, n_embed: 8,
+   disc_start: 9, disc_weight: 2.0, edge_weight: 1.0, perceptual: judge,
+   perceptual_weight: {to: 2.0, with: {perceptual: judge}}, normalize: false,
+   optimizer: {target: torch.optim.SGD}, preview_columns: 2, n_embed: 8,
    codebook_weight: {to: 3.0, with: {n_embed: 8, ddconfig: {double_z: false}}}}
 clip stage.params:
   {vision: {image_size: 16}, learning_rate: 0.002, width: 32, layers: 2, heads: 4, context_length: 30,
@@ -174,8 +175,9 @@ OF = {
     "stage.params.ddconfig": "Encoder",
     UNET: "UNetModel",
 }
-# MNIST's keys are those of Digits and where its files are; the others' are a part of the classes above.
-ELSEWHERE = {"MNIST", "Objective", "DenoisingStage", "LatentDiffusion", "AutoencoderKL"}
+# MNIST's keys are those of Digits and where its files are; those of Emoji are in test_emoji.py; the others' are a part
+# of the classes above.
+ELSEWHERE = {"Emoji", "MNIST", "Objective", "DenoisingStage", "LatentDiffusion", "AutoencoderKL"}
 
 
 def keys_of(found: Any) -> set[str]:

@@ -29,7 +29,13 @@ PYTHON_FILES = sorted(
     if path.is_file()
 )
 # distribution -> module, where they differ
-MODULES = {"open_clip_torch": "open_clip", "Pillow": "PIL", "scikit-learn": "sklearn", "PyYAML": "yaml"}
+MODULES = {
+    "open_clip_torch": "open_clip",
+    "Pillow": "PIL",
+    "scikit-learn": "sklearn",
+    "PyYAML": "yaml",
+    "resvg-py": "resvg_py",
+}
 
 
 def modules(requirements: list[str]) -> set[str]:

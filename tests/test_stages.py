@@ -58,7 +58,8 @@ def autoencoder(judge: str | None = None, **settings) -> AutoencoderStage:
 
 
 def test_every_term_of_the_autoencoders_loss(judge, batch):
-    stage = autoencoder(judge, kl_weight=0.3, perceptual_weight=0.7, disc_weight=0.5, reconstruction="l1")
+    options = {"kl_weight": 0.3, "perceptual_weight": 0.7, "disc_weight": 0.5, "edge_weight": 0.4}
+    stage = autoencoder(judge, **options, reconstruction="l1")
     x = batch["image"]
     torch.manual_seed(4)
     loss, metrics, _ = stage.turn(batch, 0, 0, None)
@@ -68,14 +69,17 @@ def test_every_term_of_the_autoencoders_loss(judge, batch):
     kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
     perceptual = perceptual_distance(stage.perceptual, reconstruction, x).mean()
     adversarial = -stage.discriminator(reconstruction).mean()
-    plain, last = error + 0.3 * kl + 0.7 * perceptual, stage.model.decoder.conv_out.weight
+    wrong = reconstruction - x
+    edges = ((wrong[:, :, 1:] - wrong[:, :, :-1]).abs().mean() + (wrong[..., 1:] - wrong[..., :-1]).abs().mean()) / 2
+    plain, last = error + 0.4 * edges + 0.3 * kl + 0.7 * perceptual, stage.model.decoder.conv_out.weight
     norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in (plain, adversarial)]
     expected = plain + 0.5 * norms[0] / (norms[1] + 1e-4) * adversarial
     # the same sums in float32, in another order here and there
-    for name, value in {"error": error, "kl": kl, "perceptual": perceptual, "adversarial": adversarial}.items():
+    terms = {"error": error, "edges": edges, "kl": kl, "perceptual": perceptual, "adversarial": adversarial}
+    for name, value in terms.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-4, atol=1e-6, msg=name)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
-    assert torch.isfinite(loss) and metrics.keys() == {"error", "kl", "perceptual", "adversarial"}
+    assert torch.isfinite(loss) and metrics.keys() == terms.keys()
 
 
 def test_every_term_of_the_vq_autoencoders_loss(batch):

@@ -43,6 +43,7 @@ class AutoencoderStage(Stage):
         kl_weight: weight of the mean KL per latent element, relative to the mean error per pixel; None is 1e-4.
         codebook_weight: of the codebook loss; None is 1.
         reconstruction: error of the pixels, l2 or l1.
+        edge_weight: of the same error of the differences between neighbouring pixels, which sharpens edges.
         discriminator: arguments of `NLayerDiscriminator`, its input_nc being the images' channels; None trains without
             one.
         disc_start: batch at which the adversarial loss starts.
@@ -65,6 +66,7 @@ class AutoencoderStage(Stage):
         kl_weight: float | None = None,
         codebook_weight: float | None = None,
         reconstruction: str = "l2",
+        edge_weight: Rate = 0.0,
         discriminator: Mapping[str, Any] | None = None,
         disc_start: int = 0,
         disc_weight: float = 0.5,
@@ -101,7 +103,7 @@ class AutoencoderStage(Stage):
             self.freeze(perceptual=self.perceptual)
         self.kl_weight = 1e-4 if kl_weight is None else kl_weight
         self.codebook_weight = 1.0 if codebook_weight is None else codebook_weight
-        self.error = reconstruction
+        self.error, self.edge_weight = reconstruction, edge_weight
         self.normalize = normalize is not False and n_embed is None
         self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
 
@@ -148,6 +150,10 @@ class AutoencoderStage(Stage):
         else:
             metrics["kl"] = code.kl() / code.mean[0].numel()
             losses = metrics["error"] + self.kl_weight * metrics["kl"]
+        if self.edge_weight > 0:
+            edges = [(reconstruction.diff(dim=dim), x.diff(dim=dim)) for dim in (2, 3)]
+            metrics["edges"] = torch.stack([mean_error(self.error, *pair) for pair in edges]).mean(0)
+            losses = losses + self.edge_weight * metrics["edges"]
         if self.perceptual is not None:
             metrics["perceptual"] = perceptual_distance(self.perceptual, reconstruction, x)
             losses = losses + self.perceptual_weight * metrics["perceptual"]
