@@ -2,19 +2,18 @@
 
 import copy
 import pickle
-import re
-import subprocess
-import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import refused
+from torch.utils.flop_counter import FlopCounterMode
 
 import ldm
+from ldm.inference import precision, widened
 from ldm.inference.compile import channels_last, compile_unet
+from ldm.inference.precision import set_precision
 from ldm.latent_diffusion import DiffusionWrapper
 
 
@@ -53,59 +52,60 @@ class Network(torch.nn.Module):
         return self.conv(x).sin() + timesteps[:, None, None, None]
 
 
+def ones() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(1, 4, 8, 8), torch.ones(1)
+
+
 def small() -> tuple[SimpleNamespace, DiffusionWrapper]:
     model = SimpleNamespace(model=DiffusionWrapper(Network()))
     return model, model.model
 
 
-def announced() -> None:
+def test_compiling_is_announced_once_for_each_shape_of_many(capfd):
+    """Twelve, of which torch by itself compiles eight."""
     model, unet = small()
-    inputs = [(torch.randn(b, 4, 8, 8), torch.zeros(b)) for b in (2, 1)]
+    batches = [2, 1, *range(3, 13)]
+    inputs = [(torch.randn(b, 4, 8, 8), torch.zeros(b)) for b in batches]
     expected, traced = [unet(*pair) for pair in inputs], []
 
     def backend(graph, inputs):  # computes as before
-        traced.append([tuple(x.shape) for x in inputs if x.ndim == 4 and x.shape[1:] == (4, 8, 8)])
+        traced.append([x.shape[0] for x in inputs if x.shape[1:] == (4, 8, 8)])
         return graph.forward
 
     compile_unet(model, backend)
     for _ in range(2):
         assert all(torch.equal(unet(x, t, c_adm=None), out) for (x, t), out in zip(inputs, expected, strict=True))
-    assert traced == [[(2, 4, 8, 8)], [(1, 4, 8, 8)]], traced
+    assert traced == [[b] for b in batches]
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [f"compiling the UNet for an input of {b} x 4 x 8 x 8 ..." for b in batches]
 
 
-def broken() -> None:
+def test_a_compiler_that_fails_is_one_sentence():
     def backend(graph, inputs):
         raise RuntimeError("cannot find g++\nand many lines more")
 
     model, unet = small()
     compile_unet(model, backend)
-    unet(torch.randn(1, 4, 8, 8), torch.zeros(1))
+    refused(r"^torch.compile failed \(.*cannot find g\+\+\): .* leave --compile out$", unet, *ones())
 
 
-def fresh(check: Callable[[], None]) -> str:
-    """What a check says on stderr, run in an interpreter of its own: torch.compile stops tracing, silently, after
-    much else was done in one."""
-    done = subprocess.run([sys.executable, __file__, check.__name__], capture_output=True, text=True)
-    assert done.stdout == ""
-    return done.stderr
-
-
-def test_compiling_is_announced_once_for_each_shape():
-    assert fresh(announced).splitlines() == [
-        "compiling the UNet for an input of 2 x 4 x 8 x 8 ...",
-        "compiling the UNet for an input of 1 x 4 x 8 x 8 ...",
-    ]
-
-
-def test_a_compiler_that_fails_is_one_sentence():
-    last = fresh(broken).splitlines()[-1]
-    assert re.fullmatch(r"ValueError: torch.compile failed \(.*cannot find g\+\+\): .* leave --compile out", last), last
+def test_what_torch_leaves_uncompiled_is_refused():
+    model, unet = small()
+    compile_unet(model, backend="eager")
+    unet(*ones())
+    with torch.compiler.set_stance("force_eager"):
+        refused("torch computed Network uncompiled, as it does for TORCH_COMPILE_DISABLE=1", unet, *ones())
+    with FlopCounterMode(display=False):
+        refused("torch computed Network uncompiled, .*a dispatch mode", unet, *ones())
+    unet(*ones())
 
 
 def test_mistakes_of_the_caller_stay_what_they_are():
     model, unet = small()
     compile_unet(model, backend="eager")
-    refused("^it takes no y$", unet, torch.randn(1, 4, 8, 8), torch.zeros(1), c_adm=torch.zeros(1))
+    refused("^it takes no y$", unet, *ones(), c_adm=torch.zeros(1))
+    unet(*ones())  # compiled nevertheless, or it would be a ValueError
 
 
 @pytest.mark.full
@@ -116,6 +116,27 @@ def test_inductor_generates_the_same_digit():
     compile_unet(model)
     found = np.asarray(model.generate(["a handwritten digit five"], **settings)[0])
     assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.full
+def test_half_precision_weights_that_wait_are_compiled_in_one_graph(model, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):  # computes as before
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(precision, "MANY", 0)
+    monkeypatch.setattr(widened, "LARGE", 300)
+    wide = copy.deepcopy(model.half()).float()
+    set_precision(model, "full", as_stored=True, traced=True)
+    assert torch.float16 in {p.dtype for p in model.model.parameters()}
+    with compile_unet(model, backend):
+        for name in ("full", "bf16"):
+            set_precision(model, name)
+            set_precision(wide, name)
+            assert torch.equal(network(model), network(wide))
+    assert len(graphs) == 2
 
 
 @pytest.mark.full
@@ -139,14 +160,10 @@ def test_on_a_gpu():
     assert np.abs(found - expected).max() <= 2
 
 
-if __name__ == "__main__":
-    globals()[sys.argv[1]]()
-
-
 def test_a_copy_is_uncompiled(capfd):
     model, unet = small()
     compile_unet(model, backend="eager")
-    x, t = torch.ones(1, 4, 8, 8), torch.ones(1)
+    x, t = ones()
     expected = unet(x, t)
     assert "compiling" in capfd.readouterr().err
     for copied in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):

@@ -1,6 +1,7 @@
 """Perturbed attention and autoguide, against attention with the identity as its map, and diffusers."""
 
 import copy
+import importlib
 import threading
 from functools import partial
 
@@ -34,6 +35,7 @@ from ldm.models import attention as attention_module
 from ldm.models import blocks as blocks_module
 from ldm.models.attention import CrossAttention
 from ldm.models.blocks import AttentionBlock
+from ldm.models.compiler import compile_calls
 from ldm.models.kernels import attention
 from ldm.models.unet import UNetModel
 
@@ -153,6 +155,7 @@ def test_it_ends_on_an_error_and_stays_in_its_thread():
 
 def test_two_threads_may_perturb_the_same_module_and_end_in_any_order():
     module, x = CrossAttention(6, heads=2, dim_head=4), torch.randn(1, 5, 6)
+    importlib.import_module("torch._dynamo")  # of which each of them leaves the state alone
     usual, inside, leave = module(x), threading.Event(), threading.Event()
 
     def other():
@@ -169,6 +172,8 @@ def test_two_threads_may_perturb_the_same_module_and_end_in_any_order():
     leave.set()
     thread.join()
     assert torch.equal(module(x), usual) and hooks(module) == 0
+    with compile_calls(module, "--compile", "eager"):  # a ValueError, were torch left to compute uncompiled
+        assert torch.equal(module(x), usual)
 
 
 @pytest.mark.parametrize("scale, cfg", [(3.0, 1.0), (2.0, 4.0)])

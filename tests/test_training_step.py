@@ -75,7 +75,6 @@ def compiled_run(stage: str, folder: Path, **settings) -> dict:
     return run
 
 
-@pytest.mark.full  # after enough other tests in one process, torch computes uncompiled in silence: open
 def test_a_compiled_run_resumes_exactly_and_shows_previews_without(tmp_path, monkeypatch):
     traced = []
 
@@ -94,7 +93,6 @@ def test_a_compiled_run_resumes_exactly_and_shows_previews_without(tmp_path, mon
     assert traced and all(traced)
 
 
-@pytest.mark.full  # after enough other tests in one process, torch computes uncompiled in silence: open
 def test_a_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):
     def backend(graph, inputs):
         raise RuntimeError("cannot find g++\nand many lines more")
@@ -102,6 +100,13 @@ def test_a_compiler_that_fails_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(compiler, "BACKEND", backend)
     message = r"torch.compile failed \(.*cannot find g\+\+\): repair that, or leave loop.compile out"
     refused(message, train, compiled_run("classifier", tmp_path), device="cpu")
+
+
+def test_a_run_that_torch_leaves_uncompiled_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "BACKEND", "eager")
+    message = r"torch computed \w+ uncompiled, as it does for TORCH_COMPILE_DISABLE=1.* or leave loop.compile out"
+    with torch.compiler.set_stance("force_eager"):
+        refused(message, train, compiled_run("classifier", tmp_path), device="cpu")
 
 
 @pytest.mark.full

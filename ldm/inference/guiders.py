@@ -22,12 +22,12 @@ from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.schedule import Schedule, make_schedule
-from ldm.inference.nan_check import uncompiled
 from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import Recipe
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.attention import BasicTransformerBlock
 from ldm.models.blocks import AttentionBlock
+from ldm.models.compiler import uncompiled
 from ldm.settings import Guidance, checked
 from ldm.util import call_with
 

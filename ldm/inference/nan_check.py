@@ -1,8 +1,7 @@
 """Find where NaN or infinity begins: the first module whose output is not finite, by name."""
 
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,14 +49,11 @@ def _check_pixels(decoder: nn.Module, args: tuple, pixels: Tensor) -> None:
         )
 
 
-def uncompiled() -> AbstractContextManager:
-    """Return a context in which compiled networks run uncompiled: compiled code runs no hooks."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 @contextmanager
 def _check_modules(model: LatentDiffusion) -> Iterator[None]:
     """Raise ValueError as soon as an input or output of any module is not finite."""
+    from ldm.models.compiler import uncompiled
+
     running: list[str] = []  # the modules that are being computed, the innermost last
 
     def enter(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -1,14 +1,31 @@
-"""How networks compute a training step: with gradient checkpointing, and through torch.compile."""
+"""How networks compute, besides their own way: with gradient checkpointing, and through torch.compile."""
 
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BACKEND: Any = "inductor"
+SHAPES = 64  # of inputs, for each of which a network is compiled; torch has 8, and computes uncompiled beyond
+SILENT = "TORCH_COMPILE_DISABLE=1, torch.compiler.set_stance, a dispatch mode, or more shapes than it allows"
+
+_uncompiled: ContextVar[bool] = ContextVar("_uncompiled", default=False)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Let compiled networks compute uncompiled, in this thread, until the block ends: compiled code runs no hooks."""
+    # not by torch.compiler.set_stance, of the whole process: of two threads, the last to end would restore the other's
+    token = _uncompiled.set(True)
+    try:
+        yield
+    finally:
+        _uncompiled.reset(token)
 
 
 @contextmanager
@@ -17,32 +34,90 @@ def compiled(networks: Iterable[nn.Module]) -> Iterator[None]:
 
     They take a minute for each new shape of inputs. Random numbers are those of the networks that are not compiled.
     """
-    from torch import _dynamo
     from torch._functorch import config  # takes a second to import
 
-    _dynamo.reset()  # its limit of 8 compilations, beyond which it computes uncompiled in silence, is of all networks
-    changed = [network for network in networks if type(network).forward is not nn.Module.forward]
-    options: Any = {"fallback_random": True} if BACKEND == "inductor" else None
-    for network in changed:
-        fast = torch.compile(network._call_impl, dynamic=False, backend=BACKEND, options=options)
-        network._compiled_call_impl = _with_gradients(fast, network._call_impl)
-    try:
-        # the adaptive weight of a discriminator needs a network's gradients twice, from buffers that must stay
-        with config.patch(donated_buffer=False):
-            yield
-    finally:
-        for network in changed:
-            vars(network).pop("_compiled_call_impl")  # torch has no call that takes it back
+    own: Any = {"config_patches": {"fallback_random": True}} if BACKEND == "inductor" else {}
+    # the adaptive weight of a discriminator needs a network's gradients twice, from buffers that must stay
+    with ExitStack() as undo, config.patch(donated_buffer=False):
+        for network in networks:
+            if type(network).forward is not nn.Module.forward:
+                undo.enter_context(compile_calls(network, "loop.compile", BACKEND, torch.is_grad_enabled, **own))
+        yield
 
 
-def _with_gradients(fast: Callable, plain: Callable) -> Callable:
+def compile_calls(
+    network: nn.Module,
+    option: str,
+    backend: str | Callable,
+    when: Callable[[], bool] = lambda: True,
+    name: str = "",
+    **settings: Any,
+) -> ExitStack:
+    """Run a network's calls through torch.compile, until the result is closed.
+
+    Args:
+        option: what asked for it, for messages.
+        backend: of torch.compile, called with `settings`.
+        when: says before each call whether it is compiled.
+        name: of the network, to announce on stderr each new shape of inputs; "" does not.
+    Raises:
+        ValueError: when the compiler fails, and when torch, which would not say so, computed uncompiled.
+    """
+    from torch import _dynamo
+
+    ran, announced, plain, undo = [0], [], network._call_impl, ExitStack()
+
+    def counted(graph: Any, inputs: Any) -> Callable:
+        made = _dynamo.lookup_backend(backend)(graph, inputs, **settings)
+
+        def run(*args: Any) -> Any:
+            ran[0] += 1
+            return made(*args)
+
+        return run
+
+    fast = _compile_anew(plain, counted)
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if _uncompiled.get() or not when():
             return plain(*args, **kwargs)
-        with compiler_failures("loop.compile"):
-            return fast(*args, **kwargs)
+        nonlocal fast
+        before = ran[0]
+        if name:
+            _announce(name, announced, (*args, *kwargs.values()))
+        try:
+            with compiler_failures(option), _dynamo.config.patch(cache_size_limit=SHAPES):
+                result = fast(*args, **kwargs)
+        except Exception:
+            fast = _compile_anew(plain, counted)  # torch gives up what raised, as for a wrong argument
+            raise
+        if ran[0] == before:
+            what = f"torch computed {type(network).__name__} uncompiled, as it does for {SILENT}"
+            raise ValueError(f"torch.compile failed ({what}): repair that, or leave {option} out")
+        return result
 
-    return call
+    network._compiled_call_impl = call
+    undo.callback(vars(network).pop, "_compiled_call_impl")  # torch has no call that takes it back
+    return undo
+
+
+def _compile_anew(function: Callable, backend: Callable) -> Callable:
+    """Compile a function apart from all that torch compiled, how often, and what it gave up: these are of code objects,
+    which all networks of a class share."""
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    own.__code__ = own.__code__.replace()
+    return torch.compile(own, dynamic=False, backend=backend)
+
+
+def _announce(name: str, announced: list, inputs: Sequence[Any]) -> None:
+    shapes = [part.shape for part in inputs if isinstance(part, Tensor)]
+    if shapes not in announced:
+        announced.append(shapes)
+        size = " x ".join(map(str, shapes[0]))
+        print(f"compiling the {name} for an input of {size} ...", file=sys.stderr, flush=True)
 
 
 @contextmanager
