@@ -5,6 +5,7 @@ import codecs
 import io
 import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from ldm.checks import LARGEST_FLOAT, path_fault, shorten_values
+
+STEERING = re.compile(r"(?!\A)\r|[^\t\n\r -~\xa0-\u2029\u202f-\u2065\u206a-\U0010ffff]")  # bidirectional marks, too
+BAR = re.compile(r"\n*(\x1b\[A)*")
 
 
 class Parser(argparse.ArgumentParser):
@@ -198,6 +202,8 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="ldm")
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(Any, map(Printable, streams))
     try:
         main()
         print(end="", flush=True)
@@ -218,9 +224,25 @@ def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:
         status = error.code or 0
     finally:
         signal.signal(signal.SIGTERM, terminate)
+        sys.stdout, sys.stderr = streams
     if not _flush() or fast_exit:  # the interpreter would fail to flush too, and change the status
         os._exit(status)
     sys.exit(status)
+
+
+class Printable:
+    """A text stream in which what steers a terminal is escaped, as `\\x1b`, since names of files may hold it: all but
+    lines, tabs, and the returns and the step upwards of bars of progress."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        return self.stream.write(text if BAR.fullmatch(text) else STEERING.sub(lambda m: ascii(m[0])[1:-1], text))
 
 
 def _as_bytes_or_escaped(error: UnicodeError) -> tuple[str | bytes, int]:

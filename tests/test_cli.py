@@ -225,6 +225,19 @@ def test_any_path_can_be_printed(encoding):
     assert printed == f"{shown}/{'五' if encoding == 'utf-8' else chr(92) + 'u4e94'}/".encode(encoding) + b"\xff\n"
 
 
+def test_nothing_printed_steers_the_terminal():
+    """Names of files may hold escape sequences, returns and marks that turn letters around; bars of progress work."""
+    name = r"a\x1b[2J\rb\x07\x9b\u202ec\u2066"
+    for code in (f"print('{name}')", f"import sys; print('{name}', file=sys.stderr)", f"raise ValueError('{name}')"):
+        status, printed = program(code, encoding="utf-8")
+        assert printed.decode().removeprefix("error: ") == f"{name}\n"
+    status, printed = program(f"from ldm.commands.txt2img import main as m; m(['--ckpt', '{name}'])", encoding="utf-8")
+    assert status == 2 and name in printed.decode().replace(r"\\", "\\") and b"\x1b" not in printed
+    bars = r"from tqdm import trange; [list(trange(2, desc='\xe9\t')) for _ in trange(2, file=sys.stdout)]"
+    status, printed = program(f"import sys; {bars}", encoding="utf-8")
+    assert status == 0 and printed.count(b"\r") > 3 and b"\\" not in printed
+
+
 @pytest.mark.parametrize("fast_exit", [True, False])
 @pytest.mark.parametrize(
     ("shell", "status", "printed"),
