@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -188,6 +189,14 @@ def clip(digits) -> CLIPStage:
     stage = CLIPStage(**CLIP, merges_first=20, preview_columns=5)
     assert stage.prepare(digits) is digits
     return stage
+
+
+def test_captions_that_the_context_cuts_are_noted_and_none_is_refused(digits, capsys):
+    CLIPStage(**CLIP).prepare(digits)
+    assert capsys.readouterr().err == ""
+    CLIPStage(**CLIP | {"context_length": 10}).prepare(digits)
+    assert re.match(r"note: context_length 10 cuts \d+ of \d+ captions: 15 cuts none\n", capsys.readouterr().err)
+    refused("context_length 2 is too short: start, end", CLIPStage(**CLIP | {"context_length": 2}).prepare, digits)
 
 
 def test_positives_by_hand(clip):

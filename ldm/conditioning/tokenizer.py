@@ -53,8 +53,8 @@ class Tokenizer:
     ):
         if cleaning not in CLIP_SPECIAL:
             raise ValueError(f"tokenizer cleaning {cleaning!r} is unknown; it is one of {', '.join(CLIP_SPECIAL)}")
-        if context_length < 2:
-            raise ValueError(f"context_length {context_length} is too short: start and end of text need 2 tokens")
+        if context_length < 3:
+            raise ValueError(f"context_length {context_length} is too short: start, end and a text take 3 tokens")
         self.merges = clip_merges() if merges is None else tuple(merges)
         self.context_length = context_length
         self.cleaning = cleaning
