@@ -140,6 +140,7 @@ ELSEWHERE = {
 # Modules of CompVis's, and names in homes, that are not here, and why.
 _MIDAS, _UPSCALER = "it needs MiDaS, a network of another project", "the x4 upscaler is not part of this package"
 _UNCLIP, _OTHERS = "unCLIP is not part of this package", "it is another project's code"
+_DEGRADATION = "ldm.modules.image_degradation", "ldm.compvis.degradation"  # a package there, and a file here
 _UNUSED = "no published model uses it, or it does nothing"
 _UNUSED_IN = {
     "ldm.util": "AdamWwithEMAandWings",
@@ -174,6 +175,10 @@ _REASONS = {
     **dict.fromkeys(
         [f"ldm.data.{name}" for name in ("openimages", "faceshq", "landscapes", "previews", "laion")],
         "CompVis's repositories do not have it either",
+    ),
+    **dict.fromkeys(
+        (f"{home}.{name}" for home in _DEGRADATION for name in ("bsrgan", "bsrgan_light", "utils_image")),
+        f"{_OTHERS}; ldm.compvis.degradation has degradation_fn_bsr and degradation_fn_bsr_light, after the paper",
     ),
     "ldm.models.diffusion.ddpm_edit": "InstructPix2Pix has this file",
     "ldm.models.diffusion.classifier": "it trains with Lightning; ldm.optional.noisy_classifier_stage trains the same",

@@ -62,11 +62,13 @@ class _Finder:
         """Make the usual empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        from ldm.legacy_names import ELSEWHERE, OLD_NAMES, PACKAGES
+        from ldm.legacy_names import ABSENT, ELSEWHERE, OLD_NAMES, PACKAGES
 
         name = module.__name__
         if name not in PACKAGES:
             sys.modules[name] = open_home(OLD_NAMES[name])  # the import system uses this entry
+            if any(absent.startswith(f"{name}.") for absent in ABSENT):
+                vars(sys.modules[name]).setdefault("__path__", [])  # or it would not ask for modules in this one
         elif name in ELSEWHERE:
             module.__getattr__ = elsewhere(name)
 
