@@ -217,11 +217,12 @@ def from_keywords(given: Mapping[str, Any]) -> Settings:
         if name in setting_rows(Guidance):
             raise TypeError(f"{name} is an argument of make_guide: give generate its result as guide=")
         if name not in known:
-            from ldm.spelling import did_you_mean  # only a mistake needs it
+            from ldm.spelling import nearest_name  # only a mistake needs it
 
-            raise TypeError(
-                f"unknown setting {name!r}{did_you_mean([name], known)}; the settings are {', '.join(known)}"
-            )
+            flags = ((flag, key) for key, row in known.items() for flag in (*row.flags, key))  # diffusers' names, too
+            names = {flag.lstrip("-").replace("-", "_"): key for flag, key in flags} | {"negative_prompt": "negative"}
+            hint = "" if (near := nearest_name(name, names)) is None else f"; did you mean {names[near]}?"
+            raise TypeError(f"unknown setting {name!r}{hint}; the settings are {', '.join(known)}")
     return Settings(**checked(Settings, given))
 
 

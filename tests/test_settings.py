@@ -59,7 +59,12 @@ def test_other_names_of_an_option_are_not_in_the_help():
     ("given", "message"),
     [
         ({"step": 5}, "unknown setting 'step'; did you mean steps[?]; the settings are steps, sampler"),
-        ({"cfg": 5}, "unknown setting 'cfg'; the settings are steps, sampler"),
+        ({"num_inference_steps": 5}, "'num_inference_steps'; did you mean steps[?]; the settings are steps, sampler"),
+        ({"guidance_scale": 5}, "unknown setting 'guidance_scale'; did you mean scale[?]"),
+        ({"cfg": 5}, "unknown setting 'cfg'; did you mean scale[?]"),
+        ({"H": 64}, "unknown setting 'H'; did you mean height[?]"),
+        ({"negative_prompt": ""}, "unknown setting 'negative_prompt'; did you mean negative[?]"),
+        ({"guide_scale_of": 5}, "unknown setting 'guide_scale_of'; the settings are steps, sampler"),
         ({"pag": 2}, "pag is an argument of make_guide: give generate its result as guide="),
     ],
 )
