@@ -40,12 +40,8 @@ class InitImages:
         # One image for all stays one, so that it is encoded once.
         self.seen = _stack([over(one, "white").convert(seen) for one in images])  # (1 or count, channels, h, w)
         self.height, self.width = self.seen.shape[-2:]
-        if min(self.height, self.width) < multiple:
-            raise ValueError(
-                f"the image is {self.width} x {self.height} pixels, too small for this model: "
-                f"its minimum is {multiple} x {multiple}"
-            )
-        self.padding = (0, -self.width % multiple, 0, -self.height % multiple)
+        _check_size(self.height, self.width, multiple)
+        self.multiple = multiple
         self.kept = self.levels = None
         if mask is not None:
             masks = _upright(mask, count, "masks")
@@ -74,12 +70,12 @@ class InitImages:
     @property
     def pixels(self) -> Tensor:
         """Return what the model sees: (1 or b, channels, h, w) in [-1, 1], padded."""
-        return F.pad(self.seen.float() / 127.5 - 1, self.padding, mode="replicate")
+        return pad_image(self.seen.float() / 127.5 - 1, self.multiple)
 
     @property
     def mask(self) -> Tensor | None:
         """Return (1 or b, 1, h, w), padded: 1 where the image is generated anew, 0 elsewhere; or None."""
-        return None if self.levels is None else F.pad((self.levels >= 128).float(), self.padding, mode="replicate")
+        return None if self.levels is None else pad_image((self.levels >= 128).float(), self.multiple)
 
     def finish(self, generated: Tensor) -> Tensor:
         """Bring generated pixels (b, channels, h, w) in [-1, 1] to the image's own size: uint8 (b, c, h, w).
@@ -96,6 +92,20 @@ class InitImages:
         if channels == 4:
             new = torch.cat([new, torch.full_like(new[:, :1], 255)], dim=1)
         return torch.lerp(self.kept.float(), new.float(), self.levels / 255).round().to(torch.uint8)
+
+
+def pad_image(x: Tensor, multiple: int) -> Tensor:
+    """Pad images (b, c, h, w) at the right and the bottom to sides that are multiples, by repeating the edge."""
+    height, width = x.shape[-2:]
+    _check_size(height, width, multiple)
+    padding = 0, -width % multiple, 0, -height % multiple
+    return F.pad(x, padding, mode="replicate") if any(padding) else x
+
+
+def _check_size(height: int, width: int, multiple: int) -> None:
+    if min(height, width) < multiple:
+        minimum = f"its minimum is {multiple} x {multiple}"
+        raise ValueError(f"the image is {width} x {height} pixels, too small for this model: {minimum}")
 
 
 def _upright(images: Images, count: int, what: str) -> list[Image.Image]:

@@ -174,15 +174,15 @@ class LatentDiffusion(nn.Module):
     def encode(self, images: "Tensor | Images", generator: torch.Generator | None = None, mode: bool = False) -> Tensor:
         """Encode images to scaled latents (b, z, h/f, w/f): a posterior sample, or its mode.
 
-        images: pixels (b, c, h, w) in [-1, 1], or PIL images of one size, which `InitImages` pads to a multiple of f.
+        images: pixels (b, c, h, w) in [-1, 1], or PIL images of one size; `pad_image` makes them multiples of f.
         """
-        if not isinstance(images, Tensor):
-            from ldm.init_image import InitImages  # only for PIL images
+        from ldm.init_image import InitImages, pad_image  # which sampling from noise does not need
 
+        if not isinstance(images, Tensor):
             count = len(images) if isinstance(images, Sequence) else 1
             images = InitImages(images, None, count, self.image_channels, self.downsampling).pixels
         _check_shape("pixels in [-1, 1]", images, self.image_channels)
-        code = self.first_stage_model.encode(images.to(self.device))
+        code = self.first_stage_model.encode(pad_image(images, self.downsampling).to(self.device))
         if isinstance(code, Tensor):  # of a VQ autoencoder, or pixels: there is no posterior
             return code.to(self.device) * self.scale_factor  # it may have been offloaded
         return (code.mode() if mode else code.sample(generator)).to(self.device) * self.scale_factor

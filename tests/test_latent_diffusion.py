@@ -184,7 +184,9 @@ def test_images_are_encoded_as_their_pixels(tiny_model):
     assert torch.equal(tiny_model.encode(image, mode=True), expected)
     two = tiny_model.encode([image.convert("RGB")] * 2, mode=True)
     assert torch.equal(two, tiny_model.encode(x.expand(2, -1, -1, -1), mode=True))
-    assert tiny_model.encode(image.crop((0, 0, 30, 29)), mode=True).shape == expected.shape  # padded
+    padded = tiny_model.encode(image.crop((0, 0, 30, 29)), mode=True)
+    assert padded.shape == expected.shape and torch.equal(tiny_model.encode(x[..., :29, :30], mode=True), padded)
+    refused("is 3 x 32 pixels, too small for this model: its minimum is 4 x 4", tiny_model.encode, x[..., :3])
 
 
 @pytest.mark.parametrize(

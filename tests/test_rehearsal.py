@@ -185,13 +185,16 @@ def test_the_example_of_own_classes_trains_and_samples(tmp_path, monkeypatch, ca
         importlib.import_module(f"ldm.commands.{name}").main(argv)
 
     refused("shapes.Shapes.* not an allowed class", run, commands[0], *short, allowed=False)
-    for change, said in (
-        ("    downsampling = 1", "the network Network lacks downsampling"),
-        ('return {"image"', "Shapes is not a data set for PixelDiffusionStage: its samples have no image"),
-        (", y: Tensor | None = None", "Network.forward.* unexpected keyword argument 'y'"),
+    for old, new, said in (
+        ("    downsampling = 1", "", "the network Network lacks downsampling"),
+        ("downsampling = 1", "downsampling = 0.5", "Network has the downsampling 0.5: sides must be multiples of an"),
+        ("return self.last(", "return 0, self.last(", r"returns a tuple, and not a tensor of shape \(1, 1, 16, 16\)"),
+        ("return self.last(", "return h + self.last(", r"returns \(1, 64, 16, 16\), and not a tensor of shape"),
+        ('return {"image"', 'return {"picture"', "not a data set for PixelDiffusionStage: its samples have no image"),
+        (", y: Tensor | None = None", "", "Network.forward.* unexpected keyword argument 'y'"),
     ):
         text = (tmp_path / "shapes.py").read_text()
-        (tmp_path / "shapes.py").write_text(text.replace(change, 'return {"picture"' if "image" in change else ""))
+        (tmp_path / "shapes.py").write_text(text.replace(old, new))
         importlib.invalidate_caches()
         refused(said, run, commands[0], *short)
         (tmp_path / "shapes.py").write_text(text)

@@ -5,7 +5,6 @@ other (supervised contrastive learning, Khosla et al. 2020, eq. 2), since a batc
 compare all their images with all their captions.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from ldm.checks import Count, Rate
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import reduce
 from ldm.images import to_pil
-from ldm.training.contract import square_side
+from ldm.training.contract import note_cut, square_side
 from ldm.training.shapes import squared
 from ldm.training.stage import Loss, Stage
 
@@ -78,7 +77,7 @@ class CLIPStage(Stage):
             "projection_dim": self.projection_dim, "pooled": self.pooled, "tokenizer": {"merges": merges},
         }  # fmt: skip
         self.encoder = TextEncoder(**self.params)
-        self._note_cut(dataset.texts())
+        note_cut(self.encoder.tokenizer, dataset.texts())
         self.clip = CLIP(self.projection_dim, self.vision, dict[str, Any](self.text, vocab_size=vocab_size))
         self.networks["clip"] = self.clip
         count = min(50, len(dataset))
@@ -86,13 +85,6 @@ class CLIPStage(Stage):
         self.shown: list[dict[str, Any]] = [{**s, "image": squared(s["image"][None], self.side)[0]} for s in shown]
         self.preview_columns = min(self.preview_columns, count)
         return dataset
-
-    def _note_cut(self, texts: Sequence[str]) -> None:
-        length = self.text["context_length"]
-        sizes = [len(self.encoder.tokenizer.encode(text)) + 2 for text in dict.fromkeys(texts)]
-        if cut := sum(size > length for size in sizes):
-            what = f"context_length {length} cuts {cut} of {len(sizes)} captions"
-            print(f"note: {what}: {max(sizes)} cuts none", file=sys.stderr)
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         share, (images, texts, scale) = self.share, self._embed(batch)

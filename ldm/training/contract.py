@@ -1,7 +1,8 @@
 """What stages need of a data set, own ones included: docs/how-to/your_own_data.md lists it."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 from zlib import crc32
@@ -67,6 +68,34 @@ def check_dataset(stage: Stage, dataset: Any) -> None:
     good = single or (stage.takes_shapes and groups is not None)
     why = "leave out buckets here" if groups else "say in `groups` which images have one"
     require(good, f"its images have several shapes ({some}): {why}")
+
+
+@contextmanager
+def checked_output(network: Any, channels: int) -> Iterator[None]:
+    """Raise ValueError if a network's `downsampling`, or what it returns for x of channels in the block, is wrong."""
+    name, factor = type(network).__name__, network.downsampling
+    if not isinstance(factor, int) or factor < 1:
+        raise ValueError(f"the network {name} has the downsampling {factor!r}: sides must be multiples of an integer")
+
+    def check(network: Any, args: tuple[Tensor, ...], output: Any) -> None:
+        wanted = [(len(args[0]), channels * k, *args[0].shape[2:]) for k in (1, 2)]  # twice, if it learns a variance
+        if not isinstance(output, Tensor) or output.shape not in wanted:
+            found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+            raise ValueError(f"the network {name} returns {found}, and not a tensor of shape {wanted[0]}")
+
+    hook = network.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def note_cut(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Print a note if the tokenizer's context cuts texts."""
+    length, sizes = tokenizer.context_length, [len(tokenizer.encode(text)) + 2 for text in dict.fromkeys(texts)]
+    if cut := sum(size > length for size in sizes):
+        said = f"context_length {length} cuts {cut} of {len(sizes)} captions: {max(sizes)} cuts none"
+        print(f"note: {said}", file=sys.stderr)
 
 
 def check_image_size(dataset: Any, channels: int | None, multiple: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
 from ldm.latent_diffusion import Conditioning, require
+from ldm.training.contract import checked_output
 from ldm.training.objective import Objective, loss_mask
 from ldm.training.stage import Loss, Stage
 from ldm.util import progress_bar
@@ -52,7 +53,7 @@ class DenoisingStage(Stage):
             raise ValueError("previews need at least one image: name a prompt, or set `previews` to at least 1")
         self.train(False)  # batch statistics need more than one image
         try:
-            with torch.no_grad():
+            with torch.no_grad(), checked_output(unet, size[0]):
                 model.denoiser([0])(torch.zeros(1, *size), 1.0, self.dummy_conditioning())
         except (RuntimeError, AssertionError, IndexError) as error:
             raise ValueError(
