@@ -94,7 +94,7 @@ clip data.params: {split: test, first: 3, last: 3, seed: 1, frames: test, styled
 folder data.params:
   {root: class, size: 16, channels: 3, crop: random, flip: true, seed: {to: 1, with: {flip: true, crop: random}},
    caption: four, paths: [instance/0.png], buckets: [[32, 24]], reads: [image],
-   shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, alpha: keep, resize: none,
+   shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, alpha: keep, resize: exact,
    mask: {to: alpha, with: {root: faulty, on_error: skip}},
    background: {to: black, with: {root: faulty, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty, on_error: skip}}, cache_dir: known}
