@@ -75,8 +75,8 @@ def test_autocast_is_torchs_but_for_the_first_stage(model):
 
 
 @pytest.mark.parametrize("name", ["full", "bf16", "autocast"])
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_that_wait_make_the_same_images(model, monkeypatch, name, stored):
+@pytest.mark.parametrize(("stored", "traced"), [(torch.float16, False), (torch.bfloat16, False), (torch.float16, True)])
+def test_half_precision_weights_that_wait_make_the_same_images(model, monkeypatch, name, stored, traced):
     """Byte for byte those of weights that are converted at once; afterwards the weights are as they were."""
     model.to(stored)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -84,7 +84,7 @@ def test_half_precision_weights_that_wait_make_the_same_images(model, monkeypatc
     set_precision(widened, name)
     monkeypatch.setattr(precision, "MANY", 0)
     monkeypatch.setattr(widened_weights, "LARGE", 300)
-    undo = set_precision(model, name, as_stored=True)
+    undo = set_precision(model, name, as_stored=True, traced=traced)
     own = {p.dtype for network in model.children() for p in network.parameters() if p.numel() >= 300}
     assert precision_of(model) == name and stored in own
     image = Image.fromarray(np.full((32, 32), 99, np.uint8))

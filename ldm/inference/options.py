@@ -206,8 +206,8 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     # first onto the CPU, where a mapped file takes no memory: what goes to the device goes there once, in its precision
     model = ldm.load(args.ckpt, device="cpu", dtype=None, **loading_arguments(args))
     precision = "full" if args.precision is None else args.precision
-    wait = weights_wait(model, device) and not args.compile
-    if args.compile or (args.lora and not wait):
+    wait = weights_wait(model, device) and not (args.lora and args.compile)  # what is beside weights is not compiled
+    if args.lora and not wait:
         model.float()  # changes are not rounded
     if args.lora:
         from ldm.finetune.lora_files import apply_lora, merge_lora, split_strength
@@ -226,7 +226,7 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
             apply_embedding(model, path, word)
     for note in model.notes:
         print(note, file=sys.stderr)
-    set_precision(model, precision, device, as_stored=True)
+    set_precision(model, precision, device, as_stored=True, traced=args.compile)
     if args.channels_last:
         from ldm.inference.compile import channels_last
 

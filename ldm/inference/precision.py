@@ -44,7 +44,11 @@ def weights_wait(model: LatentDiffusion, device: torch.device) -> bool:
 
 
 def set_precision(
-    model: LatentDiffusion, name: str, device: str | torch.device | None = None, as_stored: bool = False
+    model: LatentDiffusion,
+    name: str,
+    device: str | torch.device | None = None,
+    as_stored: bool = False,
+    traced: bool = False,
 ) -> ExitStack:
     """Convert the UNet and the text encoder to a precision, until the result is closed.
 
@@ -53,6 +57,7 @@ def set_precision(
         device: where to move the UNet at the same time, so that there it only ever exists in its precision. None: leave
             it where it is.
         as_stored: the weights are as their file has them (`ldm.load(dtype=None)`), so that all precisions are open.
+        traced: the UNet will be compiled: where its weights stay as they are, each layer converts its own there, too.
 
     Returns:
         What restores the weights. It holds them as they were, on their device: drop it to free them.
@@ -75,7 +80,7 @@ def set_precision(
         if wait:
             from ldm.inference.widened import widen
 
-            widen(model, network, dtype, undo)
+            widen(model, network, dtype, undo, traced)
         else:
             network.to(place, dtype)
     model.model.autocast = name == "autocast"
