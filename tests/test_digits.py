@@ -62,6 +62,6 @@ def test_styles_have_thresholds_of_their_own() -> None:
 def test_captions_and_epochs() -> None:
     data = Digits(seed=1, frames="unseen", styled=1.0)
     sample = data[3]
-    assert sample["label"] == 3 and sample["caption"] == data.caption(3).text and max(sample["stated"]) >= 0
+    assert sample["label"] == 3 and sample["caption"] == data.caption_of(3).text and max(sample["stated"]) >= 0
     data.set_epoch(1)
-    assert data.caption(3).text != sample["caption"]
+    assert data.caption_of(3).text != sample["caption"]

@@ -54,7 +54,7 @@ def test_tables(root: Path, name: str, text: str, expected: str) -> None:
     for epoch in range(20):
         data.set_epoch(epoch)
         chosen.add(data[2]["caption"])
-        assert data[2]["caption"] == data.caption(2).text == data.without_image(2)["caption"]
+        assert data[2]["caption"] == data.caption_of(2).text == data.without_image(2)["caption"]
     assert chosen == {"a dog", "a hound"}
     tags = Folder(root, 8, shuffle_tags_after=0)
     assert {tags.set_epoch(epoch) or tags[0]["caption"] for epoch in range(3)} == {"high"}

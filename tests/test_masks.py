@@ -269,7 +269,7 @@ def test_unusable_masks_are_refused_or_skipped(tmp_path, capsys):
     [
         ({"mask": "alpha", "channels": 2}, "mask 'alpha' needs channels 1 or 3"),
         ({"mask": "alpha"}, r"16 of 16 images have no mask \(alpha\): .*0.png.*leave out data.params.mask"),
-        ({"mask": "alfa"}, "mask is 'file' or 'alpha', not 'alfa'"),
+        ({"mask": "alfa"}, "mask 'alfa' must be 'file' or 'alpha'"),
     ],
 )
 def test_masks_are_refused(settings, message):

@@ -50,7 +50,7 @@ def test_pooled_images_are_means_of_squares(root: Path):
     assert np.abs(pooled.images.numpy() - means).max() <= 0.5
     assert MNIST(str(root), pool=7, first=5).images.shape == (5, 1, 4, 4)
     # what captions say is measured on the whole image
-    assert [pooled.caption(i) for i in range(20)] == [whole.caption(i) for i in range(20)]
+    assert [pooled.caption_of(i) for i in range(20)] == [whole.caption_of(i) for i in range(20)]
 
 
 @pytest.mark.parametrize("pool", [0, 3, 5])
@@ -100,14 +100,14 @@ def test_samples_and_captions(root: Path) -> None:
     for index, sample in zip((19, 2, 2), batch, strict=True):
         style = tuple(int(classes[index]) for classes in data.styles)
         expected = Captioner(4).caption(3, index, int(data.labels[index]), *style)
-        assert sample["caption"] == expected.text == data.caption(index).text and sample["style"] == style
+        assert sample["caption"] == expected.text == data.caption_of(index).text and sample["style"] == style
         assert sample["stated"] == tuple(-1 if c is None else c for c in (expected.weight, expected.slant))
         assert sample["image"].equal(data[index]["image"])
     assert data[-1]["caption"] == data[19]["caption"]
     texts = []
     for epoch in (0, 1):
         data.set_epoch(epoch)
-        texts.append([data.caption(n).text for n in range(20)])
+        texts.append([data.caption_of(n).text for n in range(20)])
     assert texts[0] != texts[1]
 
 

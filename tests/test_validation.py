@@ -107,7 +107,7 @@ def test_a_share_is_fixed_and_not_trained_on():
     assert [held_out[i]["caption"] for i in range(4)] == before
     whole = Digits(first=16)
     whole.set_epoch(5)
-    assert [training.caption(i).text for i in range(12)] == [whole.caption(i).text for i in training.indices]
+    assert [training.caption_of(i).text for i in range(12)] == [whole.caption_of(i).text for i in training.indices]
 
 
 def logged(path):

@@ -2,7 +2,11 @@
 
 import random
 import re
+import sys
 from collections.abc import Sequence
+from typing import Any
+
+from ldm.checks import few
 
 
 def split_captions(text: str) -> list[str]:
@@ -36,3 +40,33 @@ def number_classes(names: Sequence[str]) -> tuple[list[str], list[int]]:
     classes = sorted(set(names))
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[name] for name in names]
+
+
+def uncaptioned(data: Any) -> dict[int, str]:
+    """Return the images of a data set with `own_captions` and `name` that have no caption, each with a sentence."""
+    lacking = [index for index in range(len(data)) if not data.own_captions(index)]
+    return {index: f"{data.name(index)} has no caption, or an empty one" for index in lacking}
+
+
+class Captions(Sequence[Sequence[str]]):
+    """The captions of each image, which are read when they are asked for.
+
+    Args:
+        data: a data set with `own_captions`, [] where there are none, and `name`.
+        otherwise: for images that have none, or an empty one; None where there are no such.
+    """
+
+    def __init__(self, data: Any, otherwise: str | None) -> None:
+        self.data, self.otherwise = data, otherwise
+        if otherwise is None:
+            return
+        lacking = uncaptioned(data)
+        some = f"{few(map(data.name, lacking), 3)} ({len(lacking)} of {len(data)} images)"
+        if 0 < len(lacking) < len(data):
+            print(f"note: the caption for all is used for {some}, without one or with an empty one", file=sys.stderr)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.data.own_captions(index) or [self.otherwise]

@@ -40,7 +40,7 @@ class CaptionedDigits(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def caption(self, index: int) -> Caption:
+    def caption_of(self, index: int) -> Caption:
         """Return the caption of an image in this epoch."""
         return self.captioner.caption(self.epoch, index, *self._facts[index])
 
@@ -59,7 +59,7 @@ class CaptionedDigits(Dataset):
 
     def without_image(self, index: int) -> dict[str, Any]:
         """Return a sample without its image."""
-        caption = self.caption(index)
+        caption = self.caption_of(index)
         label, weight, slant = self._facts[index]
         stated = tuple(-1 if value is None else value for value in (caption.weight, caption.slant))
         return {"caption": caption.text, "label": label, "style": (weight, slant), "stated": stated}

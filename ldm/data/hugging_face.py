@@ -1,79 +1,57 @@
 """Images of a data set of Hugging Face's library `datasets`: in a folder, or fetched from the hub by name."""
 
-from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from ldm.checks import Range, few, shorten
-from ldm.data.caption_choice import number_classes
-from ldm.data.image_files import Alpha
-from ldm.data.image_set import ImageSet, OnError
-from ldm.data.shards import Captions, uncaptioned
+from ldm.checks import few, shorten
+from ldm.data.caption_choice import Captions, number_classes, uncaptioned
+from ldm.data.image_set import ImageSet
 
 
+@dataclass(eq=False, repr=False)
 class HuggingFace(ImageSet):
     """The rows of a data set, in their order, with a column of images, one of captions and one of classes.
 
-    A sample is that of `Folder`. A caption is a text or a list of texts; a class is a number from 0 or a text. Images
-    are read by this package, so in its formats only, and no code of a data set runs.
-
-    Args:
-        root: A folder that `save_to_disk` wrote, a folder or file of Parquet or Arrow, or a name on the hub.
-        split: The part to train on. None: the only one, or "train".
-        subset: Of a name on the hub, which of its data sets.
-        download: Whether to fetch a name from the hub; Hugging Face's library keeps what was fetched in its own folder.
-        image, text, label: The names of the columns.
-        size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error, cache_dir: As
-            in `Folder`.
-        caption: For images that have none, or an empty one; without it every image needs one.
-        mask: As in `Folder`, the images' alpha only.
+    A sample is as of an `ImageSet`. A caption is a text or a list of texts; a class is a number from 0 or a text.
+    Images are read by this package, so in its formats only, and no code of a data set runs.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        size: int,
-        channels: int = 3,
-        crop: str = "center",
-        flip: bool = False,
-        seed: int = 0,
-        caption: str | None = None,
-        split: str | None = None,
-        subset: str | None = None,
-        download: bool = False,
-        image: str = "image",
-        text: str = "text",
-        label: str = "label",
-        buckets: Sequence[Sequence[int]] | None = None,
-        shuffle_tags_after: Annotated[int, Range(0)] | None = None,
-        reads: Sequence[str] = ("image", "caption"),
-        alpha: Alpha | None = None,
-        background: str = "white",
-        on_error: OnError = "refuse",
-        cache_dir: str | None = None,
-        mask: Literal["alpha"] | None = None,
-    ) -> None:
-        fields = shuffle_tags_after, reads, alpha, background, on_error
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir, mask=mask)
+    root: str | None  # a folder that `save_to_disk` wrote, a folder or file of Parquet or Arrow, or a name on the hub
+    _: KW_ONLY
+    caption: str | None = None  # for images that have none, or an empty one, which otherwise cannot be used
+    split: str | None = None  # the part to train on. None: the only one, or "train"
+    subset: str | None = None  # of a name on the hub, which of its data sets
+    # Whether to fetch a name from the hub; Hugging Face's library keeps what was fetched in its own folder.
+    download: bool = False
+    image: str = "image"  # the name of the column of images
+    text: str = "text"  # the name of the column of captions
+    label: str = "label"  # the name of the column of classes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        root, reads = self.root, self.reads
         if root is None:
             raise ValueError("no data set is given: name a folder, or a data set of the hub, with data.params.root")
-        data = load_split(root, split, subset, download)
-        columns = {"image": ("image", image), "caption": ("text", text), "label": ("label", label)}
-        for what, (option, name) in columns.items():
-            if what in reads and name not in data.column_names and (what != "caption" or caption is None):
+        if self.mask == "file":
+            raise ValueError("mask 'file' is for folders and shards: a data set of Hugging Face has 'alpha' only")
+        data = load_split(root, self.split, self.subset, self.download)
+        for what, option in {"image": "image", "caption": "text", "label": "label"}.items():
+            name = getattr(self, option)
+            if what in reads and name not in data.column_names and (what != "caption" or self.caption is None):
                 raise ValueError(
                     f"{root!r} has no column {name!r} of the {what}s, only {few(data.column_names, 20)}: name it with "
                     f"data.params.{option}"
                 )
-        self.root, self.column, self.rows = root, image, range(len(data))
+        self.rows = range(len(data))
         self.paths = [Path(file["filename"]) for file in data.cache_files]  # which say whether two data sets are one
-        self.images = _column(data, image)
-        self.text, self.own = text, _column(data, text) if text in data.column_names else None
-        self.rows = self.choose(len(data), uncaptioned(self) if "caption" in reads and caption is None else {})
+        self.images = _column(data, self.image)
+        self.own = _column(data, self.text) if self.text in data.column_names else None
+        self.rows = self.choose(len(data), uncaptioned(self) if "caption" in reads and self.caption is None else {})
         if "caption" in reads:
-            self.captions = Captions(self, caption)
+            self.captions = Captions(self, self.caption)
         if "label" in reads:
-            self.labels, self.classes = self._classes(data, label)
+            self.labels, self.classes = self._classes(data, self.label)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,7 +61,7 @@ class HuggingFace(ImageSet):
         return f"{self.root}: row {self.rows[index]}"
 
     def source(self, index: int) -> tuple[Path | bytes, str]:
-        found = self.images[self.rows[index]][self.column]
+        found = self.images[self.rows[index]][self.image]
         content, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (found, found)
         if isinstance(content, bytes):
             return content, self.name(index)

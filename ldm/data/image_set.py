@@ -5,27 +5,28 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.checks import Range, few
+from ldm.checks import Range, few, shorten, unfit
 from ldm.data.caption_choice import choose_caption
 from ldm.data.captions import Caption
 from ldm.data.finding import Examined, Identity, examine, file_identity
 from ldm.data.image_files import Alpha, Reader, read_alpha
-from ldm.data.transforms import Resize, Transform
+from ldm.data.transforms import Buckets, Crop, Resize, Side, Transform
 
-OnError = Literal["refuse", "skip"]
 Mask = Literal["file", "alpha"]
 NAMED = 20  # images that a message names
 
 
+@dataclass(eq=False, repr=False)
 class ImageSet(Dataset):
     """Images, and what `reads` names of them. A sample is a dict:
         image    float32 (channels, height, width) in [-1, 1]
@@ -33,56 +34,57 @@ class ImageSet(Dataset):
         label    int, the number of its class
         mask     float32 (1, height, width) in [0, 1], where `mask` says: the weight of each pixel in a denoising loss
 
-    A subclass has `__len__`, `source` and, for masks in files, `mask_source`, and sets what it reads of all images:
-    `captions`, some for each, and `labels` with `classes`, their names; then it calls `choose`.
-
-    Args:
-        size, crop, flip, seed, buckets, resize: As in `Transform`.
-        shuffle_tags_after: As in `choose_caption`.
-        reads: What a sample has.
-        channels, alpha, background: As in `Reader`.
-        on_error: "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them;
-            "skip" leaves them out, and lists them as a note.
-        cache_dir: A folder that keeps what is known of the images, for this and other runs.
-        mask: "file" for `mask_source`, "alpha" for the images' own; an image that has none counts whole.
+    Its options are the fields below. A subclass adds its own, and has `__len__`, `source` and, for masks in files,
+    `mask_source`; it sets what it reads of all images, `captions`, some for each, and `labels` with `classes`, their
+    names; then it calls `choose`.
     """
 
-    captions: Sequence[Sequence[str]]
-    labels: Sequence[int]
-    classes: Sequence[str]
+    root: Any  # where the images are
+    size: Side  # pixels of the square to make
+    channels: int = 3  # 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA
+    crop: Crop = "center"  # "random" at a place that is a function of (seed, epoch, index)
+    flip: bool = False  # mirror half of the images, likewise as a function of (seed, epoch, index)
+    seed: int = 0  # of crops, mirroring and captions
+    caption: Any = None  # for images that have none, or an empty one, which otherwise cannot be used; it may be ""
+    # Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio, which
+    # `shapes` lists. Images of different shapes cannot share a batch (`groups`).
+    buckets: Buckets | None = None
+    # Shuffle the comma-separated tags of a caption, all but the first so many, anew in each epoch; None leaves them in
+    # order.
+    shuffle_tags_after: Annotated[int, Range(0)] | None = None
+    # What a sample has. In training it follows from the stage: an autoencoder needs no captions.
+    reads: Sequence[str] = ("image", "caption")
+    alpha: Alpha | None = None  # "keep" with 2 and 4 channels; "composite" with 1 and 3. None: as the channels say
+    background: str = "white"  # the colour that transparency is composited over, such as white or "#808080"
+    # "refuse" raises ValueError for images that cannot be used, such as damaged ones, and lists them; "skip" leaves
+    # them out, and lists them as a note.
+    on_error: Literal["refuse", "skip"] = "refuse"
+    # "shorter" crops an image to the square, or its bucket's aspect ratio, and resizes it (Lanczos); "exact" resizes
+    # all of it, distorted; "none" cuts the square or bucket out of the image, which may not be smaller.
+    resize: Resize = "shorter"
+    # A folder that keeps what is known of the images, for this and other runs: by a file's path, size and time of
+    # change, its width and height, and the hash of its content.
+    cache_dir: str | None = None
+    # What weighs the loss of denoising over an image: "file", the grey image NAME.mask.png beside NAME.png, of its
+    # size (a data set of Hugging Face has none), or "alpha", its own. White counts, black does not; an image without a
+    # mask counts whole. Without this NAME.mask.png is not read, nor taken for an image.
+    mask: Mask | None = None
+    captions: Sequence[Sequence[str]] = field(init=False)
+    labels: Sequence[int] = field(init=False)
+    classes: Sequence[str] = field(init=False)
 
-    def __init__(
-        self,
-        size: int,
-        channels: int = 3,
-        crop: str = "center",
-        flip: bool = False,
-        seed: int = 0,
-        buckets: Sequence[Sequence[int]] | None = None,
-        shuffle_tags_after: Annotated[int, Range(0)] | None = None,
-        reads: Sequence[str] = ("image", "caption"),
-        alpha: Alpha | None = None,
-        background: str = "white",
-        on_error: OnError = "refuse",
-        resize: Resize = "shorter",
-        cache_dir: str | None = None,
-        mask: Mask | None = None,
-    ) -> None:
-        if mask not in (None, *get_args(Mask)):
-            raise ValueError(f"mask is 'file' or 'alpha', not {mask!r}")
-        if mask == "alpha" and channels in (2, 4):
-            raise ValueError(f"mask 'alpha' needs channels 1 or 3: alpha is an image's own channel with {channels}")
-        if on_error not in get_args(OnError):
-            raise ValueError(f"on_error is 'refuse' or 'skip', not {on_error!r}")
-        if cache_dir is not None and os.path.isfile(cache_dir):
-            raise ValueError(f"cache_dir {cache_dir!r} is a file: name a folder")
-        self.transform = Transform(size, crop, flip, seed, buckets, resize)
-        self.read = Reader(channels, alpha, background)
-        self.size, self.channels, self.on_error, self.cache_dir = size, channels, on_error, cache_dir
+    def __post_init__(self) -> None:
+        for option in (option for option in fields(self) if option.init):
+            if wanted := unfit(value := getattr(self, option.name), option.type):
+                raise ValueError(f"{option.name} {shorten(repr(value))} must be {wanted}")
+        if self.mask == "alpha" and self.channels in (2, 4):
+            raise ValueError(f"mask 'alpha' needs channels 1 or 3: alpha is an image's own with {self.channels}")
+        if self.cache_dir is not None and os.path.isfile(self.cache_dir):
+            raise ValueError(f"cache_dir {self.cache_dir!r} is a file: name a folder")
+        self.transform = Transform(self.size, self.crop, self.flip, self.seed, self.buckets, self.resize)
+        self.read = Reader(self.channels, self.alpha, self.background)
+        self.augments = self.flip or self.crop == "random"
         self.epoch = 0
-        self.augments = self.transform.augments
-        self.seed, self.shuffle_tags_after, self.reads = seed, shuffle_tags_after, tuple(reads)
-        self.mask = mask
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -132,7 +134,7 @@ class ImageSet(Dataset):
                 setattr(self, name, [getattr(self, name)[i] for i in kept])
         self.shapes = [self.transform.shape(*examined[i].size) for i in kept]
         self.hashes = None if self.cache_dir is None else [examined[i].content for i in kept]
-        self.groups = None if self.transform.buckets is None else self.shapes
+        self.groups = None if self.buckets is None else self.shapes
         return kept
 
     def _mask_faults(self, examined: Sequence[Examined], indices: Sequence[int]) -> dict[int, str]:
@@ -171,7 +173,7 @@ class ImageSet(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def caption(self, index: int) -> Caption:
+    def caption_of(self, index: int) -> Caption:
         """Return the caption of an image in this epoch, without digit or style."""
         return Caption(choose_caption(self.captions[index], self.seed, self.epoch, index, self.shuffle_tags_after))
 
@@ -180,7 +182,7 @@ class ImageSet(Dataset):
 
     def without_image(self, index: int) -> dict[str, Any]:
         """Return a sample without its image, which is read for its alpha only."""
-        sample: dict[str, Any] = {"caption": self.caption(index).text} if "caption" in self.reads else {}
+        sample: dict[str, Any] = {"caption": self.caption_of(index).text} if "caption" in self.reads else {}
         if "label" in self.reads:
             sample["label"] = self.labels[index]
         if self.mask is not None:

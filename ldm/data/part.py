@@ -16,7 +16,7 @@ class Part(Subset):
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.dataset, name)
-        if name in ("caption", "without_image", "content"):
+        if name in ("caption_of", "without_image", "content"):
             return lambda index: found(self.indices[index])
         if name == "shuffled":
             own = {index: i for i, index in enumerate(self.indices)}

@@ -14,11 +14,11 @@ what follows the dot says what it is.
 """
 
 import json
-import sys
 import tarfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from glob import glob
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,70 +27,49 @@ import numpy as np
 import torch
 
 from ldm.checks import Range, check_file, few, shorten
-from ldm.data.caption_choice import split_captions
+from ldm.data.caption_choice import Captions, split_captions, uncaptioned
 from ldm.data.finding import MASK, Identity, file_identity
-from ldm.data.image_files import Alpha
-from ldm.data.image_set import ImageSet, Mask, OnError
+from ldm.data.image_set import ImageSet
 from ldm.images import SUFFIXES
 
 CAPTIONS = (".txt", ".caption", ".json")
 KINDS = ("image", *CAPTIONS, ".cls", MASK)
 
 
+@dataclass(eq=False, repr=False)
 class Shards(ImageSet):
     """The images of tar files on a local disk, in the order of the files.
 
-    A sample is that of `Folder`. Its captions are the lines of .txt or .caption, or the "caption" or "text" of .json (a
-    text or a list); its class is the integer in .cls, and `classes` are the lines of classes.txt beside the first
-    shard, or the numbers. Other members are not read.
-
-    Args:
-        root: A path, a glob or a brace range, or a list of them: "DIR/{000..099}.tar". A folder stands for its
-            .tar files.
-        mixed: How many shards are shuffled together: shards come in a new order in every epoch, so many at a time, and
-            their images are mixed. Fewer means that a disk reads less here and there.
-        size, channels, crop, flip, seed, buckets, shuffle_tags_after, reads, alpha, background, on_error, cache_dir: As
-            in `Folder`.
-        caption: For images that have none, or an empty one; without it every image needs one.
-        mask: As in `Folder`; "file" is the member .mask.png.
+    A sample is as of an `ImageSet`. Its captions are the lines of .txt or .caption, or the "caption" or "text" of .json
+    (a text or a list); its class is the integer in .cls, and `classes` are the lines of classes.txt beside the first
+    shard, or the numbers; its mask is the member .mask.png. Other members are not read.
 
     Raises ValueError, naming the shard, for one that is damaged, compressed, or has an image without caption or class
     where these are read.
     """
 
-    def __init__(
-        self,
-        root: str | Sequence[str] | None,
-        size: int,
-        channels: int = 3,
-        crop: str = "center",
-        flip: bool = False,
-        seed: int = 0,
-        caption: str | None = None,
-        buckets: Sequence[Sequence[int]] | None = None,
-        shuffle_tags_after: Annotated[int, Range(0)] | None = None,
-        mixed: Annotated[int, Range(1)] = 16,
-        reads: Sequence[str] = ("image", "caption"),
-        alpha: Alpha | None = None,
-        background: str = "white",
-        on_error: OnError = "refuse",
-        cache_dir: str | None = None,
-        mask: Mask | None = None,
-    ) -> None:
-        fields = shuffle_tags_after, reads, alpha, background, on_error
-        super().__init__(size, channels, crop, flip, seed, buckets, *fields, cache_dir=cache_dir, mask=mask)
-        self.paths, self.mixed = find_shards(root), mixed
+    # A path, a glob or a brace range, or a list of them: "DIR/{000..099}.tar". A folder stands for its .tar files.
+    root: str | Sequence[str] | None
+    _: KW_ONLY
+    caption: str | None = None  # for images that have none, or an empty one, which otherwise cannot be used
+    # How many shards are shuffled together: shards come in a new order in every epoch, so many at a time, and their
+    # images are mixed. Fewer means that a disk reads less here and there.
+    mixed: Annotated[int, Range(1)] = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.paths = find_shards(self.root)
         tables = [np.array([*_table(path)], np.int64).reshape(-1, len(KINDS), 2) for path in self.paths]
         self.members = np.concatenate(tables)  # of all images: offset and size of each of KINDS, -1 where there is none
         if not len(self.members):
             raise ValueError(f"{few(self.paths, 3)}: these shards hold no images ({' '.join(sorted(SUFFIXES))})")
         self.starts = np.cumsum([0, *map(len, tables)])  # of each shard's images
-        faults = uncaptioned(self) if "caption" in reads and caption is None else {}
+        faults = uncaptioned(self) if "caption" in self.reads and self.caption is None else {}
         kept = self.choose(len(self.members), faults)
         self.members, self.starts = self.members[kept], np.searchsorted(kept, self.starts)
-        if "caption" in reads:
-            self.captions = Captions(self, caption)
-        if "label" in reads:
+        if "caption" in self.reads:
+            self.captions = Captions(self, self.caption)
+        if "label" in self.reads:
             self.labels = [self._label(index) for index in range(len(self))]
             self.classes = self._classes(self.paths[0].with_name("classes.txt"))
 
@@ -181,36 +160,6 @@ class Shards(ImageSet):
         if len(names) < count:
             raise ValueError(f"{path} names {len(names)} classes, one in a line, but the shards have class {count - 1}")
         return names
-
-
-def uncaptioned(data: Any) -> dict[int, str]:
-    """Return the images of a data set with `own_captions` and `name` that have no caption, each with a sentence."""
-    lacking = [index for index in range(len(data)) if not data.own_captions(index)]
-    return {index: f"{data.name(index)} has no caption, or an empty one" for index in lacking}
-
-
-class Captions(Sequence[Sequence[str]]):
-    """The captions of each image, which are read when they are asked for.
-
-    Args:
-        shards: A data set with `own_captions`, [] where there are none, and `name`.
-        otherwise: for images that have none, or an empty one; None where there are no such.
-    """
-
-    def __init__(self, shards: Any, otherwise: str | None) -> None:
-        self.shards, self.otherwise = shards, otherwise
-        if otherwise is None:
-            return
-        lacking = uncaptioned(shards)
-        some = f"{few(map(shards.name, lacking), 3)} ({len(lacking)} of {len(shards)} images)"
-        if 0 < len(lacking) < len(shards):
-            print(f"note: the caption for all is used for {some}, without one or with an empty one", file=sys.stderr)
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.shards.own_captions(index) or [self.otherwise]
 
 
 def find_shards(root: str | Sequence[str] | None) -> list[Path]:

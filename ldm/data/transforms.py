@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Sequence
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -10,49 +11,35 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ldm.checks import Range
 from ldm.data.buckets import Shape, nearest
 
+Crop = Literal["center", "random"]
 Resize = Literal["shorter", "exact", "none"]
+Side = Annotated[int, Range(1, 2**13)]  # pixels; twice that is what Pillow opens at all
+Buckets = Sequence[tuple[Side, Side]]
+MOST_BUCKETS = 2**10  # each image is compared with each
 
 
+@dataclass(frozen=True)
 class Transform:
     """Makes every image float32 (channels, height, width) in [-1, 1], of the shape that `shape` says.
 
-    Args:
-        size: Pixels of the square to make.
-        crop: "center", or "random", at a place that is a function of (seed, epoch, index).
-        flip: Mirror half of the images, likewise as a function of (seed, epoch, index).
-        seed: Of crops and mirroring.
-        buckets: Shapes (width, height) to make instead of the square: each image gets the one nearest in aspect ratio.
-        resize: "shorter" crops the image to the shape's aspect ratio and resizes it (Lanczos); "exact" resizes all of
-            it, distorted; "none" cuts the shape out of the image, which may not be smaller.
+    Its options are those of `ldm.data.image_set.ImageSet`, which checks their types.
     """
 
-    def __init__(
-        self,
-        size: int,
-        crop: str = "center",
-        flip: bool = False,
-        seed: int = 0,
-        buckets: Sequence[Sequence[int]] | None = None,
-        resize: Resize = "shorter",
-    ) -> None:
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"size is a number of pixels of at least 1, not {size!r}")
-        if crop not in ("center", "random"):
-            raise ValueError(f"crop is 'center' or 'random', not {crop!r}")
-        pairs = [shape if isinstance(shape, Sequence) else () for shape in buckets or ()]
-        if buckets is not None and not (
-            pairs and all(len(p) == 2 and all(isinstance(s, int) and s > 0 for s in p) for p in pairs)
-        ):
-            raise ValueError(f"buckets is a list of [width, height] in pixels, not {buckets!r}")
-        if resize not in get_args(Resize):
-            raise ValueError(f"resize is 'shorter', 'exact' or 'none', not {resize!r}")
-        if resize == "exact" and crop == "random":
+    size: int
+    crop: Crop = "center"
+    flip: bool = False
+    seed: int = 0
+    buckets: Buckets | None = None
+    resize: Resize = "shorter"
+
+    def __post_init__(self) -> None:
+        if self.buckets is not None and not 0 < len(self.buckets) <= MOST_BUCKETS:
+            raise ValueError(f"buckets is a list of 1 to {MOST_BUCKETS:,} shapes, not of {len(self.buckets):,}")
+        if self.resize == "exact" and self.crop == "random":
             raise ValueError("crop 'random' is for resize 'shorter' or 'none': 'exact' cuts nothing off")
-        self.size, self.crop, self.flip, self.seed = size, crop, flip, seed
-        self.buckets, self.resize = buckets, resize
-        self.augments = flip or crop == "random"
 
     def shape(self, width: int, height: int) -> Shape:
         """Return the (width, height) that an image of that size gets."""

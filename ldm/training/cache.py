@@ -256,8 +256,8 @@ class CachedTexts:
 def captions_of(dataset: Any) -> list[str]:
     """Return the distinct captions of a data set, as far as they are known before training."""
     texts = [*dataset.texts()] if hasattr(dataset, "texts") else []
-    if hasattr(dataset, "caption"):
-        texts += [dataset.caption(i).text for i in range(len(dataset))]
+    if hasattr(dataset, "caption_of"):
+        texts += [dataset.caption_of(i).text for i in range(len(dataset))]
     elif not texts:
         texts = [dataset[i]["caption"] for i in range(len(dataset))]
     return list(dict.fromkeys(texts))
