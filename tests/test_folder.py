@@ -217,7 +217,8 @@ def test_faults_are_named(tmp_path: Path) -> None:
     bare.unlink()
     save(tmp_path, "a.png", colour(8, 8))
     for settings in (
-        *({"size": 0}, {"size": -8}, {"size": 8.5}, {"channels": 5}, {"crop": "centre"}),
+        *({"size": 0}, {"size": -8}, {"size": 8.5}, {"size": 8193}, {"channels": 5}, {"crop": "centre"}),
+        *({"buckets": [[8, 8193]]}, {"buckets": []}, {"buckets": [[8, 8]] * 1025}, {"reads": "image"}),
         *({"on_error": "ignore"}, {"alpha": "keep"}, {"background": "ivry"}),
     ):
         refused(next(iter(settings)), Folder, str(tmp_path), **{"size": 8} | settings)

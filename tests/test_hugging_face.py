@@ -106,7 +106,7 @@ def test_other_columns_and_kinds_of_them(folder: Path, tmp_path: Path) -> None:
         ({"reads": ("image", "label"), "label": "class"}, "no column 'class' of the labels"),
         ({"text": "empty"}, "1 of 6 images cannot be used: data: row 1 has no caption, or an empty one"),
         ({"text": "minus"}, "row 0: the caption -1 is not a text"),
-        ({"reads": ("image", "label"), "label": "minus"}, "row 0: -1 is not the number of a class"),
+        ({"reads": ("image", "label"), "label": "minus"}, "row 0: -1 is not the number of a class, from 0 to 1,048,575"),
         ({"image": "minus"}, "row 0: the image -1 is neither bytes nor a path"),
         ({"split": "test"}, "no split 'test', it is one data set"),
         ({"subset": "a"}, "subset is for names on the hub"),

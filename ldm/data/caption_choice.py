@@ -8,6 +8,8 @@ from typing import Any
 
 from ldm.checks import few
 
+MOST_CLASSES = 2**20  # each has a name, and in a model a row of weights
+
 
 def split_captions(text: str) -> list[str]:
     """Return the captions in the text of a file: one in each line, as with sd-scripts' `enable_wildcard`.
@@ -40,6 +42,13 @@ def number_classes(names: Sequence[str]) -> tuple[list[str], list[int]]:
     classes = sorted(set(names))
     numbers = {name: number for number, name in enumerate(classes)}
     return classes, [numbers[name] for name in names]
+
+
+def check_class(number: Any, count: int, what: str) -> int:
+    """Return the number of a class of `count`; raise ValueError for any other value, which `what` names."""
+    if not isinstance(number, int) or not 0 <= number < count:
+        raise ValueError(f"{what} is not the number of a class, from 0 to {count - 1:,}")
+    return number
 
 
 def uncaptioned(data: Any) -> dict[int, str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.checks import few, shorten
-from ldm.data.caption_choice import Captions, number_classes, uncaptioned
+from ldm.data.caption_choice import MOST_CLASSES, Captions, check_class, number_classes, uncaptioned
 from ldm.data.image_set import ImageSet
 
 
@@ -84,8 +84,7 @@ class HuggingFace(ImageSet):
         if all(isinstance(one, str) for one in found):
             names, found = number_classes(found)
         for index, one in enumerate(found):
-            if not isinstance(one, int) or not 0 <= one < (2**24 if names is None else len(names)):
-                raise ValueError(f"{self.name(index)}: {shorten(repr(one))} is not the number of a class, from 0")
+            check_class(one, MOST_CLASSES if names is None else len(names), f"{self.name(index)}: {shorten(repr(one))}")
         return found, list(map(str, range(max(found) + 1))) if names is None else names
 
 

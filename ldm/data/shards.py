@@ -14,6 +14,9 @@ what follows the dot says what it is.
 """
 
 import json
+import math
+import os
+import re
 import tarfile
 from bisect import bisect_right
 from collections import Counter
@@ -27,12 +30,13 @@ import numpy as np
 import torch
 
 from ldm.checks import Range, check_file, few, shorten
-from ldm.data.caption_choice import Captions, split_captions, uncaptioned
+from ldm.data.caption_choice import MOST_CLASSES, Captions, check_class, split_captions, uncaptioned
 from ldm.data.finding import MASK, Identity, file_identity
 from ldm.data.image_set import ImageSet
 from ldm.images import SUFFIXES
 
 CAPTIONS = (".txt", ".caption", ".json")
+MOST_SHARDS = 2**20
 KINDS = ("image", *CAPTIONS, ".cls", MASK)
 
 
@@ -147,9 +151,8 @@ class Shards(ImageSet):
         text = self._text(index, ".cls")
         if text is None:
             raise ValueError(f"{self.name(index)} is of no class: write its number, from 0, to a member .cls beside it")
-        if not text.strip().isdecimal() or len(text.strip()) > 7:  # far more than any table of classes has
-            raise ValueError(f"{self.name(index, '.cls')} is not the number of a class, from 0: {shorten(repr(text))}")
-        return int(text)
+        number = int(text) if text.strip().isdecimal() and len(text) < 100 else -1
+        return check_class(number, MOST_CLASSES, f"{self.name(index, '.cls')}: {shorten(repr(text))}")
 
     def _classes(self, path: Path) -> list[str]:
         """Return the names of the classes, which a file may list, or else their numbers."""
@@ -157,8 +160,9 @@ class Shards(ImageSet):
         if not path.is_file():
             return [str(number) for number in range(count)]
         names = split_captions(path.read_text(encoding="utf-8-sig"))
-        if len(names) < count:
-            raise ValueError(f"{path} names {len(names)} classes, one in a line, but the shards have class {count - 1}")
+        if not count <= len(names) <= MOST_CLASSES:
+            known = f"{path} names {len(names):,} classes, one in a line"
+            raise ValueError(f"{known}: the shards have class {count - 1}, and at most {MOST_CLASSES:,} are possible")
         return names
 
 
@@ -166,24 +170,29 @@ def find_shards(root: str | Sequence[str] | None) -> list[Path]:
     """Return the files that paths, folders, globs and brace ranges name; those of a glob or folder sorted by name."""
     if root is None:
         raise ValueError("no shards are given: name them with data.params.root='DIR/{000..099}.tar'")
-    found = []
+    found: list[Path] = []
     for text in [root] if isinstance(root, str) else root:
         if "://" in text or text.startswith("pipe:"):
             raise ValueError(f"shards are files on a local disk, and {shorten(repr(text))} is none: fetch them first")
-        for name in [text] if Path(text).exists() else _braces(text):
-            path = Path(name)
-            if path.is_dir():
-                paths = sorted(path.glob("*.tar"))
+        for name in [text] if os.path.exists(text) else _braces(text):  # Path.exists raises for a long name
+            if os.path.isdir(name):
+                paths = sorted(Path(name).glob("*.tar"))
             else:
-                paths = [path] if path.exists() else [Path(match) for match in sorted(glob(name))]
+                paths = [Path(match) for match in ([name] if os.path.exists(name) else sorted(glob(name)))]
             if not paths:
                 raise FileNotFoundError(f"there are no shards {shorten(repr(name))}: give DIR/{{000..099}}.tar or such")
             for path in paths:
                 check_file(path, "shard")
             found += paths
+            _check_count(len(found), text)
     if twice := [path for path, count in Counter(found).items() if count > 1]:
         raise ValueError(f"{few(twice)}: this shard is named twice")
     return found
+
+
+def _check_count(count: int, text: str) -> None:
+    if count > MOST_SHARDS:
+        raise ValueError(f"{shorten(repr(text))} names {count:,} shards or more: at most {MOST_SHARDS:,} are possible")
 
 
 def _braces(text: str) -> Iterator[str]:
@@ -194,6 +203,9 @@ def _braces(text: str) -> Iterator[str]:
         from braceexpand import braceexpand
     except ImportError:
         raise ValueError(f"brace ranges such as {text!r} need webdataset's package: pip install webdataset") from None
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", text)
+    limits = ([int(part[:99] or 1) for part in one] for one in ranges)  # Python converts no more than 4,300 digits
+    _check_count(math.prod(abs(last - first) // max(1, step) + 1 for first, last, step in limits), text)
     try:
         return braceexpand(text)
     except ValueError as error:  # unbalanced
