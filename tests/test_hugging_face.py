@@ -66,7 +66,7 @@ def save(data, path: Path, form: str) -> str:
 
 
 @pytest.mark.parametrize("form", ["save_to_disk", "splits", "file", "folder"])
-def test_each_form_gives_what_the_folder_of_images_gives(folder: Path, tmp_path: Path, form: str) -> None:
+def test_each_form_gives_what_the_folder_of_images_gives(folder: Path, tmp_path: Path, form: str, capsys) -> None:
     root = save(made(folder).class_encode_column("label"), tmp_path / "data", form)
     options = {**EVERYTHING, "crop": "random", "flip": True}
     ours, theirs = Folder(folder, **options), HuggingFace(root, **options)
@@ -75,6 +75,7 @@ def test_each_form_gives_what_the_folder_of_images_gives(folder: Path, tmp_path:
         assert torch.equal(one["image"], other["image"])
         assert (one["caption"], one["label"]) == (other["caption"], other["label"])
     if form in ("splits", "folder"):
+        assert "note: '" in (said := capsys.readouterr().err) and "of which 'train' is used: data.params.split" in said
         assert len(HuggingFace(root, split="test", **KEYS)) == 1
 
 
@@ -106,7 +107,7 @@ def test_other_columns_and_kinds_of_them(folder: Path, tmp_path: Path) -> None:
         ({"reads": ("image", "label"), "label": "class"}, "no column 'class' of the labels"),
         ({"text": "empty"}, "1 of 6 images cannot be used: data: row 1 has no caption, or an empty one"),
         ({"text": "minus"}, "row 0: the caption -1 is not a text"),
-        ({"reads": ("image", "label"), "label": "minus"}, "row 0: -1 is not the number of a class, from 0 to 1,048,575"),
+        ({"reads": ("image", "label"), "label": "minus"}, "row 0: -1 is not the number of a class, from 0 to 1,048"),
         ({"image": "minus"}, "row 0: the image -1 is neither bytes nor a path"),
         ({"split": "test"}, "no split 'test', it is one data set"),
         ({"subset": "a"}, "subset is for names on the hub"),

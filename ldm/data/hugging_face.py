@@ -1,5 +1,6 @@
 """Images of a data set of Hugging Face's library `datasets`: in a folder, or fetched from the hub by name."""
 
+import sys
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,9 @@ def load_split(root: str, split: str | None, subset: str | None, download: bool)
         wanted = split or (next(iter(data)) if len(data) == 1 else "train")
         if wanted not in data:
             raise ValueError(f"{root!r} has no split {wanted!r}, only {few(data, 20)}: set data.params.split")
+        if split is None and len(data) > 1:
+            note = f"{root!r} has the splits {few(data, 20)}, of which 'train' is used: data.params.split names another"
+            print(f"note: {note}", file=sys.stderr)
         return data[wanted]
     if split is not None and split != str(data.split):
         raise ValueError(f"{root!r} has no split {split!r}, it is one data set: leave out data.params.split")
