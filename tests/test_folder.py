@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import refused
 from PIL import Image
+from tiny_stages import config_of, write_inputs
 
 from ldm.data.folder import Folder
 from ldm.data.image_files import open_image, read_image
+from ldm.training.loop import train
 
 RAMP = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
 
@@ -282,3 +284,27 @@ def test_texts_are_the_captions_and_a_folder_must_be_named(tmp_path: Path) -> No
     data = Folder(str(tmp_path), 8)
     assert data.texts() == ["image a", "image b"]
     refused("data.params.root=DIR", Folder, None, 8)
+
+
+def test_a_run_lists_all_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Notes name three images; the file in the run folder has every image and caption file that is not used."""
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for i in range(24):
+        (tmp_path / f"faulty/x{i:02}.png").touch()
+    (tmp_path / "faulty/notes.txt").touch()
+    config = config_of("folder")
+    config["data"]["params"] |= {"root": "faulty", "on_error": "skip"}
+    train(config, device="cpu")
+    path, said = Path("out/folder/left_out.txt"), capsys.readouterr().err
+    lines = path.read_text().splitlines()
+    assert len(lines) == 26 and all(f"x{i:02}.png" in lines[i + 1] for i in range(24))
+    assert "damaged.png" in lines[0] and lines[25] == "faulty/notes.txt has no image"
+    assert "note: 25 of 29 images are left out: " in said and said.count("x00.png") == 1 and "x02.png" not in said
+    assert f"note: {path} lists all that is left out" in said
+    for name in lines[:25]:
+        Path(name.split(" ")[0]).unlink()
+    Path("faulty/notes.txt").unlink()
+    config["loop"]["steps"] = 3
+    train(config, device="cpu", resume=True)
+    assert not path.exists()

@@ -1,11 +1,14 @@
 """Captions of a folder's images, from all of their places, and classes from its sub-folders."""
 
+import json
 from pathlib import Path
 
 import pytest
 from conftest import refused
 from PIL import Image
 
+from ldm.data.dreambooth import unread
+from ldm.data.finding import find_images
 from ldm.data.folder import Folder
 from ldm.data.folder_captions import has_captions
 
@@ -28,7 +31,7 @@ def root(tmp_path):
             "several",
         ),
         ("captions.csv", '\ufefffile_name;text\r\ncat/a.png;"red, round"\r\nc.png;high\r\n', "one"),
-        ("captions.csv", "file_name\ttext\ncat/a.png\tred, round\nc.png\thigh\n", "one"),
+        ("captions.csv", "file_name\tcaption\ncat/a.png\tred, round\nc.png\thigh\n", "one"),
         ("metadata.csv", 'more,text,file_name\n1,"red, round",cat/a.png\n2, high ,c.png\n', "one"),
         (
             "metadata.jsonl",
@@ -68,6 +71,11 @@ def test_tables(root: Path, name: str, text: str, expected: str) -> None:
         (",".join(map(str, range(10**5))), "captions.csv needs a first line.{,400}$"),
         ("file_name,text\nc.png,red, round\n", "line 2, has not the 2 fields of the first line: put a caption"),
         ("file_name,text\nc.png\n", "line 2, has not the 2 fields"),
+        (
+            "file_name,text,text\nc.png,a,b\n",
+            "captions.csv needs a first line .* file_name,text, once each, not .*'text', 't",
+        ),
+        ("file_name,caption,file_name\nc.png,a,c.png\n", "captions.csv needs a first line .* once each"),
         ("file_name,text\n\nd.png,x\n", r"line 3: there is no image 'd.png' below"),
         ('file_name,text\nc.png,"x\n', "line 1, is not a line of a csv file: unexpected end of data"),
     ],
@@ -136,3 +144,25 @@ def test_classes_are_sub_folders(root: Path) -> None:
 def test_images_alone_need_nothing(root: Path) -> None:
     (root / "metadata.jsonl").write_text("not json")
     assert list(Folder(root, 8, reads=("image",))[0]) == ["image"]
+
+
+def test_names_of_other_systems_and_programs(root: Path, capsys) -> None:
+    """Backslashes, `./`, accents composed or not, other cases and places of the suffix; what belongs to no image."""
+    Image.new("RGB", (8, 8)).save(root / "cafe\u0301.png")  # as macOS writes it
+    names = [".\\cat\\a.png", "./dog/sub/../sub/b.png", "caf\u00e9.png"]
+    rows = [{"file_name": name, "caption": f"caption {i}"} for i, name in enumerate(names)]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (root / "c.png.TXT").write_text("high")
+    for name in ("readme.txt", "cat/b.CAPTION"):
+        (root / name).write_text("x")
+    data = Folder(root, 8)
+    assert data.texts() == ["high", "caption 2", "caption 0", "caption 1"]
+    assert (
+        capsys.readouterr().err
+        == f"note: 2 caption files belong to no image: {root}/cat/b.CAPTION, {root}/readme.txt\n"
+    )
+    assert data.left_out == [f"{root}/cat/b.CAPTION has no image", f"{root}/readme.txt has no image"]
+    (root / "c.txt").write_text("c")  # the image's own name goes first
+    (root / "caf\u00e9.txt").write_text("e")
+    assert Folder(root, 8).texts()[:2] == ["c", "e"] and has_captions(root, [root / "cafe\u0301.png"])
+    assert unread(root, find_images(root)) == []

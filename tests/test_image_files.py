@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from ldm.data.finding import find_images
 from ldm.data.image_files import Reader, examine_image, open_image
+from ldm.images import READ
 
 # Of Display P3, adapted to D50: https://www.color.org/chardata/rgb/DisplayP3.xalter
 P3_XYZ = [[0.51512, 0.24120, -0.00105], [0.29198, 0.69225, 0.04189], [0.15710, 0.06657, 0.78407]]
@@ -138,9 +139,21 @@ def test_sixteen_bit_colour_gives_the_upper_eight():
     assert np.array_equal(np.asarray(Reader()(tiff)), COLOURS)
 
 
-def test_heic_names_its_package():
+def test_heic_names_its_package(monkeypatch):
+    monkeypatch.delitem(READ, "HEIF")  # as where it is not installed
     heic = struct.pack(">I", 24) + b"ftypheic" + b"\0" * 4 + b"mif1heic" + b"\0" * 100
-    refused("a.heic (is HEIC, which pillow-heif reads|cannot be read)", Reader(), heic, "a.heic")
+    message = "a.heic is HEIC, which pillow-heif reads: python -m pip install pillow-heif"
+    refused(message, Reader(), heic, "a.heic")
+
+
+def test_heic_is_read_as_other_formats(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    turned, exif = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8), (48, 1))).convert("RGB"), Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a.HEIC", quality=95, exif=exif.tobytes())
+    (path,) = find_images(tmp_path)
+    seen, expected = (np.asarray(image).astype(int) for image in (Reader()(path), turned.transpose(Image.ROTATE_270)))
+    assert examine_image(path) == ((48, 64), "") and np.abs(seen - expected).max() < 8
 
 
 def test_folders_links_and_what_is_hidden(tmp_path):

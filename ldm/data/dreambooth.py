@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from ldm.data.buckets import Shape
-from ldm.data.finding import MASK, find_images
+from ldm.data.finding import MASK, find_files, find_images
 from ldm.data.folder import Folder
 from ldm.data.folder_captions import SIDECARS, TABLES
 from ldm.data.image_set import Mask
@@ -224,7 +224,7 @@ def identifiers(instance_prompt: str, class_prompt: str | None) -> list[str]:
 def unread(folder: str | Path, read: Iterable[Path]) -> list[str]:
     """Return names of the files in a folder that are neither images read from it nor their captions or masks."""
     known, root = {Path(path) for path in read}, Path(folder)
-    captions = {path.with_suffix(suffix) for path in known for suffix in (*SIDECARS, MASK)}
+    captions = {*find_files(root, SIDECARS), *(path.with_suffix(MASK) for path in known)}
     files = (path for path in root.rglob("*") if path.is_file() and path.name not in TABLES)
     return sorted(str(path.relative_to(root)) for path in files if path not in known | captions)
 

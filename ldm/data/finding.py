@@ -4,7 +4,7 @@ import os
 import sqlite3
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from hashlib import sha256
@@ -35,7 +35,7 @@ def find_images(root: Path, empty: bool = False) -> list[Path]:
         return []
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: give one that holds images")
-    paths = sorted(_walk(root, ()))
+    paths = find_files(root, SUFFIXES)
     if any(path.name.endswith(MASK) for path in paths):
         named = {path.with_suffix("") for path in paths}
         paths = [path for path in paths if not (path.name.endswith(MASK) and Path(str(path)[: -len(MASK)]) in named)]
@@ -44,12 +44,17 @@ def find_images(root: Path, empty: bool = False) -> list[Path]:
     return paths
 
 
+def find_files(root: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files below a folder that have one of these suffixes, in any case, as `find_images` does."""
+    return sorted(_walk(root, (), suffixes))
+
+
 def is_skipped(name: str) -> bool:
     """Return whether a file or folder of this name is not one of the user's own."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+def _walk(folder: Path, above: tuple[str, ...], suffixes: Collection[str]) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in above:
         raise ValueError(f"{folder} is a link to {real}, which it lies in: remove the link")
@@ -58,8 +63,8 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
             if is_skipped(entry.name):
                 continue
             if entry.is_dir():
-                yield from _walk(folder / entry.name, (*above, real))
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
+                yield from _walk(folder / entry.name, (*above, real), suffixes)
+            elif os.path.splitext(entry.name)[1].lower() in suffixes:
                 yield folder / entry.name
 
 

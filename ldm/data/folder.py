@@ -16,9 +16,9 @@ class Folder(ImageSet):
     """The images below `root`, including sub-folders, sorted by name.
 
     A sample is as of an `ImageSet`. The captions are the lines of NAME.txt or NAME.caption beside the image, else the
-    "text" of its line in root/metadata.jsonl, which may be a list, where "file_name" is the path of the image from
-    root: {"file_name": "sub/a.png", "text": "a red kite"}; or in root/captions.csv, whose first line is file_name,text.
-    The class is the sub-folder of root that the image lies in; `classes` are sorted by name.
+    "text" (or "caption") of its line in root/metadata.jsonl, which may be a list, where "file_name" is the path of the
+    image from root: {"file_name": "sub/a.png", "text": "a red kite"}; or in root/captions.csv, whose first line is
+    file_name,text. The class is the sub-folder of root that the image lies in; `classes` are sorted by name.
 
     Every image is read once, unless it is known, so that none is found to be damaged in the middle of training. Raises
     ValueError, naming the file, for an image without caption or class where these are read, a caption without image or
@@ -42,12 +42,12 @@ class Folder(ImageSet):
         if self.mask is None and (ignored := [path for path in self.paths if path.with_suffix(MASK).is_file()]):
             what = "have a mask beside them, which denoising stages use with data.params.mask=file"
             print(f"note: {len(ignored)} of {len(self.paths)} images {what}: {few(ignored, 3)}", file=sys.stderr)
-        faults: dict[int, str] = {}
+        faults, unused = {}, []
         if "caption" in self.reads:
-            self.captions, faults = read_captions(self.root, self.paths, everything, self.caption)
+            self.captions, faults, unused = read_captions(self.root, self.paths, everything, self.caption)
         if "label" in self.reads:
             self.classes, self.labels = read_classes(self.root, self.paths, everything)
-        kept = self.choose(len(self.paths), faults)
+        kept = self.choose(len(self.paths), faults, unused)
         self.paths = [self.paths[i] for i in kept]
 
     def __len__(self) -> int:

@@ -7,11 +7,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
+from unicodedata import normalize
 
 from ldm.checks import few, shorten
 from ldm.data.caption_choice import number_classes, split_captions
-from ldm.data.finding import is_skipped
+from ldm.data.finding import find_files, is_skipped
 
 SIDECARS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv")  # the first two are Hugging Face's
@@ -20,24 +22,25 @@ JSON_LINE = '{"file_name": "a.png", "text": "a caption"}'
 
 def read_captions(
     root: Path, paths: Sequence[Path], everything: Sequence[Path], otherwise: str | Mapping[str, str | None] | None
-) -> tuple[list[list[str]], dict[int, str]]:
-    """Return the captions of each of `paths`, of the images `everything` below `root`, and what is wrong, by index.
+) -> tuple[list[list[str]], dict[int, str], list[Path]]:
+    """Return the captions of each of `paths`, of the images `everything` below `root`, what is wrong, by index, and
+    the caption files that belong to no image.
 
-    An image's captions are the lines of the first of its own files (SIDECARS) that has one, else what the tables list.
-    `otherwise` is the caption of images that have none, or an empty one: one for all, or by their paths from root.
-    Programs that write captions leave an empty file when they fail. It is not taken for the empty prompt, which is the
-    null condition: that would train what guidance leads away from.
+    An image's captions are the lines of the first of its own files (`_own_files`) that has one, else what the tables
+    list. `otherwise` is the caption of images that have none, or an empty one: one for all, or by their paths from
+    root. Programs that write captions leave an empty file when they fail. It is not taken for the empty prompt, which
+    is the null condition: that would train what guidance leads away from.
 
     Raises ValueError for a folder without captions, and, naming the file, for a caption without image or a bad line.
     """
-    names = [path.relative_to(root).as_posix() for path in paths]
-    listed = _read_tables(root, {path.relative_to(root).as_posix() for path in everything})
+    names, every = ([path.relative_to(root).as_posix() for path in some] for some in (paths, everything))
+    listed, files = _read_tables(root, set(every)), _caption_files(root)
     others = otherwise if isinstance(otherwise, Mapping) else dict.fromkeys(names, otherwise)
     captions: list[list[str]] = []
     faults, empty = {}, []
     for index, (path, name) in enumerate(zip(paths, names, strict=True)):
         try:
-            own, source = _own_captions(path, listed.get(name))
+            own, source = _own_captions(path, _own_files(files, name), listed.get(name))
         except ValueError as error:  # its file is not text
             own, source, faults[index] = [], path, str(error)
         other = others.get(name)
@@ -54,23 +57,47 @@ def read_captions(
     if empty and not faults and any(map(any, captions)):
         note = f"{len(empty)} captions are empty, and the caption for all is used instead: {few(empty, 3)}"
         print(f"note: {note}", file=sys.stderr)
-    return captions, faults
+    known = {path for name in every for path in _own_files(files, name)}
+    return captions, faults, sorted({path for some in files.values() for path in some} - known)
 
 
 def has_captions(root: Path, paths: Sequence[Path]) -> bool:
     """Return whether there are captions of some of these images below `root`."""
-    files = (path.with_suffix(suffix) for path in paths for suffix in SIDECARS)
-    return any(path.is_file() for path in [*(root / name for name in TABLES), *files])
+    files = _caption_files(root)
+    owned = (_own_files(files, path.relative_to(root).as_posix()) for path in paths)
+    return any((root / name).is_file() for name in TABLES) or any(owned)
 
 
-def _own_captions(path: Path, listed: list[str] | None) -> tuple[list[str] | None, Path]:
+def _form(name: str) -> str:
+    """Return the one form of a path from the root: systems differ in its separators and accents (NFC, NFD)."""
+    return normpath(normalize("NFC", name.replace("\\", "/")))
+
+
+def _caption_files(root: Path) -> dict[str, list[Path]]:
+    """Return the caption files below a folder by the form of their paths from there, without suffix."""
+    files = defaultdict(list)
+    for path in find_files(root, SIDECARS):
+        files[_form(path.relative_to(root).with_suffix("").as_posix())].append(path)
+    return files
+
+
+def _own_files(files: Mapping[str, list[Path]], name: str) -> list[Path]:
+    """Return the files that may have an image's captions, the first first: NAME.txt, NAME.caption, NAME.png.txt ..."""
+    stem, _, _ = name.rpartition(".")
+    return [
+        path
+        for key in (stem, name)
+        for path in sorted(files.get(_form(key), ()), key=lambda path: SIDECARS.index(path.suffix.lower()))
+    ]
+
+
+def _own_captions(path: Path, files: Sequence[Path], listed: list[str] | None) -> tuple[list[str] | None, Path]:
     """Return the captions of an image and the file that has them; [] if all are empty, None if it has none."""
     found = None, path
-    for sidecar in map(path.with_suffix, SIDECARS):
-        if sidecar.is_file():
-            found = split_captions(_read_text(sidecar)), sidecar
-            if found[0]:
-                return found
+    for file in files:
+        found = split_captions(_read_text(file)), file
+        if found[0]:
+            return found
     return found if listed is None else (listed, path)
 
 
@@ -80,12 +107,14 @@ def _read_tables(root: Path, names: set[str]) -> dict[str, list[str]]:
     Several lines of an image, or a list in one, are captions to choose from.
     """
     listed: dict[str, list[str]] = defaultdict(list)
+    forms = {_form(name): name for name in names}
     for path in (root / name for name in TABLES):
         rows = _json_rows if path.suffix == ".jsonl" else _csv_rows
-        for number, name, text in rows(path) if path.is_file() else ():
+        for number, given, text in rows(path) if path.is_file() else ():
             where = f"{path}, line {number}:"
-            if not isinstance(name, str) or name not in names:
-                raise ValueError(f"{where} there is no image {shorten(repr(name))} below {root}")
+            name = given if not isinstance(given, str) or given in names else forms.get(_form(given))
+            if not isinstance(name, str):
+                raise ValueError(f"{where} there is no image {shorten(repr(given))} below {root}")
             texts = text if isinstance(text, list) else [text]
             if wrong := [one for one in texts if not isinstance(one, str)]:
                 raise ValueError(f"{where} the caption {shorten(repr(wrong[0]))} is not a text")
@@ -100,7 +129,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
             continue
         try:
             row = json.loads(line)
-            yield number, row["file_name"], row["text"]
+            yield number, row["file_name"], row["text" if "text" in row else "caption"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}, is not of the form {JSON_LINE}: {line[:80]!r}") from error
 
@@ -113,9 +142,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
     rows = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
     try:
         columns = rows.fieldnames or []
-        if not {"file_name", "text"} <= set(columns):
+        caption = "text" if "text" in columns else "caption"
+        if [columns.count(name) for name in ("file_name", caption)] != [1, 1]:
             raise ValueError(
-                f"{path} needs a first line that names its columns, file_name,text, not {shorten(repr(columns))}"
+                f"{path} needs a first line that names its columns, file_name,text, once each, not "
+                f"{shorten(repr(columns))}"
             )
         for row in rows:
             if None in row or None in row.values():
@@ -123,7 +154,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any, Any]]:
                     f"{path}, line {rows.line_num}, has not the {len(columns)} fields of the first line: "
                     f'put a caption that has {separator!r} in quotes, as in a.png{separator}"red{separator} round"'
                 )
-            yield rows.line_num, row["file_name"], row["text"]
+            yield rows.line_num, row["file_name"], row[caption]
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}, is not a line of a csv file: {error}") from None
 

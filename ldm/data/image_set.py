@@ -72,6 +72,7 @@ class ImageSet(Dataset):
     captions: Sequence[Sequence[str]] = field(init=False)
     labels: Sequence[int] = field(init=False)
     classes: Sequence[str] = field(init=False)
+    left_out: Sequence[str] = field(init=False)
 
     def __post_init__(self) -> None:
         for option in (option for option in fields(self) if option.init):
@@ -102,12 +103,16 @@ class ImageSet(Dataset):
         """Return the file of an image's mask as `source` does; None if it has none."""
         raise NotImplementedError
 
-    def choose(self, count: int, faults: Mapping[int, str] | None = None) -> list[int]:
+    def choose(self, count: int, faults: Mapping[int, str] | None = None, unused: Sequence[Path] = ()) -> list[int]:
         """Return which of the `count` images are used, keep what is read of these, and set their (width, height).
 
         Every image is decoded, unless it is known already, so that none is found to be damaged in the middle of
-        training, and what is wrong is settled as `on_error` says. faults: what else is wrong, in a sentence that names
-        the file, by index.
+        training, and what is wrong is settled as `on_error` says. `left_out` then has a sentence for each image and
+        file that is not used.
+
+        Args:
+            faults: what else is wrong, in a sentence that names the file, by index.
+            unused: caption files that belong to no image.
         """
         examined = examine(self.source, count, self.identity, self.cache_dir)
         wrong = dict(faults or {})
@@ -119,7 +124,10 @@ class ImageSet(Dataset):
         if self.mask is not None:
             wrong |= self._mask_faults(examined, [i for i in range(count) if i not in wrong])
         kept = [i for i in range(count) if i not in wrong]
-        some = "; ".join([wrong[i] for i in sorted(wrong)][:NAMED]) + (" ..." if len(wrong) > NAMED else "")
+        sentences = [wrong[i] for i in sorted(wrong)]
+        self.left_out = [*sentences, *(f"{path} has no image" for path in unused)]
+        shown = NAMED if self.on_error == "refuse" or not kept else 3
+        some = "; ".join(sentences[:shown]) + ("; ..." if len(wrong) > shown else "")
         if wrong and self.on_error == "refuse":
             which = f"{len(wrong)} of {count} images cannot be used"
             raise ValueError(f"{which}: {some} (on_error=skip leaves them out)")
@@ -127,6 +135,8 @@ class ImageSet(Dataset):
             raise ValueError(f"none of {count} images can be used: {some}")
         if wrong:
             print(f"note: {len(wrong)} of {count} images are left out: {some}", file=sys.stderr)
+        if unused:
+            print(f"note: {len(unused)} caption files belong to no image: {few(unused, 3)}", file=sys.stderr)
         if ignored := [f"{self.source(i)[1]}: {examined[i].ignored}" for i in kept if examined[i].ignored]:
             print(f"note: ignored in {len(ignored)} of {count} images: {few(ignored, 3)}", file=sys.stderr)
         for name in ("captions", "labels"):

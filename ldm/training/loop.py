@@ -169,7 +169,7 @@ def train_stage(
         if count > settings.steps and folder.writes:
             print(f"note: loop.{key} is {count} steps, and the run has only {settings.steps}", file=sys.stderr)
     accelerator.wait_for_everyone()  # until every process has read the folder
-    folder.begin(config, step, accelerator)
+    folder.begin(config, step, accelerator, images, held_out)
     metrics = Metrics(name, folder, trained, stage.share)
 
     bar = {"initial": step, "total": settings.steps, "desc": name, "unit": "step", "mininterval": 1}

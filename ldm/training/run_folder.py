@@ -1,6 +1,6 @@
 """The folder of a run: configuration, metrics, previews, the state to resume from, and the finished checkpoint.
 
-OUTDIR/STAGE/config.yaml  metrics.jsonl  events.out.tfevents...  previews/000500.png  resume.pt
+OUTDIR/STAGE/config.yaml  left_out.txt  metrics.jsonl  events.out.tfevents...  previews/000500.png  resume.pt
              model-000500.safetensors  model.safetensors
 """
 
@@ -37,7 +37,7 @@ SNAPSHOTS = "ema"  # the folder of `ldm.training.posthoc`'s
 
 # Names of what a run's folder holds, in which another run may have its folder.
 TAKEN = re.compile(
-    r"\.lock|\..*\.tmp|config\.yaml|metrics\.jsonl|events\..*|wandb|previews|ema|resume\.pt|model.*\.safetensors"
+    r"\.lock|\..*\.tmp|config\.yaml|left_out\.txt|metrics\.jsonl|events\..*|wandb|previews|ema|resume\.pt|model.*\.safetensors"
 )
 
 
@@ -122,8 +122,8 @@ class RunFolder:
             return 0
         return int(read_tensors(self.model).metadata.get(STEP_KEY, 0 if self.state.exists() else configured))
 
-    def begin(self, config: dict[str, Any], step: int, accelerator: Any) -> None:
-        """Write the configuration, once the stage and its data are built: a mistake leaves no run behind."""
+    def begin(self, config: dict[str, Any], step: int, accelerator: Any, *datasets: Any) -> None:
+        """Write the configuration, and what data sets leave out, once all is built: a mistake leaves no run behind."""
         if not self.writes:
             return
         latest = self.path / "wandb" / "latest-run"  # a link to run-DATE-ID
@@ -144,6 +144,12 @@ class RunFolder:
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(escaped(config))))
         for folder in (self.path, self.path / "previews"):
             sweep(folder)
+        path = self.path / "left_out.txt"
+        if lines := dict.fromkeys(line for data in datasets for line in getattr(data, "left_out", ())):
+            write_text(path, "\n".join([*lines, ""]))
+            print(f"note: {path} lists all that is left out", file=sys.stderr)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier start
 
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the saved state, atomically."""
