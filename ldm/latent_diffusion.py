@@ -56,7 +56,7 @@ class DiffusionWrapper(nn.Module):
 
 
 def require(part: str, found: Any, *names: str) -> None:
-    """Raise ValueError if a part of a model lacks what the rest uses of it (docs/how-to/your_own_data.md)."""
+    """Raise ValueError if a part of a model lacks what the rest uses of it (docs/how-to/own_modules.md)."""
     lacking = [name for name in names if not hasattr(found, name)]
     if lacking:
         raise ValueError(f"the {part} {type(found).__name__} lacks {', '.join(lacking)}, which every {part} has")

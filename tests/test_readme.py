@@ -22,13 +22,15 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of each command in a page's bash blocks; `&&` separates commands, a backslash joins lines.
+    """The words of each command in a page's bash blocks; `&&` separates commands, a backslash joins lines. `ldm train`
+    is scripts/train.py.
 
     Left out are those with an ellipsis or a shell's variables.
     """
     blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
-    parts = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ") if "$" not in line]
+    programs = (re.sub(r"^ldm (\w+)", r"python scripts/\1.py", line) for line in lines if "$" not in line)
+    parts = [shlex.split(part, comments=True) for line in programs for part in line.split(" && ")]
     return [words for words in parts if words and "..." not in words]
 
 
@@ -67,8 +69,8 @@ def test_script_exists_and_its_options_parse(words, monkeypatch):
     for word in words[at + 1 :]:
         assert not word.startswith("configs/") or (ROOT / word).is_file(), f"{word} does not exist"
     if words[at] == "scripts/train.py":
-        configs = [str(ROOT / word) for word in words if word.startswith("configs/")]
-        read_configs(configs, [word for word in words if "=" in word])  # raises where there is no such setting
+        if configs := [str(ROOT / word) for word in words if word.startswith("configs/")]:
+            read_configs(configs, [word for word in words if "=" in word])  # raises where there is no such setting
 
 
 def test_the_two_promised_commands():

@@ -167,8 +167,8 @@ def test_what_follows_from_the_model_is_not_set_again():
 
 
 def test_the_example_of_own_classes_trains_and_samples(tmp_path, monkeypatch, capsys):
-    """As docs/how-to/your_own_data.md has it; a program that did not import the module needs --allow."""
-    page = (ROOT / "docs/how-to/your_own_data.md").read_text()
+    """As docs/how-to/own_modules.md has it; a program that did not import the module needs --allow."""
+    page = (ROOT / "docs/how-to/own_modules.md").read_text()
     for suffix in ("python", "yaml"):
         (text,) = re.findall(rf"^```{suffix}\n(.*?)^```$", page, re.M | re.S)
         (tmp_path / f"shapes.{suffix.removesuffix('thon')}").write_text(text)

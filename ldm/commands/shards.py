@@ -1,4 +1,4 @@
-"""Write a folder of images as tar shards, webdataset's format, to train on very many: see docs/how-to/your_own_data.md.
+"""Write a folder of images as tar shards, webdataset's format, to train on very many: see docs/how-to/large_data.md.
 
 ldm shards images/ shards/
 ldm shards images/ shards/ --classes --images 5000
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # it takes seconds, which --help has no use for
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
 
+    from ldm.checkpoint.atomic import write_text
     from ldm.data.finding import find_images
     from ldm.data.folder import Folder
     from ldm.data.folder_captions import has_captions
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     reads = ("image", *(["caption"] if captioned else []), *(["label"] if args.classes else []))
     data = Folder(args.input, 1, on_error=args.on_error, reads=reads)
     paths = write_shards(data, args.output, args.images)
+    if data.left_out:
+        write_text(args.output / "left_out.txt", "\n".join([*data.left_out, ""]))
     print(f"{args.output}: {len(data)} images in {len(paths)} shards, {sum(p.stat().st_size for p in paths):,} bytes")
 
 
@@ -38,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("output", type=Path, metavar="OUT", help="the folder of the shards; those of an earlier call are replaced")
     add("--classes", action="store_true", help="each sub-folder of DIR is a class")
     add("--images", type=int_range(1), default=10_000, metavar="N", help="of each shard (10000)")
-    what = "whether an image that cannot be used, such as a damaged one, is an error or left out (refuse)"
+    what = "whether an image that cannot be used is an error or left out, and listed in OUT/left_out.txt (refuse)"
     add("--on-error", choices=("refuse", "skip"), default="refuse", help=what)
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""What stages need of a data set, own ones included: docs/how-to/your_own_data.md lists it."""
+"""What stages need of a data set, own ones included: docs/how-to/own_modules.md lists it."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ def build_dataset(stage: Stage, config: Mapping[str, Any]) -> Any:
 
 
 def check_dataset(stage: Stage, dataset: Any) -> None:
-    """Raise ValueError for a data set that is not as the stage needs it (docs/how-to/your_own_data.md)."""
+    """Raise ValueError for a data set that is not as the stage needs it (docs/how-to/own_modules.md)."""
     name, groups = type(dataset).__name__, getattr(dataset, "groups", None)
 
     def require(good: bool, wrong: str) -> None:
