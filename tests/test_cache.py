@@ -121,6 +121,27 @@ def test_a_flipped_bit_of_an_entry_is_found(tiny_model, digits, tmp_path):
     latents(tiny_model, tmp_path, digits)
 
 
+def test_a_shard_that_cannot_be_read_once_it_is_written_ends_the_build(tiny_model, digits, tmp_path, monkeypatch):
+    own = cache.save_file
+    monkeypatch.setattr(cache, "save_file", lambda path, *rest, **kw: (own(path, *rest, **kw), os.truncate(path, 99)))
+    refused("was written, and cannot be read: name another", latents, tiny_model, tmp_path, digits)
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+def test_entries_of_another_arithmetic_are_others(tiny_model, digits, in_memory, tmp_path, encoded):
+    some = first_images(digits, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert not torch.equal(latents(tiny_model, tmp_path, some), in_memory[:, :16])
+    torch.set_float32_matmul_precision("medium")  # of products, in bfloat16 where that is quicker
+    try:
+        latents(tiny_model, tmp_path, some)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(latents(tiny_model, tmp_path, some), in_memory[:, :16])
+    assert sum(encoded) == 4 * 16 and len([*tmp_path.iterdir()]) == 4
+
+
 def slowly(model: LatentDiffusion, folder: Path, dataset, seconds: float) -> None:
     """Build a cache in a process of its own, which was forked from this one, with so long a pause in each batch."""
     own = cache.encode_batch
@@ -320,8 +341,8 @@ for i in range(count):
     path = Path("images", f"{i // 1000:03}", f"{i:06}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     row = bytes((j + i) % 256 for j in range(192))
-    Image.frombytes("RGB", (64, 64), row * 64).save(path, compress_level=1)
-    path.with_suffix(".txt").write_text(f"a gradient number {i % 1000}")
+    Image.frombytes("RGB", (64, 64), i.to_bytes(3, "little") + (row * 64)[3:]).save(path, compress_level=1)
+    path.with_suffix(".txt").write_text(f"a gradient number {i}")
 note("written")
 noted(loop, "build_datasets")
 noted(loop, "EpochBatches")  # after the cache is built
@@ -333,10 +354,7 @@ print(json.dumps(points))
 
 @pytest.mark.full
 def test_training_on_many_images_takes_little_memory(tmp_path):
-    """100,000 of 64 px, with the UNet of configs/folder and an autoencoder of little work with its latents' size.
-
-    256 images are distinct, so of the mapped cache little is read: this measures what is not mapped.
-    """
+    """100,000 of 64 px, with the UNet of configs/folder and an autoencoder of little work with its latents' size."""
     write_inputs(tmp_path)
     config = yaml.safe_load((ROOT / "configs" / "folder" / "diffusion.yaml").read_text())
     first = copy.deepcopy(TINY["first_stage_config"])
@@ -354,3 +372,4 @@ def test_training_on_many_images_takes_little_memory(tmp_path):
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=paths, check=True)
     before, *_, after = [memory for _, _, memory in json.loads(done.stdout.splitlines()[-1])]
     assert after["RssAnon"] < 1024 and before["RssAnon"] < after["RssAnon"]
+    assert sum(len(cache._keys_in(load_file(path))) for path in shards(tmp_path)) == 2 * 100_000 + 1  # all distinct

@@ -1,8 +1,9 @@
 """A cache on disk of what frozen networks make of images and captions, which runs share, also at the same time.
 
-DIR/KIND-NETWORK/SHARD.safetensors, with NETWORK the hash of a network's weights and configuration, and SHARD that of
-the keys of its entries. An entry's key is the hash of what it was made of. Shards are complete or not there; who makes
-one holds a lock, so that processes, of one run or of several, each make their part, and one that was killed is known.
+DIR/KIND-NETWORK/SHARD.safetensors, with NETWORK the hash of a network's weights and configuration and of the arithmetic
+that it ran in, and SHARD that of the keys of its entries. An entry's key is the hash of what it was made of. Shards are
+complete or not there; who makes one holds a lock, so that processes, of one run or of several, each make their part,
+and one that was killed is known.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -33,15 +34,25 @@ from ldm.training.shapes import in_groups
 from ldm.util import progress_bar
 
 SHARD = 1024  # entries
-MAPPED = 64  # shards that are open at a time: each takes one of a process's few hundred file handles
 VERSION = "1"  # to be raised where the same key and network lead to other entries
 KEY = "S16"  # 128 bits of SHA-256
 
 Batches = Iterable[list[int]]
 
 
+class Rows(NamedTuple):
+    """Where a shard's tensor of a name lies in its file: a row for each entry."""
+
+    start: int
+    dtype: torch.dtype
+    shape: torch.Size  # of a row
+    checksums: np.ndarray
+
+
 class Cache:
     """The entries that one network made: tensors by name, with a checksum for each.
+
+    Entries are read, not mapped, so that what was read before takes no memory of the process.
 
     Args:
         folder: of all caches; made if missing.
@@ -53,15 +64,15 @@ class Cache:
         self.folder = Path(folder) / f"{kind}-{_fingerprint(network, config)}"
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
-        self.mapped: dict[Path, State] = {}
         self._read_keys()
 
     def _read_keys(self) -> None:
-        """Read the keys of all shards; a file that is not a complete one is named, and takes no part."""
-        self.paths, keys = [], [np.empty(0, KEY)]
+        """Read all of the shards but the entries; a file that is not a complete one is named, and takes no part."""
+        self.paths, self.rows, keys = [], [], [np.empty(0, KEY)]
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                keys.append(_keys_in(self._open(path)))
+                self.rows.append(_rows(path, state := self._open(path)))
+                keys.append(_keys_in(state))
                 self.paths.append(path)
             except ValueError as error:
                 print(f"note: not used: {error}", file=sys.stderr)
@@ -78,30 +89,19 @@ class Cache:
         return np.where(self.sorted[at] == keys, self.order[at], -1)
 
     def read(self, place: int, name: str) -> Tensor:
-        """Return a tensor of an entry. ValueError if it is not as it was written."""
+        """Return a tensor of an entry. ValueError if it is not as it was written.
+
+        Its checksum is computed each time: that takes 1.5 us for the 4 kB of a 64-pixel image, and reading them 10 us.
+        """
         number = bisect_right(self.starts, place) - 1
-        path, row = self.paths[number], place - self.starts[number]
-        state = self._map(path)
-        value = state[name][row].clone()
-        if _checksum(value) != state[f"{name}.crc32"][row].item():
+        path, row, found = self.paths[number], place - self.starts[number], self.rows[number][name]
+        content = bytearray(found.shape.numel() * found.dtype.itemsize)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(found.start + row * len(content))
+            file.readinto(content)
+        if zlib.crc32(content) != found.checksums[row]:
             raise ValueError(f"{str(path)!r} is damaged, by its checksums: delete it, and it is made anew")
-        return value
-
-    def _map(self, path: Path) -> State:
-        if path not in self.mapped:
-            if len(self.mapped) >= MAPPED:
-                del self.mapped[next(iter(self.mapped))]
-            self.mapped[path] = self._open(path)
-        return self.mapped[path]
-
-    @property
-    def names(self) -> list[str]:
-        """The names of an entry's tensors."""
-        state = self._map(self.paths[0])
-        return [name for name in state if f"{name}.crc32" in state]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"mapped": {}}  # a process that is not forked maps the files itself
+        return torch.frombuffer(content, dtype=found.dtype).reshape(found.shape)
 
     def build(
         self,
@@ -135,42 +135,42 @@ class Cache:
             raise ValueError(f"shards of {str(self.folder)!r} were deleted or damaged while it was read: start again")
         return places
 
-    def _make(self, keys: np.ndarray, shards: list[list[int]], size: int, load: Any, make: Any, bar: tqdm) -> int:
-        """Make the shards that no other process makes; return how many."""
-        claims, parts, done = deque(), [], 0
+    def _make(self, keys: np.ndarray, shards: list[list[int]], size: int, load: Any, make: Any, bar: tqdm) -> bool:
+        """Make the shards that no other process makes; return whether there were any."""
+        claims, parts, made = deque(), [], False
 
         def batches() -> Iterator[list[int]]:
             for indices in shards:
                 path = self._path(keys[indices])
                 lock = claim(path.with_name(f".{path.stem}.claim.0.tmp"))
-                if lock is None:
-                    continue
-                claims.append((indices, path, lock))
-                if self._is_whole(path):  # another process was quicker
-                    _release(claims.pop()[2])
-                    continue
-                yield from in_groups(indices, None, size)
+                if lock is not None and self._is_whole(path):  # another process was quicker
+                    _release(lock)
+                elif lock is not None:
+                    claims.append((indices, path, lock))
+                    yield from in_groups(indices, None, size)
 
         try:
             for batch in load(batches()):
                 parts.append(make(batch))
-                indices, path, lock = claims[0]
-                bar.update(count := len(next(iter(parts[-1].values()))))
-                done += count
-                if sum(len(next(iter(part.values()))) for part in parts) == len(indices):
-                    entries = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                    self._save(path, keys[indices], entries)
-                    _release(claims.popleft()[2])
-                    parts = []
+                made, (indices, path, lock) = True, claims[0]
+                bar.update(len(next(iter(parts[-1].values()))))
+                if len(parts) * size >= len(indices):
+                    self._save(path, keys[indices], parts)
+                    _release(lock)
+                    parts.clear()
+                    claims.popleft()
         finally:
             for _, _, lock in claims:
                 _release(lock)
-        return done
+        return made
 
-    def _save(self, path: Path, keys: np.ndarray, entries: State) -> None:
-        sums = {f"{name}.crc32": torch.tensor([*map(_checksum, values)]) for name, values in entries.items()}
+    def _save(self, path: Path, keys: np.ndarray, parts: Sequence[State]) -> None:
+        entries = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        sums = {f"{k}.crc32": torch.tensor([zlib.crc32(_bytes(row)) for row in rows]) for k, rows in entries.items()}
         own = {"keys": torch.from_numpy(keys.view(np.uint8).reshape(-1, 16))}
         save_file(path, entries | sums | own, metadata={"ldm.cache": self.folder.name})
+        if not self._is_whole(path):  # otherwise it is made again for ever
+            raise ValueError(f"{str(path)!r} was written, and cannot be read: name another cache_dir")
 
     def _path(self, keys: np.ndarray) -> Path:
         return self.folder / f"{hashlib.sha256(keys.tobytes()).hexdigest()[:32]}.safetensors"
@@ -179,7 +179,8 @@ class Cache:
         """Map a shard. ValueError unless it is a complete one of this cache."""
         state, metadata, _ = read_tensors(path)
         keys = state.get("keys", torch.empty(0))
-        good = keys.dtype == torch.uint8 and keys.ndim == 2 and all(len(part) == len(keys) for part in state.values())
+        good = keys.dtype == torch.uint8 and keys.ndim == 2
+        good = good and all(tensor.shape[:1] == keys.shape[:1] for tensor in state.values())
         if not good or metadata.get("ldm.cache") != self.folder.name or self._path(_keys_in(state)) != path:
             raise ValueError(f"{str(path)!r} is damaged, or not a shard of this cache")
         return state
@@ -246,7 +247,7 @@ class CachedTexts:
         absent = [text for text, place in zip(distinct, places, strict=True) if place < 0]
         made = encode_texts(self.encoder, absent) if absent else {}
         cond = {}
-        for name in self.cache.names:
+        for name in self.cache.rows[0]:
             others = iter(made.get(name, ()))
             rows = [next(others).cpu() if place < 0 else self.cache.read(place, name) for place in places]
             cond[name] = torch.stack(rows)[which].to(device)
@@ -297,6 +298,15 @@ def _keys_in(state: State) -> np.ndarray:
     return np.frombuffer(state["keys"].numpy().tobytes(), KEY)
 
 
+def _rows(path: Path, state: State) -> dict[str, Rows]:
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    sums = {name: state[f"{name}.crc32"].numpy().astype(np.uint32) for name in state if f"{name}.crc32" in state}
+    starts = {name: 8 + size + header[name]["data_offsets"][0] for name in sums}
+    return {name: Rows(starts[name], state[name].dtype, state[name].shape[1:], sums[name]) for name in sums}
+
+
 def _hash(content: bytes) -> bytes:
     return hashlib.sha256(content).digest()[:16]
 
@@ -305,14 +315,18 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(_bytes(tensor))
-
-
 def _fingerprint(network: nn.Module, config: Mapping[str, Any]) -> str:
-    """Return a hash of a network's weights and configuration."""
-    digest = hashlib.sha256(json.dumps([VERSION, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(network.state_dict().items()):
+    """Return a hash of a network's weights, its configuration, and what else changes its results by more than rounding.
+
+    CPUs and GPUs differ so: cuDNN multiplies float32 as TF32, with 10 bits of mantissa. GPUs among themselves, CPUs and
+    numbers of threads differ in rounding.
+    """
+    state = network.state_dict()
+    kind = next(iter(state.values())).device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    arithmetic = [kind, cast, torch.get_float32_matmul_precision()]
+    digest = hashlib.sha256(json.dumps([VERSION, arithmetic, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()[:32]
