@@ -31,6 +31,11 @@ OPTIONS = {
     "pixel": {"model": {**CONFIG, "params": {**PIXEL, **widened("self_condition")}}, "class_dropout": 0.5},
 }
 
+# Other images, which those stages measure that can be validated.
+TEST, OTHERS = {"split": "test", "first": 12}, {"root": "class"}
+VALIDATION = {"autoencoder": TEST, "clip": TEST, "diffusion": TEST, "pixel": TEST, "classifier": TEST}
+VALIDATION |= {"noisy_classifier": TEST, "folder": OTHERS, "unconditional": OTHERS}
+
 STAGES = [stage for stage in ALL if stage != "rows"]  # they need another package
 
 # All but the main process fail when they write in the folder, and process 1 is killed after its first step by KILL=1.
@@ -83,33 +88,38 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def configured(name, stages, **loop):
+def configured(name, stages, validation=(), **loop):
     """Return configurations of stages of tiny_stages, with what is random of each, and SGD: Adam enlarges rounding."""
     configs = []
     for stage in stages:
         config = config_of(stage) | {"name": stage, "outdir": name}
         config["loop"] |= {"precision": "fp32", "ema": 0.0, "steps": 3} | loop
         config["stage"]["params"] |= {"optimizer": {"target": "torch.optim.SGD"}, **OPTIONS.get(stage, {})}
+        if stage in validation:
+            config["data"]["validation"] = validation[stage]
+            config["loop"]["validate_every"] = 3
         configs.append(config)
     return json.dumps(configs)
 
 
 def result(folder):
-    """Return the weights of a run, in one vector, and its last metrics."""
+    """Return the weights of a run, in one vector, and its last metrics, of training and of validation."""
     weights = load_file(folder / "model.safetensors").values()
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return torch.cat([w.flatten().double() for w in weights]), json.loads(lines[-1])
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    metrics = {name: value for line in lines for name, value in line.items()}
+    return torch.cat([w.flatten().double() for w in weights]), metrics
 
 
 @pytest.mark.full
 def test_two_processes_are_one_with_their_batches_together(inputs):
-    """Every stage's weights and metrics after three steps, up to rounding; half of the batch is something else."""
+    """Every stage's weights, metrics and validation after three steps, up to rounding; half a batch differs."""
     for name, count, batch_size in (("half", 1, 1), ("one", 1, 2), ("two", 2, 1)):
-        launch(count, "run.py", configured(name, STAGES, batch_size=batch_size), cwd=inputs)
+        launch(count, "run.py", configured(name, STAGES, VALIDATION, batch_size=batch_size), cwd=inputs)
     for stage in STAGES:
         half, one, two = (result(inputs / name / stage) for name in ("half", "one", "two"))
         error, other = ((some[0] - one[0]).norm() for some in (two, half))
         assert error < (1e-2 if stage == "classifier" else 1e-3) * other, stage  # its batch norms have two numbers
+        assert ("validation/loss" in two[1]) == (stage in VALIDATION)
         expected = one[1] | {"waits_for_data": two[1]["waits_for_data"]}
         assert two[1] == pytest.approx(expected, rel=1e-3, abs=1e-6), stage
 

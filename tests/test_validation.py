@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import refused
 from test_loop import assert_same
-from test_processes import launch
 from tiny_stages import DIGITS, config_of, write_inputs
 
 from ldm.data.digits import Digits
+from ldm.data.part import part
 from ldm.training import loop
 from ldm.training.config import read_configs
 from ldm.training.loop import Interrupted, train
@@ -143,20 +143,39 @@ def test_the_weights_that_train_are_validated_too(tmp_path):
     assert last["validation/psnr"] != last["validation_training_weights/psnr"]
 
 
-@pytest.mark.full
-def test_two_processes_measure_as_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys\nfrom ldm.training.loop import train\ntrain(json.loads(sys.argv[1]), device='cpu')"
+@pytest.mark.parametrize("cache_dir", [None, "cache"])
+def test_images_and_captions_are_encoded_once(tmp_path, cache_dir):
+    """And equal what is encoded each time, up to the rounding of other batches."""
+    stage, images = prepared("diffusion", TEST)
+    stage.cache_latents = False
+    expected = Validation(stage, images, 50).measure()
+    stage.cache_latents, stage.cache_dir = True, cache_dir and str(tmp_path / cache_dir)
+    validation, calls = Validation(stage, images, 50), []
+    for network in (stage.latent_diffusion.first_stage_model.encoder, stage.latent_diffusion.cond_stage_model):
+        network.register_forward_hook(lambda *_: calls.append(1))
+    assert validation.measure() == pytest.approx(expected, rel=1e-5)
+    count = len(calls)
+    assert validation.measure() == pytest.approx(expected, rel=1e-5)
+    assert len(calls) == count <= (0 if cache_dir else 6)  # the captions of as many batches, in memory
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_whose_loss_is_not_finite_are_counted(capsys, value):
+    stage, images = prepared("classifier", TEST)
+    own, expected = stage.validate, Validation(stage, part(images, range(2, 12)), 5).measure()
+
+    def validate(batch, places, noise):
+        wrong = (
+            torch.stack([(x == images[i]["image"]).all() for x in batch["image"] for i in (0, 1)]).view(-1, 2).any(1)
+        )
+        values = own(batch, places, noise)
+        return values | {"loss": torch.where(wrong, value, values["loss"])}
+
+    stage.validate = validate
+    assert Validation(stage, images, 5).measure() == pytest.approx(expected | {"not_finite": 2}, rel=1e-6)
+    assert capsys.readouterr().err == (
+        "note: validation: the loss of 2 of 12 images is not finite: they are left out of the means\n"
     )
-    lines = []
-    for count in (1, 2):
-        config = config_of("pixel") | {"outdir": str(tmp_path / str(count))}
-        config["stage"]["params"]["learning_rate"] = 1e-30  # the weights that training begins with
-        config["data"] |= {"validation": 0.25}
-        launch(count, script, json.dumps(config))
-        lines.append([line for line in logged(tmp_path / str(count) / "pixel" / "x") if "validation/loss" in line])
-    assert lines[0] == lines[1] != []
 
 
 @pytest.mark.parametrize(

@@ -111,28 +111,30 @@ class DiffusionStage(DenoisingStage):
                 f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
                 "cannot be cached: train with stage.params.cache_latents=false"
             )
-        model = self.latent_diffusion
-        if self.cache_dir is not None:
+        prepared, some = self.cached(dataset), first_images(dataset, 256)  # enough to measure
+        latents = (prepared.mean, prepared.std) if self.cache_latents else self._encoded(some)
+        self.latent_diffusion.scale_factor = scale_factor(*latents)
+        return prepared
+
+    def _encoded(self, dataset: Any) -> tuple[Any, Any]:
+        return encode_dataset(self.latent_diffusion.first_stage_model, dataset, self.share, self.workers)
+
+    def cached(self, dataset: Any) -> Any:
+        folder, model = self.cache_dir, self.latent_diffusion
+        if folder is not None:
             from ldm.training.cache import CachedTexts, cached_latents
 
             if "caption" in self.reads:
-                self.texts = RecentTexts(CachedTexts(self.cache_dir, model, dataset))
-        if self.cache_latents and self.cache_dir is not None:
-            mean, std = cached_latents(self.cache_dir, model, dataset, self.workers)
-        else:
-            some = dataset if self.cache_latents else first_images(dataset, 256)  # enough to measure
-            mean, std = encode_dataset(model.first_stage_model, some, self.share, self.workers)
-        model.scale_factor = scale_factor(mean, std)
-        return LatentDataset(dataset, mean, std, self.reads[1:]) if self.cache_latents else dataset
+                self.texts = RecentTexts(CachedTexts(folder, model, dataset))
+        if not self.cache_latents or getattr(dataset, "augments", False):
+            return dataset
+        latents = self._encoded(dataset) if folder is None else cached_latents(folder, model, dataset, self.workers)
+        return LatentDataset(dataset, *latents, self.reads[1:])
 
     def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
-        model = self.latent_diffusion
-        if "mean" in batch or training:
-            cached = "mean" in batch
-            mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
-            z = model.scale_factor * (mean + std * self.share.randn(mean))
-        else:
-            z = model.encode(batch["image"], mode=True)
+        model, cached = self.latent_diffusion, "mean" in batch
+        mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
+        z = model.scale_factor * (mean + std * self.share.randn(mean) if training else mean)
         dropout = self.caption_dropout if training else 0.0
         if self.classes:
             return z, model.condition(drop_classes(batch["label"], model.null, dropout, self.share))

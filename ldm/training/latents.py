@@ -21,16 +21,12 @@ PIXELS = 2**20  # of a batch that is encoded: 256 images of 64 x 64
 class LatentDataset(Dataset):
     """A data set with its images replaced by the mean and standard deviation of their latents, (z, h, w) each.
 
-    keys: what else of its samples training reads, besides masks, of which the pixels stay: they are not encoded.
+    Args:
+        mean, std: n tensors each, or one of them all.
+        keys: what else of its samples training reads, besides masks, of which the pixels stay: they are not encoded.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        mean: Any,  # n tensors, or one of them all
-        std: Any,
-        keys: Sequence[str] = ("caption",),
-    ) -> None:
+    def __init__(self, dataset: Any, mean: Any, std: Any, keys: Sequence[str] = ("caption",)) -> None:
         self.dataset, self.mean, self.std, self.keys = dataset, mean, std, tuple(keys)
         self.keys += ("mask",) if "mask" in self._sample(0) else ()
         self.groups = getattr(dataset, "groups", None)  # the latents of a batch have one shape, too
@@ -44,11 +40,9 @@ class LatentDataset(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [{**self._others(i), "mean": self.mean[i], "std": self.std[i]} for i in indices]
-
-    def _others(self, index: int) -> dict[str, Any]:
-        sample = self._sample(index) if self.keys else {}
-        return {key: sample[key] for key in self.keys}
+        others = [self._sample(i) if self.keys else {} for i in indices]
+        latents = [{"mean": self.mean[i], "std": self.std[i]} for i in indices]
+        return [{key: other[key] for key in self.keys} | both for other, both in zip(others, latents, strict=True)]
 
     def _sample(self, index: int) -> Any:
         own = hasattr(self.dataset, "without_image")  # of our own data sets: it does not read the image

@@ -89,7 +89,8 @@ def _try(config: Mapping[str, Any], device: torch.device, folder: str, inspect: 
                 _, _, shared = stage.turn(batch, k, 0, shared)
             with torch.no_grad():
                 stage.try_preview()
-                if validation := make_validation(stage, held_out, replace(settings, batch_size=2, workers=0)):
+                some = None if held_out is None else first_images(held_out, 2)
+                if validation := make_validation(stage, some, replace(settings, batch_size=2, workers=0)):
                     validation.measure(batches=1)
                 if quality := make_quality(stage, dataset if held_out is None else held_out, settings):
                     quality.measure(2, steps=min(2, stage.latent_diffusion.schedule.T))

@@ -83,6 +83,10 @@ class Stage:
         """
         return dataset
 
+    def cached(self, dataset: Dataset) -> Dataset:
+        """Return a data set to validate on, such as cached latents; `prepare` was called before."""
+        return dataset
+
     def optimizers(self) -> list[Optimizer]:
         """Return the optimizers, in the order of their turns on each batch: one for all networks."""
         return [make_optimizer(self.networks.parameters(), **self.adam)]

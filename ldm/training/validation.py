@@ -4,6 +4,7 @@ A validation leaves no trace in the training: it has random states of its own, a
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def build_datasets(stage: Stage, config: Mapping[str, Any]) -> tuple[Any, Any | 
 
 
 class Validation:
-    """The validation of a stage on a data set.
+    """The validation of a stage on a data set. Images whose "loss" is not finite are counted, and left out of means.
 
     Args:
         batch_size: of images at a time, on which results do not depend, up to rounding.
@@ -78,7 +79,7 @@ class Validation:
     def __init__(self, stage: Stage, dataset: Any, batch_size: int, workers: int = 0, both: bool = False) -> None:
         count = stage.validation_count(len(dataset))
         self.stage, self.workers, self.both = stage, workers, both
-        self.dataset = part(dataset, [i % len(dataset) for i in range(count)])
+        self.dataset = part(stage.cached(dataset), [i % len(dataset) for i in range(count)])
         self.places = (torch.randperm(count, generator=_generator(1)).double() + 0.5) / count
         self.batches = alike_batches(self.dataset, stage.validation_batch or batch_size)
 
@@ -114,7 +115,13 @@ class Validation:
                 values = self.stage.validate(send_to_device(batch, device), self.places[images], noise)
                 found.append((rank + number * count, {name: value.double().cpu() for name, value in values.items()}))
         found = sorted(gather_object(found) if count > 1 else found, key=lambda pair: pair[0])
-        return {name: torch.cat([values[name] for _, values in found]).nanmean().item() for name in found[0][1]}
+        values = {name: torch.cat([values[name] for _, values in found]) for name in found[0][1]}
+        lost = ~values["loss"].isfinite()
+        if lost.any() and rank == 0:
+            which = f"the loss of {int(lost.sum())} of {len(lost)} images is not finite"
+            print(f"note: validation: {which}: they are left out of the means", file=sys.stderr)
+        means = {name: torch.where(lost, torch.nan, value).nanmean().item() for name, value in values.items()}
+        return means | ({"not_finite": int(lost.sum())} if lost.any() else {})
 
 
 def make_validation(stage: Stage, dataset: Any | None, settings: Any) -> Validation | None:
