@@ -104,14 +104,14 @@ rows data.params:
    download: true, image: other, text: none, buckets: [[32, 24]], reads: [image],
    label: {to: other, with: {/stage: {target: ldm.training.classifier.ClassifierStage, params: {learning_rate: 0.1,
      network: {target: ldm.models.classifier.Judge, params: {widths: [4, 4, 8]}}}}, label: text}},
-   shuffle_tags_after: {to: 0, with: {text: none, caption: 'four, five, six'}}, alpha: keep, resize: none,
+   shuffle_tags_after: {to: 0, with: {text: none, caption: 'four, five, six'}}, alpha: keep, resize: exact,
    background: {to: black, with: {root: faulty_rows, on_error: skip}},
    mask: {to: alpha, with: {root: faulty_rows, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty_rows, on_error: skip}}, cache_dir: known}
 shards data.params:
   {root: '[01].tar', size: 16, channels: 3, crop: random, flip: true,
    seed: {to: 1, with: {flip: true, crop: random}}, caption: four, buckets: [[32, 24]], reads: [image],
-   shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, mixed: 2, alpha: keep, resize: none,
+   shuffle_tags_after: {to: 0, with: {caption: 'four, five, six'}}, mixed: 2, alpha: keep, resize: exact,
    background: {to: black, with: {root: faulty.tar, on_error: skip}},
    mask: {to: alpha, with: {root: faulty.tar, on_error: skip}},
    on_error: {to: refuse, with: {root: faulty.tar, on_error: skip}}, cache_dir: known}
