@@ -158,7 +158,7 @@ def test_the_vocabulary_has_every_word_of_the_captions(root, held_out):
     for epoch in range(20):
         data.set_epoch(epoch)
         for i in range(len(data)):
-            assert set(data.caption(i).text.replace(",", " ").replace(":", " ").split()) <= words
+            assert set(data.caption_of(i).text.replace(",", " ").replace(":", " ").split()) <= words
 
 
 def test_samples_are_drawings_with_their_captions(root, held_out):
@@ -197,10 +197,10 @@ def test_copies_vary_and_captions_name_their_background(root, held_out):
         background = data.entries[k][1]
         corner = data.images[k, :, 0, 0].tolist()
         if k % 2 == apples[0] % 2:  # every second one is plain
-            assert background is None and corner == [255] * 3 and "background" not in data.caption(k).text
+            assert background is None and corner == [255] * 3 and "background" not in data.caption_of(k).text
         else:
             assert np.abs(np.subtract(corner, emoji_captions.COLOURS[background])).max() <= 12
-            assert background in data.caption(k).text
+            assert background in data.caption_of(k).text
     varied = data.images[apples[1::2]]
     assert len({tuple(image.flatten().tolist()) for image in varied}) == 20
     again = Emoji(str(root), size=32, copies=20, toned_copies=1, coloured=1.0)

@@ -155,7 +155,7 @@ class Emoji(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def caption(self, index: int) -> Caption:
+    def caption_of(self, index: int) -> Caption:
         """Return the caption of a sample in this epoch."""
         return Caption(self._choose(index)[0])
 
