@@ -1,4 +1,5 @@
-"""Images decoded a second: how fast one core makes samples of image files, and what worker processes add.
+"""Images decoded a second: how fast one core makes samples of image files, and what worker processes add; and the
+cache of latents: how fast it is built, beside the encoder alone, and read.
 
     python -m benchmarks.data
 
@@ -9,9 +10,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -19,6 +23,10 @@ from benchmarks.common import markdown
 from ldm.cli import Parser, run
 from ldm.data.folder import Folder
 from ldm.data.image_files import examine_image
+from ldm.training.cache import cached_latents
+from ldm.training.config import read_configs
+from ldm.training.latents import encode_batch, encoding_size
+from ldm.util import instantiate_from_config
 
 # name -> (width, height) of the files, their suffix and the side of the squares to train on
 KINDS = {
@@ -28,6 +36,9 @@ KINDS = {
     "JPEG, 4000 x 3000 to 512": ((4000, 3000), "jpg", 512),
     "JPEG, 4000 x 3000 to 64": ((4000, 3000), "jpg", 64),
 }
+
+# encoder, at 64 x 64 pixels -> images to measure it with
+ENCODERS = {"folder/autoencoder": 512, "autoencoder/kl-f4": 16}
 
 
 def write_images(folder: Path, size: tuple[int, int], suffix: str, count: int) -> None:
@@ -74,13 +85,49 @@ def measure(size: tuple[int, int], suffix: str, side: int, seconds: float, worke
         return [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in found]
 
 
+def measure_cache(name: str, count: int, rounds: int) -> list[str]:
+    """Return the row of an encoder, with random weights: medians of rounds in which all are measured in turn.
+
+    A cache is built from files: they are read, hashed and decoded, in the same process.
+    """
+    (config,) = read_configs([f"configs/{name}.yaml"], ["data.params.root=DIR", "data.params.size=64"])
+    parts = {key: config["stage"]["params"][key] for key in ("embed_dim", "ddconfig")}
+    first = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": parts}
+    network = instantiate_from_config(first).eval().requires_grad_(False)
+    model = SimpleNamespace(first_stage_model=network, config={"first_stage_config": first})
+    with TemporaryDirectory() as temporary:
+        folder, rows = Path(temporary), []
+        write_images(folder, (64, 64), "png", count)
+        data = Folder(folder, 64, reads=("image",))
+        batches = torch.stack([data[i]["image"] for i in range(count)]).split(encoding_size(data))
+        for number in range(rounds + 1):  # the first warms up
+            times = [time.process_time()]
+            for batch in batches:
+                encode_batch(network, batch)
+            times.append(time.process_time())
+            columns = cached_latents(str(folder / str(number)), model, data, 0)
+            times.append(time.process_time())
+            for i in range(count):
+                _ = [column[i] for column in columns]
+            times.append(time.process_time())
+            alone, built, read = np.diff(times)
+            rows.append((count / alone, count / built, alone / built, count / read))
+        alone, built, ratio, read = map(median, zip(*rows[1:], strict=True))
+        return [name, f"{alone:.3g}", f"{built:.3g}", f"{ratio:.0%}", f"{read:,.0f}"]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="shortest time of a round")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of worker processes")
+    parser.add_argument("--rounds", type=int, default=5, help="of measuring the cache; 0 leaves it out")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     rows = [[name, *measure(*kind, args.seconds, args.workers)] for name, kind in KINDS.items()]
     print(markdown(["files", "decoded whole", "samples", "examined", *(f"{n} workers" for n in args.workers)], rows))
+    if args.rounds:
+        rows = [measure_cache(*encoder, args.rounds) for encoder in ENCODERS.items()]
+        print("\n" + markdown(["encoder", "alone", "cache built", "ratio", "cache read"], rows))
 
 
 if __name__ == "__main__":
