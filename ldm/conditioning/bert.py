@@ -68,6 +68,8 @@ class BERTEncoder(nn.Module):
             of bert-base-uncased, whose ids are known.
     """
 
+    reads = "caption"  # which part of a data set's sample it encodes
+
     def __init__(
         self,
         n_embed: Width,

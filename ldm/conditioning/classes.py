@@ -19,6 +19,8 @@ class ClassLabels(nn.Module):
         names: of all classes but the null class, in order, by which they may be given.
     """
 
+    reads = "label"  # which part of a data set's sample it takes
+
     def __init__(self, n_classes: Entries, null: bool = True, names: Sequence[str] | None = None) -> None:
         super().__init__()
         if n_classes < 1 + null:
@@ -39,6 +41,8 @@ class ClassEmbedder(nn.Module):
     The last class is the null condition: number 1000 of ImageNet's 1001 in latent diffusion's model. `names` are of the
     others, in order, by which they may be given.
     """
+
+    reads = "label"  # which part of a data set's sample it embeds
 
     def __init__(self, embed_dim: Width, n_classes: Entries = 1000, names: Sequence[str] | None = None) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ class TextEncoder(nn.Module):
     """
 
     null = ""  # the null condition
+    reads = "caption"  # which part of a data set's sample it encodes
 
     def __init__(
         self,

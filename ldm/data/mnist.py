@@ -33,6 +33,7 @@ class MNIST(CaptionedDigits):
         download: Let torchvision download the files (11 MB) into root if they are missing.
         pool: Side of the squares that are averaged, 1 for none: 2 gives (1, 14, 14), rounded to 256 values and not
             padded. Captions still state the style measured at full size.
+        pad: Whether to pad images that are not averaged; False gives (1, 28, 28).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class MNIST(CaptionedDigits):
         filler: float = 0.0,
         download: bool = False,
         pool: int = 1,
+        pad: bool = True,
     ):
         if split not in _FILES:
             raise ValueError(f"MNIST's split is 'train' or 'test', not {split!r}")
@@ -61,7 +63,7 @@ class MNIST(CaptionedDigits):
         images = rearrange(torch.from_numpy(pixels[chosen]), "n h w -> n 1 h w")
         padded = F.pad(images, (2, 2, 2, 2))  # n 1 28 28 -> n 1 32 32
         super().__init__(padded, torch.from_numpy(labels[chosen]).long(), captioner)
-        if pool > 1:
+        if pool > 1 or not pad:
             self.images = F.avg_pool2d(images.float(), pool).round().to(torch.uint8)  # n 1 28/pool 28/pool
 
 

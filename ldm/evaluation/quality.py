@@ -16,6 +16,7 @@ from ldm.evaluation.frechet import frechet_distance, moments
 from ldm.evaluation.networks import load_image_network
 from ldm.evaluation.own_data import features as pixel_features
 from ldm.images import to_uint8
+from ldm.training.conditions import condition_values
 
 
 class Quality:
@@ -68,15 +69,14 @@ class Quality:
 
     def _read(self, chosen: list[int]) -> tuple[list[Any], list[Any], tuple[Tensor, Tensor]]:
         """Return real images' conditions, labels, and the moments of their features."""
-        conditioner, conditions, labels, found = self.model.cond_stage_model, [], [], []
-        key = "label" if hasattr(conditioner, "n_classes") else "caption"
+        conditions, labels, found = [], [], []
         for first in range(0, len(chosen), self.batch_size):
             samples = [self.dataset[i] for i in chosen[first : first + self.batch_size]]
             by_shape: dict[torch.Size, list[Tensor]] = {}  # with buckets there are several
             for sample in samples:
                 by_shape.setdefault(sample["image"].shape, []).append(sample["image"])
             found += [self._each(self.features, to_uint8(torch.stack(images))) for images in by_shape.values()]
-            conditions += ["" if conditioner is None else sample[key] for sample in samples]
+            conditions += [condition_values(self.model, sample) for sample in samples]
             labels += [sample.get("label") for sample in samples]
         return conditions, labels, moments(torch.cat(found))
 

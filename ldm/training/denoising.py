@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
 from ldm.latent_diffusion import Conditioning, require
+from ldm.training.conditions import try_condition
 from ldm.training.contract import checked_output
 from ldm.training.objective import Objective, loss_mask
 from ldm.training.stage import Loss, Stage
@@ -63,12 +64,8 @@ class DenoisingStage(Stage):
         warn_nonzero_terminal_snr(model.schedule)
 
     def dummy_conditioning(self) -> Conditioning:
-        """Return conditioning to try a network with: the null condition, or else the last preview's.
-
-        The null class has the largest number, which shows an embedding that is too small.
-        """
-        model = self.latent_diffusion
-        return model.condition(self.preview_prompts[-1:] if model.null is None else [model.null])
+        """Return conditioning of one image to try a network with."""
+        return try_condition(self.latent_diffusion, self.preview_prompts)
 
     def check_size(self, dataset: Any) -> None:
         """Raise ValueError for images of another size than the model's own, or, in buckets, of one it cannot make."""

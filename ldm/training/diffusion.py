@@ -1,4 +1,4 @@
-"""The last stage: a UNet learns to denoise latents, conditioned on text, classes or nothing (Rombach et al. 2022)."""
+"""The last stage: a UNet learns to denoise latents, conditioned on whatever a sample has (Rombach et al. 2022)."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.classes import drop_classes, dropout_of, shown_classes, take_classes, train_conditioner
+from ldm.training.conditions import batch_condition, dropout_of, read_by, shown_prompts, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.frozen import RecentTexts, read_first_stage, read_text_stage
 from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
@@ -24,24 +24,27 @@ POOLED = ("num_classes", "adm_in_channels")  # of a UNet that takes pooled text
 class DiffusionStage(DenoisingStage):
     """Trains the UNet of a latent diffusion model (Rombach et al. 2022, eq. 3).
 
-    Its autoencoder, and the text encoder if it has one, are trained before and frozen. Class embeddings train with it.
+    Its autoencoder, and a text encoder from a checkpoint, are trained before and frozen. Any other conditioner trains
+    with it: of classes, boxes, maps, small images, or text.
 
     Args:
         unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's or the class embeddings'.
         first_stage: checkpoint of the autoencoder, or any file or folder that has one, such as Stable Diffusion's.
         cond_stage: checkpoint of the text encoder, or the folder of a CLIP as transformers saves it; or `{"target",
-            "params"}` of a conditioner of classes, without `n_classes` where the data set names its classes, as the
+            "params"}` of a conditioner to train, of classes without `n_classes` where the data set names them, as the
             sub-folders of a `Folder` do; or None for an unconditional model.
+        concat: "latents_mask" or "mask_latents" trains the UNet to inpaint under random masks (`LatentDiffusion`).
         schedule, prediction, defaults: of `LatentDiffusion`.
         pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say; None
             is true. False leaves these two out; the encoder must have been trained with the same choice.
-        caption_dropout: probability of the empty prompt instead of the caption, or of the null class instead of the
-            class, for classifier-free guidance; None is 0.1, or 0 where there is neither.
+        caption_dropout: probability of the null condition (the empty prompt, the null class ...) instead of the
+            sample's, for classifier-free guidance; None is 0.1, or 0 where there is none.
         cache_latents: encode the data set once; not for data sets that augment their images.
         cache_dir: a folder that keeps the latents, if they are cached, and the embeddings of the captions, for this and
             other runs, also at the same time.
         error, weight, noise, timesteps: of `Objective`.
-        preview_prompts: prompts or classes of a preview's images; None is the empty prompt, or each class in turn.
+        preview_prompts: prompts or classes of a preview's images; None is the empty prompt, each class in turn, or the
+            conditions of the first samples.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class DiffusionStage(DenoisingStage):
         learning_rate: Rate,
         schedule: Mapping[str, Any],
         prediction: str = "v",
+        concat: str | None = None,
         pooled: bool | None = None,
         defaults: Mapping[str, Any] | None = None,
         betas: Betas = (0.9, 0.99),
@@ -74,38 +78,35 @@ class DiffusionStage(DenoisingStage):
         if text := isinstance(cond_stage, str | Path):
             cond, text_weights = read_text_stage(cond_stage)
             unet_config = _match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
-        model = LatentDiffusion(unet_config, first, cond, schedule=schedule, prediction=prediction, defaults=defaults)
+        model = LatentDiffusion(unet_config, first, cond, schedule, prediction, defaults=defaults, concat=concat)
         model.first_stage_model.load_state_dict(weights)
         conditioner = model.cond_stage_model
         if text:
             conditioner.load_state_dict(text_weights)
-        elif conditioner is not None and not hasattr(conditioner, "n_classes"):
-            raise ValueError(f"cond_stage {cond['target']} is not one of classes: name a text encoder's checkpoint")
-        self.classes = conditioner is not None and not text  # whether the model is conditioned on them
-        if not text and pooled is not None:
+        elif pooled is not None:
             raise ValueError("pooled is for a text encoder's pooled text: leave it out without one")
-        self.reads = ("image", "caption") if text else ("image", "label") if self.classes else ("image",)
+        self.reads = ("image", *read_by(model))
         objective = Objective(model, error, weight, noise, timesteps)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
-        self.shows_each = preview_prompts is None and self.classes
-        if preview_prompts is None:
-            preview_prompts = [""] if text else shown_classes(conditioner, preview_columns)
-        super().__init__(objective, preview_prompts, preview_columns, **adam)
+        self.own_previews = preview_prompts is None
+        shown = shown_prompts(model, preview_columns) if preview_prompts is None else preview_prompts
+        super().__init__(objective, shown, preview_columns, **adam)
         if text:
             self.freeze(cond_stage=conditioner)
         else:
             train_conditioner(self)
         self.caption_dropout = dropout_of(conditioner, caption_dropout)
         self.cache_latents, self.cache_dir = cache_latents, cache_dir
-        self.texts = RecentTexts(partial(encode_texts, conditioner))  # captions -> conditioning
+        encode = partial(model.condition, plain=True)  # conditions -> conditioning, of frozen encoders kept
+        self.condition = RecentTexts(partial(encode_texts, conditioner)) if text else encode
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         self.check_size(dataset)
-        if self.classes:
+        if "label" in self.reads:
             take_classes(self, dataset)
-        if self.shows_each:  # of the classes that it now has
-            self.preview_prompts = shown_classes(self.latent_diffusion.cond_stage_model, self.preview_columns)
+        if self.own_previews:
+            self.preview_prompts = shown_prompts(self.latent_diffusion, self.preview_columns, dataset)
         if self.cache_latents and getattr(dataset, "augments", False):
             raise ValueError(
                 f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
@@ -124,8 +125,8 @@ class DiffusionStage(DenoisingStage):
         if folder is not None:
             from ldm.training.cache import CachedTexts, cached_latents
 
-            if "caption" in self.reads:
-                self.texts = RecentTexts(CachedTexts(folder, model, dataset))
+            if isinstance(self.condition, RecentTexts):
+                self.condition = RecentTexts(CachedTexts(folder, model, dataset))
         if not self.cache_latents or getattr(dataset, "augments", False):
             return dataset
         latents = self._encoded(dataset) if folder is None else cached_latents(folder, model, dataset, self.workers)
@@ -135,14 +136,8 @@ class DiffusionStage(DenoisingStage):
         model, cached = self.latent_diffusion, "mean" in batch
         mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
         z = model.scale_factor * (mean + std * self.share.randn(mean) if training else mean)
-        dropout = self.caption_dropout if training else 0.0
-        if self.classes:
-            return z, model.condition(drop_classes(batch["label"], model.null, dropout, self.share))
-        if model.cond_stage_model is None:
-            return z, {}
-        dropped = self.share.rand(len(z)) < dropout
-        captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch["caption"], strict=True)]
-        return z, self.texts(captions)
+        dropout = self.caption_dropout if training else None
+        return z, batch_condition(model, self.condition, batch, z, dropout, self.share)
 
 
 def _match_pooled(

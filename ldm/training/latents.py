@@ -45,7 +45,7 @@ class LatentDataset(Dataset):
         return [{key: other[key] for key in self.keys} | both for other, both in zip(others, latents, strict=True)]
 
     def _sample(self, index: int) -> Any:
-        own = hasattr(self.dataset, "without_image")  # of our own data sets: it does not read the image
+        own = hasattr(self.dataset, "without_image") and "image" not in self.keys  # where the image need not be read
         return self.dataset.without_image(index) if own else self.dataset[index]
 
 

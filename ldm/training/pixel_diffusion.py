@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from ldm.checks import Betas, Count, Probability, Range, Rate
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
-from ldm.training.classes import drop_classes, dropout_of, shown_classes, take_classes, train_conditioner
+from ldm.training.conditions import drop, dropout_of, shown_classes, take_classes, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.objective import Objective
 from ldm.util import instantiate_from_config
@@ -68,4 +68,4 @@ class PixelDiffusionStage(DenoisingStage):
         if model.cond_stage_model is None:
             return batch["image"], {}
         dropout = self.class_dropout if training else 0.0
-        return batch["image"], model.condition(drop_classes(batch["label"], model.null, dropout, self.share))
+        return batch["image"], model.condition(drop(batch["label"], model.null, dropout, self.share))
