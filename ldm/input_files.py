@@ -39,6 +39,16 @@ def read_lines(path: Path, what: str) -> list[str]:
     return [line for line in lines if line]
 
 
+def read_layout(path: Path) -> str:
+    """Return the JSON of a layout's file on one line. ValueError for a file that is not JSON."""
+    import json
+
+    try:
+        return json.dumps(json.loads(" ".join(read_lines(path, "layout"))), ensure_ascii=False)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"layout {str(path)!r} is not JSON: {error}") from None
+
+
 def load_yaml(path: str | Path) -> Any:
     """Load a yaml file with OmegaConf, unresolved. FileNotFoundError, or ValueError for a file that is not yaml.
 

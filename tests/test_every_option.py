@@ -56,6 +56,9 @@ BESIDE_OF = {  # where a command needs something else
 VALUES = {
     "--prompt": ["four"],
     "--class": ["1"],
+    "--layout": ["layout.json"],
+    "--map": ["a.png"],
+    "--upscale": [],
     "--from-file": ["prompts.txt"],
     "--from-png": ["earlier.png"],
     "--n_samples": ["3"],
@@ -137,6 +140,7 @@ def inputs(tmp_path_factory) -> Path:
         (folder / "pairs" / name).write_bytes((folder / name).read_bytes())
     Image.fromarray(noise.numpy()).save(folder / "earlier.png", pnginfo=None)
     (folder / "prompts.txt").write_text("1\n2\n")
+    (folder / "layout.json").write_text("[]")
     return folder
 
 

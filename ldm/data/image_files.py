@@ -92,6 +92,19 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
+def read_map(path: Path) -> Image.Image:
+    """Read a map of classes, the levels of a grey image of 8 bits or its palette's numbers; errors as in `Reader`."""
+    with _open(path) as opened:
+        opened.load()
+        image = opened.copy()
+    if image.mode not in ("L", "P"):
+        raise ValueError(
+            f"{path} is not a map of classes: its pixels (mode {image.mode}) are not numbers of classes, as in a grey "
+            "image of 8 bits or one with a palette"
+        )
+    return Image.fromarray(np.asarray(image))
+
+
 def examine_image(source: Path | bytes, name: str = "an image") -> tuple[Shape, str]:
     """Decode an image, which finds damage, and return its upright (width, height) and what reading it ignores."""
     with _open(source, name) as opened:

@@ -15,6 +15,7 @@ from ldm.inference.recipe import CHUNK, COMMENT, FORMATS, KEYED, NEGATIVE, UTF16
 if TYPE_CHECKING:
     from ldm.inference.init_image import InitImage
 
+OF_IMAGE = "a small image or a map, to give with img2img --upscale --init-img FILE or sample --map FILE"
 _ENTRY = re.compile(r'\s*([^:,"]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _REQUIRED = ("Size", "Steps", "Sampler", "CFG scale", "Seed")
 # The web UI's "Schedule type" -> our spacing, and what its "Automatic" is for a sampler (else Uniform).
@@ -105,9 +106,13 @@ def check_init_image(recipe: Recipe, given: "InitImage | None", path: Path) -> N
     if given is None:
         if recipe.strength is not None:
             raise ValueError(f"{path} was made from an init image, to give with --init-img: use the command {command}")
+        if recipe.init_hash:
+            raise ValueError(f"{path} was made from {OF_IMAGE}")
         return
-    if recipe.strength is None:
+    if recipe.strength is None and recipe.init_hash == "":
         raise ValueError(f"{path} was made from text alone: use the command txt2img")
+    if given.conditions != (recipe.strength is None):
+        raise ValueError(f"{path} was made from {'an init image' if given.conditions else OF_IMAGE}")
     if recipe.init_hash == "":
         return
     if (recipe.mask_hash == "") != (given.mask is None):

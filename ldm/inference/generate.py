@@ -87,6 +87,7 @@ def generate_run(
             batch = recipes[done:]
             first = replace(first, batch_size=max(r.batch_size for r in batch))
         prompts, seeds, arguments = [r.prompt for r in batch], [r.seed for r in batch], _arguments(model, first, init)
+        prompts = prompts if init is None else init.prompts(model, prompts)
         images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
         for index, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
             yield Generated(recipe, image, index)
@@ -122,6 +123,7 @@ def generate_again(
         prompts, seeds = prompts * 2, [recipe.seed - recipe.index] * recipe.batch_size + seeds
         place += recipe.batch_size
     arguments = _arguments(model, recipe, init)
+    prompts = prompts if init is None else init.prompts(model, prompts)
     images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
     yield Generated(recipe, images[place], place)
 
@@ -159,7 +161,6 @@ def _arguments(model: LatentDiffusion, recipe: Recipe, init: "InitImage | None")
     return {
         "negative": recipe.negative,
         "batch_size": recipe.batch_size,
-        "image": None if init is None else init.image,
-        "mask": None if init is None else init.mask,
+        **({} if init is None else init.arguments()),
         **{name: getattr(recipe, name) for name in setting_rows(Settings)},
     }

@@ -1,17 +1,24 @@
 """The init image of a script and its mask: read, identified by their hashes, and resized. Imports no torch."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
 from ldm.data.image_files import open_image, over
 from ldm.settings import check_size
 
+if TYPE_CHECKING:  # it imports torch
+    from ldm.latent_diffusion import LatentDiffusion
+
 
 class InitImage:
     """An image in mode "L", "RGB" or "RGBA", and the mask ("L", of its size) of what to generate anew, or None."""
+
+    conditions = False  # whether the model is conditioned on it, and it takes the place of a prompt
 
     def __init__(self, image: Image.Image, mask: Image.Image | None = None) -> None:
         self.image, self.mask = image, mask
@@ -75,6 +82,14 @@ class InitImage:
             return self
         images = [self.image] if self.mask is None else [self.image, self.mask]
         return InitImage(*(ImageOps.fit(one, (width, height), Image.Resampling.LANCZOS) for one in images))
+
+    def prompts(self, model: "LatentDiffusion", texts: Sequence[Any]) -> Any:
+        """Return what is generated from, beside the image: the texts."""
+        return texts
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `generate` that it is."""
+        return {"image": self.image, "mask": self.mask}
 
 
 def _hash(image: Image.Image) -> str:

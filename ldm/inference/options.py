@@ -25,22 +25,7 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
     classes: whether images are asked for by classes instead of by texts.
     """
     parser = Parser(description=description)
-    add = parser.add_mutually_exclusive_group().add_argument
-    if classes:
-        add(
-            "--class",
-            nargs="+",
-            action="extend",
-            dest="prompts",
-            metavar="CLASS",
-            help="numbers or names of classes to generate (any)",
-        )
-    else:
-        text = f"text prompt; repeatable ({prompt or 'empty'})"
-        add("--prompt", action="append", dest="prompts", metavar="TEXT", help=text)
-    add("--from-file", type=Path, metavar="FILE", help="a text file of prompts or classes, one per line")
-    add("--from-png", type=Path, metavar="FILE", help="make this image again, changed by the settings that are given")
-
+    _add_prompts(parser, prompt, classes)
     group = parser.add_argument_group("images")
     add = group.add_argument
     add("--n_samples", type=int_range(1), default=1, metavar="N", help="images per prompt in an iteration (1)")
@@ -77,6 +62,30 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
     add("--enlarge", type=int_range(1, 64), metavar="N", help=text)
     add("--strip", action="store_true", help="save how each came about: forward process, x_t, predicted x0")
     return parser
+
+
+def _add_prompts(parser: Parser, prompt: str, classes: bool) -> None:
+    """Add the options of what to generate, as of `image_parser`."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    if classes:
+        add(
+            "--class",
+            nargs="+",
+            action="extend",
+            dest="prompts",
+            metavar="CLASS",
+            help="numbers or names of classes to generate (any)",
+        )
+        text = "JSON: objects to generate and their boxes; several files: an image of each"
+        add("--layout", type=Path, nargs="+", action="extend", metavar="FILE", help=text)
+    else:
+        text = f"text prompt; repeatable ({prompt or 'empty'})"
+        add("--prompt", action="append", dest="prompts", metavar="TEXT", help=text)
+    add("--from-file", type=Path, metavar="FILE", help="a text file of prompts or classes, one per line")
+    add("--from-png", type=Path, metavar="FILE", help="make this image again, changed by the settings that are given")
+    if classes:
+        text = "the image to follow, whose grey levels or palette numbers are classes"
+        parser.add_argument("--map", type=Path, metavar="FILE", help=text)
 
 
 NOT_SAMPLING = ("fixed_code", "height", "width", "strength")  # settings in other groups of `image_parser`

@@ -179,9 +179,12 @@ def note_unused(recipe: Recipe, args: argparse.Namespace) -> None:
 def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:
     """Return the prompts, or empty ones for an unconditional model. ValueError for what the model does not take."""
     if args.classes and any(prompts) and hasattr(model.cond_stage_model, "tokenizer"):
-        raise ValueError("--class needs a class-conditional model: this one takes texts, so use the command txt2img")
-    if hasattr(model.cond_stage_model, "n_classes"):
-        model.condition(prompts)  # refuses what is not a class of it, before any image is made
+        raise ValueError(
+            "--class and --layout need a model that is conditioned on them: this one takes texts, so use the command "
+            "txt2img"
+        )
+    if hasattr(model.cond_stage_model, "n_classes") or getattr(model.cond_stage_model, "reads", "") == "boxes":
+        model.condition(prompts)  # refuses what is not a class or layout of it, before any image is made
     if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
         for prompt in unknown_prompts(model.tokenizer, prompts)[:5]:
             print(f"note: the model was trained on none of the words of {prompt!r}", file=sys.stderr)
@@ -189,7 +192,9 @@ def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.
             print(f"no --prompt is given: the prompt is {prompts[0]!r}", file=sys.stderr)
         return prompts
     if args.classes:
-        raise ValueError("--class needs a class-conditional model, or --classifier: this one is unconditional")
+        raise ValueError(
+            "--class and --layout need a model that is conditioned on them, or --classifier: this one is unconditional"
+        )
     if args.prompts is not None or args.from_file is not None:
         raise ValueError("this model is unconditional and takes no prompt: leave it out, or use the command sample")
     return [""] * len(prompts)
@@ -225,6 +230,11 @@ def init_settings(
     init: "InitImage", args: argparse.Namespace, model: "LatentDiffusion", made: Recipe | None = None
 ) -> dict[str, object]:
     """Return the settings of an image made from an init image; size and strength are `made`'s if not given."""
+    if init.conditions:
+        from ldm.inference.condition_image import ConditionImage  # only such images need it
+
+        assert isinstance(init, ConditionImage)
+        return init.settings(args, model)
     strength, size = args.strength, (args.width, args.height)
     if made is None and strength is None:
         strength = model.default_strength(init.mask is not None)
