@@ -21,6 +21,7 @@ from lora_models import learned
 from PIL import Image
 from test_classifier_guide import write as write_classifier
 from test_doctor import write_run
+from test_emoji_evaluation import write_packages
 from test_evaluation import small_networks
 from test_every_option import TINY
 from test_likelihood import SHORTER
@@ -184,6 +185,30 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --offload: swap
 """,
     ),
+    "evaluate emoji": (
+        "--ckpt colour.safetensors --device cpu --data emoji --cache cache --n 10 --epochs 1 --batch-size 20 --steps 3",
+        LOADING + SAMPLING + """
+--ckpt: weaker.safetensors
+--data: missing
+--cache: other
+--n: 11
+--epochs: 2
+--batch-size: 7
+--out: report.json
+--image: a.png
+--seed: 1
+--device: meta
+--lora: lora.safetensors
+--embedding: word.safetensors
+--precision: bf16
+--attention: math
+--channels-last:
+--compile:
+--vae-slicing:
+--vae-tiling: 16
+--offload: swap
+""",
+    ),
     "evaluate autoencoder": (
         f"--ckpt model.safetensors --device cpu --dataset digits {MEASURED} {NETWORKS}",
         """
@@ -286,6 +311,10 @@ def inputs(tmp_path_factory) -> Path:
                 save_lora(folder / "lora.safetensors", learned(lora), lora)
                 for part in (model.model.diffusion_model.out[2], model.first_stage_model.decoder.conv_out):
                     part.bias += 0.5
+    colour = copy.deepcopy(TINY)
+    colour["first_stage_config"]["params"]["ddconfig"].update(in_channels=3, out_ch=3)
+    ldm.save(randomised(ldm.LatentDiffusion(**colour)), folder / "colour.safetensors")
+    write_packages(folder / "emoji")
     write_words(folder / "word.safetensors", LearnedWord("<it>", torch.randn(2, 32)), "diffusers")
     for name, path in small_networks(folder).items():
         path.rename(folder / f"{name}.safetensors")
@@ -337,6 +366,8 @@ def outcome(inputs, tmp_path, monkeypatch, capsys):
     watch(os, "replace", lambda old, new: Path(new).name)
     watch(torch.utils.data.DataLoader, "__init__", lambda self, *a, num_workers=0, **k: num_workers)
     monkeypatch.setattr("ldm.inference.compile.compile_calls", lambda *args, **kwargs: print("compiled"))
+    monkeypatch.setattr("ldm.data.emoji.HELD_OUT_NAMES", inputs / "emoji" / "held_out.txt")
+    monkeypatch.setattr("ldm.evaluation.commands.process_seconds", lambda path, prompt: {})  # other processes
 
     def run(command: str, options: dict[str, list[str]]) -> tuple:
         calls.clear()

@@ -5,6 +5,7 @@ ldm evaluate model --wording unseen --out unseen.json
 ldm evaluate model --split heldout --scale 1.25   # to choose scale and steps by
 ldm evaluate autoencoder --ckpt outputs/autoencoder/model.safetensors
 ldm evaluate model --ckpt runs/folder/diffusion/model.safetensors --dataset images
+ldm evaluate emoji --ckpt runs/emoji/diffusion/model.safetensors --n 100
 ldm evaluate bits --ckpt runs/pixel/ddpm/model.safetensors --n 100
 ldm evaluate statistics --judge FILE --features FILE    # newly trained ones become those that ship
 ldm evaluate subjects --outdir subjects    # images to try DreamBooth on: one/train, star/heldout ...
@@ -15,6 +16,7 @@ ldm evaluate dreambooth --ckpt outputs/one/model.safetensors --subject subjects/
 unconditional model it samples as many. With MNIST at hand (--data, LDM_DATA or ./data) it also searches the training
 images for copies, and `autoencoder` measures all test images instead of the 1,000 that ship. On a folder of own images,
 half are the reference and half what real images reach: the Frechet distance is between pixels averaged to 8 x 8.
+`emoji` asks for seen, held-out and rare icons; the judge of these images trains at first, in some five minutes.
 `bits` takes its first images, and for a class-conditional model its sub-folders as the classes.
 """
 
@@ -66,6 +68,23 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
         {"--wording": {"choices": ("seen", "unseen"), "default": "seen", "help": "captions as in training, or new"}},
     ),
     "autoencoder": ("measure what a first stage loses", f"--ckpt --device --allow {MEASURED} {NETWORKS}", {}),
+    "emoji": (
+        "generate images for captions of emoji, seen and held-out, and measure them",
+        "--batch-size --seed --out --image",
+        {
+            "--data": {"metavar": "ROOT", "help": "folder of the emoji's packages (LDM_EMOJI, else ./data/emoji)"},
+            "--cache": DIR
+            | {
+                "default": Path("runs/emoji/icons"),
+                "help": "where rendered images and the judge are kept (runs/emoji/icons)",
+            },
+            "--n": {"default": 300, "help": "images of each kind (300)"},
+            "--epochs": {
+                **{"type": int_range(1), "default": 6, "metavar": "N"},
+                "help": "how often the judge sees the training images; fewer are quicker, and it errs more (6)",
+            },
+        },
+    ),
     "bits": (
         "bits per dimension of test images, or of a folder's, under a diffusion model of pixels",
         "--dataset --data --batch-size --seed --device --allow --out",
@@ -121,13 +140,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument(option, **SHARED.get(option, {}) | own.get(option, {}))
         if "--image" in shared:
             command.add_argument("--picture", dest="image", type=Path, help=argparse.SUPPRESS)
-        if name == "model":
+        if name in ("model", "emoji"):
             add_settings(command, *SAMPLING)
+            add_model_options(command)
+        if name == "model":
             text = "image half of the model's own CLIP, as configs/folder/clip.yaml leaves it: agreement with captions"
             command.add_argument("--clip", **FILE, help=f"{text} of DIR")
             command.add_argument("--classifier", **FILE, help="guide to the digits by this classifier of noisy images")
             add_settings(command, "classifier_scale")
-            add_model_options(command)
     return parser.parse_args(argv)
 
 

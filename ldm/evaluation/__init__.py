@@ -5,5 +5,5 @@ weight and slant asked for?), `frechet` and `precision_recall` (are the images d
 (within a class, too?), `memorisation` (or are they copies?), `autoencoder` (what does the first stage lose?),
 `likelihood` (how many bits does an image cost?), `dreambooth`. `networks` has the judge and the feature network,
 `reference` the real images' side of each comparison, `report` the figures together, and `commands` what
-`scripts/evaluate.py` does with them. `quality` is for trainings.
+`scripts/evaluate.py` does with them. `emoji` measures a colour model, by `emoji_judge`. `quality` is for trainings.
 """

@@ -14,11 +14,14 @@ import ldm
 from ldm.checkpoint.file import checkpoint_at, load_file
 from ldm.checkpoint.writing import save_file
 from ldm.data.captions import NUMBER_WORDS
+from ldm.data.emoji import Emoji
 from ldm.data.folder import Folder
 from ldm.evaluation import subjects
 from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
 from ldm.evaluation.datasets import HELD_OUT, find_reference, open_data
 from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure_subject, read_folder
+from ldm.evaluation.emoji import make_groups, process_seconds, report_emoji, report_first_stage
+from ldm.evaluation.emoji_judge import load_judge
 from ldm.evaluation.likelihood import check_variance, condition_of, measure_bits
 from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint, load_image_network
 from ldm.evaluation.own_data import Halves, prompts_of, read_for, report_agreement, report_images, report_reconstruction
@@ -187,6 +190,37 @@ def evaluate_bits(args: argparse.Namespace) -> Result:
     return {**_head(args, dataset=name, n=args.n), **bits}, None
 
 
+def evaluate_emoji(args: argparse.Namespace) -> Result:
+    """Generate for captions of emoji, and measure; a sheet of images for held-out captions beside the real ones."""
+    model = load_model(args)
+    side, size = model.defaults["height"], {model.defaults["height"], model.defaults["width"]}
+    if model.image_channels != 3 or len(size) > 1 or side % 16 or not hasattr(model.cond_stage_model, "tokenizer"):
+        raise ValueError("the model is not one of emoji, which makes square images in colour, of captions: give --ckpt")
+
+    def read(split: Any, copies: int = 1) -> Emoji:
+        cache = str(args.cache)
+        return Emoji(args.data, split, side, copies=copies, toned_copies=copies, cache_dir=cache)
+
+    training, held_out = read("train"), read("held_out")
+    judge = load_judge(read("train", copies=2), args.cache, args.epochs)
+    groups, given = make_groups(training, held_out, args.n), _given(args)
+    made, started = {}, time.perf_counter()
+    for name, group in groups.items():
+        print(f"captions: {name}", file=sys.stderr)
+        made[name] = sample_images(model, group.captions, args.seed, args.batch_size, None, **given)
+    report = {
+        **_head(args),
+        "settings": {"seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given},
+        "seconds": {"generating": time.perf_counter() - started},
+        **report_emoji(judge, made, groups, training, held_out),
+    }
+    if any(True for _ in model.first_stage_model.parameters()):
+        report["autoencoder"] = report_first_stage(model.first_stage_model, groups["held_out"].real, args.batch_size)
+    path = SHIPPED if args.ckpt is None else checkpoint_at(args.ckpt)
+    report["process"] = process_seconds(path, groups["held_out"].captions[0])
+    return report, _pairs(made["held_out"], groups["held_out"].real)
+
+
 def evaluate_dreambooth(args: argparse.Namespace) -> Result:
     """Measure the models before and after, and without prior preservation; a sheet of each one's images."""
     networks = Measuring.load(args.judge, args.features)
@@ -253,6 +287,7 @@ def _head(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "model": evaluate_model,
     "autoencoder": evaluate_autoencoder,
+    "emoji": evaluate_emoji,
     "bits": evaluate_bits,
     "statistics": write_statistics,
     "subjects": write_subjects,
