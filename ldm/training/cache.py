@@ -304,7 +304,7 @@ def _rows(path: Path, state: State) -> dict[str, Rows]:
         header = json.loads(file.read(size))
     sums = {name: state[f"{name}.crc32"].numpy().astype(np.uint32) for name in state if f"{name}.crc32" in state}
     starts = {name: 8 + size + header[name]["data_offsets"][0] for name in sums}
-    return {name: Rows(starts[name], state[name].dtype, state[name].shape[1:], sums[name]) for name in sums}
+    return {name: Rows(starts[name], state[name].dtype, torch.Size(state[name].shape[1:]), sums[name]) for name in sums}
 
 
 def _hash(content: bytes) -> bytes:
