@@ -212,6 +212,26 @@ def pick_device(name: str | torch.device | None = "auto") -> torch.device:
     return device
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """Return a bar that vanishes at the end, and that only the first of torchrun's processes shows."""
-    return tqdm(iterable, leave=False, disable=os.environ.get("RANK", "0") != "0", **options)
+LOG_SECONDS = 30  # between the lines of a bar in a log
+
+
+class _Log:
+    """Standard error as tqdm's file, where it is no terminal: each state of a bar is a line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, leave: bool = False, **options: Any) -> tqdm:
+    """Return a bar that only the first of torchrun's processes shows, and that vanishes at the end, unless `leave`.
+
+    In a log, such as a file, it is a line now and then, and none where it would vanish before the first.
+    """
+    if sys.stderr is sys.__stderr__ and not sys.stderr.isatty():  # not where a notebook or a test has replaced it
+        options |= {"file": _Log(), "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
+        options |= {} if leave else {"delay": LOG_SECONDS}
+    return tqdm(iterable, leave=leave, **{"disable": os.environ.get("RANK", "0") != "0", **options})

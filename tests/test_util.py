@@ -1,6 +1,8 @@
 """Which classes a configuration may name, how mistakes in it are reported, and the choice of a device."""
 
 import importlib
+import io
+import itertools
 import sys
 
 import pytest
@@ -198,6 +200,27 @@ def test_compvis_marks_and_missing_target():
     assert instantiate_from_config("__is_unconditional__") is None
     for config in ({"params": {}}, "UNetModel", None, 5, []):
         refused("names no class to build: it must be a mapping with a `target`", instantiate_from_config, config)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_bar_in_a_log_is_a_line_now_and_then(monkeypatch, terminal):
+    """And nothing of one that would vanish, unless it lasts. The clock is 1 s further at each look of tqdm's."""
+    log = io.StringIO()
+    log.isatty = lambda: terminal
+    for name in ("stderr", "__stderr__"):
+        monkeypatch.setattr(sys, name, log)
+    monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)
+    for _ in util.progress_bar(range(5), desc="soon gone"):
+        pass
+    for _ in util.progress_bar(range(200), leave=True, desc="training"):
+        pass
+    assert ("soon gone" in log.getvalue()) == terminal == ("\r" in log.getvalue())
+    lines = log.getvalue().splitlines()
+    if not terminal:
+        assert all(line.startswith("training: ") for line in lines) and 5 <= len(lines) <= 15
+        assert lines[-1].startswith("training: 100%")
+    else:
+        assert log.getvalue().count("training") > 20
 
 
 def test_pick_dtype():

@@ -56,16 +56,16 @@ def write_shards(data: "Folder", folder: Path, count: int) -> list[Path]:
         from webdataset.writer import TarWriter
     except ImportError:
         raise ValueError("webdataset's package writes shards: pip install webdataset") from None
-    from tqdm import tqdm
 
     from ldm.checkpoint.atomic import atomic, write_text
     from ldm.data.finding import MASK
+    from ldm.util import progress_bar
 
     paths = [folder / f"{number:06}.tar" for number in range(-(-len(data) // count))]
     if others := sorted({*folder.glob("*.tar")} - {*paths}):
         raise ValueError(f"{str(folder)!r} holds other shards ({few(others, 3)}): give a new folder")
     options: dict[str, Any] = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
-    for number, path in enumerate(tqdm(paths, desc="writing shards", unit="shard")):
+    for number, path in enumerate(progress_bar(paths, leave=True, desc="writing shards", unit="shard")):
         with atomic(path) as temporary, open(temporary, "wb") as file, closing(TarWriter(file, **options)) as tar:
             for index in range(number * count, min(len(data), (number + 1) * count)):
                 image = data.paths[index]

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.evaluation.samples import pad, quantise, to_unit
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import SHIPPED, load_network
+from ldm.util import progress_bar
 
 
 def load_autoencoder(path: str | Path | None, device: str = "auto") -> tuple[Any, float]:
@@ -49,7 +49,7 @@ def reconstruct(autoencoder: Any, images: Tensor, batch_size: int, scale_factor:
     """
     device = next(autoencoder.parameters()).device
     decoded, kl, moments = [], [], []
-    with tqdm(total=len(images), desc="reconstructing", unit="image", mininterval=1) as bar:
+    with progress_bar(leave=True, total=len(images), desc="reconstructing", unit="image", mininterval=1) as bar:
         for batch in images.split(batch_size):
             posterior = autoencoder.encode(to_unit(pad(batch)).to(device))
             decoded.append(quantise(autoencoder.decode(posterior.mode()).cpu()))

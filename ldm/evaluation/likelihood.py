@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from ldm.diffusion.bound import prior_bits, step_bits
 from ldm.diffusion.denoiser import from_vp
 from ldm.diffusion.guidance import classifier_free, clip_x0
 from ldm.diffusion.schedule import q_sample
 from ldm.pixel_diffusion import PixelDiffusion
+from ldm.util import progress_bar
 
 VARIANCES = {"small": 0.0, "large": 1.0}  # the share of log beta_t in the log variance of a step
 LEARNED = "learned"
@@ -61,7 +61,7 @@ def bits_per_dimension(
     name, schedule = check_variance(model, variance), model.schedule
     x0, cond = images.to(model.device), model.condition(prompts)
     generator, terms = torch.Generator().manual_seed(seed), []
-    for step in trange(schedule.T - 1, -1, -1, desc="timesteps", leave=False, mininterval=1):
+    for step in progress_bar(range(schedule.T - 1, -1, -1), desc="timesteps"):
         denoise = classifier_free(model.denoiser([0] * len(x0)), cond)
         if model.clip is not None:
             denoise = clip_x0(denoise, model.clip)

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.checkpoint.file import load_file
 from ldm.checkpoint.writing import save_file
@@ -31,6 +30,7 @@ from ldm.evaluation.memorisation import nearest_training_distance, quantiles
 from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of
 from ldm.evaluation.precision_recall import precision_recall
 from ldm.models.classifier import INNER, inner
+from ldm.util import progress_bar
 
 STATISTICS = PRETRAINED / "statistics.safetensors"
 FORMAT = "ldm evaluation statistics 1"
@@ -123,7 +123,7 @@ def measure_reference(
     features, pool_features = features_of(networks.features, images)[order], features_of(networks.features, pool)
     mean, cov = moments(features)
     sizes = [n for n in sizes if n <= min(len(real), len(training))]
-    bar = tqdm(sizes, desc="floors", unit="size", leave=False)
+    bar = progress_bar(sizes, desc="floors", unit="size")
     return Reference(
         name=name,
         networks=networks.fingerprints,

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.data.captions import Caption
 from ldm.images import image_grid, to_pil, to_uint8
 from ldm.inference.nan_check import generate_checked
 from ldm.models.classifier import INNER, inner
+from ldm.util import progress_bar
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ def sample_images(
         ValueError: an image is not finite; the message names the module where that began.
     """
     images = []
-    with tqdm(total=len(prompts), desc="generating", unit="image", mininterval=1) as bar:
+    with progress_bar(leave=True, total=len(prompts), desc="generating", unit="image", mininterval=1) as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             made = generate_checked(model, batch, seed=seed + first, batch_size=batch_size, **settings)

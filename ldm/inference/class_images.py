@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from ldm.conditioning.prompt import count_chunks
 from ldm.data.buckets import bucket_shapes
@@ -27,6 +26,7 @@ from ldm.inference.again import read_image_text, recipe_from_text
 from ldm.inference.generate import default_recipe, generate_run
 from ldm.inference.recipe import Recipe, plan, save_image
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.util import progress_bar
 
 GENERATED = re.compile(r"class-[0-9a-f]{8}-\d{5,}\.png")
 
@@ -192,7 +192,7 @@ def generate_class_images(
     rows = [[(recipe, share.folder / _name(recipe)) for recipe in run] for share, run in zip(shares, runs, strict=True)]
     # A set, because shares may overlap: one subject's class may be kept beside another subject.
     missing = {path for row in rows for recipe, path in row if not _is_there(path, recipe)}
-    with tqdm(total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
+    with progress_bar(leave=True, total=len(missing), desc="class images", unit="image", disable=not missing) as bar:
         for row in rows:
             first_missing = next((recipe for recipe, path in row if path in missing), None)
             if first_missing is None:
