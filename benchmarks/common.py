@@ -97,3 +97,4 @@ def check_plot(path: Path | None) -> None:
     if path is not None:
         import_pyplot()
         check_writable(path)
+        path.parent.mkdir(parents=True, exist_ok=True)

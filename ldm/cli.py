@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -167,11 +168,22 @@ def device_name(text: str) -> str:
 
 
 def check_writable(path: Path | None) -> None:
-    """Make the file's folder; OSError if a file cannot be written there."""
+    """Raise OSError if a file could not be written there; nothing is made."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{path} cannot be written: name a file in a folder that you may write to")
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} cannot be written, as it is a folder: name a file")
+        check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError, with the reason, if files could not be written into a folder, to be made then; nothing is made."""
+    for there in (folder, *folder.parents):
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                return
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) or there.is_symlink():
+                raise OSError(f"cannot write into the output folder {folder}: {error.strerror}") from None
 
 
 def run(main: Callable[[], object], fast_exit: bool = False) -> NoReturn:

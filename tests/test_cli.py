@@ -197,10 +197,13 @@ def test_sentence():
 def test_check_writable(tmp_path):
     check_writable(None)
     check_writable(tmp_path / "new" / "x.png")
-    assert (tmp_path / "new").is_dir() and not (tmp_path / "new" / "x.png").exists()
-    refused("new cannot be written: name a file", check_writable, tmp_path / "new", error=OSError)
+    assert not any(tmp_path.iterdir())
+    refused("cannot be written, as it is a folder: name a file", check_writable, tmp_path, error=OSError)
     (tmp_path / "file").touch()
-    refused("exists", check_writable, tmp_path / "file" / "x.png", error=OSError)
+    refused("file: Not a directory", check_writable, tmp_path / "file" / "x.png", error=OSError)
+    (tmp_path / "link").symlink_to("nowhere")
+    refused("link: No such file", check_writable, tmp_path / "link" / "x.png", error=OSError)
+    refused("File name too long", check_writable, tmp_path / ("x" * 300) / "x.png", error=OSError)
 
 
 def test_fast_exit_keeps_output_and_status():

@@ -71,7 +71,8 @@ def test_a_folder_without_permission(tmp_path):
 
 def test_trying_leaves_nothing(tmp_path):
     OutputFolder(tmp_path)
-    assert names(tmp_path) == ["samples"] and names(tmp_path / "samples") == []
+    OutputFolder(tmp_path / "new" / "out")
+    assert names(tmp_path) == []
 
 
 WRITE = """

@@ -21,6 +21,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ldm.cli import check_folder
 from ldm.inference.init_image import InitImage
 from ldm.inference.options import add_init_image_options, image_parser, settings_of
 from ldm.inference.recipe import plan, save_image
@@ -31,7 +32,6 @@ from ldm.inference.run import (
     generate_files,
     init_settings,
     load_checked,
-    make_writable,
     note_unused,
 )
 
@@ -81,7 +81,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
 
     for init in inits():
         check_format(args.format, prompts, init)
-    make_writable(args.outdir)
+    check_folder(args.outdir)
 
     model = load_checked(args)
     from ldm.inference.generate import default_recipe, generate_run, progress

@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, PngImagePlugin
 
+from ldm.cli import check_folder
 from ldm.inference.options import load_model, settings_of
 from ldm.inference.recipe import Recipe, plan, save_image
 from ldm.settings import Guidance, setting_rows
@@ -257,15 +257,15 @@ def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespa
 class OutputFolder:
     """A folder for images: samples/00000.png, grid-0000.png, strip-0000.png, numbered on from those that are there.
 
-    It is made, and tried for writing, before any work is done. Each method returns the path that it wrote. All images
-    are enlarged by `enlarge`; by None only those of small grids and strips.
+    It is tried for writing before any work is done, and made with the first image. Each method returns the path that
+    it wrote. All images are enlarged by `enlarge`; by None only those of small grids and strips.
     """
 
     def __init__(self, path: Path, suffix: str = ".png", enlarge: int | None = None) -> None:
         self.path, self.suffix, self.enlarge = path, suffix, enlarge
         self.next: dict[str, int] = {}  # prefix -> next number
         for folder in (path, path / "samples"):
-            make_writable(folder)
+            check_folder(folder)
 
     def save_sample(self, image: Image.Image, text: str) -> Path:
         if self.enlarge is not None:
@@ -298,18 +298,8 @@ class OutputFolder:
                 return path
 
 
-def make_writable(folder: Path) -> None:
-    """Make the folder, and try to write there. OSError with the folder and the reason."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into the output folder {folder}: {error.strerror}") from None
-
-
 def _next_number(folder: Path, prefix: str) -> int:
     """Return one more than the highest number among the folder's images `PREFIXnnn.*`, 0 if there is none."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.(png|jpg|webp)")
-    matches = (pattern.fullmatch(entry.name) for entry in folder.iterdir())
+    matches = (pattern.fullmatch(entry.name) for entry in (folder.iterdir() if folder.exists() else ()))
     return max((int(match[1]) for match in matches if match), default=-1) + 1
