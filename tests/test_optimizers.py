@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import refused
-from test_loop import assert_same, config, interrupt
+from test_loop import AUTOENCODER, assert_same, config, interrupt
 from tiny_stages import config_of
 
 from ldm.training import loop
@@ -56,6 +56,30 @@ def test_a_class_takes_the_stages_settings_and_its_own():
 )
 def test_mistakes_are_named(optimizer, message):
     refused(message, make_optimizer, [weights()], 0.1, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"target": "torch.optim.Adam", "params": {"capturable": True}}, "Adam cannot train here.*CUDA"),
+        (
+            {"target": "torch.optim.SGD", "params": {"differentiable": True}},
+            "SGD cannot train here: .*leaf",
+        ),
+        ({"target": "torch.optim.LBFGS"}, "LBFGS cannot train here: .*'closure'"),
+        ({"target": "torch.optim.SparseAdam"}, "SparseAdam cannot train here: .*dense gradients"),
+        ({"target": "torch.optim.Muon"}, "Muon only supports 2D parameters"),
+    ],
+)
+def test_what_fails_in_a_step_is_named_before_the_first(optimizer, message, monkeypatch, tmp_path):
+    """Also by the stages that no rehearsal tries; here an autoencoder's, which has vectors and kernels."""
+    if not hasattr(torch.optim, optimizer["target"].rpartition(".")[2]):
+        pytest.skip(f"this torch has no {optimizer['target']}")
+    monkeypatch.setenv("LDM_ALLOW", "torch")
+    run = config(tmp_path)
+    run["stage"] = {**AUTOENCODER, "params": {**AUTOENCODER["params"], "optimizer": optimizer}}
+    refused(message, train, run, device="cpu")
+    assert not (tmp_path / "autoencoder" / "config.yaml").exists()
 
 
 @pytest.mark.skipif(find_spec("prodigyopt") is not None, reason="prodigyopt is installed")

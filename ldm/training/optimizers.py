@@ -46,7 +46,15 @@ def make_optimizer(
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
             raise ValueError("8-bit Adam is in the package bitsandbytes, which is not installed here") from None
-        return AdamW8bit(groups, **own)
+        name, kind, params = "adamw8bit", AdamW8bit, own
+    else:
+        name, kind, params = _of_class(optimizer, own)
+    _try_step(name, kind, params, groups)
+    return call_with(f"optimizer {name}", kind, {**params, "params": groups})
+
+
+def _of_class(optimizer: Any, own: Mapping[str, Any]) -> tuple[str, type, dict[str, Any]]:
+    """Return name, class and arguments of an optimizer that a configuration names by its target."""
     if not isinstance(optimizer, Mapping) or not {"target"} <= optimizer.keys() <= {"target", "params"}:
         raise ValueError(f"optimizer {optimizer!r} is unknown: use {', '.join(OPTIMIZERS)}, or a target with params")
     given_params = optimizer.get("params") or {}
@@ -59,8 +67,26 @@ def make_optimizer(
     if not issubclass(kind, Optimizer):
         raise ValueError(f"optimizer {optimizer['target']!r} is not a class of optimizers (torch.optim.Optimizer)")
     chosen = {k: v for k, v in own.items() if k in inspect.signature(kind).parameters}
-    chosen |= given_params
-    return call_with(f"optimizer {optimizer['target']}", kind, chosen | {"params": groups})
+    return optimizer["target"], kind, {**chosen, **given_params}
+
+
+def _try_step(name: str, kind: type, params: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Take a step of such an optimizer on small weights; ValueError if it cannot, before anything trains.
+
+    Some fail only there: those that need a closure or sparse gradients, and options that are not for the device.
+    """
+    small = []
+    for group in groups:
+        like = {p.ndim: p for p in group["params"]}.values()  # as Muon, which is for matrices, sees them
+        small.append({**group, "params": [nn.Parameter(p.new_ones([2] * p.ndim)) for p in like]})
+    tried = call_with(f"optimizer {name}", kind, {**params, "params": small})
+    for weight in (p for group in small for p in group["params"]):
+        weight.grad = torch.ones_like(weight)
+    try:
+        tried.step()
+    except Exception as error:
+        text = " ".join(str(error).split())[:300] or "no reason is given"
+        raise ValueError(f"optimizer {name} cannot train here: {type(error).__name__}: {text}") from error
 
 
 class ScheduleFree(EMA):
