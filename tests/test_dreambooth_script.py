@@ -20,7 +20,7 @@ from ldm.finetune.lora_files import load_lora, merge_lora
 from ldm.inference import class_images
 from ldm.inference.class_images import SubjectImages
 from ldm.input_files import CONFIGS, read_yaml
-from ldm.training.loop import LoopSettings
+from ldm.training.loop_settings import LoopSettings
 from ldm.util import get_obj_from_str
 
 dreambooth, txt2img = load_script("dreambooth"), load_script("txt2img")

@@ -20,7 +20,7 @@ from tiny_stages import config_of, write_inputs, write_rows
 
 from ldm.commands.train import main
 from ldm.training import metrics
-from ldm.training.loop import LoopSettings
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.validation import DataSettings
 
 UNET = "stage.params.unet_config.params"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ldm.labels import GAP, LINE
 from ldm.training import loop
 from ldm.training.loop import Interrupted, train
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder
 
@@ -293,6 +294,10 @@ def test_a_damaged_state_is_refused(tmp_path):
 )
 def test_bad_settings_are_named(tmp_path, settings, message):
     refused(message, train, config(tmp_path, **settings), device="cpu")
+
+
+def test_a_schedule_of_null_is_constant(tmp_path):
+    assert LoopSettings.of(config(tmp_path, lr_schedule=None)).lr_schedule == {"name": "constant"}
 
 
 def test_steps_beyond_the_run_are_said(tmp_path, capsys):

@@ -22,7 +22,7 @@ import pytest
 import ldm.generation
 from ldm.cli import Parser
 from ldm.settings import Guidance, Settings, setting_rows
-from ldm.training.loop import LoopSettings
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.validation import DataSettings
 
 ROOT = Path(__file__).parents[1]

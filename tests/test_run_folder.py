@@ -19,7 +19,8 @@ from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file
 from ldm.finetune.flags import move_in
 from ldm.training import loop
-from ldm.training.loop import Interrupted, LoopSettings, train
+from ldm.training.loop import Interrupted, train
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.run_folder import FREE, RunFolder
 
 

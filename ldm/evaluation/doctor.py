@@ -29,7 +29,7 @@ from ldm.training.denoising import MAX_TERMINAL_SIGNAL
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.ema import ema_decay
 from ldm.training.latents import encoding_size, posterior
-from ldm.training.loop import LoopSettings
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.validation import Validation, build_datasets
 from ldm.util import get_obj_from_str, instantiate_from_config
 

@@ -6,21 +6,18 @@ resumed ends with the same weights as an uninterrupted one (bit for bit on a CPU
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from ldm.checks import Decay, Positive, Range
 from ldm.models.compiler import compiled
 from ldm.training.contract import compare_content, content_of
 from ldm.training.ema import EMA
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
 from ldm.training.optimizers import average_of
@@ -32,62 +29,7 @@ from ldm.training.sharding import check_fsdp, complete, sharded
 from ldm.training.share import BatchShare, share_batch_norm
 from ldm.training.stage import Stage, Trained
 from ldm.training.validation import build_datasets, make_measurements
-from ldm.util import call_with, instantiate_from_config, pick_device
-
-LARGEST_STEP = 2**16  # images of a training step in a process: more than any published
-
-
-@dataclass
-class LoopSettings:
-    """The `loop:` part of a configuration."""
-
-    steps: Positive  # training steps
-    batch_size: Positive  # of each process
-    accumulate: Annotated[int, Range(1, 2**16)] = 1  # batches in a training step
-    # fp32, bf16, fp16 (on a GPU), or auto: bf16 where the hardware computes in it
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    clip: Annotated[float, Range(1e-9)] = 1.0  # maximum gradient norm
-    compile: bool = False  # by torch.compile: the networks' part of a step is faster, after a minute or more at first
-    gradient_checkpointing: bool = False  # less memory, a third more work: blocks compute their activations twice
-    ema: Decay = 0.999  # decay of the average of the weights, which is the result; 0 keeps none
-    ema_device: Literal["auto", "cpu"] = "auto"  # where it is kept: with the weights, or on the CPU
-    ema_snapshots: Annotated[int, Range(0)] = 0  # steps between those for `ldm convert --sigma-rel`; 0: none
-    # Arguments of `lr_multiplier`.
-    lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
-    log_every: Positive = 50  # steps between lines of metrics.jsonl
-    preview_every: Positive = 500  # steps between images in previews/
-    save_every: Positive = 500  # steps between states to resume from
-    keep_every: Annotated[int, Range(0)] = 0  # steps between checkpoints kept as model-STEP.safetensors; 0: none
-    keep_state: bool = True  # whether a finished run keeps resume.pt, so that it can go on with more steps
-    validate_every: Positive | None = None  # steps between measurements on data.validation; None: as between previews
-    validate_both: bool = False  # whether to measure the weights that train there too, besides their average
-    quality: Mapping[str, Any] | None = None  # measures generated images: target and params, such as of `Quality`
-    quality_every: Positive | None = None  # steps between these measurements; None: as between previews
-    workers: Annotated[int, Range(0, 256)] = 0  # processes that load data
-    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"  # besides metrics.jsonl
-
-    def __post_init__(self) -> None:
-        if (images := self.batch_size * self.accumulate) > LARGEST_STEP:
-            raise ValueError(
-                f"loop.batch_size {self.batch_size} times loop.accumulate {self.accumulate} are {images:,} images in "
-                f"each training step: at most {LARGEST_STEP:,} are possible"
-            )
-        if self.validate_both and self.ema == 0:
-            raise ValueError(
-                "loop.validate_both has no effect with loop.ema 0: there is no average besides the weights"
-            )
-        if self.report_to == "wandb" and find_spec("wandb") is None:
-            raise ValueError("loop.report_to wandb needs a package that is not installed: pip install wandb")
-        call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "LoopSettings":
-        """Return the checked `loop:` part of a configuration."""
-        loop = config["loop"]
-        if isinstance(loop, Mapping) and "report_to" not in loop and isinstance(loop.get("tensorboard"), bool):
-            loop = dict(loop)  # of before there was another
-            loop["report_to"] = "tensorboard" if loop.pop("tensorboard") else "none"
-        return call_with(f"loop of {config['name']!r}", cls, loop)
+from ldm.util import instantiate_from_config, pick_device, progress_bar
 
 
 class Interrupted(KeyboardInterrupt):
@@ -118,21 +60,118 @@ def train(config: dict[str, Any], resume: bool = False, device: str = "auto", **
     return folder.model
 
 
+@dataclass
+class Training:
+    """A stage that trains, its data, and what the loop keeps beside them."""
+
+    settings: LoopSettings
+    accelerator: Any
+    folder: RunFolder
+    stage: Stage
+    images: Any  # the data set, as the configuration describes it
+    held_out: Any  # those of data.validation, or None
+    dataset: Any  # as the stage has prepared it
+    content: Any  # what the data set holds, which must be the same when the run goes on
+    measurements: list[tuple[int, Callable[[EMA], dict[str, float]]]]  # steps between them, and what gives the figures
+    model: Any  # the networks that train, whose forward is the loss
+    optimizers: list[Any]
+    rates: list[list[float]]  # the learning rates of each optimizer's groups, before the schedule
+    average: EMA
+    profiles: ProfileAverages
+    order: EpochBatches
+    parts: dict[str, Any]  # what has a state to resume from
+    metrics: Metrics
+
+
 def train_stage(
     config: dict[str, Any], settings: LoopSettings, accelerator: Any, folder: RunFolder, **stage_params: Any
 ) -> None:
     """Train one stage, from what its folder holds to its checkpoint."""
     from accelerate.utils import send_to_device
 
+    run = build_run(config, settings, accelerator, folder, **stage_params)
+    stage, average, metrics = run.stage, run.average, run.metrics
+    step = resume_run(run)
+    accelerator.wait_for_everyone()  # until every process has read the folder
+    folder.begin(config, step, accelerator, run.images, run.held_out)
+
+    bar = {"initial": step, "total": settings.steps, "desc": config["name"], "unit": "step", "mininterval": 1}
+    compiling = compiled(stage.compiles()) if settings.compile else nullcontext()
+    batches = Waits(training_batches(run.dataset, run.order, settings.workers))
+    with StopFlag() as stopped, progress_bar(leave=True, **bar) as progress, compiling:
+        for number, batch in batches:
+            if step >= settings.steps:
+                break
+            stage.share.begin(config["seed"], number)
+            train_batch(run, send_to_device(batch, accelerator.device), number, step)
+            if not accelerator.sync_gradients:
+                continue
+            average.update()
+            step += 1
+            progress.update()
+            last = step == settings.steps
+            run.profiles.update(folder, step, last)
+            for every, measure in run.measurements:
+                if last or step % every == 0:
+                    metrics.measured(step, measure(average))
+            if last or step % settings.log_every == 0:
+                progress.set_postfix(metrics.report(step, batches.share()), refresh=False)
+            if last or step % settings.preview_every == 0:
+                preview(stage, average, folder, step)
+            stop = agreed(accelerator, stopped.is_set())
+            save_due(run, step, stop)
+            if stop:
+                raise Interrupted(
+                    f"stopped at step {step}, saved in {folder.state}: resume by the same command with --resume"
+                )
+
+    with average.applied():
+        stage.train(False)
+        if folder.writes:
+            stage.write_extras()
+    save_checkpoint(run, step, folder.model.name)
+    if not settings.keep_state:
+        folder.remove_state()
+    accelerator.wait_for_everyone()  # the next stage reads what the main process writes
+    accelerator.free_memory()
+
+
+def train_batch(run: Training, batch: dict[str, Any], number: int, step: int) -> None:
+    """Take the turn of each optimizer on a batch: loss, gradients and, where the batch ends a training step, the step.
+
+    number: of the batch in the run. step: training steps before it.
+    """
+    settings, accelerator, scaler = run.settings, run.accelerator, run.accelerator.scaler
+    factor, shared = lr_multiplier(step, settings.steps, **settings.lr_schedule), None
+    with accelerator.accumulate(run.model):
+        for k, optimizer in enumerate(run.optimizers):
+            loss, values, shared = run.model(batch, k, number, shared)
+            accelerator.backward(loss)
+            run.metrics.add(values)
+            for group, rate in zip(optimizer.param_groups, run.rates[k], strict=True):
+                group["lr"] = rate * factor
+            if accelerator.sync_gradients:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                norm = accelerator.clip_grad_norm_(parameters, settings.clip)
+                if scaler is None or norm.isfinite():  # otherwise the scaler skips the step
+                    run.metrics.add({f"grad_norm_{k}": norm})
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def build_run(
+    config: dict[str, Any], settings: LoopSettings, accelerator: Any, folder: RunFolder, **stage_params: Any
+) -> Training:
+    """Build a stage and its data, and what trains it."""
     name, seed = config["name"], config["seed"]
     torch.manual_seed(seed)
     stage = instantiate_from_config(config["stage"], **stage_params).to(accelerator.device).train(False)
     ranks = accelerator.process_index, accelerator.num_processes
     stage.share = BatchShare(*ranks)
     with accelerator.main_process_first():  # it writes files that the others then find
-        dataset, held_out = build_datasets(stage, config["data"])
+        images, held_out = build_datasets(stage, config["data"])
     stage.workers = settings.workers
-    images, dataset = dataset, stage.prepare(dataset)
+    dataset = stage.prepare(images)
     measurements = make_measurements(stage, images, held_out, settings, accelerator)
     trained = Trained(stage.to(accelerator.device).train())  # again: `prepare` may add networks
     if settings.gradient_checkpointing:
@@ -143,101 +182,42 @@ def train_stage(
     if accelerator.distributed_type == "FSDP":
         check_fsdp(stage, own, **{key: getattr(settings, key) for key in ("ema_snapshots", "validate_both", "compile")})
     model, *optimizers = accelerator.prepare(trained, *own)
-    average = average_of(trained, own, settings.ema, settings.ema_device)
     scaler = accelerator.scaler  # of gradients in fp16, else None
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    own = {name: getattr(dataset, name, None) for name in ("groups", "shuffled")}
-    order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, **own)
-    parts = {"networks": trained, "ema": average, "order": order} | {
-        f"optimizer_{k}": part for k, part in enumerate(optimizers)
-    }
+    average = average_of(trained, own, settings.ema, settings.ema_device)
     profiles = ProfileAverages(stage, settings.ema_snapshots, average.device)
+    shuffling = {name: getattr(dataset, name, None) for name in ("groups", "shuffled")}
+    order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, **shuffling)
+    parts = {"networks": trained, "ema": average, "order": order}
+    parts |= {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
     parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
-    step = load_state(folder, parts, settings.accumulate, known := {"data": content_of(images)})
-    if order.past and (before := order.past[-1][0]) != order.global_size and folder.writes:
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    trains = model, optimizers, rates, average, profiles, order, parts
+    content, metrics = content_of(images), Metrics(name, folder, trained, stage.share)
+    data = images, held_out, dataset, content
+    return Training(settings, accelerator, folder, stage, *data, measurements, *trains, metrics)
+
+
+def resume_run(run: Training) -> int:
+    """Load what the run's folder holds and return its step, 0 of a new run; print what of the settings stands out."""
+    settings, folder, order = run.settings, run.folder, run.order
+    step = load_state(folder, run.parts, settings.accumulate, {"data": run.content})
+    if step > settings.steps:
+        raise ValueError(f"the run in {str(folder.path)!r} has {step} steps already: loop.steps must be at least that")
+    if not folder.writes:
+        return step
+    if order.past and (before := order.past[-1][0]) != order.global_size:
         print(
             f"note: all processes together took {before} images in a batch, and now take {order.global_size}: the run "
             "goes on at the next image; steps, the learning rate and its schedule are counted as before",
             file=sys.stderr,
         )
-    if step > settings.steps:
-        raise ValueError(f"the run in {str(folder.path)!r} has {step} steps already: loop.steps must be at least that")
     counts = {"lr_schedule.warmup": settings.lr_schedule.get("warmup", 0), "keep_every": settings.keep_every}
     for key, count in counts.items():
-        if count > settings.steps and folder.writes:
+        if count > settings.steps:
             print(f"note: loop.{key} is {count} steps, and the run has only {settings.steps}", file=sys.stderr)
-    accelerator.wait_for_everyone()  # until every process has read the folder
-    folder.begin(config, step, accelerator, images, held_out)
-    metrics = Metrics(name, folder, trained, stage.share)
-
-    bar = {"initial": step, "total": settings.steps, "desc": name, "unit": "step", "mininterval": 1}
-    compiling = compiled(stage.compiles()) if settings.compile else nullcontext()
-    batches = Waits(training_batches(dataset, order, settings.workers))
-    with StopFlag() as stopped, tqdm(**bar, disable=not folder.writes) as progress, compiling:
-        for number, batch in batches:
-            if step >= settings.steps:
-                break
-            stage.share.begin(seed, number)
-            batch, shared = send_to_device(batch, accelerator.device), None
-            with accelerator.accumulate(model):
-                for k, optimizer in enumerate(optimizers):
-                    loss, values, shared = model(batch, k, number, shared)
-                    accelerator.backward(loss)
-                    metrics.add(values)
-                    for group, rate in zip(optimizer.param_groups, rates[k], strict=True):
-                        group["lr"] = rate * lr_multiplier(step, settings.steps, **settings.lr_schedule)
-                    if accelerator.sync_gradients:
-                        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                        norm = accelerator.clip_grad_norm_(parameters, settings.clip)
-                        if scaler is None or norm.isfinite():  # otherwise the scaler skips the step
-                            metrics.add({f"grad_norm_{k}": norm})
-                    optimizer.step()
-                    optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            average.update()
-            step += 1
-            progress.update()
-            last = step == settings.steps
-            profiles.update(folder, step, last)
-            for every, measure in measurements:
-                if last or step % every == 0:
-                    metrics.measured(step, measure(average))
-            if last or step % settings.log_every == 0:
-                progress.set_postfix(metrics.report(step, batches.share()), refresh=False)
-            if last or step % settings.preview_every == 0:
-                preview(stage, average, folder, step)
-            keep = settings.keep_every > 0 and step % settings.keep_every == 0 and not last
-            stop = agreed(accelerator, stopped.is_set())
-            save = stop or last or step % settings.save_every == 0
-            if save or keep:
-                metrics.report(step)  # raises before anything is saved that is not finite
-            if keep:
-                save_checkpoint(stage, average, dataset, folder, step, f"model-{step:06d}.safetensors")
-            if save:
-                try:
-                    state = {key: complete(part.state_dict()) for key, part in parts.items()}
-                    folder.save_state(known | {"step": step} | state)
-                except OSError as error:
-                    if not last:
-                        raise
-                    print(f"{error}; the result is written nevertheless", file=sys.stderr)
-            if stop:
-                raise Interrupted(
-                    f"stopped at step {step}, saved in {folder.state}: resume by the same command with --resume"
-                )
-
-    with average.applied():
-        stage.train(False)
-        if folder.writes:
-            stage.write_extras()
-    save_checkpoint(stage, average, dataset, folder, step, folder.model.name)
-    if not settings.keep_state:
-        folder.remove_state()
-    accelerator.wait_for_everyone()  # the next stage reads what the main process writes
-    accelerator.free_memory()
+    return step
 
 
 def load_state(folder: RunFolder, parts: Mapping[str, Any], accumulate: int, known: Mapping[str, Any]) -> int:
@@ -278,15 +258,35 @@ def preview(stage: Stage, average: EMA, folder: RunFolder, step: int) -> None:
         stage.train()
 
 
+def save_due(run: Training, step: int, stop: bool) -> None:
+    """Write the checkpoint and the state that are due at a step; stop: whether the run stops there."""
+    settings, folder, last = run.settings, run.folder, step == run.settings.steps
+    keep = settings.keep_every > 0 and step % settings.keep_every == 0 and not last
+    due = stop or last or step % settings.save_every == 0
+    if due or keep:
+        run.metrics.report(step)  # raises before anything is saved that is not finite
+    if keep:
+        save_checkpoint(run, step, f"model-{step:06d}.safetensors")
+    if due:
+        try:
+            state = {key: complete(part.state_dict()) for key, part in run.parts.items()}
+            folder.save_state({"data": run.content, "step": step} | state)
+        except OSError as error:
+            if not last:
+                raise
+            print(f"{error}; the result is written nevertheless", file=sys.stderr)
+
+
 @torch.no_grad()
-def save_checkpoint(stage: Stage, average: EMA, dataset: Dataset, folder: RunFolder, step: int, name: str) -> None:
+def save_checkpoint(run: Training, step: int, name: str) -> None:
     """Write the averaged weights, completed as a result's are, and leave the weights that train as they are."""
+    stage = run.stage
     state = stage.networks.state_dict()  # of which the shards are kept as they are
     own = {k: tensor.to("cpu", copy=True) for k, tensor in state.items() if not hasattr(tensor, "full_tensor")}
-    with average.applied():
+    with run.average.applied():
         stage.train(False)
-        stage.finish(dataset)
+        stage.finish(run.dataset)
         config, tensors = stage.export()
-        folder.save_model(folder.path / name, step, config, complete(tensors))
+        run.folder.save_model(run.folder.path / name, step, config, complete(tensors))
     stage.networks.load_state_dict(own, strict=False)
     stage.train()

@@ -28,7 +28,7 @@ from ldm.checkpoint.file import CONFIG_KEY, STEP_KEY
 from ldm.checkpoint.writing import bytes_of, write_tensors
 from ldm.data.part import part
 from ldm.training.latents import LatentDataset
-from ldm.training.loop import LoopSettings
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches, training_batches

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ldm.checkpoint.writing import save_file
 from ldm.cli import check_writable
 from ldm.data.part import first_images
-from ldm.training.loop import LoopSettings
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches
 from ldm.training.posthoc import ProfileAverages

@@ -35,7 +35,7 @@ from ldm.inference.again import read_recipe
 from ldm.inference.recipe import save_image
 from ldm.input_files import CONFIGS
 from ldm.training.config import read_configs
-from ldm.training.loop import LoopSettings
+from ldm.training.loop_settings import LoopSettings
 from ldm.util import Unfilled, instantiate_from_config
 
 SECONDS, MEGABYTES = 5, 1500  # of CPU time for one file; of memory, of all
