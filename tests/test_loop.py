@@ -19,8 +19,10 @@ from ldm.labels import GAP, LINE
 from ldm.training import loop
 from ldm.training.loop import Interrupted, train
 from ldm.training.loop_settings import LoopSettings
+from ldm.training.metrics import Metrics
 from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder
+from ldm.training.share import BatchShare
 
 AUTOENCODER = {
     "target": "ldm.training.autoencoder.AutoencoderStage",
@@ -242,6 +244,16 @@ def test_nan_stops_with_the_step_and_keeps_the_last_good_state(tmp_path, monkeyp
     assert train(config(tmp_path, **good, clip=0.1), resume=True, device="cpu").exists()
     steps = [json.loads(line)["step"] for line in (tmp_path / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 9))
+
+
+def test_a_weight_is_too_large_and_not_many_together(tmp_path):
+    folder = RunFolder(tmp_path / "run", {"name": "run", "loop": {"steps": 1}}, False, writes=False)
+    weight = torch.nn.Parameter(torch.full((2, 4), 9e5))  # of norm 2.5e6
+    metrics = Metrics("run", folder, torch.nn.ParameterList([weight]), BatchShare())
+    assert metrics.report(1) == {}
+    for bad, said in ((-1.1e6, "1.1e.06"), (float("nan"), "nan"), (float("inf"), "inf")):
+        weight.data[1, 1] = bad
+        refused(f"run: a weight became {said} by step 2", metrics.report, 2)
 
 
 def test_an_existing_run_is_not_overwritten(alone, tmp_path):

@@ -10,7 +10,8 @@ from tiny_stages import config_of
 
 from ldm.training import loop
 from ldm.training.loop import Interrupted, train
-from ldm.training.optimizers import average_of, make_optimizer
+from ldm.training.optimizers import average_of, clip_gradients, make_optimizer
+from ldm.training.processes import make_accelerator
 
 
 def weights() -> torch.nn.Parameter:
@@ -86,6 +87,22 @@ def test_what_fails_in_a_step_is_named_before_the_first(optimizer, message, monk
 def test_a_package_that_is_missing():
     refused("'prodigyopt.Prodigy' does not exist: No module named 'prodigyopt'", make_optimizer, [weights()], 1.0,
             {"target": "prodigyopt.Prodigy"})  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [0.1, 0.9999995, 1.0, 30.0, float("nan")])
+def test_gradients_are_clipped_as_by_torch(size, tmp_path):
+    """To the bit, within torch's margin of 1e-6 too; the ones without a gradient are left out."""
+    accelerator = make_accelerator("fp32", 1, torch.device("cpu"), "none", tmp_path)
+    found = []
+    for clip in (torch.nn.utils.clip_grad_norm_, lambda *a: clip_gradients(accelerator, *a)):
+        parameters = [weights(), weights(), weights()]
+        gradients = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+        for weight, gradient in zip(parameters, gradients / gradients.norm() * size, strict=False):
+            weight.grad = gradient.clone()
+        found.append(torch.stack([clip(parameters, 1.0), *[p.grad.norm() for p in parameters[:2]]]))
+        found.append(torch.stack([p.grad for p in parameters[:2]]))
+    for theirs, ours in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 CLASSES = {

@@ -39,7 +39,7 @@ class EMA:
         if not self.live:
             return
         shadow = list(self.shadow.values())
-        live = [wide(p.detach()).to(average.device) for p, average in zip(self.live.values(), shadow, strict=True)]
+        live = [p.to(average.device, average.dtype) for p, average in zip(self.live.values(), shadow, strict=True)]
         torch._foreach_lerp_(shadow, live, 1 - ema_decay(self.updates, self.decay))
 
     @contextmanager

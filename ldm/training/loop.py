@@ -20,7 +20,7 @@ from ldm.training.ema import EMA
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
-from ldm.training.optimizers import average_of
+from ldm.training.optimizers import average_of, clip_gradients
 from ldm.training.order import EpochBatches, training_batches
 from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator
@@ -152,7 +152,7 @@ def train_batch(run: Training, batch: dict[str, Any], number: int, step: int) ->
                 group["lr"] = rate * factor
             if accelerator.sync_gradients:
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                norm = accelerator.clip_grad_norm_(parameters, settings.clip)
+                norm = clip_gradients(accelerator, parameters, settings.clip)
                 if scaler is None or norm.isfinite():  # otherwise the scaler skips the step
                     run.metrics.add({f"grad_norm_{k}": norm})
             optimizer.step()

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Adafactor, AdamW, Optimizer
 
 from ldm.checks import shorten
@@ -87,6 +88,20 @@ def _try_step(name: str, kind: type, params: Mapping[str, Any], groups: Sequence
     except Exception as error:
         text = " ".join(str(error).split())[:300] or "no reason is given"
         raise ValueError(f"optimizer {name} cannot train here: {type(error).__name__}: {text}") from error
+
+
+@torch.no_grad()
+def clip_gradients(accelerator: Any, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale gradients down to a norm of at most `most`, and return the norm that they had.
+
+    On a CPU, gradients within it are left alone; torch multiplies them by 1, so that a GPU need not wait for the norm.
+    """
+    if accelerator.device.type != "cpu" or accelerator.distributed_type == "FSDP":
+        return accelerator.clip_grad_norm_(parameters, most)
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not norm + 1e-6 <= most:  # torch's margin
+        clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 class ScheduleFree(EMA):
