@@ -7,12 +7,15 @@ Each network is trained by all loops in one process, which take turns after ever
 machine slows them alike. Seconds are CPU time, on one thread; a figure is the median over rounds of some steps, each
 with one line of metrics. Memory is the peak of a fresh process that trains by one loop alone, after its first step.
 
-  ours       ldm.training.loop.train: latents and text from a cache on disk (digits: latents from memory,
-             captions encoded when they are new), EMA, clipping, fused AdamW, metrics
+  ours       ldm.training.loop.train: latents and text from a cache on disk (digits: latents from memory, captions
+             encoded when they are new, in the first epoch, before the rounds), noise, EMA, clipping, fused AdamW,
+             metrics
   diffusers  the script's inner loop, written from it: UNet2DConditionModel of the same weights' shapes, EMAModel
              (--use_ema), AdamW, clipping, accelerate, a value for its tracker in each step. The script encodes images
              and text in each step; here, both come from memory.
-  bare       forward, backward and optimizer step of our network, on tensors in memory
+  by hand    what ours computes, and nothing else: bare, a new time and noise in each step, the gradients' norm by
+             torch's clip_grad_norm_ and an EMA by torch's _foreach_lerp_
+  bare       forward, backward and optimizer step of our network, on tensors in memory: always the same noise
 """
 
 import itertools
@@ -36,6 +39,7 @@ from ldm.checkpoint.diffusers_writer import write_unet
 from ldm.checkpoint.writing import save_file
 from ldm.cli import Parser, int_range, run
 from ldm.data.digits import Digits
+from ldm.diffusion.schedule import q_sample
 from ldm.loading import SHIPPED
 from ldm.models.unet import UNetModel
 from ldm.training.latents import encode_texts
@@ -43,7 +47,6 @@ from ldm.training.loop import train
 from ldm.training.optimizers import make_optimizer
 
 RATE, BETAS = 1e-4, (0.9, 0.999)
-WARM = 3  # steps before the first round
 SCHEDULE = {"name": "scaled_linear", "start": 0.00085, "end": 0.012, "T": 1000}  # Stable Diffusion's
 
 
@@ -54,6 +57,7 @@ class Network(NamedTuple):
     size: int  # of the images, four times that of the latents
     batch_size: int
     steps: int
+    warm: int = 3  # steps before the first round
 
 
 def stable_diffusion(width: int, mult: Sequence[int]) -> dict[str, Any]:
@@ -70,9 +74,9 @@ def stable_diffusion(width: int, mult: Sequence[int]) -> dict[str, Any]:
 
 NETWORKS = {
     "tiny": Network({**stable_diffusion(32, [1, 2]), "num_res_blocks": 1}, 32, 4, 2),
-    "digits": Network(None, 32, 128, 5),
-    "10M": Network(stable_diffusion(64, [1, 2, 2]), 64, 8, 5),
-    "100M": Network(stable_diffusion(160, [1, 2, 3]), 64, 4, 2),
+    "digits": Network(None, 32, 128, 10, warm=12),  # an epoch is 10
+    "10M": Network(stable_diffusion(64, [1, 2, 2]), 64, 8, 10),
+    "100M": Network(stable_diffusion(160, [1, 2, 3]), 64, 4, 4),
 }
 
 
@@ -97,7 +101,7 @@ class Noise(Dataset):
 
 
 class Watched(Dataset):
-    """A data set that calls `begin`, once it is set, before each batch is read."""
+    """A data set that calls `begin`, once it is set, before each batch is read; the same captions in each epoch."""
 
     begin: Callable[[], None] | None = None
 
@@ -105,6 +109,9 @@ class Watched(Dataset):
         own = NETWORKS[network]
         self.dataset: Any = Digits() if own.unet is None else Noise(own.size)
         self.batch_size, self.read = own.batch_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Keep the captions, which repeat in a long run: its embeddings of nearly all are soon in memory."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["dataset"], name)
@@ -141,27 +148,45 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows += (found := compare(name, precision, args.rounds, folder))
             print(json.dumps(found), file=sys.stderr)  # should a later one be interrupted
-    titles = ["network", "precision", "loop", "CPU s / step", "samples / CPU s", "over bare", "peak memory, MiB"]
+    titles = [
+        "network",
+        "precision",
+        "loop",
+        "CPU s / step",
+        "samples / CPU s",
+        "over bare",
+        "over by hand",
+        "peak memory, MiB",
+    ]
     print(markdown(titles, rows))
 
 
 def compare(name: str, precision: str, rounds: int, folder: str) -> list[list[str]]:
     """Return the table's rows of one network in one precision."""
     network, config = NETWORKS[name], config_of(name, precision, folder)
-    others = {"bare": bare_steps(name, precision)}
+    others = {"by hand": bare_steps(name, precision, complete=True), "bare": bare_steps(name, precision)}
     if network.unet is not None:  # pooled text beside the tokens is nothing that their network takes
         others["diffusers"] = diffusers_steps(name, precision, folder)
-    found = measure(config, others, WARM + rounds * network.steps)
+    found = measure(config, others, network.warm + rounds * network.steps)
     rows = []
     for loop, seconds in found.items():
-        parts = [sum(seconds[i : i + network.steps]) / network.steps for i in range(WARM, len(seconds), network.steps)]
-        bare = [sum(found["bare"][i : i + network.steps]) for i in range(WARM, len(seconds), network.steps)]
-        over = statistics.median(part * network.steps / other for part, other in zip(parts, bare, strict=True)) - 1
-        second = statistics.median(parts)
-        peak = "-" if loop == "bare" else f"{peak_memory(loop, name, precision, folder) / 2**20:.0f}"
-        shown = "-" if loop == "bare" else f"{over:+.1%}"
-        rows.append([name, precision, loop, f"{second:.4f}", f"{network.batch_size / second:.2f}", shown, peak])
+        second = statistics.median(in_rounds(seconds, network))
+        over = [f"{over_other(seconds, found[other], network):+.1%}" for other in ("bare", "by hand")]
+        peak = f"{peak_memory(loop, name, precision, folder) / 2**20:.0f}" if loop in ("ours", "diffusers") else "-"
+        rows.append([name, precision, loop, f"{second:.4f}", f"{network.batch_size / second:.2f}", *over, peak])
     return rows
+
+
+def in_rounds(seconds: Sequence[float], network: Network) -> list[float]:
+    """Return the mean seconds of a step in each round."""
+    n = network.steps
+    return [sum(seconds[i : i + n]) / n for i in range(network.warm, len(seconds), n)]
+
+
+def over_other(seconds: Sequence[float], other: Sequence[float], network: Network) -> float:
+    """Return the median over rounds of how much longer the steps of one loop take than those of another."""
+    pairs = zip(in_rounds(seconds, network), in_rounds(other, network), strict=True)
+    return statistics.median(a / b for a, b in pairs) - 1
 
 
 def measure(config: dict[str, Any], others: Mapping[str, Iterator[Any]], steps: int) -> dict[str, list[float]]:
@@ -243,8 +268,8 @@ def config_of(name: str, precision: str, folder: str) -> dict[str, Any]:
     }
 
 
-def bare_steps(name: str, precision: str) -> Iterator[None]:
-    """Train our network on tensors in memory, a step at a time."""
+def bare_steps(name: str, precision: str, complete: bool = False) -> Iterator[None]:
+    """Train our network on tensors in memory, a step at a time; complete: with noise, clipping and EMA."""
     network, model = NETWORKS[name], ldm.load(SHIPPED, device="cpu")
     unet = UNetModel(**(model.config["unet_config"]["params"] if network.unet is None else network.unet)).train()
     optimizer = make_optimizer(unet.parameters(), lr=RATE, betas=BETAS)
@@ -252,13 +277,23 @@ def bare_steps(name: str, precision: str) -> Iterator[None]:
     with torch.no_grad():
         cond = encode_texts(model.cond_stage_model, texts)
     cond = {"context": cond["c_crossattn"]} | ({"y": cond["c_adm"]} if network.unet is None else {})
-    x, noise, t = torch.randn(shape), torch.randn(shape), torch.randint(1000, shape[:1])
+    weights = [p.detach() for p in unet.parameters()]
+    average = [p.clone() for p in weights if complete]
+    z, noise, t = torch.randn(shape), torch.randn(shape), torch.randint(1000, shape[:1])
+    x, schedule = z, model.schedule
     while True:
+        if complete:
+            noise, t = torch.randn(shape), torch.randint(schedule.T, shape[:1])
+            x = q_sample(z, t, noise, schedule)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             output = unet(x, t, **cond)
         F.mse_loss(output.float(), noise).backward()
+        if complete:
+            nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if complete:
+            torch._foreach_lerp_(average, weights, 0.001)
         yield
 
 
