@@ -1,6 +1,6 @@
 """Compare training loops: ours, that of diffusers' train_text_to_image.py, and the bare steps of a network.
 
-python -m benchmarks.training                        # about 7 minutes of CPU time, by an estimate
+python -m benchmarks.training                        # about 13 minutes of CPU time, by an estimate
 python -m benchmarks.training --networks 10M --precisions fp32
 
 Each network is trained by all loops in one process, which take turns after every step, so that what else runs on the
@@ -8,8 +8,7 @@ machine slows them alike. Seconds are CPU time, on one thread; a figure is the m
 with one line of metrics. Memory is the peak of a fresh process that trains by one loop alone, after its first step.
 
   ours       ldm.training.loop.train: latents and text from a cache on disk (digits: latents from memory, captions
-             encoded when they are new, in the first epoch, before the rounds), noise, EMA, clipping, fused AdamW,
-             metrics
+             encoded when they are new, which is before the rounds), noise, EMA, clipping, fused AdamW, metrics
   diffusers  the script's inner loop, written from it: UNet2DConditionModel of the same weights' shapes, EMAModel
              (--use_ema), AdamW, clipping, accelerate, a value for its tracker in each step. The script encodes images
              and text in each step; here, both come from memory.
@@ -74,7 +73,7 @@ def stable_diffusion(width: int, mult: Sequence[int]) -> dict[str, Any]:
 
 NETWORKS = {
     "tiny": Network({**stable_diffusion(32, [1, 2]), "num_res_blocks": 1}, 32, 4, 2),
-    "digits": Network(None, 32, 128, 10, warm=12),  # an epoch is 10
+    "digits": Network(None, 32, 128, 10, warm=32),  # three epochs, until all captions have come
     "10M": Network(stable_diffusion(64, [1, 2, 2]), 64, 8, 10),
     "100M": Network(stable_diffusion(160, [1, 2, 3]), 64, 4, 4),
 }

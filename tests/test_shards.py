@@ -14,6 +14,7 @@ from tiny_stages import config_of, write_inputs
 
 from ldm.commands.shards import main
 from ldm.data.folder import Folder
+from ldm.data.mnist import MNIST
 from ldm.data.shards import Shards, find_shards
 from ldm.training.latents import LatentDataset
 from ldm.training.loop import train
@@ -129,6 +130,37 @@ def test_shards_train_as_their_folder_to_the_bit(
             config["stage"]["params"]["cache_latents"] = False
         weights.append(load_file(train(config, device="cpu")))
     assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diffusion"])
+def test_mnist_trains_as_its_images_in_a_folder_and_in_shards_to_the_bit(
+    mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Within the first epoch, since MNIST's captions change then; and its classes are those of sub-folders."""
+    pytest.importorskip("webdataset")
+    digits = MNIST(str(mnist))
+    for i, (image, label) in enumerate(zip(digits.images, digits.labels.tolist(), strict=True)):
+        for folder in (tmp_path / "images", tmp_path / "classes" / str(label)):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0].numpy()).save(folder / f"{i:05}.png")
+        (tmp_path / "images" / f"{i:05}.txt").write_text(digits.caption(i).text)
+    main([str(tmp_path / "images"), str(tmp_path / "shards"), "--images", "5"])
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    size, weights = {"size": 32, "channels": 1}, []
+    for target, params in (
+        ("mnist.MNIST", {"root": str(mnist)}),
+        ("folder.Folder", {"root": "images", **size}),
+        ("shards.Shards", {"root": "shards", **size}),
+    ):
+        config = config_of(name) | {"outdir": target, "data": {"target": f"ldm.data.{target}", "params": params}}
+        weights.append(load_file(train(config, device="cpu")))
+    for other in weights[1:]:
+        assert weights[0].keys() == other.keys() and all(torch.equal(weights[0][k], other[k]) for k in other)
+    classes = Folder("classes", **size, reads=("image", "label"))
+    for path, sample in zip(classes.paths, classes, strict=True):
+        image, label = digits[int(path.stem)]["image"], int(digits.labels[int(path.stem)])
+        assert torch.equal(sample["image"], image) and classes.classes[sample["label"]] == str(label)
 
 
 def test_names_are_only_names_and_only_images_and_texts_are_read(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_settings_of_guidance_without_guidance_are_named(generate, capsys):
 
 
 def test_skipping(generate):
-    assert names(generate("--skip-save", out="grid") / "samples") == []
+    assert names(generate("--skip-save", out="grid")) == ["grid-0000.png"]
     assert names(generate("--skip_grid", out="samples")) == ["samples"]
     refused("--skip_save and --skip_grid together save nothing", generate, "--skip_save", "--skip_grid")
     refused("--n_rows would have no effect: no grid", generate, "--n_samples", 2, "--n_rows", 1, "--skip_grid")

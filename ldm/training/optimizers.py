@@ -96,7 +96,7 @@ def clip_gradients(accelerator: Any, parameters: Sequence[nn.Parameter], most: f
 
     On a CPU, gradients within it are left alone; torch multiplies them by 1, so that a GPU need not wait for the norm.
     """
-    if accelerator.device.type != "cpu" or accelerator.distributed_type == "FSDP":
+    if accelerator.device.type != "cpu" or accelerator.distributed_type == "FSDP" or accelerator.scaler is not None:
         return accelerator.clip_grad_norm_(parameters, most)
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not norm + 1e-6 <= most:  # torch's margin
