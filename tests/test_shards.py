@@ -143,7 +143,7 @@ def test_mnist_trains_as_its_images_in_a_folder_and_in_shards_to_the_bit(
         for folder in (tmp_path / "images", tmp_path / "classes" / str(label)):
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image[0].numpy()).save(folder / f"{i:05}.png")
-        (tmp_path / "images" / f"{i:05}.txt").write_text(digits.caption(i).text)
+        (tmp_path / "images" / f"{i:05}.txt").write_text(digits.caption_of(i).text)
     main([str(tmp_path / "images"), str(tmp_path / "shards"), "--images", "5"])
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
