@@ -288,7 +288,12 @@ def test_layouts_are_files_of_json(generate, trained, tmp_path):
     refused("layout.json' is not JSON", generate, "sample", "boxes", "--layout", file)
     refused("'5' is not a layout|5 is not a layout", generate, "sample", "boxes", "--class", "5")
     refused(
-        "--class and --layout need a model", generate, "sample", "text and inpaint", "--layout", tmp_path / "none.json"
+        "--layout needs a layout-conditional model",
+        generate,
+        "sample",
+        "text and inpaint",
+        "--layout",
+        tmp_path / "none.json",
     )
 
 

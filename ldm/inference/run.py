@@ -178,11 +178,10 @@ def note_unused(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.Namespace) -> list[str]:
     """Return the prompts, or empty ones for an unconditional model. ValueError for what the model does not take."""
+    option = "layout" if getattr(args, "layout", None) else "class"
+    needs = f"--{option} needs a {option}-conditional model"
     if args.classes and any(prompts) and hasattr(model.cond_stage_model, "tokenizer"):
-        raise ValueError(
-            "--class and --layout need a model that is conditioned on them: this one takes texts, so use the command "
-            "txt2img"
-        )
+        raise ValueError(f"{needs}: this one takes texts, so use the command txt2img")
     if hasattr(model.cond_stage_model, "n_classes") or getattr(model.cond_stage_model, "reads", "") == "boxes":
         model.condition(prompts)  # refuses what is not a class or layout of it, before any image is made
     if model.cond_stage_model is not None or args.classifier is not None or not any(prompts):
@@ -192,9 +191,7 @@ def usable_prompts(model: "LatentDiffusion", prompts: list[str], args: argparse.
             print(f"no --prompt is given: the prompt is {prompts[0]!r}", file=sys.stderr)
         return prompts
     if args.classes:
-        raise ValueError(
-            "--class and --layout need a model that is conditioned on them, or --classifier: this one is unconditional"
-        )
+        raise ValueError(f"{needs}, or --classifier: this one is unconditional")
     if args.prompts is not None or args.from_file is not None:
         raise ValueError("this model is unconditional and takes no prompt: leave it out, or use the command sample")
     return [""] * len(prompts)
