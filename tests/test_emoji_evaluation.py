@@ -26,7 +26,7 @@ from ldm.evaluation.emoji import (
     report_retrieval,
     sharpness,
 )
-from ldm.evaluation.emoji_judge import attributes, classes_of, facts_of, load_judge, caption_words
+from ldm.evaluation.emoji_judge import attributes, caption_words, classes_of, facts_of, load_judge
 from ldm.images import to_pil
 from ldm.models.identity import IdentityFirstStage
 
