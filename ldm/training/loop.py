@@ -95,10 +95,10 @@ def train_stage(
     accelerator.wait_for_everyone()  # until every process has read the folder
     folder.begin(config, step, accelerator, run.images, run.held_out)
 
-    bar = {"initial": step, "total": settings.steps, "desc": config["name"], "unit": "step", "mininterval": 1}
+    bar: dict[str, Any] = {"initial": step, "total": settings.steps, "desc": config["name"], "unit": "step"}
     compiling = compiled(stage.compiles()) if settings.compile else nullcontext()
     batches = Waits(training_batches(run.dataset, run.order, settings.workers))
-    with StopFlag() as stopped, progress_bar(leave=True, **bar) as progress, compiling:
+    with StopFlag() as stopped, progress_bar(leave=True, mininterval=1, **bar) as progress, compiling:
         for number, batch in batches:
             if step >= settings.steps:
                 break
@@ -189,7 +189,7 @@ def build_run(
     profiles = ProfileAverages(stage, settings.ema_snapshots, average.device)
     shuffling = {name: getattr(dataset, name, None) for name in ("groups", "shuffled")}
     order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, **shuffling)
-    parts = {"networks": trained, "ema": average, "order": order}
+    parts: dict[str, Any] = {"networks": trained, "ema": average, "order": order}
     parts |= {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
     parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
