@@ -175,9 +175,9 @@ OF = {
     "stage.params.ddconfig": "Encoder",
     UNET: "UNetModel",
 }
-# MNIST's keys are those of Digits and where its files are; those of Emoji are in test_emoji.py; the others' are a part
-# of the classes above.
-ELSEWHERE = {"Emoji", "MNIST", "Objective", "DenoisingStage", "LatentDiffusion", "AutoencoderKL"}
+# MNIST's keys are those of Digits and where its files are; those of Emoji and Scenes are in tests of their own; the
+# others' are a part of the classes above.
+ELSEWHERE = {"Emoji", "MNIST", "Scenes", "Objective", "DenoisingStage", "LatentDiffusion", "AutoencoderKL"}
 
 
 def keys_of(found: Any) -> set[str]:

@@ -28,6 +28,7 @@ from test_likelihood import SHORTER
 from test_mnist import idx, make_images
 from test_pixel_diffusion import build
 from test_reference_pages import parser_of
+from test_scenes import TINY_SCENES
 
 import ldm
 from ldm.finetune.embedding_files import LearnedWord, write_words
@@ -209,6 +210,30 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --offload: swap
 """,
     ),
+    "evaluate scenes": (
+        "--ckpt scenes.safetensors --device cpu --n 10 --batch-size 10 --data digits --judge judge.safetensors"
+        " --steps 3",
+        LOADING + SAMPLING + """
+--ckpt: model.safetensors
+--n: 11
+--batch-size: 7
+--out: report.json
+--image: a.png
+--data: missing
+--judge: missing
+--seed: 1
+--device: meta
+--lora: lora.safetensors
+--embedding: word.safetensors
+--precision: bf16
+--attention: math
+--channels-last:
+--compile:
+--vae-slicing:
+--vae-tiling: 16
+--offload: swap
+""",
+    ),
     "evaluate autoencoder": (
         f"--ckpt model.safetensors --device cpu --dataset digits {MEASURED} {NETWORKS}",
         """
@@ -301,6 +326,7 @@ def inputs(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     for model, names in (
         (randomised(ldm.LatentDiffusion(**TINY)), ("model", "weaker")),
+        (randomised(ldm.LatentDiffusion(**TINY_SCENES)), ("scenes",)),
         (build(schedule=SHORTER), ("pixel",)),
     ):
         model.eval().requires_grad_(False)
@@ -321,6 +347,7 @@ def inputs(tmp_path_factory) -> Path:
     write_classifier(folder / "classifier.safetensors", {"name": "linear"}, in_channels=1, image_size=32)
     save_noise(folder)
     write_mnist(folder / "mnist" / "MNIST" / "raw")
+    write_mnist(folder / "digits" / "MNIST" / "raw", classes=10)
     write_run(folder / "run")
     (folder / "templates.txt").write_text("my own {}\n")
     for name, count in (
@@ -337,14 +364,14 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def write_mnist(folder: Path) -> None:
+def write_mnist(folder: Path, classes: int = 5) -> None:
     """120 training and 40 test images: bars, every other one on a foot."""
     folder.mkdir(parents=True)
     for name, count in (("train", 120), ("t10k", 40)):
         images, labels = make_images(count)
         images[::2, 22:24, 6:22] = 255
         (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels // 2))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels * classes // 10))
 
 
 @pytest.fixture

@@ -46,8 +46,9 @@ STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.clip.CLIPStag
 ldm.training.pixel_diffusion.PixelDiffusionStage ldm.training.classifier.ClassifierStage
 ldm.finetune.dreambooth.DreamBoothStage ldm.finetune.textual_inversion.TextualInversionStage
 ldm.optional.noisy_classifier_stage.NoisyClassifierStage ldm.optional.ddgan_stage.DenoisingGANStage""".split()
-DATA = """ldm.data.mnist.MNIST ldm.data.digits.Digits ldm.data.folder.Folder ldm.data.shards.Shards
-ldm.data.hugging_face.HuggingFace ldm.data.emoji.Emoji ldm.inference.class_images.SubjectImages"""
+DATA = """ldm.data.mnist.MNIST ldm.data.digits.Digits ldm.data.scenes.Scenes ldm.data.folder.Folder
+ldm.data.shards.Shards ldm.data.hugging_face.HuggingFace ldm.data.emoji.Emoji
+ldm.inference.class_images.SubjectImages"""
 PARTS = """ldm.training.objective.Objective ldm.training.denoising.DenoisingStage
 ldm.diffusion.loss.loss_weight ldm.diffusion.training_noise.training_noise
 ldm.diffusion.schedule.training_timesteps ldm.diffusion.schedule.make_schedule

@@ -6,6 +6,7 @@ ldm evaluate model --split heldout --scale 1.25   # to choose scale and steps by
 ldm evaluate autoencoder --ckpt outputs/autoencoder/model.safetensors
 ldm evaluate model --ckpt runs/folder/diffusion/model.safetensors --dataset images
 ldm evaluate emoji --ckpt runs/emoji/diffusion/model.safetensors --n 100
+ldm evaluate scenes --ckpt runs/scenes/diffusion/model.safetensors --scale 3
 ldm evaluate bits --ckpt runs/pixel/ddpm/model.safetensors --n 100
 ldm evaluate statistics --judge FILE --features FILE    # newly trained ones become those that ship
 ldm evaluate subjects --outdir subjects    # images to try DreamBooth on: one/train, star/heldout ...
@@ -17,6 +18,7 @@ unconditional model it samples as many. With MNIST at hand (--data, LDM_DATA or 
 images for copies, and `autoencoder` measures all test images instead of the 1,000 that ship. On a folder of own images,
 half are the reference and half what real images reach: the Frechet distance is between pixels averaged to 8 x 8.
 `emoji` asks for seen, held-out and rare icons; the judge of these images trains at first, in some five minutes.
+`scenes` asks for seen and for held-out combinations of coloured digits, and needs MNIST.
 `bits` takes its first images, and for a class-conditional model its sub-folders as the classes.
 """
 
@@ -85,6 +87,11 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
             },
         },
     ),
+    "scenes": (
+        "generate scenes of coloured digits for seen and held-out combinations, and judge what is where",
+        "--batch-size --seed --out --image --data --judge",
+        {"--n": {"default": 200, "help": "images of each kind (200)"}},
+    ),
     "bits": (
         "bits per dimension of test images, or of a folder's, under a diffusion model of pixels",
         "--dataset --data --batch-size --seed --device --allow --out",
@@ -140,7 +147,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument(option, **SHARED.get(option, {}) | own.get(option, {}))
         if "--image" in shared:
             command.add_argument("--picture", dest="image", type=Path, help=argparse.SUPPRESS)
-        if name in ("model", "emoji"):
+        if name in ("model", "emoji", "scenes"):
             add_settings(command, *SAMPLING)
             add_model_options(command)
         if name == "model":

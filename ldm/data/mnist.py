@@ -50,15 +50,10 @@ class MNIST(CaptionedDigits):
         pool: int = 1,
         pad: bool = True,
     ):
-        if split not in _FILES:
-            raise ValueError(f"MNIST's split is 'train' or 'test', not {split!r}")
         if pool < 1 or SIDE % pool:
             raise ValueError(f"pool {pool} does not divide MNIST's {SIDE} pixels: use 1, 2, 4, 7 or 14")
         captioner = Captioner(seed, frames, styled, filler)
-        folder = Path(os.environ.get("LDM_DATA", "data") if root is None else root)
-        if download:
-            _download(folder, split)
-        pixels, labels = _read_split(folder / "MNIST" / "raw", _FILES[split])
+        pixels, labels = read_mnist(root, split, download)
         chosen = subset(len(pixels), first, last)
         images = rearrange(torch.from_numpy(pixels[chosen]), "n h w -> n 1 h w")
         padded = F.pad(images, (2, 2, 2, 2))  # n 1 28 28 -> n 1 32 32
@@ -67,9 +62,18 @@ class MNIST(CaptionedDigits):
             self.images = F.avg_pool2d(images.float(), pool).round().to(torch.uint8)  # n 1 28/pool 28/pool
 
 
-def _read_split(raw: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read images uint8 (n, 28, 28) and labels uint8 (n,), writable, and check that they fit each other."""
-    images_path, labels_path = (_find(raw / f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+def read_mnist(root: str | None, split: str, download: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Read images uint8 (n, 28, 28) and labels uint8 (n,), writable, and check that they fit each other.
+
+    Args are as of `MNIST`.
+    """
+    if split not in _FILES:
+        raise ValueError(f"MNIST's split is 'train' or 'test', not {split!r}")
+    folder = Path(os.environ.get("LDM_DATA", "data") if root is None else root)
+    if download:
+        _download(folder, split)
+    prefix = folder / "MNIST" / "raw" / _FILES[split]
+    images_path, labels_path = (_find(Path(f"{prefix}-{kind}-ubyte")) for kind in ("images-idx3", "labels-idx1"))
     images = _read_idx(images_path, _IMAGES_MAGIC)
     labels = _read_idx(labels_path, _LABELS_MAGIC)
     if images.shape[1:] != (SIDE, SIDE):

@@ -16,6 +16,7 @@ from ldm.checkpoint.writing import save_file
 from ldm.data.captions import NUMBER_WORDS
 from ldm.data.emoji import Emoji
 from ldm.data.folder import Folder
+from ldm.data.scenes import CANVAS
 from ldm.evaluation import subjects
 from ldm.evaluation.autoencoder import load_autoencoder, reconstruct
 from ldm.evaluation.datasets import HELD_OUT, find_reference, open_data
@@ -23,17 +24,19 @@ from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure
 from ldm.evaluation.emoji import make_groups, process_seconds, report_emoji, report_first_stage
 from ldm.evaluation.emoji_judge import load_judge
 from ldm.evaluation.likelihood import check_variance, condition_of, measure_bits
-from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of, fingerprint, load_image_network
+from ldm.evaluation.networks import JUDGE, PRETRAINED, Measuring, classify, features_of, fingerprint, load_image_network
 from ldm.evaluation.own_data import Halves, prompts_of, read_for, report_agreement, report_images, report_reconstruction
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
 from ldm.evaluation.report import report_autoencoder, report_model
 from ldm.evaluation.samples import image_sheet, images_by_class, prompts_for, sample_images
+from ldm.evaluation.scenes import measure_scenes
 from ldm.finetune.embedding_files import split_word
 from ldm.finetune.embeddings import apply_embedding
 from ldm.images import image_grid, to_pil
 from ldm.inference.guiders import make_guide
 from ldm.inference.options import load_model, settings_of
 from ldm.inference.run import note_unused_words, unknown_prompts
+from ldm.labels import labelled_rows
 from ldm.loading import SHIPPED
 from ldm.models.classifier import INNER, PADDING, inner
 from ldm.settings import Guidance
@@ -94,6 +97,24 @@ def _guide(model: Any, args: argparse.Namespace, given: dict[str, Any]) -> tuple
     scale = Guidance.classifier_scale if scale is None else scale
     settings = {"classifier": fingerprint(args.classifier), "classifier_scale": scale}
     return {"guide": make_guide(model, classifier=args.classifier, classifier_scale=scale)}, settings
+
+
+def evaluate_scenes(args: argparse.Namespace) -> Result:
+    """Generate scenes for captions of seen and of held-out combinations: the report, and a sheet of each kind."""
+    model, given = load_model(args), _given(args)
+    size = model.image_channels, model.defaults["height"], model.defaults["width"]
+    if size != (3, CANVAS, CANVAS) or model.null != "":
+        raise ValueError(f"the model is not one of scenes: those are texts to colour images of {CANVAS} x {CANVAS}")
+    judge = load_image_network(JUDGE if args.judge is None else args.judge)
+
+    def generate(captions: list[str]) -> torch.Tensor:
+        if args.embedding:
+            note_unused_words(model, captions)
+        return sample_images(model, captions, args.seed, args.batch_size, None, **given)
+
+    report, rows = measure_scenes(generate, args.n, args.data, judge)
+    settings = {"seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given}
+    return {**_head(args, n=args.n), "settings": settings, **report}, labelled_rows(rows, side=128)
 
 
 def evaluate_autoencoder(args: argparse.Namespace) -> Result:
@@ -286,6 +307,7 @@ def _head(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "model": evaluate_model,
+    "scenes": evaluate_scenes,
     "autoencoder": evaluate_autoencoder,
     "emoji": evaluate_emoji,
     "bits": evaluate_bits,
