@@ -11,11 +11,14 @@ import pytest
 import torch
 from conftest import refused
 
+import ldm
+from ldm.commands.train import main as train
 from ldm.data import emoji, emoji_captions
 from ldm.data.emoji import Emoji, read_package, render_icons, split_icons
 from ldm.data.emoji_captions import EMOJI_FRAMES, STYLES, TONES, choose_wording, read_names, say
 from ldm.training.clip import CLIPStage
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "emoji"
 TONED = {"light": "#f7dece", "medium-dark": "#9c643d", "dark": "#613d30"}
 
 
@@ -258,6 +261,17 @@ def test_mistakes_are_named(root, held_out, tmp_path):
     refused("the package 'fluent-emoji-flat' in", Emoji, str(root))
     icon = read_package(root, "noto", "detailed")[0]
     refused("resvg cannot render detailed 'red-apple'", render_icons, [icon._replace(body="<g")], 16, 1.0, None)
+
+
+@pytest.mark.full
+def test_the_three_stages_train_on_a_dozen_icons(root, held_out, tmp_path):
+    """The configurations of the model that ships, as they are but for their length."""
+    held_out("noto:keycap-4", "fluent-emoji-flat:red-apple")
+    configs = [str(CONFIGS / f"{stage}.yaml") for stage in ("autoencoder", "clip", "diffusion")]
+    short = ["loop.steps=1", "loop.batch_size=4", "loop.lr_schedule.warmup=0", f"data.params.root={root}"]
+    train([*configs, f"outdir={tmp_path / 'run'}", *short, "--device", "cpu"])
+    model = ldm.load(tmp_path / "run" / "diffusion", device="cpu")
+    assert model.generate(["a flat emoji of a red apple"], steps=2)[0].size == (64, 64)
 
 
 @pytest.mark.skipif("LDM_EMOJI" not in os.environ, reason="needs the two packages: set LDM_EMOJI to their folder")
