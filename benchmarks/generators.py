@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ldm.evaluation.networks import Measuring, classify, features_of
 from ldm.evaluation.reference import Reference
-from ldm.evaluation.report import report_distribution
+from ldm.evaluation.report import report_distribution, report_model
+from ldm.evaluation.samples import sample_images
 from ldm.generation import plan_sampling
 
 
@@ -16,6 +17,25 @@ def evaluations(model: Any, **settings: Any) -> int:
     """Return how often the network is evaluated for an image, by the settings of `plan_sampling`."""
     row, sigmas = plan_sampling(model, **settings)
     return sum(row.evaluations(sigmas))
+
+
+def measure_prompts(
+    model: Any, n: int, reference: Reference, networks: Measuring, batch_size: int, **settings: Any
+) -> dict[str, Any]:
+    """Generate n captions of the reference with these settings; return a row of what `evaluate.py model` reports."""
+    start, captions = time.perf_counter(), reference.captions(n, "train")
+    images = sample_images(model, [caption.text for caption in captions], 0, batch_size, **settings)
+    seconds = time.perf_counter() - start
+    report = report_model(images, captions, "train", reference, networks, None)
+    return {
+        "accuracy": report["prompt_accuracy"]["accuracy"],
+        "ratio": report["frechet"]["ratio"],
+        "recall": report["precision_recall"]["recall"],
+        "precision": report["precision_recall"]["precision"],
+        "diversity": report["diversity"]["ratio"],
+        "n": n,
+        "seconds": seconds,
+    }
 
 
 def measure(

@@ -8,7 +8,6 @@ has already are kept, so an interrupted run continues.
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,12 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compare_samplers(args: argparse.Namespace) -> list[dict]:
     """Measure what the output file does not have yet, adding a row to it each time; return all its rows."""
-    from benchmarks.generators import evaluations
+    from benchmarks.generators import evaluations, measure_prompts
     from ldm.diffusion.sampling import SAMPLERS, get_sampler
     from ldm.evaluation.datasets import find_reference
     from ldm.evaluation.networks import Measuring
-    from ldm.evaluation.report import report_model
-    from ldm.evaluation.samples import sample_images
 
     rows = read_rows(args.out)
     if any(row["n"] != args.n for row in rows):
@@ -58,24 +55,10 @@ def compare_samplers(args: argparse.Namespace) -> list[dict]:
         get_sampler(name)  # an unknown name is an error before anything is generated
     model, networks = load_model(args), Measuring.load()
     reference, _ = find_reference("mnist", "heldout", args.data, networks, args.n)
-    captions = reference.captions(args.n, "train")
     for steps, name in wanted:
-        start = time.perf_counter()
-        images = sample_images(model, [c.text for c in captions], 0, args.batch_size, sampler=name, steps=steps)
-        seconds = time.perf_counter() - start
-        report = report_model(images, captions, "train", reference, networks, None)
-        found = {
-            "sampler": name,
-            "steps": steps,
-            "evaluations": evaluations(model, sampler=name, steps=steps),
-            "accuracy": report["prompt_accuracy"]["accuracy"],
-            "ratio": report["frechet"]["ratio"],
-            "recall": report["precision_recall"]["recall"],
-            "diversity": report["diversity"]["ratio"],
-            "n": args.n,
-            "seconds": seconds,
-        }
-        add_row(args.out, rows, found)
+        settings = {"sampler": name, "steps": steps}
+        found = measure_prompts(model, args.n, reference, networks, args.batch_size, **settings)
+        add_row(args.out, rows, {**settings, "evaluations": evaluations(model, **settings), **found})
     return rows
 
 

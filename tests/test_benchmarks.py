@@ -9,7 +9,7 @@ from conftest import refused
 from meta_models import TINY_1
 
 import ldm
-from benchmarks import common, data, generators, loading, samplers, training, trilemma
+from benchmarks import common, data, generators, guidance, loading, samplers, training, trilemma
 from ldm.checkpoint.compvis import single_file
 from ldm.checkpoint.diffusers_config import unet_levels
 from ldm.checkpoint.diffusers_names import unet_to_diffusers
@@ -75,6 +75,7 @@ def test_what_cannot_be_compared_is_said_before_any_work(files, tmp_path):
     refused(f"{folder} is a folder", loading.main, ["--ckpt", str(folder)])
     out = ["--out", str(tmp_path / "rows.jsonl")]
     refused("rows.jsonl has rows of 100 images each", samplers.main, out)
+    refused("rows.jsonl has rows of 100 images each", guidance.main, out)
     refused("No such file", samplers.main, ["--out", str(tmp_path / "none" / "rows.jsonl")], error=OSError)
 
 
@@ -82,6 +83,7 @@ def test_what_cannot_be_compared_is_said_before_any_work(files, tmp_path):
     ("benchmark", "work", "command"),
     [
         (samplers, "compare_samplers", ["--out={}/rows.jsonl"]),
+        (guidance, "compare_scales", ["--out={}/rows.jsonl"]),
         (trilemma, "compare_generators", ["--ddgan={}", "--ddpm={}"]),
     ],
 )
@@ -110,6 +112,44 @@ def test_sampler_table_and_plot(tmp_path):
     ]
     samplers.plot_samplers(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_guidance_table_and_plot(tmp_path):
+    shares = {"accuracy": 0.995, "precision": 0.9, "recall": 0.8}
+    kinds = [(1.0, guidance.EVERYWHERE), (10.0, guidance.EVERYWHERE), (2.0, guidance.INTERVAL)]
+    rows = [{"scale": scale, "where": where, "ratio": scale, **shares} for scale, where in kinds]
+    assert guidance.guidance_table(rows).splitlines() == [
+        "| scale, where | accuracy | distance / floor | precision | recall |",
+        "|---|---|---|---|---|",
+        "| 1 everywhere | 99.5% | 1.00 | 0.900 | 0.800 |",
+        "| 10 everywhere | 99.5% | 10.00 | 0.900 | 0.800 |",
+        "| 2 in the interval | 99.5% | 2.00 | 0.900 | 0.800 |",
+    ]
+    guidance.plot_guidance(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_guidance_in_an_interval_only(tiny_model, tmp_path, monkeypatch):
+    """Each scale everywhere and in the model's own interval; at scale 1 once; rows that are there are kept."""
+    reference, calls = load_reference(), []
+    monkeypatch.setitem(tiny_model.defaults, "interval", [0.3, 2.5])
+    monkeypatch.setattr(guidance, "load_model", lambda args: tiny_model)
+    monkeypatch.setattr("ldm.evaluation.datasets.find_reference", lambda *args: (reference, None))
+
+    def generate(model, prompts, seed, batch_size, **settings):
+        calls.append((settings["scale"], *settings["interval"]))
+        return reference.images[: len(prompts)]
+
+    monkeypatch.setattr(generators, "sample_images", generate)
+    out = ["--out", str(tmp_path / "rows.jsonl"), "--n=30"]
+    for scales in (["1"], ["1", "3"]):
+        guidance.main([*out, "--scales", *scales])
+    assert calls == [(1, 0, float("inf")), (3, 0, float("inf")), (3, 0.3, 2.5)]
+    rows = common.read_rows(tmp_path / "rows.jsonl")
+    assert [(row["scale"], row["where"]) for row in rows] == [
+        *((1, guidance.EVERYWHERE), (3, guidance.EVERYWHERE), (3, guidance.INTERVAL))
+    ]
+    assert all(0 <= row["accuracy"] <= 1 and row["recall"] > 0.5 for row in rows)
 
 
 def test_trilemma_of_checkpoints(tiny_checkpoint, tmp_path, capsys, monkeypatch):
