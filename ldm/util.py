@@ -231,7 +231,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, leave: bool = False, **o
 
     In a log, such as a file, it is a line now and then, and none where it would vanish before the first.
     """
-    if sys.stderr is sys.__stderr__ and not sys.stderr.isatty():  # not where a notebook or a test has replaced it
+    own = getattr(sys.stderr, "stream", sys.stderr)  # of `ldm.cli.Printable`
+    if own is sys.__stderr__ and not own.isatty():  # not where a notebook or a test has replaced it
         options |= {"file": _Log(), "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
         options |= {} if leave else {"delay": LOG_SECONDS}
     return tqdm(iterable, leave=leave, **{"disable": os.environ.get("RANK", "0") != "0", **options})

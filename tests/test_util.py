@@ -10,6 +10,7 @@ import torch
 from conftest import refused
 
 from ldm import util
+from ldm.cli import Printable
 from ldm.util import call_with, get_obj_from_str, instantiate_from_config, pick_device, pick_dtype
 
 PACKAGE = """
@@ -207,8 +208,8 @@ def test_a_bar_in_a_log_is_a_line_now_and_then(monkeypatch, terminal):
     """And nothing of one that would vanish, unless it lasts. The clock is 1 s further at each look of tqdm's."""
     log = io.StringIO()
     log.isatty = lambda: terminal
-    for name in ("stderr", "__stderr__"):
-        monkeypatch.setattr(sys, name, log)
+    monkeypatch.setattr(sys, "stderr", Printable(log))  # as a command has it
+    monkeypatch.setattr(sys, "__stderr__", log)
     monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)
     for _ in util.progress_bar(range(5), desc="soon gone"):
         pass

@@ -84,6 +84,7 @@ def _try_step(name: str, kind: type, params: Mapping[str, Any], groups: Sequence
     for weight in (p for group in small for p in group["params"]):
         weight.grad = torch.ones_like(weight)
     try:
+        getattr(tried, "train", lambda: None)()  # the mode of those that average
         tried.step()
     except Exception as error:
         text = " ".join(str(error).split())[:300] or "no reason is given"
