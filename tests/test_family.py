@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, randomised, refused
 from PIL import Image
-from script_runs import check_reproduced, load_script, pixels, runner, samples, saved
+from script_runs import ROOT, check_reproduced, load_script, pixels, runner, samples, saved
 from test_spatial import images
 from tiny_stages import UNCONDITIONAL, WITHOUT_POOLED
 from torch.utils.data import Dataset, default_collate
 
 import ldm
+from ldm.checkpoint.writing import save_file
 from ldm.conditioning.layout import LayoutEncoder
 from ldm.conditioning.spatial import SpatialRescaler
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.loop import train as train_run
 from ldm.training.masks import middle_masks, random_masks
 from ldm.training.share import BatchShare
+from ldm.util import instantiate_network
 
 RESCALER = {"n_stages": 2, "in_channels": 3, "out_channels": 2}
 LAYOUT = {"names": ["square", "disc"], "size": 32, "width": 32, "layers": 1, "objects": 2, "places": 17}
@@ -304,3 +306,20 @@ def test_what_the_mask_keeps_stays_to_the_byte(generate, tmp_path):
     files = ["--init-img", saved(tmp_path / "a.png", image), "--mask", saved(tmp_path / "m.png", mask)]
     made = pixels(samples(generate("inpaint", "inpaint", *files))[0])
     assert np.array_equal(made[16:], np.asarray(image)[16:]) and not np.array_equal(made[:16], np.asarray(image)[:16])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/family").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_that_ship_train(path, mnist, tmp_path, monkeypatch):
+    """One step of two images each, on sixteen digits, or scenes of them with an untrained first stage."""
+    monkeypatch.setenv("LDM_DATA", str(mnist))
+    monkeypatch.chdir(ROOT)
+    short = ["loop.steps=1", "loop.batch_size=2", "loop.report_to=none", "stage.params.preview_columns=2"]
+    short += [f"outdir={tmp_path}", "stage.params.defaults.steps=1", "data.params.first=16"]
+    if "Scenes" in path.read_text():
+        first_stage = copy.deepcopy(TINY["first_stage_config"])
+        first_stage["params"]["ddconfig"] |= {"in_channels": 3, "out_ch": 3}
+        save_file(tmp_path / "first_stage", instantiate_network(first_stage).state_dict(), first_stage)
+        short += [f"stage.params.first_stage={tmp_path}/first_stage", "data.params.count=4"]
+    load_script("train").main([str(path), *short, "--device", "cpu"])
+    assert ldm.load(tmp_path / path.stem / "model.safetensors", device="cpu").first_stage_model is not None
