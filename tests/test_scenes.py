@@ -38,7 +38,7 @@ def test_a_scene_follows_from_seed_and_index(make):
     more.set_epoch(1)
     later = more[3]
     assert all(torch.equal(before[key], later[key]) for key in ("image", "boxes", "map"))
-    assert [few.caption(i).text for i in range(5)] != [more.caption(i).text for i in range(5)]
+    assert [few.caption_of(i).text for i in range(5)] != [more.caption_of(i).text for i in range(5)]
     assert torch.equal(few[-2]["image"], before["image"])
     with pytest.raises(IndexError):
         few[5]
@@ -72,7 +72,7 @@ def test_captions_are_true(make):
     """Read back by a grammar of its own, and compared with the boxes."""
     scenes, kinds = make(300), set()
     for index, scene in enumerate(scenes.scenes):
-        caption = scenes.caption(index)
+        caption = scenes.caption_of(index)
         found = re.findall(OBJECT, caption.text)
         assert len(found) == len(scene.objects)
         named = {(digit, colour, size or "medium") for size, colour, digit in found}
@@ -98,7 +98,7 @@ def test_captions_are_true(make):
 def test_words_of_all_captions_are_in_the_texts(make):
     scenes = make(300)
     known = {word for text in scenes.texts() for word in re.findall(r"\w+|,", text)}
-    assert {word for i in range(300) for word in re.findall(r"\w+|,", scenes.caption(i).text)} == known
+    assert {word for i in range(300) for word in re.findall(r"\w+|,", scenes.caption_of(i).text)} == known
 
 
 def test_held_out_combinations_are_never_trained_on_and_their_parts_are(make):
@@ -184,7 +184,7 @@ def shares(scenes: Scenes, changed: Scenes, judge) -> dict[str, float]:
     """What the judge makes of the images of changed scenes for the captions of the others."""
     answers = {}
     for index, (background, found) in enumerate(judge_scenes(rendered(changed), judge)):
-        for name, right in score_scene(scenes.scenes[index], scenes.caption(index), background, found).items():
+        for name, right in score_scene(scenes.scenes[index], scenes.caption_of(index), background, found).items():
             answers[name] = answers.get(name, []) + right
     return {name: np.mean(right) for name, right in answers.items()}
 

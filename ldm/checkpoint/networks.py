@@ -32,6 +32,7 @@ BUILT_IN = {
     **{"ldm.models.identity": "IdentityFirstStage", "ldm.models.classifier": "Judge FeatureNetwork"},
     **{"ldm.models.image_encoder": "ImageEncoder"},
     **{"ldm.conditioning.text": "TextEncoder", "ldm.conditioning.bert": "BERTEncoder"},
+    **{"ldm.conditioning.word_sum": "WordSum"},
     **{"ldm.conditioning.classes": "ClassEmbedder ClassLabels", "ldm.conditioning.layout": "LayoutEncoder"},
     **{"ldm.conditioning.spatial": "SpatialRescaler ConcatImage", "ldm.optional.simple_unet": "SimpleUNet"},
     **{

@@ -6,7 +6,7 @@ ldm evaluate model --split heldout --scale 1.25   # to choose scale and steps by
 ldm evaluate autoencoder --ckpt outputs/autoencoder/model.safetensors
 ldm evaluate model --ckpt runs/folder/diffusion/model.safetensors --dataset images
 ldm evaluate emoji --ckpt runs/emoji/diffusion/model.safetensors --n 100
-ldm evaluate scenes --ckpt runs/scenes/diffusion/model.safetensors --scale 3
+ldm evaluate scenes --ckpt runs/scenes/joint/model.safetensors --scale 3
 ldm evaluate bits --ckpt runs/pixel/ddpm/model.safetensors --n 100
 ldm evaluate statistics --judge FILE --features FILE    # newly trained ones become those that ship
 ldm evaluate subjects --outdir subjects    # images to try DreamBooth on: one/train, star/heldout ...

@@ -1,7 +1,7 @@
 """Encode prompts with a BERT-style transformer, as in latent diffusion's own text-to-image model (Rombach et al. 2022,
 section 4.3.1); and BERT's tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,15 @@ def read_vocab(path: str | Path) -> list[str]:
     return vocab
 
 
+def vocabulary_of(texts: Iterable[str]) -> list[str]:
+    """Return a vocabulary of BERT's special tokens and the words of texts, which are split as `WordPiece` does."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    clean, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    cleaned = [clean.normalize_str(without_surrogates(text)) for text in texts]
+    return [*BERT_SPECIAL, *sorted({word for text in cleaned for word, _ in split.pre_tokenize_str(text)})]
+
+
 class WordPiece:
     """BERT's uncased tokenizer: prompts to token ids (b, max_length), framed by [CLS] and [SEP], then [PAD].
 
@@ -57,28 +66,19 @@ class WordPiece:
         return torch.tensor([row.ids for row in rows], dtype=torch.long).view(-1, self.max_length)
 
 
-class BERTEncoder(nn.Module):
-    """Tokenizer and BERT-style transformer; parameters `transformer.*`.
+class WordPieceEncoder(nn.Module):
+    """What encoders of `WordPiece`'s tokens share; a subclass has `encode`.
 
     Args:
-        n_embed: features d per token.
-        n_layer: number of blocks.
         max_seq_len: tokens per prompt.
         vocab: the tokenizer's tokens (`read_vocab`). None: prompts must be token ids, or empty where vocab_size is that
-            of bert-base-uncased, whose ids are known.
+            of bert-base-uncased, whose ids are known. A stage that trains the encoder gives it the words of its
+            captions.
     """
 
     reads = "caption"  # which part of a data set's sample it encodes
 
-    def __init__(
-        self,
-        n_embed: Width,
-        n_layer: Count,
-        vocab_size: Entries = BERT_TOKENS,
-        max_seq_len: Width = 77,
-        vocab: Sequence[str] | None = None,
-        embedding_dropout: Probability = 0.0,
-    ) -> None:
+    def __init__(self, vocab_size: int, max_seq_len: int, vocab: Sequence[str] | None) -> None:
         super().__init__()
         if vocab is not None and len(vocab) != vocab_size:
             raise ValueError(f"the vocabulary has {len(vocab)} tokens and the model {vocab_size}; they must be equal")
@@ -86,17 +86,14 @@ class BERTEncoder(nn.Module):
         self.max_seq_len = max_seq_len
         self.tokenizer = None if vocab is None else WordPiece(vocab, max_seq_len)
         self.null = "" if vocab is not None or vocab_size == BERT_TOKENS else None  # the null condition
-        self.transformer = TransformerWrapper(vocab_size, max_seq_len, Encoder(n_embed, n_layer), embedding_dropout)
 
     def forward(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> dict[str, Tensor]:
         """Return {"c_crossattn": encode(prompts)}."""
         return {"c_crossattn": self.encode(prompts)}
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Encode prompts, or their tokens int64 (b, n), as normed embeddings (b, n, d); equal prompts once."""
-        tokens, which = torch.unique(self.tokens(prompts), dim=0, return_inverse=True)
-        device = self.transformer.token_emb.weight.device
-        return self.transformer(tokens.to(device), return_embeddings=True)[which.to(device)]
+        """Encode prompts, or their tokens int64 (b, n), as vectors for cross-attention (b, m, d)."""
+        raise NotImplementedError
 
     def tokens(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
         """Return the token ids int64 (b, n) of prompts; given ids are only checked."""
@@ -134,6 +131,35 @@ class BERTEncoder(nn.Module):
             )
         row = [BERT_CLS, BERT_SEP, *[BERT_PAD] * (self.max_seq_len - 2)]
         return torch.tensor([row]).expand(len(prompts), -1)
+
+
+class BERTEncoder(WordPieceEncoder):
+    """Tokenizer and BERT-style transformer; parameters `transformer.*`.
+
+    Args:
+        n_embed: features d per token.
+        n_layer: number of blocks.
+        vocab_size, max_seq_len, vocab: of `WordPieceEncoder`.
+    """
+
+    def __init__(
+        self,
+        n_embed: Width,
+        n_layer: Count,
+        vocab_size: Entries = BERT_TOKENS,
+        max_seq_len: Width = 77,
+        vocab: Sequence[str] | None = None,
+        embedding_dropout: Probability = 0.0,
+    ) -> None:
+        super().__init__(vocab_size, max_seq_len, vocab)
+        self.transformer = TransformerWrapper(vocab_size, max_seq_len, Encoder(n_embed, n_layer), embedding_dropout)
+        self.transformer.to_logits.requires_grad_(False)  # not used: several processes expect gradients of all others
+
+    def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Encode prompts, or their tokens int64 (b, n), as normed embeddings (b, n, d); equal prompts once."""
+        tokens, which = torch.unique(self.tokens(prompts), dim=0, return_inverse=True)
+        device = self.transformer.token_emb.weight.device
+        return self.transformer(tokens.to(device), return_embeddings=True)[which.to(device)]
 
 
 def _require_special(vocab: Sequence[str]) -> None:

@@ -85,7 +85,7 @@ class Scenes(Dataset):
         boxes    int64 (3, 5): left, top, right, bottom in pixels, and the digit, of each object; rows of -1 for none
         map      int64 (64, 64): 0 for the background, else 1 + 10 * colour + digit
 
-    `scenes` are all of them, `caption(index)` is a `SceneCaption`.
+    `scenes` are all of them, `caption_of(index)` is a `SceneCaption`.
 
     Args:
         count: number of scenes.
@@ -129,7 +129,7 @@ class Scenes(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def caption(self, index: int) -> SceneCaption:
+    def caption_of(self, index: int) -> SceneCaption:
         """Return the caption of a scene in this epoch."""
         return describe_scene(self.scenes[index], random.Random(f"{self.seed} {self.epoch} {index} caption").random)
 
@@ -150,13 +150,13 @@ class Scenes(Dataset):
             glyph = glyph.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
             share = np.asarray(glyph, np.float32)[..., None] / 255  # (h, w, 1)
             part = canvas[top:bottom, left:right]
-            part += share * (np.float32(PALETTE[_NAMES["colour"][one.colour]]) - part)
+            part += share * (np.array(PALETTE[_NAMES["colour"][one.colour]], np.float32) - part)
             classes[top:bottom, left:right][share[..., 0] > 0.5] = 1 + 10 * one.colour + one.digit
         return canvas.round().astype(np.uint8), classes
 
     def without_image(self, index: int) -> dict[str, Any]:
         """Return a sample without its image."""
-        sample: dict[str, Any] = {"caption": self.caption(index).text} if "caption" in self.reads else {}
+        sample: dict[str, Any] = {"caption": self.caption_of(index).text} if "caption" in self.reads else {}
         if "boxes" in self.reads:
             objects = self.scenes[index].objects
             rows = [[*one.box, one.digit] for one in objects] + [[-1] * 5] * (MOST_OBJECTS - len(objects))
@@ -268,7 +268,7 @@ def _crops(digits: np.ndarray) -> list[tuple[int, int, int, int]]:
     """Return (left, top, right, bottom) of the ink in uint8 images (n, 28, 28)."""
     edges = []
     for axis in (1, 2):  # columns, rows
-        ink = (digits > _INK).any(axis)  # (n, 28)
+        ink: np.ndarray = np.any(digits > _INK, axis=axis)  # (n, 28)
         edges.append((ink.argmax(1), ink.shape[1] - ink[:, ::-1].argmax(1)))
     (left, right), (top, bottom) = edges
     return [*zip(left.tolist(), top.tolist(), right.tolist(), bottom.tolist(), strict=True)]

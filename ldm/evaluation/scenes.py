@@ -76,9 +76,9 @@ def score_scene(
     if caption.places:
         right["places"] = [one.digit in by_digit and _cell(by_digit[one.digit]) == one.place for one in scene.objects]
     elif caption.relation is not None:
-        first, words, second = caption.relation
-        pair = [by_digit.get(scene.objects[i].digit) for i in (first, second)]
-        right["places"] = [None not in pair and _holds(RELATIONS[words], *pair)]
+        step = RELATIONS[caption.relation[1]]
+        first, second = (by_digit.get(scene.objects[i].digit) for i in caption.relation[::2])
+        right["places"] = [first is not None and second is not None and _holds(step, first, second)]
     stated = [bound, *(right[name] for name in ("sizes", "places", "backgrounds"))]
     right["scenes"] = [all(map(all, stated)) and len(found) == len(scene.objects)]
     return right
@@ -99,7 +99,7 @@ def measure_scenes(
     report, rows = {}, []
     for kind in get_args(Combinations):
         scenes = Scenes(count, kind, root=root, split="test", seed=TEST_SEED)
-        captions = [scenes.caption(i).text for i in range(count)]
+        captions = [scenes.caption_of(i).text for i in range(count)]
         made = generate(captions)
         real = torch.from_numpy(np.stack([scenes.render(i)[0] for i in range(count)])).permute(0, 3, 1, 2)
         report[kind] = {"generated": report_scenes(made, scenes, judge), "real": report_scenes(real, scenes, judge)}
@@ -112,7 +112,7 @@ def report_scenes(images: Tensor, scenes: Scenes, judge: nn.Module) -> dict[str,
     """Return the `accuracy` of each question over uint8 images (n, 3, 64, 64) of the first n captions of `Scenes`."""
     answers: dict[str, list[bool]] = {}
     for index, (background, found) in enumerate(judge_scenes(images, judge)):
-        scores = score_scene(scenes.scenes[index], scenes.caption(index), background, found)
+        scores = score_scene(scenes.scenes[index], scenes.caption_of(index), background, found)
         for name, right in scores.items():
             answers.setdefault(name, []).extend(right)
     return {name: accuracy(right) for name, right in answers.items()}

@@ -101,6 +101,16 @@ def train_conditioner(stage: "DenoisingStage") -> None:
         stage.networks["cond_stage"] = conditioner
 
 
+def take_names(stage: "DenoisingStage", dataset: Any) -> None:
+    """Build a stage's conditioner on what the data set names: its classes, or the words of its captions."""
+    if "label" in stage.reads:
+        take_classes(stage, dataset)
+    if "caption" in stage.reads and stage.latent_diffusion.tokenizer is None:
+        from ldm.training.vocabulary import take_words  # only where a text encoder trains
+
+        take_words(stage, dataset)
+
+
 def take_classes(stage: "DenoisingStage", dataset: Any) -> None:
     """Build a stage's conditioner for the classes of the data set, whose names a checkpoint then has.
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.conditions import batch_condition, dropout_of, read_by, shown_prompts, take_classes, train_conditioner
+from ldm.training.conditions import batch_condition, dropout_of, read_by, shown_prompts, take_names, train_conditioner
 from ldm.training.denoising import DenoisingStage
 from ldm.training.frozen import RecentTexts, read_first_stage, read_text_stage
 from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
@@ -32,7 +32,8 @@ class DiffusionStage(DenoisingStage):
         first_stage: checkpoint of the autoencoder, or any file or folder that has one, such as Stable Diffusion's.
         cond_stage: checkpoint of the text encoder, or the folder of a CLIP as transformers saves it; or `{"target",
             "params"}` of a conditioner to train, of classes without `n_classes` where the data set names them, as the
-            sub-folders of a `Folder` do; or None for an unconditional model.
+            sub-folders of a `Folder` do, of text without `vocab`, for the words of the captions; or None for an
+            unconditional model.
         concat: "latents_mask" or "mask_latents" trains the UNet to inpaint under random masks (`LatentDiffusion`).
         schedule, prediction, defaults: of `LatentDiffusion`.
         pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say; None
@@ -103,8 +104,7 @@ class DiffusionStage(DenoisingStage):
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         self.check_size(dataset)
-        if "label" in self.reads:
-            take_classes(self, dataset)
+        take_names(self, dataset)
         if self.own_previews:
             self.preview_prompts = shown_prompts(self.latent_diffusion, self.preview_columns, dataset)
         if self.cache_latents and getattr(dataset, "augments", False):

@@ -1,0 +1,34 @@
+"""Encode prompts by a sum of one vector per word: the baseline that knows their words and not the order of these."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ldm.checks import Entries, Width
+from ldm.conditioning.bert import BERT_PAD, BERT_TOKENS, WordPieceEncoder
+
+
+class WordSum(WordPieceEncoder):
+    """Tokenizer and the sum of its tokens' embeddings, normed: what binds a colour to a thing is lost.
+
+    Args:
+        n_embed: features d.
+        vocab_size, max_seq_len, vocab: of `WordPieceEncoder`.
+    """
+
+    def __init__(
+        self,
+        n_embed: Width,
+        vocab_size: Entries = BERT_TOKENS,
+        max_seq_len: Width = 77,
+        vocab: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(vocab_size, max_seq_len, vocab)
+        pad = BERT_PAD if vocab is None else vocab.index("[PAD]")
+        self.token_emb = nn.Embedding(vocab_size, n_embed, padding_idx=pad)  # a zero, which does not train
+        self.norm = nn.LayerNorm(n_embed)
+
+    def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Encode prompts, or their tokens int64 (b, n), as one vector each, (b, 1, d)."""
+        tokens = self.tokens(prompts).to(self.token_emb.weight.device).sort(dim=1).values  # sums in one order
+        return self.norm(self.token_emb(tokens).sum(dim=1, keepdim=True))
