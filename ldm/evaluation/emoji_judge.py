@@ -171,7 +171,7 @@ def _loss(judge: EmojiJudge, images: Tensor, data: Emoji, facts: dict[str, Tenso
     Equal captions are positives of each other.
     """
     answers, vectors = judge(images)
-    captions = [data.caption(i).text for i in chosen.tolist()]
+    captions = [data.caption_of(i).text for i in chosen.tolist()]
     cosines = F.normalize(vectors, dim=1) @ judge.texts(captions).T.float()
     logits = judge.log_scale.exp().clamp(max=100) * cosines.float()
     true = torch.tensor([[float(a == b) for b in captions] for a in captions])
