@@ -287,8 +287,8 @@ def render_icons(icons: Sequence[Icon], size: int, scale: float, cache_dir: str 
             raise ValueError(f"resvg cannot render {icon.style} {icon.name!r}: {error}") from None
         pixels[i] = np.asarray(open_pillow(BytesIO(bytes(png))).convert("RGBA").resize((size, size)))
     if cache_dir is not None:
-        with atomic(path, pixels.nbytes) as temporary, open(temporary, "wb") as file:
-            np.save(file, pixels)
+        with atomic(path, pixels.nbytes) as temporary, open(temporary, "wb") as temporary_file:
+            np.save(temporary_file, pixels)
     return pixels
 
 
