@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which images are computed
 MOST_FOLDERS = 256  # in a path: each that is missing is made by a recursion
 ECHOED = 200  # characters of a value that a message repeats
+SHIPPED_MODELS = ("digits",)  # in ldm/pretrained; a name is also the path of a checkpoint
 
 
 class Range(NamedTuple):
@@ -130,6 +131,8 @@ def check_file(path: Path, what: str) -> None:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
             fetch = f"fetch it first (hf download {path} --local-dir FOLDER) and give that folder"
             hint = f"; if it is a name on the Hugging Face hub: nothing is downloaded here, so {fetch}"
+        elif re.fullmatch(r"[\w-]+", str(path)):
+            hint = f"; the models that ship: {few(SHIPPED_MODELS)}"
         raise FileNotFoundError(f"{what} {str(path)!r} does not exist{hint}")
     if not path.is_file():
         raise ValueError(f"{what} {str(path)!r} is a device or a pipe, not a file: save what it gives in a file first")

@@ -22,7 +22,7 @@ from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype
 
-SHIPPED = Path(__file__).parent / "pretrained" / "digits.safetensors"
+SHIPPED = networks.PRETRAINED / "digits.safetensors"
 MODEL_FORMATS = ("ldm", "compvis", "diffusers")
 # What a file of one network holds, by its target, and by which option it is loaded beside a model.
 PART_OF = {
@@ -53,8 +53,8 @@ def load(
     """Load the model of a checkpoint; without a path, the digits model that ships with the package.
 
     Args:
-        path: a checkpoint of ours, the folder of a run, a single file of CompVis's kind (.safetensors or .ckpt; nothing
-            in it is executed), or a folder of diffusers. `model.notes` says what was recognised and what was assumed.
+        path: a checkpoint of ours, the name of one that ships, a run's folder, a single file of CompVis's kind
+            (.safetensors or .ckpt; nothing in it is executed) or a diffusers folder. `model.notes`: what was assumed.
         device, dtype: where the weights go, and as what ("fp16", say; None: as the file has them). On the CPU, in the
             file's own dtype, they stay mapped: they take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.

@@ -122,6 +122,15 @@ def test_what_could_not_be_loaded_is_not_written(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_that_ship_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("digits").path == load().path == ldm.loading.SHIPPED
+    hint = "^checkpoint 'digit' does not exist; the models that ship: digits$"
+    refused(hint, load, "digit", error=FileNotFoundError)
+    (tmp_path / "digits").write_text("of one's own")
+    refused("checkpoint 'digits' ", load, "digits")  # a file of that name comes first
+
+
 def test_a_wrong_part_is_named_by_its_own_file(model, tiny_checkpoint, tmp_path):
     judge = ldm.loading.SHIPPED.with_name("judge.safetensors")
     refused("judge.safetensors' holds a ldm.models.classifier.Judge, .* a model's unet", load, unet=judge)

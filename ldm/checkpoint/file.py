@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.checkpoint.networks import check_targets
+from ldm.checkpoint.networks import check_targets, shipped
 from ldm.checkpoint.tensors import check_finite, read_tensors
 from ldm.checks import as_path, check_file, shorten
 
@@ -41,7 +41,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def checkpoint_at(path: str | Path, what: str = "checkpoint") -> Path:
     """Return the path of a checkpoint: of a run's folder the newest one in it, of anything else the path itself."""
-    path = as_path(what, path)
+    path = shipped(as_path(what, path))
     if not (path / "config.yaml").is_file() or (path / "model_index.json").exists():  # the latter: diffusers'
         return path
     newest = newest_checkpoint(path)

@@ -1,15 +1,18 @@
 """The networks that a checkpoint is made of: the classes that its configuration names, the prefixes of its weights."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ldm.checkpoint.tensors import State
-from ldm.checks import shorten
+from ldm.checks import SHIPPED_MODELS, shorten
 from ldm.util import ALLOWED, allowed_packages, get_obj_from_str
 
 Config = dict[str, Any]
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 MODEL_TARGET = "ldm.latent_diffusion.LatentDiffusion"
 UNET_TARGET = "ldm.models.unet.UNetModel"
@@ -60,6 +63,11 @@ class Found(NamedTuple):
     notes: list[str]
     scale_factor: float | None = None  # of a first stage taken from a model or folder that has one
     words: Mapping[str, Tensor] = {}  # vectors of learned words
+
+
+def shipped(path: Path) -> Path:
+    """Return the file of a model that ships if the path is its name, and no file has that name; else the path."""
+    return PRETRAINED / f"{path}.safetensors" if str(path) in SHIPPED_MODELS and not path.exists() else path
 
 
 def check_targets(config: Any) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.networks import PRETRAINED
 from ldm.evaluation.samples import to_unit
 from ldm.loading import load_network
 from ldm.models.classifier import INNER
 
-PRETRAINED = Path(__file__).parent.parent / "pretrained"
 JUDGE, FEATURES = PRETRAINED / "judge.safetensors", PRETRAINED / "features.safetensors"
 
 

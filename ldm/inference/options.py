@@ -169,7 +169,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
     """Add the options of which checkpoint to load, and how. names: others for --ckpt."""
     group.add_argument(
-        "--ckpt", *names, type=Path, metavar="FILE", help="checkpoint, run or diffusers folder (the model that ships)"
+        "--ckpt",
+        *names,
+        type=Path,
+        metavar="FILE",
+        help="checkpoint, run, diffusers folder, or the name of a model that ships (digits)",
     )
     add_loading_options(group)
     group.add_argument(
