@@ -1,4 +1,4 @@
-"""Measuring a model of emoji: the judges on small hand-written SVGs, each figure, and the command."""
+"""Measuring a model of emoji: the judge on small hand-written SVGs, each figure, and the command."""
 
 import json
 from collections import Counter
