@@ -240,9 +240,11 @@ def test_labels_of_near_points_do_not_meet():
 
 def test_data_rates(capsys, monkeypatch):
     monkeypatch.setattr(data, "KINDS", {"small": ((16, 16), "png", 8)})
-    data.main(["--seconds", "0.01", "--workers", "0"])
-    (row,) = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "small" in line]
-    assert len(row) == 4 and all(float(cell.replace(",", "")) > 0 for cell in row)
+    monkeypatch.setattr(data, "ENCODERS", {"folder/autoencoder": 2})
+    data.main(["--seconds", "0.01", "--workers", "0", "--rounds", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "small" in line or "folder" in line]
+    rows = [line.replace(",", "").replace("%", "").split("|")[2:-1] for line in lines]
+    assert [len(row) for row in rows] == [4, 4] and all(float(cell) > 0 for row in rows for cell in row)
 
 
 def test_diffusers_loop_has_the_loss_of_ours():

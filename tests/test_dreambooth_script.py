@@ -189,6 +189,8 @@ def test_damage_bad_captions_and_bad_settings_show_before_the_class_is_drawn(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_while_class_images_are_generated(tiny_checkpoint, subject, tmp_path, monkeypatch, capsys, number):
     """What was generated stays; nothing else does; the same command goes on, with --resume or without."""
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)  # shells let what runs in the background ignore it
     out, save, before = tmp_path / "out", class_images.save_image, signal.getsignal(number)
     saved: list = []
 
