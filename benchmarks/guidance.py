@@ -90,7 +90,7 @@ def plot_guidance(rows: Sequence[dict], path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    left.set_yticks([1, 2, 5, 10, 20], labels=["1", "2", "5", "10", "20"])
+    left.set_yticks([1, 2, 3, 5], labels=["1", "2", "3", "5"])
     left.set_yticks([], minor=True)
     figure.savefig(path, dpi=110)
 
