@@ -42,7 +42,6 @@ OBJECTIVES = {  # each is one change from the first, or two
     "eps, cosine": Change([f"{MODEL}.prediction=eps"]),
     "x0, cosine": Change([f"{MODEL}.prediction=x0"]),
     "flow, flow": Change([f"{MODEL}.prediction=flow", f"{MODEL}.schedule.name=flow"]),  # two: flow matching's
-    "v, flow": Change([f"{MODEL}.schedule.name=flow"]),
     "v, linear": Change([f"{MODEL}.schedule.name=linear"]),
     "v, scaled_linear": Change([f"{MODEL}.schedule.name=scaled_linear"]),
     "v, sigmoid_alphabar": Change([f"{MODEL}.schedule.name=sigmoid_alphabar"]),
