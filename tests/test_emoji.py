@@ -1,9 +1,11 @@
 """The emoji: names, captions, what is held out, drawings and their copies, on a dozen hand-written SVGs."""
 
+import gzip
 import io
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,18 @@ def test_captions_say_what_is_asked_for():
     expected = "a flat drawing of an elf with dark and light skin on an orange background"
     assert say(EMOJI_FRAMES[0], "elf", **full) == expected
     assert say(EMOJI_FRAMES[6], "mage", tones=("light",)) == "mage with light skin"
+    for article in (
+        "an umbrella",
+        "an unamused face",
+        "a unicorn",
+        "a ukulele",
+        "a euro banknote",
+        "a ewe",
+        "a one oclock",
+    ):
+        assert say("{thing}", article.split(" ", 1)[1]) == article
+    for article in "an hourglass done", "a house", "an x ray", "an eight oclock", "grapes", "8":
+        assert say("{thing}", article.removeprefix("an ").removeprefix("a ")) == article
     for frame in EMOJI_FRAMES:
         text = say(frame, "mage", "people", **full)
         assert all(word in text for word in ("mage", "flat", "dark and light skin", "orange"))
@@ -256,11 +270,51 @@ def test_mistakes_are_named(root, held_out, tmp_path):
     refused("split is 'train' or 'held_out', not 'test'", Emoji, str(root), split="test")
     with pytest.raises(FileNotFoundError, match="npm pack @iconify-json/fluent-emoji-flat"):
         Emoji(str(tmp_path / "nowhere"))
-    packed = root / "iconify-json-fluent-emoji-flat-1.2.6.tgz"
-    packed.write_bytes(packed.read_bytes()[:200])
-    refused("the package 'fluent-emoji-flat' in", Emoji, str(root))
     icon = read_package(root, "noto", "detailed")[0]
     refused("resvg cannot render detailed 'red-apple'", render_icons, [icon._replace(body="<g")], 16, 1.0, None)
+
+
+def with_folders(content: bytes) -> bytes:
+    """An archive whose members are folders."""
+    changed = io.BytesIO()
+    with tarfile.open(fileobj=changed, mode="w:gz") as archive:
+        for name in ("icons.json", "metadata.json"):
+            member = tarfile.TarInfo(f"package/{name}")
+            member.type = tarfile.DIRTYPE
+            archive.addfile(member)
+    return changed.getvalue()
+
+
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut off": (lambda content: content[:200], "Compressed file ended"),
+    "no gzip": (gzip.decompress, "Not a gzipped file"),
+    "no tar": (lambda content: gzip.compress(content), "truncated header"),
+    "compressed data": (lambda content: content[:80] + b"\xff" * 9 + content[89:], "while decompressing"),
+    "checksum": (lambda content: content[:-8] + bytes(4) + content[-4:], "CRC check failed"),
+    "no member": (lambda content: gzip.compress(bytes(10240)), "'package/icons.json' not found"),
+    "folders": (with_folders, "icons.json is not a file"),
+    "no JSON": (lambda content: gzip.compress(gzip.decompress(content).replace(b"{", b"[", 1)), "delimiter"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_package_is_named(root, kind):
+    damaged, found = DAMAGE[kind]
+    packed = root / "iconify-json-fluent-emoji-flat-1.2.6.tgz"
+    packed.write_bytes(damaged(packed.read_bytes()))
+    refused(rf"the package 'fluent-emoji-flat' in '.*' is damaged: .*{found}", Emoji, str(root))
+
+
+def test_both_splits_number_things_and_tones_alike(root, held_out):
+    held_out("noto:red-apple", "fluent-emoji-flat:woman-cook-dark")
+    numbers: dict[object, set[object]] = {}
+    for split in ("train", "held_out"):
+        data = Emoji(str(root), split, size=16)
+        for icon, label, tone in zip(data.icons, data.label, data.tones, strict=True):
+            numbers.setdefault(icon.parts.thing, set()).add(label)
+            numbers.setdefault(icon.parts.tones, set()).add((tone, "tone"))
+    assert all(len(found) == 1 for found in numbers.values())
+    assert len({*map(tuple, numbers.values())}) == len(numbers)
 
 
 @pytest.mark.full

@@ -5,12 +5,14 @@ icons are rendered once by resvg (extra `[emoji]`) and kept. `held_out.txt` name
 combinations of role, gender, skin tone and style, whose parts are all seen elsewhere.
 """
 
+import gzip
 import hashlib
 import json
 import os
 import random
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import groupby
@@ -127,8 +129,8 @@ class Emoji(Dataset):
                 made.append(image)
                 self.entries.append((i, background))
         self.images = torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()  # n 3 size size
-        things = sorted({icon.parts.thing for icon in self.icons})
-        tones = sorted({icon.parts.tones for icon in self.icons})
+        things = sorted({icon.parts.thing for icon in everything})  # so that both splits number them alike
+        tones = sorted({icon.parts.tones for icon in everything})
         self.label = [things.index(icon.parts.thing) for icon in self.icons]
         self.tones = [tones.index(icon.parts.tones) for icon in self.icons]
 
@@ -224,21 +226,25 @@ def read_package(root: Path, package: str, style: str) -> list[Icon]:
 
 def _read_json(root: Path, package: str) -> list[dict[str, Any]]:
     """Read icons.json and metadata.json of a package, packed or installed."""
-    names = ("icons.json", "metadata.json")
+    names, found = ("icons.json", "metadata.json"), []
     packed = sorted(root.glob(f"iconify-json-{package}-*.tgz"))
     installed = root / "@iconify-json" / package
     try:
         if packed:
-            with tarfile.open(packed[-1]) as archive:
-                files = [archive.extractfile(f"package/{name}") for name in names]
-                return [json.load(file) for file in files if file is not None]
+            content = BytesIO(gzip.decompress(packed[-1].read_bytes()))  # all of it, so that its checksum is compared
+            with tarfile.open(fileobj=content, mode="r:") as archive:
+                for name in names:
+                    if (file := archive.extractfile(f"package/{name}")) is None:
+                        raise ValueError(f"{name} is not a file")
+                    found.append(json.load(file))
+            return found
         return [json.loads((installed / name).read_text()) for name in names]
     except FileNotFoundError:
         raise FileNotFoundError(
             f"neither {str(root)!r}/iconify-json-{package}-*.tgz nor {str(installed)!r} exists: set LDM_EMOJI or "
             f"data.params.root to their folder, or bring the file into it: npm pack @iconify-json/{package}"
         ) from None
-    except (tarfile.TarError, EOFError, KeyError, ValueError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"the package {package!r} in {str(root)!r} is damaged: {error}") from None
 
 

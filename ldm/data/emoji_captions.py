@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ldm.data.captions import NUMBER_WORDS
+
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 STYLES = {"fluent-emoji-flat": "flat", "noto": "detailed"}  # by the name of the set
 COLOURS = {
@@ -34,7 +36,7 @@ EMOJI_FRAMES = (
     "[{style}: ]{name}[, {tone} skin][, {background} background]",
     "{kind}: {name}[, {tone} skin][, {style}][ on {background}]",
 )
-NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMERALS = (*NUMBER_WORDS, "ten")
 STYLED = 0.75  # share of captions that state the style
 
 _TONE = "(medium-light|medium-dark|light|medium|dark)"
@@ -121,7 +123,8 @@ def say(
     background: str | None = None,
 ) -> str:
     """Fill a frame: say(EMOJI_FRAMES[0], "red apple", style="flat") is "a flat drawing of a red apple"."""
-    article = "" if re.search("s$|^the |^[0-9]", thing) else "an " if thing[0] in "aeio" else "a "
+    vowel = re.match(r"(?!uni|uk|eu|ewe|one\b)[aeiou]|hour|x\b", thing)  # to the ear: a unicorn, an hourglass
+    article = "" if re.search("s$|^the |^[0-9]", thing) else "an " if vowel else "a "
     slots = {"style": style, "tone": " and ".join(tones) or None, "background": background}
     optional = re.compile(r"\[([^]]*\{(style|tone|background)\}[^]]*)\]")
     text = optional.sub(lambda part: "" if slots[part[2]] is None else part[1], frame)
