@@ -15,6 +15,7 @@ from tiny_stages import STAGES, config_of, write_inputs
 import ldm
 from ldm.commands import evaluate, sample, train
 from ldm.data.digits import Digits
+from ldm.models import compiler
 from ldm.training.conditions import drop, shown_classes
 from ldm.training.contract import build_dataset
 from ldm.training.diffusion import DiffusionStage
@@ -50,6 +51,17 @@ def test_the_folders_classes_become_the_models():
     loss.backward()
     assert conditioner.embedding.weight.grad[:2].abs().sum(1).min() > 0
     assert stage.export()[0]["params"]["cond_stage_config"]["params"]["names"] == ["cat", "dog"]
+
+
+def test_compiled_training_takes_any_list_of_labels(monkeypatch):
+    """In more batches than a network is compiled for."""
+    monkeypatch.setattr(compiler, "BACKEND", "eager")
+    stage = stage_of("classes")
+    stage.prepare(build_dataset(stage, config_of("classes")["data"]))
+    latents = {"mean": torch.zeros(16, 4, 8, 8), "std": torch.ones(16, 4, 8, 8)}
+    with compiler.compiled(stage.compiles()):
+        for _ in range(compiler.SHAPES + 6):
+            stage.loss(latents | {"label": torch.randint(2, (16,))})
 
 
 def test_resuming_with_other_images_is_noted_and_with_other_classes_refused(tmp_path, capsys):

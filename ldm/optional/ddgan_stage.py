@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.checks import Betas, Count, Probability, Rate
@@ -14,6 +14,7 @@ from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
 from ldm.optional.ddgan import Discriminator, q_pair, r1_penalty
 from ldm.optional.denoising_gan import DenoisingGAN
+from ldm.training.conditions import try_condition
 from ldm.training.optimizers import make_optimizer
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.stage import Loss, Stage
@@ -82,7 +83,8 @@ class DenoisingGANStage(PixelDiffusionStage):
     def _check(self) -> None:
         if not isinstance(self.latent_diffusion, DenoisingGAN):
             raise ValueError(f"{self.latent_diffusion.target} has no latent generator: use {DenoisingGAN.target}")
-        if "c_crossattn" in self.dummy_conditioning():  # where the generator's latent goes
+        # cross-attention is where the generator's latent goes
+        if "c_crossattn" in try_condition(self.latent_diffusion, self.preview_prompts):
             raise ValueError("a generator embeds the classes itself: use ldm.conditioning.classes.ClassLabels")
         super()._check()
 
@@ -90,14 +92,12 @@ class DenoisingGANStage(PixelDiffusionStage):
         """Raise ValueError if the discriminator does not fit the images or classes."""
         model = self.latent_diffusion
         x = torch.zeros(1, *model.latent_size(model.defaults["height"], model.defaults["width"]))
+        y = try_condition(model, self.preview_prompts).get("c_adm")
         try:
             with torch.no_grad():
-                self.discriminator(x, x, torch.zeros(1), y=self.dummy_conditioning().get("c_adm"))
+                self.discriminator(x, x, torch.zeros(1), y=y)
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"the discriminator does not fit {tuple(x.shape[1:])} or its classes: {error}") from None
-
-    def compiles(self) -> list[nn.Module]:
-        return [self.model]  # R1 has gradients of gradients, which torch does not compile
 
     def optimizers(self) -> list[Optimizer]:
         networks = zip(self.networks.values(), self.rates, strict=True)

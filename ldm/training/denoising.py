@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.diffusion.schedule import Schedule
 from ldm.generation import check_defaults
@@ -55,7 +55,7 @@ class DenoisingStage(Stage):
         self.train(False)  # batch statistics need more than one image
         try:
             with torch.no_grad(), checked_output(unet, size[0]):
-                model.denoiser([0])(torch.zeros(1, *size), 1.0, self.dummy_conditioning())
+                model.denoiser([0])(torch.zeros(1, *size), 1.0, try_condition(model, self.preview_prompts))
         except (RuntimeError, AssertionError, IndexError) as error:
             raise ValueError(
                 f"the network does not fit latents {size} or the conditioner's widths (a UNet's context_dim, "
@@ -63,9 +63,10 @@ class DenoisingStage(Stage):
             ) from None
         warn_nonzero_terminal_snr(model.schedule)
 
-    def dummy_conditioning(self) -> Conditioning:
-        """Return conditioning of one image to try a network with."""
-        return try_condition(self.latent_diffusion, self.preview_prompts)
+    def compiles(self) -> list[nn.Module]:
+        # not a conditioner, which would be compiled anew for each list of labels, nor what judges a network's output:
+        # R1 has gradients of gradients, which torch does not compile
+        return [self.model]
 
     def check_size(self, dataset: Any) -> None:
         """Raise ValueError for images of another size than the model's own, or, in buckets, of one it cannot make."""
