@@ -1,10 +1,12 @@
 """Text encoders that train with the UNet take the words of the data set's captions, and a checkpoint has them."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, refused
+from tiny_stages import config_of, write_inputs
 
 import ldm
 from ldm.checkpoint.writing import save_file
@@ -12,6 +14,7 @@ from ldm.conditioning.bert import BERT_SPECIAL, vocabulary_of
 from ldm.conditioning.word_sum import WordSum
 from ldm.data.digits import Digits
 from ldm.training.diffusion import DiffusionStage
+from ldm.training.loop import train
 
 UNET = copy.deepcopy(TINY["unet_config"])
 UNET["params"] = {k: v for k, v in UNET["params"].items() if k not in ("num_classes", "adm_in_channels")}
@@ -74,3 +77,29 @@ def test_an_own_vocabulary_stays(tiny_parts):
     stage.prepare(Digits(first=8))
     assert stage.latent_diffusion.cond_stage_config["params"]["vocab"] == words
     refused("has 7 tokens and the model 8", WordSum, 16, 8, 12, words)
+
+
+@pytest.mark.parametrize("name", ["clip", "classes"])
+def test_a_run_is_not_resumed_with_captions_of_other_words(name, tmp_path, monkeypatch, capsys):
+    """Where a text encoder is built on the words of the captions, alone or with a UNet."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    config = config_of(name)
+    config["data"] = {"target": "ldm.data.folder.Folder", "params": {"root": "instance", "size": 32, "channels": 1}}
+    if name == "classes":
+        target, params = "ldm.conditioning.word_sum.WordSum", {"n_embed": 32, "max_seq_len": 8}
+        config["stage"]["params"]["cond_stage"] = {"target": target, "params": params}
+
+    def resume(words: str, steps: int) -> None:
+        for i, word in enumerate(words.split()):
+            Path(f"instance/{i}.txt").write_text(word)
+        train(config | {"loop": config["loop"] | {"steps": steps}}, resume=steps > 2, device="cpu")
+
+    resume("five two red", 2)
+    refused("was started with captions of other words", resume, "five two blue", 3)
+    resume("red five two", 3)
+    state = torch.load(path := tmp_path / "out" / name / "resume.pt", weights_only=True)
+    del state["data"]["words"]  # as before they were remembered
+    torch.save(state, path)
+    resume("red five two", 4)
+    assert "other images" not in capsys.readouterr().err

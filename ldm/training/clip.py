@@ -69,7 +69,7 @@ class CLIPStage(Stage):
         from open_clip import CLIP
 
         self.side = self.vision["image_size"] = square_side(dataset, **self.vision)
-        merges = reduce(dataset.texts(), self.merges_first, cleaning="openclip")
+        self.vocabulary = merges = reduce(dataset.texts(), self.merges_first, cleaning="openclip")
         vocab_size = 512 + len(merges) + 2
         # Exported in the end; its tower has the same parameters as the text half of the CLIP that trains.
         self.params: dict[str, Any] = {

@@ -134,20 +134,27 @@ def square_side(dataset: Any, image_size: int | None = None, patch_size: int = 1
     return size
 
 
-def content_of(dataset: Any) -> dict[str, Any]:
-    """Return what a run remembers of its images, for `compare_content`: their number, files by name, and classes."""
+def content_of(dataset: Any, words: Sequence[str]) -> dict[str, Any]:
+    """Return what a run remembers of its images, for `compare_content`: number, files by name, classes, and words."""
     names = "/".join(path.name for path in getattr(dataset, "paths", ()))  # not their folder, which may be moved
     # names of a folder's; DreamBooth's are data sets
     classes = [str(one) for one in getattr(dataset, "classes", ()) if isinstance(one, str | int)]
-    return {"images": len(dataset), "names": crc32(names.encode(errors="surrogateescape")), "classes": classes}
+    sums = {"names": crc32(names.encode(errors="surrogateescape")), "words": crc32("\n".join(words).encode())}
+    return {"images": len(dataset), "classes": classes, **sums}
 
 
 def compare_content(before: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
-    """Print a note if a resumed run has other images than it began with, and raise ValueError for other classes."""
+    """Print a note if a resumed run has other images than it began with; ValueError for other classes or words."""
+    before = {"words": now["words"], **before}  # of before they were remembered
     if before["classes"] != now["classes"]:
         raise ValueError(
             f"{str(folder.path)!r} was started with the classes {few(before['classes'])} and the data has "
             f"{few(now['classes'])} now: resume with those, or choose another output folder"
+        )
+    if before["words"] != now["words"]:
+        raise ValueError(
+            f"{str(folder.path)!r} was started with captions of other words, by which its text encoder was built: "
+            "resume with those, or choose another output folder"
         )
     if before != now and folder.writes:
         counts = f"{before['images']} when it was started, {now['images']} now"

@@ -194,7 +194,7 @@ def build_run(
     parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     trains = model, optimizers, rates, average, profiles, order, parts
-    content, metrics = content_of(images), Metrics(name, folder, trained, stage.share)
+    content, metrics = content_of(images, stage.vocabulary), Metrics(name, folder, trained, stage.share)
     data = images, held_out, dataset, content
     return Training(settings, accelerator, folder, stage, *data, measurements, *trains, metrics)
 

@@ -37,6 +37,7 @@ class Stage:
     workers = 0  # processes that load data, which the loop sets
     cache_dir: str | None = None  # where `prepare` keeps what it makes, for other runs
     validation_batch: ClassVar[int | None] = None  # images that a value of `validate` depends on; None: itself only
+    vocabulary: Sequence[str] = ()  # that `prepare` takes from the captions, and the networks' weights belong to
     rehearses: ClassVar[bool] = True  # whether it can be tried on two images: not where a model is loaded to be tuned
 
     def __init__(self, preview_columns: int, **adam: Any) -> None:

@@ -17,7 +17,7 @@ def take_words(stage: DenoisingStage, dataset: Any) -> None:
     if not isinstance(model.cond_stage_model, WordPieceEncoder) or model.tokenizer is not None:
         return
     config: Any = model.cond_stage_config
-    vocab = vocabulary_of(captions_of(dataset))
+    stage.vocabulary = vocab = vocabulary_of(captions_of(dataset))
     model.cond_stage_config = {**config, "params": {**config["params"], "vocab": vocab, "vocab_size": len(vocab)}}
     model.instantiate_cond_stage(model.cond_stage_config)
     train_conditioner(stage)
