@@ -64,8 +64,7 @@ class DenoisingStage(Stage):
         warn_nonzero_terminal_snr(model.schedule)
 
     def compiles(self) -> list[nn.Module]:
-        # not a conditioner, which would be compiled anew for each list of labels, nor what judges a network's output:
-        # R1 has gradients of gradients, which torch does not compile
+        # a conditioner would be compiled anew for each list of labels, and R1 has gradients of gradients: torch cannot
         return [self.model]
 
     def check_size(self, dataset: Any) -> None:
