@@ -57,9 +57,10 @@ class DiffusionWrapper(nn.Module):
 
 def require(part: str, found: Any, *names: str) -> None:
     """Raise ValueError if a part of a model lacks what the rest uses of it (docs/how-to/own_modules.md)."""
-    lacking = [name for name in names if not hasattr(found, name)]
-    if lacking:
+    if lacking := [name for name in names if not hasattr(found, name)]:
         raise ValueError(f"the {part} {type(found).__name__} lacks {', '.join(lacking)}, which every {part} has")
+    if not isinstance(factor := getattr(found, "downsampling", 1), int) or factor < 1:
+        raise ValueError(f"the {part} {type(found).__name__} has the downsampling {factor!r}: it must be an integer")
 
 
 class LatentDiffusion(nn.Module):

@@ -1,6 +1,7 @@
 """LatentDiffusion: `generate` is five steps anyone can write out; seeds, batches, guidance, sizes, precision."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ldm.diffusion.denoiser import PREDICTIONS, from_vp, target, to_vp
 from ldm.diffusion.sampling import SAMPLERS
 from ldm.diffusion.schedule import q_sample, sampling_sigmas
 from ldm.images import to_pil
-from ldm.latent_diffusion import LatentDiffusion
+from ldm.latent_diffusion import LatentDiffusion, require
 from ldm.pixel_diffusion import PixelDiffusion
 
 PROMPTS = ["five", "a thin 3", "", "an eight leaning left"]
@@ -245,6 +246,11 @@ def test_half_precision_weights_keep_a_float32_state(tiny_model, dtype):
 )
 def test_unknown_settings_of_a_model_are_named(change, message):
     refused(message, LatentDiffusion, **{**TINY, **change})
+
+
+def test_a_part_halves_sides_by_an_integer():
+    half = SimpleNamespace(embed_dim=4, downsampling=0.5)
+    refused("the first stage SimpleNamespace has the downsampling 0.5: it must be", require, "first stage", half)
 
 
 def test_an_unconditional_model_has_nothing_to_guide():

@@ -187,7 +187,7 @@ def test_the_example_of_own_classes_trains_and_samples(tmp_path, monkeypatch, ca
     refused("shapes.Shapes.* not an allowed class", run, commands[0], *short, allowed=False)
     for old, new, said in (
         ("    downsampling = 1", "", "the network Network lacks downsampling"),
-        ("downsampling = 1", "downsampling = 0.5", "Network has the downsampling 0.5: sides must be multiples of an"),
+        ("downsampling = 1", "downsampling = 0.5", "network Network has the downsampling 0.5: it must be"),
         ("return self.last(", "return 0, self.last(", r"returns a tuple, and not a tensor of shape \(1, 1, 16, 16\)"),
         ("return self.last(", "return h + self.last(", r"returns \(1, 64, 16, 16\), and not a tensor of shape"),
         ('return {"image"', 'return {"picture"', "not a data set for PixelDiffusionStage: its samples have no image"),

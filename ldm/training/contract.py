@@ -72,16 +72,15 @@ def check_dataset(stage: Stage, dataset: Any) -> None:
 
 @contextmanager
 def checked_output(network: Any, channels: int) -> Iterator[None]:
-    """Raise ValueError if a network's `downsampling`, or what it returns for x of channels in the block, is wrong."""
-    name, factor = type(network).__name__, network.downsampling
-    if not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"the network {name} has the downsampling {factor!r}: sides must be multiples of an integer")
+    """Raise ValueError if what a network returns for x of so many channels in the block is wrong."""
 
     def check(network: Any, args: tuple[Tensor, ...], output: Any) -> None:
         wanted = [(len(args[0]), channels * k, *args[0].shape[2:]) for k in (1, 2)]  # twice, if it learns a variance
         if not isinstance(output, Tensor) or output.shape not in wanted:
             found = tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-            raise ValueError(f"the network {name} returns {found}, and not a tensor of shape {wanted[0]}")
+            raise ValueError(
+                f"the network {type(network).__name__} returns {found}, and not a tensor of shape {wanted[0]}"
+            )
 
     hook = network.register_forward_hook(check)
     try:
