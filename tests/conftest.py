@@ -1,8 +1,10 @@
 """Fixtures: a tiny latent diffusion model with random weights, as an object and as a checkpoint; a tiny MNIST."""
 
 import copy
+import gc
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -72,6 +74,8 @@ TINY = {
     "defaults": {"height": 32, "width": 32, "steps": 4, "scale": 2.0},
 }
 
+FROZEN = pytest.StashKey[int]()  # how many modules were imported when `pytest_runtest_setup` last looked
+
 
 def refused(match: str, function: Callable, *args, error: type[Exception] = ValueError, **options) -> None:
     """Check that the call raises `error` with a message in which `match` is found."""
@@ -82,6 +86,23 @@ def refused(match: str, function: Callable, *args, error: type[Exception] = Valu
 def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):  # one thread each: threads of several processes slow each other
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:  # this process collects tests: of its imports nothing is garbage, and looking for some takes a third as long
+        gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep the garbage collector off the million objects of collected tests and of modules, whenever many are imported.
+
+    accelerate has it look through all there are at the end of every training, which would take half a second.
+    """
+    if len(sys.modules) > item.config.stash.get(FROZEN, 0) + 100:
+        item.config.stash[FROZEN] = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

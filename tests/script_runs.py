@@ -67,7 +67,7 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
     return path
 
 
-def run_program(name: str, *options: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # this tree, installed or not
+def run_program(name: str, *options: object, path: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}"}  # this tree, installed or not
     argv = [sys.executable, script_path(name), *map(str, options)]
     return subprocess.run(argv, capture_output=True, text=True, env=environment)

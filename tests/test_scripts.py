@@ -1,6 +1,5 @@
 """Scripts as programs: `--help` without torch, mistakes in one sentence, few imports, few calls to `generate`."""
 
-import json
 import os
 import resource
 import subprocess
@@ -44,19 +43,45 @@ MISTAKES = {
 def argv(tiny_checkpoint, tmp_path, monkeypatch):
     """`argv("txt2img")` gives options for a run of two steps in a folder with an image and a mask."""
     monkeypatch.chdir(tmp_path)
+    return lambda name, table=RUNS: options(tiny_checkpoint, name, table)
+
+
+def options(checkpoint: Path, name: str, table: dict) -> list[str]:
+    """Write the files of a run in the working folder, and return its options."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)).save("a.png")
     Image.new("L", (32, 32), 255).save("a_mask.png")
+    if name == "sample":
+        ldm.save(build(), "classes.safetensors")
+    checkpoint = "classes.safetensors" if name == "sample" else checkpoint
+    if name == "train":
+        return table[name][0]
+    given = ["--ckpt", checkpoint, "--device", "cpu", "--steps", 2, "--outdir", "out", *table[name][0]]
+    return [str(option) for option in given]
 
-    def options(name: str, table: dict = RUNS) -> list[str]:
-        if name == "sample":
-            ldm.save(build(), "classes.safetensors")
-        checkpoint = "classes.safetensors" if name == "sample" else tiny_checkpoint
-        if name == "train":
-            return table[name][0]
-        given = ["--ckpt", checkpoint, "--device", "cpu", "--steps", 2, "--outdir", "out", *table[name][0]]
-        return [str(option) for option in given]
 
-    return options
+# Python imports it in every process that finds it. These scripts end by os._exit, without atexit's functions.
+WATCH = """
+import os, sys
+def end(status, leave=os._exit):
+    with open("modules.txt", "w") as file:
+        file.writelines(f"{name} {getattr(module, '__file__', None)}\\n" for name, module in sys.modules.items())
+    leave(status)
+os._exit = end
+"""
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def program(request, tiny_checkpoint, tmp_path_factory):
+    """A run as a program -> (its name in RUNS, the process, its folder, the files of the modules that it imported)."""
+    folder, watch = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("watch")
+    (watch / "sitecustomize.py").write_text(WATCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        argv = options(tiny_checkpoint, request.param, RUNS)
+        done = run_program(request.param.split()[0], *argv, path=watch)
+    assert done.returncode == 0, done.stderr
+    modules = dict(line.split(maxsplit=1) for line in (folder / "modules.txt").read_text().splitlines())
+    return request.param, done, folder, modules
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -69,12 +94,20 @@ def test_help_imports_no_torch(name):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", RUNS)
-def test_as_a_program(argv, name):
-    done = run_program(name.split()[0], *argv(name))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == [f"out/{file}" for file in RUNS[name][1]]
-    assert all(Path(file).is_file() for file in done.stdout.split())
+def test_as_a_program(program):
+    name, done, folder, _ = program
+    assert done.stderr == "" and done.stdout.split() == [f"out/{file}" for file in RUNS[name][1]]
+    assert all((folder / file).is_file() for file in done.stdout.split())
+
+
+def test_a_run_imports_nothing_heavy(program):
+    """Nor, for text, what it does not need: by files and lines, no format but our own, no init images, guiders, LoRAs,
+    offloading, tiling, training."""
+    name, _, _, modules = program
+    assert "torch" in modules and not modules.keys() & HEAVY
+    if name == "txt2img":
+        files = [Path(file) for file in modules.values() if str(ROOT / "ldm") in file]
+        assert len(files) <= 52 and sum(len(file.read_text().splitlines()) for file in files) <= 7400
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -83,28 +116,6 @@ def test_a_mistake_is_one_sentence(argv, name):
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and MISTAKES[name][1] in done.stderr
     assert not list(Path("out").rglob("*.png"))
-
-
-def imported(name: str, argv: list[str]) -> set[str]:
-    """The modules that a run imports; of ours, their files."""
-    code = f"""import json, sys
-from ldm.commands.{name} import main
-main({argv})
-print(json.dumps([getattr(m, "__file__", None) if n.split(".")[0] == "ldm" else n for n, m in sys.modules.items()]))"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_imports_nothing_heavy(argv, name):
-    assert imported(name.split()[0], argv(name)) & HEAVY == set()
-
-
-def test_txt2img_imports_what_it_needs(argv):
-    """By files and lines: no format but our own, no init images, guiders, LoRAs, offloading, tiling, training."""
-    files = [Path(file) for file in imported("txt2img", argv("txt2img")) if file and str(ROOT / "ldm") in file]
-    assert len(files) <= 52 and sum(len(file.read_text().splitlines()) for file in files) <= 7400
 
 
 @pytest.mark.parametrize("name", ["txt2img", "img2img", "inpaint", "sample"])
