@@ -231,8 +231,7 @@ def _start_from(
     """
     known, mask = model.encode(init.pixels, mode=True).float(), init.mask
     noised = known + run.sigmas[0] * start
-    put_back = mask is not None and model.concat in (None, "latents")  # the others have the mask in their input
-    if put_back:
+    if mask is not None and model.concat in (None, "latents"):  # the others have the mask in their input
         mask = nn.functional.adaptive_max_pool2d(mask, run.size[1:]).to(x)  # a latent is new if any pixel of it is
         denoise, x = guidance.inpaint(denoise, known, mask), torch.lerp(noised, x, mask)
     if run.settings.strength < 1 or (mask is None and model.concat != "latents"):
