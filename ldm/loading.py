@@ -242,7 +242,7 @@ def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
     if "target" not in config:
         raise ValueError(f"{what} has a damaged configuration (it names no target)")
     try:
-        with torch.device("meta"), Unfilled(), at_most(2 * len(state) + MORE_TENSORS):
+        with Unfilled(), at_most(2 * len(state) + MORE_TENSORS):
             module = instantiate_network(config)
     except Exception as error:  # a damaged configuration may break a constructor in any way
         reason = (str(error) or type(error).__name__).splitlines()[0]  # torch appends its own stack

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 from torch.nn.modules import module as registration
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -178,14 +178,20 @@ def at_most(tensors: int = 2**16, numbers: int = 2**34) -> Iterator[None]:
             hook.remove()
 
 
-class Unfilled(TorchFunctionMode):
-    """Skips initialisers: meta tensors have no values, and filling them imports torch._dynamo for a second."""
+class Unfilled(DeviceContext):
+    """Builds on the meta device and skips initialisers, which would import torch._dynamo for a second.
+
+    One mode, not two: every operation on a tensor while a network is built passes through it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("meta")
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         if getattr(func, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def pick_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

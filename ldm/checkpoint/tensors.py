@@ -80,7 +80,7 @@ def check_finite(what: str, state: Mapping[str, Tensor], dtype: torch.dtype | No
             continue
         wide = tensor if tensor.itemsize > 1 else tensor.half()  # torch has no aminmax in 8 bits
         limits = torch.stack(torch.aminmax(wide.detach()))
-        if not limits.isfinite().all():
+        if not all(map(math.isfinite, limits.tolist())):
             raise ValueError(f"{what} holds weights that are not finite (NaN or infinity), such as those of {name}")
         if dtype is not None and not limits.to(dtype).isfinite().all():
             largest = limits.abs().max().item()
