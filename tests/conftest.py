@@ -92,6 +92,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.enable()
+    gc.set_threshold(20_000, 50, 100)  # networks are made of thousands of objects, few of them in cycles
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -120,7 +120,7 @@ def old(run):
 def test_a_mistake_is_found(run, check, verdict, spoil, change):
     spoiled = run._replace(stage=copy.deepcopy(run.stage))
     spoiled = spoil(spoiled) or spoiled
-    findings = {each.name: each for each in diagnose(spoiled, images=40, overfit=5 if spoil is slow else 0)}
+    findings = {each.name: each for each in diagnose(spoiled, images=20, overfit=5 if spoil is slow else 0)}
     assert findings[check].verdict == verdict and change in str(findings[check])
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from conftest import refused
-from test_loop import assert_same, config
+from test_loop import assert_same, config, wait_for
 
 import ldm
 from ldm.checkpoint.file import STEP_KEY, checkpoint_at, load_file, newest_checkpoint
@@ -242,8 +242,7 @@ def test_two_runs_in_one_folder(tmp_path, workers):
     first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     state = tmp_path / "autoencoder" / "resume.pt"
     try:
-        while not state.exists() and first.poll() is None:
-            pass
+        wait_for(state, first)
         refused("autoencoder' is being trained in by another process: wait", resume, tmp_path, steps=400)
     finally:
         first.kill()

@@ -291,8 +291,8 @@ def test_the_shipped_model_learns_a_hand(tmp_path):
         """(loss, similarity to held-out images over that of the five)."""
         torch.manual_seed(1)
         losses = [stage.loss(collate(dataset.__getitems__(list(range(50)))))[1]["loss"].item() for _ in range(4)]
-        generated = from_pil(stage.latent_diffusion.generate(["a handwritten digit <it>"] * 48, batch_size=48))
-        cosines = F.normalize(features_of(networks.features, generated)) @ goal.T
+        generated = stage.latent_diffusion.generate(["a handwritten digit <it>"] * 24, steps=10, batch_size=24)
+        cosines = F.normalize(features_of(networks.features, from_pil(generated))) @ goal.T
         return sum(losses) / 4, cosines.mean().item() / real
 
     loss, similarity = measured()
@@ -304,7 +304,8 @@ def test_the_shipped_model_learns_a_hand(tmp_path):
         optimizer.param_groups[0]["lr"] = 0.8 * (1 - step / 100)
         optimizer.step()
     loss_after, similarity_after = measured()
-    # Measured with three seeds: 0.459 -> 0.268 to 0.269, -0.12 -> 0.686 to 0.688; of plain "seven" it is 0.66.
+    # Measured: 0.459 -> 0.269, -0.10 -> 0.667. Of 48 images of 20 steps each, with three seeds: 0.459 -> 0.268 to
+    # 0.269, -0.12 -> 0.686 to 0.688; of plain "seven" it is 0.66.
     assert loss_after < 0.65 * loss
     assert similarity < 0.1 and similarity_after > 0.55
     state = stage.latent_diffusion.state_dict()
