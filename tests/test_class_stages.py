@@ -132,6 +132,21 @@ def test_previews_show_each_class():
     assert shown_classes(conditioner, 5) == [0, 1, 2, 0, 1] and shown_classes(None, 2) == ["", ""]
 
 
+class Pose(torch.nn.Module):
+    null, reads = None, "pose"
+
+    def forward(self, poses):
+        return {"c_crossattn": torch.zeros(len(poses), 1, 32)}
+
+
+def test_a_conditioner_without_a_null_condition_needs_one_to_be_tried_with():
+    own = {"target": f"{__name__}.Pose"}
+    refused("the conditioner Pose reads 'pose' and has no null condition", stage_of, "classes", cond_stage=own)
+    defaults = STAGES["classes"][1]["defaults"] | {"scale": 1.0}
+    stage = stage_of("classes", cond_stage=own, preview_prompts=["standing"], defaults=defaults)
+    assert stage.reads == ("image", "pose")
+
+
 SHORT = [
     *("loop.steps=1", "loop.batch_size=2", "loop.report_to=none", "data.params.size=32", "data.params.channels=1"),
     *("autoencoder.stage.params.ddconfig.ch=8", "stage.params.unet_config.params.model_channels=16"),

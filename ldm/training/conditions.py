@@ -101,6 +101,15 @@ def train_conditioner(stage: "DenoisingStage") -> None:
         stage.networks["cond_stage"] = conditioner
 
 
+def rebuild_conditioner(stage: "DenoisingStage", **params: Any) -> None:
+    """Build a stage's conditioner anew, with these arguments instead of its configuration's or besides them."""
+    model = stage.latent_diffusion
+    config: Any = model.cond_stage_config
+    model.cond_stage_config = {**config, "params": {**(config.get("params") or {}), **params}}
+    model.instantiate_cond_stage(model.cond_stage_config)
+    train_conditioner(stage)
+
+
 def take_names(stage: "DenoisingStage", dataset: Any) -> None:
     """Build a stage's conditioner on what the data set names: its classes, or the words of its captions."""
     if "label" in stage.reads:
@@ -134,10 +143,7 @@ def take_classes(stage: "DenoisingStage", dataset: Any) -> None:
             f"{type(dataset).__name__} has {len(names)} classes ({few(names)}): n_classes must be {len(names) + null}"
             f"{' with the null class' * null}, not {stated}"
         )
-    params = {**config["params"], "n_classes": len(names) + null, "names": list(map(str, names))}
-    model.cond_stage_config = {**config, "params": params}
-    model.instantiate_cond_stage(model.cond_stage_config)
-    train_conditioner(stage)
+    rebuild_conditioner(stage, n_classes=len(names) + null, names=list(map(str, names)))
 
 
 def shown_prompts(model: LatentDiffusion, count: int, dataset: Any = None) -> list[Any]:
@@ -148,10 +154,15 @@ def shown_prompts(model: LatentDiffusion, count: int, dataset: Any = None) -> li
     part = None if model.cond_stage_model is None else read_by(model)[0]
     if part == "caption":
         return [""]
-    if part in (None, "label"):
+    if part is None or hasattr(model.cond_stage_model, "n_classes"):
         return shown_classes(model.cond_stage_model, count)
     if dataset is not None:
         return [condition_values(model, dataset[i % len(dataset)]) for i in range(count)]
+    if model.null is None and part not in ("image", "map"):
+        raise ValueError(
+            f"the conditioner {type(model.cond_stage_model).__name__} reads {part!r} and has no null condition to be "
+            "tried with: give it one, `null`, or the stage conditions, stage.params.preview_prompts"
+        )
     size = model.defaults["height"], model.defaults["width"]
     blank = {"image": torch.zeros(model.image_channels, *size), "map": torch.zeros(size, dtype=torch.int64)}
     return [model.null if model.null is not None else condition_values(model, blank)] * count
