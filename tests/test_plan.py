@@ -59,7 +59,7 @@ LOOP = {"steps": 10, "batch_size": 20, "precision": "fp32"}
 def test_a_step_that_is_known_to_the_byte(monkeypatch, free, tried):
     monkeypatch.setattr(planning, "free_memory", lambda device: free)
     loop = LOOP | {"accumulate": 3, "keep_every": 4, "ema": 0.9}
-    found = make_plan({"name": "a", "loop": loop}, Texts(), Vectors(), CPU, processes=2)
+    found = make_plan({"name": "a", "loop": loop}, Texts(), Vectors(), None, CPU, processes=2)
     weights, vectors = 4 * 1000**2, 4 * 20 * 1000
     assert (found.trained, found.frozen, found.images, found.images_per_step) == (1000**2, 100, 100, 20 * 3 * 2)
     assert found.parts["weights"] == weights + 400 and found.parts["gradients"] == found.parts["averages"] == weights
@@ -97,7 +97,7 @@ def test_files_are_as_large_as_planned(name, tmp_path, monkeypatch):
     before = sorted(filter(Path.is_file, tmp_path.rglob("*")))
     config = config_of(name)
     if name == "diffusion":
-        config["stage"]["params"]["cache_dir"] = "cache"
+        config["stage"]["params"]["cache_dir"], config["data"]["validation"] = "cache", 0.5
     found = plan_of(config)
     assert sorted(filter(Path.is_file, tmp_path.rglob("*"))) == before
     result = train(config, device="cpu")
@@ -111,7 +111,7 @@ def test_files_are_as_large_as_planned(name, tmp_path, monkeypatch):
     assert found.seconds is not None and found.seconds > 0
     if name == "diffusion":
         cache = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
-        assert found.files["cache_dir"] == pytest.approx(cache, rel=0.02)  # but headers
+        assert found.files["cache_dir"] == pytest.approx(cache, rel=0.01)  # headers; 0.7 % are 8 images' latents
     if found.checkpointed is not None:
         assert found.checkpointed[0] < found.checkpointed[1] == pytest.approx(found.step.activations)
 

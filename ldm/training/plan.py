@@ -30,7 +30,7 @@ from ldm.data.part import part
 from ldm.training.latents import LatentDataset
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
-from ldm.training.optimizers import average_of
+from ldm.training.optimizers import average_of, clip_gradients
 from ldm.training.order import EpochBatches, training_batches
 from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import make_accelerator
@@ -148,7 +148,7 @@ class Trial:
                 self.accelerator.backward(loss)
             if backward and update:
                 weights = [p for group in optimizer.param_groups for p in group["params"]]
-                self.accelerator.clip_grad_norm_(weights, self.settings.clip)
+                clip_gradients(self.accelerator, weights, self.settings.clip)
                 optimizer.step()
                 optimizer.zero_grad()
             del loss
@@ -238,8 +238,13 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def make_plan(config: Mapping[str, Any], stage: Stage, dataset: Any, device: torch.device, processes: int = 1) -> Plan:
-    """Return what a stage's training on a data set takes, by a few batches of it. It changes the stage's weights."""
+def make_plan(
+    config: Mapping[str, Any], stage: Stage, dataset: Any, held_out: Any, device: torch.device, processes: int = 1
+) -> Plan:
+    """Return what a stage's training on a data set takes, by a few batches of it. It changes the stage's weights.
+
+    held_out: what it is validated on, or None.
+    """
     settings = replace(LoopSettings.of(config), compile=False)
     groups = list(getattr(dataset, "groups", None) or [None] * len(dataset))
     common = Counter(groups).most_common(1)[0][0]
@@ -259,7 +264,8 @@ def make_plan(config: Mapping[str, Any], stage: Stage, dataset: Any, device: tor
         files[f"{kept} of keep_every"] = kept * files["model.safetensors"]
     if snapshots := -(-settings.steps // settings.ema_snapshots) if settings.ema_snapshots else 0:
         files[f"{snapshots} of ema_snapshots"] = snapshots * _tensors_size(trial.profiles.shadow, {})
-    latents = bytes_of([sample.get("mean"), sample.get("std")]) * len(dataset)
+    encoded = len(dataset) + (0 if held_out is None else len(held_out))
+    latents = bytes_of([sample.get("mean"), sample.get("std")]) * encoded
     if stage.cache_dir is not None:  # that of the trial, which has all texts
         texts_size = sum(path.stat().st_size for path in Path(stage.cache_dir).glob("texts-*/*.safetensors"))
         files["cache_dir"], latents = latents + texts_size, 0
@@ -325,8 +331,8 @@ def print_plans(configs: Sequence[Mapping[str, Any]], resume: bool, device: torc
     """Rehearse stages, and print the plan of each, or why there is none. processes: accelerate's state of them."""
     plans: dict[str, str] = {}
 
-    def inspect(config: Mapping[str, Any], stage: Stage, dataset: Any, device: torch.device) -> None:
-        plans[config["name"]] = describe(make_plan(config, stage, dataset, device, processes.num_processes))
+    def inspect(config: Mapping[str, Any], *tried: Any) -> None:
+        plans[config["name"]] = describe(make_plan(config, *tried, processes.num_processes))
 
     rehearse(configs, resume, device, inspect)
     for config in configs if processes.is_main_process else ():

@@ -26,7 +26,8 @@ from ldm.training.stage import Stage
 from ldm.training.validation import build_datasets, make_quality, make_validation
 from ldm.util import get_obj_from_str, instantiate_from_config
 
-Inspect = Callable[[Mapping[str, Any], Stage, Any, torch.device], None]  # (configuration, stage, data set, device)
+# (configuration, stage, data set, that to validate on or None, device)
+Inspect = Callable[[Mapping[str, Any], Stage, Any, Any, torch.device], None]
 
 
 def rehearse(
@@ -96,7 +97,7 @@ def _try(config: Mapping[str, Any], device: torch.device, folder: str, inspect: 
                     quality.measure(2, steps=min(2, stage.latent_diffusion.schedule.T))
                 stage.finish(prepared)
             if inspect is not None:
-                inspect(config, stage, dataset, device)
+                inspect(config, stage, dataset, held_out, device)
             return stage
     except OSError:
         raise
