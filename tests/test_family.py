@@ -274,7 +274,10 @@ def test_a_map_is_followed_as_in_python(generate, trained, tmp_path):
     refused("the map has the classes 9 to 9", generate, "sample", "map", "--map", large)
     colours = saved(tmp_path / "colours.png", Image.new("RGB", (32, 32)))
     refused("is not a map of classes", generate, "sample", "map", "--map", colours)
-    refused("leave out --prompt", generate, "sample", "map", "--map", files[0], "--class", "1")
+    refused("leave out --class", generate, "sample", "map", "--map", files[0], "--class", "1")
+    layout = tmp_path / "layout.json"
+    layout.write_text("[]")
+    refused("leave out --layout", generate, "sample", "map", "--map", files[0], "--layout", layout)
     refused("conditioned on maps of classes, and this one is not", generate, "sample", "label", "--map", files[0])
 
 

@@ -33,14 +33,15 @@ class ConditionImage(InitImage):
         """Read it from a file."""
         return cls(open_image(path) if reads == "image" else read_map(path), reads)
 
-    def settings(self, args: argparse.Namespace, model: "LatentDiffusion") -> dict[str, Any]:
+    def settings(self, args: argparse.Namespace, model: "LatentDiffusion", made: Any = None) -> dict[str, Any]:
         """Return the settings of what is generated. ValueError for a model or options that do not go with the image."""
         option, conditioner = GIVEN_BY[self.reads], model.cond_stage_model
         if getattr(conditioner, "reads", None) != self.reads:
             what = "small images (super-resolution)" if self.reads == "image" else "maps of classes"
             raise ValueError(f"{option} needs a model that is conditioned on {what}, and this one is not")
         if given := [name for name in BESIDE if getattr(args, name, None) not in (None, False)]:
-            names = ", ".join("--" + {"prompts": "prompt", "width": "W", "height": "H"}.get(n, n) for n in given)
+            prompts = "layout" if getattr(args, "layout", None) else "class" if args.classes else "prompt"
+            names = ", ".join("--" + {"prompts": prompts, "width": "W", "height": "H"}.get(n, n) for n in given)
             raise ValueError(f"{option} decides what is generated, and how large: leave out {names.replace('_', '-')}")
         width, height = self.image.size
         if self.reads == "image":

@@ -1,5 +1,6 @@
 """The init image of a script and its mask: read, identified by their hashes, and resized. Imports no torch."""
 
+import argparse
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,7 +12,8 @@ from PIL import Image, ImageOps
 from ldm.data.image_files import open_image, over
 from ldm.settings import check_size
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # one imports torch
+    from ldm.inference.recipe import Recipe
     from ldm.latent_diffusion import LatentDiffusion
 
 
@@ -75,6 +77,21 @@ class InitImage:
             width, height = self.image.size
         check_size(width, height, *own)
         return width, height
+
+    def settings(
+        self, args: argparse.Namespace, model: "LatentDiffusion", made: "Recipe | None" = None
+    ) -> dict[str, Any]:
+        """Return the settings of what is generated from it by a script's options.
+
+        made: the recipe of an image that is made again, whose size and strength are kept if the options give none.
+        """
+        strength, size = args.strength, (args.width, args.height)
+        if made is None and strength is None:
+            strength = model.default_strength(self.mask is not None)
+        if made is None or args.resize or size != (None, None):
+            size = self.size((model.defaults["width"], model.defaults["height"]), *size, args.resize)
+        hashes = {"init_hash": self.init_hash, "mask_hash": self.mask_hash}
+        return {"strength": strength, "width": size[0], "height": size[1], **hashes}
 
     def resized(self, width: int, height: int) -> "InitImage":
         """Scale it to fill that size, and cut off two sides evenly; return it as it is if it has the size."""

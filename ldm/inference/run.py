@@ -126,7 +126,7 @@ def plan_recipes(
 
         settings |= guide_hashes(args, made)
     if init is not None:
-        settings |= init_settings(init, args, model, made)
+        settings |= init.settings(args, model, made)
     if made is not None:
         recipe = change_recipe(made, model, batch_size=args.batch_size, **settings)
         check_memory(recipe, 1, recipe.batch_size)
@@ -221,24 +221,6 @@ def unknown_prompts(tokenizer: object, prompts: Sequence[str]) -> list[str]:
         if words and not any(map(is_known, sorted(words, key=len))):
             unknown.append(prompt)
     return unknown
-
-
-def init_settings(
-    init: "InitImage", args: argparse.Namespace, model: "LatentDiffusion", made: Recipe | None = None
-) -> dict[str, object]:
-    """Return the settings of an image made from an init image; size and strength are `made`'s if not given."""
-    if init.conditions:
-        from ldm.inference.condition_image import ConditionImage  # only such images need it
-
-        assert isinstance(init, ConditionImage)
-        return init.settings(args, model)
-    strength, size = args.strength, (args.width, args.height)
-    if made is None and strength is None:
-        strength = model.default_strength(init.mask is not None)
-    if made is None or args.resize or size != (None, None):
-        size = init.size((model.defaults["width"], model.defaults["height"]), *size, args.resize)
-    hashes = {"init_hash": init.init_hash, "mask_hash": init.mask_hash}
-    return {"strength": strength, "width": size[0], "height": size[1], **hashes}
 
 
 def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespace) -> "Guide | None":
