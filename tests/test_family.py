@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,16 @@ def test_tokens_of_layouts():
         json.dumps(SQUARE * 3): "has 3 objects, and this model's maximum is 2",
     }.items():
         refused(match.replace("(", r"\("), encoder.tokens, wrong)
+    refused("is not a layout .*recursion", encoder.tokens, "[" * 100_000)
+    for row, match in {
+        (4, 8, 12, 30): r"\(1, 4\) is not a layout, rows of left",
+        (4, 8, 12, 30, 2): "class 2 does not exist: this model's are 0 to 1",
+        (4, 8, 12, 30, -2): "class -2 does not exist",
+        (4, 8, 12, 30, math.nan): "class nan does not exist",
+        (4, 8, 33, 30, 1): "is not left, top, right and bottom in pixels, from 0 to 32",
+        (4.0, 8.0, math.nan, 30.0, 1.0): "is not left, top",
+    }.items():
+        refused(match, encoder.tokens, torch.tensor([row]))
     refused("different names", LayoutEncoder, **LAYOUT | {"names": ["a", "a"]})
 
 

@@ -61,7 +61,7 @@ class LayoutEncoder(nn.Module):
 
     def tokens(self, layout: Any) -> Tensor:
         """Return the tokens of a layout, int64 (5 objects,). ValueError for what is not a layout of this model."""
-        rows = [row for row in layout.tolist() if row[-1] >= 0] if isinstance(layout, Tensor) else self._rows(layout)
+        rows = self._rows_of_tensor(layout) if isinstance(layout, Tensor) else self._rows(layout)
         if len(rows) > self.objects:
             raise ValueError(f"the layout has {len(rows)} objects, and this model's maximum is {self.objects}")
         tokens = torch.full((self.objects, PER_OBJECT), self.places + len(self.names))
@@ -74,7 +74,7 @@ class LayoutEncoder(nn.Module):
         if isinstance(layout, str):
             try:
                 layout = json.loads(layout) if layout else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{shorten(repr(layout))} is not a layout ({error}): write {EXAMPLE}") from None
         if not isinstance(layout, Sequence) or not all(isinstance(one, Mapping) for one in layout):
             raise ValueError(f"{shorten(repr(layout))} is not a layout: write {EXAMPLE}")
@@ -83,12 +83,25 @@ class LayoutEncoder(nn.Module):
     def _row(self, one: Mapping[str, Any]) -> list[float]:
         if one.keys() != {"class", "box"}:
             raise ValueError(f"an object has class and box, not {few(one)}: write {EXAMPLE}")
-        name, box = one["class"], one["box"]
-        if name not in self.names:
+        if (name := one["class"]) not in self.names:
             raise ValueError(f"class {shorten(repr(name))} does not exist: this model's are {few(self.names, 50)}")
+        return [*self._checked(one["box"]), self.names.index(name)]
+
+    def _rows_of_tensor(self, layout: Tensor) -> list[list[float]]:
+        if layout.ndim != 2 or layout.shape[1] != PER_OBJECT:
+            raise ValueError(f"{tuple(layout.shape)} is not a layout, rows of left, top, right, bottom and class")
+        rows = [row for row in layout.tolist() if row[-1] != -1]
+        for *box, number in rows:
+            if number not in range(len(self.names)):
+                raise ValueError(f"class {number} does not exist: this model's are 0 to {len(self.names) - 1}")
+            self._checked(box)
+        return rows
+
+    def _checked(self, box: Any) -> Sequence[float]:
+        """Return the box. ValueError for what is none in an image of this model."""
         numbers = isinstance(box, Sequence) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)
         if not (numbers and 0 <= box[0] < box[2] <= self.size and 0 <= box[1] < box[3] <= self.size):
             raise ValueError(
                 f"box {shorten(repr(box))} is not left, top, right and bottom in pixels, from 0 to {self.size}"
             )
-        return [*box, self.names.index(name)]
+        return box

@@ -186,7 +186,7 @@ class RunFolder:
         for line in self.metrics.read_text(errors="replace").splitlines(keepends=True):
             try:
                 kept += [line] if line.endswith("}\n") and json.loads(line)["step"] <= step else []
-            except (ValueError, KeyError, TypeError):  # damaged
+            except (ValueError, KeyError, TypeError, RecursionError):  # damaged
                 pass
         write_text(self.metrics, "".join(kept))
 
