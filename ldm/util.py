@@ -232,7 +232,9 @@ class _Log:
         sys.stderr.flush()
 
 
-def progress_bar(iterable: Iterable[Any] | None = None, leave: bool = False, **options: Any) -> tqdm:
+def progress_bar(
+    iterable: Iterable[Any] | None = None, leave: bool = False, disable: bool = False, **options: Any
+) -> tqdm:
     """Return a bar that only the first of torchrun's processes shows, and that vanishes at the end, unless `leave`.
 
     In a log, such as a file, it is a line now and then, and none where it would vanish before the first.
@@ -241,4 +243,4 @@ def progress_bar(iterable: Iterable[Any] | None = None, leave: bool = False, **o
     if own is sys.__stderr__ and not own.isatty():  # not where a notebook or a test has replaced it
         options |= {"file": _Log(), "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
         options |= {} if leave else {"delay": LOG_SECONDS}
-    return tqdm(iterable, leave=leave, **{"disable": os.environ.get("RANK", "0") != "0", **options})
+    return tqdm(iterable, leave=leave, disable=disable or os.environ.get("RANK", "0") != "0", **options)

@@ -224,6 +224,13 @@ def test_a_bar_in_a_log_is_a_line_now_and_then(monkeypatch, terminal):
         assert log.getvalue().count("training") > 20
 
 
+@pytest.mark.parametrize(("rank", "disable", "shown"), [("0", False, True), ("0", True, False), ("1", False, False)])
+def test_a_bar_is_of_the_first_process(monkeypatch, rank, disable, shown):
+    monkeypatch.setenv("RANK", rank)
+    with util.progress_bar(total=1, disable=disable) as bar:
+        assert bar.disable != shown
+
+
 def test_pick_dtype():
     half = (torch.float16, "fp16", "float16", "half", "torch.float16")
     assert {pick_dtype(dtype) for dtype in half} == {torch.float16} and pick_dtype(None) is None

@@ -66,7 +66,7 @@ class Found(NamedTuple):
 
 
 def shipped(path: Path) -> Path:
-    """Return the file of a model that ships if the path is its name, and no file has that name; else the path."""
+    """Return the file of the model that ships by this name; the path itself where there is none, or it exists."""
     return PRETRAINED / f"{path}.safetensors" if str(path) in SHIPPED_MODELS and not path.exists() else path
 
 

@@ -233,9 +233,5 @@ class OpenCLIPTextModel(TextTower):
 
 def _mlp(width: int, activation: str, inner: int, first: str, second: str) -> nn.Sequential:
     """Return width -> inner -> width, with the layout's names for the two layers."""
-    layers = [
-        (first, nn.Linear(width, inner)),
-        ("gelu", ACTIVATIONS[activation]()),
-        (second, nn.Linear(inner, width)),
-    ]
+    layers = [(first, nn.Linear(width, inner)), ("gelu", ACTIVATIONS[activation]()), (second, nn.Linear(inner, width))]
     return nn.Sequential(OrderedDict(layers))

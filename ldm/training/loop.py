@@ -192,11 +192,13 @@ def build_run(
     parts: dict[str, Any] = {"networks": trained, "ema": average, "order": order}
     parts |= {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
     parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    trains = model, optimizers, rates, average, profiles, order, parts
-    content, metrics = content_of(images, stage.vocabulary), Metrics(name, folder, trained, stage.share)
-    data = images, held_out, dataset, content
-    return Training(settings, accelerator, folder, stage, *data, measurements, *trains, metrics)
+    return Training(
+        settings=settings, accelerator=accelerator, folder=folder, stage=stage, images=images, held_out=held_out,
+        dataset=dataset, content=content_of(images, stage.vocabulary), measurements=measurements, model=model,
+        optimizers=optimizers, rates=[[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers],
+        average=average, profiles=profiles, order=order, parts=parts,
+        metrics=Metrics(name, folder, trained, stage.share),
+    )  # fmt: skip
 
 
 def resume_run(run: Training) -> int:

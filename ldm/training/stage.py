@@ -85,7 +85,7 @@ class Stage:
         return dataset
 
     def cached(self, dataset: Dataset) -> Dataset:
-        """Return a data set to validate on, such as cached latents; `prepare` was called before."""
+        """Return what `validate` takes of a data set, such as latents for images; `prepare` was called before."""
         return dataset
 
     def optimizers(self) -> list[Optimizer]:
@@ -108,10 +108,11 @@ class Stage:
         return *self.loss(batch), None
 
     def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
-        """Return values of each image of a batch, (b,) each, whose means over a data set are reported; nan is left out.
+        """Return the "loss" and other values of each image of a batch, (b,) each; means over a data set are reported.
 
-        They do not depend on the rest of the batch, unless `validation_batch` says so. The loop calls this in eval mode
-        and without gradients. Stages that can be validated override it.
+        Of a mean, nan is left out; of all means, an image whose loss is not finite. Values do not depend on the rest of
+        the batch, unless `validation_batch` says so. The loop calls this in eval mode and without gradients. Stages
+        that can be validated override it.
 
         Args:
             places: the images', in (0, 1) and evenly spread over the data set: float64 (b,), to choose noise levels by.
