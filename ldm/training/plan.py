@@ -274,11 +274,9 @@ def make_plan(
     parameters = [x for x in every.values() if isinstance(x, torch.nn.Parameter)]
     trained = [x for x in parameters if x.requires_grad]
     averages = bytes_of([trial.average.shadow, trial.profiles.shadow])
-    parts: dict[str, float] = {
-        "weights": bytes_of(every),
-        "optimizer": bytes_of([each.state for each in trial.optimizers]),
-    }
-    parts |= {"averages": averages, "gradients": bytes_of(trained), "activations": step.activations}
+    states = [each.state for each in trial.optimizers]
+    parts: dict[str, float] = {"weights": bytes_of(every), "optimizer": bytes_of(states), "averages": averages}
+    parts |= {"gradients": bytes_of(trained), "activations": step.activations}
     elsewhere = averages if settings.ema_device == "cpu" and device.type != "cpu" else 0
     try:
         checkpointed = trial.activations(True), trial.activations(False)
