@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -267,37 +268,29 @@ def test_a_lock_leaves_nothing_and_a_child_does_not_hold_it(tmp_path):
     assert files(tmp_path) == ["run"]
 
 
+LARGE = {
+    "atomic": lambda path: write(path, "x" * 400_000),
+    "safetensors": lambda path: save_file(path, {"a": torch.zeros(100_000)}),
+    "torch": lambda path: save_torch(path, {"a": {"b": torch.zeros(50_000)}, "c": [torch.zeros(50_000)]}),
+    "png": lambda path: save_image(Image.effect_noise((400, 500), 99), path, "text"),
+}
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_full_disk_is_named_with_the_bytes(tmp_path, name):
     """A limit on the size of files stands for the disk."""
     path = tmp_path / "a.png"
     path.write_text("old")
-    code = f"""
-import resource, torch
-from PIL import Image
-from ldm.checkpoint.atomic import atomic
-from ldm.checkpoint.writing import save_file, save_torch
-from ldm.inference.recipe import save_image
-def write(path):
-    with atomic(path) as temporary:
-        temporary.write_bytes(bytes(400_000))
-tensors = {{"a": {{"b": torch.zeros(50_000)}}, "c": [torch.zeros(50_000)]}}
-noise = Image.fromarray(torch.randint(0, 256, (500, 400), dtype=torch.uint8).numpy())
-writers = {{"atomic": write, "png": lambda path: save_image(noise, path, "text")}}
-writers["safetensors"] = lambda path: save_file(path, {{"a": torch.zeros(100_000)}})
-writers["torch"] = lambda path: save_torch(path, tensors)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-from pathlib import Path
-try:
-    writers[{name!r}](Path({str(path)!r}))
-except OSError as error:
-    print("OSError", error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    needed = {"safetensors": "400,000", "torch": "400,000"}.get(name, "100,000")
-    assert done.stdout.startswith(f"OSError cannot write '{path}': "), done.stderr
-    assert f"(it needs {needed} bytes; " in done.stdout and "bytes are free" not in done.stdout
-    assert "unexpected pos" not in done.stdout
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            LARGE[name](path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said, needed = str(caught.value), {"safetensors": "400,000", "torch": "400,000"}.get(name, "100,000")
+    assert said.startswith(f"cannot write '{path}': ")
+    assert f"(it needs {needed} bytes; " in said and "bytes are free" not in said and "unexpected pos" not in said
     assert path.read_text() == "old" and files(tmp_path) == [path.name]
 
 
