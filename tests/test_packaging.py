@@ -160,7 +160,7 @@ def test_an_installation_has_the_commands_and_the_configurations(tmp_path):
     assert installed == {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")
     assert "ldm = ldm.__main__:main" in entry_points.read_text()
-    options = ["loop.steps=1", "outdir=runs", "--device", "cpu"]
+    options = ["loop.steps=1", "loop.batch_size=8", "data.params.first=8", "outdir=runs", "--device", "cpu"]
     command = [sys.executable, "-m", "ldm", "train", "configs/sklearn/autoencoder.yaml", *options]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
