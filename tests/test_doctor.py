@@ -13,7 +13,16 @@ from tiny_stages import config_of, write_inputs
 
 import ldm
 from ldm.commands.doctor import main
-from ldm.evaluation.doctor import check_denoiser, check_ema, check_latents, check_type, diagnose, grade, open_run
+from ldm.evaluation.doctor import (
+    check_denoiser,
+    check_ema,
+    check_latents,
+    check_type,
+    diagnose,
+    grade,
+    open_run,
+    read_outputs,
+)
 from ldm.training.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +131,14 @@ def test_a_mistake_is_found(run, check, verdict, spoil, change):
     spoiled = spoil(spoiled) or spoiled
     findings = {each.name: each for each in diagnose(spoiled, images=20, overfit=5 if spoil is slow else 0)}
     assert findings[check].verdict == verdict and change in str(findings[check])
+
+
+def test_outputs_are_read_as_flow_of_a_model_of_flow_only(run):
+    model, z = copy.deepcopy(run.stage.latent_diffusion), torch.zeros(2, 4, 8, 8)
+    cond = model.condition(["a handwritten five"] * 2)
+    assert list(read_outputs(model, z, cond)[0]) == ["eps", "x0", "v"]
+    model.prediction = "flow"
+    assert list(read_outputs(model, z, cond)[0]) == ["eps", "x0", "v", "flow"]
 
 
 def test_the_status_is_1_for_what_is_wrong(folder, tmp_path, capsys):

@@ -45,6 +45,15 @@ def test_a_scene_follows_from_seed_and_index(make):
     assert {*make(2)[0]} == {"image", "caption"}
 
 
+def test_a_sample_renders_its_scene_once(make, monkeypatch):
+    scenes, rendered = make(5, reads=ALL), []
+    render = Scenes.render
+    monkeypatch.setattr(Scenes, "render", lambda self, index: rendered.append(index) or render(self, index))
+    assert torch.equal(scenes[3]["map"], scenes.without_image(3)["map"]) and rendered == [3, 3]
+    make(5).without_image(3)
+    assert rendered == [3, 3] and "map" not in make(5)[3]
+
+
 def test_pixels_boxes_and_map_agree(make):
     scenes = make(60, reads=ALL)
     for index, scene in enumerate(scenes.scenes):

@@ -251,6 +251,19 @@ def test_damaged_images_are_left_out_as_of_a_folder(tmp_path: Path) -> None:
     refused("3 of 7 images cannot be used.*0.tar: 1.png is not an image", Shards, [*map(str, paths)], 8, 1, caption="")
 
 
+def test_the_command_lists_what_its_last_call_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    images, out = write_folder(tmp_path / "images", 4), tmp_path / "shards"
+    damaged = images / "damaged.png"
+    damaged.write_bytes(b"no")
+    damaged.with_suffix(".txt").write_text("a caption")
+    main([str(images), str(out), "--on-error", "skip"])
+    assert "damaged.png" in (out / "left_out.txt").read_text()
+    damaged.write_bytes(png())
+    main([str(images), str(out)])
+    assert not (out / "left_out.txt").exists()
+
+
 def test_which_shards_a_text_names(tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
     paths = [tar(tmp_path / name, {}) for name in ("a-00.tar", "a-01.tar", "a-02.tar", "b[1]{x}.tar")]

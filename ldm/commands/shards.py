@@ -29,8 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     reads = ("image", *(["caption"] if captioned else []), *(["label"] if args.classes else []))
     data = Folder(args.input, 1, on_error=args.on_error, reads=reads)
     paths = write_shards(data, args.output, args.images)
+    left_out = args.output / "left_out.txt"
     if data.left_out:
-        write_text(args.output / "left_out.txt", "\n".join([*data.left_out, ""]))
+        write_text(left_out, "\n".join([*data.left_out, ""]))
+    else:
+        left_out.unlink(missing_ok=True)  # of an earlier call
     print(f"{args.output}: {len(data)} images in {len(paths)} shards, {sum(p.stat().st_size for p in paths):,} bytes")
 
 

@@ -156,21 +156,25 @@ class Scenes(Dataset):
 
     def without_image(self, index: int) -> dict[str, Any]:
         """Return a sample without its image."""
+        return self._sample(index, self.render(index)[1] if "map" in self.reads else None)
+
+    def _sample(self, index: int, classes: np.ndarray | None) -> dict[str, Any]:
         sample: dict[str, Any] = {"caption": self.caption_of(index).text} if "caption" in self.reads else {}
         if "boxes" in self.reads:
             objects = self.scenes[index].objects
             rows = [[*one.box, one.digit] for one in objects] + [[-1] * 5] * (MOST_OBJECTS - len(objects))
             sample["boxes"] = torch.tensor(rows)
-        if "map" in self.reads:
-            sample["map"] = torch.from_numpy(self.render(index)[1])
+        if classes is not None and "map" in self.reads:
+            sample["map"] = torch.from_numpy(classes)
         return sample
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"scene {index} of {len(self)}")
         index %= len(self)
-        image = torch.from_numpy(self.render(index)[0]).permute(2, 0, 1)  # h w c -> c h w
-        return {"image": image.float().div_(127.5).sub_(1).contiguous(), **self.without_image(index)}
+        pixels, classes = self.render(index)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)  # h w c -> c h w
+        return {"image": image.float().div_(127.5).sub_(1).contiguous(), **self._sample(index, classes)}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]

@@ -33,7 +33,7 @@ from ldm.training.loop_settings import LoopSettings
 from ldm.training.validation import Validation, build_datasets
 from ldm.util import get_obj_from_str, instantiate_from_config
 
-SIGMAS = (0.5, 1.0, 2.0)  # noise levels at which the three predictions differ most
+SIGMAS = (0.5, 1.0, 2.0)  # noise levels at which the predictions differ most
 MOST_AT_ONCE, OVERFIT_BATCH = 64, 8  # images for the network's output, and to overfit
 
 
@@ -214,9 +214,11 @@ def _encoded(stage: DiffusionStage, dataset: Any, size: int) -> tuple[Tensor, di
 def read_outputs(model: Any, z: Tensor, cond: dict[str, Tensor]) -> tuple[dict[str, float], float, float | None]:
     """Return what the network makes of scaled latents (b, ...) at SIGMAS, on average.
 
-    The squared error of x0, with the output read as each of PREDICTIONS; that of the best linear estimate; and by what
-    share of it the output differs from that for the null condition, or None without one.
+    The squared error of x0, with the output read as each of PREDICTIONS, as flow only of a model of flow, whose network
+    has another input; that of the best linear estimate; and by what share of it the output differs from that for the
+    null condition, or None without one.
     """
+    names = [name for name in PREDICTIONS if name != "flow" or model.prediction == "flow"]
     found, variance, sigmas = [], max(z.var().item(), 1e-12), model.schedule.sigmas
     null = None if model.null is None else model.condition([model.null] * len(z))
     for wanted in SIGMAS:
@@ -224,12 +226,12 @@ def read_outputs(model: Any, z: Tensor, cond: dict[str, Tensor]) -> tuple[dict[s
         x, levels = q_sample(z, t, torch.randn_like(z), model.schedule), sigmas[t.cpu()]
         inputs = network_input(model.prediction, x, t, model.schedule)
         output = model.apply_model(*inputs, cond).float()
-        row = [(predicted_x0(name, output, x, levels) - z).square().mean().item() for name in PREDICTIONS]
+        row = [(predicted_x0(name, output, x, levels) - z).square().mean().item() for name in names]
         row += [1 / (1 / variance + 1 / levels[0].item() ** 2)]
         other = output if null is None else model.apply_model(*inputs, null).float()
         found.append([*row, (output - other).norm().item() / max(output.norm().item(), 1e-12)])
     *errors, linear, share = torch.tensor(found).mean(0).tolist()
-    return dict(zip(PREDICTIONS, errors, strict=True)), linear, None if null is None else share
+    return dict(zip(names, errors, strict=True)), linear, None if null is None else share
 
 
 def mean_errors(prediction: str, schedule: Schedule, variance: float, names: Mapping[str, float]) -> dict[str, float]:
