@@ -6,11 +6,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, randomised
+from conftest import TINY, randomised, refused
 from tiny_stages import UNCONDITIONAL
 
 import ldm
 from benchmarks import family
+from ldm.evaluation.scenes import glyph
 
 
 def test_overlap_and_seams():
@@ -42,9 +43,20 @@ def test_ink_is_found_in_its_box():
     half = family.judge_boxes(image[None], [sample], Ones())
     assert half["box IoU"] == half["map IoU"] == 0.5
     assert family.judge_boxes(torch.zeros(1, 3, 64, 64), [sample], Ones())["box IoU"] == 0
-    glyph = family.glyph(np.ones((10, 5)))
-    assert glyph.shape == (28, 28) and np.nonzero(glyph.any(1))[0].tolist() == list(range(4, 24))
-    assert np.nonzero(glyph.any(0))[0].tolist() == list(range(9, 19))
+
+
+def test_a_glyph_is_as_mnist_has_digits():
+    found = glyph(np.full((10, 5), 255, np.uint8))
+    assert found.shape == (28, 28) and np.nonzero(found.any(1))[0].tolist() == list(range(4, 24))
+    assert np.nonzero(found.any(0))[0].tolist() == list(range(9, 19))
+    heavy = np.full((10, 5), 60, np.uint8)
+    heavy[5:] = 255  # its centre of mass is below its middle
+    assert np.nonzero(glyph(heavy).any(1))[0][0] < 4
+
+
+def test_a_sheet_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(family, "load_model", lambda args: pytest.fail("loaded"))
+    refused("is a folder: name a file", family.main, ["--image", str(tmp_path)], error=IsADirectoryError)
 
 
 @pytest.mark.parametrize("reads", ["image", "mask"])
@@ -58,7 +70,7 @@ def test_figures_of_models_conditioned_on_images(mnist, tmp_path, reads):
     concat = None if reads == "image" else "latents_mask"
     torch.manual_seed(0)
     model = randomised(ldm.LatentDiffusion(**params, concat=concat)).eval().requires_grad_(False)
-    sheet = tmp_path / "sheet.png"
+    sheet = tmp_path / "new" / "sheet.png"
     args = argparse.Namespace(n=10, steps=2, scale=1.0, data=str(mnist), image=sheet)
     found = family.measure(model, args)
     assert sheet.stat().st_size > 500 and found["n"] == 10
@@ -66,3 +78,6 @@ def test_figures_of_models_conditioned_on_images(mnist, tmp_path, reads):
         assert found["made"]["psnr"] < found["bicubic"]["psnr"] and 0 <= found["made"]["accuracy"] <= 1
     else:
         assert found["pixels changed that the mask keeps"] == 0 and found["seam"] > 0
+        assert 0 <= found["accuracy"] <= 1
+        unlabelled = [{"image": sample["image"]} for sample in family.test_samples(model, "mask", args)]
+        assert not any("accuracy" in name for name in family.of_masks(model, unlabelled, None, args))

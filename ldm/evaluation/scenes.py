@@ -148,7 +148,7 @@ def _cut(pixels: np.ndarray) -> tuple[int, list[tuple[FoundObject, np.ndarray]]]
         left, top, right, bottom = x.min(), y.min(), x.max() + 1, y.max() + 1
         size = int(np.abs(np.array([*DIGIT_SIZES.values()]) - max(right - left, bottom - top)).argmin())
         centre = columns.start + (left + right) / 2, rows.start + (top + bottom) / 2
-        objects.append((FoundObject(-1, colour, size, centre), _glyph(share[top:bottom, left:right])))
+        objects.append((FoundObject(-1, colour, size, centre), glyph(share[top:bottom, left:right])))
     return background, objects
 
 
@@ -165,17 +165,20 @@ def _colour_of(own: np.ndarray, ink: np.ndarray, background: np.ndarray) -> tupl
     return colour, (255 * np.clip(share, 0, 1)).astype(np.uint8)
 
 
-def _glyph(share: np.ndarray) -> np.ndarray:
-    """Return an object as MNIST has digits: JUDGED pixels long, its centre of mass in the middle of 28 x 28."""
+def glyph(share: np.ndarray) -> np.ndarray:
+    """Return ink as MNIST has digits, uint8 (28, 28): JUDGED pixels long, its centre of mass in the middle.
+
+    share: how much ink each pixel has, uint8 (h, w).
+    """
     height, width = share.shape
     factor = JUDGED / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))
     small = np.asarray(Image.fromarray(share).resize(size, Image.Resampling.BICUBIC))
-    glyph = np.zeros((28, 28), np.uint8)
+    canvas = np.zeros((28, 28), np.uint8)
     mass = small.astype(float) + 1e-6
     corner = [
         int(np.clip(round(14 - (mass.sum(1 - axis) @ np.arange(mass.shape[axis])) / mass.sum() - 0.5), 0, 28 - length))
         for axis, length in enumerate(small.shape)
     ]
-    glyph[corner[0] : corner[0] + size[1], corner[1] : corner[1] + size[0]] = small
-    return glyph
+    canvas[corner[0] : corner[0] + size[1], corner[1] : corner[1] + size[0]] = small
+    return canvas
