@@ -17,7 +17,7 @@ ldm evaluate dreambooth --ckpt outputs/one/model.safetensors --subject subjects/
 unconditional model it samples as many. With MNIST at hand (--data, LDM_DATA or ./data) it also searches the training
 images for copies, and `autoencoder` measures all test images instead of the 1,000 that ship. On a folder of own images,
 half are the reference and half what real images reach: the Frechet distance is between pixels averaged to 8 x 8.
-`emoji` asks for seen, held-out and rare icons; the judge of these images trains at first, in some five minutes.
+`emoji` asks for seen, held-out and rare icons; the judge of these images trains at first, in some three core-minutes.
 `scenes` asks for seen and for held-out combinations of coloured digits, and needs MNIST.
 `bits` takes its first images, and for a class-conditional model its sub-folders as the classes.
 """
@@ -82,7 +82,9 @@ COMMANDS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
             },
             "--n": {"default": 300, "help": "images of each kind (300)"},
             "--epochs": {
-                **{"type": int_range(1), "default": 6, "metavar": "N"},
+                "type": int_range(1),
+                "default": 6,
+                "metavar": "N",
                 "help": "how often the judge sees the training images; fewer are quicker, and it errs more (6)",
             },
         },

@@ -229,7 +229,7 @@ def evaluate_emoji(args: argparse.Namespace) -> Result:
     for name, group in groups.items():
         print(f"captions: {name}", file=sys.stderr)
         made[name] = sample_images(model, group.captions, args.seed, args.batch_size, None, **given)
-    report = {
+    report: dict[str, Any] = {
         **_head(args),
         "settings": {"seed": args.seed, "batch_size": args.batch_size, **model.defaults, **given},
         "seconds": {"generating": time.perf_counter() - started},
@@ -237,8 +237,7 @@ def evaluate_emoji(args: argparse.Namespace) -> Result:
     }
     if any(True for _ in model.first_stage_model.parameters()):
         report["autoencoder"] = report_first_stage(model.first_stage_model, groups["held_out"].real, args.batch_size)
-    path = SHIPPED if args.ckpt is None else checkpoint_at(args.ckpt)
-    report["process"] = process_seconds(path, groups["held_out"].captions[0])
+    report["process"] = process_seconds(Path(report["checkpoint"]["path"]), groups["held_out"].captions[0])
     return report, _pairs(made["held_out"], groups["held_out"].real)
 
 
