@@ -28,8 +28,8 @@ class PixelDiffusion(LatentDiffusion):
     """A LatentDiffusion whose latents are the pixels, conditioned on classes or on nothing.
 
     Args:
-        unet_config: the network: (x_t (b, c, h, w), t (b,), and y or context where there is conditioning) -> eps, x0 or
-            v of x's shape; with a `downsampling` of which sizes must be multiples.
+        unet_config: the network: (x_t (b, c, h, w), t (b,), and y or context where there is conditioning) -> eps, x0,
+            v or flow, of x's shape; with a `downsampling` of which sizes must be multiples.
         channels: of the images.
         clip: clamp x0 to [-1, 1] in sampling (Ho et al. 2020, in their code); a number is another limit.
         learned_variance: the network also predicts the variance of `ddpm`'s steps, in as many output channels again

@@ -83,7 +83,7 @@ def _model(params: Config) -> Config:
     conditioner = _conditioner(params)
     family, concat = find_family(unet["params"]["in_channels"], first_stage, conditioner)
     prediction = params.get("parameterization", "eps")
-    if prediction not in ("eps", "x0", "v"):
+    if prediction not in ("eps", "x0", "v"):  # CompVis's code has no flow
         raise ValueError(f"parameterization {prediction!r} is unknown: it is one of eps, x0, v")
     return {
         "unet_config": unet,

@@ -79,7 +79,9 @@ class SceneCaption(NamedTuple):
 
 
 class Scenes(Dataset):
-    """Scenes with their captions. A sample is a dict:
+    """Scenes with their captions.
+
+    A sample is a dict:
         image    float32 (3, 64, 64) in [-1, 1]
         caption  str
         boxes    int64 (3, 5): left, top, right, bottom in pixels, and the digit, of each object; rows of -1 for none

@@ -52,7 +52,7 @@ def _check_pixels(decoder: nn.Module, args: tuple, pixels: Tensor) -> None:
 @contextmanager
 def _check_modules(model: LatentDiffusion) -> Iterator[None]:
     """Raise ValueError as soon as an input or output of any module is not finite."""
-    from ldm.models.compiler import uncompiled
+    from ldm.models.compiler import uncompiled  # which is not needed while images are finite
 
     running: list[str] = []  # the modules that are being computed, the innermost last
 

@@ -13,9 +13,8 @@ from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning
 from ldm.loading import take_part
 
-TEXT_BYTES = (
-    2**28
-)  # of embeddings that are kept: 21,000 of the digits' captions, nearly all; 1,100 of Stable Diffusion 1's
+# Of embeddings that are kept: those of 21,000 captions of digits, nearly all; of 1,100 of Stable Diffusion 1's.
+TEXT_BYTES = 2**28
 
 
 def read_first_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
