@@ -7,22 +7,22 @@ How an image is sampled:
     diffusion/denoiser.py            192  a network that predicts eps, x0, v or flow -> denoise(x, sigma, cond)
     diffusion/guidance.py            248  denoise -> denoise: classifier-free guidance and others
     diffusion/sampling/              532  first_order explains DDIM and DDPM; the others refine it
-    latent_diffusion.py              268  first stage + text encoder + UNet + schedule
-    generation.py                    258  generate: prompts -> images
+    latent_diffusion.py              269  first stage + text encoder + UNet + schedule
+    generation.py                    257  generate: prompts -> images
 The networks:
     models/unet.py                   288  the UNet
     models/blocks.py                 315  its residual blocks, and its plan of levels (levels.py)
     models/attention.py              185  attention to the image and to the text
     models/autoencoder.py            431  the first stage, with its Gaussian latents (distributions.py)
-    models/clip.py                   241  the text encoder
+    models/clip.py                   237  the text encoder
     conditioning/text.py             345  prompts -> tokens (tokenizer.py) -> conditioning
 How the model is trained:
     diffusion/loss.py                135  errors and their weights; the noise (training_noise.py)
-    training/stage.py                242  what a stage of training is, and its loss (objective.py)
+    training/stage.py                244  what a stage of training is, and its loss (objective.py)
     training/autoencoder.py          209  stage 1: the first stage
     training/clip.py                 154  stage 2: the text encoder
     training/diffusion.py            420  stage 3: the UNet (with denoising.py and latents.py)
-    training/loop.py                 532  the training loop, its EMA, learning rate and data order
+    training/loop.py                 534  the training loop, its EMA, learning rate and data order
     data/captions.py                 247  the captions of digits (with captioned.py)
     data/mnist.py                    294  MNIST, scikit-learn's digits, and their measured style (measure.py)
     loading.py                       499  load and save, our own file format (checkpoint/file.py, writing.py)
