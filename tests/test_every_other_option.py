@@ -288,13 +288,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate statistics": (f"--outdir out {NETWORKS} --data mnist", OF_MNIST),
     "evaluate subjects": (f"--outdir out {NETWORKS} --data mnist", OF_MNIST),
 }  # fmt: skip
-QUICK = (
-    "convert",
-    "doctor",
-    "evaluate bits",
-    "evaluate statistics",
-    "evaluate subjects",
-)  # seconds each; the others minutes
+# seconds each; the others minutes
+QUICK = ("convert", "doctor", "evaluate bits", "evaluate statistics", "evaluate subjects")
 
 
 def table_of(command: str) -> dict[str, tuple[list[str], str]]:
@@ -344,7 +339,7 @@ def inputs(tmp_path_factory) -> Path:
     write_words(folder / "word.safetensors", LearnedWord("<it>", torch.randn(2, 32)), "diffusers")
     for name, path in small_networks(folder).items():
         path.rename(folder / f"{name}.safetensors")
-    write_classifier(folder / "classifier.safetensors", {"name": "linear"}, in_channels=1, image_size=32)
+    write_classifier(folder / "classifier.safetensors", {"name": "linear"}, in_channels=4, image_size=8)
     save_noise(folder)
     write_mnist(folder / "mnist" / "MNIST" / "raw")
     write_mnist(folder / "digits" / "MNIST" / "raw", classes=10)
