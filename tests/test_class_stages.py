@@ -147,6 +147,10 @@ def test_a_conditioner_without_a_null_condition_needs_one_to_be_tried_with():
     assert stage.reads == ("image", "pose")
 
 
+def test_a_network_of_ones_own_may_have_no_params():
+    refused("differ about pooled text", stage_of, "diffusion", unet_config={"target": f"{__name__}.Pose"})
+
+
 SHORT = [
     *("loop.steps=1", "loop.batch_size=2", "loop.report_to=none", "data.params.size=32", "data.params.channels=1"),
     *("autoencoder.stage.params.ddconfig.ch=8", "stage.params.unet_config.params.model_channels=16"),

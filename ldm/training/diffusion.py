@@ -144,7 +144,7 @@ def _match_pooled(
     unet_config: Mapping[str, Any], pooled: bool | None, cond_stage: str | Path, given: bool
 ) -> dict[str, Any]:
     """Return the UNet's configuration, without pooled text unless wanted. ValueError where the encoder differs."""
-    params = {k: v for k, v in unet_config["params"].items() if pooled is not False or k not in POOLED}
+    params = {k: v for k, v in (unet_config.get("params") or {}).items() if pooled is not False or k not in POOLED}
     if given != ("num_classes" in params):
         raise ValueError(
             f"the text encoder {str(cond_stage)!r} and the UNet differ about pooled text: train both stages with "
