@@ -29,8 +29,9 @@ UNET = "stage.params.unet_config.params"
 # too; `/` begins a key of the whole configuration.
 TABLE = """
 pixel loop:
-  {steps: 3, batch_size: 3, accumulate: 2, precision: fp32, clip: 0.001, gradient_checkpointing: true, ema: 0.0,
-   ema_device: disk, ema_snapshots: 2, compile: true, lr_schedule: {name: linear},
+  {steps: 3, batch_size: 3, accumulate: 2, precision: {to: bf16, with: {precision: fp32}}, clip: 0.001,
+   gradient_checkpointing: true, ema: 0.0, ema_device: disk, ema_snapshots: 2, compile: true,
+   lr_schedule: {name: linear},
    log_every: {to: 2, with: {preview_every: 2, save_every: 2}}, preview_every: 2, save_every: 2, keep_every: 1,
    keep_state: false, workers: 1, report_to: tensorboard,
    quality: {target: ldm.evaluation.quality.Quality, params: {images: 2}},
