@@ -50,6 +50,10 @@ autoencoder stage.params:
    perceptual_weight: {to: 2.0, with: {perceptual: judge}}, normalize: false,
    optimizer: {target: torch.optim.SGD}, preview_columns: 2, n_embed: 8,
    codebook_weight: {to: 3.0, with: {n_embed: 8, ddconfig: {double_z: false}}}}
+decoder stage.params:
+  {first_stage: missing, learning_rate: 0.002, reconstruction: l1, discriminator: null, disc_start: 9, disc_weight: 2.0,
+   edge_weight: 1.0, perceptual: judge, perceptual_weight: {to: 2.0, with: {perceptual: judge}},
+   optimizer: {target: torch.optim.SGD}, preview_columns: 2}
 clip stage.params:
   {vision: {image_size: 16}, learning_rate: 0.002, width: 32, layers: 2, heads: 4, context_length: 30,
    projection_dim: 8, merges_first: 200, agreement: {to: 1.0, with: {/loop.batch_size: 16}}, weight_decay: 0.5,

@@ -42,10 +42,11 @@ SCRIPTS = (
     "doctor",
     "shards",
 )
-STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.clip.CLIPStage ldm.training.diffusion.DiffusionStage
-ldm.training.pixel_diffusion.PixelDiffusionStage ldm.training.classifier.ClassifierStage
-ldm.finetune.dreambooth.DreamBoothStage ldm.finetune.textual_inversion.TextualInversionStage
-ldm.optional.noisy_classifier_stage.NoisyClassifierStage ldm.optional.ddgan_stage.DenoisingGANStage""".split()
+STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.decoder.DecoderStage ldm.training.clip.CLIPStage
+ldm.training.diffusion.DiffusionStage ldm.training.pixel_diffusion.PixelDiffusionStage
+ldm.training.classifier.ClassifierStage ldm.finetune.dreambooth.DreamBoothStage
+ldm.finetune.textual_inversion.TextualInversionStage ldm.optional.noisy_classifier_stage.NoisyClassifierStage
+ldm.optional.ddgan_stage.DenoisingGANStage""".split()
 DATA = """ldm.data.mnist.MNIST ldm.data.digits.Digits ldm.data.scenes.Scenes ldm.data.folder.Folder
 ldm.data.shards.Shards ldm.data.hugging_face.HuggingFace ldm.data.emoji.Emoji
 ldm.inference.class_images.SubjectImages"""

@@ -34,6 +34,11 @@ STAGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**TINY["first_stage_config"]["params"], **RATE, "discriminator": {"input_nc": 1, "ndf": 4, "n_layers": 1}},
         DIGITS,
     ),
+    "decoder": (
+        "ldm.training.decoder.DecoderStage",
+        {"first_stage": "first_stage", **RATE, "discriminator": {"input_nc": 1, "ndf": 4, "n_layers": 1}},
+        DIGITS,
+    ),
     "clip": (
         "ldm.training.clip.CLIPStage",
         {**RATE, "vision": {"image_size": 32, "patch_size": 16, "width": 16, "layers": 1, "head_width": 8}}
