@@ -41,8 +41,8 @@ from ldm.images import open_pillow
 from ldm.util import progress_bar
 
 HELD_OUT_NAMES = Path(__file__).parent / "held_out.txt"
-SCALES = (1.0, 0.8)  # of icons in their square
-SHIFTS = {1.0: 1, 0.8: 6}  # pixels of 64 that they are moved by, at most
+SCALES = (1.0, 0.9)  # of icons in their square
+SHIFTS = {1.0: 1, 0.9: 3}  # pixels of 64 that they are moved by, at most
 
 
 class Icon(NamedTuple):
@@ -85,9 +85,9 @@ class Emoji(Dataset):
             installs them; by default the environment variable LDM_EMOJI, else ./data/emoji.
         split: "train" or "held_out", which leaves out icons that other icons share.
         size: Pixels of the square.
-        copies: How often each icon is there that has no skin tones. Every second copy is smaller, moved or on a
-            coloured background.
-        toned_copies: How often each icon is there that has skin tones.
+        copies: How often each icon is there whose name has no skin tone, as the yellow default. Every second copy is
+            smaller, moved or on a coloured background.
+        toned_copies: How often each icon is there whose name has a skin tone.
         coloured: The share of these with a coloured background.
         together: How many icons of the same thing stay together in a shuffled order, so that a batch has captions
             that only differ in tone or style.
@@ -117,14 +117,14 @@ class Emoji(Dataset):
         if not self.icons:
             raise ValueError(f"none of the {len(everything)} icons in {str(folder)!r} is in the split {split!r}")
         self.seed, self.together, self.epoch = seed, together, 0
-        roles = {icon.parts.role for icon in everything if icon.parts.tones}
         self.entries: list[tuple[int, str | None]] = []
         rendered = {
-            scale: render_icons(self.icons, size, scale, cache_dir) for scale in (SCALES if copies > 1 else SCALES[:1])
+            scale: render_icons(self.icons, size, scale, cache_dir)
+            for scale in (SCALES if max(copies, toned_copies) > 1 else SCALES[:1])
         }
         made = []
         for i, icon in enumerate(self.icons):
-            for copy in range(toned_copies if icon.parts.role in roles else copies):
+            for copy in range(toned_copies if icon.parts.tones else copies):
                 image, background = self._copy(i, copy, rendered, coloured)
                 made.append(image)
                 self.entries.append((i, background))

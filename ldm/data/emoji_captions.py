@@ -138,11 +138,11 @@ def choose_wording(
 ) -> tuple[str, bool]:  # fmt: skip
     """Return the caption of sample `index` in `epoch`, and whether it states the style.
 
-    things: its name in words, which half of the captions use, and other names of it.
+    things: its name in words, which three of four captions use, and other names of it.
     """
     uniform = random.Random(f"{seed} {epoch} {index}").random
     frame = EMOJI_FRAMES[int(uniform() * len(EMOJI_FRAMES))]
-    thing = things[0] if uniform() < 0.5 else things[int(uniform() * len(things))]
+    thing = things[0] if uniform() < 0.75 else things[int(uniform() * len(things))]
     if uniform() < 0.5:  # "keycap 4" is also "keycap four"
         thing = re.sub(r"\b(10|[0-9])\b", lambda number: NUMERALS[int(number[1])], thing)
     stated = uniform() < STYLED
