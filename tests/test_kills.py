@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_stages import STAGES, config_of, write_inputs
+from tiny_stages import STAGES, config_of, write_inputs, write_rows
 
 from ldm.training.loop import train
 
@@ -50,6 +50,7 @@ def results(folder: Path) -> dict[str, bytes]:
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
+    write_rows(folder)
     return folder
 
 

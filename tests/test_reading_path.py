@@ -58,7 +58,7 @@ SUPPORT = {
     "models/kernels models/linear_attention": "implementations of attention to choose from",
     "models/discriminator models/perceptual": "losses of larger first stages, which the digits do not use",
 }
-MAX_LINES, MAX_ALL_LINES = 6370, 9700
+MAX_LINES, MAX_ALL_LINES = 6370, 11100
 
 
 def files_of(row: str) -> list[str]:
