@@ -39,7 +39,7 @@ DIR: dict[str, Any] = {"type": Path, "metavar": "DIR"}
 TEXT: dict[str, Any] = {"metavar": "TEXT", "required": True, "help": "as in training"}
 # What several commands take.
 SHARED: dict[str, dict[str, Any]] = {
-    "--ckpt": FILE | {"help": "the checkpoint (the model that ships)"},
+    "--ckpt": FILE | {"help": "the checkpoint (digits, which ships)"},
     "--dataset": {
         **{"default": "mnist", "metavar": "NAME|DIR"},
         "help": "mnist, scikit-learn's digits, or a folder of own images, of which less can be measured (mnist)",
