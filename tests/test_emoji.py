@@ -318,10 +318,10 @@ def test_both_splits_number_things_and_tones_alike(root, held_out):
 
 
 @pytest.mark.full
-def test_the_three_stages_train_on_a_dozen_icons(root, held_out, tmp_path):
+def test_the_stages_train_on_a_dozen_icons(root, held_out, tmp_path):
     """The configurations of the model that ships, as they are but for their length."""
     held_out("noto:keycap-4", "fluent-emoji-flat:red-apple")
-    configs = [str(CONFIGS / f"{stage}.yaml") for stage in ("autoencoder", "clip", "diffusion")]
+    configs = [str(CONFIGS / f"{stage}.yaml") for stage in ("autoencoder", "decoder", "clip", "diffusion")]
     short = ["loop.steps=1", "loop.batch_size=4", "loop.lr_schedule.warmup=0", f"data.params.root={root}"]
     train([*configs, f"outdir={tmp_path / 'run'}", *short, "--device", "cpu"])
     model = ldm.load(tmp_path / "run" / "diffusion", device="cpu")
