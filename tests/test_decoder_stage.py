@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, refused
 from torch.utils.data import default_collate
 
 from ldm.checkpoint.networks import KL_TARGET, VQ_TARGET
@@ -43,3 +43,10 @@ def test_the_decoder_learns_and_the_latents_stay(target, params, tmp_path):
     before = load_network(path).state_dict()
     changed = {name.split(".")[0] for name, tensor in before.items() if not torch.equal(tensor, state[name])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_a_first_stage_without_a_decoder_is_refused(tmp_path):
+    target = "ldm.models.identity.IdentityFirstStage"
+    config = {"target": target, "params": {"channels": 1}}
+    save_file(tmp_path / "first.safetensors", {}, config)
+    refused("give a KL or a VQ autoencoder", DecoderStage, str(tmp_path / "first.safetensors"), 1e-3)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ldm.checkpoint.networks import KL_TARGET, VQ_TARGET
 from ldm.checks import Count, Rate
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.frozen import read_first_stage
@@ -20,6 +21,9 @@ class DecoderStage(AutoencoderStage):
     Args:
         first_stage: checkpoint of the autoencoder, or any file or folder that has one.
         others: of `AutoencoderStage`.
+
+    Raises:
+        ValueError: for a first stage of another class, which has no such decoder.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class DecoderStage(AutoencoderStage):
         preview_columns: Count = 8,
     ) -> None:
         config, weights = read_first_stage(first_stage)
+        if config["target"] not in (KL_TARGET, VQ_TARGET):
+            raise ValueError(f"first_stage {first_stage!r} is a {config['target']}: give a KL or a VQ autoencoder")
         super().__init__(
             config["params"]["ddconfig"],
             config["params"]["embed_dim"],
