@@ -9,16 +9,15 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ldm.checkpoint.file import checkpoint_at
 from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.conditions import batch_condition, dropout_of, read_by, shown_prompts, take_names, train_conditioner
 from ldm.training.denoising import DenoisingStage
-from ldm.training.frozen import RecentTexts, read_first_stage, read_text_stage
+from ldm.training.frozen import RecentTexts, match_pooled, read_first_stage, read_text_stage, start_from
 from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
 from ldm.training.objective import Objective
-
-POOLED = ("num_classes", "adm_in_channels")  # of a UNet that takes pooled text
 
 
 class DiffusionStage(DenoisingStage):
@@ -36,6 +35,7 @@ class DiffusionStage(DenoisingStage):
             unconditional model.
         concat: "latents_mask" or "mask_latents" trains the UNet to inpaint under random masks (`LatentDiffusion`).
         schedule, prediction, defaults: of `LatentDiffusion`.
+        start: checkpoint of a complete model to train on: its UNet, scale factor, and conditioner if that trains.
         pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say; None
             is true. False leaves these two out; the encoder must have been trained with the same choice.
         caption_dropout: probability of the null condition (the empty prompt, the null class ...) instead of the
@@ -57,6 +57,7 @@ class DiffusionStage(DenoisingStage):
         schedule: Mapping[str, Any],
         prediction: str = "v",
         concat: str | None = None,
+        start: str | Path | None = None,
         pooled: bool | None = None,
         defaults: Mapping[str, Any] | None = None,
         betas: Betas = (0.9, 0.99),
@@ -78,7 +79,7 @@ class DiffusionStage(DenoisingStage):
         cond: Any = cond_stage
         if text := isinstance(cond_stage, str | Path):
             cond, text_weights = read_text_stage(cond_stage)
-            unet_config = _match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
+            unet_config = match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
         model = LatentDiffusion(unet_config, first, cond, schedule, prediction, defaults=defaults, concat=concat)
         model.first_stage_model.load_state_dict(weights)
         conditioner = model.cond_stage_model
@@ -86,6 +87,7 @@ class DiffusionStage(DenoisingStage):
             conditioner.load_state_dict(text_weights)
         elif pooled is not None:
             raise ValueError("pooled is for a text encoder's pooled text: leave it out without one")
+        self.start = None if start is None else checkpoint_at(start)
         self.reads = ("image", *read_by(model))
         objective = Objective(model, error, weight, noise, timesteps)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
@@ -105,6 +107,8 @@ class DiffusionStage(DenoisingStage):
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
         self.check_size(dataset)
         take_names(self, dataset)
+        if self.start is not None:
+            start_from(self.latent_diffusion, self.start, conditioner="cond_stage" in self.networks)
         if self.own_previews:
             self.preview_prompts = shown_prompts(self.latent_diffusion, self.preview_columns, dataset)
         if self.cache_latents and getattr(dataset, "augments", False):
@@ -114,7 +118,8 @@ class DiffusionStage(DenoisingStage):
             )
         prepared, some = self.cached(dataset), first_images(dataset, 256)  # enough to measure
         latents = (prepared.mean, prepared.std) if self.cache_latents else self._encoded(some)
-        self.latent_diffusion.scale_factor = scale_factor(*latents)
+        if self.start is None:
+            self.latent_diffusion.scale_factor = scale_factor(*latents)
         return prepared
 
     def _encoded(self, dataset: Any) -> tuple[Any, Any]:
@@ -138,16 +143,3 @@ class DiffusionStage(DenoisingStage):
         z = model.scale_factor * (mean + std * self.share.randn(mean) if training else mean)
         dropout = self.caption_dropout if training else None
         return z, batch_condition(model, self.condition, batch, z, dropout, self.share)
-
-
-def _match_pooled(
-    unet_config: Mapping[str, Any], pooled: bool | None, cond_stage: str | Path, given: bool
-) -> dict[str, Any]:
-    """Return the UNet's configuration, without pooled text unless wanted. ValueError where the encoder differs."""
-    params = {k: v for k, v in (unet_config.get("params") or {}).items() if pooled is not False or k not in POOLED}
-    if given != ("num_classes" in params):
-        raise ValueError(
-            f"the text encoder {str(cond_stage)!r} and the UNet differ about pooled text: train both stages with "
-            "the same stage.params.pooled (false leaves num_classes and adm_in_channels out)"
-        )
-    return {**unet_config, "params": params}
