@@ -153,7 +153,8 @@ def test_captions_say_what_is_asked_for():
         "a one oclock",
     ):
         assert say("{thing}", article.split(" ", 1)[1]) == article
-    for article in "an hourglass done", "a house", "an x ray", "an eight oclock", "grapes", "8":
+    nouns = "grapes", "8", "men holding hands", "a woman lifting weights", "a princess", "a bus", "santa claus"
+    for article in "an hourglass done", "a house", "an x ray", "an eight oclock", *nouns:
         assert say("{thing}", article.removeprefix("an ").removeprefix("a ")) == article
     for frame in EMOJI_FRAMES:
         text = say(frame, "mage", "people", **full)

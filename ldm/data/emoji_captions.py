@@ -124,7 +124,9 @@ def say(
 ) -> str:
     """Fill a frame: say(EMOJI_FRAMES[0], "red apple", style="flat") is "a flat drawing of a red apple"."""
     vowel = re.match(r"(?!uni|uk|eu|ewe|one\b)[aeiou]|hour|x\b", thing)  # to the ear: a unicorn, an hourglass
-    article = "" if re.search("s$|^the |^[0-9]", thing) else "an " if vowel else "a "
+    head = re.split(" (?:with|of|in|and|over|on|from|holding|lifting|showing) ", thing)[0]  # of "man with bunny ears"
+    without = re.search("(?<![su])s$|^(the|men|women|people|no|mrs|mx|santa) |^[0-9]|men$", head)  # an article
+    article = "" if without else "an " if vowel else "a "
     slots = {"style": style, "tone": " and ".join(tones) or None, "background": background}
     optional = re.compile(r"\[([^]]*\{(style|tone|background)\}[^]]*)\]")
     text = optional.sub(lambda part: "" if slots[part[2]] is None else part[1], frame)
