@@ -12,16 +12,18 @@ import pytest
 import torch
 from conftest import refused
 from test_loop import assert_same, config, wait_for
+from tiny_stages import STAGES, config_of, write_inputs
 
 import ldm
-from ldm.checkpoint.file import STEP_KEY, checkpoint_at, load_file, newest_checkpoint
+from ldm.checkpoint.file import STEP_KEY, checkpoint_at, file_hash, load_file, newest_checkpoint
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file
 from ldm.finetune.flags import move_in
 from ldm.training import loop
 from ldm.training.loop import Interrupted, train
 from ldm.training.loop_settings import LoopSettings
-from ldm.training.run_folder import FREE, RunFolder
+from ldm.training.rehearsal import rehearse
+from ldm.training.run_folder import FREE, RunFolder, files_of, flatten
 
 
 def resume(outdir, **settings):
@@ -170,6 +172,67 @@ def test_dreambooths_resume_starts_where_nothing_is(tmp_path, capfd):
     (tmp_path / "out" / "class").mkdir(parents=True)  # killed while it generated class images
     move_in("latest", tmp_path / "out")
     assert "holds no run to resume: it starts anew" in capfd.readouterr().err
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """Return the configurations of an autoencoder, two steps of which are trained, and of its decoder, likewise."""
+    monkeypatch.chdir(tmp_path)
+    first, second = config_of("autoencoder"), config_of("decoder")
+    second["stage"]["params"]["first_stage"] = "out/autoencoder/model.safetensors"
+    for stage in (first, second):
+        train(stage, device="cpu")
+    return first, second
+
+
+def with_steps(stage, steps):
+    return stage | {"loop": stage["loop"] | {"steps": steps}}
+
+
+def test_a_run_does_not_go_on_with_another_first_stage(chain, tmp_path, capfd):
+    """Also where one command would train both on, before it does; the same file, written anew, is none."""
+    first, second = chain
+    path, cpu = tmp_path / "out" / "autoencoder" / "model.safetensors", torch.device("cpu")
+    path.write_bytes(path.read_bytes())
+    both = [with_steps(stage, 3) for stage in chain]
+    said = (
+        "out/decoder' was started with the weights in 'out/autoencoder/model.safetensors', and .*decoder.loop.steps=N"
+    )
+    refused(said, rehearse, both, True, cpu)
+    rehearse([first, with_steps(second, 3)], True, cpu)
+    train(with_steps(second, 3), resume=True, device="cpu")
+    train(with_steps(first, 3), resume=True, device="cpu")
+    now = file_hash(path)
+    said = f"started with other weights of stage.params.first_stage: .*model.safetensors' is not .* begins with {now}, "
+    for steps in (3, 4):  # finished, or not
+        refused(said, rehearse, [with_steps(second, steps)], True, cpu)
+        refused(said, train, with_steps(second, steps), resume=True, device="cpu")
+    state = torch.load(tmp_path / "out/decoder/resume.pt", weights_only=True)
+    del state["built_on"]  # as an earlier version saved it
+    torch.save(state, tmp_path / "out/decoder/resume.pt")
+    train(with_steps(second, 4), resume=True, device="cpu")
+    state = torch.load(tmp_path / "out/decoder/resume.pt", weights_only=True)
+    assert state["built_on"] == {"stage.params.first_stage": now}
+
+
+def test_every_file_of_weights_that_a_stage_names_is_remembered(tmp_path, monkeypatch):
+    """Those of the tiny stages, and what these leave out; a folder of images or a tokenizer's word is none."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(tmp_path)
+    more = {
+        "autoencoder": {"perceptual": "judge"},
+        "dreambooth": {"loading": {"vae": "first_stage", "variant": "model"}},
+    }
+    more["diffusion"] = {"start": "model"}
+    found = set()
+    for name in STAGES:
+        given = config_of(name)
+        given["stage"]["params"] |= more.get(name, {})
+        files = {k: v for k, v in flatten(given).items() if v in ("first_stage", "cond_stage", "judge", "model")}
+        files.pop("stage.params.loading.variant", None)
+        assert {key: str(path) for key, path in files_of(given).items()} == files, name
+        found |= {key.removeprefix("stage.params.") for key in files}
+    assert found == {"first_stage", "cond_stage", "start", "perceptual", "ckpt", "loading.vae"}
 
 
 DAMAGE = {

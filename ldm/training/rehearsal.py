@@ -21,7 +21,7 @@ from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches
 from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import mixed_precision
-from ldm.training.run_folder import RunFolder, flatten
+from ldm.training.run_folder import RunFolder, files_of, flatten
 from ldm.training.stage import Stage
 from ldm.training.validation import build_datasets, make_quality, make_validation
 from ldm.util import get_obj_from_str, instantiate_from_config
@@ -49,6 +49,13 @@ def rehearse(
                 raise ValueError(f"{config['name']}: {config['stage']['target']} is not a stage of training")
             with redirect_stdout(io.StringIO()):  # its notes are training's
                 folder = RunFolder(Path(config["outdir"]) / config["name"], dict(config), resume, writes=False)
+            for path in (str(path) for path in (files_of(dict(config)).values() if folder.before else ())):
+                if _moved(path, tried) != path:
+                    raise ValueError(
+                        f"{str(folder.path)!r} was started with the weights in {path!r}, and this command would train "
+                        f"that stage on: give more steps to the later one only ({config['name']}.loop.steps=N), or "
+                        "choose another output folder"
+                    )
             if folder.finished or not kind.rehearses:
                 continue
             tried[os.path.normpath(folder.path)] = trial = os.path.join(temporary, str(number))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.atomic import Lock, explained, sweep, write_png, write_text
-from ldm.checkpoint.file import STEP_KEY, newest_checkpoint
+from ldm.checkpoint.file import STEP_KEY, checkpoint_at, file_hash, newest_checkpoint
 from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file, save_torch
 from ldm.checks import shorten
@@ -32,6 +32,9 @@ FREE = re.compile(
     r"keep_every|keep_state|workers|validate_\w+|quality\b.*|quality_every|tensorboard|report_to|ema_device|compile)|"
     r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*|(stage|data)\.params\.cache_dir"
 )
+
+# Settings that name files whose weights a run is built on: they must hold the same when it goes on.
+BUILT_ON = re.compile(r"stage\.params\.(first_stage|cond_stage|start|perceptual|ckpt|loading\.(vae|unet|config|vocab))")
 
 SNAPSHOTS = "ema"  # the folder of `ldm.training.posthoc`'s
 
@@ -54,6 +57,8 @@ class RunFolder:
 
     Attributes:
         finished: whether the result is there, of as many steps as the configuration asks for.
+        before: hashes of the files that the saved state is built on, by their settings.
+        built_on: the same now, which is saved.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool, writes: bool) -> None:
@@ -65,6 +70,8 @@ class RunFolder:
         self.lock = Lock(path, refusal) if writes else None
         try:
             self.finished = self._is_finished(self._saved_config(config, resume), config)
+            self.before = self._remembered()
+            self.built_on = self._checked_files(config) if writes or self.before else {}
         except BaseException:
             self.close()
             raise
@@ -116,6 +123,25 @@ class RunFolder:
             print(f"{self.path}: {note}", file=sys.stderr)
         return done >= steps
 
+    def _remembered(self) -> dict[str, str]:
+        try:  # without reading the tensors
+            return torch.load(self.state, map_location="cpu", weights_only=True, mmap=True)["built_on"]
+        except Exception:  # nothing is saved, or by an earlier version, or it is damaged, which `load_state` says
+            return {}
+
+    def _checked_files(self, config: dict[str, Any]) -> dict[str, str]:
+        """Return the hashes of the files that the run is built on; ValueError if one has changed since it began."""
+        files = files_of(config)
+        found = {key: file_hash(path) for key, path in files.items()}
+        for key, now in found.items():
+            if (before := self.before.get(key, now)) != now:
+                raise ValueError(
+                    f"{str(self.path)!r} was started with other weights of {key}: {str(files[key])!r} is not the file "
+                    f"that it was then (its SHA-256 begins with {now}, and began with {before}): resume with that "
+                    "file, or choose another output folder"
+                )
+        return found
+
     def _result_steps(self, configured: int) -> int:
         """Return how many steps the result was trained for, or 0. configured: of a result that does not say."""
         if not self.model.exists():
@@ -155,7 +181,7 @@ class RunFolder:
         """Replace the saved state, atomically."""
         if not self.writes:
             return
-        save_torch(self.state, state)
+        save_torch(self.state, {"built_on": self.built_on} | state)
 
     def load_state(self) -> dict[str, Any] | None:
         """Return the saved state, or None, and cut the metrics back to it; no pickled code is run."""
@@ -228,6 +254,13 @@ class RunFolder:
             tracker.finish()
         if self.lock is not None:
             self.lock.release()
+
+
+def files_of(config: dict[str, Any]) -> dict[str, Path]:
+    """Return the files that a run is built on by their settings, in BUILT_ON, as far as they exist."""
+    named = {k: v for k, v in flatten(config).items() if BUILT_ON.fullmatch(k) and isinstance(v, str) and v}
+    files = {key: checkpoint_at(text) for key, text in named.items()}
+    return {key: path for key, path in files.items() if path.exists()}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
