@@ -127,7 +127,7 @@ def test_two_processes_are_one_with_their_batches_together(inputs):
 @pytest.mark.full
 def test_two_processes_make_one_cache(inputs):
     """An image is encoded by one of them, one shows the progress, and training is as from memory, to the bit."""
-    ones = "from ldm.training import cache\ncache.SHARD = 4\n"
+    ones = "from ldm import util\nfrom ldm.training import cache\ncache.SHARD, util.LOG_SECONDS = 4, 0\n"
     count = "import atexit, os\nown, made = cache.encode_batch, []\n"
     count += "cache.encode_batch = lambda net, images: (made.append(len(images)), own(net, images))[1]\n"
     count += "atexit.register(lambda: os.path.exists('cache') and open(f'made{rank}', 'w').write(str(sum(made))))\n"

@@ -181,6 +181,7 @@ def build_run(
     own = stage.optimizers()
     if accelerator.distributed_type == "FSDP":
         check_fsdp(stage, own, **{key: getattr(settings, key) for key in ("ema_snapshots", "validate_both", "compile")})
+        trained.to(memory_format=torch.contiguous_format)  # it shards no others
     model, *optimizers = accelerator.prepare(trained, *own)
     scaler = accelerator.scaler  # of gradients in fp16, else None
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
