@@ -18,8 +18,9 @@ from ldm.data.dreambooth import DreamBooth
 from ldm.data.folder import Folder
 from ldm.models.identity import IdentityFirstStage
 from ldm.training.latents import encode_dataset
+from ldm.training.loader import training_batches
 from ldm.training.loop import train
-from ldm.training.order import EpochBatches, training_batches
+from ldm.training.order import EpochBatches
 from ldm.training.shapes import alike_batches, latent_statistics
 from ldm.training.share import BatchShare
 

@@ -48,6 +48,7 @@ SUPPORT = {
     "training/processes training/share training/sharding": "many processes",
     "training/run_folder training/metrics": "the run folder, what is logged",
     "training/shapes": "images of several shapes",
+    "training/loader": "processes that load data",
     "training/conditions": "conditions other than text",
     "models/compiler": "gradient checkpointing, torch.compile",
     "training/posthoc": "averages chosen after training",

@@ -17,8 +17,9 @@ from ldm.data.folder import Folder
 from ldm.data.mnist import MNIST
 from ldm.data.shards import Shards, find_shards
 from ldm.training.latents import LatentDataset
+from ldm.training.loader import training_batches
 from ldm.training.loop import train
-from ldm.training.order import EpochBatches, training_batches
+from ldm.training.order import EpochBatches
 
 
 def write_folder(folder: Path, count: int = 24, size: int = 32, captions: bool = True) -> Path:

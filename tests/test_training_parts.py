@@ -1,5 +1,7 @@
 """Averages, learning rates, data order and configurations of training."""
 
+import os
+
 import pytest
 import torch
 from conftest import refused
@@ -7,8 +9,9 @@ from torch import nn
 
 from ldm.training.config import read_configs
 from ldm.training.ema import EMA, ema_decay
+from ldm.training.loader import training_batches
 from ldm.training.lr_scheduler import lr_multiplier
-from ldm.training.order import EpochBatches, mix_seed, training_batches
+from ldm.training.order import EpochBatches, mix_seed
 
 
 def test_ema_equals_the_recurrence_and_leaves_the_live_weights_alone():
@@ -106,16 +109,40 @@ def test_batches_go_on_from_any_number_with_the_epoch_set():
         def __getitem__(self, index):
             return {"index": index, "epoch": self.epoch, "text": str(index)}
 
-    def take(first, count):
-        stream = training_batches(Counting(), EpochBatches(10, 3, seed=0).seek(first), workers=0)
+    def take(first, count, workers=0):
+        stream = training_batches(Counting(), EpochBatches(10, 3, seed=0).seek(first), workers)
         return [
             (n, b["index"].tolist(), b["epoch"].tolist(), b["text"]) for n, b in (next(stream) for _ in range(count))
         ]
 
     whole = take(0, 8)
+    assert take(0, 8, workers=2) == whole  # they read ahead, in the next epoch, too
     assert [n for n, *_ in whole] == list(range(8))
     assert [epochs[0] for _, _, epochs, _ in whole] == [0, 0, 0, 1, 1, 1, 2, 2]
     assert take(4, 4) == whole[4:]
+
+
+class Process(torch.utils.data.Dataset):
+    """The process that reads a sample, and its epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        return {"process": os.getpid(), "epoch": self.epoch}
+
+
+def test_a_worker_reads_on_in_the_next_epoch():
+    """An epoch is one batch: it would start anew for each, and read nothing while the network trains."""
+    data, order = Process(), EpochBatches(2, 2, seed=0)
+    stream = training_batches(data, order, workers=1)
+    found = [(next(stream)[1], data.epoch, order.state_dict()) for _ in range(4)]
+    assert [batch["epoch"].tolist() for batch, *_ in found] == [[i, i] for i in range(4)]
+    assert [epoch for _, epoch, _ in found] == [state["epoch"] for *_, state in found] == [0, 1, 2, 3]
+    assert all(state["past"] == [(2, 1)] for *_, state in found)
+    assert len({*torch.cat([batch["process"] for batch, *_ in found]).tolist()} - {os.getpid()}) == 1
 
 
 @pytest.mark.parametrize("groups", [None, ["a"] * 30 + ["b"] * 17])

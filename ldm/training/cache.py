@@ -29,7 +29,7 @@ from ldm.checkpoint.writing import save_file
 from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.latents import encode_batch, encode_texts, encoding_size
-from ldm.training.order import loader_of
+from ldm.training.loader import loader_of
 from ldm.training.shapes import in_groups
 from ldm.util import progress_bar
 

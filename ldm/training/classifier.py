@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from ldm.checks import Count, Rate
 from ldm.images import to_pil
-from ldm.training.order import in_batches
+from ldm.training.loader import in_batches
 from ldm.training.shapes import alike_batches
 from ldm.training.share import BatchShare
 from ldm.training.stage import Loss, Stage

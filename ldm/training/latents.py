@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning
-from ldm.training.order import loader_of
+from ldm.training.loader import loader_of
 from ldm.training.shapes import alike_batches
 from ldm.training.share import BatchShare
 from ldm.util import progress_bar

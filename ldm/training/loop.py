@@ -17,11 +17,12 @@ import torch
 from ldm.models.compiler import compiled
 from ldm.training.contract import compare_content, content_of
 from ldm.training.ema import EMA
+from ldm.training.loader import training_batches
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
 from ldm.training.optimizers import average_of, clip_gradients
-from ldm.training.order import EpochBatches, training_batches
+from ldm.training.order import EpochBatches
 from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator
 from ldm.training.run_folder import RunFolder

@@ -1,15 +1,12 @@
 """The order of a data set in training: a function of (seed, epoch), so that training resumes mid-epoch exactly."""
 
-import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-from ldm.util import progress_bar
+from torch.utils.data import Sampler
 
 
 class EpochBatches(Sampler):
@@ -109,38 +106,3 @@ def mix_seed(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
     return state >> 1
-
-
-def training_batches(dataset: Any, order: EpochBatches, workers: int) -> Iterator[tuple[int, dict]]:
-    """Yield (number, batch) without end, as dicts of stacked fields, and note them in the order's state."""
-    while True:
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(order.epoch)  # captions and augmentation are functions of (seed, epoch, index)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=workers,
-            worker_init_fn=ignore_signals,
-            # DataLoader takes a seed each epoch, which must not change torch's global random state.
-            generator=torch.Generator().manual_seed(order.seed),
-        )
-        for batch in loader:
-            yield order.take(), batch
-        order.epoch, order.past = order.epoch + 1, []
-
-
-def in_batches(dataset: Dataset, batches: Sequence[list[int]], label: str) -> Iterable[dict]:
-    """Return these batches of a data set, with a progress bar."""
-    return progress_bar(loader_of(dataset, 0, batch_sampler=batches), desc=label, unit="batch")
-
-
-def loader_of(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
-    """Return a loader that leaves torch's random state and the signals of its processes alone."""
-    generator = torch.Generator()
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, generator=generator, **options)
-
-
-def ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM to the main process, which still needs the workers' batches to complete its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -28,10 +28,11 @@ from ldm.checkpoint.file import CONFIG_KEY, STEP_KEY
 from ldm.checkpoint.writing import bytes_of, write_tensors
 from ldm.data.part import part
 from ldm.training.latents import LatentDataset
+from ldm.training.loader import training_batches
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.optimizers import average_of, clip_gradients
-from ldm.training.order import EpochBatches, training_batches
+from ldm.training.order import EpochBatches
 from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import make_accelerator
 from ldm.training.rehearsal import rehearse

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from ldm.checks import Range, few
 from ldm.data.part import part
 from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
-from ldm.training.order import ignore_signals, mix_seed
+from ldm.training.loader import loader_of
+from ldm.training.order import mix_seed
 from ldm.training.shapes import alike_batches
 from ldm.training.stage import Stage
 from ldm.util import call_with, instantiate_from_config, progress_bar
@@ -100,13 +100,7 @@ class Validation:
 
         rank, count = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         device, own, found = self.stage.device, self.batches[rank:batches:count], []
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=own,
-            num_workers=self.workers,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),
-        )
+        loader = loader_of(self.dataset, self.workers, batch_sampler=own)
         with _own_random_state(device):
             bar = progress_bar(loader, desc="validating", unit="batch", delay=2)
             for number, (images, batch) in enumerate(zip(own, bar, strict=True)):
