@@ -110,6 +110,7 @@ VALUES = {
     "--outdir": ["other"],
     "--format": ["webp"],
     "--enlarge": ["2"],
+    "--grid": ["scale=1,2"],
     "--skip_save": [],
     "--skip_grid": [],
     "--n_rows": ["1"],

@@ -131,8 +131,8 @@ def generate_again(
 @contextmanager
 def progress(recipes: Sequence[Recipe], recorder: Callback | None = None) -> Iterator[Callback]:
     """Give a callback that feeds the recorder and a progress bar, which a terminal shows after two seconds."""
-    batches = max(1, sum(recipe.batch_position == 0 for recipe in recipes))
-    with tqdm(total=batches * steps_of(recipes[0]), unit="step", delay=2, disable=None, leave=False) as bar:
+    batches = [recipe for recipe in recipes if recipe.batch_position == 0] or recipes[:1]
+    with tqdm(total=sum(map(steps_of, batches)), unit="step", delay=2, disable=None, leave=False) as bar:
 
         def callback(step: Step) -> None:
             bar.update()

@@ -59,6 +59,8 @@ def image_parser(description: str, prompt: str, outdir: str, classes: bool = Fal
     add("--skip_grid", action="store_true", help="do not save the grid")
     add("--n_rows", type=int_range(0), default=0, metavar="N", help="images in a row of the grid (0: n_samples)")
     text = "repeat each pixel N times in all files (1; grids and strips of small images are enlarged to be seen)"
+    grid = "an image for each value, or for each of two --grid's, on a labelled sheet: --grid steps=5,10,20"
+    add("--grid", action="append", default=[], metavar="NAME=A,B", help=grid)
     add("--enlarge", type=int_range(1, 64), metavar="N", help=text)
     add("--strip", action="store_true", help="save how each came about: forward process, x_t, predicted x0")
     return parser

@@ -20,6 +20,7 @@ from ldm.settings import Guidance, setting_rows
 if TYPE_CHECKING:  # they import torch
     from ldm.diffusion.guidance import Guide
     from ldm.inference.init_image import InitImage
+    from ldm.inference.xy_grid import Cell
     from ldm.latent_diffusion import LatentDiffusion
 
 BATCH = 16  # images at a time
@@ -46,36 +47,43 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
         made = read_recipe(args.from_png)
         check_init_image(made, init, args.from_png)
         args.precision = made.precision if args.precision is None else args.precision
+        prompts = [made.prompt]
+    cells = chosen_cells(args, prompts)
     check_format(args.format, prompts, init)
     output = OutputFolder(args.outdir, f".{args.format}", args.enlarge)
 
     model = load_checked(args)
     from ldm.inference.generate import generate_again, generate_run, progress, steps_of
 
-    recipes = plan_recipes(model, args, prompts, made, init)
-    guide = build_guide(model, recipes[0], args)
-    if init is not None:
-        init = init.resized(recipes[0].width, recipes[0].height)
+    runs = plan_runs(model, args, prompts, cells, made, init)
+    first = runs[0][1][0]
     recorder, shown, saved = None, [], []
-    if args.strip and steps_of(recipes[0]) > 0:
+    if args.strip and steps_of(first) > 0:
         from ldm.inference.strip import StripRecorder
 
-        recorder = StripRecorder(model, steps_of(recipes[0]))
-    with progress(recipes, recorder) as callback:
-        if made is None:
-            images = generate_run(model, recipes, callback, init, guide)
-        else:
-            images = generate_again(model, recipes[0], callback, init, guide)
-        for recipe, image, index in images:  # each is saved as soon as it is there
-            if not args.skip_save:
-                saved.append(output.save_sample(image, recipe.to_text()))
-            if recorder is not None:
-                saved.append(output.save_strip(recorder.strip(index, args.enlarge), recipe.to_text()))
-            if not args.skip_grid:
-                shown.append(image)
-    if shown:
+        recorder = StripRecorder(model, steps_of(first))
+    with progress([recipe for _, recipes in runs for recipe in recipes], recorder) as callback:
+        for options, recipes in runs:
+            guide = build_guide(model, recipes[0], options)
+            start = None if init is None else init.resized(recipes[0].width, recipes[0].height)
+            if made is None:
+                images = generate_run(model, recipes, callback, start, guide)
+            else:
+                images = generate_again(model, recipes[0], callback, start, guide)
+            for recipe, image, index in images:  # each is saved as soon as it is there
+                if not args.skip_save:
+                    saved.append(output.save_sample(image, recipe.to_text()))
+                if recorder is not None:
+                    saved.append(output.save_strip(recorder.strip(index, args.enlarge), recipe.to_text()))
+                if not args.skip_grid:
+                    shown.append(image)
+    if cells:
+        from ldm.inference.xy_grid import labelled_grid
+
+        saved.append(output.save_sheet(labelled_grid(cells, shown), f"{len(shown)} labelled", first.to_text()))
+    elif shown:
         columns = args.n_rows if args.n_rows > 0 else args.n_samples
-        saved.append(output.save_grid(shown, columns, recipes[0].to_text()))
+        saved.append(output.save_grid(shown, columns, first.to_text()))
     for path in saved:
         print(path)
 
@@ -93,6 +101,19 @@ def chosen_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def chosen_cells(args: argparse.Namespace, prompts: Sequence[str]) -> "list[Cell]":
+    """Return the cells of the grid that --grid asks for. ValueError for options that it leaves without effect."""
+    if not args.grid:
+        return []
+    from ldm.inference.xy_grid import grid_cells, read_axis
+
+    if args.n_samples * args.n_iter != 1:
+        raise ValueError("--grid makes one image of each cell: leave out --n_samples and --n_iter")
+    if args.skip_grid or args.strip or args.n_rows or args.enlarge:
+        raise ValueError("--grid saves a labelled sheet: leave out --skip_grid, --strip, --n_rows and --enlarge")
+    return grid_cells(prompts, list(map(read_axis, args.grid)))
+
+
 def check_format(name: str, prompts: Sequence[str], init: "InitImage | None") -> None:
     """Raise ValueError for what JPEG cannot hold: transparency, and texts of more than 65,533 bytes with the recipe."""
     if name == "jpg" and init is not None and init.mask is not None and init.image.mode == "RGBA":
@@ -108,6 +129,24 @@ def load_checked(args: argparse.Namespace) -> "LatentDiffusion":
         if asked not in (None, own):
             raise ValueError(f"{option} {asked} does not fit this model, whose own is {own}: leave it out")
     return model
+
+
+def plan_runs(
+    model: "LatentDiffusion",
+    args: argparse.Namespace,
+    prompts: list[str],
+    cells: "Sequence[Cell]",
+    made: Recipe | None,
+    init: "InitImage | None",
+) -> list[tuple[argparse.Namespace, list[Recipe]]]:
+    """Return the options and the recipes of each run: of each cell, or of all prompts together."""
+    prompts = [cell.prompt for cell in cells] or prompts
+    if made is None:
+        prompts = usable_prompts(model, prompts, args)
+    if not cells:
+        return [(args, plan_recipes(model, args, prompts, made, init))]
+    options = [argparse.Namespace(**vars(args) | cell.settings) for cell in cells]
+    return [(own, plan_recipes(model, own, [p], made, init)) for own, p in zip(options, prompts, strict=True)]
 
 
 def plan_recipes(
@@ -128,11 +167,10 @@ def plan_recipes(
     if init is not None:
         settings |= init.settings(args, model, made)
     if made is not None:
-        recipe = change_recipe(made, model, batch_size=args.batch_size, **settings)
+        recipe = change_recipe(made, model, batch_size=args.batch_size, prompt=prompts[0], **settings)
         check_memory(recipe, 1, recipe.batch_size)
         note_unused(recipe, args)
         return [recipe]
-    prompts = usable_prompts(model, prompts, args)
     first = default_recipe(model, model.path.stem, **settings)
     note_unused(first, args)
     if args.embedding:
@@ -259,9 +297,10 @@ class OutputFolder:
 
         columns = min(columns, len(images))
         rows = -(-len(images) // columns)
-        return self._save(
-            image_grid(images, columns, factor=self.enlarge), f"{text}, Grid: {columns}x{rows}", self.path, "grid-", 4
-        )
+        return self.save_sheet(image_grid(images, columns, factor=self.enlarge), f"{columns}x{rows}", text)
+
+    def save_sheet(self, image: Image.Image, size: str, text: str) -> Path:
+        return self._save(image, f"{text}, Grid: {size}", self.path, "grid-", 4)
 
     def save_strip(self, image: Image.Image, text: str) -> Path:
         return self._save(image, text, self.path, "strip-", 4)
