@@ -88,6 +88,13 @@ textual_inversion stage.params:
    vectors: 3, relative_learning_rate: {to: 0.5, with: {learning_rate: null, relative_learning_rate: 0.1}},
    frames: ['my {}'], pull: 1.0, error: l1, weight: {name: min_snr}, noise: {offset: 0.1},
    timesteps: {name: logit_normal}, optimizer: {target: torch.optim.SGD}, previews: 2, sheet: sheet.png}
+distillation stage.params:
+  {ckpt: missing, learning_rate: 0.002, steps: 8, consistency: null, scale: 3.0, interval: [1.0, 2.0],
+   caption_dropout: 1.0, betas: [0.5, 0.9], weight_decay: 0.5, optimizer: adafactor, cache_latents: false,
+   cache_dir: cache, preview_prompts: [four], preview_columns: {to: 1, with: {preview_prompts: [four, five]}},
+   loading: {prediction: eps}}
+distillation stage.params.consistency:
+  {stage_batches: 2, mean: 0.0, std: 1.0, q: 2.0, k: 1.0, b: 0.1}
 noisy_classifier stage.params:
   {network: {}, learning_rate: 0.002, schedule: {name: linear}, timesteps: {name: logit_normal}, betas: [0.5, 0.9],
    weight_decay: 0.5, optimizer: adafactor, preview_columns: 2}
@@ -176,6 +183,7 @@ OF = {
     "stage.params.model.params.schedule": "make_schedule",
     "stage.params.model.params": "PixelDiffusion",
     "stage.params.lora": "attach",
+    "stage.params.consistency": "Consistency",
     "stage.params.discriminator": "NLayerDiscriminator",
     "stage.params.ddconfig": "Encoder",
     UNET: "UNetModel",

@@ -45,7 +45,8 @@ SCRIPTS = (
 STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.decoder.DecoderStage ldm.training.clip.CLIPStage
 ldm.training.diffusion.DiffusionStage ldm.training.pixel_diffusion.PixelDiffusionStage
 ldm.training.classifier.ClassifierStage ldm.finetune.dreambooth.DreamBoothStage
-ldm.finetune.textual_inversion.TextualInversionStage ldm.optional.noisy_classifier_stage.NoisyClassifierStage
+ldm.finetune.textual_inversion.TextualInversionStage ldm.finetune.distillation.DistillationStage
+ldm.optional.noisy_classifier_stage.NoisyClassifierStage
 ldm.optional.ddgan_stage.DenoisingGANStage""".split()
 DATA = """ldm.data.mnist.MNIST ldm.data.digits.Digits ldm.data.scenes.Scenes ldm.data.folder.Folder
 ldm.data.shards.Shards ldm.data.hugging_face.HuggingFace ldm.data.emoji.Emoji
@@ -53,7 +54,8 @@ ldm.inference.class_images.SubjectImages"""
 PARTS = """ldm.training.objective.Objective ldm.training.denoising.DenoisingStage
 ldm.diffusion.loss.loss_weight ldm.diffusion.training_noise.training_noise
 ldm.diffusion.schedule.training_timesteps ldm.diffusion.schedule.make_schedule
-ldm.training.lr_scheduler.lr_multiplier ldm.finetune.lora.attach ldm.latent_diffusion.LatentDiffusion
+ldm.training.lr_scheduler.lr_multiplier ldm.finetune.lora.attach ldm.finetune.distillation.Consistency
+ldm.latent_diffusion.LatentDiffusion
 ldm.pixel_diffusion.PixelDiffusion ldm.models.unet.UNetModel ldm.models.autoencoder.AutoencoderKL
 ldm.models.autoencoder.Encoder ldm.models.discriminator.NLayerDiscriminator
 ldm.evaluation.quality.Quality""".split()

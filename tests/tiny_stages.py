@@ -77,6 +77,11 @@ STAGES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"ckpt": "model", **RATE, "instance_prompt": "a sks five", "class_prompt": "five", "preview_columns": 1},
         {"target": "ldm.inference.class_images.SubjectImages", "params": {**SUBJECT, "class_data_dir": "class"}},
     ),
+    "distillation": (
+        "ldm.finetune.distillation.DistillationStage",
+        {"ckpt": "model", **RATE, "steps": 4, "consistency": {"stage_batches": 1}, "preview_prompts": ["five"]},
+        DIGITS,
+    ),
     "textual_inversion": (
         "ldm.finetune.textual_inversion.TextualInversionStage",
         {"ckpt": "model", **RATE, "word": "<it>", "initial": "five", "previews": 1},
