@@ -2,12 +2,13 @@
 cache of latents: how fast it is built, beside the encoder alone, and read.
 
     python -m benchmarks.data
+    python -m benchmarks.data --parts waits      # what a network waits for JPEGs of 12 megapixels
 
 Rates are of CPU time for one core, and of time for worker processes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,9 @@ from ldm.data.image_files import examine_image
 from ldm.training.cache import cached_latents
 from ldm.training.config import read_configs
 from ldm.training.latents import encode_batch, encoding_size
+from ldm.training.loader import training_batches
+from ldm.training.metrics import Waits
+from ldm.training.order import EpochBatches
 from ldm.util import instantiate_from_config
 
 # name -> (width, height) of the files, their suffix and the side of the squares to train on
@@ -41,15 +45,19 @@ KINDS = {
 ENCODERS = {"folder/autoencoder": 512, "autoencoder/kl-f4": 16}
 
 
+PARTS = ["files", "waits", "cache"]
+LARGE = (4000, 3000), 40  # files to wait for: size, number
+
+
 def write_images(folder: Path, size: tuple[int, int], suffix: str, count: int) -> None:
     """Write smooth images with a little noise, about as large in bytes as photographs."""
     rng = np.random.default_rng(0)
+    noise = rng.normal(0, 4, (size[1], size[0], 3))
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
             size, Image.Resampling.BICUBIC
         )
-        noisy = np.asarray(coarse) + rng.normal(0, 4, (size[1], size[0], 3))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.{suffix}")
+        Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{i}.{suffix}")
 
 
 def rate(
@@ -83,6 +91,30 @@ def measure(size: tuple[int, int], suffix: str, side: int, seconds: float, worke
             loader = DataLoader(data, batch_sampler=order, num_workers=number)
             found.append(rate(partial(list, loader), 8 * len(order), seconds, time.perf_counter))
         return [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in found]
+
+
+def measure_waits(size: tuple[int, int], count: int, seconds: float, workers: Sequence[int]) -> list[list[str]]:
+    """Return, for two paces of a network, the share of the time that it waits, without and with worker processes.
+
+    The network is elsewhere, as on a GPU, and this process sleeps: its pace is how long it takes over a batch, in units
+    of how long reading one takes here and now, with a core as busy as it is.
+    """
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_images(folder, size, "jpg", count)
+        data = Folder(folder, 64, reads=("image",))
+        paces, batch = (0.7, 2.0), 8 / rate(lambda: data.__getitems__(range(8)), 8, seconds, time.perf_counter)
+        return [[f"{pace:g}", *(f"{wait(data, pace * batch, n):.0%}" for n in (0, *workers))] for pace in paces]
+
+
+def wait(data: Folder, seconds: float, workers: int, batches: int = 20) -> float:
+    """Return the share of the time that a network waits for batches of 8, which takes so many seconds over each."""
+    read = Waits(training_batches(data, EpochBatches(len(data), 8, 0), workers))
+    for number, _ in zip(range(batches + 4), read, strict=False):
+        if number == 3:  # until then, processes start
+            read.share()
+        time.sleep(seconds)
+    return read.share()
 
 
 def measure_cache(name: str, count: int, rounds: int) -> list[str]:
@@ -120,12 +152,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="shortest time of a round")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of worker processes")
-    parser.add_argument("--rounds", type=int, default=5, help="of measuring the cache; 0 leaves it out")
+    parser.add_argument("--rounds", type=int, default=5, help="of measuring the cache")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure: all")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    rows = [[name, *measure(*kind, args.seconds, args.workers)] for name, kind in KINDS.items()]
-    print(markdown(["files", "decoded whole", "samples", "examined", *(f"{n} workers" for n in args.workers)], rows))
-    if args.rounds:
+    if "files" in args.parts:
+        rows = [[name, *measure(*kind, args.seconds, args.workers)] for name, kind in KINDS.items()]
+        titles = ["files", "decoded whole", "samples", "examined", *(f"{n} workers" for n in args.workers)]
+        print(markdown(titles, rows))
+    if "waits" in args.parts:
+        rows = measure_waits(*LARGE, args.seconds, args.workers)
+        print("\n" + markdown(["step / reading", "no workers", *(f"{n} workers" for n in args.workers)], rows))
+    if "cache" in args.parts:
         rows = [measure_cache(*encoder, args.rounds) for encoder in ENCODERS.items()]
         print("\n" + markdown(["encoder", "alone", "cache built", "ratio", "cache read"], rows))
 

@@ -241,8 +241,12 @@ def test_labels_of_near_points_do_not_meet():
 def test_data_rates(capsys, monkeypatch):
     monkeypatch.setattr(data, "KINDS", {"small": ((16, 16), "png", 8)})
     monkeypatch.setattr(data, "ENCODERS", {"folder/autoencoder": 2})
+    monkeypatch.setattr(data, "LARGE", ((64, 48), 8))
     data.main(["--seconds", "0.01", "--workers", "0", "--rounds", "1"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "small" in line or "folder" in line]
+    printed = capsys.readouterr().out.splitlines()
+    waits = [line.split("|")[1:-1] for line in printed if line.startswith(("| 0.7 |", "| 2 |"))]
+    assert len(waits) == 2 and all(0 < int(cell.strip(" %")) < 100 for _, *cells in waits for cell in cells)
+    lines = [line for line in printed if "small" in line or "folder" in line]
     rows = [line.replace(",", "").replace("%", "").split("|")[2:-1] for line in lines]
     assert [len(row) for row in rows] == [4, 4] and all(float(cell) > 0 for row in rows for cell in row)
 

@@ -261,7 +261,7 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
 
 
 OF_OTHERS = {"--nproc-per-node", "--num-processes", "--config-file"}  # torchrun's and accelerate's
-OF_OTHERS |= {"--plot", "--images", "--ddpm", "--ddgan"}  # of benchmarks, whose commands test_readme.py parses
+OF_OTHERS |= {"--plot", "--images", "--ddpm", "--ddgan", "--parts"}  # of benchmarks: test_readme.py parses these
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)
