@@ -11,6 +11,7 @@ SUMMARIES = {
     "txt2img": "generate images from text",
     "img2img": "generate images from an init image, guided by text",
     "inpaint": "generate parts of an image anew",
+    "edit": "edit images by their prompts; show what words attend to",
     "sample": "generate images with class-conditional or unconditional models",
     "train": "train the stages that configurations describe",
     "dreambooth": "teach a model a subject from a few images",
@@ -20,7 +21,7 @@ SUMMARIES = {
     "convert": "rewrite a model in another format or precision",
     "shards": "write a folder of images as tar shards",
 }
-FAST_EXIT = {"txt2img", "img2img", "inpaint", "sample"}  # these have closed what they opened
+FAST_EXIT = {"txt2img", "img2img", "inpaint", "edit", "sample"}  # these have closed what they opened
 
 
 def run_command(name: str) -> NoReturn:

@@ -33,6 +33,7 @@ SCRIPTS = (
     "txt2img",
     "img2img",
     "inpaint",
+    "edit",
     "sample",
     "train",
     "dreambooth",

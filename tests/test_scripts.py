@@ -28,6 +28,7 @@ RUNS = {
     "img2img": (["--init-img", "a.png"], FILES),
     "inpaint": (["--init-img", "a.png", "--mask", "a_mask.png"], FILES),
     "inpaint a folder": (["--indir", "."], ["a.png"]),
+    "edit": (["--prompt", "a one", "--to", "a two"], ["samples/00000.png", "samples/00001.png", "grid-0000.png"]),
     "sample": (["--class", 5], FILES),
 }
 MISTAKES = {
@@ -35,6 +36,7 @@ MISTAKES = {
     "txt2img": (["--prompt", "a", "--sampler", "none"], "unknown sampler 'none'"),
     "img2img": (["--init-img", "none.png"], "image 'none.png' does not exist"),
     "inpaint": (["--init-img", "a.png"], "inpaint needs --init-img FILE and --mask FILE"),
+    "edit": (["--prompt", "a one", "--reweight", "two=2"], "the prompt 'a one' has no word 'two'; it has a, one"),
     "sample": (["--class", "five"], "class 'five' does not exist"),
 }
 

@@ -32,6 +32,8 @@ def recipe_from_text(text: str) -> Recipe:
     entries = {key.strip(): _unquote(value) for key, value in _ENTRY.findall(line)}
     if "Grid" in entries:
         raise ValueError(f"it is a grid of {entries['Grid']} images: give one of the images in samples/")
+    if "Edit of" in entries:
+        raise ValueError("it was edited, which the command edit does: its options are in the image's text")
     if "Schedule type" in entries and "Spacing" not in entries:
         schedule, automatic = entries["Schedule type"], _AUTOMATIC.get(entries.get("Sampler", ""), "linspace")
         entries["Spacing"] = automatic if schedule == "Automatic" else _SCHEDULES.get(schedule, schedule)

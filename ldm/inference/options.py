@@ -93,11 +93,11 @@ def _add_prompts(parser: Parser, prompt: str, classes: bool) -> None:
 NOT_SAMPLING = ("fixed_code", "height", "width", "strength")  # settings in other groups of `image_parser`
 
 
-def add_settings(group: argparse._ArgumentGroup | Parser, *names: str) -> None:
-    """Add the options of settings of `ldm.inference.recipe.Recipe`; what is not given is None."""
+def add_settings(group: argparse._ArgumentGroup | Parser, *names: str, of: Any = None) -> None:
+    """Add the options of settings of `ldm.inference.recipe.Recipe`, or of `of`; what is not given is None."""
     from ldm.inference.recipe import Recipe  # with Pillow, which scripts without these options do without
 
-    rows = setting_rows(Recipe)
+    rows = setting_rows(Recipe if of is None else of)
     for name in names:
         row = rows[name]
         main, *others = row.flags

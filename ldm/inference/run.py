@@ -302,8 +302,8 @@ class OutputFolder:
     def save_sheet(self, image: Image.Image, size: str, text: str) -> Path:
         return self._save(image, f"{text}, Grid: {size}", self.path, "grid-", 4)
 
-    def save_strip(self, image: Image.Image, text: str) -> Path:
-        return self._save(image, text, self.path, "strip-", 4)
+    def save_strip(self, image: Image.Image, text: str, prefix: str = "strip-") -> Path:
+        return self._save(image, text, self.path, prefix, 4)
 
     def _save(self, image: Image.Image, text: str, folder: Path, prefix: str, digits: int) -> Path:
         """Save under the next free number: one more than the highest there, so that a gap is never filled."""

@@ -77,14 +77,19 @@ def _computes_in_bfloat16(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)), (b, h, n, m), of the arguments of `attention`, whose kernels do not show it."""
     # scale the scores and not q, which is smaller: q in another layout than k made this a third slower
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # (b, h, n, m)
     if causal:
         mask = _causal_mask(q, k)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1) @ v  # torch sums a bfloat16 softmax in float32
+    return scores.softmax(dim=-1)  # torch sums a bfloat16 softmax in float32
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    return attention_weights(q, k, causal, mask) @ v
 
 
 def _math_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,13 @@
+"""Editing by attention, without training: `attention_maps`, `overlay`, and Prompt-to-Prompt, `prompt_to_prompt`."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {"attention_maps": "maps", "overlay": "maps", "prompt_to_prompt": "prompts"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `ldm.editing.settings` imports no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ldm.editing' has no attribute {name!r}")
+    return getattr(import_module(f"ldm.editing.{_HOMES[name]}"), name)

@@ -1,0 +1,78 @@
+"""The command `ldm edit`: its files, the recipes in them, what it refuses, and that its options have an effect."""
+
+import json
+import re
+
+import pytest
+from conftest import refused
+from PIL import Image
+from script_runs import load_script, pixels, runner
+
+from ldm.inference.again import read_image_text, read_recipe
+
+EDIT = ["--prompt", "five ab", "--to", "five xy"]
+
+
+@pytest.fixture
+def run(tiny_checkpoint, tmp_path):
+    return runner(load_script("edit"), tiny_checkpoint, tmp_path)
+
+
+@pytest.fixture
+def txt2img(tiny_checkpoint, tmp_path):
+    return runner(load_script("txt2img"), tiny_checkpoint, tmp_path)
+
+
+def files(folder):
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.png"))]
+
+
+@pytest.mark.smoke
+def test_pairs_their_grid_their_maps_and_their_recipes(run, txt2img):
+    out = run(*EDIT, "--n_samples", 2, "--seed", 5, "--show-attention")
+    samples = [f"samples/0000{i}.png" for i in range(4)]
+    assert files(out) == ["attention-0000.png", "grid-0000.png", *samples]
+    assert [read_recipe(out / name).seed for name in samples[::2]] == [5, 6]
+    again = txt2img("--from-png", out / samples[2], out="again", steps=None)  # a first image is txt2img's own
+    assert (pixels(again / "samples/00000.png") == pixels(out / samples[2])).all()
+    refused("it was edited, which the command edit does", read_recipe, out / samples[1])
+    text = read_image_text(out / samples[1])
+    (how,) = re.findall(r'Edit of: (".*")$', text)
+    assert text.startswith("five xy\n") and json.loads(how).startswith("'five ab' '--cross-steps=0.0 to 0.8'")
+    with Image.open(out / "attention-0000.png") as sheet:
+        assert sheet.width > 3 * 96 and sheet.height > 4 * 96  # an image and two words, four times
+
+
+def test_attention_alone_is_of_the_prompts_images(run):
+    out = run("--prompt", "five ab", "--show-attention")
+    assert files(out) == ["attention-0000.png", "grid-0000.png", "samples/00000.png"]
+
+
+def test_what_is_refused_before_anything_is_made(run, tmp_path):
+    refused("nothing to edit: give --to, --reweight or --silence, or --show-attention", run)
+    refused("--reweight takes WORD=X, with a number X, got 'ab'", run, "--reweight", "ab")
+    refused("--reweight takes WORD=X, with a number X, got '=2'", run, "--reweight", "=2")
+    refused("cross_steps would have no effect: give --to", run, "--show-attention", "--cross-steps", 0, 1)
+    refused("self_steps ends before it begins", run, *EDIT, "--self-steps", 0.5, 0.2)
+    refused("has no effect without --blend", run, *EDIT, "--blend-threshold", 0.5)
+    refused("--compile would have no effect", run, *EDIT, "--compile")
+    refused("the prompt 'five xy' has no word 'six'; it has five, xy", run, *EDIT, "--silence", "six")
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_each_way_to_edit_changes_the_edited_image_only(run):
+    def pair(*options):
+        out = run("--prompt", "five ab", "--scale", 3, *options, out="".join(map(str, options)).replace(" ", ""))
+        return [pixels(out / f"samples/0000{i}.png").tobytes() for i in range(2)]
+
+    other = ["--to", "five xy"]
+    blended = [*other, "--blend", "xy", "--blend-threshold", 1]  # one place at most changes, and its neighbours
+    unchanged, *made = [
+        pair("--reweight", "ab=1"),
+        pair("--reweight", "ab=4"),
+        pair("--silence", "ab"),
+        pair(*other),
+        *(pair(*other, *part) for part in (("--cross-steps", 0, 0), ("--self-steps", 0, 1), ("--pooled-steps", 0, 1))),
+    ]
+    assert unchanged[0] == unchanged[1] and pair(*blended)[0] == pair(*blended)[1]
+    assert len({edited for _, edited in made}) == len(made) and all(first != edited for first, edited in made)
