@@ -21,9 +21,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks.common import markdown
-from ldm.cli import Parser, run
+from ldm.cli import Parser
 from ldm.data.folder import Folder
 from ldm.data.image_files import examine_image
+from ldm.program import run
 from ldm.training.cache import cached_latents
 from ldm.training.config import read_configs
 from ldm.training.latents import encode_batch, encoding_size

@@ -20,7 +20,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import add_row, markdown, process_memory, read_rows, run_fresh
-from ldm.cli import Parser, int_range, run
+from ldm.cli import Parser, int_range
+from ldm.program import run
 
 CHECKPOINTING = ["--gradient_checkpointing"]
 # name -> options of scripts/dreambooth.py

@@ -9,8 +9,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from ldm.cli import Parser, check_writable, int_range, run
+from ldm.cli import Parser, check_writable, int_range
 from ldm.inference.options import add_model_options, load_model
+from ldm.program import run
 
 if TYPE_CHECKING:
     from PIL.Image import Image

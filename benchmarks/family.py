@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.cli import Parser, check_writable, int_range, run
+from ldm.cli import Parser, check_writable, int_range
 from ldm.inference.options import add_model_options, load_model
+from ldm.program import run
 
 if TYPE_CHECKING:
     from torch import Tensor

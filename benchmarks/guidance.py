@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import add_row, check_plot, import_pyplot, markdown, read_rows
-from ldm.cli import Parser, finite_float, int_range, run
+from ldm.cli import Parser, finite_float, int_range
 from ldm.inference.options import add_model_options, load_model
+from ldm.program import run
 
 EVERYWHERE, INTERVAL = "everywhere", "in the interval"
 SHOWN = {"accuracy": "prompt accuracy", "precision": "precision", "recall": "recall"}  # in the plot's second half

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import markdown, run_fresh
-from ldm.cli import Parser, int_range, run
+from ldm.cli import Parser, int_range
+from ldm.program import run
 
 # What a fresh process runs: it prepares, then measures `work()`.
 MEASURE = """

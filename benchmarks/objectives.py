@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import ldm
 from benchmarks.common import add_row, markdown, read_rows
 from benchmarks.generators import evaluations, measure
-from ldm.cli import Parser, int_range, run
+from ldm.cli import Parser, int_range
 from ldm.evaluation.datasets import find_reference
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.samples import sample_images
+from ldm.program import run
 from ldm.training.config import read_configs
 from ldm.training.loop import train
 

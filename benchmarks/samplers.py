@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.common import Label, add_labels, add_row, check_plot, import_pyplot, markdown, read_rows
-from ldm.cli import Parser, int_range, run
+from ldm.cli import Parser, int_range
 from ldm.inference.options import add_model_options, load_model
+from ldm.program import run
 
 NAMED = ("ddim", "ddpm", "dpmpp_2m", "unipc", "heun", "lcm")  # in the plot
 ALIASES = ("euler", "euler_a")  # ddim and ddpm under their other names

@@ -36,11 +36,12 @@ import ldm
 from benchmarks.common import markdown, process_memory, run_fresh
 from ldm.checkpoint.diffusers_writer import write_unet
 from ldm.checkpoint.writing import save_file
-from ldm.cli import Parser, int_range, run
+from ldm.cli import Parser, int_range
 from ldm.data.digits import Digits
 from ldm.diffusion.schedule import q_sample
 from ldm.loading import SHIPPED
 from ldm.models.unet import UNetModel
+from ldm.program import run
 from ldm.training.latents import encode_texts
 from ldm.training.loop import train
 from ldm.training.optimizers import make_optimizer

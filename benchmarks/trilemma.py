@@ -21,10 +21,11 @@ from torch import Tensor
 
 from benchmarks.common import Label, add_labels, check_plot, import_pyplot, markdown
 from benchmarks.generators import evaluations, measure
-from ldm.cli import Parser, int_range, run
+from ldm.cli import Parser, int_range
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.evaluation.samples import prompts_for, quantise, sample_images
 from ldm.inference.options import PRECISIONS
+from ldm.program import run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import NoReturn
 
 from ldm import __version__
-from ldm.cli import Parser, run
+from ldm.cli import Parser
+from ldm.program import run
 
 SUMMARIES = {
     "txt2img": "generate images from text",

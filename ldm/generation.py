@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.batching import batches, of_ends
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
-from ldm.diffusion.denoiser import BoundDenoise, Cond, from_vp, to_vp
+from ldm.diffusion.denoiser import Cond, from_vp, to_vp
 from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler, sampler_named
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
@@ -66,7 +66,9 @@ def generate(
     sampler, sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing, chosen.final_sigma)
     strength, height, width = chosen.strength, given(chosen.height, own["height"]), given(chosen.width, own["width"])
     if image is not None:
-        init = _init_images(model, image, mask, len(prompts), chosen)
+        from ldm.init_image import prepare_images  # only where there is one
+
+        init = prepare_images(model, image, mask, len(prompts), chosen)
         strength = given(strength, model.default_strength(mask is not None))
         sigmas = sigmas[len(sigmas) - 1 - steps_taken(strength, len(sigmas) - 1) :]
         height, width = init.pixels.shape[-2:]  # padded
@@ -107,17 +109,6 @@ def _seeds(seed: int | None, seeds: Sequence[int] | None, count: int) -> list[in
         return [of_ends(check, one) for one in listed("seeds", seeds)]
     first = SEED.checked("seed", given(seed, 0))
     return list(range(first, first + count))
-
-
-def _init_images(model: Any, image: "Images", mask: "Images | None", count: int, chosen: Settings) -> "InitImages":
-    """Prepare the init images. ValueError where the settings ask for another size."""
-    from ldm.init_image import InitImages  # only where there is one
-
-    init = InitImages(image, mask, count, model.image_channels, model.multiple)
-    for name, asked, own in (("height", chosen.height, init.height), ("width", chosen.width, init.width)):
-        if asked not in (None, own):
-            raise ValueError(f"{name} {asked} differs from the init image's {own}: resize the image first")
-    return init
 
 
 def steps_taken(strength: float, steps: int) -> int:
@@ -187,7 +178,9 @@ def _sample(
         start = SeededNoise([run.first_seed], run.size)().expand_as(start)
     start = start.to(model.device)
     if model.concat is not None:
-        extra = _concat(model, init, run.size, len(seeds))
+        from ldm.init_image import concat_for  # only such models need it
+
+        extra = concat_for(model, init, run.size, len(seeds))
         cond, uncond = cond | extra, None if uncond is None else uncond | extra
     denoise = guidance.classifier_free(model.denoiser(seeds), cond, uncond, scale, interval, rescale, model.prediction)
     if run.guide is not None:
@@ -196,7 +189,9 @@ def _sample(
         denoise = guidance.clip_x0(denoise, model.clip)
     x = from_vp(start, run.sigmas[0])
     if init is not None:
-        x, denoise = _start_from(model, init, x, start, run, denoise)
+        from ldm.init_image import start_from_image
+
+        x, denoise = start_from_image(model, init, x, start, run.sigmas[0], run.settings.strength, denoise)
     steps = run.sampler(denoise, x, run.sigmas, eta=run.settings.eta, noise=noise) if len(run.sigmas) > 1 else ()
     for step in steps:
         run.bar.update()
@@ -205,38 +200,6 @@ def _sample(
         x = step.x
     pixels = model.decode(to_vp(x, run.sigmas[-1]))
     return pixels if init is None else init.finish(pixels)
-
-
-def _concat(model: Any, init: "InitImages | None", size: tuple[int, int, int], count: int) -> Cond:
-    """Return c_concat for a model with `concat`: of the init image, or of none."""
-    from ldm.init_image import concat_condition  # only such models need it
-
-    if init is not None:
-        cond = concat_condition(model, init.pixels, init.mask)
-    elif model.concat == "latents":
-        return {"c_concat": torch.zeros(count, *size, device=model.device)}
-    else:
-        height, width = (model.downsampling * side for side in size[1:])
-        cond = concat_condition(model, torch.zeros(1, model.image_channels, height, width), None)
-    return {key: value.expand(count, -1, -1, -1) for key, value in cond.items()}
-
-
-def _start_from(
-    model: Any, init: "InitImages", x: Tensor, start: Tensor, run: "_Run", denoise: BoundDenoise
-) -> tuple[Tensor, BoundDenoise]:
-    """Return (x, denoise) for an init image, where x is the image noised to the first noise level.
-
-    With all steps to take, x stays pure noise where the image is generated anew under a mask, and everywhere where the
-    model has what is kept in its input.
-    """
-    known, mask = model.encode(init.pixels, mode=True).float(), init.mask
-    noised = known + run.sigmas[0] * start
-    if mask is not None and model.concat in (None, "latents"):  # the others have the mask in their input
-        mask = nn.functional.adaptive_max_pool2d(mask, run.size[1:]).to(x)  # a latent is new if any pixel of it is
-        denoise, x = guidance.inpaint(denoise, known, mask), torch.lerp(noised, x, mask)
-    if run.settings.strength < 1 or (mask is None and model.concat != "latents"):
-        return noised, denoise
-    return x, denoise
 
 
 class _Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""Init images and masks as tensors: padded to sizes that the model supports, and the results cut and pasted back."""
+"""Init images and masks: padded to sizes that the model supports, noised to start from, and the results pasted back."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.image_files import over, upright
-from ldm.diffusion.denoiser import Cond
+from ldm.diffusion.denoiser import BoundDenoise, Cond
+from ldm.diffusion.guidance import inpaint
 from ldm.images import to_uint8
+from ldm.settings import Settings
 
 Images = Image.Image | Sequence[Image.Image]
 
@@ -145,3 +147,42 @@ def concat_condition(model: Any, images: Tensor, mask: Tensor | None) -> Cond:
     latents = model.encode(torch.where(anew, blank, images), mode=True)
     anew = F.interpolate(anew.to(latents), size=latents.shape[-2:])  # (b, 1, h/f, w/f)
     return {"c_concat": torch.cat([anew, latents] if model.concat == "mask_latents" else [latents, 2 * anew - 1], 1)}
+
+
+def prepare_images(model: Any, image: Images, mask: Images | None, count: int, chosen: Settings) -> InitImages:
+    """Prepare the init images. ValueError where the settings ask for another size."""
+    init = InitImages(image, mask, count, model.image_channels, model.multiple)
+    for name, asked, own in (("height", chosen.height, init.height), ("width", chosen.width, init.width)):
+        if asked not in (None, own):
+            raise ValueError(f"{name} {asked} differs from the init image's {own}: resize the image first")
+    return init
+
+
+def concat_for(model: Any, init: InitImages | None, size: tuple[int, int, int], count: int) -> Cond:
+    """Return c_concat for a model with `concat`: of the init image, or of none."""
+    if init is not None:
+        cond = concat_condition(model, init.pixels, init.mask)
+    elif model.concat == "latents":
+        return {"c_concat": torch.zeros(count, *size, device=model.device)}
+    else:
+        height, width = (model.downsampling * side for side in size[1:])
+        cond = concat_condition(model, torch.zeros(1, model.image_channels, height, width), None)
+    return {key: value.expand(count, -1, -1, -1) for key, value in cond.items()}
+
+
+def start_from_image(
+    model: Any, init: InitImages, x: Tensor, start: Tensor, sigma: float, strength: Any, denoise: BoundDenoise
+) -> tuple[Tensor, BoundDenoise]:
+    """Return (x, denoise) for an init image, where x is the image noised to the first noise level.
+
+    With all steps to take, x stays pure noise where the image is generated anew under a mask, and everywhere where the
+    model has what is kept in its input.
+    """
+    known, mask = model.encode(init.pixels, mode=True).float(), init.mask
+    noised = known + sigma * start
+    if mask is not None and model.concat in (None, "latents"):  # the others have the mask in their input
+        mask = F.adaptive_max_pool2d(mask, start.shape[-2:]).to(x)  # a latent is new if any pixel of it is
+        denoise, x = inpaint(denoise, known, mask), torch.lerp(noised, x, mask)
+    if strength < 1 or (mask is None and model.concat != "latents"):
+        return noised, denoise
+    return x, denoise

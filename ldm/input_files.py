@@ -1,6 +1,5 @@
-"""Files that a user writes: configurations, and lists of lines. It imports nothing heavy."""
+"""Configurations that a user writes. It imports nothing heavy."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any
 
 from ldm.checks import check_file, shorten
 
-MOST_TEXT = 1 << 28  # bytes of a file of lines, of which a few copies are in memory
 CONFIGS = next(  # the configurations that ship: in the package, or beside it in a clone
     (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if path.is_dir()),
     Path("configs"),
@@ -16,37 +14,6 @@ CONFIGS = next(  # the configurations that ship: in the package, or beside it in
 MAX_YAML = 2**20  # bytes of a configuration file, and values in it
 MAX_REFERENCES = 40  # in it: by n of them a text grows at most 3^(n/3) times
 REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # the beginning of one, unless it is escaped
-
-
-def read_lines(path: Path, what: str) -> list[str]:
-    """Return the lines of a UTF-8 text file, without blank ones. ValueError if there is none. what: is in each."""
-
-    def at_once(name: str, flags: int) -> int:  # a pipe without a writer is empty, and not waited for
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    with open(path, "rb", opener=at_once) as file:
-        if os.name == "posix":
-            os.set_blocking(file.fileno(), True)
-        content = file.read(MOST_TEXT + 1)
-    if len(content) > MOST_TEXT:
-        raise ValueError(f"{path} has more than {MOST_TEXT >> 20} MiB, which no list of {what}s has")
-    try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: it has to hold one {what} a line") from None
-    if not any(lines):
-        raise ValueError(f"{path} holds no {what}: write one a line (blank lines are skipped)")
-    return [line for line in lines if line]
-
-
-def read_layout(path: Path) -> str:
-    """Return the JSON of a layout's file on one line. ValueError for a file that is not JSON."""
-    import json
-
-    try:
-        return json.dumps(json.loads(" ".join(read_lines(path, "layout"))), ensure_ascii=False)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"layout {str(path)!r} is not JSON: {error}") from None
 
 
 def load_yaml(path: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""Load and save models: our own checkpoints, CompVis's single files and diffusers' folders.
+"""Load models: our own checkpoints, CompVis's single files and diffusers' folders.
 
 The reader of each format is imported when a file needs it: our own file imports none of the others.
 """
@@ -23,7 +23,6 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype
 
 SHIPPED = networks.PRETRAINED / "digits.safetensors"
-MODEL_FORMATS = ("ldm", "compvis", "diffusers")
 # What a file of one network holds, by its target, and by which option it is loaded beside a model.
 PART_OF = {
     networks.KL_TARGET: "first_stage",
@@ -172,27 +171,15 @@ def _open(
             raise ValueError(f"checkpoint {str(path)!r} has {NO_EMA}")
         return Found(own, contents.state, [])
 
-    from ldm.checkpoint.compvis import normalise
-    from ldm.checkpoint.compvis_config import from_compvis
-    from ldm.checkpoint.families import recognise, stored_scale_factor
+    from ldm.checkpoint.compvis_file import model_in
 
     state = contents.state
     for part, new in (replacements or {}).items():  # before it is recognised: some files lack the first stage
         state = _swapped(state, part, new)
     try:
-        clean, notes = normalise(state, ema)
-        if config is not None:
-            from ldm.input_files import read_yaml
-
-            described = from_compvis(read_yaml(config))
-            stored = stored_scale_factor(state)
-            if stored is not None:  # of models whose yaml only says that it was measured (scale_by_std)
-                described["params"]["scale_factor"] = stored
-            return Found(described, clean, [*notes, f"the configuration is that of {config}"])
-        recognised = recognise(state, contents.metadata, contents.facts, prediction)
+        return model_in(contents._replace(state=state), config, ema, prediction)
     except ValueError as error:
         raise ValueError(f"{_called(path, replacements)}: {error}") from None
-    return Found(recognised.config, clean, [*recognised.notes, *notes])
 
 
 def take_part(part: str, path: Path, ema: bool = False) -> Found:
@@ -204,7 +191,7 @@ def take_part(part: str, path: Path, ema: bool = False) -> Found:
         state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
         config, scale_factor = params[f"{part}_config"], params["scale_factor"] if part == "first_stage" else None
         target = config["target"]
-    module, state = _fitted(_called(path), config, state)
+    module, state = fitted(_called(path), config, state)
     other = _is_model(target) or PART_OF.get(target, part) != part
     if other or not all(hasattr(module, name) for name in NEEDS[part]):
         raise ValueError(f"{str(path)!r} holds a {found}, which cannot be a model's {OPTIONS[part]}")
@@ -230,14 +217,14 @@ def _set_vocabulary(params: Config, path: Path) -> None:
 def _build(what: str, config: Config, state: State, device: torch.device, dtype: torch.dtype | str | None) -> Any:
     """Build `config` without initialising weights and give it `state`, cast tensor by tensor; frozen, eval mode."""
     dtype = pick_dtype(dtype)
-    module, state = _fitted(what, config, state)
+    module, state = fitted(what, config, state)
     for name, tensor in state.items():
         state[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
+def fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
     """Return what `config` describes, on the meta device, and the tensors for it. ValueError where they do not fit."""
     if "target" not in config:
         raise ValueError(f"{what} has a damaged configuration (it names no target)")
@@ -263,45 +250,3 @@ def _fitted(what: str, config: Config, state: State) -> tuple[Any, State]:
         raise ValueError(f"{what} has integers for floats, or floats for integers, in {some}")
     check_finite(what, state)
     return module, state
-
-
-def save(
-    model: LatentDiffusion, path: str | Path, dtype: torch.dtype | str | None = None, format: str = "ldm"
-) -> list[str]:
-    """Write a model, atomically, and return notes on what the format cannot express.
-
-    Args:
-        dtype: of the weights in the file; "fp16" or torch.float16, say, makes it smaller.
-        format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
-            (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers).
-    """
-    from ldm.checkpoint.writing import save_file, vanishing
-
-    dtype, path = pick_dtype(dtype), as_path("the file to write", path)
-    if not isinstance(model, LatentDiffusion):
-        raise ValueError(f"only models, as ldm.load returns, are saved: got {type(model).__name__}")
-    if format not in MODEL_FORMATS:
-        raise ValueError(f"format {format!r} is unknown: it is one of {', '.join(MODEL_FORMATS)}")
-    config, state, metadata = {"target": model.target, "params": model.config}, model.state_dict(), {}
-    built, _ = _fitted("the model", config, dict(state))  # what cannot be loaded again is not written
-    if (type(built.null), built.null) != (type(model.null), model.null):
-        hint = f"set cond_stage_model.null back to {built.null!r}, and give the other as the negative prompt"
-        raise ValueError(f"the null condition {model.null!r} was set by hand, and files cannot hold it: {hint}")
-    words = getattr(getattr(model.cond_stage_model, "tokenizer", None), "words", {})
-    notes = vanishing(state, dtype)
-    if words:
-        notes.append(f"learned words are not part of the file: {' '.join(words)}")
-    if format != "ldm" and model.target != networks.MODEL_TARGET:
-        raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
-    if format == "diffusers":
-        from ldm.checkpoint.diffusers_writer import write_pipeline
-
-        check_finite("the model", state, dtype)
-        return notes + write_pipeline(path, config, state, dtype)
-    if format == "compvis":
-        from ldm.checkpoint.compvis import single_file
-
-        state, metadata = single_file(state, config)
-        metadata["modelspec.title"] = path.stem
-    save_file(path, state, config, dtype, metadata)
-    return notes

@@ -13,12 +13,11 @@ from ldm.diffusion.denoiser import (
     make_denoiser,
     network_input,
     predicted_x0,
-    self_cond_input,
-    self_conditioned,
     split_variance,
 )
 from ldm.diffusion.loss import prediction_loss
 from ldm.diffusion.schedule import q_sample
+from ldm.diffusion.self_conditioning import self_cond_input, self_conditioned
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 
 SELF_COND_PROB = 0.5  # share of training steps in which a network is given its own first x0 (Chen et al. 2022)

@@ -239,7 +239,7 @@ def progress_bar(
 
     In a log, such as a file, it is a line now and then, and none where it would vanish before the first.
     """
-    own = getattr(sys.stderr, "stream", sys.stderr)  # of `ldm.cli.Printable`
+    own = getattr(sys.stderr, "stream", sys.stderr)  # of `ldm.program.Printable`
     if own is sys.__stderr__ and not own.isatty():  # not where a notebook or a test has replaced it
         options |= {"file": _Log(), "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
         options |= {} if leave else {"delay": LOG_SECONDS}

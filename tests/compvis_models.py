@@ -17,7 +17,7 @@ from ldm.conditioning.tokenizer import reduce
 from ldm.diffusion import guidance, sampling
 from ldm.diffusion.denoiser import from_vp, to_vp
 from ldm.diffusion.schedule import sampling_sigmas
-from ldm.models.clip import CLIPTextModel
+from ldm.models.clip_transformers import CLIPTextModel
 from ldm.util import instantiate_from_config
 
 DDPM = "ldm.models.diffusion.ddpm"

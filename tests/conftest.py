@@ -152,7 +152,7 @@ def model(tiny_model):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_model, tmp_path_factory) -> Path:
-    from ldm.loading import save
+    from ldm.saving import save
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
     save(tiny_model, path)

@@ -11,12 +11,12 @@ from ldm.data.captions import (
     NUMBER_WORDS,
     SLANT_WORDS,
     TRAIN_FRAMES,
-    UNSEEN_FRAMES,
     WEIGHT_WORDS,
     Caption,
     Captioner,
     render,
 )
+from ldm.data.unseen_frames import UNSEEN_FRAMES
 
 STYLE_PHRASES = [phrase for group in WEIGHT_WORDS + SLANT_WORDS for phrase in group]
 NUMBERS = set(NUMBER_WORDS) | set("0123456789")

@@ -16,7 +16,8 @@ import ldm
 from ldm.commands import evaluate, sample, train
 from ldm.data.digits import Digits
 from ldm.models import compiler
-from ldm.training.conditions import drop, shown_classes
+from ldm.training.conditioner import shown_classes
+from ldm.training.conditions import drop
 from ldm.training.contract import build_dataset
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.loop import train as train_run

@@ -7,7 +7,8 @@ import torch
 
 from ldm.data.digits import Digits
 from ldm.diffusion.denoiser import Prediction
-from ldm.diffusion.guidance import autoguidance, classifier, classifier_free, noisy_log_prob
+from ldm.diffusion.further_guidance import autoguidance, classifier, noisy_log_prob
+from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import SAMPLERS
 from ldm.diffusion.schedule import make_schedule
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from ldm.cli import Parser, check_writable, finite_float, int_range, run, sentence
+from ldm.cli import Parser, check_writable, finite_float, int_range
+from ldm.program import run, sentence
 from ldm.spelling import nearest_name
 
 
@@ -212,7 +213,7 @@ def test_fast_exit_keeps_output_and_status():
 
 def program(code: str, fast_exit: bool = True, encoding: str | None = None, shell: str = "") -> tuple[int, bytes]:
     """The status and output of a program whose main is `code`, with that redirection of the shell."""
-    text = f"from ldm.cli import run\ndef main():\n    {code}\nrun(main, {fast_exit})"
+    text = f"from ldm.program import run\ndef main():\n    {code}\nrun(main, {fast_exit})"
     environment = os.environ | ({} if encoding is None else {"PYTHONIOENCODING": encoding})
     command = ["bash", "-c", f'"$0" -c "$1" {shell}; exit ${{PIPESTATUS[0]}}', sys.executable, text]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
@@ -265,7 +266,7 @@ def test_a_report_does_not_echo_a_megabyte(capsys):
 
 def test_a_process_without_streams_works_on():
     """tqdm writes its bars to `sys.stderr`, which is None then."""
-    code = "import os, sys; from ldm.cli import run; run(lambda: (sys.stderr.write('x'), sys.stdout.write('x')))"
+    code = "import os, sys; from ldm.program import run; run(lambda: (sys.stderr.write('x'), sys.stdout.write('x')))"
     for closed in (">&-", "2>&-", ">&- 2>&-"):
         command = f"{sys.executable} -c {shlex.quote(code)} {closed}"
         assert subprocess.run(command, shell=True, check=False).returncode == 0
@@ -273,10 +274,10 @@ def test_a_process_without_streams_works_on():
 
 def test_a_warning_of_the_package_is_a_note():
     code = """
-import warnings, ldm.cli, ldm.images
+import warnings, ldm.program, ldm.images
 def main():
     warnings.warn_explicit("the mask is black", UserWarning, ldm.images.__file__, 1)
     warnings.warn_explicit("somebody else's", UserWarning, "elsewhere.py", 1)
-ldm.cli.run(main)"""
+ldm.program.run(main)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.startswith("note: the mask is black\nelsewhere.py:1: UserWarning: somebody else's")

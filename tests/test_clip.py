@@ -9,7 +9,8 @@ from conftest import refused
 from torch import nn
 
 from ldm.checkpoint.diffusers_text import CLIP_KEYS
-from ldm.models.clip import CLIPTextModel, OpenCLIPTextModel
+from ldm.models.clip import OpenCLIPTextModel
+from ldm.models.clip_transformers import CLIPTextModel
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 TINY = {"vocab_size": 99, "width": 32, "layers": 3, "heads": 4, "context_length": 16}

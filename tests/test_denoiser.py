@@ -12,7 +12,6 @@ from ldm.diffusion.denoiser import (
     network_input,
     predicted_x0,
     scalings,
-    self_conditioned,
     split_variance,
     target,
     to_vp,
@@ -20,6 +19,7 @@ from ldm.diffusion.denoiser import (
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import sample
 from ldm.diffusion.schedule import make_schedule, q_sample, sampling_sigmas
+from ldm.diffusion.self_conditioning import self_conditioned
 
 
 def gaussian_network(schedule, prediction, data_variance=0.25):

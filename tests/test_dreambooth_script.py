@@ -12,7 +12,6 @@ from PIL import Image
 from script_runs import load_script, recipe, samples
 
 import ldm
-from ldm.cli import run
 from ldm.finetune import flags
 from ldm.finetune.dreambooth import DreamBoothStage
 from ldm.finetune.embeddings import add_word
@@ -20,6 +19,7 @@ from ldm.finetune.lora_files import load_lora, merge_lora
 from ldm.inference import class_images
 from ldm.inference.class_images import SubjectImages
 from ldm.input_files import CONFIGS, read_yaml
+from ldm.program import run
 from ldm.training.loop_settings import LoopSettings
 from ldm.util import get_obj_from_str
 

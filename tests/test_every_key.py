@@ -20,8 +20,8 @@ from tiny_stages import config_of, write_inputs, write_rows
 
 from ldm.commands.train import main
 from ldm.training import metrics
+from ldm.training.datasets import DataSettings
 from ldm.training.loop_settings import LoopSettings
-from ldm.training.validation import DataSettings
 
 UNET = "stage.params.unet_config.params"
 # Where it stands (a stage of tiny_stages, and a place in its configuration): what is changed there, one at a time.

@@ -30,7 +30,6 @@ from ldm.inference.guiders import (
 )
 from ldm.inference.precision import precision_of, set_precision
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.loading import save
 from ldm.models import attention as attention_module
 from ldm.models import blocks as blocks_module
 from ldm.models.attention import CrossAttention
@@ -38,6 +37,7 @@ from ldm.models.blocks import AttentionBlock
 from ldm.models.compiler import compile_calls
 from ldm.models.kernels import attention
 from ldm.models.unet import UNetModel
+from ldm.saving import save
 
 ALL = ("input_blocks", "middle_block", "output_blocks")
 

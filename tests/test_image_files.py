@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 
 from ldm.data.finding import find_images
 from ldm.data.image_files import Reader, examine_image, open_image
-from ldm.images import READ
+from ldm.data.image_formats import READ
 
 # Of Display P3, adapted to D50: https://www.color.org/chardata/rgb/DisplayP3.xalter
 P3_XYZ = [[0.51512, 0.24120, -0.00105], [0.29198, 0.69225, 0.04189], [0.15710, 0.06657, 0.78407]]

@@ -13,7 +13,8 @@ from ldm.checkpoint.file import file_hash
 from ldm.checkpoint.tensors import read_tensors
 from ldm.conditioning.bert import read_vocab
 from ldm.data.image_files import read_image
-from ldm.images import READ, image_grid, open_pillow, to_pil, to_uint8
+from ldm.data.image_formats import READ, open_pillow
+from ldm.images import image_grid, to_pil, to_uint8
 from ldm.inference.again import read_image_text
 from ldm.input_files import load_yaml
 from ldm.labels import GAP, LINE, Row, labelled_rows

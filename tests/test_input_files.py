@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from ldm.input_files import escaped, read_lines
+from ldm.inference.input_lines import read_lines
+from ldm.input_files import escaped
 
 
 def test_prompt_files(tmp_path):

@@ -14,7 +14,7 @@ from ldm.data.digits import Digits
 from ldm.diffusion.bound import prior_bits, step_bits
 from ldm.diffusion.schedule import q_sample
 from ldm.evaluation.likelihood import bits_per_dimension, check_variance, measure_bits
-from ldm.loading import save
+from ldm.saving import save
 
 SHORT = {"name": "linear", "T": 20, "start": 0.01, "end": 0.4}
 SHORTER = SHORT | {"T": 5}

@@ -283,13 +283,14 @@ def test_loading_imports_nothing_heavy(tiny_checkpoint):
 import sys, types
 import ldm
 assert isinstance(ldm.__version__, str) and "torch" not in sys.modules
-assert isinstance(ldm.load, types.FunctionType) and isinstance(ldm.save, types.FunctionType)
+assert isinstance(ldm.load, types.FunctionType)
 model = ldm.load({str(tiny_checkpoint)!r}, device="cpu")
 assert isinstance(model, ldm.LatentDiffusion)
 import ldm.loading
 assert isinstance(ldm.load, types.FunctionType)
 print(sorted(name.rpartition(".")[2] for name in sys.modules if name.startswith("ldm.checkpoint.")))
 heavy = ["torch._dynamo", "sympy", "transformers", "open_clip", "torchvision", "sklearn", "accelerate", "diffusers"]
+assert isinstance(ldm.save, types.FunctionType)
 print([name for name in heavy if name in sys.modules])
 try:
     ldm.loda

@@ -16,8 +16,8 @@ from ldm.diffusion.loss import loss_weight
 from ldm.diffusion.schedule import q_sample, training_timesteps
 from ldm.diffusion.training_noise import training_noise
 from ldm.inference.generate import change_recipe, default_recipe
-from ldm.loading import save
 from ldm.pixel_diffusion import PixelDiffusion
+from ldm.saving import save
 from ldm.training.pixel_diffusion import PixelDiffusionStage
 from ldm.training.stage import Trained
 from ldm.util import call_with

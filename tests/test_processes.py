@@ -16,8 +16,8 @@ from test_pixel_diffusion import CONFIG, PIXEL, widened
 from tiny_stages import STAGES as ALL
 from tiny_stages import config_of, write_inputs
 
+from ldm.training.fsdp import check_fsdp, use_fsdp
 from ldm.training.processes import processes
-from ldm.training.sharding import check_fsdp, use_fsdp
 from ldm.training.stage import Stage
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ STAGES = [stage for stage in ALL if stage != "rows"]  # they need another packag
 # All but the main process fail when they write in the folder, and process 1 is killed after its first step by KILL=1.
 RUN = """
 import json, os, signal, sys
-from ldm.cli import run
+from ldm.program import run
 from ldm.training import loop
 rank, here = os.environ.get("RANK", "0"), os.getcwd()
 def watch(event, arguments):

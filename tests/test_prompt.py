@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import ldm
-from ldm.conditioning.prompt import MAX_CHUNKS, Piece, count_chunks, cut, encode_prompts, parse_prompt, weigh
+from ldm.conditioning.prompt import MAX_CHUNKS, count_chunks, cut, encode_prompts
+from ldm.conditioning.prompt_syntax import Piece, parse_prompt, weigh
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer, reduce
 from ldm.models.kernels import attention

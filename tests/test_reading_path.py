@@ -40,26 +40,24 @@ PATH = {
 # Imported too, but not needed to understand the method.
 SUPPORT = {
     "__init__ */__init__ legacy_paths legacy_names": "names: what the package exports, and CompVis's module names",
-    "cli util images labels batching checks input_files interpolation": "helpers: errors, files, images, batches",
+    "cli util images labels batching checks input_files": "helpers: errors, files, images, batches",
     "settings changes": "the tables of sampling settings and of changes to a model, for recipes",
     "training/config training/loop_settings training/contract training/rehearsal": "configuration files, checks",
+    "training/datasets": "what a configuration trains and is measured on",
     "training/frozen": "the networks that only the last stage uses",
-    "commands/train spelling": "the command line, which the notebook and research code do not need",
+    "commands/train": "the command line, which the notebook and research code do not need",
     "training/processes training/share training/sharding": "many processes",
     "training/run_folder training/metrics": "the run folder, what is logged",
     "training/shapes": "images of several shapes",
     "training/loader": "processes that load data",
-    "training/conditions": "conditions other than text",
-    "models/compiler": "gradient checkpointing, torch.compile",
-    "training/posthoc": "averages chosen after training",
-    "training/optimizers": "other optimizers than AdamW",
-    "training/validation data/part": "images that are not trained on",
-    "checkpoint/networks checkpoint/tensors checkpoint/atomic": "file formats of other programs, complete files",
-    "conditioning/prompt": "weighted and long prompts",
-    "models/kernels models/linear_attention": "implementations of attention to choose from",
-    "models/discriminator models/perceptual": "losses of larger first stages, which the digits do not use",
+    "training/conditions": "the condition of a sample, its dropout",
+    "training/optimizers": "the optimizer",
+    "data/part": "the first images of a data set",
+    "checkpoint/networks checkpoint/tensors checkpoint/atomic": "tensors in files, complete files",
+    "conditioning/prompt": "long prompts",
+    "models/kernels": "implementations of attention to choose from",
 }
-MAX_LINES, MAX_ALL_LINES = 6370, 11100
+MAX_LINES, MAX_ALL_LINES = 6100, 9700
 
 
 def files_of(row: str) -> list[str]:

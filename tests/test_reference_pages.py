@@ -22,8 +22,8 @@ import pytest
 import ldm.generation
 from ldm.cli import Parser
 from ldm.settings import Guidance, Settings, setting_rows
+from ldm.training.datasets import DataSettings
 from ldm.training.loop_settings import LoopSettings
-from ldm.training.validation import DataSettings
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- from here on written by `python tests/test_reference_pages.py` -->\n"

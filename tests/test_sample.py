@@ -5,7 +5,7 @@ from conftest import refused
 from script_runs import check_reproduced, load_script, pixels, recipe, runner, samples
 from test_pixel_diffusion import PIXEL, build
 
-from ldm.loading import save
+from ldm.saving import save
 
 UNET = PIXEL["unet_config"]
 ALONE = {**UNET, "params": {name: value for name, value in UNET["params"].items() if name != "num_classes"}}

@@ -68,8 +68,8 @@ def test_every_term_of_the_autoencoders_loss(judge, batch):
     reconstruction, posterior = stage.model(x)
     error = (reconstruction - x).abs().mean()
     kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    perceptual = perceptual_distance(stage.perceptual, reconstruction, x).mean()
-    adversarial = -stage.discriminator(reconstruction).mean()
+    perceptual = perceptual_distance(stage.frozen["perceptual"], reconstruction, x).mean()
+    adversarial = -stage.adversary.network(reconstruction).mean()
     wrong = reconstruction - x
     edges = ((wrong[:, :, 1:] - wrong[:, :, :-1]).abs().mean() + (wrong[..., 1:] - wrong[..., :-1]).abs().mean()) / 2
     plain, last = error + 0.4 * edges + 0.3 * kl + 0.7 * perceptual, stage.model.decoder.conv_out.weight
@@ -108,19 +108,19 @@ def test_each_loss_reaches_its_own_network_only(judge, batch):
     stage = autoencoder(judge)
     stage.turn(batch, 0, 0, None)[0].backward()
     assert all(p.grad is not None for p in stage.model.parameters())
-    assert all(p.grad is None and p.requires_grad for p in stage.discriminator.parameters())
+    assert all(p.grad is None and p.requires_grad for p in stage.adversary.network.parameters())
     Trained(stage).zero_grad()
     loss, metrics, _ = stage.turn(batch, 1, 0, None)
     loss.backward()
     assert metrics["discriminator"] > 0
     assert all(p.grad is None for p in stage.model.parameters())
-    assert all(p.grad is not None for p in stage.discriminator.parameters())
+    assert all(p.grad is not None for p in stage.adversary.network.parameters())
     # the perceptual network is frozen, and neither trained nor averaged nor saved
-    assert not any(p.requires_grad for p in stage.perceptual.parameters())
+    assert not any(p.requires_grad for p in stage.frozen["perceptual"].parameters())
     assert stage.networks.keys() == {"model", "discriminator"} and stage.frozen.keys() == {"perceptual"}
     assert [len(o.param_groups[0]["params"]) for o in stage.optimizers()] == [
         len(list(stage.model.parameters())),
-        len(list(stage.discriminator.parameters())),
+        len(list(stage.adversary.network.parameters())),
     ]
 
 

@@ -19,6 +19,7 @@ FLOORS = (
     ("inference",),
     ("finetune", "editing", "optional"),
     ("training",),
+    ("saving",),
     ("loading",),
     ("pixel_diffusion",),
     ("latent_diffusion",),
@@ -28,7 +29,7 @@ FLOORS = (
     ("checkpoint",),
     ("diffusion", "models"),
     ("interpolation", "labels"),
-    ("util", "images", "cli", "batching", "settings", "input_files"),
+    ("util", "images", "cli", "program", "batching", "settings", "input_files"),
     ("legacy_paths", "changes", "checks", "spelling"),
     ("legacy_names",),
 )
@@ -103,14 +104,14 @@ def test_public_names_are_defined_once():
 
 
 def test_one_function_opens_image_files():
-    """Pillow starts Ghostscript for PostScript, whatever a file's name: `ldm.images.open_pillow` allows the formats."""
+    """Pillow starts Ghostscript for PostScript, whatever a file's name: `open_pillow` allows the formats."""
     calls = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path, tree in TREES.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr == "open" and getattr(node.value, "id", "") in ("Image", "PIL")
     ]
-    assert len(calls) == 1 and calls[0].startswith("ldm/images.py")
+    assert len(calls) == 1 and calls[0].startswith("ldm/data/image_formats.py")
     for path, tree in TREES.items():  # nor by another way
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "PIL.Image":
@@ -123,6 +124,7 @@ NOT_IMPORTED = {
     "ldm.checks": "torch numpy PIL difflib",
     "ldm.settings": "torch numpy PIL difflib",
     "ldm.cli": "torch numpy PIL difflib",
+    "ldm.program": "torch numpy PIL difflib",
     "ldm.inference.options": "torch numpy",
     "ldm.data.digits": "sklearn torchvision",
     "ldm.conditioning.bert": "transformers open_clip huggingface_hub tokenizers torchvision",

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import ldm
-from ldm.cli import run
 from ldm.commands import train
+from ldm.program import run
 from ldm.training.config import read_configs
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from ldm.inference.again import read_image_text
 from ldm.inference.recipe import save_image
 from ldm.labels import GAP, LINE
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.loading import save
+from ldm.saving import save
 
 txt2img = load_script("txt2img")
 

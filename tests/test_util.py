@@ -10,7 +10,7 @@ import torch
 from conftest import refused
 
 from ldm import util
-from ldm.cli import Printable
+from ldm.program import Printable
 from ldm.util import call_with, get_obj_from_str, instantiate_from_config, pick_device, pick_dtype
 
 PACKAGE = """

@@ -12,10 +12,11 @@ from ldm.data.digits import Digits
 from ldm.data.part import part
 from ldm.training import loop
 from ldm.training.config import read_configs
+from ldm.training.datasets import build_datasets
 from ldm.training.loop import Interrupted, train
 from ldm.training.order import mix_seed
 from ldm.training.rehearsal import rehearse
-from ldm.training.validation import Validation, build_datasets
+from ldm.training.validation import Validation
 from ldm.util import instantiate_from_config
 
 VALIDATED = ("autoencoder", "clip", "diffusion", "folder", "pixel", "classifier", "noisy_classifier")

@@ -23,7 +23,7 @@ PHRASES = re.compile(
 )
 # Captions that data sets and prompts are made of: their wording is data.
 CAPTIONS = re.compile(r"(?:a|one|the|my)(?: \w+)? (?:picture|drawing) (?:of|in)|in the style of|draw \{n\}")
-CAPTION_FILES = {"captions.py", "emoji_captions.py"}
+CAPTION_FILES = {"captions.py", "unseen_frames.py", "emoji_captions.py"}
 # "There is no mask" is English; so is drawing from a distribution, or with a pen.
 ALLOWED_PHRASES = re.compile(
     r"(there|that|it) (?:is|are) no|(?:is|are) no (?:different|other|larger|smaller|better|worse|shorter|GPU)"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint import diffusers_names as names
 from ldm.checkpoint import networks
-from ldm.checkpoint.atomic import atomic_folder
+from ldm.checkpoint.atomic_folder import atomic_folder
 from ldm.checkpoint.diffusers_config import (
     BETA_CURVES,
     PER_LEVEL,

@@ -89,7 +89,7 @@ def convert_model(args: argparse.Namespace, dtype: "torch.dtype | None") -> list
 
     model = ldm.load(args.input, device="cpu", **loading_arguments(args))
     if args.sigma_rel is not None:
-        from ldm.training.posthoc import apply_average
+        from ldm.training.snapshots import apply_average
 
         apply_average(model, args.input, args.sigma_rel)
     for change in args.default:

@@ -18,9 +18,9 @@ txt2img. Files: OUTDIR/samples/00000.png, OUTDIR/grid-0000.png.
 from collections.abc import Sequence
 
 from ldm.inference.condition_image import ConditionImage
+from ldm.inference.input_lines import read_layout
 from ldm.inference.options import image_parser
 from ldm.inference.run import generate_files
-from ldm.input_files import read_layout
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from ldm.cli import Parser, absolute_path, finite_float, int_range
 from ldm.finetune.flags import MEMORY, OBJECTIVE, OUTPUT, TRAINING, add_flags, begin, choose, number
+from ldm.inference.input_lines import read_lines
 from ldm.inference.options import add_checkpoint_options, loading_arguments
-from ldm.input_files import read_lines
 
 # names, the yaml's key, how they are parsed, help
 FLAGS = {

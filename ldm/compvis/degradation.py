@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.images import open_pillow, to_pil
+from ldm.data.image_formats import open_pillow
+from ldm.images import to_pil
 
 KERNEL = 21  # pixels across
 SHRINKS = ("bilinear", "bicubic", "area")

@@ -19,7 +19,7 @@ from ldm.conditioning import bert, classes, spatial
 from ldm.conditioning.public_clip import open_clip_params, read_text_encoder
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
-from ldm.models import clip
+from ldm.models.clip_transformers import CLIPTextModel
 
 
 class AbstractEncoder(nn.Module):
@@ -107,7 +107,7 @@ class TextModel(nn.ModuleDict):
         return out.to_tuple() if return_dict is False else out
 
 
-class TransformersTextModel(clip.CLIPTextModel):
+class TransformersTextModel(CLIPTextModel):
     """Our text tower with the interface of transformers' CLIPTextModel before 5.6, which removed `text_model`."""
 
     device = property(lambda self: self.get_input_embeddings().weight.device)

@@ -9,8 +9,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ldm.data.image_files import read_image
+from ldm.data.image_formats import SUFFIXES
 from ldm.finetune.textual_inversion import FRAMES
-from ldm.images import SUFFIXES
 
 per_img_token_list = list("אבגדהוזחטיכלמנסעפצקרשת")  # a word for what is special about each image
 PAIRS = ("a photo of a {} with {}", "a picture of the {} with {}", "an image of the {} with {}", "a {} with {}")

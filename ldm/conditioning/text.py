@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ldm.checks import Count, Entries, Width
 from ldm.conditioning.tokenizer import Tokenizer
-from ldm.models.clip import CLIPTextModel, OpenCLIPTextModel, TextTower
+from ldm.models.clip import OpenCLIPTextModel, TextTower
 from ldm.util import call_with
 
 CONTEXT_LAYERS = ("last", "penultimate", "hidden")
@@ -53,6 +53,8 @@ class TextEncoder(nn.Module):
         if layout not in ("transformers", "openclip"):
             raise ValueError(f"text layout {layout!r} is unknown; it is transformers or openclip")
         if layout == "transformers":
+            from ldm.models.clip_transformers import CLIPTextModel  # the digits have the other layout
+
             self.transformer = CLIPTextModel(*sizes)
         else:
             self.model = OpenCLIPTextModel(*sizes)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldm.conditioning.prompt import BREAK, cut
+from ldm.conditioning.prompt import cut
+from ldm.conditioning.prompt_syntax import BREAK
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
 

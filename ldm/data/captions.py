@@ -46,35 +46,6 @@ TRAIN_FRAMES = (
     "[{slant}, ]the[ {weight}] digit {n}",
 )
 
-UNSEEN_FRAMES = (
-    "[{weight} ]{n}[ {slant}]",
-    "{n}![ {weight}!][ {slant}!]",
-    "somebody wrote a[ {weight}] {n} in pen[, {slant}]",
-    "please draw the[ {weight}] numeral {n}[ {slant}]",
-    "a picture of {n}[, {weight}][, {slant}]",
-    "[{weight} ]{n} scribbled by hand[, {slant}]",
-    "can you write[ a {weight}] {n} for me[, {slant}]",
-    "show me the numeral {n}[ {slant}][, {weight}]",
-    "i would like to see a[ {weight}] {n}[ {slant}]",
-    "my favourite digit, the[ {weight}] {n}[ {slant}]",
-    "{n} as written by a child[, {weight}][, {slant}]",
-    "{n}[ {slant}][, {weight}], in pencil",
-    "a page with nothing but a[ {weight}] {n}[ {slant}]",
-    "the shape of a[ {weight}] {n}[ {slant}]",
-    "[{slant}, ][{weight}, ]a {n}",
-    "draw {n}[ with {weight} lines][ {slant}]",
-    "what a[ {weight}] {n} looks like[ {slant}]",
-    "a postcode digit: {n}[, {slant}][, {weight}]",
-    "black background with a[ {weight}] white {n}[ {slant}]",
-    "[{slant}: ]the numeral {n}[ drawn {weight}]",
-    "grandma's[ {weight}] {n} on the shopping list[, {slant}]",
-    "mnist[ {weight}] {n}[ {slant}]",
-    "the teacher chalked a[ {weight}] {n} on the board[ {slant}]",
-    "that scrawl is {n}[, {weight}][, {slant}]",
-    "numeral {n}[, {slant}][, {weight}]",
-)
-
-FRAME_LISTS = {"train": TRAIN_FRAMES, "unseen": UNSEEN_FRAMES}
 
 # Common English words that do not describe a digit: no number (nor "to", "too", "for", which sound like one), and no
 # word for weight or direction. Chosen without looking at UNSEEN_FRAMES.
@@ -112,6 +83,17 @@ def render(frame: str, number: str, weight: str | None = None, slant: str | None
     return _ARTICLE.sub("an ", text.format(n=number, **words))
 
 
+def frames_named(name: str) -> tuple[str, ...]:
+    """Return TRAIN_FRAMES ("train") or UNSEEN_FRAMES ("unseen")."""
+    if name not in ("train", "unseen"):
+        raise ValueError(f"caption frames are 'train' or 'unseen', not {name!r}")
+    if name == "train":
+        return TRAIN_FRAMES
+    from ldm.data.unseen_frames import UNSEEN_FRAMES  # only evaluation needs them
+
+    return UNSEEN_FRAMES
+
+
 class Captioner:
     """Generates captions. All randomness comes from (seed, epoch, index).
 
@@ -123,12 +105,10 @@ class Captioner:
     """
 
     def __init__(self, seed: int = 0, frames: str = "train", styled: float = 0.5, filler: float = 0.0):
-        if frames not in FRAME_LISTS:
-            raise ValueError(f"caption frames are 'train' or 'unseen', not {frames!r}")
         for name, share in (("styled", styled), ("filler", filler)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is a share of the captions, from 0 to 1, not {share}")
-        self.seed, self.frames, self.styled, self.filler = seed, FRAME_LISTS[frames], styled, filler
+        self.seed, self.frames, self.styled, self.filler = seed, frames_named(frames), styled, filler
 
     def caption(self, epoch: int, index: int, digit: int, weight: int, slant: int) -> Caption:
         """Return the caption of image `index` in `epoch`: a `digit` of these style classes, -1 for one to leave out."""

@@ -37,7 +37,7 @@ from ldm.data.emoji_captions import (
     read_names,
     say,
 )
-from ldm.images import open_pillow
+from ldm.data.image_formats import open_pillow
 from ldm.util import progress_bar
 
 HELD_OUT_NAMES = Path(__file__).parent / "held_out.txt"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ldm.data.buckets import Shape
 from ldm.data.image_files import examine_image
-from ldm.images import SUFFIXES
+from ldm.data.image_formats import SUFFIXES
 from ldm.util import progress_bar
 
 Identity = tuple[bytes, str]  # what names an image's content, and what changes with it

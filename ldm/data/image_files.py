@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from ldm.data.buckets import Shape
+from ldm.data.image_formats import READ, check_image_file, open_pillow
 from ldm.data.profiles import to_srgb
-from ldm.images import READ, check_image_file, open_pillow
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the number of channels
 Alpha = Literal["composite", "keep"]

@@ -32,8 +32,8 @@ import torch
 from ldm.checks import Range, check_file, few, shorten
 from ldm.data.caption_choice import MOST_CLASSES, Captions, check_class, split_captions, uncaptioned
 from ldm.data.finding import MASK, Identity, file_identity
+from ldm.data.image_formats import SUFFIXES
 from ldm.data.image_set import ImageSet
-from ldm.images import SUFFIXES
 
 CAPTIONS = (".txt", ".caption", ".json")
 MOST_SHARDS = 2**20

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ldm.conditioning.bert import WordPiece
-from ldm.conditioning.prompt import cut, parse_prompt
+from ldm.conditioning.prompt import cut
+from ldm.conditioning.prompt_syntax import parse_prompt
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
 

@@ -25,12 +25,13 @@ from ldm.diffusion.denoiser import PREDICTIONS, network_input, predicted_x0
 from ldm.diffusion.schedule import Schedule, q_sample
 from ldm.models.perceptual import psnr
 from ldm.training.config import read_configs
+from ldm.training.datasets import build_datasets
 from ldm.training.denoising import MAX_TERMINAL_SIGNAL
 from ldm.training.diffusion import DiffusionStage
 from ldm.training.ema import ema_decay
 from ldm.training.latents import encoding_size, posterior
 from ldm.training.loop_settings import LoopSettings
-from ldm.training.validation import Validation, build_datasets
+from ldm.training.validation import Validation
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 SIGMAS = (0.5, 1.0, 2.0)  # noise levels at which the predictions differ most

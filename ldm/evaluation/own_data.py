@@ -19,7 +19,7 @@ from ldm.evaluation.precision_recall import precision_recall
 from ldm.evaluation.reference import measure_floor
 from ldm.images import to_uint8
 from ldm.models.perceptual import psnr
-from ldm.training.conditions import shown_classes
+from ldm.training.conditioner import shown_classes
 from ldm.training.latents import posterior
 
 AVERAGED = 8

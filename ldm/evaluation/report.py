@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.data.captions import FRAME_LISTS, Caption
+from ldm.data.captions import Caption, frames_named
 from ldm.data.measure import classify_styles
 from ldm.evaluation.autoencoder import Reconstruction
 from ldm.evaluation.diversity import class_diversity
@@ -58,7 +58,8 @@ def report_prompts(answers: Sequence[int], captions: Sequence[Caption], frames: 
     """Return how many of the judge's answers (n,) are the captions' digits; the ceiling is that of real images."""
     digits = [caption.digit for caption in captions]
     right = [answer == digit for answer, digit in zip(answers, digits, strict=True)]
-    worded = {i: FRAME_LISTS[frames][caption.frame] for i, caption in enumerate(captions) if caption.frame is not None}
+    known = frames_named(frames)
+    worded = {i: known[caption.frame] for i, caption in enumerate(captions) if caption.frame is not None}
     labels, real_right = reference.labels.tolist(), reference.right.tolist()
     return {
         **accuracy(right),

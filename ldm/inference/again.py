@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import ExifTags
 
 from ldm.changes import Change
-from ldm.images import check_image_file, open_pillow
+from ldm.data.image_formats import check_image_file, open_pillow
 from ldm.inference.recipe import CHUNK, COMMENT, FORMATS, KEYED, NEGATIVE, UTF16, Recipe
 
 if TYPE_CHECKING:

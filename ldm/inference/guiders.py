@@ -1,7 +1,7 @@
 """Guides for `generate`: perturbed attention, autoguidance by a weaker model, guidance by a classifier, thresholding.
 
-Each function returns a `Guide`, the `guide` argument of `LatentDiffusion.generate`; `diffusion.guidance` has the
-formulas.
+Each function returns a `Guide`, the `guide` argument of `LatentDiffusion.generate`; the formulas are in
+`diffusion/further_guidance.py`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.file import checkpoint_at, file_hash
 from ldm.conditioning.classes import class_numbers
-from ldm.diffusion import guidance
+from ldm.diffusion import further_guidance
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.schedule import Schedule, make_schedule
@@ -47,7 +47,7 @@ def make_guide(
     """Return one guide for all kinds of guidance that are asked for, or None without any.
 
     Args:
-        threshold: percentile, a fraction, of `guidance.dynamic_threshold`, which comes last.
+        threshold: percentile, a fraction, of `further_guidance.dynamic_threshold`, which comes last.
         pag, pag_layers: scale and layers of `pag_guide`; scale 0 is off.
         weak, autoguide_scale: the weaker model, or its checkpoint, and the scale of `autoguide`; scale 1 is off.
         classifier, classifier_scale: of `classifier_guide`, the classifier or its checkpoint; scale 0 is off.
@@ -64,7 +64,7 @@ def make_guide(
         classifier = load_classifier(classifier, model) if isinstance(classifier, str | Path) else classifier
         guides.append(classifier_guide(classifier, own.classifier_scale))
     if (percentile := own.threshold) is not None:
-        guides.append(lambda denoise, *_: guidance.dynamic_threshold(denoise, percentile, limit=model.clip))
+        guides.append(lambda denoise, *_: further_guidance.dynamic_threshold(denoise, percentile, limit=model.clip))
 
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         for add in guides:
@@ -89,7 +89,7 @@ def pag_guide(model: LatentDiffusion, scale: float, layers: Sequence[str] = PAG_
             with identity_attention(modules):
                 return network(x, sigma, cond)
 
-        return guidance.perturbed_attention(denoise, perturbed, scale)
+        return further_guidance.perturbed_attention(denoise, perturbed, scale)
 
     return guide
 
@@ -167,7 +167,7 @@ def autoguide(model: LatentDiffusion, weak: LatentDiffusion, scale: float) -> Gu
         def weaker(x: Tensor, sigma: float) -> Prediction:  # the same latents in the weak model's units
             return Prediction(network(x * ratio, sigma * ratio, cond).x0 / ratio)
 
-        return guidance.autoguidance(denoise, weaker, scale)
+        return further_guidance.autoguidance(denoise, weaker, scale)
 
     return guide
 
@@ -229,7 +229,7 @@ def classifier_guide(classifier: NoisyClassifier, scale: float) -> Guide:
     def guide(denoise: BoundDenoise, cond: Cond, prompts: Sequence[Any]) -> BoundDenoise:
         network, schedule, classes = classifier
         numbers = class_numbers(prompts, classes, null=-1) % (classes + 1)  # of no class: `classes`
-        return guidance.classifier(denoise, guidance.noisy_log_prob(network, schedule, numbers), scale)
+        return further_guidance.classifier(denoise, further_guidance.noisy_log_prob(network, schedule, numbers), scale)
 
     return guide
 

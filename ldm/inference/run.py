@@ -92,7 +92,7 @@ def chosen_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts that the options give, or the default one. ValueError for one that a PNG cannot hold."""
     prompts = [args.default_prompt] if args.prompts is None else args.prompts
     if args.from_file is not None:
-        from ldm.input_files import read_lines
+        from ldm.inference.input_lines import read_lines
 
         prompts = read_lines(args.from_file, "prompt")
     longest = max(map(len, prompts))

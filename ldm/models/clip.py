@@ -1,8 +1,8 @@
 """CLIP's text tower: a causal transformer over tokens (Radford et al. 2021, arXiv:2103.00020, section 2.4).
 
-Two classes compute the same and differ in their parameter names, those of the two public formats: transformers' for
-`CLIPTextModel` (Stable Diffusion 1), open_clip's for `OpenCLIPTextModel` (Stable Diffusion 2). Padding is not masked:
-both models were trained without a mask, and the tokens after the end of text are part of the conditioning.
+`OpenCLIPTextModel` has open_clip's parameter names, as Stable Diffusion 2; `CLIPTextModel` of `clip_transformers.py`,
+which computes the same, has those of transformers, as Stable Diffusion 1. Padding is not masked: both models were
+trained without a mask, and the tokens after the end of text are part of the conditioning.
 """
 
 from collections import OrderedDict
@@ -42,21 +42,6 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(x)
 
 
-class SeparateAttention(CausalSelfAttention):
-    """transformers' layout: one matrix each for q, k and v."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.q_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
-
 class StackedAttention(CausalSelfAttention):
     """open_clip's layout, which is torch.nn.MultiheadAttention's: q, k and v stacked in one matrix."""
 
@@ -80,21 +65,6 @@ class StackedProjection(nn.Module):
         return nn.functional.linear(x, weight, bias).chunk(3, dim=-1)
 
 
-class CLIPBlock(nn.Module):
-    """transformers' layer: x + attention(norm x), then x + mlp(norm x)."""
-
-    def __init__(self, width: int, heads: int, activation: str, mlp_width: int):
-        super().__init__()
-        self.self_attn = SeparateAttention(width, heads)
-        self.layer_norm1 = nn.LayerNorm(width)
-        self.mlp = _mlp(width, activation, mlp_width, "fc1", "fc2")
-        self.layer_norm2 = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), mask)
-        return x + self.mlp(self.layer_norm2(x))
-
-
 class OpenCLIPBlock(nn.Module):
     """open_clip's ResidualAttentionBlock, which computes the same as CLIPBlock."""
 
@@ -103,7 +73,7 @@ class OpenCLIPBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = StackedAttention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = _mlp(width, activation, mlp_width, "c_fc", "c_proj")
+        self.mlp = two_layers(width, activation, mlp_width, "c_fc", "c_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -164,43 +134,6 @@ class TextTower(nn.Module):
         return self.project(x[torch.arange(len(x), device=x.device), first])
 
 
-class CLIPTextModel(TextTower):
-    """The tower with transformers' parameter names: `text_model.*` and, with a projection, `text_projection.*`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        blocks = nn.ModuleList(CLIPBlock(*self.block_sizes) for _ in range(self.layers))
-        embeddings = {
-            "token_embedding": nn.Embedding(self.vocab_size, self.width),
-            "position_embedding": nn.Embedding(self.context_length, self.width),
-        }
-        self.text_model: Any = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(embeddings),
-                "encoder": nn.ModuleDict({"layers": blocks}),
-                "final_layer_norm": nn.LayerNorm(self.width),
-            }
-        )
-        projected = self.projection_dim is not None
-        self.text_projection = nn.Linear(self.width, self.projection_dim, bias=False) if projected else None
-        for embedding in embeddings.values():
-            nn.init.normal_(embedding.weight, std=0.02)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        embeddings = self.text_model.embeddings
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return embeddings.token_embedding(tokens) + embeddings.position_embedding(positions)
-
-    def blocks(self) -> nn.ModuleList:
-        return self.text_model.encoder.layers
-
-    def final_norm(self, x: Tensor) -> Tensor:
-        return self.text_model.final_layer_norm(x)
-
-    def project(self, x: Tensor) -> Tensor:
-        return x if self.text_projection is None else self.text_projection(x)
-
-
 class OpenCLIPTextModel(TextTower):
     """The tower with open_clip's parameter names, which are those of its CLIP class without `visual.*`."""
 
@@ -231,7 +164,7 @@ class OpenCLIPTextModel(TextTower):
         return x @ self.text_projection
 
 
-def _mlp(width: int, activation: str, inner: int, first: str, second: str) -> nn.Sequential:
+def two_layers(width: int, activation: str, inner: int, first: str, second: str) -> nn.Sequential:
     """Return width -> inner -> width, with the layout's names for the two layers."""
     layers = [(first, nn.Linear(width, inner)), ("gelu", ACTIVATIONS[activation]()), (second, nn.Linear(inner, width))]
     return nn.Sequential(OrderedDict(layers))

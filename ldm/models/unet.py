@@ -22,7 +22,6 @@ from ldm.models.blocks import (
     zero_module,
 )
 from ldm.models.levels import Level, PerLevel, plan_levels
-from ldm.models.linear_attention import LinearAttentionBlock
 
 
 class UNetEncoder(nn.Module):
@@ -187,6 +186,8 @@ class UNetModel(UNetEncoder):
         # unless "legacy", CompVis passes on a head width derived from num_heads, which makes num_heads_upsample inert
         head_width = self.num_head_channels if by_width or self.legacy else level.width // self.num_heads
         if self.attention_type == "linear" and part != "middle":
+            from ldm.models.linear_attention import LinearAttentionBlock  # only such models need it
+
             return LinearAttentionBlock(level.width, heads, head_width, memory=self.attention_memory, **common)
         order = self.use_new_attention_order
         return AttentionBlock(level.width, heads, head_width, use_new_attention_order=order, **common)

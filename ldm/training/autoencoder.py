@@ -1,35 +1,29 @@
 """The first stage: a KL-regularised or VQ autoencoder, with a PatchGAN and a perceptual loss if wanted.
 
-Rombach et al. 2022, section 3.1 and appendix G; the adversarial part after Esser et al. 2021 (VQGAN), eq. 7.
+Rombach et al. 2022, section 3.1 and appendix G.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from ldm.checkpoint.networks import KL_TARGET, VQ_TARGET
-from ldm.checkpoint.tensors import read_tensors
 from ldm.checks import Count, Entries, Rate
 from ldm.diffusion.loss import mean_error
 from ldm.images import to_pil
-from ldm.loading import load_network
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.discriminator import NLayerDiscriminator, adaptive_weight, generator_loss, hinge_d_loss
-from ldm.models.perceptual import lpips, perceptual_distance, psnr
 from ldm.training.contract import check_image_size
 from ldm.training.latents import encode_dataset, posterior
 from ldm.training.optimizers import make_optimizer
 from ldm.training.shapes import alike_batches, latent_statistics
 from ldm.training.stage import Loss, Stage
-from ldm.util import call_with, instantiate_from_config
-
-VGG16 = "https://download.pytorch.org/models/vgg16-397923af.pth"
+from ldm.util import instantiate_from_config
 
 
 class AutoencoderStage(Stage):
@@ -91,21 +85,24 @@ class AutoencoderStage(Stage):
         self.config = {"target": target, "params": params}
         self.model: Any = instantiate_from_config(self.config)
         self.networks["model"] = self.model
-        self.discriminator: Any = None
-        self.perceptual: Any = None
+        self.adversary: Any = None
+        self.distance: Any = None
         if discriminator is not None:
-            self.discriminator = call_with(
-                "discriminator", NLayerDiscriminator, {"input_nc": ddconfig["out_ch"], **discriminator}
-            )
-            self.networks["discriminator"] = self.discriminator
+            from ldm.training.sharpness import Adversary  # only larger first stages have one
+
+            self.adversary = Adversary({"input_nc": ddconfig["out_ch"], **discriminator}, disc_weight)
+            self.networks["discriminator"] = self.adversary.network
         if perceptual is not None:
-            self.perceptual = load_perceptual(perceptual)
-            self.freeze(perceptual=self.perceptual)
+            from ldm.models.perceptual import perceptual_distance  # likewise
+            from ldm.training.sharpness import load_perceptual
+
+            self.freeze(perceptual=load_perceptual(perceptual))
+            self.distance = partial(perceptual_distance, self.frozen["perceptual"])
         self.kl_weight = 1e-4 if kl_weight is None else kl_weight
         self.codebook_weight = 1.0 if codebook_weight is None else codebook_weight
         self.error, self.edge_weight = reconstruction, edge_weight
         self.normalize = normalize is not False and n_embed is None
-        self.disc_start, self.disc_weight, self.perceptual_weight = disc_start, disc_weight, perceptual_weight
+        self.disc_start, self.perceptual_weight = disc_start, perceptual_weight
 
     def optimizers(self) -> list[Optimizer]:
         return [make_optimizer(network.parameters(), **self.adam) for network in self.networks.values()]
@@ -130,10 +127,9 @@ class AutoencoderStage(Stage):
     def _autoencoder_loss(self, x: Tensor, adversarial: bool) -> Loss:
         reconstruction, losses, metrics = self._reconstruct(x, **self.sampling)
         loss, metrics = losses.mean(), {name: values.mean() for name, values in metrics.items()}
-        if self.discriminator is not None:
-            metrics["adversarial"] = generator_loss(self._judged(reconstruction))
+        if self.adversary is not None:
             last = self.model.get_last_layer()
-            factor = adaptive_weight(loss, metrics["adversarial"], last, self.share.mean) * self.disc_weight
+            metrics["adversarial"], factor = self.adversary.term(loss, reconstruction, last, self.share.mean)
             loss = loss + adversarial * factor * metrics["adversarial"]
         return loss, metrics
 
@@ -154,28 +150,23 @@ class AutoencoderStage(Stage):
             edges = [(reconstruction.diff(dim=dim), x.diff(dim=dim)) for dim in (2, 3)]
             metrics["edges"] = torch.stack([mean_error(self.error, *pair) for pair in edges]).mean(0)
             losses = losses + self.edge_weight * metrics["edges"]
-        if self.perceptual is not None:
-            metrics["perceptual"] = perceptual_distance(self.perceptual, reconstruction, x)
+        if self.distance is not None:
+            metrics["perceptual"] = self.distance(reconstruction, x)
             losses = losses + self.perceptual_weight * metrics["perceptual"]
         return reconstruction, losses, metrics
 
     def validate(self, batch: Mapping[str, Any], places: Tensor, noise: Sequence[torch.Generator]) -> dict[str, Tensor]:
         """Return the loss, its terms and the PSNR of reconstructions, where there is a posterior from its mean."""
+        from ldm.models.perceptual import psnr  # only validation needs it
+
         x, options = batch["image"], {"sample_posterior": False} if isinstance(self.model, AutoencoderKL) else {}
         reconstruction, losses, metrics = self._reconstruct(x, **options)
         return {"loss": losses, "psnr": psnr(reconstruction, x).clamp(max=100.0), **metrics}  # not infinite
 
-    def _judged(self, x: Tensor) -> Tensor:
-        """Return the discriminator's logits, without gradients of its own weights."""
-        self.discriminator.requires_grad_(False)
-        logits = self.discriminator(x)
-        self.discriminator.requires_grad_(True)
-        return logits.float()
-
     def _discriminator_loss(self, x: Tensor, adversarial: bool) -> Loss:
         with torch.no_grad():
             fake, _ = self.model(x, **self.sampling)
-        loss = adversarial * hinge_d_loss(self.discriminator(x).float(), self.discriminator(fake).float())
+        loss = adversarial * self.adversary.own_loss(x, fake)
         return loss, {"discriminator": loss}
 
     @torch.no_grad()
@@ -196,14 +187,3 @@ class AutoencoderStage(Stage):
         latents = list(zip(*encode_dataset(self.model, dataset, self.share, self.workers), strict=True))
         mean, std = latent_statistics([latents[i] for i in places] for places in alike_batches(dataset, len(dataset)))
         self.model.fold_latent_statistics(mean.float(), std.float())
-
-
-def load_perceptual(path: str) -> nn.Module:
-    """Load a network for `perceptual_distance`: LPIPS on torchvision's VGG-16 weights, or a checkpoint of ours."""
-    if path.endswith(VGG16.rpartition("/")[2]) and not Path(path).exists():
-        raise FileNotFoundError(
-            f"perceptual weights {path!r} do not exist: download {VGG16}, or train without them: "
-            "stage.params.perceptual=null"
-        )
-    state = read_tensors(path).state
-    return lpips(state) if "features.28.weight" in state else load_network(path)

@@ -13,11 +13,11 @@ from torch.utils.data import Dataset, Subset
 
 from ldm.checks import Count, Rate
 from ldm.images import to_pil
-from ldm.training.loader import in_batches
+from ldm.training.loader import loader_of
 from ldm.training.shapes import alike_batches
 from ldm.training.share import BatchShare
 from ldm.training.stage import Loss, Stage
-from ldm.util import instantiate_from_config
+from ldm.util import instantiate_from_config, progress_bar
 
 CALIBRATION_IMAGES = 10_000  # enough for means and variances to a percent
 
@@ -84,7 +84,8 @@ class ClassifierStage(Stage):
     def finish(self, dataset: Any) -> None:
         """Measure all batch statistics again: on images without transforms, and for the averaged weights."""
         subset = Subset(dataset, range(min(CALIBRATION_IMAGES, len(dataset))))
-        batches = in_batches(subset, alike_batches(subset, 500), "measuring batch statistics")
+        batches = loader_of(subset, 0, batch_sampler=alike_batches(subset, 500))
+        batches = progress_bar(batches, desc="measuring batch statistics", unit="batch")
         update_bn((self.share.cut(batch["image"]) for batch in batches), self.model, self.device)
 
 

@@ -11,7 +11,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.checks import Range, path_fault, shorten
 from ldm.input_files import escaped, load_yaml
-from ldm.spelling import did_you_mean
 from ldm.training.run_folder import check_name, flatten
 from ldm.util import call_with
 
@@ -56,6 +55,8 @@ def read_configs(paths: Sequence[str], changes: Sequence[str] = ()) -> list[dict
     for change in changes:
         escaped(change)  # ValueError for bytes that are not UTF-8, which no yaml can hold
         if not any([_apply(change, *pair) for pair in zip(configs, given, strict=True)]):
+            from ldm.spelling import did_you_mean  # only a mistake needs it
+
             known = {key for config in configs for key in flatten(OmegaConf.to_container(config))}
             raise ValueError(
                 f"{shorten(repr(change))} changes nothing: no given configuration has that key; they have name, "
@@ -75,6 +76,8 @@ def _read(path: str) -> Any:
     missing, unknown = [k for k in SECTIONS if k not in found], sorted(map(str, found - set(SECTIONS)))
     wrong = [f"{word} {', '.join(keys)}" for word, keys in (("lacks", missing), ("has unknown keys", unknown)) if keys]
     if wrong:
+        from ldm.spelling import did_you_mean  # only a mistake needs it
+
         near = did_you_mean(unknown, SECTIONS)
         raise ValueError(f"configuration {path!r} {' and '.join(wrong)}: the keys are {', '.join(SECTIONS)}{near}")
     return config

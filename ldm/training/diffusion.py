@@ -13,9 +13,9 @@ from ldm.checkpoint.file import checkpoint_at
 from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.training.conditions import batch_condition, dropout_of, read_by, shown_prompts, take_names, train_conditioner
+from ldm.training.conditions import batch_condition, dropout_of, read_by, shown_prompts, take_names
 from ldm.training.denoising import DenoisingStage
-from ldm.training.frozen import RecentTexts, match_pooled, read_first_stage, read_text_stage, start_from
+from ldm.training.frozen import RecentTexts, match_pooled, read_first_stage, read_text_stage
 from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
 from ldm.training.objective import Objective
 
@@ -97,6 +97,8 @@ class DiffusionStage(DenoisingStage):
         if text:
             self.freeze(cond_stage=conditioner)
         else:
+            from ldm.training.conditioner import train_conditioner  # only such conditioners need it
+
             train_conditioner(self)
         self.caption_dropout = dropout_of(conditioner, caption_dropout)
         self.cache_latents, self.cache_dir = cache_latents, cache_dir
@@ -108,6 +110,8 @@ class DiffusionStage(DenoisingStage):
         self.check_size(dataset)
         take_names(self, dataset)
         if self.start is not None:
+            from ldm.training.start import start_from  # only there
+
             start_from(self.latent_diffusion, self.start, conditioner="cond_stage" in self.networks)
         if self.own_previews:
             self.preview_prompts = shown_prompts(self.latent_diffusion, self.preview_columns, dataset)

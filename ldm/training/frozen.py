@@ -1,4 +1,4 @@
-"""What the diffusion stage takes out of files: frozen networks, and the weights it begins with; and kept texts."""
+"""The networks that the diffusion stage only uses, out of the files that hold them, and what they made of texts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from torch import Tensor
 from ldm.checkpoint.file import checkpoint_at, load_file
 from ldm.checkpoint.networks import TEXT_TARGET
 from ldm.conditioning.text import distinct_prompts
-from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.loading import load, take_part
+from ldm.latent_diffusion import Conditioning
+from ldm.loading import take_part
 
 # Of embeddings that are kept: those of 21,000 captions of digits, nearly all; of 1,100 of Stable Diffusion 1's.
 TEXT_BYTES = 2**28
@@ -45,25 +45,6 @@ def match_pooled(
             "the same stage.params.pooled (false leaves num_classes and adm_in_channels out)"
         )
     return {**unet_config, "params": params}
-
-
-def start_from(model: LatentDiffusion, path: str | Path, conditioner: bool) -> None:
-    """Copy the UNet and the scale factor out of a complete model's checkpoint.
-
-    conditioner: whether to copy the conditioner, too, because it trains.
-
-    Raises:
-        ValueError: for a checkpoint of no complete model, and for one with another UNet or conditioner.
-    """
-    given = load(path, device="cpu")
-    for name in ("unet_config", "cond_stage_config")[: 1 + conditioner]:
-        theirs, ours = given.config.get(name), model.config.get(name)
-        if theirs != ours:
-            raise ValueError(f"start {str(path)!r} has the {name} {theirs}, and this stage {ours}: give it the same")
-    model.model.load_state_dict(given.model.state_dict())
-    if conditioner:
-        model.cond_stage_model.load_state_dict(given.cond_stage_model.state_dict())
-    model.scale_factor = given.scale_factor
 
 
 class RecentTexts:

@@ -1,7 +1,7 @@
 """Batches of a data set, read in this process or in others, which read ahead: `loop.workers`."""
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.training.order import EpochBatches
-from ldm.util import progress_bar
 
 
 class _Read(Dataset):
@@ -49,11 +48,6 @@ def training_batches(dataset: Any, order: EpochBatches, workers: int) -> Iterato
             order.epoch, order.past = epoch, []
         read.begin(epoch)  # in this process, too
         yield order.take(), batch
-
-
-def in_batches(dataset: Dataset, batches: Sequence[list[int]], label: str) -> Iterable[dict]:
-    """Return these batches of a data set, with a progress bar."""
-    return progress_bar(loader_of(dataset, 0, batch_sampler=batches), desc=label, unit="batch")
 
 
 def loader_of(dataset: Dataset, workers: int, seed: int = 0, **options: Any) -> DataLoader:

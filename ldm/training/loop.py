@@ -14,22 +14,20 @@ from typing import Any
 
 import torch
 
-from ldm.models.compiler import compiled
 from ldm.training.contract import compare_content, content_of
-from ldm.training.ema import EMA
+from ldm.training.datasets import build_datasets, make_measurements
+from ldm.training.ema import EMA, ProfileAverages
 from ldm.training.loader import training_batches
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
 from ldm.training.optimizers import average_of, clip_gradients
 from ldm.training.order import EpochBatches
-from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator
 from ldm.training.run_folder import RunFolder
-from ldm.training.sharding import check_fsdp, complete, sharded
-from ldm.training.share import BatchShare, share_batch_norm
+from ldm.training.sharding import complete, sharded
+from ldm.training.share import BatchShare
 from ldm.training.stage import Stage, Trained
-from ldm.training.validation import build_datasets, make_measurements
 from ldm.util import instantiate_from_config, pick_device, progress_bar
 
 
@@ -97,7 +95,11 @@ def train_stage(
     folder.begin(config, step, accelerator, run.images, run.held_out)
 
     bar: dict[str, Any] = {"initial": step, "total": settings.steps, "desc": config["name"], "unit": "step"}
-    compiling = compiled(stage.compiles()) if settings.compile else nullcontext()
+    compiling = nullcontext()
+    if settings.compile:
+        from ldm.models.compiler import compiled  # only this option needs it
+
+        compiling = compiled(stage.compiles())
     batches = Waits(training_batches(run.dataset, run.order, settings.workers))
     with StopFlag() as stopped, progress_bar(leave=True, mininterval=1, **bar) as progress, compiling:
         for number, batch in batches:
@@ -178,9 +180,13 @@ def build_run(
     if settings.gradient_checkpointing:
         stage.checkpoint_blocks()
     if stage.share.count > 1:
+        from ldm.training.gathering import share_batch_norm  # only several processes need it
+
         share_batch_norm(trained)
     own = stage.optimizers()
     if accelerator.distributed_type == "FSDP":
+        from ldm.training.fsdp import check_fsdp  # only there
+
         check_fsdp(stage, own, **{key: getattr(settings, key) for key in ("ema_snapshots", "validate_both", "compile")})
         trained.to(memory_format=torch.contiguous_format)  # it shards no others
     model, *optimizers = accelerator.prepare(trained, *own)

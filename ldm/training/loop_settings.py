@@ -55,6 +55,12 @@ class LoopSettings:
             raise ValueError("loop.report_to wandb needs a package that is not installed: pip install wandb")
         call_with("loop.lr_schedule", lr_multiplier, self.lr_schedule, step=0, steps=self.steps)
 
+    @property
+    def measures(self) -> bool:
+        """Whether they ask for more than the loss on what is trained on."""
+        asked = self.validate_every, self.quality, self.quality_every
+        return self.validate_both or any(value is not None for value in asked)
+
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "LoopSettings":
         """Return the checked `loop:` part of a configuration."""

@@ -9,7 +9,8 @@ from torch.utils.data import Dataset
 from ldm.checks import Betas, Count, Probability, Range, Rate
 from ldm.latent_diffusion import Conditioning
 from ldm.pixel_diffusion import PixelDiffusion
-from ldm.training.conditions import drop, dropout_of, shown_classes, take_classes, train_conditioner
+from ldm.training.conditioner import shown_classes, take_classes, train_conditioner
+from ldm.training.conditions import drop, dropout_of
 from ldm.training.denoising import DenoisingStage
 from ldm.training.objective import Objective
 from ldm.util import instantiate_from_config

@@ -27,13 +27,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ldm.checkpoint.file import CONFIG_KEY, STEP_KEY
 from ldm.checkpoint.writing import bytes_of, write_tensors
 from ldm.data.part import part
+from ldm.training.ema import ProfileAverages
 from ldm.training.latents import LatentDataset
 from ldm.training.loader import training_batches
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.optimizers import average_of, clip_gradients
 from ldm.training.order import EpochBatches
-from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import make_accelerator
 from ldm.training.rehearsal import rehearse
 from ldm.training.stage import Stage, Trained

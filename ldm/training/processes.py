@@ -1,5 +1,6 @@
 """The processes of a run: their accelerator, what they agree on, and the signals that ask them to stop."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldm.training.sharding import use_fsdp
 from ldm.util import pick_device
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ def make_accelerator(precision: str, accumulate: int, device: torch.device, repo
         log_with=None if report_to == "none" else report_to,
         project_dir=outdir,
     )
-    use_fsdp(accelerator)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        from ldm.training.fsdp import use_fsdp  # only where it is asked for
+
+        use_fsdp(accelerator)
     if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
         raise ValueError(f"training on {str(device)!r} is not possible here: accelerate gives {accelerator.device}")
     return accelerator

@@ -5,7 +5,6 @@ import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,14 +15,14 @@ from torch.utils.data import DataLoader
 from ldm.checkpoint.writing import save_file
 from ldm.cli import check_writable
 from ldm.data.part import first_images
+from ldm.training.datasets import build_datasets
+from ldm.training.ema import ProfileAverages
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches
-from ldm.training.posthoc import ProfileAverages
 from ldm.training.processes import mixed_precision
 from ldm.training.run_folder import RunFolder, files_of, flatten
 from ldm.training.stage import Stage
-from ldm.training.validation import build_datasets, make_quality, make_validation
 from ldm.util import get_obj_from_str, instantiate_from_config
 
 # (configuration, stage, data set, that to validate on or None, device)
@@ -97,11 +96,10 @@ def _try(config: Mapping[str, Any], device: torch.device, folder: str, inspect: 
                 _, _, shared = stage.turn(batch, k, 0, shared)
             with torch.no_grad():
                 stage.try_preview()
-                some = None if held_out is None else first_images(held_out, 2)
-                if validation := make_validation(stage, some, replace(settings, batch_size=2, workers=0)):
-                    validation.measure(batches=1)
-                if quality := make_quality(stage, dataset if held_out is None else held_out, settings):
-                    quality.measure(2, steps=min(2, stage.latent_diffusion.schedule.T))
+                if held_out is not None or settings.measures:
+                    from ldm.training.validation import try_measurements  # only where it is asked for
+
+                    try_measurements(stage, dataset, held_out, settings)
                 stage.finish(prepared)
             if inspect is not None:
                 inspect(config, stage, dataset, held_out, device)

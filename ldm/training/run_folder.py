@@ -36,7 +36,7 @@ FREE = re.compile(
 # Settings that name files whose weights a run is built on: they must hold the same when it goes on.
 BUILT_ON = re.compile(r"stage\.params\.(first_stage|cond_stage|start|perceptual|ckpt|loading\.(vae|unet|config|vocab))")
 
-SNAPSHOTS = "ema"  # the folder of `ldm.training.posthoc`'s
+SNAPSHOTS = "ema"  # the folder of `ldm.training.snapshots`'s
 
 # Names of what a run's folder holds, in which another run may have its folder.
 TAKEN = re.compile(

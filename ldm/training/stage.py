@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ldm.models.compiler import checkpoint_blocks
 from ldm.training.optimizers import make_optimizer
 from ldm.training.share import BatchShare
 
@@ -66,6 +65,8 @@ class Stage:
 
     def checkpoint_blocks(self, on: bool = True) -> None:
         """Compute activations twice instead of keeping them, or not; ValueError where no network has such blocks."""
+        from ldm.models.compiler import checkpoint_blocks  # only this option needs it
+
         if not sum(checkpoint_blocks(network, on) for network in (*self.networks.values(), *self.frozen.values())):
             raise ValueError(f"loop.gradient_checkpointing: no network of {type(self).__name__} has blocks for it")
 

@@ -7,42 +7,27 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ldm.checks import Range, few
-from ldm.data.part import part
+from ldm.checks import few
+from ldm.data.part import first_images, part
 from ldm.training.contract import build_dataset
 from ldm.training.ema import EMA
 from ldm.training.loader import loader_of
+from ldm.training.loop_settings import LoopSettings
 from ldm.training.order import mix_seed
 from ldm.training.shapes import alike_batches
 from ldm.training.stage import Stage
-from ldm.util import call_with, instantiate_from_config, progress_bar
+from ldm.util import instantiate_from_config, progress_bar
 
 
-@dataclass
-class DataSettings:
-    """The `data:` part of a configuration."""
-
-    target: str  # class of the data set
-    params: Mapping[str, Any] | None = None  # its arguments
-    # What to validate on: a share of the images, which are then not trained on, or what the arguments of other images
-    # are, such as {root: DIR}. None: nothing.
-    validation: Annotated[float, Range(0, 1)] | Mapping[str, Any] | None = None
-
-
-def build_datasets(stage: Stage, config: Mapping[str, Any]) -> tuple[Any, Any | None]:
-    """Return the data set to train on and the one to validate on, or None; ValueError where they do not fit.
-
-    A share is of the same images for every seed of the training, so that runs compare.
-    """
-    settings = call_with("data", DataSettings, config)
-    dataset, chosen, params = build_dataset(stage, config), settings.validation, dict(settings.params or {})
-    if chosen is None:
-        return dataset, None
+def hold_out(
+    stage: Stage, config: Mapping[str, Any], dataset: Any, chosen: float | Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Return what is trained on of a data set, and what is not; chosen: see `DataSettings.validation`."""
     if type(stage).validate is Stage.validate:
         raise ValueError(f"{type(stage).__name__} cannot be validated: leave out data.validation")
     if not isinstance(chosen, Mapping):
@@ -50,6 +35,7 @@ def build_datasets(stage: Stage, config: Mapping[str, Any]) -> tuple[Any, Any | 
         if not 0 < held < len(dataset):
             raise ValueError(f"data.validation {chosen} of {len(dataset)} images leaves none on one of the two sides")
         return part(dataset, sorted(order[held:])), part(copy(dataset), sorted(order[:held]))  # with an epoch each
+    params = dict(config.get("params") or {})
     if params | dict(chosen) == params:
         raise ValueError(f"data.validation {dict(chosen)} changes nothing: these are the images that are trained on")
     other = build_dataset(stage, {**config, "params": params | dict(chosen)})
@@ -144,10 +130,10 @@ def make_quality(stage: Stage, dataset: Any, settings: Any) -> Any:
     return quality
 
 
-def make_measurements(
+def measurements(
     stage: Stage, dataset: Any, held_out: Any | None, settings: Any, accelerator: Any
 ) -> list[tuple[int, Callable[[EMA], dict[str, float]]]]:
-    """Return what the settings of the loop ask for: steps between measurements, and what gives the figures."""
+    """Return what `make_measurements` does."""
     found = []
     if validation := make_validation(stage, held_out, settings):
         every = settings.validate_every or settings.preview_every
@@ -157,6 +143,15 @@ def make_measurements(
         every = settings.quality_every or settings.preview_every
         found.append((every, lambda average: quality_of(quality, stage, average)))
     return found
+
+
+def try_measurements(stage: Any, dataset: Any, held_out: Any | None, settings: LoopSettings) -> None:
+    """Measure once on two images what the settings of the loop ask for."""
+    some = None if held_out is None else first_images(held_out, 2)
+    if validation := make_validation(stage, some, replace(settings, batch_size=2, workers=0)):
+        validation.measure(batches=1)
+    if quality := make_quality(stage, dataset if held_out is None else held_out, settings):
+        quality.measure(2, steps=min(2, stage.latent_diffusion.schedule.T))
 
 
 def quality_of(quality: Any, stage: Stage, average: EMA) -> dict[str, float]:

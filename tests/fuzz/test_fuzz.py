@@ -23,17 +23,18 @@ from PIL import Image
 import ldm
 from ldm.checkpoint.file import load_file
 from ldm.checkpoint.writing import save_file
-from ldm.cli import sentence, shorten_values
+from ldm.cli import shorten_values
 from ldm.data.folder import Folder
 from ldm.data.image_files import read_image
+from ldm.data.image_formats import READ
 from ldm.finetune import lora
 from ldm.finetune.embedding_files import read_words
 from ldm.finetune.embeddings import apply_embedding
 from ldm.finetune.lora_files import load_lora, save_lora
-from ldm.images import READ
 from ldm.inference.again import read_recipe
 from ldm.inference.recipe import save_image
 from ldm.input_files import CONFIGS
+from ldm.program import sentence
 from ldm.training.config import read_configs
 from ldm.training.loop_settings import LoopSettings
 from ldm.util import Unfilled, instantiate_from_config

@@ -1,8 +1,8 @@
-"""Averages of weights chosen after training (Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C).
+"""Averages of weights that are chosen after training (Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C).
 
 The average at step t with the profile p(s) = (gamma + 1) s^gamma / t^(gamma + 1) over the training so far, s in [0, t],
 has the relative width sigma_rel: the standard deviation of p over t. Any profile is nearly a linear combination of
-those of two widths at several steps.
+those of two widths at several steps, which `ema.ProfileAverages` writes.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.tensors import read_tensors
-from ldm.checkpoint.writing import save_file
-from ldm.training.ema import wide
+from ldm.training.ema import SIGMA_RELS
 from ldm.training.run_folder import SNAPSHOTS
 
-SIGMA_RELS = (0.05, 0.10)  # of the snapshots, as in the paper
 LARGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean
 
 
@@ -42,43 +39,6 @@ def combination(profiles: Sequence[tuple[float, float]], t: float, sigma_rel: fl
     times, gammas = np.array([(time, gamma_of(width)) for time, width in profiles]).T
     products = profile_product(times[:, None], gammas[:, None], times, gammas)  # (n, n)
     return np.linalg.lstsq(products, profile_product(times, gammas, t, gamma_of(sigma_rel)), rcond=None)[0]
-
-
-class ProfileAverages:
-    """Power-function averages, of each width in SIGMA_RELS, of the trainable weights of a stage's model.
-
-    Snapshots of them are written every so many steps and after the last one; with 0 there are none.
-    """
-
-    def __init__(self, stage: Any, every: int, device: torch.device | str | None = None) -> None:
-        self.every, model = every, getattr(stage, "latent_diffusion", None)
-        named = model.named_parameters() if every and model is not None else ()
-        self.live = {name: p for name, p in named if p.requires_grad}
-        if every and not self.live:
-            raise ValueError(f"loop.ema_snapshots: {type(stage).__name__} does not train a diffusion model's weights")
-        self.shadow = {
-            f"{width}/{name}": wide(p.detach()).to(device=device, copy=True)
-            for width in SIGMA_RELS
-            for name, p in self.live.items()
-        }
-
-    @torch.no_grad()
-    def update(self, folder: Any, step: int, last: bool) -> None:
-        """Take in the weights after a step, counted from 1: a mean in which their profile has its exact share."""
-        shadow, count = list(self.shadow.values()), len(self.live)
-        for k, width in enumerate(SIGMA_RELS if self.live else ()):
-            own = shadow[k * count : (k + 1) * count]
-            live = [wide(p.detach()).to(average.device) for p, average in zip(self.live.values(), own, strict=True)]
-            torch._foreach_lerp_(own, live, 1 - (1 - 1 / step) ** (gamma_of(width) + 1))
-        if self.every and folder.writes and (last or step % self.every == 0):
-            save_file(folder.path / SNAPSHOTS / f"{step:06d}.safetensors", self.shadow, None)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.shadow
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, average in self.shadow.items():
-            average.copy_(state[name])
 
 
 def apply_average(model: nn.Module, run: Path, sigma_rel: float) -> None:

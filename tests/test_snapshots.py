@@ -9,9 +9,9 @@ from test_loop import assert_same, interrupt
 from tiny_stages import config_of
 
 from ldm.commands.convert import main as convert
-from ldm.training import loop, posthoc
+from ldm.training import loop
 from ldm.training.loop import Interrupted, train
-from ldm.training.posthoc import LARGEST, combination, gamma_of, profile_product
+from ldm.training.snapshots import LARGEST, SNAPSHOTS, combination, gamma_of, profile_product
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 6.94, 16.97, 100.0])
@@ -74,7 +74,7 @@ def test_a_run_and_convert(tmp_path, monkeypatch):
         patch.setattr(loop, "preview", interrupt)
         train(run(tmp_path / "parts", preview_every=3), device="cpu")
     train(run(tmp_path / "parts", preview_every=3), resume=True, device="cpu")
-    folder = path.parent / posthoc.SNAPSHOTS
+    folder = path.parent / SNAPSHOTS
     assert [file.name for file in sorted(folder.iterdir())] == [f"{step:06d}.safetensors" for step in (2, 4, 6)]
     for file in folder.iterdir():
         assert_same(file, tmp_path / "parts" / "pixel" / "ema" / file.name)
