@@ -272,6 +272,7 @@ def bare_steps(name: str, precision: str, complete: bool = False) -> Iterator[No
     """Train our network on tensors in memory, a step at a time; complete: with noise, clipping and EMA."""
     network, model = NETWORKS[name], ldm.load(SHIPPED, device="cpu")
     unet = UNetModel(**(model.config["unet_config"]["params"] if network.unet is None else network.unet)).train()
+    unet.to(memory_format=torch.channels_last)  # as the stage trains it
     optimizer = make_optimizer(unet.parameters(), lr=RATE, betas=BETAS)
     shape, texts = (network.batch_size, 4, network.size // 4, network.size // 4), [""] * network.batch_size
     with torch.no_grad():
