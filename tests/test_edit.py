@@ -57,6 +57,7 @@ def test_what_is_refused_before_anything_is_made(run, tmp_path):
     refused("has no effect without --blend", run, *EDIT, "--blend-threshold", 0.5)
     refused("--compile would have no effect", run, *EDIT, "--compile")
     refused("the prompt 'five xy' has no word 'six'; it has five, xy", run, *EDIT, "--silence", "six")
+    refused("at a time, take at least", run, *EDIT, "--n_samples", 10**9)
     assert not list(tmp_path.rglob("*.png"))
 
 

@@ -75,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     first, n = default_recipe(model, model.path.stem, **settings_of(args)), args.n_samples
     prompts = [args.prompt, *([args.prompt if args.to is None else args.to] if edits else [])]
+    check_memory(first, n * len(prompts), n * len(prompts))
     recipes = plan(first, prompts, n, n * len(prompts))  # one batch, of pairs with the same seeds
     recipes = [replace(recipe, seed=first.seed + i % n, index=i % n) for i, recipe in enumerate(recipes)]
-    check_memory(first, len(recipes), len(recipes))
     with ExitStack() as hooks, progress(recipes) as callback:
         if args.show_attention:
             texts = [recipe.prompt for recipe in recipes]

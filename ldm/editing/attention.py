@@ -106,7 +106,10 @@ def hooked(
         x, context = args[0], args[1] if len(args) > 1 else kwargs.get("context")
         context = x if context is None else context
         if layer.cross and context.shape[1] != tokens:
-            raise ValueError(f"the UNet attends to {context.shape[1]} vectors, and the prompt has {tokens} tokens")
+            raise ValueError(
+                f"the UNet attends to {context.shape[1]} vectors, and the prompt has {tokens} tokens: "
+                "shorten the negative prompt, if it is the longer one"
+            )
         found = attend(layer, x[-images:], context[-images:], output[-images:], calls[0])
         return output if found is None else torch.cat([output[:-images], found.to(output.dtype)])
 
