@@ -84,6 +84,7 @@ def refused(match: str, function: Callable, *args, error: type[Exception] = Valu
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.fsync = lambda file: None  # for power cuts, which tests do not survive either: it waits for the disk
     if getattr(config.option, "numprocesses", None):  # one thread each: threads of several processes slow each other
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     else:  # this process collects tests: of its imports nothing is garbage, and looking for some takes a third as long
