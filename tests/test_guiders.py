@@ -14,7 +14,7 @@ from test_pixel_diffusion import build
 from tiny_stable_diffusion import PROMPTS, SD1, model_config
 
 from ldm.checkpoint.diffusers_writer import write_pipeline
-from ldm.diffusion import guidance
+from ldm.diffusion import further_guidance, guidance
 from ldm.diffusion.denoiser import Prediction
 from ldm.diffusion.sampling import get_sampler
 from ldm.diffusion.schedule import sampling_sigmas
@@ -346,7 +346,7 @@ def test_all_at_once_are_the_guides_in_turn(model):
         denoise = pag_guide(model, 2.0, ["input_blocks.3", "middle_block"])(plain, cond, ["five"])
         denoise = autoguide(model, weak, 3.0)(denoise, cond, ["five"])
         unlimited = denoise(x, 1.5).x0
-        expected = guidance.dynamic_threshold(denoise, 0.9, limit=None)(x, 1.5).x0
+        expected = further_guidance.dynamic_threshold(denoise, 0.9, limit=None)(x, 1.5).x0
     torch.testing.assert_close(got.x0, expected, atol=1e-5, rtol=1e-5)
     assert got.x0.abs().max() < 0.9 * unlimited.abs().max()
     refused("threshold must be from 0 to 1, got 99.5", make_guide, model, threshold=99.5)
