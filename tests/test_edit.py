@@ -52,6 +52,8 @@ def test_what_is_refused_before_anything_is_made(run, tmp_path):
     refused("nothing to edit: give --to, --reweight or --silence, or --show-attention", run)
     refused("--reweight takes WORD=X, with a number X, got 'ab'", run, "--reweight", "ab")
     refused("--reweight takes WORD=X, with a number X, got '=2'", run, "--reweight", "=2")
+    refused("needs one --reweight or --silence", run, "--reweight", "ab=2", "--reweight", "ab=3")
+    refused("needs one --reweight or --silence", run, "--reweight", "ab=2", "--silence", "ab")
     refused("cross_steps would have no effect: give --to", run, "--show-attention", "--cross-steps", 0, 1)
     refused("self_steps ends before it begins", run, *EDIT, "--self-steps", 0.5, 0.2)
     refused("has no effect without --blend", run, *EDIT, "--blend-threshold", 0.5)

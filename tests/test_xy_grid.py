@@ -64,6 +64,7 @@ def test_labels_and_values():
     assert [cell.prompt for cell in words] == ["five, fives: a five", "six, fives: a six"]
     assert read_axis("interval=0 to 1,0.3 to 2.5").values == [(0.0, 1.0), (0.3, 2.5)]
     assert axis("guidance_scale", [2]).name == "scale"
+    assert len({cell.column for cell in grid_cells([""], [axis("scale", [1.0, 1.0000001])])}) == 2
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_labels_and_values():
         (["steps=1,2", "ddim_steps=3"], "two different settings, not steps twice"),
         (["steps=1,2", "seed=1,2", "scale=1,2"], "columns and rows, not 3 settings"),
         (["prompt=seven,six"], "does not contain 'seven'"),
+        (["scale=1,2,1.0"], r"scale needs one or several different values, got \[1.0, 2.0, 1.0\]"),
     ],
 )
 def test_what_a_grid_cannot_be(options, message, generate):
@@ -88,6 +90,21 @@ def test_what_a_grid_cannot_be(options, message, generate):
 )
 def test_options_without_a_meaning_beside_it(option, generate):
     refused("leave out", generate, "--grid", "scale=1,2", *option)
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({}, "needs one or two settings"),
+        ({"steps": []}, "needs one or several different values"),
+        ({"negative": "ab"}, "must be a list of negative, not 'ab'"),
+        ({"steps": 3}, "must be a list of steps, not 3"),
+        ({"prompt": ["five", 6]}, "prompt 6 is not text"),
+        ({"prompt": ["", "six"]}, "does not contain ''"),
+    ],
+)
+def test_axes_of_python(axes, message):
+    refused(message, ldm.xy_grid, None, "a five!", axes)
 
 
 def test_several_prompts_leave_room_for_one_setting(generate):

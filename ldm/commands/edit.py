@@ -56,6 +56,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     weights = dict(map(read_weight, args.reweight))
+    if len(weights) < len(args.reweight) or set(weights) & set(args.silence):
+        raise ValueError("a word needs one --reweight or --silence: of several one alone would have an effect")
     edits = args.to is not None or bool(weights or args.silence)
     given = {name: getattr(args, name) for name in setting_rows(Editing) if getattr(args, name) is not None}
     if not edits and not args.show_attention:

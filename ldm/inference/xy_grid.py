@@ -1,11 +1,12 @@
 """X/Y grids: one prompt and seed under several values of one or two settings, on a labelled sheet."""
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.inference.recipe import Recipe
-from ldm.settings import setting_rows
+from ldm.settings import STR, Setting, listed, setting_rows
 from ldm.spelling import did_you_mean
 
 if TYPE_CHECKING:  # they import torch
@@ -28,7 +29,7 @@ class Axis(NamedTuple):
     def label(self, value: Any) -> str:
         if self.name == "prompt":
             return value
-        text = f"{value:g}" if isinstance(value, float) else _ROWS[self.name].type.write(value)
+        text = str(value).removesuffix(".0") if isinstance(value, float) else _ROWS[self.name].type.write(value)
         return f"{self.name.replace('_', ' ')} {text}"
 
 
@@ -51,7 +52,11 @@ def axis(name: str, values: Sequence[Any]) -> Axis:
     if own is None:
         hint = did_you_mean([name], _NAMES)
         raise ValueError(f"a grid over {name!r} is not possible: the settings are prompt, {', '.join(_ROWS)}{hint}")
-    return Axis(own, [value if own == "prompt" else _ROWS[own].checked(own, value) for value in values])
+    row = _ROWS.get(own, Setting(STR, "Prompt"))
+    found = [row.checked(own, value) for value in listed(name, values)]
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"a grid over {name} needs one or several different values, got {reprlib.repr(found)}")
+    return Axis(own, found)
 
 
 def read_axis(text: str) -> Axis:
@@ -65,6 +70,8 @@ def read_axis(text: str) -> Axis:
 
 def grid_cells(prompts: Sequence[str], axes: Sequence[Axis]) -> list[Cell]:
     """Return the cells row by row: the first axis makes the columns; the second one, or the prompts, make the rows."""
+    if not axes:
+        raise ValueError("a grid needs one or two settings, and their values")
     if len(axes) > 2 or (len(axes) == 2 and len(prompts) > 1):
         found = f"{len(axes)} settings and {len(prompts)} prompts" if len(prompts) > 1 else f"{len(axes)} settings"
         raise ValueError(f"a grid has columns and rows, not {found}: give two settings, or one and several prompts")
@@ -86,7 +93,7 @@ def grid_cells(prompts: Sequence[str], axes: Sequence[Axis]) -> list[Cell]:
 
 def _replaced(prompt: str, old: str, new: str) -> str:
     pattern = rf"(?<!\w){re.escape(old)}(?!\w)"
-    if not re.search(pattern, prompt):
+    if not re.search(pattern, prompt) or (prompt and not old):
         raise ValueError(f"the prompt {prompt!r} does not contain {old!r}, the first of the words to replace it by")
     return re.sub(pattern, lambda _: new, prompt)
 
