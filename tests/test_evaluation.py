@@ -247,6 +247,16 @@ def test_reconstruction_by_an_exact_autoencoder(real, measuring):
     assert figures["judge_accuracy"]["accuracy"] == figures["judge_accuracy"]["ceiling"]["accuracy"]
 
 
+def test_a_vq_autoencoder_is_reconstructed_without_a_kl():
+    class Codes(Doubling):
+        def encode(self, x):
+            return super().encode(x).mean
+
+    originals = torch.randint(0, 256, (10, 28, 28), dtype=torch.uint8)
+    result, wanted = (reconstruct(kind(), originals, batch_size=4) for kind in (Codes, Doubling))
+    assert result.kl_per_dimension is None and torch.equal(result.images, wanted.images)
+
+
 # The script
 
 

@@ -35,7 +35,7 @@ class Reconstruction(NamedTuple):
     """Images decoded from the mean of each posterior, and statistics of the latents."""
 
     images: Tensor  # uint8 (n, 28, 28)
-    kl_per_dimension: float  # KL(posterior || N(0, 1)) in nats, mean over images and latent dimensions
+    kl_per_dimension: float | None  # KL(posterior || N(0, 1)) in nats, mean over images and dimensions; None of a VQ
     latent_std: list[float]  # of sampled latents as the UNet sees them (scaled), for each channel
 
 
@@ -44,19 +44,23 @@ def reconstruct(autoencoder: Any, images: Tensor, batch_size: int, scale_factor:
     """Encode and decode uint8 images (n, 28, 28), padded to the 32 x 32 of the digit sets.
 
     Args:
-        autoencoder: with `encode(x) -> DiagonalGaussianDistribution` and `decode(z) -> x`, x in [-1, 1].
+        autoencoder: with `encode(x) -> DiagonalGaussianDistribution`, or latents where it is a VQ autoencoder, and
+            `decode(z) -> x`, x in [-1, 1].
         scale_factor: what latents are multiplied by for the UNet.
     """
     device = next(autoencoder.parameters()).device
     decoded, kl, moments = [], [], []
     with progress_bar(leave=True, total=len(images), desc="reconstructing", unit="image", mininterval=1) as bar:
         for batch in images.split(batch_size):
-            posterior = autoencoder.encode(to_unit(pad(batch)).to(device))
-            decoded.append(quantise(autoencoder.decode(posterior.mode()).cpu()))
-            kl.append(posterior.kl().cpu().double() / posterior.mean[0].numel())
-            mean, variance = posterior.mean.double(), posterior.var.double()  # (b, z, h, w)
+            code = autoencoder.encode(to_unit(pad(batch)).to(device))
+            mean, variance = (code, torch.zeros_like(code)) if isinstance(code, Tensor) else (code.mean, code.var)
+            decoded.append(quantise(autoencoder.decode(mean).cpu()))
+            if code is not mean:
+                kl.append(code.kl().cpu().double() / mean[0].numel())
+            mean, variance = mean.double(), variance.double()  # (b, z, h, w)
             moments.append(torch.stack([mean, mean.square() + variance]).mean(dim=(3, 4)))  # (2, b, z)
             bar.update(len(batch))
     first, second = torch.cat(moments, dim=1).mean(dim=1)
     deviation = (second - first.square()).sqrt()
-    return Reconstruction(torch.cat(decoded), torch.cat(kl).mean().item(), (scale_factor * deviation).tolist())
+    mean_kl = torch.cat(kl).mean().item() if kl else None
+    return Reconstruction(torch.cat(decoded), mean_kl, (scale_factor * deviation).tolist())
