@@ -36,7 +36,7 @@ class Consistency:
     r = sigma (1 - (1 + k sigmoid(-b sigma)) / q^(stage + 1)), at least 0
     """
 
-    stage_batches: Count  # how many batches a stage takes
+    stage_batches: Annotated[int, Range(1)]  # how many batches a stage takes
     mean: float = -1.1  # of log sigma
     std: Rate = 2.0  # of log sigma
     q: Annotated[float, Range(1)] = 4.0  # the factor by which a stage brings r nearer to sigma
