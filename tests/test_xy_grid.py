@@ -110,3 +110,17 @@ def test_axes_of_python(axes, message):
 def test_several_prompts_leave_room_for_one_setting(generate):
     grids = ["--grid", "scale=1,2", "--grid", "seed=1,2"]
     refused("not 2 settings and 2 prompts", generate, "--prompt", "a one", "--prompt", "a two", *grids)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("clip_skip=1,99", "clip_skip 99 does not exist"),
+        ("final_sigma=zero,nosuch", "nosuch"),
+        ("width=32,33", "width 33"),
+        ("spacing=trailing|5,5,1", "5,5,1"),
+    ],
+)
+def test_no_cell_is_made_where_another_cannot_be(grid, message, generate, tmp_path):
+    refused(message, generate, "--grid", grid)
+    assert not list(tmp_path.rglob("*.png"))

@@ -13,7 +13,7 @@ from ldm.conditioning.prompt import count_chunks
 from ldm.conditioning.text import TextEncoder
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler, sampler_named
-from ldm.generation import given, steps_taken
+from ldm.generation import given, plan_sampling, steps_taken
 from ldm.inference.nan_check import generate_checked
 from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import Recipe
@@ -64,6 +64,14 @@ def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, obj
     name, spacing = choose_sampler(recipe.sampler, recipe.steps, model.schedule.T), sampler_named(recipe.sampler)[1]
     row, spacing = get_sampler(name), given(settings.get("spacing"), given(spacing, recipe.spacing))
     return replace(recipe, sampler=name, spacing=given(spacing, row.spacing), eta=given(recipe.eta, row.eta))
+
+
+def check_recipe(model: LatentDiffusion, recipe: Recipe) -> None:
+    """Raise ValueError for settings that the model cannot be sampled with: its noise levels, size and CLIP's layers."""
+    plan_sampling(model, recipe.steps, recipe.sampler, recipe.spacing, recipe.final_sigma)
+    model.latent_size(recipe.height, recipe.width)
+    if model.tokenizer is not None:
+        model.condition([recipe.prompt], clip_skip=recipe.clip_skip, plain=recipe.plain)
 
 
 def generate_run(

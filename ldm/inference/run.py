@@ -145,8 +145,13 @@ def plan_runs(
         prompts = usable_prompts(model, prompts, args)
     if not cells:
         return [(args, plan_recipes(model, args, prompts, made, init))]
+    from ldm.inference.generate import check_recipe
+
     options = [argparse.Namespace(**vars(args) | cell.settings) for cell in cells]
-    return [(own, plan_recipes(model, own, [p], made, init)) for own, p in zip(options, prompts, strict=True)]
+    runs = [(own, plan_recipes(model, own, [p], made, init)) for own, p in zip(options, prompts, strict=True)]
+    for _, (recipe,) in runs:  # before the first image is made
+        check_recipe(model, recipe)
+    return runs
 
 
 def plan_recipes(
