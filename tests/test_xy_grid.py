@@ -1,14 +1,20 @@
 """X/Y grids: the cells in their order, each image that of its own recipe, and what a grid cannot be."""
 
+import re
+
 import numpy as np
 import pytest
+import torch
 from conftest import refused
 from PIL import Image
 from script_runs import load_script, pixels, recipe, runner, samples
 
 import ldm
+from ldm.finetune.embedding_files import LearnedWord, write_words
 from ldm.inference.again import read_image_text
+from ldm.inference.generate import check_recipes, default_recipe
 from ldm.inference.xy_grid import axis, grid_cells, read_axis
+from ldm.settings import Settings, from_keywords
 
 txt2img = load_script("txt2img")
 
@@ -44,6 +50,43 @@ def test_a_made_image_is_varied_with_its_own_settings(generate):
     assert {(one.seed, one.steps) for one in made} == {(9, 3)} and [one.scale for one in made] == [1, 5] * 2
 
 
+def test_settings_that_one_of_the_axes_turns_off(generate, capsys):
+    """--pag-layers is of the cells with pag, and guidance of those above scale 1: no word is said of the others."""
+    out = generate("--grid", "pag=0,1", "--pag-layers", "middle_block", "input_blocks.3", "--prompt", "five")
+    off, on = map(recipe, samples(out))
+    assert (off.pag, off.is_default("pag_layers")) == (0, True)
+    assert (on.pag, on.pag_layers) == (1, ("middle_block", "input_blocks.3"))
+    alone = generate("--pag", 1, "--pag-layers", "middle_block", "input_blocks.3", "--prompt", "five", out="alone")
+    assert np.array_equal(pixels(samples(out)[1]), pixels(samples(alone)[0]))
+    assert not np.array_equal(*map(pixels, samples(out)))
+    refused("--pag-layers has no effect without --pag", generate, "--grid", "pag=0", "--pag-layers", "middle_block")
+    refused(
+        "--pag-layers has no effect without --pag", generate, "--grid", "steps=1,2", "--pag-layers", "out", steps=None
+    )
+    capsys.readouterr()
+    generate("--grid", "scale=1,3", "--rescale", 0.7, "--grid", "seed=1,2")
+    assert "no effect" not in capsys.readouterr().err
+    generate("--scale", 1, "--rescale", 0.7, "--grid", "seed=1,2")
+    assert capsys.readouterr().err.count("--rescale has no effect at guidance scale 1") == 1
+
+
+def test_a_learned_word_in_one_cell_is_used(generate, tmp_path, capsys):
+    write_words(tmp_path / "it.safetensors", LearnedWord("<it>", torch.ones(1, 32)), "diffusers")
+    word = ["--embedding", tmp_path / "it.safetensors", "--prompt", "a five"]
+    generate(*word, "--grid", "prompt=five,<it>")
+    assert "no prompt contains" not in capsys.readouterr().err
+    generate(*word, "--grid", "prompt=five,six")
+    assert capsys.readouterr().err.count("no prompt contains the learned word '<it>'") == 1
+
+
+def test_the_check_of_all_cells_encodes_a_prompt_once(tiny_checkpoint, monkeypatch):
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    first, seen, condition = default_recipe(model, "tiny", prompt="five"), [], model.condition
+    monkeypatch.setattr(model, "condition", lambda *args, **options: (seen.append(args), condition(*args, **options)))
+    check_recipes(model, [first.changed(**more) for more in ({}, {"steps": 2}, {"prompt": "six"}, {"seed": 2})])
+    assert seen == [(["five"],), (["six"],)]
+
+
 def test_several_prompts_make_the_rows(generate):
     out = generate("--grid", "steps=1,2,3", "--prompt", "a one", "--prompt", "a two", steps=None)
     assert [(r.prompt, r.steps) for r in map(recipe, samples(out))] == [
@@ -75,14 +118,15 @@ def test_labels_and_values():
         (["steps=1,two"], "steps 'two' is not an integer"),
         (["steps=0,2"], "steps must be at least 1"),
         (["steps=1,2", "ddim_steps=3"], "two different settings, not steps twice"),
-        (["steps=1,2", "seed=1,2", "scale=1,2"], "columns and rows, not 3 settings"),
+        (["steps=1,2", "eta=0,1", "scale=1,2"], "columns and rows, not 3 settings"),
         (["prompt=seven,six"], "does not contain 'seven'"),
+        (["seed=1,2"], "--seed has no effect beside a --grid over it"),
         (["scale=1,2,1.0"], r"scale needs one or several different values, got \[1.0, 2.0, 1.0\]"),
     ],
 )
 def test_what_a_grid_cannot_be(options, message, generate):
     given = [part for option in options for part in ("--grid", option)]
-    refused(message, generate, "--prompt", "a five", *given, steps=None)
+    refused(message, generate, "--prompt", "a five", "--seed", 3, *given, steps=None)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +145,25 @@ def test_options_without_a_meaning_beside_it(option, generate):
         ({"steps": 3}, "must be a list of steps, not 3"),
         ({"prompt": ["five", 6]}, "prompt 6 is not text"),
         ({"prompt": ["", "six"]}, "does not contain ''"),
+        ({"pag": [0, 1]}, "a grid over 'pag' is not possible: the settings are prompt, steps, .*, seed$"),
+        ({"autoguide_scales": [0, 1]}, "a grid over 'autoguide_scales' is not possible: [^;]*$"),
+        ({5: [1]}, "a grid over 5 is not possible"),
+        ([("steps", [1])], "axes must be a mapping of settings to their values"),
+        ({"seed": [1, 2]}, "seed has no effect beside a grid over it"),
     ],
 )
 def test_axes_of_python(axes, message):
-    refused(message, ldm.xy_grid, None, "a five!", axes)
+    refused(message, ldm.xy_grid, None, "a five!", axes, seed=3)
+
+
+def test_every_axis_of_python_is_an_argument_of_generate():
+    (settings,) = re.findall("settings are (.*)", str(pytest.raises(ValueError, ldm.xy_grid, None, "", {"": 1}).value))
+    for name in settings.split(", "):
+        assert name in ("prompt", "negative", "seed") or from_keywords({name: None}) == Settings()
+
+
+def test_words_of_a_prompt_that_is_not_text():
+    refused("the prompt 5 does not contain 'five'", ldm.xy_grid, None, 5, {"prompt": ["five", "six"]})
 
 
 def test_several_prompts_leave_room_for_one_setting(generate):
@@ -118,9 +177,10 @@ def test_several_prompts_leave_room_for_one_setting(generate):
         ("clip_skip=1,99", "clip_skip 99 does not exist"),
         ("final_sigma=zero,nosuch", "nosuch"),
         ("width=32,33", "width 33"),
+        ("pag=0,1", "layer 'nosuch' has no self-attention"),
         ("spacing=trailing|5,5,1", "5,5,1"),
     ],
 )
 def test_no_cell_is_made_where_another_cannot_be(grid, message, generate, tmp_path):
-    refused(message, generate, "--grid", grid)
+    refused(message, generate, "--grid", grid, *(["--pag-layers", "nosuch"] if grid.startswith("pag") else []))
     assert not list(tmp_path.rglob("*.png"))

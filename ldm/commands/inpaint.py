@@ -25,7 +25,7 @@ from ldm.cli import check_folder
 from ldm.inference.init_image import InitImage
 from ldm.inference.options import add_init_image_options, image_parser, settings_of
 from ldm.inference.recipe import plan, save_image
-from ldm.inference.run import build_guide, check_format, chosen_prompts, generate_files, load_checked, note_unused
+from ldm.inference.run import build_guides, check_format, chosen_prompts, generate_files, load_checked, note_unused
 
 MASK = "_mask.png"
 
@@ -81,12 +81,15 @@ def inpaint_folder(args: argparse.Namespace) -> None:
 
     assert model.path is not None
     first = default_recipe(model, model.path.stem, **settings_of(args), **guide_hashes(args, None))
-    note_unused(first, args)
+    note_unused([args], [first])
     recipes = [
         recipe.changed(**init.settings(args, model))
         for recipe, init in zip(plan(first, prompts, len(pairs), 1), inits(), strict=True)
     ]
-    guide, paths = build_guide(model, first, args), [args.outdir / f"{path.stem}.{args.format}" for path, _ in pairs]
+    guide, paths = (
+        build_guides(model, args, [first])[0],
+        [args.outdir / f"{path.stem}.{args.format}" for path, _ in pairs],
+    )
     with progress(recipes) as callback:
         for recipe, init, path in zip(recipes, inits(), paths, strict=True):
             init = init.resized(recipe.width, recipe.height)

@@ -66,12 +66,14 @@ def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, obj
     return replace(recipe, sampler=name, spacing=given(spacing, row.spacing), eta=given(recipe.eta, row.eta))
 
 
-def check_recipe(model: LatentDiffusion, recipe: Recipe) -> None:
+def check_recipes(model: LatentDiffusion, recipes: Sequence[Recipe]) -> None:
     """Raise ValueError for settings that the model cannot be sampled with: its noise levels, size and CLIP's layers."""
-    plan_sampling(model, recipe.steps, recipe.sampler, recipe.spacing, recipe.final_sigma)
-    model.latent_size(recipe.height, recipe.width)
+    for recipe in recipes:
+        plan_sampling(model, recipe.steps, recipe.sampler, recipe.spacing, recipe.final_sigma)
+        model.latent_size(recipe.height, recipe.width)
     if model.tokenizer is not None:
-        model.condition([recipe.prompt], clip_skip=recipe.clip_skip, plain=recipe.plain)
+        for prompt, clip_skip, plain in dict.fromkeys((r.prompt, r.clip_skip, r.plain) for r in recipes):
+            model.condition([prompt], clip_skip=clip_skip, plain=plain)
 
 
 def generate_run(

@@ -56,15 +56,15 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
     from ldm.inference.generate import generate_again, generate_run, progress, steps_of
 
     runs = plan_runs(model, args, prompts, cells, made, init)
-    first = runs[0][1][0]
+    firsts = [recipes[0] for recipes in runs]
+    first, guides = firsts[0], build_guides(model, args, firsts)
     recorder, shown, saved = None, [], []
     if args.strip and steps_of(first) > 0:
         from ldm.inference.strip import StripRecorder
 
         recorder = StripRecorder(model, steps_of(first))
-    with progress([recipe for _, recipes in runs for recipe in recipes], recorder) as callback:
-        for options, recipes in runs:
-            guide = build_guide(model, recipes[0], options)
+    with progress([recipe for recipes in runs for recipe in recipes], recorder) as callback:
+        for recipes, guide in zip(runs, guides, strict=True):
             start = None if init is None else init.resized(recipes[0].width, recipes[0].height)
             if made is None:
                 images = generate_run(model, recipes, callback, start, guide)
@@ -111,7 +111,11 @@ def chosen_cells(args: argparse.Namespace, prompts: Sequence[str]) -> "list[Cell
         raise ValueError("--grid makes one image of each cell: leave out --n_samples and --n_iter")
     if args.skip_grid or args.strip or args.n_rows or args.enlarge:
         raise ValueError("--grid saves a labelled sheet: leave out --skip_grid, --strip, --n_rows and --enlarge")
-    return grid_cells(prompts, list(map(read_axis, args.grid)))
+    axes = list(map(read_axis, args.grid))
+    for own in axes:
+        if getattr(args, own.name, None) is not None:
+            raise ValueError(f"{setting_rows(Recipe)[own.name].flags[0]} has no effect beside a --grid over it")
+    return grid_cells(prompts, axes)
 
 
 def check_format(name: str, prompts: Sequence[str], init: "InitImage | None") -> None:
@@ -138,20 +142,35 @@ def plan_runs(
     cells: "Sequence[Cell]",
     made: Recipe | None,
     init: "InitImage | None",
-) -> list[tuple[argparse.Namespace, list[Recipe]]]:
-    """Return the options and the recipes of each run: of each cell, or of all prompts together."""
+) -> list[list[Recipe]]:
+    """Return the recipes of each run: of each cell, or of all prompts together."""
     prompts = [cell.prompt for cell in cells] or prompts
     if made is None:
         prompts = usable_prompts(model, prompts, args)
-    if not cells:
-        return [(args, plan_recipes(model, args, prompts, made, init))]
-    from ldm.inference.generate import check_recipe
+    options, parts = [args], [prompts]
+    if cells:
+        options, parts = cell_options(args, cells), [[prompt] for prompt in prompts]
+    runs = [plan_recipes(model, own, part, made, init) for own, part in zip(options, parts, strict=True)]
+    firsts = [recipes[0] for recipes in runs]
+    note_unused(options, firsts)
+    if args.embedding and made is None:
+        negatives = [first.negative for first in firsts if first.scale != 1]
+        note_unused_words(model, [*prompts, *negatives], all(first.plain for first in firsts))
+    if cells:
+        from ldm.inference.generate import check_recipes
 
-    options = [argparse.Namespace(**vars(args) | cell.settings) for cell in cells]
-    runs = [(own, plan_recipes(model, own, [p], made, init)) for own, p in zip(options, prompts, strict=True)]
-    for _, (recipe,) in runs:  # before the first image is made
-        check_recipe(model, recipe)
+        check_recipes(model, firsts)  # before the first image is made
     return runs
+
+
+def cell_options(args: argparse.Namespace, cells: "Sequence[Cell]") -> list[argparse.Namespace]:
+    """Return the options of each cell, without those that need a setting which other cells have, and this one lacks."""
+    options = [argparse.Namespace(**vars(args) | cell.settings) for cell in cells]
+    for name, row in setting_rows(Recipe).items():
+        if row.needs in cells[0].settings and any(getattr(own, row.needs) for own in options):
+            for own in options:
+                setattr(own, name, getattr(own, name) if getattr(own, row.needs) else None)
+    return options
 
 
 def plan_recipes(
@@ -174,12 +193,8 @@ def plan_recipes(
     if made is not None:
         recipe = change_recipe(made, model, batch_size=args.batch_size, prompt=prompts[0], **settings)
         check_memory(recipe, 1, recipe.batch_size)
-        note_unused(recipe, args)
         return [recipe]
     first = default_recipe(model, model.path.stem, **settings)
-    note_unused(first, args)
-    if args.embedding:
-        note_unused_words(model, [*prompts, *([] if first.scale == 1 else [first.negative])], first.plain)
     batch_size = BATCH if args.batch_size is None else args.batch_size
     count = len(prompts) * args.n_samples * args.n_iter
     check_memory(first, count, count if first.fixed_code else min(batch_size, count), not args.skip_grid)
@@ -210,11 +225,12 @@ def check_memory(recipe: Recipe, count: int, at_once: int, grid: bool = True) ->
         )
 
 
-def note_unused(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Print which settings of guidance were given without effect: at guidance scale 1 there is none."""
-    if recipe.scale == 1 and recipe.pag == 0 and args.autoguide is None and args.classifier is None:
+def note_unused(options: Sequence[argparse.Namespace], recipes: Sequence[Recipe]) -> None:
+    """Print which settings of guidance were given without effect in any run: at guidance scale 1 there is none."""
+    guided = (args.autoguide is not None or args.classifier is not None for args in options)
+    if not any(guided) and all(recipe.scale == 1 and recipe.pag == 0 for recipe in recipes):
         for name in ("negative", "interval", "rescale"):
-            if getattr(args, name) not in (None, "", 0):
+            if any(getattr(args, name) not in (None, "", 0) for args in options):
                 option = setting_rows(Recipe)[name].flags[0]
                 print(f"{option} has no effect at guidance scale 1", file=sys.stderr)
 
@@ -266,14 +282,18 @@ def unknown_prompts(tokenizer: object, prompts: Sequence[str]) -> list[str]:
     return unknown
 
 
-def build_guide(model: "LatentDiffusion", recipe: Recipe, args: argparse.Namespace) -> "Guide | None":
-    """Build the recipe's guidance besides the classifier-free one; None if it has none."""
-    if recipe.pag == 0 and recipe.threshold is None and args.autoguide is None and args.classifier is None:
-        return None
-    from ldm.inference.guiders import make_guide
+def build_guides(model: "LatentDiffusion", args: argparse.Namespace, recipes: Sequence[Recipe]) -> "list[Guide | None]":
+    """Build each recipe's guidance besides the classifier-free one, with files loaded once; None where it has none."""
+    if args.autoguide is None and args.classifier is None and all(r.pag == 0 and r.threshold is None for r in recipes):
+        return [None] * len(recipes)
+    from ldm.inference.guiders import load_classifier, load_weak, make_guide
 
-    settings = {name: getattr(recipe, name) for name in setting_rows(Guidance)}
-    return make_guide(model, weak=args.autoguide, classifier=args.classifier, **settings)
+    files = {
+        "weak": None if args.autoguide is None else load_weak(args.autoguide, model),
+        "classifier": None if args.classifier is None else load_classifier(args.classifier, model),
+    }
+    rows = setting_rows(Guidance)
+    return [make_guide(model, **files, **{name: getattr(recipe, name) for name in rows}) for recipe in recipes]
 
 
 class OutputFolder:

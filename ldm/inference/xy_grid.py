@@ -2,11 +2,11 @@
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ldm.inference.recipe import Recipe
-from ldm.settings import STR, Setting, listed, setting_rows
+from ldm.settings import STR, Guidance, Setting, listed, setting_rows
 from ldm.spelling import did_you_mean
 
 if TYPE_CHECKING:  # they import torch
@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # they import torch
 
 _ROWS = {name: row for name, row in setting_rows(Recipe).items() if row.flags}
 # The name of a setting, or of one of its options, -> the setting's; and words of the prompt.
-_NAMES = {flag.lstrip("-").replace("-", "_"): name for name, row in _ROWS.items() for flag in (name, *row.flags)}
-_NAMES["prompt"] = "prompt"
+_NAMES = {"prompt": "prompt"}
+_NAMES |= {flag.lstrip("-").replace("-", "_"): name for name, row in _ROWS.items() for flag in (name, *row.flags)}
 
 
 class Axis(NamedTuple):
@@ -42,18 +42,21 @@ class Cell(NamedTuple):
     settings: dict[str, Any]  # of a `Recipe`
 
 
-def axis(name: str, values: Sequence[Any]) -> Axis:
+def axis(name: str, values: Sequence[Any], without: Collection[str] = ()) -> Axis:
     """Return the axis of a setting, its values checked; ValueError for an unknown one, or a value that it cannot have.
 
-    name: a setting of `generate` or an option of it, `seed`, `negative`, or `prompt`: words, of which the first are in
-        the prompt, and are replaced by each.
+    Args:
+        name: a setting of an image or an option of it, or `prompt`: words, of which the first are in the prompt, and
+            are replaced by each.
+        without: settings that it cannot be.
     """
-    own = _NAMES.get(name.lstrip("-").replace("-", "_"))
+    names = {name: own for name, own in _NAMES.items() if own not in without}
+    own = names.get(str(name).lstrip("-").replace("-", "_"))
     if own is None:
-        hint = did_you_mean([name], _NAMES)
-        raise ValueError(f"a grid over {name!r} is not possible: the settings are prompt, {', '.join(_ROWS)}{hint}")
+        known = ", ".join(dict.fromkeys(names.values()))
+        raise ValueError(f"a grid over {name!r} is not possible: the settings are {known}{did_you_mean([name], names)}")
     row = _ROWS.get(own, Setting(STR, "Prompt"))
-    found = [row.checked(own, value) for value in listed(name, values)]
+    found = [row.checked(own, value) for value in listed(own, values)]
     if not found or len(set(found)) < len(found):
         raise ValueError(f"a grid over {name} needs one or several different values, got {reprlib.repr(found)}")
     return Axis(own, found)
@@ -93,7 +96,7 @@ def grid_cells(prompts: Sequence[str], axes: Sequence[Axis]) -> list[Cell]:
 
 def _replaced(prompt: str, old: str, new: str) -> str:
     pattern = rf"(?<!\w){re.escape(old)}(?!\w)"
-    if not re.search(pattern, prompt) or (prompt and not old):
+    if not isinstance(prompt, str) or not re.search(pattern, prompt) or (prompt and not old):
         raise ValueError(f"the prompt {prompt!r} does not contain {old!r}, the first of the words to replace it by")
     return re.sub(pattern, lambda _: new, prompt)
 
@@ -123,5 +126,10 @@ def xy_grid(model: "LatentDiffusion", prompt: str, axes: Mapping[str, Sequence[A
     Raises:
         ValueError: for a setting that is unknown, a value that it cannot have, or words that the prompt does not have.
     """
-    cells = grid_cells([prompt], [axis(name, values) for name, values in axes.items()])
+    if not isinstance(axes, Mapping):
+        raise ValueError(f"axes must be a mapping of settings to their values, got {reprlib.repr(axes)}")
+    chosen = [axis(name, values, without=setting_rows(Guidance)) for name, values in axes.items()]
+    if twice := [one.name for one in chosen if one.name in settings]:
+        raise ValueError(f"{twice[0]} has no effect beside a grid over it")
+    cells = grid_cells([prompt], chosen)
     return labelled_grid(cells, [model.generate([cell.prompt], **settings | cell.settings)[0] for cell in cells])
