@@ -127,6 +127,8 @@ class Setting(NamedTuple):
         if not all(self.low <= number <= self.high for number in numbers):
             limit = f"from {self.range}" if self.high < math.inf else self.range
             raise ValueError(f"{name} must be {limit}, got {reprlib.repr(value)}")
+        if self.type is INTERVAL and found[0] > found[1]:
+            raise ValueError(f"{name} ends before it begins: got {found[0]:g} to {found[1]:g}")
         return found
 
 

@@ -151,6 +151,7 @@ def test_a_models_own_settings_are_completed(model, own):
         ({"steps": "ten"}, "steps 'ten' is not an integer"),
         ({"height": 0}, "height must be at least 1, got 0"),
         ({"interval": 3}, "interval 3 is not two numbers"),
+        ({"interval": (5, 1)}, "interval ends before it begins: got 5 to 1"),
         ({"eta": 1}, r"unknown settings \['eta'\]"),
     ],
 )

@@ -29,9 +29,3 @@ class Editing:
         0.3, FLOAT, "Blend threshold", "attention to those words from which on a place changes, of the highest one",
         "--blend-threshold", "0.3", 0, 1, "blend")
     # fmt: on
-
-    def __post_init__(self) -> None:
-        for name in ("cross_steps", "self_steps", "pooled_steps"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name} ends before it begins: got {low:g} to {high:g}")
