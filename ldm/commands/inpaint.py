@@ -86,10 +86,8 @@ def inpaint_folder(args: argparse.Namespace) -> None:
         recipe.changed(**init.settings(args, model))
         for recipe, init in zip(plan(first, prompts, len(pairs), 1), inits(), strict=True)
     ]
-    guide, paths = (
-        build_guides(model, args, [first])[0],
-        [args.outdir / f"{path.stem}.{args.format}" for path, _ in pairs],
-    )
+    (guide,) = build_guides(model, args, [first])
+    paths = [args.outdir / f"{path.stem}.{args.format}" for path, _ in pairs]
     with progress(recipes) as callback:
         for recipe, init, path in zip(recipes, inits(), paths, strict=True):
             init = init.resized(recipe.width, recipe.height)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, PngImagePlugin
 
@@ -288,7 +288,7 @@ def build_guides(model: "LatentDiffusion", args: argparse.Namespace, recipes: Se
         return [None] * len(recipes)
     from ldm.inference.guiders import load_classifier, load_weak, make_guide
 
-    files = {
+    files: dict[str, Any] = {
         "weak": None if args.autoguide is None else load_weak(args.autoguide, model),
         "classifier": None if args.classifier is None else load_classifier(args.classifier, model),
     }
