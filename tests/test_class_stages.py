@@ -15,6 +15,7 @@ from tiny_stages import STAGES, config_of, write_inputs
 import ldm
 from ldm.commands import evaluate, sample, train
 from ldm.data.digits import Digits
+from ldm.finetune.distillation import DistillationStage
 from ldm.models import compiler
 from ldm.training.conditioner import shown_classes
 from ldm.training.conditions import drop
@@ -52,6 +53,23 @@ def test_the_folders_classes_become_the_models():
     loss.backward()
     assert conditioner.embedding.weight.grad[:2].abs().sum(1).min() > 0
     assert stage.export()[0]["params"]["cond_stage_config"]["params"]["names"] == ["cat", "dog"]
+
+
+def test_distillation_keeps_the_models_classes_and_its_scale_factor():
+    """They belong to the teacher's weights, whatever data it is tuned on."""
+    first = stage_of("classes")
+    data = build_dataset(first, config_of("classes")["data"])
+    first.prepare(data)
+    model, conditioner = randomised(first.latent_diffusion), first.latent_diffusion.cond_stage_model
+    model.scale_factor, before = 3.0, conditioner.embedding.weight.clone()
+    stage = DistillationStage(model, 1e-3, 4, scale=2.0)
+    stage.prepare(data)
+    assert stage.latent_diffusion.scale_factor == 3.0 and list(stage.networks) == ["model"]
+    assert model.cond_stage_model is conditioner and torch.equal(conditioner.embedding.weight, before)
+    batch = {"mean": torch.zeros(3, 4, 8, 8), "std": torch.ones(3, 4, 8, 8), "label": torch.tensor([0, 1, 1])}
+    loss, _, _ = stage.turn(batch, 0, 0, None)
+    loss.backward()
+    assert loss.item() > 0 and conditioner.embedding.weight.grad is None
 
 
 def test_compiled_training_takes_any_list_of_labels(monkeypatch):

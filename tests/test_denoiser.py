@@ -53,6 +53,21 @@ def test_one_predictor_in_four_parametrisations_gives_one_x0(t):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_noise_level_of_each_image(prediction):
+    """As each image alone; the levels lie between the schedule's, too."""
+    schedule, generator = make_schedule("flow" if prediction == "flow" else "cosine"), torch.Generator().manual_seed(1)
+    sigmas = torch.tensor([0.02, 1.234, 30.0], dtype=torch.float64)
+    x, cond = torch.randn(3, 2, 4, 4, generator=generator), torch.randn(3, 1, 1, 1, generator=generator)
+
+    def network(x, t, cond):
+        return torch.tanh(x + t.reshape(-1, 1, 1, 1) / 500 + cond["c"])
+
+    denoise = make_denoiser(network, schedule, prediction)
+    alone = [denoise(x[i : i + 1], float(sigmas[i]), {"c": cond[i : i + 1]}).x0 for i in range(3)]
+    assert torch.equal(denoise(x, sigmas, {"c": cond}).x0, torch.cat(alone))
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_training_target_is_what_the_denoiser_inverts(prediction):
     schedule = make_schedule("cosine")
     generator = torch.Generator().manual_seed(1)

@@ -68,7 +68,6 @@ def train(stage, count: int, rate: float, size: int = 64) -> None:
     optimizer = torch.optim.Adam(stage.networks.parameters(), rate)
     for number in range(count):
         images = DEVIATION * torch.randn(size, 4, 8, 8)
-        stage.latent_diffusion.scale_factor = 1.0
         loss, _, _ = stage.turn({"mean": images, "std": torch.zeros_like(images)}, 0, number, None)
         optimizer.zero_grad()
         loss.backward()
@@ -149,3 +148,15 @@ def test_the_teacher_guides_as_sampling_does():
 def test_what_cannot_be_distilled():
     refused("steps 24: their noise levels", DistillationStage, gaussian(100), 1e-3, 24)
     refused("guidance scale 2.0 needs a null condition", DistillationStage, gaussian(), 1e-3, 4, scale=2.0)
+    for message, options in (
+        (r"interval ends before it begins: got 5 to 1", {"interval": [5, 1]}),
+        (r"interval \[1\] is not two numbers", {"interval": [1]}),
+        (r"interval must be at least 0, got \[-1, 2\]", {"interval": [-1, 2]}),
+        (r"scale must be at least 0, got -3", {"scale": -3}),
+        (r"scale 'three' is not a finite number", {"scale": "three"}),
+        (r"consistency: q 1 must be above 1", {"consistency": {"stage_batches": 1, "q": 1}}),
+        (r"loading \{'ema': True\} has no effect on a model that is loaded already", {"loading": {"ema": True}}),
+        (r"dropout 0.1 needs a null condition", {"caption_dropout": 0.1}),
+    ):
+        refused(message, DistillationStage, gaussian(), 1e-3, 4, **options)
+    assert DistillationStage(gaussian(), 1e-3, 64, {"stage_batches": 1}).latent_diffusion.defaults["steps"] == 64

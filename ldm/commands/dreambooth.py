@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = choose_text(stage["train_text"], words, stage["lora"] is not None)
     if text == "none" and "stage.params.text_learning_rate" in vars(args):
         raise ValueError("--text_encoder_lr is of no use: choose what to train by --train_text words or all")
-    train(config, args.resume is not None, args.device, ckpt=model)
+    train(config, args.resume is not None, args.device, ckpt=model, loading=None)
     if is_main:
         merged = [] if stage["lora"] is not None and not stage["merge"] else ["model.safetensors"]
         names = merged if stage["lora"] is None else [*merged, "lora.safetensors"]

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, model, is_main = begin("textual_inversion", args, loading_arguments(args))
     stage = config["stage"]["params"]
     (prompt, *_) = captions(text_encoder(model).tokenizer, stage["word"], 1, stage["frames"])
-    result = train(config, args.resume is not None, args.device, ckpt=model)
+    result = train(config, args.resume is not None, args.device, ckpt=model, loading=None)
     if is_main:
         write(result, stage["word"], args, config["loop"]["steps"], prompt)
 

@@ -8,7 +8,7 @@ only place where the two meet.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Prediction(NamedTuple):
     unguided: Tensor | None = None
 
 
-Denoise = Callable[[Tensor, float, Cond], Prediction]  # (x, sigma, cond): `model.denoiser()`
+Denoise = Callable[[Tensor, Any, Cond], Prediction]  # (x, sigma, cond): `model.denoiser()`; sigma may be (b,)
 BoundDenoise = Callable[[Tensor, float], Prediction]  # (x, sigma): with the conditioning bound by guidance
 
 
@@ -120,6 +120,8 @@ def make_denoiser(
 ) -> Denoise:
     """Wrap network(x_vp, t, cond) as denoise(x, sigma, cond) -> Prediction.
 
+    There sigma is a number, or a float64 tensor (b,) with that of each image.
+
     Args:
         network: Takes x_vp (b, ...) and t (b,) in 0..T-1, fractional between the timesteps it was trained on, in the
             dtype of x; one that predicts flow takes what `network_input` says.
@@ -130,13 +132,18 @@ def make_denoiser(
     """
     check_prediction(prediction)
 
-    def denoise(x: Tensor, sigma: float, cond: Cond) -> Prediction:
-        sigma = float(sigma)
-        c_skip, c_out = scalings(prediction, sigma)
-        scaled, time = to_vp(x, sigma), schedule.t_at(sigma)
+    def denoise(x: Tensor, sigma: Any, cond: Cond) -> Prediction:
+        def of_sigma(value: Callable[[float], Any]) -> Any:  # a number, or a column (b, 1, ...) with that of each image
+            if not isinstance(sigma, Tensor) or sigma.ndim == 0:
+                return value(float(sigma))
+            return x.new_tensor(list(map(value, sigma.tolist()))).reshape(-1, *[1] * (x.ndim - 1))
+
+        c_skip, c_out = (of_sigma(lambda s, i=i: scalings(prediction, s)[i]) for i in range(2))
         if prediction == "flow":
-            scaled, time = x / (1 + sigma), schedule.T * sigma / (1 + sigma)
-        t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
+            scaled, time = x / of_sigma(lambda s: 1 + s), of_sigma(lambda s: schedule.T * s / (1 + s))
+        else:
+            scaled, time = x * of_sigma(lambda s: 1 / math.sqrt(1 + s * s)), of_sigma(schedule.t_at)
+        t = time.flatten() if isinstance(time, Tensor) else x.new_full((len(x),), time)
         output = network(scaled.to(x.dtype if dtype is None else dtype), t, cond).to(x.dtype)
         output, share = split_variance(output, x.shape[1]) if learned_variance else (output, None)
         return Prediction(output if prediction == "x0" else c_skip * x + c_out * output, share)

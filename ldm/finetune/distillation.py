@@ -4,11 +4,9 @@ Both go on from a model's own weights, and put its classifier-free guidance into
 scale 1, so that a step evaluates its network once. Noise levels are sigma, of x = x0 + sigma noise.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -16,15 +14,12 @@ from torch import Tensor, nn
 
 from ldm.checkpoint.networks import MODEL_TARGET
 from ldm.checks import Betas, Count, Probability, Range, Rate
-from ldm.diffusion.denoiser import scalings
+from ldm.diffusion.denoiser import make_denoiser
 from ldm.diffusion.schedule import sampling_sigmas
+from ldm.finetune.parts import model_to_tune
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
-from ldm.loading import load
-from ldm.training.conditions import read_by, shown_prompts
-from ldm.training.denoising import DenoisingStage
-from ldm.training.diffusion import DiffusionStage
-from ldm.training.frozen import RecentTexts
-from ldm.training.latents import encode_texts
+from ldm.settings import Settings, checked
+from ldm.training.diffusion import LatentStage
 from ldm.training.objective import Objective
 from ldm.util import call_with
 
@@ -39,9 +34,13 @@ class Consistency:
     stage_batches: Annotated[int, Range(1)]  # how many batches a stage takes
     mean: float = -1.1  # of log sigma
     std: Rate = 2.0  # of log sigma
-    q: Annotated[float, Range(1)] = 4.0  # the factor by which a stage brings r nearer to sigma
+    q: float = 4.0  # the factor by which a stage brings r nearer to sigma, above 1
     k: Rate = 8.0  # how much farther r is at small sigma
     b: Rate = 1.0  # how soon that ends as sigma grows
+
+    def __post_init__(self) -> None:
+        if not self.q > 1:
+            raise ValueError(f"consistency: q {self.q} must be above 1: by it r comes nearer to sigma in each stage")
 
     def nearer(self, sigmas: Tensor, stage: int) -> Tensor:
         """Return r for each sigma (b,)."""
@@ -49,7 +48,7 @@ class Consistency:
         return sigmas * (1 - share).clamp(min=0)
 
 
-class DistillationStage(DiffusionStage):
+class DistillationStage(LatentStage):
     """Tunes the UNet of a model to few steps; a copy of it as it was, the teacher, is frozen.
 
     Progressive distillation (Salimans & Ho 2022): a DDIM step makes two of the teacher's. Each training halves the
@@ -94,47 +93,34 @@ class DistillationStage(DiffusionStage):
         preview_columns: Count = 10,
         loading: Mapping[str, Any] | None = None,
     ) -> None:
-        model = ckpt if isinstance(ckpt, LatentDiffusion) else load(ckpt, device="cpu", **(loading or {}))
-        for note in model.notes:
-            print(f"note: {note}", file=sys.stderr)
+        model = model_to_tune(ckpt, loading)
         if model.target != MODEL_TARGET:
             raise ValueError(f"distillation is for a latent diffusion model, not for a {model.target}")
         self.consistency = None if consistency is None else call_with("consistency", Consistency, consistency)
-        self.sigmas = sampling_sigmas(model.schedule, 2 * steps, "trailing")  # of the teacher, then 0
-        if consistency is None and not torch.equal(
-            self.sigmas[::2], sampling_sigmas(model.schedule, steps, "trailing")
-        ):
-            raise ValueError(f"steps {steps}: their noise levels are not among those of {2 * steps}: use a power of 2")
-        self.scale = model.defaults["scale"] if scale is None else scale
-        self.interval = model.defaults["interval"] if interval is None else interval
+        levels = sampling_sigmas(model.schedule, steps, "trailing")
+        if consistency is None:
+            self.sigmas = sampling_sigmas(model.schedule, 2 * steps, "trailing")  # of the teacher, then 0
+            if not torch.equal(self.sigmas[::2], levels):
+                raise ValueError(f"steps {steps}: their noise levels are not among {2 * steps}'s: use a power of 2")
+        own = model.defaults | checked(Settings, {"scale": scale, "interval": interval})
+        self.scale, self.interval = own["scale"], own["interval"]
+        if self.scale < 0:
+            raise ValueError(f"scale must be at least 0, got {self.scale:g}, which leads away from the prompt")
         if self.scale != 1 and model.null is None:
             raise ValueError(f"guidance scale {self.scale} needs a null condition, which this model lacks: set scale 1")
-        own = {"sampler": "ddim", "spacing": "trailing"} if consistency is None else {"sampler": "lcm", "spacing": None}
-        model.defaults = {**model.defaults, "steps": steps, "scale": 1.0, "interval": None, **own}
-        self.reads, self.own_previews = ("image", *read_by(model)), preview_prompts is None
-        shown = shown_prompts(model, preview_columns) if preview_prompts is None else preview_prompts
+        how = {"sampler": "ddim", "spacing": "trailing"} if consistency is None else {"sampler": "lcm", "spacing": None}
+        model.defaults = {**model.defaults, "steps": steps, "scale": 1.0, "interval": None, **how}
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
-        DenoisingStage.__init__(self, Objective(model), shown, preview_columns, **adam)
+        cache, previews = (cache_latents, cache_dir), (preview_prompts, preview_columns)
+        super().__init__(Objective(model), True, caption_dropout, *cache, *previews, **adam)
         self.teacher: nn.Module = deepcopy(self.model.requires_grad_())
         self.freeze(teacher=self.teacher)
-        if model.cond_stage_model is not None:
-            self.freeze(cond_stage=model.cond_stage_model)
-        self.start, self.caption_dropout = None, caption_dropout
-        self.cache_latents, self.cache_dir = cache_latents, cache_dir
-        text, encode = model.tokenizer is not None, partial(model.condition, plain=True)
-        self.condition = RecentTexts(partial(encode_texts, model.cond_stage_model)) if text else encode
 
     def predict(self, network: nn.Module, x: Tensor, sigmas: Tensor, cond: Conditioning) -> Tensor:
         """Return the x0 that a network predicts from x = x0 + sigma noise (b, ...); sigmas: float64 (b,)."""
-        model, column = self.latent_diffusion, sigmas.reshape(-1, 1, 1, 1).to(x.device)
-        if model.prediction == "flow":
-            scaled, times = x / (1 + column), model.schedule.T * sigmas / (1 + sigmas)
-        else:
-            scaled = x / (1 + column**2).sqrt()
-            times = torch.tensor([model.schedule.t_at(sigma) for sigma in sigmas.tolist()])
-        output = network(scaled.to(x.dtype), times.to(x), **cond).float()
-        c_skip, c_out = (torch.as_tensor(part).to(x) for part in scalings(model.prediction, column))
-        return c_skip * x + c_out * output
+        model = self.latent_diffusion
+        denoise = make_denoiser(lambda x, t, cond: network(x, t, **cond), model.schedule, model.prediction)
+        return denoise(x, sigmas, cond).x0
 
     @torch.no_grad()
     def teach(self, x: Tensor, sigmas: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:

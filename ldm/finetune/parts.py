@@ -57,11 +57,7 @@ class FineTuningStage(Stage):
         **adam: Any,
     ) -> None:
         super().__init__(preview_columns, **adam)
-        # a file on the CPU and in its own dtypes, which the result keeps
-        loaded = isinstance(ckpt, LatentDiffusion)
-        model = ckpt if loaded else load(ckpt, device="cpu", dtype=None, **(loading or {}))
-        for note in model.notes:
-            print(f"note: {note}", file=sys.stderr)
+        model = model_to_tune(ckpt, loading, dtype=None)  # in its own dtypes, which the result keeps
         if getattr(model.cond_stage_model, "tokenizer", None) is None or model.concat is not None:
             raise ValueError("fine-tuning needs a model that is conditioned on text, and on nothing else")
         self.resolution = model.defaults["height"] if resolution is None else resolution
@@ -89,6 +85,21 @@ class FineTuningStage(Stage):
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Image.Image]:
         """Generate images of the training size with the model's own settings."""
         return self.latent_diffusion.generate(prompts, height=self.resolution, width=self.resolution, **settings)
+
+
+def model_to_tune(
+    ckpt: str | LatentDiffusion | None, loading: Mapping[str, Any] | None, **options: Any
+) -> LatentDiffusion:
+    """Return a loaded model, or that of a checkpoint, on the CPU, by these arguments and options of `ldm.load`."""
+    if isinstance(ckpt, LatentDiffusion):
+        if loading:
+            raise ValueError(f"loading {dict(loading)} has no effect on a model that is loaded already: leave it out")
+        model = ckpt
+    else:
+        model = load(ckpt, device="cpu", **options, **(loading or {}))
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return model
 
 
 def save_contact_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], path: Path) -> None:

@@ -20,7 +20,78 @@ from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, po
 from ldm.training.objective import Objective
 
 
-class DiffusionStage(DenoisingStage):
+class LatentStage(DenoisingStage):
+    """Trains the UNet of a latent diffusion model, on latents and conditions that are encoded once or anew.
+
+    Args:
+        frozen: whether the model's conditioner is; if not, it trains with the UNet.
+        caption_dropout, cache_latents, cache_dir, preview_prompts: of `DiffusionStage`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        frozen: bool,
+        caption_dropout: Probability | None,
+        cache_latents: bool,
+        cache_dir: str | None,
+        preview_prompts: Sequence[str | int] | None,
+        preview_columns: Count,
+        **adam: Any,
+    ) -> None:
+        model, conditioner = objective.model, objective.model.cond_stage_model
+        self.reads, self.own_previews = ("image", *read_by(model)), preview_prompts is None
+        shown = shown_prompts(model, preview_columns) if preview_prompts is None else preview_prompts
+        super().__init__(objective, shown, preview_columns, **adam)
+        if not frozen:
+            from ldm.training.conditioner import train_conditioner  # only such conditioners need it
+
+            train_conditioner(self)
+        elif conditioner is not None:
+            self.freeze(cond_stage=conditioner)
+        self.caption_dropout = dropout_of(conditioner, caption_dropout)
+        self.cache_latents, self.cache_dir = cache_latents, cache_dir
+        self.condition: Any = partial(model.condition, plain=True)  # conditions -> conditioning
+        if frozen and model.tokenizer is not None:
+            self.condition = RecentTexts(partial(encode_texts, conditioner))
+
+    def prepare(self, dataset: Any) -> Dataset:
+        """Cache the latents' mean and deviation."""
+        self.check_size(dataset)
+        if self.own_previews:
+            self.preview_prompts = shown_prompts(self.latent_diffusion, self.preview_columns, dataset)
+        if self.cache_latents and getattr(dataset, "augments", False):
+            raise ValueError(
+                f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
+                "cannot be cached: train with stage.params.cache_latents=false"
+            )
+        return self.cached(dataset)
+
+    def encoded(self, dataset: Any) -> tuple[Any, Any]:
+        """Return mean and deviation of all latents."""
+        return encode_dataset(self.latent_diffusion.first_stage_model, dataset, self.share, self.workers)
+
+    def cached(self, dataset: Any) -> Any:
+        folder, model = self.cache_dir, self.latent_diffusion
+        if folder is not None:
+            from ldm.training.cache import CachedTexts, cached_latents
+
+            if isinstance(self.condition, RecentTexts):
+                self.condition = RecentTexts(CachedTexts(folder, model, dataset))
+        if not self.cache_latents or getattr(dataset, "augments", False):
+            return dataset
+        latents = self.encoded(dataset) if folder is None else cached_latents(folder, model, dataset, self.workers)
+        return LatentDataset(dataset, *latents, self.reads[1:])
+
+    def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
+        model, cached = self.latent_diffusion, "mean" in batch
+        mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
+        z = model.scale_factor * (mean + std * self.share.randn(mean) if training else mean)
+        dropout = self.caption_dropout if training else None
+        return z, batch_condition(model, self.condition, batch, z, dropout, self.share)
+
+
+class DiffusionStage(LatentStage):
     """Trains the UNet of a latent diffusion model (Rombach et al. 2022, eq. 3).
 
     Its autoencoder, and a text encoder from a checkpoint, are trained before and frozen. Any other conditioner trains
@@ -82,28 +153,15 @@ class DiffusionStage(DenoisingStage):
             unet_config = match_pooled(unet_config, pooled, cond_stage, cond["params"].get("pooled", False))
         model = LatentDiffusion(unet_config, first, cond, schedule, prediction, defaults=defaults, concat=concat)
         model.first_stage_model.load_state_dict(weights)
-        conditioner = model.cond_stage_model
         if text:
-            conditioner.load_state_dict(text_weights)
+            model.cond_stage_model.load_state_dict(text_weights)
         elif pooled is not None:
             raise ValueError("pooled is for a text encoder's pooled text: leave it out without one")
         self.start = None if start is None else checkpoint_at(start)
-        self.reads = ("image", *read_by(model))
         objective = Objective(model, error, weight, noise, timesteps)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
-        self.own_previews = preview_prompts is None
-        shown = shown_prompts(model, preview_columns) if preview_prompts is None else preview_prompts
-        super().__init__(objective, shown, preview_columns, **adam)
-        if text:
-            self.freeze(cond_stage=conditioner)
-        else:
-            from ldm.training.conditioner import train_conditioner  # only such conditioners need it
-
-            train_conditioner(self)
-        self.caption_dropout = dropout_of(conditioner, caption_dropout)
-        self.cache_latents, self.cache_dir = cache_latents, cache_dir
-        encode = partial(model.condition, plain=True)  # conditions -> conditioning, of frozen encoders kept
-        self.condition = RecentTexts(partial(encode_texts, conditioner)) if text else encode
+        cache, previews = (cache_latents, cache_dir), (preview_prompts, preview_columns)
+        super().__init__(objective, text, caption_dropout, *cache, *previews, **adam)
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
@@ -113,37 +171,9 @@ class DiffusionStage(DenoisingStage):
             from ldm.training.start import start_from  # only there
 
             start_from(self.latent_diffusion, self.start, conditioner="cond_stage" in self.networks)
-        if self.own_previews:
-            self.preview_prompts = shown_prompts(self.latent_diffusion, self.preview_columns, dataset)
-        if self.cache_latents and getattr(dataset, "augments", False):
-            raise ValueError(
-                f"{type(dataset).__name__} crops or mirrors its images anew in every epoch, so their latents "
-                "cannot be cached: train with stage.params.cache_latents=false"
-            )
-        prepared, some = self.cached(dataset), first_images(dataset, 256)  # enough to measure
-        latents = (prepared.mean, prepared.std) if self.cache_latents else self._encoded(some)
+        prepared: Any = super().prepare(dataset)
+        few = first_images(dataset, 256)  # enough to measure
+        latents = (prepared.mean, prepared.std) if self.cache_latents else self.encoded(few)
         if self.start is None:
             self.latent_diffusion.scale_factor = scale_factor(*latents)
         return prepared
-
-    def _encoded(self, dataset: Any) -> tuple[Any, Any]:
-        return encode_dataset(self.latent_diffusion.first_stage_model, dataset, self.share, self.workers)
-
-    def cached(self, dataset: Any) -> Any:
-        folder, model = self.cache_dir, self.latent_diffusion
-        if folder is not None:
-            from ldm.training.cache import CachedTexts, cached_latents
-
-            if isinstance(self.condition, RecentTexts):
-                self.condition = RecentTexts(CachedTexts(folder, model, dataset))
-        if not self.cache_latents or getattr(dataset, "augments", False):
-            return dataset
-        latents = self._encoded(dataset) if folder is None else cached_latents(folder, model, dataset, self.workers)
-        return LatentDataset(dataset, *latents, self.reads[1:])
-
-    def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
-        model, cached = self.latent_diffusion, "mean" in batch
-        mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
-        z = model.scale_factor * (mean + std * self.share.randn(mean) if training else mean)
-        dropout = self.caption_dropout if training else None
-        return z, batch_condition(model, self.condition, batch, z, dropout, self.share)
