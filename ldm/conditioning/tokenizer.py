@@ -65,6 +65,8 @@ class Tokenizer:
         self.pad = self.eos if pad == "eos" else pad
         if not isinstance(self.pad, int) or not 0 <= self.pad < self.vocab_size:
             raise ValueError(f"tokenizer pad {pad!r} must be 'eos' or a token id below {self.vocab_size}")
+        if strange := [m for m in self.merges if not isinstance(m, str) or m.count(" ") != 1]:
+            raise ValueError(f"the tokenizer's merge {shorten(repr(strange[0]))} is not two parts with a space between")
         self.pipeline = _pipeline(self.merges, cleaning)
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -172,15 +174,14 @@ def clip_merges() -> tuple[str, ...]:
     raise ValueError(f"CLIP's vocabulary, {VOCABULARY_FILE} of the package open_clip_torch, is not installed")
 
 
-def _pipeline(merges: Sequence[str], cleaning: str):
+@lru_cache(maxsize=2)  # CLIP's own merges take 80 ms, at every model that is loaded; nothing changes the result
+def _pipeline(merges: tuple[str, ...], cleaning: str):
     """Build a `tokenizers.Tokenizer`: clean (only "clip"; "openclip" does it in Python), split words, merge bytes."""
     from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Pipeline
     from tokenizers.models import BPE
 
-    split: list[Any] = [tuple(merge.split(" ")) if isinstance(merge, str) else () for merge in merges]
-    if strange := [merge for merge, pair in zip(merges, split, strict=True) if len(pair) != 2]:
-        raise ValueError(f"the tokenizer's merge {shorten(repr(strange[0]))} is not two parts with a space between")
+    split: list[Any] = [tuple(merge.split(" ")) for merge in merges]
     names = sorted(pre_tokenizers.ByteLevel.alphabet())  # one printable character per byte, in CLIP's order
     names += [name + "</w>" for name in names]
     names += ["".join(pair) for pair in split] + list(CLIP_SPECIAL[cleaning])
