@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from warm_python import WarmPython
 
 TINY = {
     "unet_config": {
@@ -169,6 +170,20 @@ def tiny_parts(tiny_model, tmp_path_factory) -> dict[str, str]:
     for name, path in paths.items():
         save_file(path, getattr(tiny_model, f"{name}_model").state_dict(), TINY[f"{name}_config"])
     return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Runs code in a process of its own that starts with torch imported."""
+    python = WarmPython()
+    yield python
+    python.close()
+
+
+@pytest.fixture
+def few_triples(monkeypatch) -> None:
+    """Validation on 40 triples of image, timestep and noise in place of 260, whose number is tested elsewhere."""
+    monkeypatch.setattr("ldm.training.denoising.TRIPLES", 40)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,14 @@
 """What tests of the sampling scripts share: running a script in this process or as a program, and looking at files."""
 
 import importlib
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 from PIL import Image
+from warm_python import WarmPython
 
 from ldm.inference.again import read_image_text, recipe_from_text
 from ldm.inference.recipe import Recipe
@@ -67,7 +66,7 @@ def saved(path: Path, image: Image.Image, **options: object) -> Path:
     return path
 
 
-def run_program(name: str, *options: object, path: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}"}  # this tree, installed or not
-    argv = [sys.executable, script_path(name), *map(str, options)]
-    return subprocess.run(argv, capture_output=True, text=True, env=environment)
+def run_program(python: WarmPython, name: str, *options: object, before: str = "") -> subprocess.CompletedProcess:
+    """Run a script as a program, after the code `before`."""
+    code = f"{before}\nimport runpy; runpy.run_path({str(script_path(name))!r}, run_name='__main__')"
+    return python(code, *options)

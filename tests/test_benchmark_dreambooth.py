@@ -22,14 +22,15 @@ def test_the_table():
 
 
 @pytest.mark.full
-def test_both_sides_run(tmp_path):
+def test_both_sides_run(warm_python, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(3):
         Image.new("RGB", (40, 32), (10 * i, 200, 30)).save(tmp_path / "images" / f"{i}.png")
     ldm.save(LatentDiffusion(**SD1), tmp_path / "tiny.safetensors")
     out, rows = tmp_path / "cost.jsonl", ["lora, checkpointing", "adafactor", "full"]
     options = ["--images", tmp_path / "images", "--ckpt", tmp_path / "tiny.safetensors", "--rows", *rows]
-    done = run_program("../benchmarks/dreambooth", *options, "--resolution", 32, "--steps", 2, "--out", out)
+    options += ["--resolution", 32, "--steps", 2, "--out", out]
+    done = run_program(warm_python, "../benchmarks/dreambooth", *options)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["row"], row["who"]) for row in found] == [

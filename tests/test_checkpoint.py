@@ -1,7 +1,6 @@
 """The checkpoint file: exact, complete or not there, and every kind of damage named."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -102,7 +101,7 @@ def test_damaged_configurations(tmp_path, config):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a peak in kB")
-def test_conversion_holds_one_tensor_at_a_time(tmp_path):
+def test_conversion_holds_one_tensor_at_a_time(warm_python, tmp_path):
     """64 MB in 1 MB tensors become 32 MB: memory grows by 1 to 4 MB, the allocator's ways included, not by 32."""
     code = f"""
 import resource, torch
@@ -113,6 +112,6 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 save_file({str(tmp_path / "a")!r}, state, dtype=torch.float16)
 print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = warm_python(code)
     assert int(done.stdout) < 10e6, done.stderr
     assert (tmp_path / "a").stat().st_size == pytest.approx(32e6, rel=0.01)

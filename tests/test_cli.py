@@ -235,7 +235,8 @@ def test_nothing_printed_steers_the_terminal():
     for code in (f"print('{name}')", f"import sys; print('{name}', file=sys.stderr)", f"raise ValueError('{name}')"):
         status, printed = program(code, encoding="utf-8")
         assert printed.decode().removeprefix("error: ") == f"{name}\n"
-    status, printed = program(f"from ldm.commands.txt2img import main as m; m(['--ckpt', '{name}'])", encoding="utf-8")
+    code = f"from ldm.commands.txt2img import main as m; m(['--from_file', '{name}'])"
+    status, printed = program(code, encoding="utf-8")
     assert status == 2 and name in printed.decode().replace(r"\\", "\\") and b"\x1b" not in printed
     bars = r"from tqdm import trange; [list(trange(2, desc='\xe9\t')) for _ in trange(2, file=sys.stdout)]"
     status, printed = program(f"import sys; {bars}", encoding="utf-8")

@@ -220,13 +220,13 @@ def test_real_files_win(extra_files):
     assert hint.CrossAttention is importlib.import_module("ldm.models.attention").CrossAttention
 
 
-def test_a_home_reloads_under_its_old_name():
+def test_a_home_reloads_under_its_old_name(warm_python):
     code = "import importlib, ldm.lr_scheduler as m; from ldm.util import get_obj_from_str as get"
     code += "; f = m.LambdaLinearScheduler; again = importlib.reload(m)"
     code += "; import ldm.compvis.lr_scheduler as home; print(again is m is home)"
     code += "; name = 'ldm.lr_scheduler.LambdaLinearScheduler'; g = get(name); print(g is f, get(name) is g)"
     code += "; print(get(name, reload=True) is g)"
-    assert run(code).split() == ["True", "False", "True", "False"]
+    assert warm_python(code).stdout.split() == ["True", "False", "True", "False"]
 
 
 # The documentation

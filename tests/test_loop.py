@@ -60,10 +60,10 @@ def interrupt(*arguments) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def wait_for(state: Path, process: subprocess.Popen) -> None:
+def wait_for(state: Path, process: subprocess.Popen | None = None) -> None:
     """Wait until a run has saved its first state."""
     deadline = time.time() + 600
-    while not state.exists() and process.poll() is None and time.time() < deadline:
+    while not state.exists() and (process is None or process.poll() is None) and time.time() < deadline:
         time.sleep(0.005)
     assert state.exists(), "the run saved nothing within ten minutes"
 
@@ -110,16 +110,27 @@ def test_interrupted_between_steps_and_resumed_is_bit_identical(alone, tmp_path,
     assert_same(train(config(tmp_path, accumulate=2), resume=True, device="cpu"), alone)
 
 
+KILLED = """
+import os, signal, threading, time, torch
+from ldm.training.loop import train
+
+def kill():
+    while not os.path.exists({state!r}):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads({threads})
+threading.Thread(target=kill, daemon=True).start()
+train({settings}, device="cpu")
+"""
+
+
 @pytest.mark.smoke
-def test_killed_and_resumed_is_bit_identical(alone, tmp_path):
+def test_killed_and_resumed_is_bit_identical(warm_python, alone, tmp_path):
     """kill -9 at an arbitrary moment after the first save."""
-    settings = config(tmp_path, accumulate=2, save_every=1)
-    threads = f"import torch; torch.set_num_threads({torch.get_num_threads()})"
-    code = f"{threads}\nfrom ldm.training.loop import train; train({settings}, device='cpu')"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    wait_for(tmp_path / "autoencoder" / "resume.pt", process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    settings, state = config(tmp_path, accumulate=2, save_every=1), tmp_path / "autoencoder" / "resume.pt"
+    code = KILLED.format(threads=torch.get_num_threads(), state=str(state), settings=settings)
+    assert warm_python(code).returncode == -signal.SIGKILL and state.exists()
     assert_same(train(settings, resume=True, device="cpu"), alone)
 
 

@@ -3,8 +3,6 @@
 import gzip
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,12 +181,11 @@ def test_download_only_on_request(root: Path, monkeypatch: pytest.MonkeyPatch) -
     refused("no network", MNIST, root=str(root), download=True, error=OSError)
 
 
-def test_torchvision_is_not_imported(root: Path) -> None:
+def test_torchvision_is_not_imported(warm_python, root: Path) -> None:
     code = (
         f"import sys; from ldm.data.mnist import MNIST; MNIST(root={str(root)!r}); print('torchvision' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    assert warm_python(code).stdout.strip() == "False"
 
 
 @pytest.mark.skipif("LDM_DATA" not in os.environ, reason="LDM_DATA does not name MNIST")

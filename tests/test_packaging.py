@@ -150,7 +150,7 @@ def test_an_editable_installation_has_ldm_alone(editable, tmp_path, here, found)
     assert found in Path(file).parts[-3] and scripts == "None" and part == str(found == "clone")
 
 
-def test_an_installation_has_the_commands_and_the_configurations(tmp_path):
+def test_an_installation_has_the_commands_and_the_configurations(warm_python, tmp_path):
     """Without the clone, `ldm train configs/...` finds the yaml that is installed with the package."""
     clone, site = tmp_path / "clone", tmp_path / "site"
     for name in ("ldm", "configs"):
@@ -161,9 +161,8 @@ def test_an_installation_has_the_commands_and_the_configurations(tmp_path):
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")
     assert "ldm = ldm.__main__:main" in entry_points.read_text()
     options = ["loop.steps=1", "loop.batch_size=8", "data.params.first=8", "outdir=runs", "--device", "cpu"]
-    command = [sys.executable, "-m", "ldm", "train", "configs/sklearn/autoencoder.yaml", *options]
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    code = f"import runpy, sys; sys.path.insert(0, {str(site)!r}); runpy.run_module('ldm', run_name='__main__')"
+    run = warm_python(code, "train", "configs/sklearn/autoencoder.yaml", *options, cwd=tmp_path)
     assert run.returncode == 0 and (tmp_path / "runs/autoencoder/model.safetensors").is_file(), run.stderr
 
 

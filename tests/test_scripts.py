@@ -61,7 +61,7 @@ def options(checkpoint: Path, name: str, table: dict) -> list[str]:
     return [str(option) for option in given]
 
 
-# Python imports it in every process that finds it. These scripts end by os._exit, without atexit's functions.
+# These scripts end by os._exit, without atexit's functions.
 WATCH = """
 import os, sys
 def end(status, leave=os._exit):
@@ -73,14 +73,13 @@ os._exit = end
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def program(request, tiny_checkpoint, tmp_path_factory):
+def program(request, warm_python, tiny_checkpoint, tmp_path_factory):
     """A run as a program -> (its name in RUNS, the process, its folder, the files of the modules that it imported)."""
-    folder, watch = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("watch")
-    (watch / "sitecustomize.py").write_text(WATCH)
+    folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         argv = options(tiny_checkpoint, request.param, RUNS)
-        done = run_program(request.param.split()[0], *argv, path=watch)
+        done = run_program(warm_python, request.param.split()[0], *argv, before=WATCH)
     assert done.returncode == 0, done.stderr
     modules = dict(line.split(maxsplit=1) for line in (folder / "modules.txt").read_text().splitlines())
     return request.param, done, folder, modules
@@ -113,8 +112,8 @@ def test_a_run_imports_nothing_heavy(program):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence(argv, name):
-    done = run_program(name, *argv(name, MISTAKES))
+def test_a_mistake_is_one_sentence(warm_python, argv, name):
+    done = run_program(warm_python, name, *argv(name, MISTAKES))
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and MISTAKES[name][1] in done.stderr
     assert not list(Path("out").rglob("*.png"))

@@ -6,8 +6,6 @@ import mmap
 import os
 import random
 import struct
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
@@ -290,7 +288,7 @@ print(sorted(events), pickle_files.FIRED)
 """
 
 
-def test_nothing_runs(tmp_path):
+def test_nothing_runs(warm_python, tmp_path):
     """Files with every payload, anywhere in them. Python itself reports what the reading process does: it opens and
     maps files, and neither imports, compiles, looks up nor starts anything."""
     pickle_files.prepare(tmp_path)
@@ -299,9 +297,7 @@ def test_nothing_runs(tmp_path):
         write_zip(tmp_path / f"{i}.zip.ckpt", mapping(evil=payload, w=tensor()))
         write_legacy(tmp_path / f"{i}.legacy.ckpt", mapping(evil=payload, w=tensor()))
         write_legacy(tmp_path / f"{i}.before.ckpt", mapping(w=tensor()), {i % 5: payload})
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", AUDITED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = warm_python(AUDITED, tmp_path, cwd=tmp_path)
     *read, events = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
     assert events == "['mmap.__new__', 'open'] []"

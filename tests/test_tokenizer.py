@@ -5,8 +5,6 @@ import html
 import importlib.util
 import json
 import pickle
-import subprocess
-import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -268,7 +266,7 @@ def test_building_from_2000_merges_is_fast():
     assert min(seconds) < 0.03  # 3 ms on the machine this was written on
 
 
-def test_imports_are_few():
+def test_imports_are_few(warm_python):
     """A plain prompt needs `tokenizers` alone; CLIP's own vocabulary is read without importing open_clip."""
     code = f"""
 import sys
@@ -279,8 +277,7 @@ for cleaning in ("clip", "openclip"):
     Tokenizer(cleaning=cleaning)(["a handwritten digit five"])
 print([name for name in ("open_clip", "transformers", "ftfy", "regex", "torchvision") if name in sys.modules])
 """
-    root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    done = warm_python(code)
     assert done.stdout.strip() == "[]", done.stderr
 
 
