@@ -2,7 +2,7 @@
 
 import copy
 import json
-import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,20 @@ def theirs(model) -> dict:
     return single_file(model.state_dict(), {"target": MODEL_TARGET, "params": model.config})[0]
 
 
+@pytest.fixture(scope="module")
+def complete(theirs, tmp_path_factory) -> Path:
+    """Such a checkpoint."""
+    return write("zip", tmp_path_factory.mktemp("single") / "theirs.ckpt", theirs)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    """The model as a folder of diffusers, which no test changes."""
+    path = tmp_path_factory.mktemp("diffusers") / "folder"
+    ldm.save(model, path, format="diffusers")
+    return path
+
+
 class Callback:
     """Stands for Lightning's ModelCheckpoint, which .ckpt files hold: nothing may import or build it."""
 
@@ -86,11 +100,14 @@ def test_a_compvis_single_file(model, theirs, tmp_path, form):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("format", ["ldm", "compvis", "diffusers"])
-def test_round_trips_are_bit_exact(model, tmp_path, format):
+def test_round_trips_are_bit_exact(model, tmp_path, request, format):
     path = tmp_path / "out"
     if format == "diffusers" and model.cond_stage_model.layout == "openclip":
         pytest.skip("diffusers keeps no text_projection: its own test compares what the model uses")
-    ldm.save(model, path, format=format)
+    if format == "diffusers":
+        path = request.getfixturevalue("folder")
+    else:
+        ldm.save(model, path, format=format)
     loaded = load(path)
     assert same_weights(loaded, model.state_dict())
     assert np.array_equal(pixels(loaded), pixels(model))
@@ -145,15 +162,16 @@ def averages(model) -> dict:
     return {"model_ema." + name.removeprefix("model.").replace(".", ""): t + 1 for name, t in unet.items()}
 
 
-def test_averaged_weights_when_asked(model, theirs, tmp_path):
+def test_averaged_weights_when_asked(model, theirs, complete, tmp_path):
     prefix = PREFIXES["unet"]
     counters = {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(3)}
     path = write("zip", tmp_path / "ema.ckpt", theirs | averages(model) | counters)
     plain, averaged = load(path), load(path, ema=True)
     assert same_weights(plain, model.state_dict())
+    found = averaged.state_dict()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(averaged.state_dict()[name], tensor + 1 if name.startswith(prefix) else tensor), name
-    refused("has no averaged weights", load, write("zip", tmp_path / "plain.ckpt", theirs), ema=True)
+        assert torch.equal(found[name], tensor + 1 if name.startswith(prefix) else tensor), name
+    refused("has no averaged weights", load, complete, ema=True)
 
 
 def test_names_that_vary(model, theirs, tmp_path):
@@ -162,15 +180,14 @@ def test_names_that_vary(model, theirs, tmp_path):
     assert same_weights(load(write("zip", tmp_path / "a.ckpt", state)), model.state_dict())
 
 
-def test_another_first_stage_and_unet(model, theirs, tmp_path):
+def test_another_first_stage_and_unet(model, theirs, complete, tmp_path):
     """From a file of the part alone, from a complete model, and where the checkpoint has none of its own."""
     other = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in theirs.items()}
-    complete = write("zip", tmp_path / "model.ckpt", theirs)
+    both = write("zip", tmp_path / "other.ckpt", other)
     for option, prefix in (("vae", "first_stage_model."), ("unet", "model.diffusion_model.")):
         bare = {name.removeprefix(prefix): t for name, t in other.items() if name.startswith(prefix)}
         wanted = {n: t + 1 if n.startswith(prefix) else t for n, t in model.state_dict().items()}
-        for part in (write("safetensors", tmp_path / f"{option}.safetensors", bare),
-                     write("zip", tmp_path / "other.ckpt", other)):  # fmt: skip
+        for part in (write("safetensors", tmp_path / f"{option}.safetensors", bare), both):
             loaded = load(complete, **{option: part})
             assert same_weights(loaded, wanted)
             assert any(str(part) in note for note in loaded.notes)
@@ -182,28 +199,26 @@ def test_another_first_stage_and_unet(model, theirs, tmp_path):
     refused(message, load, tmp_path / "vae.safetensors")
 
 
-def test_a_first_stage_as_a_folder_of_diffusers(model, theirs, tmp_path):
+def test_a_first_stage_as_a_folder_of_diffusers(model, theirs, folder, tmp_path):
     """As VAEs are published: config.json and weights, in a folder of their own."""
-    ldm.save(model, tmp_path / "complete", format="diffusers")
     without = {name: t for name, t in theirs.items() if not name.startswith("first_stage_model.")}
-    loaded = load(write("zip", tmp_path / "a.ckpt", without), vae=tmp_path / "complete" / "vae")
+    loaded = load(write("zip", tmp_path / "a.ckpt", without), vae=folder / "vae")
     assert same_weights(loaded, model.state_dict())
 
 
-def test_a_first_stage_for_other_latents_is_refused(model, theirs, tmp_path):
-    ldm.save(model, tmp_path / "complete", format="diffusers")
-    config = tmp_path / "complete" / "vae" / "config.json"
+def test_a_first_stage_for_other_latents_is_refused(complete, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = other / "vae" / "config.json"
     config.write_text(config.read_text().replace("0.18215", "0.5"))
-    path = write("zip", tmp_path / "a.ckpt", theirs)
-    for vae in (tmp_path / "complete" / "vae", tmp_path / "complete"):
-        refused("has scale factor 0.18215, and the first stage given has 0.5", load, path, vae=vae)
+    for vae in (other / "vae", other):
+        refused("has scale factor 0.18215, and the first stage given has 0.5", load, complete, vae=vae)
 
 
-def test_what_is_not_the_files_own_is_written_down(model, theirs, tmp_path):
-    path = write("zip", tmp_path / "a.ckpt", theirs)
-    assert load(path).changes == []
-    changes = load(path, vae=path, prediction="v").changes
-    assert list(map(str, changes)) == [f"vae {ldm.load(path, device='cpu').hash}", "prediction v"]
+def test_what_is_not_the_files_own_is_written_down(complete):
+    plain = load(complete)
+    assert plain.changes == []
+    changes = load(complete, vae=complete, prediction="v").changes
+    assert list(map(str, changes)) == [f"vae {plain.hash}", "prediction v"]
 
 
 def test_a_part_for_one_of_our_own_files(tiny_model, tiny_checkpoint, tmp_path):
@@ -224,25 +239,20 @@ def test_prediction_is_what_one_says(model, theirs, tmp_path):
     refused("unknown prediction 'noise'", load, path, prediction="noise")
 
 
-def test_compvis_yaml_as_configuration(theirs, model, tmp_path):
+def test_compvis_yaml_as_configuration(complete, model, tmp_path):
     """`config=` takes CompVis's own yaml: a file with other sizes than it describes is listed name by name."""
     yaml = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
-    path = write("zip", tmp_path / "a.ckpt", theirs)
-    refused(r"does not fit its configuration: \d+ missing.*of another shape", load, path, config=yaml)
+    refused(r"does not fit its configuration: \d+ missing.*of another shape", load, complete, config=yaml)
     own = tmp_path / "own.yaml"
     own.write_text(json.dumps({"model": {"target": MODEL_TARGET, "params": model.config}}))  # JSON is yaml
-    assert np.array_equal(pixels(load(path, config=own)), pixels(model))
-    refused("configuration 'none.yaml' does not exist", load, path, config="none.yaml", error=FileNotFoundError)
+    assert np.array_equal(pixels(load(complete, config=own)), pixels(model))
+    refused("configuration 'none.yaml' does not exist", load, complete, config="none.yaml", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_the_scripts_generate_with_it_and_again_from_the_image(model, theirs, tmp_path, form):
+def test_the_scripts_generate_with_it_and_again_from_the_image(model, complete, folder, tmp_path, form):
     """A folder has no bytes of its own to hash: its parts' files are."""
-    path = tmp_path / "model"
-    if form == "file":
-        write("zip", path, theirs)
-    else:
-        ldm.save(model, path, format="diffusers")
+    path = complete if form == "file" else shutil.copytree(folder, tmp_path / "model")
     generate = runner(load_script("txt2img"), path, tmp_path)
     first, *_ = samples(generate("--H", 32, "--W", 32, out="first"))
     (again,) = samples(generate("--from-png", first, out="again", steps=None))
@@ -254,19 +264,16 @@ def test_the_scripts_generate_with_it_and_again_from_the_image(model, theirs, tm
             generate("--from-png", first, out="other", steps=None)
 
 
-def test_what_would_change_nothing_is_refused(model, theirs, tmp_path):
+def test_what_would_change_nothing_is_refused(tiny_checkpoint, complete, folder):
     """ema, variant and config, where the file or folder has none or says it itself."""
-    ldm.save(model, tmp_path / "folder", format="diffusers")
-    ldm.save(model, tmp_path / "own.safetensors")
-    path = write("zip", tmp_path / "theirs.ckpt", theirs)
     yaml = ROOT / "configs" / "stable-diffusion" / "v1-inference.yaml"
-    for name in ("folder", "own.safetensors", "theirs.ckpt"):
-        refused(f"{name}'.* has no averaged weights", load, tmp_path / name, ema=True)
-    refused("folder' has its own configuration: load it without config", load, tmp_path / "folder", config=yaml)
-    refused("theirs.ckpt' is one file: only diffusers' folders have a variant 'fp16'", load, path, variant="fp16")
+    for path in (folder, tiny_checkpoint, complete):
+        refused(f"{path.name}'.* has no averaged weights", load, path, ema=True)
+    refused("folder' has its own configuration: load it without config", load, folder, config=yaml)
+    refused("theirs.ckpt' is one file: only diffusers' folders have a variant 'fp16'", load, complete, variant="fp16")
 
 
-def test_averaged_weights_beside_another_first_stage(model, theirs, tmp_path):
+def test_averaged_weights_beside_another_first_stage(model, theirs, complete, tmp_path):
     """`ema` is of the file that the UNet comes from; a first stage of another file need not have any."""
     unet, vae = PREFIXES["unet"], PREFIXES["first_stage"]
     averaged = write("zip", tmp_path / "ema.ckpt", theirs | averages(model))
@@ -274,20 +281,17 @@ def test_averaged_weights_beside_another_first_stage(model, theirs, tmp_path):
     first_stage = write("safetensors", tmp_path / "vae.safetensors", alone)
     wanted = {n: t + 1 if n.startswith(unet) else t for n, t in model.state_dict().items()}
     assert same_weights(load(averaged, ema=True, vae=first_stage), wanted)
-    plain = write("zip", tmp_path / "plain.ckpt", theirs)
-    assert same_weights(load(plain, ema=True, unet=averaged), wanted)
+    assert same_weights(load(complete, ema=True, unet=averaged), wanted)
 
 
-def test_parts_of_another_kind_are_told_by_their_own_names(model, theirs, tmp_path):
-    ldm.save(model, tmp_path / "folder", format="diffusers")
-    plain = write("zip", tmp_path / "plain.ckpt", theirs)
+def test_parts_of_another_kind_are_told_by_their_own_names(theirs, complete, folder, tmp_path):
     for option, other in (("vae", "model.diffusion_model."), ("unet", "first_stage_model.")):
         bare = {name.removeprefix(other): t for name, t in theirs.items() if name.startswith(other)}
         part = write("safetensors", tmp_path / "part.safetensors", bare)
         message = f"part.safetensors' holds a ldm.*, which cannot be a model's {option}"
-        refused(message, load, plain, **{option: part})
+        refused(message, load, complete, **{option: part})
     for part, kind in (("unet", "UNet2DConditionModel"), ("text_encoder", "CLIPTextModel")):
-        for options in ({"path": tmp_path / "folder" / part}, {"path": plain, "vae": tmp_path / "folder" / part}):
+        for options in ({"path": folder / part}, {"path": complete, "vae": folder / part}):
             refused(f"folder '.*{part}' holds a .*{kind}.* alone: supported are pipelines", load, **options)
 
 
@@ -306,29 +310,27 @@ def test_numbers_of_the_wrong_kind(theirs, tmp_path, dtype):
     refused(f"integers for floats, or floats for integers, in 1 tensors, such as {name} \\({dtype}\\)", load, path)
 
 
-def test_what_is_no_model(tmp_path, theirs):
+def test_what_is_no_model(tmp_path, complete):
     foreign = write("safetensors", tmp_path / "a.safetensors", {"conditioner.embedders.0.x": torch.zeros(1)})
     refused("checkpoint '.*a.safetensors': .*Stable Diffusion XL", load, foreign)
     (tmp_path / "empty").mkdir()
     refused("model_index.json", load, tmp_path / "empty")
-    complete = write("zip", tmp_path / "complete.ckpt", theirs).read_bytes()
-    for size in (0, 1000, len(complete) // 2, len(complete) - 30):
-        (tmp_path / "cut.ckpt").write_bytes(complete[:size])
+    content = complete.read_bytes()
+    for size in (0, 1000, len(content) // 2, len(content) - 30):
+        (tmp_path / "cut.ckpt").write_bytes(content[:size])
         refused("checkpoint '.*cut.ckpt'", load, tmp_path / "cut.ckpt")
 
 
-def test_a_file_of_ours_in_diffusers(model, tmp_path, monkeypatch):
+def test_a_file_of_ours_in_diffusers(model, folder, tmp_path, monkeypatch):
     """from_single_file, offline, with the folder that we write as its configuration: the same image to 1e-5."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from diffusers import StableDiffusionPipeline
 
     ldm.save(model, tmp_path / "single.safetensors", format="compvis")
-    ldm.save(model, tmp_path / "folder", format="diffusers")
-    for part in ("unet", "vae", "text_encoder"):  # only configurations: the weights come from the single file
-        for weights in (tmp_path / "folder" / part).glob("*.safetensors"):
-            os.remove(weights)
+    # only configurations: the weights come from the single file
+    config = shutil.copytree(folder, tmp_path / "folder", ignore=shutil.ignore_patterns("*.safetensors"))
     pipeline = StableDiffusionPipeline.from_single_file(
-        str(tmp_path / "single.safetensors"), config=str(tmp_path / "folder"), local_files_only=True
+        str(tmp_path / "single.safetensors"), config=str(config), local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[model.prediction]
