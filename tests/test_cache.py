@@ -298,8 +298,8 @@ def test_training_is_the_same_to_the_bit(tmp_path, monkeypatch, data):
         config["stage"]["params"] |= settings
         config["data"]["params"] |= {"first": 40} if data == "diffusion" else {"root": "images"}
         # without a cache the bits of an image depend on the others of its batch, unless it has a multiple of 16
-        config["loop"] |= {"steps": 5, "batch_size": 16, "precision": "fp32", "workers": int(name == "again")}
-        config["loop"] |= {"preview_every": 5, "save_every": 5}
+        config["loop"] |= {"steps": 3, "batch_size": 16, "precision": "fp32", "workers": int(name == "again")}
+        config["loop"] |= {"preview_every": 3, "save_every": 3}
         results[name] = load_file(train(config | {"outdir": f"run {name}"}, device="cpu"))
     for name, state in results.items():
         different = [key for key, value in state.items() if not torch.equal(value, results["none"][key])]

@@ -270,7 +270,8 @@ def test_a_model_of_pixels(tmp_path):
     again = DDPM(
         section, timesteps=100, use_ema=False, ckpt_path=str(save_ckpt(tmp_path / "p.ckpt", model.state_dict()))
     )
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
     refused("timestep", DDPM, section, error=TypeError, timestep=10)
 
 

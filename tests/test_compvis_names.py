@@ -4,6 +4,7 @@ Written from their sources: the order of positional parameters is that of the co
 included. A name is here too, or it is refused by name: nothing is swallowed.
 """
 
+import copy
 import inspect
 import re
 from importlib import import_module
@@ -280,10 +281,12 @@ def test_attributes(model, part):
 def test_the_parts_of_autoencoders_are_what_their_settings_say(model):
     encoder, decoder = model.first_stage_model.encoder, model.first_stage_model.decoder
     assert encoder.num_resolutions == len(encoder.down) == 2 and decoder.num_resolutions == len(decoder.up)
-    z = torch.randn(encoder(torch.zeros(1, 3, encoder.resolution, encoder.resolution)).chunk(2, dim=1)[0].shape)
+    image = torch.zeros(1, 3, encoder.resolution, encoder.resolution, device="meta")
+    z = copy.deepcopy(encoder).to("meta")(image).chunk(2, dim=1)[0]
     assert z.shape == decoder.z_shape and encoder.in_ch_mult == (1, *encoder.ch_mult)
     features = []
     hook = decoder.norm_out.register_forward_hook(lambda module, inputs, out: features.append(inputs[0]))
+    z = torch.randn(1, z.shape[1], 16, 16)
     decoder(z)
     hook.remove()
     decoder.give_pre_end = True

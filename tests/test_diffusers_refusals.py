@@ -25,10 +25,17 @@ def state():
     return LatentDiffusion(**SD1).state_dict()
 
 
+@pytest.fixture(scope="module")
+def written(state, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("written") / "sd1"
+    write_pipeline(path, model_config(SD1), state)
+    return path
+
+
 @pytest.fixture
-def folder(state, tmp_path):
-    write_pipeline(tmp_path / "sd1", model_config(SD1), state)
-    return tmp_path / "sd1"
+def folder(written, tmp_path) -> Path:
+    """A copy, which a test may change."""
+    return shutil.copytree(written, tmp_path / "sd1")
 
 
 def test_folders_that_are_none(folder, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -241,20 +242,20 @@ def config(checkpoints, subject, folder, steps=5, **settings):
     }
 
 
-def test_a_run_gives_one_file_no_larger_than_the_model(checkpoints, subject, tmp_path):
-    result = train(config(checkpoints, subject, tmp_path / "run"))
+def test_a_run_gives_one_file_no_larger_than_the_model(checkpoints, undisturbed):
+    result, folder = undisturbed, undisturbed.parent
     model, before = ldm.load(result, device="cpu"), ldm.load(checkpoints["v"], device="cpu")
     base = open(checkpoints["v"], "rb").read()
-    assert result == tmp_path / "run" / "model.safetensors" and result.stat().st_size <= len(base)
+    assert result.name == "model.safetensors" and result.stat().st_size <= len(base)
     with safe_open(result, "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
     after, was = model.state_dict(), before.state_dict()
     assert all(torch.equal(after[n], was[n]) for n in was if not n.startswith("model."))
     assert not torch.equal(after["model.diffusion_model.out.2.weight"], was["model.diffusion_model.out.2.weight"])
     assert len(model.generate(["a sks five"], steps=2)) == 1
-    assert (tmp_path / "run" / "previews" / "000003.png").exists()
+    assert (folder / "previews" / "000003.png").exists()
     # 3 images of the subject, two prompts before and after
-    with Image.open(tmp_path / "run" / "contact_sheet.png") as sheet:
+    with Image.open(folder / "contact_sheet.png") as sheet:
         assert sheet.height == 5 * (LINE + GAP + 64) + GAP
 
 
@@ -296,10 +297,15 @@ def test_resuming_is_exact_mid_epoch_and_from_another_folder(checkpoints, subjec
     refused("already holds a run", move_in, str(tmp_path / "elsewhere"), tmp_path / "third")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(checkpoints, subject, tmp_path_factory) -> Path:
+    """The result of a run."""
+    return train(config(checkpoints, subject, tmp_path_factory.mktemp("undisturbed") / "run"))
+
+
 @pytest.mark.parametrize("full_at", ["state", "sheet", "result"])
-def test_a_full_disk_loses_nothing(checkpoints, subject, tmp_path, full_at):
+def test_a_full_disk_loses_nothing(checkpoints, subject, undisturbed, tmp_path, full_at):
     """The second state, or the result, does not fit: the last state is whole, and the run goes on from it."""
-    whole = train(config(checkpoints, subject, tmp_path / "whole"))
     settings = config(checkpoints, subject, tmp_path / "part")
     settings["loop"] |= {"save_every": 2 if full_at == "state" else 500}
     writers = {"state": (torch, "save", 2), "result": (run_folder, "save_file", 1)}
@@ -324,7 +330,7 @@ def test_a_full_disk_loses_nothing(checkpoints, subject, tmp_path, full_at):
     kept = torch.load(tmp_path / "part" / "resume.pt", weights_only=True)
     assert kept["step"] == (2 if full_at == "state" else 5)
     assert not [p for p in (tmp_path / "part").iterdir() if p.suffix == ".tmp" or p.name == "model.safetensors"]
-    assert train(settings, resume=True).read_bytes() == whole.read_bytes()
+    assert train(settings, resume=True).read_bytes() == undisturbed.read_bytes()
 
 
 @pytest.mark.parametrize("train_text", [False, True])
@@ -335,7 +341,8 @@ def test_lora_trains_adapters_alone(checkpoints, subject, tmp_path, train_text):
     settings |= {"train_text": "all" if train_text else "none", "text_learning_rate": 1e-2}
     result = train(config(checkpoints, subject, tmp_path / "run", **settings))
     base, merged = ldm.load(checkpoints["v"], device="cpu"), ldm.load(result, device="cpu")
-    changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, base.state_dict()[n])}
+    before = base.state_dict()
+    changed = {n for n, t in merged.state_dict().items() if not torch.equal(t, before[n])}
     assert changed and all(".attn" in n and not n.startswith("first") for n in changed)
     assert train_text == any(n.startswith("cond_stage_model") for n in changed)
     x, t, prompts = torch.randn(1, 4, 8, 8), torch.tensor([500]), ["a sks five"]

@@ -389,7 +389,8 @@ def test_the_networks_of_other_programs_can_be_used(tiny_model, tmp_path):
         (stage.latent_diffusion.first_stage_model, tiny_model.first_stage_model),
         (stage.latent_diffusion.cond_stage_model, tower),
     ):
-        assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+        found = ours.state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in theirs.state_dict().items())
 
 
 def test_images_that_change_cannot_be_cached(tiny_parts):
@@ -415,8 +416,9 @@ def test_only_the_unet_trains_and_the_whole_is_exported(tiny_parts, digits, tiny
     model = ldm.load(tmp_path / "model.safetensors", device="cpu")
     assert model.scale_factor == stage.latent_diffusion.scale_factor and model.prediction == "v"
     for frozen in ("first_stage_model", "cond_stage_model"):
+        found = getattr(model, frozen).state_dict()
         for name, tensor in getattr(tiny_model, frozen).state_dict().items():
-            assert torch.equal(getattr(model, frozen).state_dict()[name], tensor)
+            assert torch.equal(found[name], tensor)
     drawn, previews = model.generate(["4", "", "bold 7"], batch_size=64), stage.preview()
     assert [image.tobytes() for image in drawn] == [image.tobytes() for image in previews]
 

@@ -42,8 +42,9 @@ def test_training_begins_with_the_weights_and_the_scale_factor(kind, trained):
     model = save_start(kind)
     found = build(kind, start="start.safetensors").latent_diffusion
     assert found.scale_factor == 0.7
+    weights = found.model.state_dict()
     for name, tensor in model.model.state_dict().items():
-        assert torch.equal(tensor, found.model.state_dict()[name]), name
+        assert torch.equal(tensor, weights[name]), name
     if kind == "classes":
         assert torch.equal(model.cond_stage_model.embedding.weight, found.cond_stage_model.embedding.weight)
     if kind == "diffusion":  # frozen parts are those of their own files
