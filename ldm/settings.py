@@ -214,23 +214,26 @@ def setting_rows(of: Any) -> dict[str, Setting]:
 
 def from_keywords(given: Mapping[str, Any]) -> Settings:
     """Return settings from keyword arguments, of which None means not given. TypeError for an unknown name."""
-    known = setting_rows(Settings)
     for name in given:
         if name in setting_rows(Guidance):
             raise TypeError(f"{name} is an argument of make_guide: give generate its result as guide=")
-        if name not in known:
-            from ldm.spelling import nearest_name  # only a mistake needs it
-
-            flags = ((flag, key) for key, row in known.items() for flag in (*row.flags, key))  # diffusers' names, too
-            names = {flag.lstrip("-").replace("-", "_"): key for flag, key in flags} | {"negative_prompt": "negative"}
-            hint = "" if (near := nearest_name(name, names)) is None else f"; did you mean {names[near]}?"
-            raise TypeError(f"unknown setting {name!r}{hint}; the settings are {', '.join(known)}")
     return Settings(**checked(Settings, given))
 
 
 def checked(of: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings of a dataclass that are not None, each as its type and in its range (else ValueError)."""
+    """Return those settings of a dataclass that are not None, each as its type and in its range (else ValueError).
+
+    TypeError for an unknown name.
+    """
     rows = setting_rows(of)
+    for name in given:
+        if name not in rows:
+            from ldm.spelling import nearest_name  # only a mistake needs it
+
+            flags = ((flag, key) for key, row in rows.items() for flag in (*row.flags, key))  # diffusers' names, too
+            names = {flag.lstrip("-").replace("-", "_"): key for flag, key in flags} | {"negative_prompt": "negative"}
+            hint = "" if (near := nearest_name(name, names)) is None else f"; did you mean {names[near]}?"
+            raise TypeError(f"unknown setting {name!r}{hint}; the settings are {', '.join(rows)}")
     return {name: rows[name].checked(name, value) for name, value in given.items() if value is not None}
 
 

@@ -173,6 +173,21 @@ def test_mistakes_are_one_sentence(model):
     refused("self_steps ends before it begins: got 0.5 to 0.2", begin, A, B, self_steps=(0.5, 0.2))
     refused("the weight of 'xy' 'much' is not a finite number", begin, A, B, weights={"xy": "much"})
     refused("encoded as 16 and 32 tokens", begin, A, "abcdefghijklm ab")
+    refused("needs a prompt that is text, got 5", begin, 5)
+    refused(r"needs a prompt that is text, got \[1, 2\]", begin, A, [1, 2])
+    refused("needs a prompt that is text, got None", begin, None, B)
+    refused(r"weights must be a mapping of words to numbers, got \['xy'\]", begin, A, B, weights=["xy"])
+    refused("weights must be a mapping of words to numbers, got 2", begin, A, B, weights=2)
+    refused("the weight of 'xy' None is not a finite number", begin, A, B, weights={"xy": None})
+    refused("a word of the prompt must be text, got 5", begin, A, B, weights={5: 2})
+    refused("silenced words must be a list of silenced words, not 'xy'", begin, A, B, silence="xy")
+    refused("silenced words must be a list of silenced words, not None", begin, A, B, silence=None)
+    refused("a word of the prompt must be text, got 5", begin, A, B, silence=[5])
+    refused(r"blend \[5\] is not a list of names", begin, A, B, blend=[5])
+    refused("pairs must be at least 1, got 0", begin, A, B, pairs=0)
+    refused("pairs None is not an integer", begin, A, B, pairs=None)
+    refused("cross_steps 0.5 is not two numbers", begin, A, B, cross_steps=0.5)
+    refused("unknown setting 'cross_step'; did you mean cross_steps", begin, A, B, cross_step=(0, 1), error=TypeError)
 
 
 def test_on_compvis_own_sampler(tmp_path):

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.editing.attention import Call, Layer, hooked, weights_of
-from ldm.editing.words import Words
+from ldm.editing.words import POSITIVE, Words
 from ldm.labels import Row, labelled_rows
+from ldm.settings import listed
 
 
 class AttentionMaps:
@@ -90,7 +91,10 @@ def attention_maps(model: Any, prompts: Sequence[str], parts: int = 10, plain: b
     Raises:
         ValueError: for a model without attention to words; from the sampler, for a batch of other prompts.
     """
-    maps = AttentionMaps([Words(model, prompt, plain) for prompt in prompts], parts)
+    words = [Words(model, prompt, plain) for prompt in listed("prompts", prompts)]
+    if not words:
+        raise ValueError("attention maps need the prompts of the next batch, and there are none")
+    maps = AttentionMaps(words, POSITIVE.checked("parts", parts))
     with hooked(model, len(maps.words), maps.words[0].size, maps.add):
         yield maps
 

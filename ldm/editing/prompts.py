@@ -24,8 +24,8 @@ from torch import Tensor
 from ldm.diffusion.denoiser import scalings
 from ldm.editing.attention import Call, Layer, hooked, output_of, weights_of
 from ldm.editing.settings import Editing
-from ldm.editing.words import Words, alignment
-from ldm.settings import FLOAT, Setting, checked
+from ldm.editing.words import POSITIVE, Words, alignment
+from ldm.settings import FLOAT, Setting, checked, listed
 
 SMALL_LAYER = (
     16 * 16
@@ -61,6 +61,9 @@ def prompt_to_prompt(
     Raises:
         ValueError: for a model without attention to words, and for words that a prompt does not have.
     """
+    if not isinstance(weights, Mapping | None):
+        raise ValueError(f"weights must be a mapping of words to numbers, got {weights!r}")
+    silence, pairs = listed("silenced words", silence), POSITIVE.checked("pairs", pairs)
     source, target = (Words(model, text, plain) for text in (prompt, prompt if edited is None else edited))
     if source.size != target.size:
         sizes = " and ".join(str(words.size) for words in (source, target))

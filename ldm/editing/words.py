@@ -13,7 +13,9 @@ from ldm.conditioning.prompt import cut
 from ldm.conditioning.prompt_syntax import parse_prompt
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
+from ldm.settings import INT, Setting
 
+POSITIVE = Setting(INT, "", low=1)
 WORD = re.compile(r"<\S+>|\w+|[^\w\s]")  # learned words are often in angle brackets
 
 
@@ -57,6 +59,8 @@ class Words:
 
     def find(self, text: str) -> list[int]:
         """Return the places of a word's tokens, or of those of several words in a row, wherever they stand."""
+        if not isinstance(text, str):
+            raise ValueError(f"a word of the prompt must be text, got {text!r}")
         asked, words = [part.lower() for part in WORD.findall(text)], [word.text.lower() for word in self.found]
         starts = [i for i in range(len(words)) if asked and words[i : i + len(asked)] == asked]
         return [place for i in starts for word in self.found[i : i + len(asked)] for place in word.places]
