@@ -50,6 +50,7 @@ def test_attention_alone_is_of_the_prompts_images(run):
 
 def test_what_is_refused_before_anything_is_made(run, tmp_path):
     refused("nothing to edit: give --to, --reweight or --silence, or --show-attention", run)
+    refused("--to is --prompt, 'five ab', so nothing is edited", run, *EDIT, "--to", "five ab", "--show-attention")
     refused("--reweight takes WORD=X, with a number X, got 'ab'", run, "--reweight", "ab")
     refused("--reweight takes WORD=X, with a number X, got '=2'", run, "--reweight", "=2")
     refused("needs one --reweight or --silence", run, "--reweight", "ab=2", "--reweight", "ab=3")

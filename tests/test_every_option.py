@@ -168,6 +168,34 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --classifier-scale: 3 | --class 1 --classifier pixel_classifier.safetensors
 """,
     ),
+    "edit": (
+        f"{SAMPLED} --prompt five --to six",
+        LOADING + SAMPLING + MODEL + """
+--prompt: four
+--to: two
+--reweight: six=2
+--silence: six
+--cross-steps: 0 0.3
+--self-steps: 0 1
+--pooled-steps: 0 1
+--blend: six
+--blend-threshold: 0.9 | --blend six
+--show-attention:
+--n_samples: 2
+--seed: 9
+--H: 48
+--W: 48
+--negative-prompt: four
+--final-sigma: sigma_min
+--clip-skip: 2
+--plain: | --prompt (five:1.5)
+--embedding: word.safetensors | --prompt <it>
+--ckpt: weaker.safetensors
+--vae-slicing:
+--outdir: other
+--enlarge: 2
+""",
+    ),
     "convert": (
         "IN model.safetensors OUT out.safetensors",
         LOADING + """

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {name: getattr(args, name) for name in setting_rows(Editing) if getattr(args, name) is not None}
     if not edits and not args.show_attention:
         raise ValueError("nothing to edit: give --to, --reweight or --silence, or --show-attention")
+    if args.to == args.prompt and not (weights or args.silence):
+        raise ValueError(f"--to is --prompt, {args.to!r}, so nothing is edited: give --to other words than those")
     if not edits and given:
         raise ValueError(f"{', '.join(given)} would have no effect: give --to, --reweight or --silence, too")
     if args.compile:
