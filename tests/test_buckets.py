@@ -117,7 +117,7 @@ def test_stages_train_on_several_shapes(stage, tmp_path, monkeypatch):
         path = tmp_path / "own" / str(i // 2) / f"{i}.png"  # of ten classes
         path.parent.mkdir(parents=True, exist_ok=True)
         ramp(*((64, 32), (32, 64))[i % 2]).save(path)
-    config = config_of(stage)
+    config = config_of(stage, preview_every=2, save_every=2)
     params = {"root": "own", "caption": "five", "buckets": [[32, 16], [16, 32]]}
     params |= {} if stage == "textual_inversion" else {"size": 16, "channels": 1}
     config["data"] = {"target": "ldm.data.folder.Folder", "params": params}

@@ -110,6 +110,7 @@ def old(run):
     return run._replace(settings=replace(run.settings, ema=0.9999))
 
 
+@pytest.mark.usefixtures("few_triples")
 @pytest.mark.parametrize(
     ("check", "verdict", "spoil", "change"),
     [
@@ -141,6 +142,7 @@ def test_outputs_are_read_as_flow_of_a_model_of_flow_only(run):
     assert list(read_outputs(model, z, cond)[0]) == ["eps", "x0", "v", "flow"]
 
 
+@pytest.mark.usefixtures("few_triples")
 def test_the_status_is_1_for_what_is_wrong(folder, tmp_path, capsys):
     (tmp_path / "images").symlink_to(folder / "images")
     with pytest.raises(SystemExit, match="1"):
@@ -151,11 +153,12 @@ def test_the_status_is_1_for_what_is_wrong(folder, tmp_path, capsys):
     )
 
 
+@pytest.mark.usefixtures("few_triples")
 @pytest.mark.parametrize("name", ["diffusion", "classes", "unconditional"])
 def test_every_kind_of_condition(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write_inputs(tmp_path)
-    path = train(config_of(name), device="cpu").parent
+    path = train(config_of(name, preview_every=2, save_every=2), device="cpu").parent
     (tmp_path / "first_stage").unlink()  # what a run's checkpoint has, it needs no other file for
     (tmp_path / "cond_stage").unlink()
     findings = {each.name: each for each in diagnose(open_run(path, CPU), images=2, overfit=2)}

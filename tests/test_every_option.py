@@ -481,7 +481,7 @@ def write_mnist(folder: Path, classes: int = 5) -> None:
 
 
 @pytest.fixture
-def outcome(inputs, tmp_path, monkeypatch, capsys):
+def outcome(inputs, few_triples, tmp_path, monkeypatch, capsys):
     """`outcome("convert", "--dtype fp16")` runs the command and gives all that can be seen of it."""
     calls: list[Any] = []
 

@@ -181,6 +181,7 @@ def test_a_black_region_has_no_part_in_the_loss(kind):
 
 def trained(folder: Path, found: dict, **data) -> dict[str, torch.Tensor]:
     found["outdir"], found["loop"] = str(folder), found["loop"] | {"batch_size": 16, "precision": "fp32"}
+    found["loop"] |= {"preview_every": 2, "save_every": 2}
     found["data"]["params"] |= data
     train(found)
     return load_file(next(folder.glob("*/model.safetensors")))
@@ -207,6 +208,7 @@ def test_a_cache_changes_nothing(tmp_path):
     assert_equal(again, trained(tmp_path / "right", config("latent", "right")))
 
 
+@pytest.mark.usefixtures("few_triples")
 def test_validation_is_masked_as_its_images_are():
     found = {}
     for root in ("plain", "white", "left", "right"):

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -290,26 +288,36 @@ def test_both_signals_save_and_are_as_before_afterwards(run, tmp_path, monkeypat
 
 
 TWO = """
-import sys
-from ldm.training.loop import train
+import os, signal, time
+from ldm.training import loop
+
+def wait(*arguments):
+    while not os.path.exists({end!r}):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+loop.preview = wait  # in the second step, after the first state was saved
 settings = {settings}
 settings["loop"] |= {{"steps": 400, "workers": {workers}}}
-train(settings, device="cpu")
+loop.train(settings, device="cpu")
 """
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.full)])
-def test_two_runs_in_one_folder(tmp_path, workers):
+def test_two_runs_in_one_folder(warm_python, tmp_path, workers):
     """The second is refused while the first lives, and not after its kill -9, even if its data loader still lives."""
-    code = TWO.format(settings=config(tmp_path, save_every=1, report_to="none"), workers=workers)
-    first = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    state = tmp_path / "autoencoder" / "resume.pt"
-    try:
-        wait_for(state, first)
-        refused("autoencoder' is being trained in by another process: wait", resume, tmp_path, steps=400)
-    finally:
-        first.kill()
-        first.wait()
+    state, end = tmp_path / "autoencoder" / "resume.pt", tmp_path / "end"
+    settings = config(tmp_path, save_every=1, preview_every=2, report_to="none")
+
+    def second():
+        try:
+            wait_for(state)
+            refused("autoencoder' is being trained in by another process: wait", resume, tmp_path, steps=400)
+        finally:
+            end.touch()
+
+    code = TWO.format(settings=settings, workers=workers, end=str(end))
+    assert warm_python(code, meanwhile=second).returncode == -signal.SIGKILL
     step = torch.load(state, weights_only=True)["step"]
     settings = {"steps": step + 1, "report_to": "none", "workers": workers}
     assert resume(tmp_path, **settings) == tmp_path / "autoencoder" / "model.safetensors"

@@ -125,7 +125,7 @@ def test_shards_train_as_their_folder_to_the_bit(
         ("folder.Folder", {"root": "images"}),
         ("shards.Shards", {"root": ["shards/00000[0-2].tar", "shards/{000003..000004}.tar"]}),
     ):
-        config = config_of(name) | {"outdir": target}
+        config = config_of(name, preview_every=2, save_every=2) | {"outdir": target}
         config["data"] = {"target": f"ldm.data.{target}", "params": {**where, "size": 32, "channels": 1, "flip": True}}
         if name in ("diffusion", "classes"):
             config["stage"]["params"]["cache_latents"] = False
@@ -154,7 +154,10 @@ def test_mnist_trains_as_its_images_in_a_folder_and_in_shards_to_the_bit(
         ("folder.Folder", {"root": "images", **size}),
         ("shards.Shards", {"root": "shards", **size}),
     ):
-        config = config_of(name) | {"outdir": target, "data": {"target": f"ldm.data.{target}", "params": params}}
+        config = config_of(name, preview_every=2, save_every=2) | {
+            "outdir": target,
+            "data": {"target": f"ldm.data.{target}", "params": params},
+        }
         weights.append(load_file(train(config, device="cpu")))
     for other in weights[1:]:
         assert weights[0].keys() == other.keys() and all(torch.equal(weights[0][k], other[k]) for k in other)

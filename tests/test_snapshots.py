@@ -63,7 +63,8 @@ def test_others_are_nearly_so():
 
 def run(folder, **settings) -> dict:
     config = config_of("pixel") | {"outdir": str(folder)}
-    config["loop"] |= {"steps": 6, "ema_snapshots": 2, "keep_every": 1, "ema": 0.0, "precision": "fp32"} | settings
+    config["loop"] |= {"steps": 6, "ema_snapshots": 2, "keep_every": 1, "ema": 0.0, "precision": "fp32"}
+    config["loop"] |= {"preview_every": 3, "save_every": 3} | settings
     return config
 
 
@@ -72,8 +73,8 @@ def test_a_run_and_convert(tmp_path, monkeypatch):
     path = train(run(tmp_path / "alone"), device="cpu")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(loop, "preview", interrupt)
-        train(run(tmp_path / "parts", preview_every=3), device="cpu")
-    train(run(tmp_path / "parts", preview_every=3), resume=True, device="cpu")
+        train(run(tmp_path / "parts"), device="cpu")
+    train(run(tmp_path / "parts"), resume=True, device="cpu")
     folder = path.parent / SNAPSHOTS
     assert [file.name for file in sorted(folder.iterdir())] == [f"{step:06d}.safetensors" for step in (2, 4, 6)]
     for file in folder.iterdir():

@@ -46,6 +46,7 @@ def prepared(name, validation=0.25):
 
 
 @pytest.mark.parametrize("name", ["diffusion", "pixel"])
+@torch.no_grad()
 def test_the_loss_of_the_triples_by_hand(name):
     """Each of 260 triples: image i mod n, noise from its own seed, timesteps stratified over all of them."""
     stage, images = prepared(name, TEST)
@@ -53,16 +54,23 @@ def test_the_loss_of_the_triples_by_hand(name):
     model, count = stage.latent_diffusion, 260
     T = model.schedule.T
     order = torch.randperm(count, generator=torch.Generator().manual_seed(mix_seed(1))).tolist()
-    losses = {}
-    for i in range(count):
-        sample, t = images[i % 12], int((order[i] + 0.5) / count * T)
+    encoded, inputs, losses = [], [], {}
+    for sample in (images[i] for i in range(12)):
         x, label = sample["image"][None], torch.tensor([sample["label"]])
         z = x if name == "pixel" else model.first_stage_model.encode(x).mean * model.scale_factor
         cond = model.condition(label) if name == "pixel" else model.cond_stage_model([sample["caption"]])
+        encoded.append((z, cond))
+    for i in range(count):
+        (z, cond), t = encoded[i % 12], int((order[i] + 0.5) / count * T)
         noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(mix_seed(3, i)))
         ab = model.schedule.alphas_cumprod[t]
-        output = model.apply_model((ab.sqrt() * z + (1 - ab).sqrt() * noise).float(), torch.tensor([t]), cond)
-        wanted = {"eps": noise, "v": ab.sqrt() * noise - (1 - ab).sqrt() * z}[model.prediction]
+        x_t = (ab.sqrt() * z + (1 - ab).sqrt() * noise).float()
+        wanted = {"eps": noise[None], "v": ab.sqrt() * noise - (1 - ab).sqrt() * z}[model.prediction]
+        inputs.append((x_t, t, cond, wanted))
+    x_t, timesteps, conds, targets = zip(*inputs, strict=True)
+    cond = {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
+    outputs = model.apply_model(torch.cat(x_t), torch.tensor(timesteps), cond)
+    for output, t, wanted in zip(outputs, timesteps, torch.cat(targets), strict=True):
         losses.setdefault(f"loss_t{t * 5 // T * T // 5}-{(t * 5 // T + 1) * T // 5 - 1}", []).append(
             (output - wanted).double().square().mean().item()
         )
@@ -73,6 +81,7 @@ def test_the_loss_of_the_triples_by_hand(name):
     assert sum(bins) / 5 == pytest.approx(found["loss"], rel=1e-12)
 
 
+@pytest.mark.usefixtures("few_triples")
 @pytest.mark.parametrize("name", VALIDATED)
 def test_the_same_in_any_batches_and_from_any_random_state(name):
     stage, images = prepared(name, {"root": "class"} if name == "folder" else TEST)
@@ -116,6 +125,7 @@ def logged(path):
     return [{key: value for key, value in line.items() if key != "waits_for_data"} for line in lines]
 
 
+@pytest.mark.usefixtures("few_triples")
 def test_training_is_as_without_validation_and_resumes(tmp_path, monkeypatch):
     def config(name, validation):
         config = config_of("pixel") | {"outdir": str(tmp_path / name)}

@@ -151,9 +151,13 @@ def write_rows(folder: Path) -> None:
         datasets.DatasetDict(parts).save_to_disk(folder / name)
 
 
-def config_of(name: str) -> dict[str, Any]:
-    """Return a run of two training steps, with a preview and a state to resume from after each."""
+def config_of(name: str, **settings: object) -> dict[str, Any]:
+    """Return a run of two training steps, with a preview and a state to resume from after each, unless settings differ.
+
+    settings: of the loop.
+    """
     target, params, data = copy.deepcopy(STAGES[name])
     loop = {"steps": 2, "batch_size": 2, "log_every": 1, "preview_every": 1, "save_every": 1, "report_to": "none"}
+    loop |= settings
     stage = {"target": target, "params": params}
     return {"name": name, "outdir": "out", "seed": 0, "stage": stage, "data": data, "loop": loop}
