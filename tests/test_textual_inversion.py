@@ -272,6 +272,7 @@ def unusual_sevens(networks: Measuring) -> tuple[Tensor, Tensor]:
     return sevens[group[::3]], sevens[torch.cat([group[1::3], group[2::3]])]
 
 
+@pytest.mark.full
 def test_the_shipped_model_learns_a_hand(tmp_path):
     """From the word for another digit, a hundred steps lower the loss on noise that was not trained on, and bring what
     is generated to images that were not trained on."""
