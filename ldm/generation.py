@@ -33,6 +33,7 @@ def generate(
     *,
     seed: int | None = 0,
     seeds: Sequence[int] | None = None,
+    noise: Tensor | None = None,
     image: "Images | None" = None,
     mask: "Images | None" = None,
     batch_size: int | None = 16,
@@ -49,6 +50,7 @@ def generate(
             between two.
         negative: what guidance leads away from: one prompt, or one per image; the null condition if not given.
         seed, seeds: image i has the noise of seed + i, or of seeds[i]: the same alone and in any batch.
+        noise: to start from, not from the seeds': unit normal (b, z, h, w); `ldm.editing.invert_images` finds images'.
         image, mask: an init image, or one per prompt, and what to change in it (`ldm.init_image.InitImages`).
         batch_size: images at a time; bounds memory and changes nothing else.
         guide: guidance besides the classifier-free one (`ldm.inference.guiders`): guide(denoise, cond, prompts) ->
@@ -83,9 +85,14 @@ def generate(
         )
     interval = tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS))
     chosen = replace(chosen, strength=strength, scale=scale, interval=interval)
-    # A size that the UNet does not make is padded: more is generated, and cut off below.
-    padded = (side if side % model.downsampling else side + -side % model.multiple for side in (height, width))
+    # A size that the UNet does not make is padded: more is generated, and cut off below. So are inverted images.
+    refused = model.downsampling if noise is None else 1
+    padded = (side if side % refused else side + -side % model.multiple for side in (height, width))
     size, first = model.latent_size(*padded), seeds[0] if seeds else 0
+    if noise is not None and chosen.fixed_code:
+        raise ValueError("fixed_code would have no effect beside noise: leave one of them out")
+    if noise is not None and (found := tuple(getattr(noise, "shape", ()))) != (shape := (len(prompts), *size)):
+        raise ValueError(f"noise to start these images from is a tensor {shape}, got {found}")
     lengths = count_chunks(model.cond_stage_model, prompts, chosen.plain)
     if scale != 1:
         lengths = list(map(max, lengths, count_chunks(model.cond_stage_model, negatives, chosen.plain)))
@@ -93,11 +100,11 @@ def generate(
     with tqdm(total=len(parts) * (len(sigmas) - 1), unit="step", disable=not progress) as bar:
         run = _Run(chosen, sampler, sigmas, size, first, guide, callback, bar)
         for batch in parts:
-            part = None if init is None else init[batch]
+            part, start = None if init is None else init[batch], None if noise is None else noise[batch]
             options = {"chunks": lengths[batch.start], "clip_skip": chosen.clip_skip, "plain": chosen.plain}
             cond = model.condition(prompts[batch], **options)
             uncond = None if scale == 1 else model.condition(negatives[batch], **options)
-            pixels = _sample(model, run, prompts[batch], cond, uncond, seeds[batch], part)
+            pixels = _sample(model, run, prompts[batch], cond, uncond, seeds[batch], start, part)
             images += to_pil(pixels[..., :height, :width])
     return images
 
@@ -168,12 +175,14 @@ def _sample(
     cond: Cond,
     uncond: Cond | None,
     seeds: list[int],
+    start: Tensor | None,
     init: "InitImages | None",
 ) -> Tensor:
     """Sample one batch: its pixels (b, c, h, w) in [-1, 1], or uint8 where there is an init image."""
     scale, interval, rescale = run.settings.scale, run.settings.interval, run.settings.rescale
     noise = SeededNoise(seeds, run.size)
-    start = noise()
+    own = noise()
+    start = own if start is None else torch.as_tensor(start, dtype=own.dtype)
     if run.settings.fixed_code:
         start = SeededNoise([run.first_seed], run.size)().expand_as(start)
     start = start.to(model.device)

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import refused
 from PIL import Image
@@ -62,6 +63,61 @@ def test_what_is_refused_before_anything_is_made(run, tmp_path):
     refused("the prompt 'five xy' has no word 'six'; it has five, xy", run, *EDIT, "--silence", "six")
     refused("at a time, take at least", run, *EDIT, "--n_samples", 10**9)
     assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)).save(path)
+    return path
+
+
+@pytest.mark.smoke
+def test_an_image_of_ones_own(run, image, capsys):
+    """The grid has it above; what is printed is the distance of what is made again; the texts say how."""
+    out = run(*EDIT, "--init-img", image, "--scale", 4, "--steps", 6)
+    out = run(*EDIT, "--init-img", image, "--scale", 4, "--steps", 6, "--null-text", "--null-steps", 30)
+    report = r"the image made again differs by (0\.\d+) of 1, by its first stage alone by (0\.\d+)"
+    (plain, least), (optimised, same) = re.findall(report, capsys.readouterr().err)
+    for i, found in ((0, plain), (2, optimised)):
+        change = np.abs(pixels(out / f"samples/0000{i}.png").astype(int) - pixels(image)).mean() / 255
+        assert float(found) == pytest.approx(change, abs=1e-4)
+    assert least == same and plain != optimised
+    assert files(out) == ["grid-0000.png", "grid-0001.png", *(f"samples/0000{i}.png" for i in range(4))]
+    with Image.open(out / "grid-0001.png") as grid, Image.open(image) as own:
+        factor = grid.width // own.width
+        shown = grid.crop((0, 0, grid.width, grid.width)).resize(own.size, Image.Resampling.NEAREST)
+        assert factor > 1 and (np.asarray(shown) == np.asarray(own)).all()
+        assert grid.height == 3 * grid.width + 4
+    texts = [read_image_text(out / f"samples/0000{i}.png") for i in range(2, 4)]
+    assert all("Init image hash: " in text for text in texts)
+    how = [json.loads(found) for text in texts for found in re.findall(r'Edit of: (".*")$', text)]
+    assert how[0] == "'five ab' --corrections=1 --null-text --null-steps=30" and how[1].startswith(how[0])
+    for i in range(4):
+        refused("it was edited, which the command edit does", read_recipe, out / f"samples/0000{i}.png")
+
+
+def test_an_image_of_another_size(run, image):
+    Image.open(image).crop((0, 0, 30, 25)).save(image)
+    out = run(*EDIT, "--init-img", image, "--show-attention", out="own")
+    assert [Image.open(out / f"samples/0000{i}.png").size for i in range(2)] == [(30, 25)] * 2
+    out = run(*EDIT, "--init-img", image, "--resize", out="resized")
+    assert Image.open(out / "samples/00001.png").size == (38, 32)
+
+
+def test_what_is_refused_of_an_image_of_ones_own(run, image, tmp_path):
+    own = [*EDIT, "--init-img", image]
+    refused(
+        "null_text, corrections would have no effect: give --init-img", run, *EDIT, "--null-text", "--corrections", 0
+    )
+    refused("resize would have no effect: give --init-img", run, *EDIT, "--resize")
+    refused("--init-img needs --prompt TEXT", run, *own[2:])
+    refused("n_samples, seed would have no effect", run, *own, "--n_samples", 2, "--seed", 0)
+    refused("--null-steps has no effect without --null-text", run, *own, "--null-steps", 3)
+    refused("--null-text would have no effect: at guidance scale 1", run, *own, "--null-text", "--scale", 1)
+    refused("inversion is of the sampler ddim with eta 0", run, *own, "--sampler", "heun")
+    refused("does not exist", run, *EDIT, "--init-img", tmp_path / "none.png", error=FileNotFoundError)
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_each_way_to_edit_changes_the_edited_image_only(run):

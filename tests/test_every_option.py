@@ -181,8 +181,36 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --blend: six
 --blend-threshold: 0.9 | --blend six
 --show-attention:
+--init-img: first.png
+--resize: | --init-img large.png
+--null-text: | --init-img first.png
+--corrections: 0 | --init-img first.png
+--null-steps: 2 | --init-img first.png --null-text
 --n_samples: 2
 --seed: 9
+--H: 48
+--W: 48
+--negative-prompt: four
+--final-sigma: sigma_min
+--clip-skip: 2
+--plain: | --prompt (five:1.5)
+--embedding: word.safetensors | --prompt <it>
+--ckpt: weaker.safetensors
+--vae-slicing:
+--outdir: other
+--enlarge: 2
+""",
+    ),
+    "interpolate": (
+        f"{SAMPLED} --prompt five --to six --frames 3",
+        LOADING + SAMPLING + MODEL + """
+--prompt: four
+--to: two
+--seed: 9
+--seed-to: 9
+--frames: 2
+--per-second: 2
+--batch-size: 1
 --H: 48
 --W: 48
 --negative-prompt: four

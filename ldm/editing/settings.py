@@ -1,8 +1,9 @@
-"""The settings of Prompt-to-Prompt, each once: for Python, the command line and PNGs. It imports no torch."""
+"""The settings of Prompt-to-Prompt and of inversion, each once: for Python, the command line and PNGs. It
+imports no torch."""
 
 from dataclasses import dataclass
 
-from ldm.settings import FLOAT, INTERVAL, NAMES, setting
+from ldm.settings import FLOAT, INT, INTERVAL, NAMES, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,4 +29,17 @@ class Editing:
     threshold: float = setting(
         0.3, FLOAT, "Blend threshold", "attention to those words from which on a place changes, of the highest one",
         "--blend-threshold", "0.3", 0, 1, "blend")
+    # fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inverting:
+    """How an image is inverted: arguments of `invert_images` and `null_text`."""
+
+    # fmt: off
+    corrections: int = setting(
+        1, INT, "Corrections", "in each step of the inversion predict the noise so many times again, at its upper end",
+        "--corrections", "1", 0)
+    null_steps: int = setting(
+        10, INT, "Null steps", "steps of the optimizer in each denoising step", "--null-steps", "10", 1)
     # fmt: on

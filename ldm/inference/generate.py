@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.changes import changes_of, changes_to_text, same_changes
@@ -82,12 +83,13 @@ def generate_run(
     callback: Callback | None = None,
     init: "InitImage | None" = None,
     guide: Guide | None = None,
+    noise: Tensor | None = None,
 ) -> Iterator[Generated]:
     """Generate a planned run (`recipe.plan`), yielding each image when its batch is done, so that it can be saved then.
 
     With `fixed_code` all images come from one call, whose image 0 gives them their start.
 
-    init: of the recipes' size.
+    init: of the recipes' size. noise: of each image, see `generate`.
     """
     done = 0
     while done < len(recipes):
@@ -96,8 +98,9 @@ def generate_run(
         if first.fixed_code:
             batch = recipes[done:]
             first = replace(first, batch_size=max(r.batch_size for r in batch))
-        prompts, seeds, arguments = [r.prompt for r in batch], [r.seed for r in batch], _arguments(model, first, init)
+        prompts, seeds, arguments = [r.prompt for r in batch], [r.seed for r in batch], arguments_of(model, first, init)
         prompts = prompts if init is None else init.prompts(model, prompts)
+        arguments["noise"] = None if noise is None else noise[done : done + len(batch)]
         images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
         for index, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
             yield Generated(recipe, image, index)
@@ -132,7 +135,7 @@ def generate_again(
     if recipe.fixed_code:  # a batch of image 0 goes before, for its start noise
         prompts, seeds = prompts * 2, [recipe.seed - recipe.index] * recipe.batch_size + seeds
         place += recipe.batch_size
-    arguments = _arguments(model, recipe, init)
+    arguments = arguments_of(model, recipe, init)
     prompts = prompts if init is None else init.prompts(model, prompts)
     images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
     yield Generated(recipe, images[place], place)
@@ -164,7 +167,7 @@ def steps_of(recipe: Recipe) -> int:
     return recipe.steps if recipe.strength is None else steps_taken(recipe.strength, recipe.steps)
 
 
-def _arguments(model: LatentDiffusion, recipe: Recipe, init: "InitImage | None") -> dict[str, Any]:
+def arguments_of(model: LatentDiffusion, recipe: Recipe, init: "InitImage | None") -> dict[str, Any]:
     """Return the arguments of `generate` that a recipe decides, and put the model into its precision."""
     if recipe.precision != precision_of(model):
         set_precision(model, recipe.precision)

@@ -139,11 +139,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
     return given | {"precision": args.precision}
 
 
-def add_init_image_options(parser: Parser) -> None:
-    """Add the options of the scripts that start from an image."""
+def add_init_image_options(parser: Parser, strength: bool = True) -> None:
+    """Add the options of the scripts that start from an image. strength: whether it is noised."""
     group = parser.add_argument_group("init image")
     group.add_argument("--init-img", type=Path, metavar="FILE", help="PNG, JPEG, WebP, ..., upright by its EXIF data")
-    add_settings(group, "strength")
+    if strength:
+        add_settings(group, "strength")
     group.add_argument("--resize", action="store_true", help="scale its shorter side to that of the model's own size")
 
 
