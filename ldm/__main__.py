@@ -13,6 +13,7 @@ SUMMARIES = {
     "img2img": "generate images from an init image, guided by text",
     "inpaint": "generate parts of an image anew",
     "edit": "edit images by their prompts; show what words attend to",
+    "interpolate": "generate images between two prompts or seeds, as a GIF and a grid",
     "sample": "generate images with class-conditional or unconditional models",
     "train": "train the stages that configurations describe",
     "dreambooth": "teach a model a subject from a few images",
@@ -22,7 +23,7 @@ SUMMARIES = {
     "convert": "rewrite a model in another format or precision",
     "shards": "write a folder of images as tar shards",
 }
-FAST_EXIT = {"txt2img", "img2img", "inpaint", "edit", "sample"}  # these have closed what they opened
+FAST_EXIT = {"txt2img", "img2img", "inpaint", "edit", "interpolate", "sample"}  # these have closed what they opened
 
 
 def run_command(name: str) -> NoReturn:

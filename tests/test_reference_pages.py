@@ -34,6 +34,7 @@ SCRIPTS = (
     "img2img",
     "inpaint",
     "edit",
+    "interpolate",
     "sample",
     "train",
     "dreambooth",

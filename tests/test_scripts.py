@@ -29,6 +29,10 @@ RUNS = {
     "inpaint": (["--init-img", "a.png", "--mask", "a_mask.png"], FILES),
     "inpaint a folder": (["--indir", "."], ["a.png"]),
     "edit": (["--prompt", "a one", "--to", "a two"], ["samples/00000.png", "samples/00001.png", "grid-0000.png"]),
+    "interpolate": (
+        ["--prompt", "a one", "--to", "a two", "--frames", 2],
+        ["animation-0000.gif", "grid-0000.png"],
+    ),
     "sample": (["--class", 5], FILES),
 }
 MISTAKES = {
@@ -37,6 +41,7 @@ MISTAKES = {
     "img2img": (["--init-img", "none.png"], "image 'none.png' does not exist"),
     "inpaint": (["--init-img", "a.png"], "inpaint needs --init-img FILE and --mask FILE"),
     "edit": (["--prompt", "a one", "--reweight", "two=2"], "the prompt 'a one' has no word 'two'; it has a, one"),
+    "interpolate": (["--prompt", "a one"], "there is nothing between: give --to TEXT, --seed-to N, or both"),
     "sample": (["--class", "five"], "class 'five' does not exist"),
 }
 

@@ -30,6 +30,8 @@ def recipe_from_text(text: str) -> Recipe:
     body, _, line = text.rpartition("\n")
     prompt, _, negative = f"\n{body}".partition(f"\n{NEGATIVE}")
     entries = {key.strip(): _unquote(value) for key, value in _ENTRY.findall(line)}
+    if "Interpolation" in entries:
+        raise ValueError("it was interpolated, which the command interpolate does: its options are in the image's text")
     if "Grid" in entries:
         raise ValueError(f"it is a grid of {entries['Grid']} images: give one of the images in samples/")
     if "Edit of" in entries:

@@ -28,6 +28,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95}),
     ".webp": ("WEBP", {"lossless": True}),
+    ".gif": ("GIF", {"save_all": True, "loop": 0}),
 }
 COMMENT, UTF16 = 0x9286, b"UNICODE\0"  # EXIF's UserComment, and the mark of its encoding
 # Keys that come first in the text, in the web UI's order; the others follow in the order of the fields.
@@ -137,13 +138,18 @@ def plan(
     return recipes
 
 
-def save_image(image: Image.Image, path: Path, text: str, new: bool = False) -> None:
-    """Write the image and the text, atomically, in the format of the path's suffix (`FORMATS`); new: as in `atomic`."""
-    name, options = FORMATS[path.suffix]
+def save_image(image: Image.Image, path: Path, text: str, new: bool = False, **more: object) -> None:
+    """Write the image and the text, atomically, in the format of the path's suffix (`FORMATS`).
+
+    new: as in `atomic`. more: options of Pillow's format.
+    """
+    name, options = FORMATS[path.suffix][0], FORMATS[path.suffix][1] | more
     if name == "PNG":
         info = PngImagePlugin.PngInfo()
         info.add_text(CHUNK, text)
-        options = {"pnginfo": info}
+        options = options | {"pnginfo": info}
+    elif name == "GIF":
+        options = options | {"comment": text.encode()}
     else:  # where the web UI puts it
         exif = Image.Exif()
         exif.get_ifd(ExifTags.IFD.Exif)[COMMENT] = UTF16 + text.encode("utf-16-be")

@@ -297,7 +297,7 @@ def build_guides(model: "LatentDiffusion", args: argparse.Namespace, recipes: Se
 
 
 class OutputFolder:
-    """A folder for images: samples/00000.png, grid-0000.png, strip-0000.png, numbered on from those that are there.
+    """A folder for images: samples/00000.png, grid-0000.png, strip-0000.png, ..., numbered on from those there.
 
     It is tried for writing before any work is done, and made with the first image. Each method returns the path that
     it wrote. All images are enlarged by `enlarge`; by None only those of small grids and strips.
@@ -330,19 +330,29 @@ class OutputFolder:
     def save_strip(self, image: Image.Image, text: str, prefix: str = "strip-") -> Path:
         return self._save(image, text, self.path, prefix, 4)
 
-    def _save(self, image: Image.Image, text: str, folder: Path, prefix: str, digits: int) -> Path:
+    def save_animation(self, images: Sequence[Image.Image], text: str, per_second: float) -> Path:
+        """Save the images and the way back as a GIF without end, enlarged as grids are."""
+        from ldm.images import image_grid
+
+        frames = [image_grid([image], 1, factor=self.enlarge) for image in (*images, *images[-2:0:-1])]
+        more = {"append_images": frames[1:], "duration": round(1000 / per_second)}
+        return self._save(frames[0], text, self.path, "animation-", 4, ".gif", **more)
+
+    def _save(
+        self, image: Image.Image, text: str, folder: Path, prefix: str, digits: int, suffix: str = "", **more: object
+    ) -> Path:
         """Save under the next free number: one more than the highest there, so that a gap is never filled."""
         number = self.next[prefix] if prefix in self.next else _next_number(folder, prefix)
         while True:
-            path = folder / f"{prefix}{number:0{digits}}{self.suffix}"
+            path = folder / f"{prefix}{number:0{digits}}{suffix or self.suffix}"
             self.next[prefix] = number = number + 1
             with suppress(FileExistsError):  # another run may write here too
-                save_image(image, path, text, new=True)
+                save_image(image, path, text, new=True, **more)
                 return path
 
 
 def _next_number(folder: Path, prefix: str) -> int:
     """Return one more than the highest number among the folder's images `PREFIXnnn.*`, 0 if there is none."""
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(png|jpg|webp)")
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(png|jpg|webp|gif)")
     matches = (pattern.fullmatch(entry.name) for entry in (folder.iterdir() if folder.exists() else ()))
     return max((int(match[1]) for match in matches if match), default=-1) + 1
