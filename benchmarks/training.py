@@ -76,7 +76,7 @@ NETWORKS = {
     "tiny": Network({**stable_diffusion(32, [1, 2]), "num_res_blocks": 1}, 32, 4, 2),
     "digits": Network(None, 32, 128, 10, warm=32),  # three epochs, until all captions have come
     "10M": Network(stable_diffusion(64, [1, 2, 2]), 64, 8, 10),
-    "100M": Network(stable_diffusion(160, [1, 2, 3]), 64, 4, 4),
+    "100M": Network(stable_diffusion(160, [1, 2, 3]), 64, 16, 3),
 }
 
 

@@ -63,7 +63,8 @@ diffusion stage.params:
    prediction: eps, defaults: {height: 16, width: 16, steps: 4, scale: 2.0}, betas: [0.5, 0.9], weight_decay: 0.5,
    optimizer: adafactor,
    error: l1, weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, caption_dropout: 1.0,
-   pooled: false, start: missing, cache_latents: false, cache_dir: cache, preview_prompts: [four], concat: latents_mask,
+   pooled: false, start: missing, train_text: true, cache_latents: false, cache_dir: cache, preview_prompts: [four],
+   concat: latents_mask,
    preview_columns: {to: 1, with: {preview_prompts: [four, five]}}}
 pixel stage.params:
   {model: {}, learning_rate: 0.002, class_dropout: 1.0, error: l1, weight: {name: min_snr}, noise: {offset: 0.1},

@@ -45,6 +45,12 @@ def test_a_scene_follows_from_seed_and_index(make):
     assert {*make(2)[0]} == {"image", "caption"}
 
 
+def test_scenes_have_at_most_so_many_digits(make):
+    for most in (1, 2):
+        assert {len(scene.objects) for scene in make(60, most=most).scenes} == set(range(1, most + 1))
+    assert make(5, most=3).scenes == make(5).scenes
+
+
 def test_a_sample_renders_its_scene_once(make, monkeypatch):
     scenes, rendered = make(5, reads=ALL), []
     render = Scenes.render
@@ -142,6 +148,7 @@ def test_each_argument_has_an_effect(make, monkeypatch):
 
 
 def test_what_cannot_be_made_is_refused(make):
+    refused("'pairs' are of two digits: give most 2 or 3, not 1", make, 5, "pairs", most=1)
     refused("combinations 'new' is not one of seen, colours, pairs, relations", make, 5, "new")
     refused("need all ten digits: of the 9 images of MNIST none is nine", make, 5, first=9)
 

@@ -62,3 +62,21 @@ def test_another_network_is_refused(trained):
     refused("cond_stage_config|classes", build, "classes", start="start.safetensors", cond_stage=other)
     refused("not a complete model", build, "diffusion", start="first_stage")
     refused("missing", build, "diffusion", start="missing", error=OSError)
+
+
+def test_a_text_encoder_out_of_a_complete_model_trains_where_asked(trained):
+    build, save_start = trained
+    model = save_start("diffusion")
+    files = {"start": "start.safetensors", "cond_stage": "start.safetensors"}
+    stage = build("diffusion", train_text=True, **files)
+    texts = stage.latent_diffusion.cond_stage_model
+    assert stage.networks["cond_stage"] is texts
+    given = model.cond_stage_model.state_dict()
+    assert all(torch.equal(tensor, given[name]) for name, tensor in texts.state_dict().items())
+    cond = stage.condition(["one", "two"])
+    cond["c_crossattn"].square().sum().backward()
+    assert all(p.grad is not None for name, p in texts.named_parameters() if "layers.0" in name or "blocks.0" in name)
+    frozen = build("diffusion", **files)
+    assert "cond_stage" not in frozen.networks
+    assert not any(p.requires_grad for p in frozen.latent_diffusion.cond_stage_model.parameters())
+    refused("train_text are for a text encoder from a checkpoint", build, "classes", train_text=True)

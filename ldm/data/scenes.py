@@ -13,14 +13,14 @@ Some combinations are held out of what models are trained on (`combinations: see
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.checks import Positive
+from ldm.checks import Positive, Range
 from ldm.data.captioned import subset
 from ldm.data.captions import NUMBER_WORDS
 from ldm.data.mnist import read_mnist
@@ -96,6 +96,7 @@ class Scenes(Dataset):
         seed: of scenes and captions.
         root, split, first, last, download: of the digits, as in `mnist.MNIST`.
         reads: what a sample has.
+        most: digits in a scene at most.
     """
 
     augments = False  # pixels do not change between epochs; captions do
@@ -111,13 +112,16 @@ class Scenes(Dataset):
         last: int | None = None,
         download: bool = False,
         reads: Sequence[str] = ("image", "caption"),
+        most: Annotated[int, Range(1, MOST_OBJECTS)] = MOST_OBJECTS,
     ) -> None:
         if combinations not in get_args(Combinations):
             raise ValueError(f"combinations {combinations!r} is not one of {', '.join(get_args(Combinations))}")
+        if most == 1 and combinations in ("pairs", "relations"):
+            raise ValueError(f"combinations {combinations!r} are of two digits: give most 2 or 3, not 1")
         pixels, labels = read_mnist(root, split, download)
         chosen = subset(len(pixels), first, last)
         self.digits, labels = pixels[chosen], labels[chosen]
-        self.seed, self.reads, self.epoch = seed, tuple(reads), 0
+        self.seed, self.reads, self.epoch, self.most = seed, tuple(reads), 0, most
         sources = [np.flatnonzero(labels == digit).tolist() for digit in range(10)]
         if absent := [NUMBER_WORDS[digit] for digit in range(10) if not sources[digit]]:
             raise ValueError(f"scenes need all ten digits: of the {len(labels)} images of MNIST none is {absent[0]}")
@@ -185,7 +189,7 @@ class Scenes(Dataset):
         """Return the first random scene whose held-out combinations are those wanted, and whose digits lie apart."""
         uniform = random.Random(key).random  # only random() is the same in every version of Python
         count = 1 + (uniform() >= 0.25) + (uniform() >= 0.65)
-        count = max(count, 2) if wanted & {"pairs", "relations"} else count
+        count = max(count, 2) if wanted & {"pairs", "relations"} else min(count, self.most)
         background = int(uniform() * len(BACKGROUNDS))
         while True:
             draft = _draft(uniform, count)

@@ -176,7 +176,7 @@ def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
         *names,
         type=Path,
         metavar="FILE",
-        help="checkpoint, run, diffusers folder, or or a model that ships: digits, emoji (digits)",
+        help="checkpoint, run, diffusers folder, or a model that ships: digits, emoji (digits)",
     )
     add_loading_options(group)
     group.add_argument(

@@ -51,14 +51,14 @@ class TransformerWrapper(nn.Module):
         super().__init__()
         dim = attn_layers.dim
         self.max_seq_len = max_seq_len
+        # Of deviation 1, torch's default. CompVis's 0.02 is lost beside the first layers' outputs, which are about 0.3:
+        # a small encoder then learns no word but the most frequent ones (docs/results/scenes.md).
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb: Any = nn.ModuleDict({"emb": nn.Embedding(max_seq_len, dim)})
         self.emb_dropout = nn.Dropout(emb_dropout)
         self.attn_layers = attn_layers
         self.norm = nn.LayerNorm(dim)
         self.to_logits = nn.Linear(dim, num_tokens)
-        for embedding in (self.token_emb, self.pos_emb.emb):
-            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, return_embeddings: bool = False) -> Tensor:
         """Map tokens int64 (b, n), n <= max_seq_len, to logits (b, n, num_tokens) or normed embeddings (b, n, dim)."""

@@ -94,19 +94,20 @@ class LatentStage(DenoisingStage):
 class DiffusionStage(LatentStage):
     """Trains the UNet of a latent diffusion model (Rombach et al. 2022, eq. 3).
 
-    Its autoencoder, and a text encoder from a checkpoint, are trained before and frozen. Any other conditioner trains
-    with it: of classes, boxes, maps, small images, or text.
+    Its autoencoder is trained before and frozen, and so is a text encoder from a checkpoint, unless `train_text`. Any
+    other conditioner trains with it: of classes, boxes, maps, small images, or text.
 
     Args:
         unet_config: the UNet; its context_dim and adm_in_channels must fit the text encoder's or the class embeddings'.
         first_stage: checkpoint of the autoencoder, or any file or folder that has one, such as Stable Diffusion's.
-        cond_stage: checkpoint of the text encoder, or the folder of a CLIP as transformers saves it; or `{"target",
-            "params"}` of a conditioner to train, of classes without `n_classes` where the data set names them, as the
-            sub-folders of a `Folder` do, of text without `vocab`, for the words of the captions; or None for an
-            unconditional model.
+        cond_stage: checkpoint of the text encoder, or of a model that has one, or the folder of a CLIP as transformers
+            saves it; or `{"target", "params"}` of a conditioner to train, of classes without `n_classes` where the
+            data set names them, as the sub-folders of a `Folder` do, of text without `vocab`, for the words of the
+            captions; or None for an unconditional model.
         concat: "latents_mask" or "mask_latents" trains the UNet to inpaint under random masks (`LatentDiffusion`).
         schedule, prediction, defaults: of `LatentDiffusion`.
         start: checkpoint of a complete model to train on: its UNet, scale factor, and conditioner if that trains.
+        train_text: whether a text encoder from a checkpoint trains, too.
         pooled: whether the UNet takes the text encoder's pooled text, as its num_classes and adm_in_channels say; None
             is true. False leaves these two out; the encoder must have been trained with the same choice.
         caption_dropout: probability of the null condition (the empty prompt, the null class ...) instead of the
@@ -129,6 +130,7 @@ class DiffusionStage(LatentStage):
         prediction: str = "v",
         concat: str | None = None,
         start: str | Path | None = None,
+        train_text: bool = False,
         pooled: bool | None = None,
         defaults: Mapping[str, Any] | None = None,
         betas: Betas = (0.9, 0.99),
@@ -155,13 +157,13 @@ class DiffusionStage(LatentStage):
         model.first_stage_model.load_state_dict(weights)
         if text:
             model.cond_stage_model.load_state_dict(text_weights)
-        elif pooled is not None:
-            raise ValueError("pooled is for a text encoder's pooled text: leave it out without one")
+        elif pooled is not None or train_text:
+            raise ValueError("pooled and train_text are for a text encoder from a checkpoint: leave them out")
         self.start = None if start is None else checkpoint_at(start)
         objective = Objective(model, error, weight, noise, timesteps)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
         cache, previews = (cache_latents, cache_dir), (preview_prompts, preview_columns)
-        super().__init__(objective, text, caption_dropout, *cache, *previews, **adam)
+        super().__init__(objective, text and not train_text, caption_dropout, *cache, *previews, **adam)
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint.file import checkpoint_at, load_file
-from ldm.checkpoint.networks import TEXT_TARGET
+from ldm.checkpoint.networks import MODEL_TARGET, PREFIXES, TEXT_TARGET
 from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning
 from ldm.loading import take_part
@@ -25,9 +25,16 @@ def read_first_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def read_text_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return configuration and tensors of a text encoder of ours, or of a CLIP in a folder of transformers."""
+    """Return configuration and tensors of a text encoder, also of a complete model's, or of a CLIP in a folder.
+
+    path: a checkpoint of ours, or a folder of transformers.
+    """
     if not (Path(path) / "config.json").is_file():
-        return load_file(path)
+        config, state = load_file(path)
+        if config.get("target") == MODEL_TARGET:
+            config, prefix = config["params"]["cond_stage_config"], PREFIXES["text"]
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        return config, state
     from ldm.conditioning import public_clip
 
     params, state = public_clip.read_text_encoder(str(path))
