@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ldm.checkpoint.compvis import single_file
 from ldm.checkpoint.diffusers_config import unet_levels
 from ldm.checkpoint.diffusers_names import unet_to_diffusers
 from ldm.checkpoint.diffusers_writer import write_unet
+from ldm.data.captions import NUMBER_WORDS
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import load_reference
 from ldm.evaluation.samples import from_pil, prompts_for, quantise, sample_images
@@ -199,6 +201,17 @@ def test_models_generate_the_references_captions(tiny_model):
     images = sample_images(tiny_model, prompts, batch_size=2, seed=1, scale=1, steps=2)
     expected = from_pil(tiny_model.generate([captions[2].text], seed=3, scale=1, steps=2))
     assert images.shape == (3, 28, 28) and (images[2].int() - expected[0].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", [str, NUMBER_WORDS.__getitem__])
+def test_classes_of_a_folder_are_asked_for_by_name(name):
+    captions = load_reference().captions(200, "train")
+    names = sorted(map(name, range(10)))
+    model = SimpleNamespace(cond_stage_model=SimpleNamespace(n_classes=11, names=names))
+    prompts, stated = prompts_for(model, captions)
+    assert prompts == [name(caption.digit) for caption in stated] and len({*prompts}) == 10
+    model.cond_stage_model.names = ["cat", "dog"]
+    refused("the model's classes are cat, dog: none is the digit", prompts_for, model, captions)
 
 
 def test_evaluations(tiny_model):

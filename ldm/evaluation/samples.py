@@ -10,7 +10,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ldm.data.captions import Caption
+from ldm.checks import few
+from ldm.data.captions import NUMBER_WORDS, Caption
 from ldm.images import image_grid, to_pil, to_uint8
 from ldm.inference.nan_check import generate_checked
 from ldm.models.classifier import INNER, inner
@@ -70,16 +71,27 @@ def prompts_for(model: Any, captions: Sequence[Caption], classes: bool = False) 
         model: a LatentDiffusion conditioned on text (all of the caption), on classes (its digit; the conditioner has
             `n_classes`), or unconditional.
         classes: a classifier guides to the digit, whatever the model is conditioned on.
+
+    Raises:
+        ValueError: the model's classes have names, and a digit is none of them.
     """
     if model.cond_stage_model is None and not classes:
         return [""] * len(captions), [Caption("")] * len(captions)
     digits = [caption.digit for caption in captions]
     stated = [Caption(str(digit), digit) for digit in digits]
     if model.cond_stage_model is None or hasattr(model.cond_stage_model, "n_classes"):
-        return digits, stated
+        names = getattr(model.cond_stage_model, "names", None)
+        return digits if names is None else [_name_of(digit, names) for digit in digits], stated
     if classes:
         return [caption.text for caption in stated], stated
     return [caption.text for caption in captions], list(captions)
+
+
+def _name_of(digit: int, names: Sequence[str]) -> str:
+    """Return the name of a digit's class, 5 or five: classes of a folder are in the order of their names."""
+    if name := next((name for name in (str(digit), NUMBER_WORDS[digit]) if name in names), None):
+        return name
+    raise ValueError(f"the model's classes are {few(names)}: none is the digit {digit} (or {NUMBER_WORDS[digit]})")
 
 
 def sample_images(
