@@ -44,7 +44,8 @@ def test_one_of_them_alone_changes(run):
 
 
 def test_mistakes_are_one_sentence(run, tmp_path):
-    refused("there is nothing between", run, "--prompt", "five")
+    for same in ([], ["--to", "five"], ["--seed-to", 0], ["--to", "five", "--seed", 3, "--seed-to", 3]):
+        refused("both ends are the same", run, "--prompt", "five", *same)
     refused("use a positive multiple of", run, "--prompt", "five", "--to", "ab", "--H", 33)
     refused("at a time, take at least", run, "--prompt", "five", "--to", "ab", "--frames", 10**9)
     assert not list(tmp_path.rglob("*.png"))

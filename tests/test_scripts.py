@@ -41,7 +41,7 @@ MISTAKES = {
     "img2img": (["--init-img", "none.png"], "image 'none.png' does not exist"),
     "inpaint": (["--init-img", "a.png"], "inpaint needs --init-img FILE and --mask FILE"),
     "edit": (["--prompt", "a one", "--reweight", "two=2"], "the prompt 'a one' has no word 'two'; it has a, one"),
-    "interpolate": (["--prompt", "a one"], "there is nothing between: give --to TEXT, --seed-to N, or both"),
+    "interpolate": (["--prompt", "a one"], "both ends are the same: give another prompt by --to, another seed"),
     "sample": (["--class", "five"], "class 'five' does not exist"),
 }
 

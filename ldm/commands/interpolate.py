@@ -48,8 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.to is None and args.seed_to is None:
-        raise ValueError("there is nothing between: give --to TEXT, --seed-to N, or both")
+    if args.to in (None, args.prompt) and args.seed_to in (None, args.seed or 0):
+        raise ValueError("both ends are the same: give another prompt by --to, another seed by --seed-to, or both")
     output = OutputFolder(args.outdir, enlarge=args.enlarge)
 
     model: Any = load_model(args)
