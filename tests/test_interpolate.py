@@ -31,7 +31,8 @@ def test_the_way_there_and_back(run, tiny_model, tmp_path):
         own = np.asarray(image, int)
         places = np.lib.stride_tricks.sliding_window_view(sheet, own.shape)[-own.shape[0] :]
         assert np.abs(places - own).max((-1, -2)).min() <= 1
-    refused("it was interpolated, which the command interpolate does", read_recipe, out / "grid-0000.png")
+    for name in ("grid-0000.png", "animation-0000.gif"):
+        refused("it was interpolated, which the command interpolate does", read_recipe, out / name)
 
 
 def test_one_of_them_alone_changes(run):

@@ -219,7 +219,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(error, tmp_path, mo
 
 def test_files_without_a_text_are_refused(tmp_path):
     IMAGE.save(tmp_path / "plain.png")
-    for name in ("a.jpg", "a.gif"):
+    for name in ("a.jpg", "a.gif", "a.bmp"):
         IMAGE.save(tmp_path / name)
     (tmp_path / "empty.png").touch()
     save_image(IMAGE, tmp_path / "whole.png", "text")
@@ -227,9 +227,10 @@ def test_files_without_a_text_are_refused(tmp_path):
     for name, message in [
         ("plain.png", "carries no text chunk 'parameters'"),
         ("a.jpg", "carries no text chunk"),
-        ("a.gif", "not a PNG, JPEG or WebP image"),
-        ("empty.png", "not a PNG, JPEG or WebP image"),
-        ("cut.png", "not a PNG, JPEG or WebP image"),
+        ("a.gif", "carries no text chunk"),
+        ("a.bmp", "not a PNG, JPEG, WebP or GIF image"),
+        ("empty.png", "not a PNG, JPEG, WebP or GIF image"),
+        ("cut.png", "not a PNG, JPEG, WebP or GIF image"),
     ]:
         refused(message, read_image_text, tmp_path / name)
     with pytest.raises(OSError):

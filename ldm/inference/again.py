@@ -85,8 +85,10 @@ def read_image_text(path: Path) -> str:
             comment = None if text is not None else image.getexif().get_ifd(ExifTags.IFD.Exif).get(COMMENT)
             if isinstance(comment, bytes) and comment.startswith(UTF16):
                 text = comment.removeprefix(UTF16).decode("utf-16-be")
+            if isinstance(comment := image.info.get("comment"), bytes) and image.format == "GIF":
+                text = comment.decode(errors="replace")
         except (OSError, SyntaxError, ValueError, EOFError):  # what Pillow raises for files that are no whole images
-            raise ValueError(f"{path} is not a PNG, JPEG or WebP image, or is damaged") from None
+            raise ValueError(f"{path} is not a PNG, JPEG, WebP or GIF image, or is damaged") from None
     if not isinstance(text, str):
         raise ValueError(f"{path} carries no text chunk {CHUNK!r}, so nothing says how it was made")
     return str(text)
