@@ -184,7 +184,9 @@ def test_limits_by_hand():
     shifts = (0.0, 1.5, 3.0)
     assert [check_latents(z + shift).verdict for shift in shifts] == ["ok", "suspicious", "wrong"]
     assert [check_latents(z * factor).verdict for factor in (0.4, 0.2, 0.0)] == ["suspicious", "wrong", "wrong"]
-    assert "divide scale_factor by 5" in check_latents(5 * z / z.transpose(0, 1).std()).change
+    for factor, remedy in ((5, "with a larger kl_weight"), (0.2, "longer or with a smaller kl_weight")):
+        change = check_latents(factor * z / z.transpose(0, 1).std()).change
+        assert change == f"divide scale_factor by {factor}, or train the first stage {remedy}"
     trivial = {"loss_t0-4": 2.0, "loss_t5-9": 1.0}
     for losses, verdict in (((1, 0.5), "ok"), ((0.5, 1.1), "suspicious"), ((2, 1), "wrong"), ((1, math.nan), "wrong")):
         assert check_denoiser(dict(zip(trivial, losses, strict=True)), trivial).verdict == verdict

@@ -281,7 +281,7 @@ def test_an_existing_run_is_not_overwritten(alone, tmp_path):
 def test_a_damaged_state_is_refused(tmp_path):
     settings = config(tmp_path)
     folder = tmp_path / "autoencoder"
-    with pytest.raises(ValueError, match="fewer than one batch"):
+    with pytest.raises(ValueError, match="fewer than one batch of .*: lower loop.batch_size"):
         train(settings | {"data": {"target": "ldm.data.digits.Digits", "params": {"first": 4}}}, device="cpu")
     assert not folder.exists()  # a mistake leaves no run behind that the corrected command would stumble on
     folder.mkdir()

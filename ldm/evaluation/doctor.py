@@ -73,7 +73,9 @@ def check_latents(z: Tensor) -> Finding:
     mean, std = channels.mean(1), channels.std(1)
     figures = [" ".join(f"{x:.2f}" for x in part.tolist()) for part in (mean, std)]
     found = "mean {} (limit +-1), standard deviation {} (limits 0.5 and 2)".format(*figures)
-    change = f"divide scale_factor by {channels.std().item():.3g}, or train the first stage with a larger kl_weight"
+    # Small means beside the posterior's noise, which training adds, hold little of the images.
+    remedy = "longer or with a smaller" if channels.std() < 1 else "with a larger"
+    change = f"divide scale_factor by {channels.std().item():.3g}, or train the first stage {remedy} kl_weight"
     change = change if std.max() > 1e-3 else "the first stage encodes all images alike: use a smaller kl_weight"
     return Finding("latents", grade(torch.cat([mean.abs(), std.log2().abs()]).max().item(), 1, 2), found, change)
 
