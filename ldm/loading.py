@@ -32,7 +32,7 @@ PART_OF = {
     networks.BERT_TARGET: "text",
 }
 OPTIONS = {"first_stage": "vae", "unet": "unet"}
-NEEDS = {"first_stage": ("embed_dim", "image_channels", "downsampling"), "unet": ("downsampling",)}  # of those parts
+NEEDS = {"first_stage": "embed_dim image_channels downsampling", "unet": "downsampling", "text": "tokenizer"}
 MORE_TENSORS = 4096  # than twice the file's, above which a configuration is not even built, to list what does not fit
 NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
 
@@ -189,13 +189,14 @@ def take_part(part: str, path: Path, ema: bool = False) -> Found:
     if target == networks.MODEL_TARGET:
         prefix, params = networks.PREFIXES[part], config["params"]
         state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-        config, scale_factor = params[f"{part}_config"], params["scale_factor"] if part == "first_stage" else None
-        target = config["target"]
+        if (config := params["cond_stage_config" if part == "text" else f"{part}_config"]) is None:
+            raise ValueError(f"{str(path)!r} is an unconditional model, without a text encoder")
+        target, scale_factor = config["target"], params["scale_factor"] if part == "first_stage" else None
     module, state = fitted(_called(path), config, state)
-    other = _is_model(target) or PART_OF.get(target, part) != part
-    if other or not all(hasattr(module, name) for name in NEEDS[part]):
-        raise ValueError(f"{str(path)!r} holds a {found}, which cannot be a model's {OPTIONS[part]}")
-    return Found(config, state, [f"{OPTIONS[part]}: {path}"], scale_factor)
+    other, called = _is_model(target) or PART_OF.get(target, part) != part, OPTIONS.get(part, "text encoder")
+    if other or not all(hasattr(module, name) for name in NEEDS[part].split()):
+        raise ValueError(f"{str(path)!r} holds a {found}, which cannot be a model's {called}")
+    return Found(config, state, [f"{called}: {path}"], scale_factor)
 
 
 def _swapped(state: State, part: str, new: Found) -> State:

@@ -80,3 +80,12 @@ def test_a_text_encoder_out_of_a_complete_model_trains_where_asked(trained):
     assert "cond_stage" not in frozen.networks
     assert not any(p.requires_grad for p in frozen.latent_diffusion.cond_stage_model.parameters())
     refused("train_text are for a text encoder from a checkpoint", build, "classes", train_text=True)
+
+
+def test_a_file_without_a_text_encoder_is_named(trained):
+    build, save_start = trained
+    save_start("unconditional")
+    refused("is an unconditional model, without a text encoder", build, "diffusion", cond_stage="start.safetensors")
+    save_start("classes")
+    for file in ("start.safetensors", "first_stage"):
+        refused(f"'{file}' holds a .*, which cannot be a model's text encoder", build, "diffusion", cond_stage=file)

@@ -174,8 +174,7 @@ class DiffusionStage(LatentStage):
 
             start_from(self.latent_diffusion, self.start, conditioner="cond_stage" in self.networks)
         prepared: Any = super().prepare(dataset)
-        few = first_images(dataset, 256)  # enough to measure
-        latents = (prepared.mean, prepared.std) if self.cache_latents else self.encoded(few)
+        latents = (prepared.mean, prepared.std) if self.cache_latents else self.encoded(first_images(dataset, 256))
         if self.start is None:
             self.latent_diffusion.scale_factor = scale_factor(*latents)
         return prepared

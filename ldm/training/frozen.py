@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.checkpoint.file import checkpoint_at, load_file
-from ldm.checkpoint.networks import MODEL_TARGET, PREFIXES, TEXT_TARGET
+from ldm.checkpoint.file import checkpoint_at
+from ldm.checkpoint.networks import TEXT_TARGET
 from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning
 from ldm.loading import take_part
@@ -20,21 +20,13 @@ POOLED = ("num_classes", "adm_in_channels")  # of a UNet that takes pooled text
 
 def read_first_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and tensors of an autoencoder: out of a run's folder, or whatever --vae takes."""
-    found = take_part("first_stage", checkpoint_at(path))
-    return found.config, found.state
+    return take_part("first_stage", checkpoint_at(path))[:2]
 
 
 def read_text_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return configuration and tensors of a text encoder, also of a complete model's, or of a CLIP in a folder.
-
-    path: a checkpoint of ours, or a folder of transformers.
-    """
+    """Return configuration and tensors of a text encoder, or of a model's, or of a CLIP in a folder of transformers."""
     if not (Path(path) / "config.json").is_file():
-        config, state = load_file(path)
-        if config.get("target") == MODEL_TARGET:
-            config, prefix = config["params"]["cond_stage_config"], PREFIXES["text"]
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        return config, state
+        return take_part("text", checkpoint_at(path))[:2]
     from ldm.conditioning import public_clip
 
     params, state = public_clip.read_text_encoder(str(path))

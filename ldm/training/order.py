@@ -43,9 +43,8 @@ class EpochBatches(Sampler):
         self.counts = Counter(self.groups)
         group, least = min(self.counts.items(), key=lambda pair: pair[1], default=(None, 0))
         if least < self.global_size:
-            of = "" if groups is None else f" of one shape, {group}"
-            have = f"the data set has {least} images{of}, fewer than one batch of {self.global_size}"
-            raise ValueError(f"{have}: lower loop.batch_size")
+            have = f"{least} images{'' if groups is None else f' of one shape, {group}'}"
+            raise ValueError(f"the data has {have}, fewer than one batch of {self.global_size}: lower loop.batch_size")
         self.epoch = self.number = self.images = 0
         self.past: list[tuple[int, int]] = []
 
