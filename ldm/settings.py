@@ -223,7 +223,7 @@ def from_keywords(given: Mapping[str, Any]) -> Settings:
 def checked(of: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those settings of a dataclass that are not None, each as its type and in its range (else ValueError).
 
-    TypeError for an unknown name.
+    ValueError for one without the one that it needs, too; TypeError for an unknown name.
     """
     rows = setting_rows(of)
     for name in given:
@@ -234,6 +234,8 @@ def checked(of: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             names = {flag.lstrip("-").replace("-", "_"): key for flag, key in flags} | {"negative_prompt": "negative"}
             hint = "" if (near := nearest_name(name, names)) is None else f"; did you mean {names[near]}?"
             raise TypeError(f"unknown setting {name!r}{hint}; the settings are {', '.join(rows)}")
+        if given[name] is not None and (need := rows[name].needs) in rows and not given.get(need):
+            raise ValueError(f"{name} has no effect without {need}")
     return {name: rows[name].checked(name, value) for name, value in given.items() if value is not None}
 
 

@@ -160,11 +160,14 @@ def test_what_does_not_fit_is_refused(model):
     refused("prompts must be a list of prompts, not None", begin, None)
     refused("needs a prompt that is text, got 5", begin, [5])
     refused("need the prompts of the next batch, and there are none", begin, [])
+    refused("there are none with words in them", begin, ["", "., !"])
     refused("parts must be at least 1, got 0", begin, ["five"], 0)
     refused("parts 'ten' is not an integer", begin, ["five"], "ten")
     with attention_maps(model, ["five"]) as maps:
         model.generate(["five"], steps=1)
     refused("a word of the prompt must be text, got 5", maps.of, 5)
+    refused("image must be from 0 to 0, got 1", maps.of, "five", 1)
+    refused("the maps are of 1 images, got 0", maps.sheet, [])
     with attention_maps(model, ["five"]):
         refused("called on 6 images, not on 1: .* in one batch", model.generate, ["five"] * 3)
     with attention_maps(model, ["five"]):

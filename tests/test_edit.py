@@ -44,6 +44,12 @@ def test_pairs_their_grid_their_maps_and_their_recipes(run, txt2img):
         assert sheet.width > 3 * 96 and sheet.height > 4 * 96  # an image and two words, four times
 
 
+def test_settings_of_guidance_are_said_to_have_no_effect_without_it(run, capsys):
+    run(*EDIT, "--scale", 1, "--rescale", 0.5, "--negative-prompt", "ab")
+    notes = re.findall(r"--(\S+) has no effect at guidance scale 1", capsys.readouterr().err)
+    assert notes == ["negative-prompt", "rescale"]
+
+
 def test_attention_alone_is_of_the_prompts_images(run):
     out = run("--prompt", "five ab", "--show-attention")
     assert files(out) == ["attention-0000.png", "grid-0000.png", "samples/00000.png"]
@@ -62,6 +68,9 @@ def test_what_is_refused_before_anything_is_made(run, tmp_path):
     refused("--compile would have no effect", run, *EDIT, "--compile")
     refused("the prompt 'five xy' has no word 'six'; it has five, xy", run, *EDIT, "--silence", "six")
     refused("at a time, take at least", run, *EDIT, "--n_samples", 10**9)
+    refused("'five xy' is weighted twice", run, *EDIT, "--reweight", "xy=2", "--reweight", "five xy=2")
+    refused("there are none with words in them", run, "--prompt", "", "--show-attention")
+    refused("blend had no effect", run, *EDIT, "--blend", "xy", steps=1)
     assert not list(tmp_path.rglob("*.png"))
 
 

@@ -212,6 +212,12 @@ def test_scale_0_is_off_and_costs_nothing(model, monkeypatch):
     assert make_guide(model) is None
 
 
+def test_what_would_have_no_effect_is_refused(model):
+    refused("pag_layers has no effect without pag", make_guide, model, pag_layers=["middle_block"])
+    refused("autoguide_scale has no effect without weak", make_guide, model, pag=1, autoguide_scale=1)
+    refused("classifier_scale has no effect without classifier", make_guide, model, classifier_scale=0)
+
+
 def test_a_guide_acts_inside_the_interval_alone(model):
     """3 images at sigma 2^12, 2.41, 1 and 0.41: unconditional and conditional in one call, then perturbed."""
     batches = []

@@ -208,19 +208,27 @@ def test_mistakes_are_one_sentence(tiny_model, images):
     prompts = ["five", "ab"]
     refused("inversion is of the sampler ddim with eta 0", invert_images, tiny_model, images, prompts, sampler="unipc")
     refused("inversion is of the sampler ddim with eta 0", invert_images, tiny_model, images, prompts, eta=0.5)
-    refused("strength would have no effect", invert_images, tiny_model, images, prompts, strength=0.5)
+    for settings in ({"strength": 0.5}, {"strength": 0}, {"fixed_code": True}, {"width": 32}):
+        refused(f"{next(iter(settings))} would have no effect", invert_images, tiny_model, images, prompts, **settings)
+    guided = {"negative": "ab", "interval": (0, 1), "rescale": 0.5}
+    refused("negative, interval, rescale would have no effect at", invert_images, tiny_model, images, prompts, **guided)
+    invert_images(tiny_model, images, prompts, steps=1, scale=2, **guided)
     refused("1 results need one or 1 images", invert_images, tiny_model, images, prompts[:1])
     concat = copy.copy(tiny_model)
     concat.concat = "latents"
     refused("without an image in its input", invert_images, concat, images, prompts)
     found = invert_images(tiny_model, images, prompts, steps=3)
     refused("has no effect at guidance scale 1", null_text, tiny_model, found, scale=1)
+    refused("or outside of its interval", null_text, tiny_model, found, interval=(1e-9, 1e-8))
     refused("leave out what changes its noise levels", null_text, tiny_model, found, steps=4)
     refused("null_steps must be at least 1, got 0", null_text, tiny_model, found, null_steps=0)
     nulls = null_text(tiny_model, found, null_steps=1)
     with null_text_guidance(tiny_model, nulls):
         refused("of 2 images and 3 steps", tiny_model.generate, ["five"] * 5, steps=3)
         refused("of 2 images and 3 steps", tiny_model.generate, prompts, steps=7)
+    with pytest.raises(ValueError, match="the null conditions had no effect"), null_text_guidance(tiny_model, nulls):
+        tiny_model.generate(prompts, steps=3, scale=1)
+    refused("copies must be at least 1, got 0", null_text_guidance(tiny_model, nulls, 0).__enter__)
 
 
 @pytest.mark.smoke

@@ -169,6 +169,11 @@ def test_mistakes_are_one_sentence(model):
     refused("the prompt 'five xy' has no word 'ab'; it has five, xy", begin, A, B, weights={"ab": 2})
     refused("has no word 'six'", begin, A, B, silence=["six"])
     refused("has no word 'six'", begin, A, B, blend=["six"])
+    for options in ({"weights": {"xy": 2, "XY": 3}}, {"weights": {"five xy": 2, "xy": 2}}):
+        refused("is weighted twice, or silenced too", begin, A, B, **options)
+    refused("'xy' is weighted twice, or silenced too", begin, A, B, weights={"xy": 2}, silence=["five xy"])
+    refused("threshold has no effect without blend", begin, A, B, threshold=0.3)
+    refused("threshold has no effect without blend", begin, A, B, threshold=0.3, blend=[])
     refused("cross_steps must be from 0 to 1, got", begin, A, B, cross_steps=(0, 1.5))
     refused("self_steps ends before it begins: got 0.5 to 0.2", begin, A, B, self_steps=(0.5, 0.2))
     refused("the weight of 'xy' 'much' is not a finite number", begin, A, B, weights={"xy": "much"})
@@ -188,6 +193,13 @@ def test_mistakes_are_one_sentence(model):
     refused("pairs None is not an integer", begin, A, B, pairs=None)
     refused("cross_steps 0.5 is not two numbers", begin, A, B, cross_steps=0.5)
     refused("unknown setting 'cross_step'; did you mean cross_steps", begin, A, B, cross_step=(0, 1), error=TypeError)
+
+
+def test_a_blend_without_effect_is_refused(model, monkeypatch):
+    refused("blend had no effect: no step began after 0.2 of the time", pairs_of, model, steps=1, blend=["xy"])
+    assert pairs_of(model, steps=1)  # without one
+    monkeypatch.setattr("ldm.editing.prompts.SMALL_LAYER", 3)
+    refused("this model has none", pairs_of, model, blend=["xy"])
 
 
 def test_on_compvis_own_sampler(tmp_path):
@@ -212,6 +224,7 @@ def test_on_compvis_own_sampler(tmp_path):
     twice = cond[:1].expand(2, -1, -1)
     same, more = (sample(twice, prompt=prompts[0], weights={"dog": weight}) for weight in (1.0, 3.0))
     assert torch.equal(same[0], same[1]) and not torch.equal(more[0], more[1])
+    refused("pooled_steps has no effect: this model's UNet", sample, prompt="a dog", pooled_steps=(0, 0.5))
     kept = sample(prompt=prompts[0], edited=prompts[1], blend=["dog", "cat"], threshold=1)
     torch.testing.assert_close(kept[0], kept[1], rtol=1e-3, atol=1e-3 * float(kept.abs().max()))
 

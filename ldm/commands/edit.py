@@ -33,7 +33,7 @@ from ldm.editing.settings import Editing, Inverting
 from ldm.inference.init_image import InitImage
 from ldm.inference.options import add_init_image_options, add_model_options, add_settings, load_model, settings_of
 from ldm.inference.recipe import Recipe, plan
-from ldm.inference.run import OutputFolder, check_memory
+from ldm.inference.run import OutputFolder, check_memory, note_unused
 from ldm.settings import checked, setting_rows
 
 if TYPE_CHECKING:  # it imports torch
@@ -66,6 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("files").add_argument
     add("--outdir", type=Path, default=Path("outputs/edit-samples"), metavar="DIR", help="(outputs/edit-samples)")
     add("--enlarge", type=int_range(1, 64), metavar="N", help="repeat each pixel N times in all files (1)")
+    parser.set_defaults(autoguide=None, classifier=None)
     return parser.parse_args(argv)
 
 
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.inference.generate import generate_run, progress
 
     recipes = plan_pairs(model, args, init, edits)
+    note_unused([args], recipes[:1])
     first, last, n = recipes[0], recipes[-1], len(recipes) // (1 + edits)
     noise, shown, maps = None, [], None
     with ExitStack() as hooks:
@@ -95,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             maps = hooks.enter_context(attention_maps(model, [r.prompt for r in recipes], plain=first.plain))
         if edits:
             options = {"weights": weights, "silence": args.silence, "pairs": n, "plain": first.plain}
-            hooks.enter_context(prompt_to_prompt(model, first.prompt, last.prompt, **options, **vars(editing)))
+            options |= given_of(args, setting_rows(Editing))
+            hooks.enter_context(prompt_to_prompt(model, first.prompt, last.prompt, **options))
         callback = hooks.enter_context(progress(recipes))
         images = [made.image for made in generate_run(model, recipes, callback, noise=noise)]
     if shown:
@@ -123,10 +126,10 @@ def check_options(args: argparse.Namespace, edits: bool) -> tuple[Editing, Inver
         raise ValueError(f"{', '.join(given)} would have no effect: give --to, --reweight or --silence, too")
     if args.compile:
         raise ValueError("--compile would have no effect: attention that is seen or edited is not compiled")
+    if args.blend is None and args.threshold is not None:
+        raise ValueError("--blend-threshold has no effect without --blend")
     editing = Editing(**checked(Editing, given_of(args, setting_rows(Editing))))
     inverting = Inverting(**checked(Inverting, given_of(args, setting_rows(Inverting))))
-    if not editing.blend and args.threshold is not None:
-        raise ValueError("--blend-threshold has no effect without --blend")
     if args.init_img is None:
         if given := given_of(args, ("resize", "null_text", *setting_rows(Inverting))):
             raise ValueError(f"{', '.join(given)} would have no effect: give --init-img FILE, too")

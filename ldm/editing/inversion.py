@@ -21,6 +21,7 @@ from ldm.diffusion.denoiser import BoundDenoise, Cond, Prediction, from_vp, to_v
 from ldm.diffusion.sampling import Step, invert
 from ldm.diffusion.sampling.first_order import Point, euler, euler_to
 from ldm.editing.settings import Inverting
+from ldm.editing.words import POSITIVE
 from ldm.generation import given, plan_guidance, plan_sampling
 from ldm.init_image import Images, InitImages
 from ldm.models.compiler import uncompiled
@@ -70,14 +71,15 @@ def invert_images(
         model: a LatentDiffusion, ours or CompVis's.
         images: PIL images of one size, one for each prompt, or one for all.
         prompts: what they show.
-        negative: as of `generate`; it has an effect at another guidance scale than 1.
+        negative: as of `generate`, for another guidance scale than 1.
         corrections: `ldm.editing.settings.Inverting`.
         callback: is given every `Step` up.
         **settings: those of `ldm.settings.Settings` that decide steps, guidance (by default none: scale 1) and how
             prompts are read.
 
     Raises:
-        ValueError: for a sampler that is not ddim, and for models with noise of their own, or an image in their input.
+        ValueError: for a sampler that is not ddim, for models with noise of their own, or an image in their input, and
+            for settings of guidance without guidance.
     """
     corrections = Inverting(**checked(Inverting, {"corrections": corrections})).corrections
     settings = settings | {"scale": given(settings.get("scale"), 1.0)}
@@ -112,12 +114,13 @@ def null_text(
         **settings: those of guidance: scale (the model's own if not given), interval, rescale.
 
     Raises:
-        ValueError: at guidance scale 1, which has no use for a null condition, and where that is no vector but a class.
+        ValueError: without guidance, which has no use for a null condition, and where that is no vector but a class.
     """
     null_steps = Inverting(**checked(Inverting, {"null_steps": null_steps})).null_steps
     sampling = _Sampling(model, inversion.prompts, negative, inversion.settings | {"scale": None} | settings)
-    if sampling.uncond is None:
-        raise ValueError("null-text optimisation has no effect at guidance scale 1")
+    low, high = sampling.interval
+    if sampling.uncond is None or not any(low < sigma <= high for sigma in sampling.sigmas):
+        raise ValueError("null-text optimisation has no effect at guidance scale 1, or outside of its interval")
     if not all(value.is_floating_point() for value in sampling.uncond.values()):
         raise ValueError("null-text optimisation needs a null condition of vectors, and this model's is a class number")
     if sampling.sigmas != inversion.sigmas:
@@ -138,7 +141,7 @@ class _Sampling:
 
     def __init__(self, model: Any, prompts: Sequence[Any], negative: Any, settings: dict[str, Any]) -> None:
         chosen, own = from_keywords(settings), of_model(model.defaults)
-        if unused := [name for name in settings if name in NOT_HERE and settings[name] not in (None, False)]:
+        if unused := [name for name in NOT_HERE if settings.get(name) is not None and settings[name] is not False]:
             raise ValueError(f"{', '.join(unused)} would have no effect on an inversion")
         sampler, self.sigmas = plan_sampling(model, chosen.steps, chosen.sampler, chosen.spacing, chosen.final_sigma)
         if sampler.step is not euler or given(chosen.eta, sampler.eta) != 0:
@@ -146,7 +149,10 @@ class _Sampling:
         if model.concat is not None or model.random_x0:
             raise ValueError("inversion needs a model without an image in its input, and without noise of its own")
         self.model, self.prompts, self.rescale = model, listed("prompts", prompts), chosen.rescale
+        guided = {"negative": negative or None, "interval": chosen.interval, "rescale": chosen.rescale or None}
         self.scale, negative = plan_guidance(model, chosen.scale, negative)
+        if self.scale == 1 and (unused := [name for name, value in guided.items() if value is not None]):
+            raise ValueError(f"{', '.join(unused)} would have no effect at guidance scale 1")
         self.interval = tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS))
         negatives = list(negative) if isinstance(negative, list | tuple) else [negative] * len(self.prompts)
         both = [self.prompts] if self.scale == 1 else [self.prompts, negatives]
@@ -209,13 +215,18 @@ def null_text_guidance(model: Any, nulls: NullText, copies: int = 1) -> Iterator
     """Guide the next batches away from these null conditions, in this thread, until the block ends.
 
     copies: how often a batch has the inverted images: 2 for pairs of `prompt_to_prompt`.
+
+    ValueError from the sampler for a batch of other images or steps; after the block, where none had guidance.
     """
-    unet, thread = model.model.diffusion_model, get_ident()
-    images = copies * len(next(iter(nulls.conds[0].values())))
+    unet, thread, guided = model.model.diffusion_model, get_ident(), []  # whether each call of the UNet was
+    images = POSITIVE.checked("copies", copies) * len(next(iter(nulls.conds[0].values())))
 
     def enter(unet: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         x, t = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("x", "timesteps")))
-        if get_ident() != thread or len(x) == images:  # a step without guidance
+        if get_ident() != thread:
+            return None
+        guided.append(len(x) != images)
+        if not guided[-1]:
             return None
         distance, i = min((abs(float(t[0]) - own), i) for i, own in enumerate(nulls.timesteps))
         if len(x) != 2 * images or distance > 0.5:
@@ -234,3 +245,5 @@ def null_text_guidance(model: Any, nulls: NullText, copies: int = 1) -> Iterator
             yield
     finally:
         handle.remove()
+    if guided and not any(guided):
+        raise ValueError("the null conditions had no effect: at guidance scale 1 there is no guidance away from them")

@@ -13,7 +13,9 @@ from torch import Tensor
 from ldm.editing.attention import Call, Layer, hooked, weights_of
 from ldm.editing.words import POSITIVE, Words
 from ldm.labels import Row, labelled_rows
-from ldm.settings import listed
+from ldm.settings import INT, Setting, listed
+
+INDEX = Setting(INT, "", low=0)
 
 
 class AttentionMaps:
@@ -44,7 +46,7 @@ class AttentionMaps:
 
         layer, step: of `layers` and `steps`; the mean over all of them if not given, in the size of the largest map.
         """
-        places = self.words[image].places(word)
+        places = self.words[INDEX._replace(high=len(self.words) - 1).checked("image", image)].places(word)
         kept = [
             total[image, places].sum(0) / count
             for (part, name), (total, count) in self.sums.items()
@@ -57,6 +59,8 @@ class AttentionMaps:
 
     def sheet(self, images: Sequence[Image.Image], factor: int | None = None) -> Image.Image:
         """Return the images, enlarged by a factor, each with an `overlay` of every word of its prompt."""
+        if len(images) != len(self.words):
+            raise ValueError(f"the maps are of {len(self.words)} images, got {len(images)}")
         rows = []
         for i, (words, image) in enumerate(zip(self.words, images, strict=True)):
             shown = [image.convert("RGB"), *(overlay(image, self.of(word, i)) for word in words.texts)]
@@ -92,8 +96,8 @@ def attention_maps(model: Any, prompts: Sequence[str], parts: int = 10, plain: b
         ValueError: for a model without attention to words; from the sampler, for a batch of other prompts.
     """
     words = [Words(model, prompt, plain) for prompt in listed("prompts", prompts)]
-    if not words:
-        raise ValueError("attention maps need the prompts of the next batch, and there are none")
+    if not any(one.texts for one in words):
+        raise ValueError("attention maps need the prompts of the next batch, and there are none with words in them")
     maps = AttentionMaps(words, POSITIVE.checked("parts", parts))
     with hooked(model, len(maps.words), maps.words[0].size, maps.add):
         yield maps

@@ -59,7 +59,8 @@ def prompt_to_prompt(
         **editing: `ldm.editing.settings.Editing`.
 
     Raises:
-        ValueError: for a model without attention to words, and for words that a prompt does not have.
+        ValueError: for a model without attention to words, for words that a prompt does not have, and for what would
+            have no effect; after the block, for a blend that had none.
     """
     if not isinstance(weights, Mapping | None):
         raise ValueError(f"weights must be a mapping of words to numbers, got {weights!r}")
@@ -68,12 +69,17 @@ def prompt_to_prompt(
     if source.size != target.size:
         sizes = " and ".join(str(words.size) for words in (source, target))
         raise ValueError(f"the prompts are encoded as {sizes} tokens: they must be cut into as many chunks")
-    edit = _Edit(model, source, target, weights or {}, silence, pairs, Editing(**checked(Editing, editing)))
+    settings = Editing(**checked(Editing, editing))
+    if editing.get("pooled_steps") is not None and "c_adm" not in model.condition([prompt], plain=plain):
+        raise ValueError("pooled_steps has no effect: this model's UNet takes no pooled text beside the words")
+    edit = _Edit(model, source, target, weights or {}, silence, pairs, settings)
     if edit.is_empty:
         yield
     else:
         with hooked(model, 2 * pairs, source.size, edit.attend, edit.begin, edit.finish):
             yield
+        if edit.seen and not edit.has_blended:
+            raise ValueError(f"blend had no effect: no step began after {BLEND_FROM:g} of the time; take more steps")
 
 
 class _Edit:
@@ -91,10 +97,12 @@ class _Edit:
     ) -> None:
         self.model, self.pairs, self.settings = model, pairs, settings
         self.moved, self.added = alignment(source, target)
-        self.factor = torch.ones(target.size)
-        for word, weight in weights.items():
-            self.factor[target.places(word)] = WEIGHT.checked(f"the weight of {word!r}", weight)
         self.kept = ~target.mask(silence)  # the tokens that may be attended to
+        self.factor, free = torch.ones(target.size), self.kept.clone()
+        for word, weight in weights.items():
+            if not free[places := target.places(word)].all():
+                raise ValueError(f"{word!r} is weighted twice, or silenced too: one of them alone would have an effect")
+            self.factor[places], free[places] = WEIGHT.checked(f"the weight of {word!r}", weight), False
         self.kept_before = ~self.moved[:, ~self.kept].any(1)  # those of the first prompt that become such
         self.blended = torch.zeros(2, source.size)  # 1 at the words of a blend, in either prompt
         for text in settings.blend:
@@ -102,6 +110,7 @@ class _Edit:
             self.blended[1, target.find(text) if source.find(text) else target.places(text)] = 1
         self.is_empty = source.prompt == target.prompt and bool((self.factor == 1).all() and self.kept.all())
         self.seen: dict[int, Tensor] = {}  # positions of a layer -> attention to the blend's words (2, pairs, n)
+        self.has_blended = False
 
     def begin(self, pooled: Tensor, call: Call) -> Tensor:
         """Return the vectors of texts as a whole, (b or 2b, d), with those of the first images for the edited ones."""
@@ -140,8 +149,13 @@ class _Edit:
 
         x, output: of the UNet, (2 pairs, c, h, w), or twice as many with the unconditional ones first.
         """
-        if not self.settings.blend or call.passed < BLEND_FROM or not self.seen:
+        if self.settings.blend and not self.seen:
+            raise ValueError(
+                "blend reads maps of at most 16 x 16 places, and this model has none in images of this size"
+            )
+        if not self.settings.blend or call.passed < BLEND_FROM:
             return output
+        self.has_blended = True
         maps = self.seen[max(self.seen)]
         maps = F.max_pool2d(maps.unflatten(-1, call.size(maps.shape[-1])), 3, 1, 1)  # (2, pairs, h, w)
         maps = F.interpolate(maps, output.shape[-2:])

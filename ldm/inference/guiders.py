@@ -38,13 +38,15 @@ def make_guide(
     model: LatentDiffusion,
     threshold: float | None = None,
     pag: float = 0.0,
-    pag_layers: Sequence[str] = PAG_LAYERS,
+    pag_layers: Sequence[str] | None = None,
     weak: LatentDiffusion | str | Path | None = None,
-    autoguide_scale: float = 2.0,
+    autoguide_scale: float | None = None,
     classifier: "NoisyClassifier | str | Path | None" = None,
-    classifier_scale: float = 1.0,
+    classifier_scale: float | None = None,
 ) -> Guide | None:
     """Return one guide for all kinds of guidance that are asked for, or None without any.
+
+    What is not given is as in `ldm.settings.Guidance`.
 
     Args:
         threshold: percentile, a fraction, of `further_guidance.dynamic_threshold`, which comes last.
@@ -53,6 +55,10 @@ def make_guide(
         classifier, classifier_scale: of `classifier_guide`, the classifier or its checkpoint; scale 0 is off.
     """
     scales = {"autoguide_scale": autoguide_scale, "classifier_scale": classifier_scale}
+    if weak is None and autoguide_scale is not None:
+        raise ValueError("autoguide_scale has no effect without weak")
+    if classifier is None and classifier_scale is not None:
+        raise ValueError("classifier_scale has no effect without classifier")
     own = Guidance(**checked(Guidance, {"threshold": threshold, "pag": pag, "pag_layers": pag_layers, **scales}))
     guides: list[Guide] = []
     if weak is not None:

@@ -292,8 +292,13 @@ def build_guides(model: "LatentDiffusion", args: argparse.Namespace, recipes: Se
         "weak": None if args.autoguide is None else load_weak(args.autoguide, model),
         "classifier": None if args.classifier is None else load_classifier(args.classifier, model),
     }
-    rows = setting_rows(Guidance)
-    return [make_guide(model, **files, **{name: getattr(recipe, name) for name in rows}) for recipe in recipes]
+    off = {f"{name}_scale" for name in ("autoguide", "classifier") if getattr(args, name) is None}
+    rows = {name: row.needs or name for name, row in setting_rows(Guidance).items() if name not in off}
+
+    def given(recipe: Recipe) -> dict[str, Any]:
+        return {name: getattr(recipe, name) for name, needed in rows.items() if not recipe.is_default(needed)}
+
+    return [make_guide(model, **files, **given(recipe)) for recipe in recipes]
 
 
 class OutputFolder:
