@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ def generate(
     prompts: Sequence[Any],
     negative: Any = None,
     *,
-    seed: int | None = 0,
+    seed: int | None = None,
     seeds: Sequence[int] | None = None,
     noise: Tensor | None = None,
     image: "Images | None" = None,
@@ -49,7 +48,7 @@ def generate(
         prompts: texts; classes or images for models conditioned on those. `ldm.interpolate` makes prompts and seeds
             between two.
         negative: what guidance leads away from: one prompt, or one per image; the null condition if not given.
-        seed, seeds: image i has the noise of seed + i, or of seeds[i]: the same alone and in any batch.
+        seed, seeds: image i has the noise of seed (0) + i, or of seeds[i]: the same alone and in any batch.
         noise: to start from, not from the seeds': unit normal (b, z, h, w); `ldm.editing.invert_images` finds images'.
         image, mask: an init image, or one per prompt, and what to change in it (`ldm.init_image.InitImages`).
         batch_size: images at a time; bounds memory and changes nothing else.
@@ -111,9 +110,10 @@ def generate(
 
 def _seeds(seed: int | None, seeds: Sequence[int] | None, count: int) -> list[int]:
     """Return `count` seeds from `seed` (0) on, or those that are given. ValueError for what is not a seed."""
+    if seeds is not None and seed is not None:
+        raise ValueError(f"seed {seed} would have no effect beside seeds: leave one of them out")
     if seeds is not None:
-        check = partial(SEED.checked, "seed")
-        return [of_ends(check, one) for one in listed("seeds", seeds)]
+        return [of_ends(lambda own: SEED.checked("seed", own), one) for one in listed("seeds", seeds)]
     first = SEED.checked("seed", given(seed, 0))
     return list(range(first, first + count))
 

@@ -79,12 +79,25 @@ def test_a_learned_word_in_one_cell_is_used(generate, tmp_path, capsys):
     assert capsys.readouterr().err.count("no prompt contains the learned word '<it>'") == 1
 
 
-def test_the_check_of_all_cells_encodes_a_prompt_once(tiny_checkpoint, monkeypatch):
+def test_the_check_of_all_cells_encodes_nothing_but_another_layer(tiny_checkpoint, monkeypatch):
     model = ldm.load(tiny_checkpoint, device="cpu")
-    first, seen, condition = default_recipe(model, "tiny", prompt="five"), [], model.condition
-    monkeypatch.setattr(model, "condition", lambda *args, **options: (seen.append(args), condition(*args, **options)))
+    first, seen = default_recipe(model, "tiny", prompt="five"), []
+    monkeypatch.setattr(model, "condition", lambda texts, **options: seen.append(options))
     check_recipes(model, [first.changed(**more) for more in ({}, {"steps": 2}, {"prompt": "six"}, {"seed": 2})])
-    assert seen == [(["five"],), (["six"],)]
+    assert seen == []
+    check_recipes(model, [first.changed(clip_skip=skip) for skip in (1, 3, 3)])
+    assert seen == [{"clip_skip": 3}]
+    for name in ("prompt", "negative"):
+        refused("makes more than 32 chunks", check_recipes, model, [first, first.changed(**{name: "a " * 500})])
+        refused("of 'a' must be from -1000 to 1000", check_recipes, model, [first, first.changed(**{name: "(a:2000)"})])
+
+
+def test_the_cells_share_the_hash_of_what_guides(generate, tiny_checkpoint, monkeypatch):
+    seen: list = []
+    monkeypatch.setattr("ldm.inference.guiders.file_hash", lambda path: seen.append(path) or "0123456789")
+    out = generate("--grid", "scale=1,2", "--autoguide", tiny_checkpoint, "--prompt", "five")
+    assert seen == [tiny_checkpoint]
+    assert {recipe(path).autoguide_hash for path in samples(out)} == {"0123456789"}
 
 
 def test_several_prompts_make_the_rows(generate):
@@ -154,6 +167,10 @@ def test_options_without_a_meaning_beside_it(option, generate):
 )
 def test_axes_of_python(axes, message):
     refused(message, ldm.xy_grid, None, "a five!", axes, seed=3)
+
+
+def test_an_axis_of_seeds_beside_seeds(tiny_model):
+    refused("seed 1 would have no effect beside seeds", ldm.xy_grid, tiny_model, "five", {"seed": [1, 2]}, seeds=[3])
 
 
 def test_every_axis_of_python_is_an_argument_of_generate():

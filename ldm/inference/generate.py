@@ -68,13 +68,13 @@ def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, obj
 
 
 def check_recipes(model: LatentDiffusion, recipes: Sequence[Recipe]) -> None:
-    """Raise ValueError for settings that the model cannot be sampled with: its noise levels, size and CLIP's layers."""
+    """Raise ValueError for what the model cannot be sampled with: noise levels, size, long prompts, CLIP's layers."""
     for recipe in recipes:
         plan_sampling(model, recipe.steps, recipe.sampler, recipe.spacing, recipe.final_sigma)
         model.latent_size(recipe.height, recipe.width)
-    if model.tokenizer is not None:
-        for prompt, clip_skip, plain in dict.fromkeys((r.prompt, r.clip_skip, r.plain) for r in recipes):
-            model.condition([prompt], clip_skip=clip_skip, plain=plain)
+        chunks(model, recipe, [recipe.prompt])
+    for clip_skip in {recipe.clip_skip for recipe in recipes} - {1}:  # the text alone needs no network
+        model.condition([model.null], clip_skip=clip_skip)
 
 
 def generate_run(

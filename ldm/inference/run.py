@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -150,7 +150,12 @@ def plan_runs(
     options, parts = [args], [prompts]
     if cells:
         options, parts = cell_options(args, cells), [[prompt] for prompt in prompts]
-    runs = [plan_recipes(model, own, part, made, init) for own, part in zip(options, parts, strict=True)]
+    hashes = {}
+    if args.autoguide is not None or args.classifier is not None or made is not None:
+        from ldm.inference.guiders import guide_hashes
+
+        hashes = guide_hashes(args, made)
+    runs = [plan_recipes(model, own, part, made, init, hashes) for own, part in zip(options, parts, strict=True)]
     firsts = [recipes[0] for recipes in runs]
     note_unused(options, firsts)
     if args.embedding and made is None:
@@ -179,15 +184,12 @@ def plan_recipes(
     prompts: list[str],
     made: Recipe | None,
     init: "InitImage | None",
+    hashes: Mapping[str, str],
 ) -> list[Recipe]:
-    """Return the recipes of a run, or that of one image again with the settings that are given."""
+    """Return the recipes of a run, or that of one image again with the settings that are given, and these hashes."""
     from ldm.inference.generate import change_recipe, chunks, default_recipe
 
-    settings = settings_of(args)
-    if args.autoguide is not None or args.classifier is not None or made is not None:
-        from ldm.inference.guiders import guide_hashes
-
-        settings |= guide_hashes(args, made)
+    settings = settings_of(args) | hashes
     if init is not None:
         settings |= init.settings(args, model, made)
     if made is not None:
