@@ -5,10 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import refused
 from PIL import Image
 from script_runs import load_script, pixels, runner
 
+from ldm.finetune.embedding_files import LearnedWord, write_words
 from ldm.inference.again import read_image_text, read_recipe
 
 EDIT = ["--prompt", "five ab", "--to", "five xy"]
@@ -44,10 +46,17 @@ def test_pairs_their_grid_their_maps_and_their_recipes(run, txt2img):
         assert sheet.width > 3 * 96 and sheet.height > 4 * 96  # an image and two words, four times
 
 
-def test_settings_of_guidance_are_said_to_have_no_effect_without_it(run, capsys):
-    run(*EDIT, "--scale", 1, "--rescale", 0.5, "--negative-prompt", "ab")
-    notes = re.findall(r"--(\S+) has no effect at guidance scale 1", capsys.readouterr().err)
-    assert notes == ["negative-prompt", "rescale"]
+def test_what_has_no_effect_is_said(run, tmp_path, capsys):
+    """Settings of guidance at scale 1, and a learned word in no prompt; and what the prompt is without one."""
+    write_words(tmp_path / "it.safetensors", LearnedWord("<it>", torch.ones(1, 32)), "diffusers")
+    word = ["--embedding", tmp_path / "it.safetensors"]
+    run(*EDIT, *word, "--scale", 1, "--rescale", 0.5, "--negative-prompt", "<it>", out="one")
+    notes = capsys.readouterr().err
+    assert re.findall(r"--(\S+) has no effect at guidance scale 1", notes) == ["negative-prompt", "rescale"]
+    assert notes.count("no prompt contains the learned word '<it>'") == 1
+    run("--to", "a thin digit seven <it>", *word, out="two")
+    notes = capsys.readouterr().err
+    assert "no --prompt is given: the prompt is 'a thin digit seven'\n" in notes and "no prompt contains" not in notes
 
 
 def test_attention_alone_is_of_the_prompts_images(run):
@@ -68,6 +77,8 @@ def test_what_is_refused_before_anything_is_made(run, tmp_path):
     refused("--compile would have no effect", run, *EDIT, "--compile")
     refused("the prompt 'five xy' has no word 'six'; it has five, xy", run, *EDIT, "--silence", "six")
     refused("at a time, take at least", run, *EDIT, "--n_samples", 10**9)
+    for same in ("five ab ", "FIVE AB"):
+        refused(f"reads {same!r} as it reads 'five ab': give --to other words", run, *EDIT, "--to", same)
     refused("'five xy' is weighted twice", run, *EDIT, "--reweight", "xy=2", "--reweight", "five xy=2")
     refused("there are none with words in them", run, "--prompt", "", "--show-attention")
     refused("blend had no effect", run, *EDIT, "--blend", "xy", steps=1)

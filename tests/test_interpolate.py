@@ -5,9 +5,12 @@ import pytest
 from conftest import refused
 from PIL import Image
 from script_runs import load_script, pixels, runner
+from test_pixel_diffusion import PIXEL
 
 from ldm.inference.again import read_recipe
 from ldm.interpolation import interpolate
+from ldm.pixel_diffusion import PixelDiffusion
+from ldm.saving import save
 
 
 @pytest.fixture
@@ -44,9 +47,21 @@ def test_one_of_them_alone_changes(run):
     assert prompts.shape != seeds.shape or (prompts != seeds).any()
 
 
+def test_a_model_without_prompts(tmp_path):
+    """It takes two seeds and the empty prompt."""
+    unet = {k: v for k, v in PIXEL["unet_config"]["params"].items() if k != "num_classes"}
+    own = {"cond_stage_config": None, "unet_config": {**PIXEL["unet_config"], "params": unet}}
+    save(PixelDiffusion(**{**PIXEL, **own}), tmp_path / "m.safetensors")
+    run = runner(load_script("interpolate"), tmp_path / "m.safetensors", tmp_path)
+    refused("unconditional and takes no prompt", run, "--prompt", "five", "--seed-to", 1)
+    assert (run("--prompt", "", "--seed-to", 1, "--frames", 2) / "animation-0000.gif").is_file()
+
+
 def test_mistakes_are_one_sentence(run, tmp_path):
     for same in ([], ["--to", "five"], ["--seed-to", 0], ["--to", "five", "--seed", 3, "--seed-to", 3]):
         refused("both ends are the same", run, "--prompt", "five", *same)
+    refused("reads 'FIVE' as it reads 'five': give --to other words", run, "--prompt", "five", "--to", "FIVE")
+    refused("'.ud800' is not valid UTF-8 text", run, "--prompt", "five", "--to", "\ud800")
     refused("use a positive multiple of", run, "--prompt", "five", "--to", "ab", "--H", 33)
     refused("at a time, take at least", run, "--prompt", "five", "--to", "ab", "--frames", 10**9)
     assert not list(tmp_path.rglob("*.png"))

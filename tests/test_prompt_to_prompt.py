@@ -177,6 +177,7 @@ def test_mistakes_are_one_sentence(model):
     refused("cross_steps must be from 0 to 1, got", begin, A, B, cross_steps=(0, 1.5))
     refused("self_steps ends before it begins: got 0.5 to 0.2", begin, A, B, self_steps=(0.5, 0.2))
     refused("the weight of 'xy' 'much' is not a finite number", begin, A, B, weights={"xy": "much"})
+    refused("the weight of 'xy' must be from -1000 to 1000, got 1e.30", begin, A, B, weights={"xy": 1e30})
     refused("encoded as 16 and 32 tokens", begin, A, "abcdefghijklm ab")
     refused("needs a prompt that is text, got 5", begin, 5)
     refused(r"needs a prompt that is text, got \[1, 2\]", begin, A, [1, 2])

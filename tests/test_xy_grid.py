@@ -133,6 +133,7 @@ def test_labels_and_values():
         (["steps=1,2", "ddim_steps=3"], "two different settings, not steps twice"),
         (["steps=1,2", "eta=0,1", "scale=1,2"], "columns and rows, not 3 settings"),
         (["prompt=seven,six"], "does not contain 'seven'"),
+        (["strength=0.1,0.5"], "strength has no effect without an init image, which the commands img2img and inpaint"),
         (["seed=1,2"], "--seed has no effect beside a --grid over it"),
         (["scale=1,2,1.0"], r"scale needs one or several different values, got \[1.0, 2.0, 1.0\]"),
     ],

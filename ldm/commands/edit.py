@@ -33,7 +33,7 @@ from ldm.editing.settings import Editing, Inverting
 from ldm.inference.init_image import InitImage
 from ldm.inference.options import add_init_image_options, add_model_options, add_settings, load_model, settings_of
 from ldm.inference.recipe import Recipe, plan
-from ldm.inference.run import OutputFolder, check_memory, note_unused
+from ldm.inference.run import OutputFolder, check_memory, note_unused, note_unused_words, usable_prompts
 from ldm.settings import checked, setting_rows
 
 if TYPE_CHECKING:  # it imports torch
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("edit")
     add = group.add_argument
-    add("--prompt", metavar="TEXT", help=f"of the first image ({PROMPT})")
+    add("--prompt", dest="prompts", metavar="TEXT", help=f"of the first image ({PROMPT})")
     add("--to", metavar="TEXT", help="the edited prompt: words replace those in their places, or are added (--prompt)")
     add("--reweight", action="append", default=[], metavar="WORD=X", help="the edited image has X times a word of it")
     add("--silence", action="append", default=[], metavar="WORD", help="nothing attends to this word of it; repeatable")
@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("files").add_argument
     add("--outdir", type=Path, default=Path("outputs/edit-samples"), metavar="DIR", help="(outputs/edit-samples)")
     add("--enlarge", type=int_range(1, 64), metavar="N", help="repeat each pixel N times in all files (1)")
-    parser.set_defaults(autoguide=None, classifier=None)
+    parser.set_defaults(autoguide=None, classifier=None, classes=False, from_file=None)
     return parser.parse_args(argv)
 
 
@@ -83,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.inference.generate import generate_run, progress
 
     recipes = plan_pairs(model, args, init, edits)
-    note_unused([args], recipes[:1])
     first, last, n = recipes[0], recipes[-1], len(recipes) // (1 + edits)
     noise, shown, maps = None, [], None
     with ExitStack() as hooks:
@@ -120,7 +119,7 @@ def check_options(args: argparse.Namespace, edits: bool) -> tuple[Editing, Inver
         raise ValueError("a word needs one --reweight or --silence: of several one alone would have an effect")
     if not edits and not args.show_attention:
         raise ValueError("nothing to edit: give --to, --reweight or --silence, or --show-attention")
-    if args.to == (PROMPT if args.prompt is None else args.prompt) and not (words or args.silence):
+    if args.to == (PROMPT if args.prompts is None else args.prompts) and not (words or args.silence):
         raise ValueError(f"--to is --prompt, {args.to!r}, so nothing is edited: give --to other words than those")
     if not edits and (given := given_of(args, setting_rows(Editing))):
         raise ValueError(f"{', '.join(given)} would have no effect: give --to, --reweight or --silence, too")
@@ -134,7 +133,7 @@ def check_options(args: argparse.Namespace, edits: bool) -> tuple[Editing, Inver
         if given := given_of(args, ("resize", "null_text", *setting_rows(Inverting))):
             raise ValueError(f"{', '.join(given)} would have no effect: give --init-img FILE, too")
         return editing, inverting
-    if args.prompt is None:
+    if args.prompts is None:
         raise ValueError("--init-img needs --prompt TEXT, which says what the image shows")
     if given := given_of(args, ("n_samples", "seed")):
         raise ValueError(f"{', '.join(given)} would have no effect: an image of your own has the noise that is found")
@@ -151,14 +150,20 @@ def given_of(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def plan_pairs(model: Any, args: argparse.Namespace, init: InitImage | None, edits: bool) -> list[Recipe]:
     """Return the recipes of the first images, and of their edited versions if there are any: one batch, of n pairs."""
-    from ldm.inference.generate import default_recipe
+    from ldm.inference.generate import check_other, default_recipe
 
     own, n = settings_of(args), args.n_samples or 1
     if init is not None:
         size = init.size((model.defaults["width"], model.defaults["height"]), args.width, args.height, args.resize)
         own |= {"width": size[0], "height": size[1], "init_hash": init.init_hash}
-    first, prompt = default_recipe(model, model.path.stem, **own), PROMPT if args.prompt is None else args.prompt
-    prompts = [prompt, *([prompt if args.to is None else args.to] if edits else [])]
+    prompt = PROMPT if args.prompts is None else args.prompts
+    first = default_recipe(model, model.path.stem, prompt=prompt, **own)
+    prompts = usable_prompts(model, [prompt, *([prompt if args.to is None else args.to] if edits else [])], args)
+    note_unused([args], [first])
+    if args.embedding:
+        note_unused_words(model, prompts, [first])
+    if args.to is not None and not (args.reweight or args.silence):
+        check_other(model, first, args.to)
     check_memory(first, n * len(prompts), n * len(prompts))
     recipes = plan(first, prompts, n, n * len(prompts))  # pairs have the same seeds
     return [replace(recipe, seed=first.seed + i % n, index=i % n) for i, recipe in enumerate(recipes)]

@@ -20,7 +20,7 @@ from ldm.cli import Parser, finite_float, int_range
 from ldm.commands.edit import SAMPLING
 from ldm.inference.options import add_model_options, add_settings, load_model, settings_of
 from ldm.inference.recipe import plan
-from ldm.inference.run import BATCH, OutputFolder, check_memory, note_unused
+from ldm.inference.run import BATCH, OutputFolder, check_memory, note_unused, note_unused_words, usable_prompts
 
 COLUMNS = 8  # of the grid
 
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("images")
     add = group.add_argument
-    add("--prompt", required=True, metavar="TEXT", help="of the first image")
+    add("--prompt", dest="prompts", required=True, metavar="TEXT", help="of the first image")
     add("--to", metavar="TEXT", help="prompt of the last image (--prompt)")
     add_settings(group, "seed")
     add("--seed-to", type=int_range(0), metavar="N", help="seed of the last image (--seed)")
@@ -42,38 +42,43 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("files").add_argument
     add("--outdir", type=Path, default=Path("outputs/interpolations"), metavar="DIR", help="(outputs/interpolations)")
     add("--enlarge", type=int_range(1, 64), metavar="N", help="repeat each pixel N times (as often as is needed)")
-    parser.set_defaults(autoguide=None, classifier=None)
+    parser.set_defaults(autoguide=None, classifier=None, classes=False, from_file=None)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    if args.to in (None, args.prompt) and args.seed_to in (None, args.seed or 0):
+    ends = [args.prompts, args.prompts if args.to is None else args.to]
+    if ends[0] == ends[1] and args.seed_to in (None, args.seed or 0):
         raise ValueError("both ends are the same: give another prompt by --to, another seed by --seed-to, or both")
     output = OutputFolder(args.outdir, enlarge=args.enlarge)
 
     model: Any = load_model(args)
-    from ldm.inference.generate import arguments_of, check_recipes, default_recipe, progress
+    from ldm.inference.generate import arguments_of, check_other, check_recipes, default_recipe, progress
     from ldm.inference.nan_check import generate_checked
     from ldm.interpolation import interpolate
     from ldm.labels import Row, labelled_rows
 
     count, batch_size = args.frames, BATCH if args.batch_size is None else args.batch_size
-    first = default_recipe(model, model.path.stem, **settings_of(args), prompt=args.prompt)
-    check_recipes(model, [first])
+    first = default_recipe(model, model.path.stem, **settings_of(args), prompt=ends[0])
+    check_recipes(model, [first, first.changed(prompt=ends[1])])
+    usable_prompts(model, ends, args)
     note_unused([args], [first])
+    if args.embedding:
+        note_unused_words(model, ends, [first])
+    if args.seed_to in (None, first.seed):
+        check_other(model, first, ends[1])
     check_memory(first, count, min(batch_size, count))
-    prompts = [args.prompt] * count if args.to is None else interpolate(args.prompt, args.to, count)
+    prompts = [args.prompts] * count if args.to is None else interpolate(*ends, count)
     last = first.seed if args.seed_to is None else args.seed_to
     seeds = [first.seed] * count if args.seed_to is None else interpolate(first.seed, last, count)
     arguments = arguments_of(model, first, None) | {"seeds": seeds, "batch_size": batch_size}
-    with progress(plan(first, [args.prompt], count, batch_size)) as callback:
+    with progress(plan(first, ends[:1], count, batch_size)) as callback:
         images = generate_checked(model, prompts, callback=callback, **arguments)
-    how = [f"--to={args.prompt if args.to is None else args.to}", f"--seed-to={last}", f"--frames={count}"]
+    how = [f"--to={ends[1]}", f"--seed-to={last}", f"--frames={count}"]
     text = f"{first.to_text()}, Interpolation: {json.dumps(shlex.join(how))}"
     captions = [f"{i / (count - 1):.2f}" for i in range(count)]
     rows = [Row("", images[i : i + COLUMNS], captions[i : i + COLUMNS]) for i in range(0, count, COLUMNS)]
-    ends = [f"{args.prompt}, seed {first.seed}", f"{args.prompt if args.to is None else args.to}, seed {last}"]
-    rows[0] = rows[0]._replace(label=" -> ".join(ends))
+    rows[0] = rows[0]._replace(label=f"{ends[0]}, seed {first.seed} -> {ends[1]}, seed {last}")
     print(output.save_animation(images, text, args.per_second))
     print(output.save_sheet(labelled_rows(rows, 96, args.enlarge), f"{count} labelled", text))

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.conditioning.prompt_syntax import MAX_WEIGHT
 from ldm.diffusion.denoiser import scalings
 from ldm.editing.attention import Call, Layer, hooked, output_of, weights_of
 from ldm.editing.settings import Editing
@@ -31,7 +32,7 @@ SMALL_LAYER = (
     16 * 16
 )  # positions of a layer whose self-attention is taken over, and whose maps make the mask of a blend
 BLEND_FROM = 0.2  # of the time: before, the maps show little
-WEIGHT = Setting(FLOAT, "")
+WEIGHT = Setting(FLOAT, "", low=-MAX_WEIGHT, high=MAX_WEIGHT)
 
 
 @contextmanager

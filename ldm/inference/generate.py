@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -75,6 +76,13 @@ def check_recipes(model: LatentDiffusion, recipes: Sequence[Recipe]) -> None:
         chunks(model, recipe, [recipe.prompt])
     for clip_skip in {recipe.clip_skip for recipe in recipes} - {1}:  # the text alone needs no network
         model.condition([model.null], clip_skip=clip_skip)
+
+
+def check_other(model: LatentDiffusion, recipe: Recipe, prompt: str) -> None:
+    """Raise ValueError where the model reads another prompt as that of the recipe, in other letters, say."""
+    both = model.condition([recipe.prompt, prompt], clip_skip=recipe.clip_skip, plain=recipe.plain).values()
+    if prompt != recipe.prompt and all(torch.allclose(*part) for part in both):
+        raise ValueError(f"this model reads {prompt!r} as it reads {recipe.prompt!r}: give --to other words than those")
 
 
 def generate_run(

@@ -159,8 +159,7 @@ def plan_runs(
     firsts = [recipes[0] for recipes in runs]
     note_unused(options, firsts)
     if args.embedding and made is None:
-        negatives = [first.negative for first in firsts if first.scale != 1]
-        note_unused_words(model, [*prompts, *negatives], all(first.plain for first in firsts))
+        note_unused_words(model, prompts, firsts)
     if cells:
         from ldm.inference.generate import check_recipes
 
@@ -190,6 +189,8 @@ def plan_recipes(
     from ldm.inference.generate import change_recipe, chunks, default_recipe
 
     settings = settings_of(args) | hashes
+    if init is None and settings["strength"] is not None:
+        raise ValueError("strength has no effect without an init image, which the commands img2img and inpaint take")
     if init is not None:
         settings |= init.settings(args, model, made)
     if made is not None:
@@ -203,11 +204,13 @@ def plan_recipes(
     return plan(first, prompts, args.n_samples * args.n_iter, batch_size, chunks(model, first, prompts))
 
 
-def note_unused_words(model: "LatentDiffusion", prompts: Sequence[str], plain: bool = False) -> None:
-    """Print which of the model's learned words no prompt contains."""
+def note_unused_words(model: "LatentDiffusion", prompts: Sequence[str], recipes: Sequence[Recipe] = ()) -> None:
+    """Print which of the model's learned words no prompt has, nor a recipe's negative prompt that has an effect."""
     from ldm.conditioning.words import unused_words
 
-    for word in unused_words(model.cond_stage_model.tokenizer, prompts, plain):
+    texts = [*prompts, *(recipe.negative for recipe in recipes if recipe.scale != 1)]
+    plain = bool(recipes) and all(recipe.plain for recipe in recipes)
+    for word in unused_words(model.cond_stage_model.tokenizer, texts, plain):
         print(f"note: no prompt contains the learned word {word!r}, so it has no effect", file=sys.stderr)
 
 
