@@ -262,7 +262,12 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
     return own.union(*(options(part) for action in subparsers for part in action.choices.values()))
 
 
-OF_OTHERS = {"--nproc-per-node", "--num-processes", "--config-file"}  # torchrun's and accelerate's
+OF_OTHERS = {
+    "--nproc-per-node",
+    "--num-processes",
+    "--config-file",
+    "--logdir",
+}  # torchrun's, accelerate's, tensorboard's
 OF_OTHERS |= {"--plot", "--images", "--ddpm", "--ddgan", "--parts"}  # of benchmarks: test_readme.py parses these
 
 

@@ -83,10 +83,15 @@ def reported(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(RunFolder, "log", killed_at(3))
             with pytest.raises(RuntimeError, match="killed"):
-                train(config(outdir, **settings), device="cpu")
-        return resume(outdir, **settings).parent
+                train(validated(outdir, settings), device="cpu")
+        return train(validated(outdir, settings), resume=True, device="cpu").parent
 
     return run
+
+
+def validated(outdir, settings):
+    given = config(outdir, **settings)
+    return given | {"data": given["data"] | {"validation": 0.1}}
 
 
 def killed_at(last: int):
@@ -107,9 +112,12 @@ def test_tensorboards_points_go_on_where_the_state_ends(reported, tmp_path):
     found = EventAccumulator(str(folder)).Reload()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [(point.step, point.value) for point in found.Scalars("error")]
-    assert points == [(line["step"], pytest.approx(line["error"])) for line in lines]
+    assert points == [(line["step"], pytest.approx(line["error"])) for line in lines if "error" in line]
     assert [step for step, _ in points] == [1, 2, 3, 4]
     assert [image.step for image in found.Images("preview")] == [2, 4]
+    measured = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
+    assert {point.step: pytest.approx(point.value) for point in found.Scalars("validation/loss")} == measured
+    assert [*measured] == [2, 4]
 
 
 def test_wandb(reported, tmp_path, monkeypatch):
