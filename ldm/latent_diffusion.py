@@ -250,7 +250,7 @@ class LatentDiffusion(nn.Module):
         for name, size in (("height", height), ("width", width)):
             if size < self.multiple or size % self.multiple:
                 raise ValueError(
-                    f"{name} {size} cannot be made by this model: use a positive multiple of {self.downsampling}"
+                    f"{name} {size} cannot be made by this model: use a positive multiple of {self.multiple}"
                 )
         return self.channels, height // self.downsampling, width // self.downsampling
 

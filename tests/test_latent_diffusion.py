@@ -133,7 +133,7 @@ def test_callback_is_given_every_step_of_every_batch(tiny_model):
         ({"steps": 1001}, "from 1 to 1000 .* got 1001"),
         ({"sampler": "dimm"}, "unknown sampler 'dimm'; choose from ddim, ddpm"),
         ({"spacing": "even"}, "unknown spacing 'even'"),
-        ({"height": 34}, "height 34 .* multiple of 4"),
+        ({"height": 34}, "height 34 .* multiple of 8"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"height": -8}, "height must be at least 1, got -8"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

@@ -100,6 +100,7 @@ def test_size_and_channels_are_said_once(squares, tmp_path, size, channels, mode
     ("change", "said"),
     [
         ("data.params.size=50", "autoencoder: the images of Folder are 50 x 50 .*multiples of 4"),
+        ("data.params.size=104", "diffusion: .*height 104 cannot be made .* positive multiple of 16"),
         ("clip.data.params.size=60", "clip: the images of Folder are 60 x 60 .*multiples of 8"),
         ("clip.stage.params.vision.image_size=32", "clip: .* 64 x 64 .*image_size, 32"),
         ("autoencoder.stage.params.ddconfig.in_channels=1", "autoencoder: .*3 channels.* 1"),
