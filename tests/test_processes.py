@@ -16,6 +16,7 @@ from test_pixel_diffusion import CONFIG, PIXEL, widened
 from tiny_stages import STAGES as ALL
 from tiny_stages import config_of, write_inputs
 
+from ldm.training import loop
 from ldm.training.fsdp import check_fsdp, use_fsdp
 from ldm.training.processes import processes
 from ldm.training.stage import Stage
@@ -56,6 +57,25 @@ if rank != "0":
 if rank == os.environ.get("KILL"):
     loop.agreed = lambda *flags: os.kill(os.getpid(), signal.SIGKILL)
 run(main)
+"""
+
+# Before it, in a process that has imported torch: it becomes two, in half the time that torchrun takes for that.
+TWICE = """
+import os, socket, sys
+import accelerate, sklearn.datasets, torch._dynamo  # once: they take seconds
+from ldm.training import autoencoder, diffusion, loop
+torch.set_num_threads(1)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+children = []
+for rank in "01":
+    if (child := os.fork()) == 0:
+        os.environ.update(place, RANK=rank, LOCAL_RANK=rank)
+        break
+    children.append(child)
+else:
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
 
@@ -108,6 +128,22 @@ def result(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     metrics = {name: value for line in lines for name, value in line.items()}
     return torch.cat([w.flatten().double() for w in weights]), metrics
+
+
+def test_two_processes_are_one(inputs, warm_python, monkeypatch):
+    """Of two optimizers, and of one, which uses all weights, so that DDP need not look for others, nor warn."""
+    monkeypatch.chdir(inputs)
+    stages, short = ("autoencoder", "classes"), {"preview_every": 9}
+    for name, batch_size in (("short half", 1), ("short one", 2)):
+        for config in json.loads(configured(name, stages, batch_size=batch_size, **short)):
+            loop.train(config, device="cpu")
+    done = warm_python(TWICE + RUN, configured("short two", stages, batch_size=1, **short), cwd=inputs)
+    assert done.returncode == 0 and "find_unused_parameters" not in done.stderr, done.stderr
+    for stage in stages:
+        half, one, two = (result(inputs / f"short {name}" / stage) for name in ("half", "one", "two"))
+        error, other = ((some[0] - one[0]).norm() for some in (two, half))
+        assert error < 1e-3 * other, stage
+        assert two[1]["grad_norm_0"] == pytest.approx(one[1]["grad_norm_0"], rel=1e-3)
 
 
 @pytest.mark.full

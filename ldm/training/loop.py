@@ -23,7 +23,7 @@ from ldm.training.lr_scheduler import lr_multiplier
 from ldm.training.metrics import Metrics, Waits
 from ldm.training.optimizers import average_of, clip_gradients
 from ldm.training.order import EpochBatches
-from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator
+from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator, prepared
 from ldm.training.run_folder import RunFolder
 from ldm.training.sharding import complete, sharded
 from ldm.training.share import BatchShare
@@ -189,7 +189,7 @@ def build_run(
 
         check_fsdp(stage, own, **{key: getattr(settings, key) for key in ("ema_snapshots", "validate_both", "compile")})
         trained.to(memory_format=torch.contiguous_format)  # it shards no others
-    model, *optimizers = accelerator.prepare(trained, *own)
+    model, *optimizers = prepared(accelerator, trained, own)
     scaler = accelerator.scaler  # of gradients in fp16, else None
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")

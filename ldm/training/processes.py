@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +32,6 @@ def make_accelerator(precision: str, accumulate: int, device: torch.device, repo
     """Return accelerate's front end for these settings; raise ValueError if it uses another device."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import DistributedDataParallelKwargs
 
     AcceleratorState._reset_state()  # accelerate keeps those of the stage before in the process
     GradientState._reset_state()
@@ -40,8 +39,6 @@ def make_accelerator(precision: str, accumulate: int, device: torch.device, repo
         mixed_precision=mixed_precision(precision, device),
         gradient_accumulation_steps=accumulate,
         cpu=device.type == "cpu",
-        # With several processes: the loss for one optimizer does not use the network of the other.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         log_with=None if report_to == "none" else report_to,
         project_dir=outdir,
     )
@@ -52,6 +49,22 @@ def make_accelerator(precision: str, accumulate: int, device: torch.device, repo
     if accelerator.device.type != device.type or device.index not in (None, accelerator.device.index):
         raise ValueError(f"training on {str(device)!r} is not possible here: accelerate gives {accelerator.device}")
     return accelerator
+
+
+def prepared(accelerator: Any, trained: Any, optimizers: Sequence[Any]) -> list[Any]:
+    """Return what trains, a `Trained`, and its optimizers, as accelerate wraps them for these processes.
+
+    DDP waits for the gradient of each weight. That of a weight which the loss does not use would never come, so it can
+    look for these in every step, and warns where it finds none. They are there with several optimizers, as the loss of
+    one does not use the network of another; and where a text encoder trains, or adapters of one in a model that is
+    loaded to be tuned: the context may be taken before its last layer, and its logit scale is CLIP's.
+    """
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    text = any(hasattr(network, "tokenizer") for network in trained.stage.networks.values())
+    some_unused = len(optimizers) > 1 or text or not trained.stage.rehearses
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
+    return list(accelerator.prepare(trained, *optimizers))
 
 
 def agreed(accelerator: Any, flag: bool) -> bool:
