@@ -16,7 +16,8 @@ from test_pixel_diffusion import CONFIG, PIXEL, widened
 from tiny_stages import STAGES as ALL
 from tiny_stages import config_of, write_inputs
 
-from ldm.training import loop
+from ldm.commands import train as command
+from ldm.training import loop, rehearsal
 from ldm.training.fsdp import check_fsdp, use_fsdp
 from ldm.training.processes import processes
 from ldm.training.stage import Stage
@@ -144,6 +145,16 @@ def test_two_processes_are_one(inputs, warm_python, monkeypatch):
         error, other = ((some[0] - one[0]).norm() for some in (two, half))
         assert error < 1e-3 * other, stage
         assert two[1]["grad_norm_0"] == pytest.approx(one[1]["grad_norm_0"], rel=1e-3)
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_the_main_process_alone_tries_the_stages(monkeypatch, main):
+    done, state = [], SimpleNamespace(is_main_process=main, num_processes=2, device="cpu")
+    monkeypatch.setattr("ldm.training.processes.processes", lambda device: state)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda configs, *others: done.append("tried"))
+    monkeypatch.setattr(loop, "train", lambda config, *others: done.append(config["name"]))
+    command.main([str(ROOT / "configs" / "sklearn" / "autoencoder.yaml")])
+    assert done == ["tried"] * main + ["autoencoder"]
 
 
 @pytest.mark.full

@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         from ldm.training.plan import print_plans
 
         return print_plans(configs, args.resume, device, state)
-    rehearse(configs, args.resume, device)
+    if state.is_main_process:  # the others wait for it before they read their data
+        rehearse(configs, args.resume, device)
     for config in configs:
         result = train(config, args.resume, args.device)
         if state.is_main_process:
