@@ -203,6 +203,13 @@ def test_a_blend_without_effect_is_refused(model, monkeypatch):
     refused("this model has none", pairs_of, model, blend=["xy"])
 
 
+def test_pairs_of_other_seeds_are_refused(model):
+    for seeds in ([0, 1], [0, 1, 1, 0]):
+        with prompt_to_prompt(model, A, B, pairs=len(seeds) // 2):
+            texts = [A] * (len(seeds) // 2) + [B] * (len(seeds) // 2)
+            refused("begin at other noise: give both the same seed", model.generate, texts, seeds=seeds, steps=2)
+
+
 def test_on_compvis_own_sampler(tmp_path):
     """The drop-in `LatentDiffusion` with its DDIM: the first image is as alone, a weight of 1 is bit-identical."""
     model = built(config(clip_folder(tmp_path / "clip")))

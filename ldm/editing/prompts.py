@@ -49,7 +49,7 @@ def prompt_to_prompt(
 ) -> Iterator[None]:
     """Make the next batch, `pairs` images of `prompt` and as many of `edited`, images and their edited versions.
 
-    Both of a pair need the same seed. An edit that changes nothing makes the same image, bit for bit.
+    Both of a pair have the same seed. An edit that changes nothing makes the same image, bit for bit.
 
     Args:
         model: a LatentDiffusion of texts, ours or CompVis's, with any sampler.
@@ -61,7 +61,8 @@ def prompt_to_prompt(
 
     Raises:
         ValueError: for a model without attention to words, for words that a prompt does not have, and for what would
-            have no effect; after the block, for a blend that had none.
+            have no effect; from the sampler, for another batch or pairs of other seeds; after the block, for a blend
+            that had no effect.
     """
     if not isinstance(weights, Mapping | None):
         raise ValueError(f"weights must be a mapping of words to numbers, got {weights!r}")
@@ -111,7 +112,7 @@ class _Edit:
             self.blended[1, target.find(text) if source.find(text) else target.places(text)] = 1
         self.is_empty = source.prompt == target.prompt and bool((self.factor == 1).all() and self.kept.all())
         self.seen: dict[int, Tensor] = {}  # positions of a layer -> attention to the blend's words (2, pairs, n)
-        self.has_blended = False
+        self.has_begun = self.has_blended = False
 
     def begin(self, pooled: Tensor, call: Call) -> Tensor:
         """Return the vectors of texts as a whole, (b or 2b, d), with those of the first images for the edited ones."""
@@ -150,6 +151,9 @@ class _Edit:
 
         x, output: of the UNet, (2 pairs, c, h, w), or twice as many with the unconditional ones first.
         """
+        if not self.has_begun and not torch.allclose(*x[-2 * self.pairs :].float().chunk(2), atol=1e-3):
+            raise ValueError("an image and its edited version begin at other noise: give both the same seed")
+        self.has_begun = True
         if self.settings.blend and not self.seen:
             raise ValueError(
                 "blend reads maps of at most 16 x 16 places, and this model has none in images of this size"
