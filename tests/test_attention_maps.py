@@ -167,6 +167,7 @@ def test_what_does_not_fit_is_refused(model):
         model.generate(["five"], steps=1)
     refused("a word of the prompt must be text, got 5", maps.of, 5)
     refused("image must be from 0 to 0, got 1", maps.of, "five", 1)
+    refused(r"in step 9 was seen: there are the layers .*\.attn2, and the steps \[0\]", maps.of, "five", step=9)
     refused("the maps are of 1 images, got 0", maps.sheet, [])
     with attention_maps(model, ["five"]):
         refused("called on 6 images, not on 1: .* in one batch", model.generate, ["five"] * 3)

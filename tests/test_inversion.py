@@ -217,7 +217,10 @@ def test_mistakes_are_one_sentence(tiny_model, images):
     concat = copy.copy(tiny_model)
     concat.concat = "latents"
     refused("without an image in its input", invert_images, concat, images, prompts)
+    refused("needs the prompts of the images, and there are none", invert_images, tiny_model, images, [])
     found = invert_images(tiny_model, images, prompts, steps=3)
+    refused("2 prompts need as many negative prompts, or one; got 3", null_text, tiny_model, found, ["a", "b", "c"])
+    refused("what null_text returns, got Inversion", null_text_guidance(tiny_model, found).__enter__)
     refused("has no effect at guidance scale 1", null_text, tiny_model, found, scale=1)
     refused("or outside of its interval", null_text, tiny_model, found, interval=(1e-9, 1e-8))
     refused("leave out what changes its noise levels", null_text, tiny_model, found, steps=4)

@@ -210,6 +210,17 @@ def test_pairs_of_other_seeds_are_refused(model):
             refused("begin at other noise: give both the same seed", model.generate, texts, seeds=seeds, steps=2)
 
 
+def test_half_the_pairs_with_guidance_are_not_the_pairs_without(model):
+    """The UNet is called on as many images."""
+    with prompt_to_prompt(model, A, B):
+        refused("called on half of 2 images, guided: generate these in one batch", model.generate, [A], steps=2)
+    with prompt_to_prompt(model, A, B, pairs=2):
+        refused("called on half of 4 images, guided", model.generate, [A, B], seeds=[0, 0], steps=2)
+    with prompt_to_prompt(model, A, B):  # two batches
+        first, second = (model.generate([A, B], seeds=[0, 0], steps=2, scale=scale) for scale in (1, 2))
+    assert not equal(first, second)
+
+
 def test_on_compvis_own_sampler(tmp_path):
     """The drop-in `LatentDiffusion` with its DDIM: the first image is as alone, a weight of 1 is bit-identical."""
     model = built(config(clip_folder(tmp_path / "clip")))

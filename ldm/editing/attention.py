@@ -90,6 +90,9 @@ def hooked(
         x, t = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("x", "timesteps")))
         if len(x) not in (images, 2 * images):
             raise ValueError(f"the UNet was called on {len(x)} images, not on {images}: generate these in one batch")
+        context = args[2] if len(args) > 2 else kwargs.get("context")
+        if calls and float(t[0]) < calls[0].t and len(x) == images and _is_guided(x, context):
+            raise ValueError(f"the UNet was called on half of {images} images, guided: generate these in one batch")
         calls[:] = [Call(float(t[0]), max(0.0, (steps - 1 - float(t[0])) / steps), *x.shape[-2:])]
         if begin is None or (pooled := kwargs.get("y")) is None:
             return None
@@ -119,6 +122,13 @@ def hooked(
         for layer in attention_layers(model):
             undo.callback(layer.module.register_forward_hook(partial(replace, layer), with_kwargs=True).remove)
         yield
+
+
+def _is_guided(x: Tensor, context: Tensor | None) -> bool:
+    """Return whether a batch has the same images twice, of other contexts, as images of two prompts are not."""
+    if context is None or len(x) % 2:
+        return False
+    return torch.equal(*x.chunk(2)) and not torch.equal(*context.chunk(2))
 
 
 def weights_of(layer: Layer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -149,12 +149,16 @@ class _Sampling:
         if model.concat is not None or model.random_x0:
             raise ValueError("inversion needs a model without an image in its input, and without noise of its own")
         self.model, self.prompts, self.rescale = model, listed("prompts", prompts), chosen.rescale
+        if not self.prompts:
+            raise ValueError("inversion needs the prompts of the images, and there are none")
         guided = {"negative": negative or None, "interval": chosen.interval, "rescale": chosen.rescale or None}
         self.scale, negative = plan_guidance(model, chosen.scale, negative)
         if self.scale == 1 and (unused := [name for name, value in guided.items() if value is not None]):
             raise ValueError(f"{', '.join(unused)} would have no effect at guidance scale 1")
         self.interval = tuple(given(given(chosen.interval, own["interval"]), ALL_SIGMAS))
         negatives = list(negative) if isinstance(negative, list | tuple) else [negative] * len(self.prompts)
+        if len(negatives) != len(self.prompts):
+            raise ValueError(f"{len(self.prompts)} prompts need as many negative prompts, or one; got {len(negatives)}")
         both = [self.prompts] if self.scale == 1 else [self.prompts, negatives]
         chunks = max(count for texts in both for count in count_chunks(model.cond_stage_model, texts, chosen.plain))
         options = {"chunks": chunks, "clip_skip": chosen.clip_skip, "plain": chosen.plain}
@@ -214,10 +218,14 @@ def _error(x: Tensor, goal: Tensor, sigma: float) -> Tensor:
 def null_text_guidance(model: Any, nulls: NullText, copies: int = 1) -> Iterator[None]:
     """Guide the next batches away from these null conditions, in this thread, until the block ends.
 
+    They take the place of `generate`'s negative prompt: that of `null_text` is where they come from.
+
     copies: how often a batch has the inverted images: 2 for pairs of `prompt_to_prompt`.
 
     ValueError from the sampler for a batch of other images or steps; after the block, where none had guidance.
     """
+    if not isinstance(nulls, NullText):
+        raise ValueError(f"nulls must be what null_text returns, got {type(nulls).__name__}")
     unet, thread, guided = model.model.diffusion_model, get_ident(), []  # whether each call of the UNet was
     images = POSITIVE.checked("copies", copies) * len(next(iter(nulls.conds[0].values())))
 

@@ -53,7 +53,8 @@ class AttentionMaps:
             if layer in (None, name) and step in (None, part)
         ]
         if not kept:
-            raise ValueError(f"no attention of layer {layer!r} in step {step!r} was seen")
+            there = f"there are the layers {', '.join(self.layers) or 'none'}, and the steps {self.steps}"
+            raise ValueError(f"no attention of layer {layer!r} in step {step!r} was seen: {there}")
         size = max((one.shape for one in kept), key=lambda shape: shape[0] * shape[1])
         return torch.stack([_resized(one, size) for one in kept]).mean(0)
 

@@ -151,7 +151,8 @@ class _Edit:
 
         x, output: of the UNet, (2 pairs, c, h, w), or twice as many with the unconditional ones first.
         """
-        if not self.has_begun and not torch.allclose(*x[-2 * self.pairs :].float().chunk(2), atol=1e-3):
+        first, edited = x[-2 * self.pairs :].float().chunk(2)
+        if not self.has_begun and not torch.allclose(first, edited, atol=1e-3):
             raise ValueError("an image and its edited version begin at other noise: give both the same seed")
         self.has_begun = True
         if self.settings.blend and not self.seen:

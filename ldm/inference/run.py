@@ -188,7 +188,7 @@ def plan_recipes(
     """Return the recipes of a run, or that of one image again with the settings that are given, and these hashes."""
     from ldm.inference.generate import change_recipe, chunks, default_recipe
 
-    settings = settings_of(args) | hashes
+    settings = {**settings_of(args), **hashes}
     if init is None and settings["strength"] is not None:
         raise ValueError("strength has no effect without an init image, which the commands img2img and inpaint take")
     if init is not None:
