@@ -39,8 +39,8 @@ from ldm import legacy_paths
 __version__ = "0.1.0"
 
 _HOMES = {"load": "ldm.loading", "save": "ldm.saving", "LatentDiffusion": "ldm.latent_diffusion"}
-_HOMES |= {"interpolate": "ldm.interpolation", "xy_grid": "ldm.inference.xy_grid"}
-__all__ = ["LatentDiffusion", "__version__", "interpolate", "load", "save", "xy_grid"]
+_HOMES |= {name: f"ldm.inference.{name}" for name in ("optimize", "xy_grid")} | {"interpolate": "ldm.interpolation"}
+__all__ = ["LatentDiffusion", "__version__", "interpolate", "load", "optimize", "save", "xy_grid"]
 
 legacy_paths.install()
 

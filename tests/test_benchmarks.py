@@ -10,7 +10,7 @@ from conftest import refused
 from meta_models import TINY_1
 
 import ldm
-from benchmarks import common, data, generators, guidance, loading, samplers, training, trilemma
+from benchmarks import common, data, generators, guidance, loading, samplers, speed, training, trilemma
 from ldm.checkpoint.compvis import single_file
 from ldm.checkpoint.diffusers_config import unet_levels
 from ldm.checkpoint.diffusers_names import unet_to_diffusers
@@ -299,3 +299,28 @@ def test_networks_have_the_size_of_their_name(name):
     with torch.device("meta"):
         unet = UNetModel(**training.NETWORKS[name].unet)
     assert sum(p.numel() for p in unet.parameters()) == pytest.approx(float(name[:-1]) * 1e6, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        speed.Case("digits_unet", "unet", 2, 8, "digits"),
+        speed.Case("sd_unet", "unet", 2, 8, "sd"),
+        speed.Case("sd_vae", "decoder", 1, 8, "sd"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_forms_whose_speed_is_compared_compute_the_same(case, monkeypatch):
+    monkeypatch.setattr(speed, "from_compvis", lambda yaml: TINY_1)
+    found = speed.measure(case, rounds=2)
+    assert list(found) == ["plain", "optimized", "diffusers"]
+    for form in found.values():  # of float32, in another order of sums
+        assert len(form.seconds) == 2 and min(form.seconds) > 0 and form.error < 1e-5
+
+
+def test_table_of_speeds():
+    found = {name: speed.Found([2 * x, x, 10 * x, x], 1e-6) for name, x in (("plain", 0.1), ("diffusers", 0.2))}
+    rows = speed.rows_of(speed.CASES[0], found)
+    assert rows[0] == ["digits_unet", "1", "8 x 8", "plain", "150.00", "67%", "2.00", "1e-06"]
+    assert rows[1][3:] == ["diffusers", "300.00", "67%", "1.00", "1e-06"]
+    refused("--quick and --case choose the cases", speed.main, ["--quick", "--case", "sd_vae"])

@@ -68,6 +68,7 @@ MODEL = """
 --precision: bf16
 --attention: math
 --channels-last:
+--no-optimize:
 --compile:
 --vae-tiling: 16
 --offload: swap

@@ -268,7 +268,14 @@ OF_OTHERS = {
     "--config-file",
     "--logdir",
 }  # torchrun's, accelerate's, tensorboard's
-OF_OTHERS |= {"--plot", "--images", "--ddpm", "--ddgan", "--parts"}  # of benchmarks: test_readme.py parses these
+OF_OTHERS |= {
+    "--plot",
+    "--quick",
+    "--images",
+    "--ddpm",
+    "--ddgan",
+    "--parts",
+}  # of benchmarks: test_readme.py parses these
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda path: path.name)

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     init = None if args.init_img is None else InitImage.read(args.init_img)
     output = OutputFolder(args.outdir, enlarge=args.enlarge)
 
-    model: Any = load_model(args)
+    model: Any = load_model(args, gradients=args.null_text)
     from ldm.editing import attention_maps, null_text_guidance, prompt_to_prompt
     from ldm.inference.generate import generate_run, progress
 

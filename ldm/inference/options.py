@@ -161,6 +161,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help=text)
     add("--attention", choices=("auto", "sdpa", "xformers", "math"), help="its kernel; math: plain, in float32 (auto)")
     add("--channels-last", action="store_true", help="another memory layout, which convolutions may prefer")
+    text = "on a CPU: compute by large layers as they are, not with weights that are packed for it, once"
+    add("--no-optimize", action="store_true", help=text)
     add("--compile", action="store_true", help="torch.compile the UNet: a minute or more once, then faster steps")
     add("--vae-slicing", action="store_true", help="encode and decode one image at a time")
     text = "encode and decode images of more than SIDE x SIDE (128) pixels in bands, in less memory, seamlessly"
@@ -207,8 +209,11 @@ def loading_arguments(args: argparse.Namespace) -> dict[str, object]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
-def load_model(args: argparse.Namespace) -> "LatentDiffusion":
-    """Load the model that the options of `add_model_options` describe; print what had to be assumed about it."""
+def load_model(args: argparse.Namespace, gradients: bool = False) -> "LatentDiffusion":
+    """Load the model that the options of `add_model_options` describe; print what had to be assumed about it.
+
+    gradients: they are needed, which packed layers (`ldm.optimize`) do not have.
+    """
     import torch
 
     import ldm
@@ -223,23 +228,8 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
     model = ldm.load(args.ckpt, device="cpu", dtype=None, **loading_arguments(args))
     precision = "full" if args.precision is None else args.precision
     wait = weights_wait(model, device) and not (args.lora and args.compile)  # what is beside weights is not compiled
-    if args.lora and not wait:
-        model.float()  # changes are not rounded
-    if args.lora:
-        from ldm.finetune.lora_files import apply_lora, merge_lora, split_strength
-
-        last = torch.get_autocast_dtype(device.type) if precision == "autocast" else DTYPES[precision]
-        for path, strength in map(split_strength, args.lora):
-            if wait:  # beside weights that stay half precision, in which its change would be rounded
-                apply_lora(model, path, strength)
-            else:
-                merge_lora(model, path, strength, last)
-    if args.embedding:
-        from ldm.finetune.embedding_files import split_word
-        from ldm.finetune.embeddings import apply_embedding
-
-        for path, word in map(split_word, args.embedding):
-            apply_embedding(model, path, word)
+    last = torch.get_autocast_dtype(device.type) if precision == "autocast" else DTYPES[precision]
+    _change(model, args, None if wait else last)
     for note in model.notes:
         print(note, file=sys.stderr)
     set_precision(model, precision, device, as_stored=True, traced=args.compile)
@@ -265,5 +255,38 @@ def load_model(args: argparse.Namespace) -> "LatentDiffusion":
         from ldm.inference.compile import compile_unet
 
         compile_unet(model)
+    fast = False
+    if device.type == "cpu" and not (wait or args.compile or precision == "autocast"):
+        from ldm.inference.optimize import gains, optimize
+
+        fast = gains(model)
+    if args.no_optimize and not fast:
+        print("--no-optimize has no effect: this model is computed plainly as it is", file=sys.stderr)
+    elif fast and not (args.no_optimize or gradients):
+        model = optimize(model, consume=True)
     check_images(model)
     return model
+
+
+def _change(model: "LatentDiffusion", args: argparse.Namespace, last: Any) -> None:
+    """Add the LoRAs and learned words that are asked for.
+
+    last: the dtype in which weights will be, for LoRAs that are merged; None for weights that stay half precision, in
+        which a change would be rounded: they are added beside those.
+    """
+    if args.lora:
+        from ldm.finetune.lora_files import apply_lora, merge_lora, split_strength
+
+        if last is not None:
+            model.float()  # changes are not rounded
+        for path, strength in map(split_strength, args.lora):
+            if last is None:
+                apply_lora(model, path, strength)
+            else:
+                merge_lora(model, path, strength, last)
+    if args.embedding:
+        from ldm.finetune.embedding_files import split_word
+        from ldm.finetune.embeddings import apply_embedding
+
+        for path, word in map(split_word, args.embedding):
+            apply_embedding(model, path, word)
