@@ -275,6 +275,7 @@ OF_OTHERS |= {
     "--ddpm",
     "--ddgan",
     "--parts",
+    "--samplers",
 }  # of benchmarks: test_readme.py parses these
 
 

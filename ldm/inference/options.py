@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.checks import SHIPPED_MODELS
 from ldm.cli import ALLOW, Parser, device_name, finite_float, int_range
 from ldm.settings import FLAG, FLOAT, INT, INTERVAL, NAMES, SEED, Setting, Settings, help_text, setting_rows
 
@@ -178,7 +179,7 @@ def add_checkpoint_options(group: argparse._ArgumentGroup, *names: str) -> None:
         *names,
         type=Path,
         metavar="FILE",
-        help="checkpoint, run, diffusers folder, or a model that ships: digits, emoji (digits)",
+        help=f"checkpoint, run, diffusers folder, or a model that ships: {', '.join(SHIPPED_MODELS)} (digits)",
     )
     add_loading_options(group)
     group.add_argument(
