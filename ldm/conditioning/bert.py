@@ -74,25 +74,32 @@ class WordPieceEncoder(nn.Module):
         vocab: the tokenizer's tokens (`read_vocab`). None: prompts must be token ids, or empty where vocab_size is that
             of bert-base-uncased, whose ids are known. A stage that trains the encoder gives it the words of its
             captions.
+        pooled: also return the sum of each prompt's vectors, over the root of their number (b, d), as "c_adm".
     """
 
     reads = "caption"  # which part of a data set's sample it encodes
 
-    def __init__(self, vocab_size: int, max_seq_len: int, vocab: Sequence[str] | None) -> None:
+    def __init__(self, vocab_size: int, max_seq_len: int, vocab: Sequence[str] | None, pooled: bool) -> None:
         super().__init__()
         if vocab is not None and len(vocab) != vocab_size:
             raise ValueError(f"the vocabulary has {len(vocab)} tokens and the model {vocab_size}; they must be equal")
         self.vocab_size = vocab_size
-        self.max_seq_len = max_seq_len
+        self.max_seq_len, self.pooled = max_seq_len, pooled
+        self.pad = BERT_PAD if vocab is None else vocab.index("[PAD]")
         self.tokenizer = None if vocab is None else WordPiece(vocab, max_seq_len)
         self.null = "" if vocab is not None or vocab_size == BERT_TOKENS else None  # the null condition
 
     def forward(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> dict[str, Tensor]:
-        """Return {"c_crossattn": encode(prompts)}."""
-        return {"c_crossattn": self.encode(prompts)}
+        """Return {"c_crossattn": encode(prompts)} and, if pooled, "c_adm"."""
+        tokens = self.tokens(prompts)
+        vectors = self.encode(tokens)
+        if not self.pooled:
+            return {"c_crossattn": vectors}
+        read = (tokens != self.pad).to(vectors)[:, : vectors.shape[1], None]  # (b, m, 1); the first is never padding
+        return {"c_crossattn": vectors, "c_adm": (read * vectors).sum(1) / read.sum(1).sqrt()}
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Encode prompts, or their tokens int64 (b, n), as vectors for cross-attention (b, m, d)."""
+        """Encode prompts, or their tokens int64 (b, n), as vectors for cross-attention (b, m, d), m <= n."""
         raise NotImplementedError
 
     def tokens(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
@@ -139,7 +146,7 @@ class BERTEncoder(WordPieceEncoder):
     Args:
         n_embed: features d per token.
         n_layer: number of blocks.
-        vocab_size, max_seq_len, vocab: of `WordPieceEncoder`.
+        vocab_size, max_seq_len, vocab, pooled: of `WordPieceEncoder`.
     """
 
     def __init__(
@@ -150,8 +157,9 @@ class BERTEncoder(WordPieceEncoder):
         max_seq_len: Width = 77,
         vocab: Sequence[str] | None = None,
         embedding_dropout: Probability = 0.0,
+        pooled: bool = False,
     ) -> None:
-        super().__init__(vocab_size, max_seq_len, vocab)
+        super().__init__(vocab_size, max_seq_len, vocab, pooled)
         self.transformer = TransformerWrapper(vocab_size, max_seq_len, Encoder(n_embed, n_layer), embedding_dropout)
         self.transformer.to_logits.requires_grad_(False)  # not used: several processes expect gradients of all others
 

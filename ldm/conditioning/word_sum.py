@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ldm.checks import Entries, Width
-from ldm.conditioning.bert import BERT_PAD, BERT_TOKENS, WordPieceEncoder
+from ldm.conditioning.bert import BERT_TOKENS, WordPieceEncoder
+from ldm.models.transformer import FIRST_NORM
 
 
 class WordSum(WordPieceEncoder):
@@ -13,7 +14,7 @@ class WordSum(WordPieceEncoder):
 
     Args:
         n_embed: features d.
-        vocab_size, max_seq_len, vocab: of `WordPieceEncoder`.
+        vocab_size, max_seq_len, vocab, pooled: of `WordPieceEncoder`.
     """
 
     def __init__(
@@ -22,11 +23,12 @@ class WordSum(WordPieceEncoder):
         vocab_size: Entries = BERT_TOKENS,
         max_seq_len: Width = 77,
         vocab: Sequence[str] | None = None,
+        pooled: bool = False,
     ) -> None:
-        super().__init__(vocab_size, max_seq_len, vocab)
-        pad = BERT_PAD if vocab is None else vocab.index("[PAD]")
-        self.token_emb = nn.Embedding(vocab_size, n_embed, padding_idx=pad)  # a zero, which does not train
+        super().__init__(vocab_size, max_seq_len, vocab, pooled)
+        self.token_emb = nn.Embedding(vocab_size, n_embed, padding_idx=self.pad)  # a zero, which does not train
         self.norm = nn.LayerNorm(n_embed)
+        nn.init.constant_(self.norm.weight, FIRST_NORM)
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
         """Encode prompts, or their tokens int64 (b, n), as one vector each, (b, 1, d)."""

@@ -7,10 +7,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.models.attention import FeedForward
+from ldm.models.blocks import zero_module
 from ldm.models.kernels import attention
 
 HEADS = 8
 HEAD_WIDTH = 64  # of every published model, whatever its width
+FIRST_NORM = 4.0  # of the output's deviation at the start
 
 
 class BERTAttention(nn.Module):
@@ -30,13 +32,18 @@ class BERTAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`depth` pairs of attention and feed-forward layers (exact GELU), each added to x (b, n, dim) after a norm."""
+    """`depth` pairs of attention and feed-forward layers (exact GELU), each added to x (b, n, dim) after a norm.
+
+    What is added begins with zero, so that each token is first its own word (docs/results/scenes.md).
+    """
 
     def __init__(self, dim: int, depth: int) -> None:
         super().__init__()
         self.dim = dim
         layers = [layer for _ in range(depth) for layer in (BERTAttention(dim), FeedForward(dim))]
         self.layers: Any = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), layer]) for layer in layers)
+        for layer in layers:
+            zero_module(layer.to_out if isinstance(layer, BERTAttention) else layer.net[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, layer in self.layers:
@@ -51,13 +58,13 @@ class TransformerWrapper(nn.Module):
         super().__init__()
         dim = attn_layers.dim
         self.max_seq_len = max_seq_len
-        # Of deviation 1, torch's default. CompVis's 0.02 is lost beside the first layers' outputs, which are about 0.3:
-        # a small encoder then learns no word but the most frequent ones (docs/results/scenes.md).
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb: Any = nn.ModuleDict({"emb": nn.Embedding(max_seq_len, dim)})
         self.emb_dropout = nn.Dropout(emb_dropout)
         self.attn_layers = attn_layers
         self.norm = nn.LayerNorm(dim)
+        # A UNet's attention to tokens of deviation 1 begins nearly uniform, and a word is lost among the others.
+        nn.init.constant_(self.norm.weight, FIRST_NORM)
         self.to_logits = nn.Linear(dim, num_tokens)
 
     def forward(self, tokens: Tensor, return_embeddings: bool = False) -> Tensor:
