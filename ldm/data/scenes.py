@@ -1,7 +1,8 @@
 """Scenes: one to three MNIST digits in stated colours, sizes and places on a plain 64 x 64 background, with captions.
 
 Scene i is a function of (seed, i) and of the MNIST images, its caption of (seed, epoch, i). Of a scene's captions each
-states something true of it: places, a relation of two digits, or neither, and in half of them the background. The
+states something true of it: places, a relation of two digits, or (1 in 10) neither, and the background: a caption
+without one is of a dark scene, and half of these say so. What captions leave open is noise to who learns them. The
 digits of a scene differ, and so do their colours; so "which colour has the five?" has one answer.
 
 Some combinations are held out of what models are trained on (`combinations: seen`), which has each of their parts:
@@ -32,6 +33,7 @@ PALETTE = {  # red, green, blue in 0..255
     "blue": (60, 80, 230), "purple": (185, 65, 215),
 }  # fmt: skip
 BACKGROUNDS = {"dark": (24, 24, 28), "grey": (118, 118, 122), "light": (232, 232, 228)}
+DEFAULT_BACKGROUND = 0  # of captions that state none
 DIGIT_SIZES = {"small": 14, "medium": 19, "large": 25}  # pixels of a digit's longer side; captions leave "medium" out
 PLACES = (  # of a grid of 3 x 3, row by row
     "in the top left", "at the top", "in the top right", "on the left", "in the middle", "on the right",
@@ -75,7 +77,6 @@ class SceneCaption(NamedTuple):
     text: str
     places: bool  # whether it states the place of each digit
     relation: tuple[int, str, int] | None  # which object is "left of", say, which other one
-    background: bool
 
 
 class Scenes(Dataset):
@@ -223,8 +224,8 @@ def step_between(a: SceneObject, b: SceneObject) -> tuple[int, int]:
 def describe_scene(scene: Scene, uniform: Uniform) -> SceneCaption:
     """Return a caption of a scene. uniform: random numbers in [0, 1)."""
     objects, names = scene.objects, [one.name for one in scene.objects]
-    places, relation = uniform() < 0.7, None
-    if len(objects) == 2 and uniform() < 0.7:
+    places, relation = uniform() < 0.9, None
+    if len(objects) == 2 and uniform() < 0.5:
         first = int(uniform() * 2)
         step = step_between(objects[first], objects[1 - first])
         words = [word for word, direction in RELATIONS.items() if direction == step]
@@ -236,10 +237,9 @@ def describe_scene(scene: Scene, uniform: Uniform) -> SceneCaption:
         stated = [f"{name} {PLACES[one.place]}" if places else name for name, one in zip(names, objects, strict=True)]
         stated = [name for _, name in sorted((uniform(), name) for name in stated)]
         text = " and ".join([part for part in (", ".join(stated[:-1]), stated[-1]) if part])
-    background = uniform() < 0.5
-    if background:
+    if uniform() < 0.5 or scene.background != DEFAULT_BACKGROUND:
         text += f" on a {_NAMES['background'][scene.background]} background"
-    return SceneCaption(text, places, relation, background)
+    return SceneCaption(text, places, relation)
 
 
 def _draft(uniform: Uniform, count: int) -> list[SceneObject]:

@@ -71,7 +71,7 @@ def score_scene(
         "binding": bound if len(bound) > 1 else [],
         "sizes": [one.digit in by_digit and by_digit[one.digit].size == one.size for one in scene.objects],
         "places": [],
-        "backgrounds": [background == scene.background] if caption.background else [],
+        "backgrounds": [background == scene.background],
     }
     if caption.places:
         right["places"] = [one.digit in by_digit and _cell(by_digit[one.digit]) == one.place for one in scene.objects]
