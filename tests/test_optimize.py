@@ -17,6 +17,7 @@ from torch import nn
 import ldm
 from ldm.cli import Parser
 from ldm.commands import edit
+from ldm.compvis.ema import LitEma
 from ldm.editing import attention_maps
 from ldm.inference import optimize as fast_forms
 from ldm.inference import precision
@@ -158,6 +159,55 @@ def test_gradients_are_those_of_the_plain_layers(model, packed_here):
     refused("were packed by ldm.optimize", fast.apply_model, x, torch.tensor([5.0]), fast.condition(["a one"]))
 
 
+def test_the_bias_alone_gets_its_gradient(model, packed_here):
+    fast, found = optimize(model), []
+    outputs(fast)
+    for m in (model, fast):
+        m.requires_grad_(False)
+        biases = {name: p.requires_grad_() for name, p in m.model.named_parameters() if name.endswith("bias")}
+        m.apply_model(torch.ones(1, 4, 8, 8), torch.tensor([5.0]), m.condition(["a one"])).square().sum().backward()
+        found.append({name: bias.grad.clone() for name, bias in biases.items()})
+        m.zero_grad()
+    assert len(found[0]) > 30 and max(float(grad.abs().max()) for grad in found[0].values()) > 0
+    torch.testing.assert_close(*found)
+
+
+def test_another_precision_is_computed_plainly(model, packed_here):
+    """float64 and float16, which oneDNN does not pack everywhere, and back."""
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500.0])
+    fast = optimize(model)
+    with torch.no_grad():
+        expected = model.apply_model(x, t, model.condition(["a one"]))
+        assert fast.apply_model(x, t, fast.condition(["a one"])).dtype == torch.float32 and packed(fast)
+        for dtype, tolerance in ((torch.float64, AGREE), (torch.float16, 0.05), (torch.float32, 0.05)):
+            fast.to(dtype)
+            found = fast.apply_model(x.to(dtype), t, fast.condition(["a one"]))
+            assert found.dtype == dtype and (found - expected).norm() < tolerance * expected.norm()
+
+
+def test_copies(model, packed_here):
+    """A copy has weights of its own, which it packs itself; a fast form of a fast form computes the same."""
+    expected, fast = outputs(model), optimize(model)
+    outputs(fast)
+    copied, again = copy.deepcopy(fast), optimize(fast)
+    assert not packed(copied) and off(copied, expected) < AGREE and off(again, expected) < AGREE and packed(copied)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert off(copied, expected) < AGREE and off(again, outputs(model)) < AGREE and off(again, expected) > 0.01
+
+
+def test_a_weight_that_lies_where_another_did_is_packed_again(packed_here):
+    plain = nn.Linear(64, 64)
+    x, fast = torch.randn(2, 64), PackedLinear.of(plain, False)
+    for _ in range(5):
+        with torch.no_grad():
+            fast(x)
+            plain.weight.data = plain.weight.data + 1  # what was there is freed,
+            plain.weight.data = plain.weight.data + 1  # and this would take its place
+            torch.testing.assert_close(fast(x), plain(x))
+
+
 def test_consumed_weights_are_freed_and_refused(model, tmp_path, packed_here):
     expected = outputs(model)
     weight = weakref.ref(model.model.diffusion_model.middle_block[0].in_layers[2].weight)
@@ -175,6 +225,9 @@ def test_consumed_weights_are_freed_and_refused(model, tmp_path, packed_here):
         fast.double,
         lambda: set_precision(fast, "bf16"),
         lambda: copy.deepcopy(model),
+        lambda: copy.deepcopy(fast),
+        lambda: optimize(model),
+        lambda: optimize(fast, consume=True),
     ):
         refused("^the weights of this model were packed by ldm.optimize.*load the model again$", use)
     assert off(fast, expected) < AGREE
@@ -266,6 +319,15 @@ def test_compvis_models(tmp_path, packed_here):
         found.append(m.decode_first_stage(samples))
     assert packed(fast) and isinstance(fast, type(model))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    averaged, x, t = LitEma(model.model.requires_grad_()), torch.randn(1, 4, 8, 8), torch.tensor([500])
+    with torch.no_grad():
+        before = model.apply_model(x, t, cond)
+        for parameter in model.model.parameters():
+            parameter.mul_(1.1)
+        changed = fast.apply_model(x, t, cond)
+        averaged.copy_to(fast.model)  # which is packed again
+        assert (changed - before).norm() > 0.01 * before.norm()
+        torch.testing.assert_close(fast.apply_model(x, t, cond), before, rtol=1e-4, atol=1e-5)
 
 
 def parse(*options: object) -> argparse.Namespace:

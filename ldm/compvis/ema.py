@@ -42,13 +42,15 @@ class LitEma(nn.Module):
         for shadow, p in self._pairs(model):
             shadow.sub_((1 - decay) * (shadow - p))
 
+    @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         for shadow, p in self._pairs(model):
-            p.data.copy_(shadow)
+            p.copy_(shadow)  # not by `.data`, which torch does not count: `ldm.optimize` looks at its count
 
     def store(self, parameters: Iterable[nn.Parameter]) -> None:
         self.collected_params = [p.detach().clone() for p in parameters]
 
+    @torch.no_grad()
     def restore(self, parameters: Iterable[nn.Parameter]) -> None:
         for kept, p in zip(self.collected_params, parameters, strict=True):
-            p.data.copy_(kept)
+            p.copy_(kept)

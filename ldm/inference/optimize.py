@@ -36,15 +36,17 @@ GONE = (
 def optimize(model: LatentDiffusion, consume: bool = False) -> LatentDiffusion:
     """Return the fast form of a model on a CPU, for inference, whose images agree within 1/255 in float32.
 
-    It is a model of its own over the same weights: a change of them in place (a merged LoRA) is of both, a hook that is
-    added later is not. Where gradients are asked for, its layers compute plainly. Its last note says what was done.
+    It is a model of its own over the same weights: a change of them in place (a merged LoRA) is of both, unless made by
+    `.data`, which torch does not count; a hook that is added later is of one. Where gradients or another precision are
+    asked for, its layers compute plainly. Its last note says what was done.
 
     Args:
         consume: give the weights of large layers to the fast form, which frees each when it is packed. Whatever touches
             those of `model`, or of the fast form once they are packed, is refused by a ValueError.
 
     Raises:
-        ValueError: for a model on another device, one that is compiled, and one in torch.autocast's precision.
+        ValueError: for a model on another device, one that is compiled, one in torch.autocast's precision, and one
+            whose weights were consumed.
     """
     check_plain(model)
     modules = list(model.modules())
@@ -75,6 +77,8 @@ def check_plain(model: LatentDiffusion) -> None:
         raise ValueError("ldm.optimize has no use for precision autocast: use full or bf16, or leave it out")
     if any(vars(module).get("_compiled_call_impl") is not None for module in model.modules()):
         raise ValueError("this model is compiled, which its fast form would not be: compile it or optimize it")
+    if any(isinstance(part, Gone) for module in model.modules() for part in module._parameters.values()):
+        raise ValueError(GONE)
 
 
 def large_layers(model: LatentDiffusion) -> list[Any]:
@@ -131,17 +135,24 @@ class _Packed(nn.Module):
     """
 
     weight: Any
+    bias: Any
     consume: bool  # whether the plain weight is freed when it is packed
+    precision: torch.dtype  # in which it is packed, as `packs` says that it may be
     packed: Any = None
     made_of: Any = None  # what of the input's size, and of which weight
+    source: Any = None  # that weight, kept lest another come to lie at its address; it shares the layer's memory
 
     @classmethod
     def of(cls, plain: nn.Module, consume: bool) -> Any:
         """Return a plain layer's packed form, with the same parameters, and copies of its hooks."""
         own: Any = cls.__new__(cls)
         vars(own).update({name: copy(v) if isinstance(v, dict) else v for name, v in vars(plain).items()})
-        own.consume = consume
+        own.consume, own.precision = consume, own.weight.dtype
         return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: oneDNN's form cannot be copied, the copy packs its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("packed", "made_of", "source")}
 
     def pack(self, weight: Tensor, size: list[int]) -> Tensor:
         """Return a weight in the form for inputs of that size."""
@@ -153,15 +164,16 @@ class _Packed(nn.Module):
         size: what of the input's size the form depends on; it does not serve other sizes well.
         """
         weight = self.weight
-        trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if trains or x.dtype != weight.dtype or x.device != weight.device or x.numel() == 0:
+        parts = [part for part in (x, weight, self.bias) if part is not None]
+        trains = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        if trains or any(part.dtype != self.precision for part in parts) or x.device != weight.device or x.numel() == 0:
             return None
         freed = isinstance(weight, Gone)
         made_of = (size,) if freed else (size, weight.data_ptr(), _version(weight))
         if self.packed is None or made_of != self.made_of:
             with torch.no_grad():
                 self.packed = self.pack(self.packed.to_dense() if freed else weight.detach(), list(x.shape))
-            self.made_of = made_of
+            self.made_of, self.source = made_of, None if freed or self.consume else weight.detach()
             if self.consume and not freed:
                 parameters: dict[str, Any] = self._parameters
                 parameters["weight"], self.made_of = Gone.like(weight), (size,)
