@@ -279,13 +279,13 @@ def test_masks_are_refused(settings, message):
 
 
 def test_other_stages_refuse_masks():
-    for name in ("autoencoder", "classifier", "ddgan"):
+    for name in ("autoencoder", "classifier", "ddgan", "distillation"):
         stage = instantiate_from_config(config_of(name)["stage"])
         data = {
             "target": "ldm.data.folder.Folder",
             "params": {"root": "left", "size": 32, "channels": 1, "mask": "file"},
         }
-        if name == "classifier" or name == "ddgan":
+        if name in ("classifier", "ddgan", "distillation"):
             stage.reads = ("image",)
         refused("its samples have a mask, and this stage's loss takes none", build_dataset, stage, data)
 

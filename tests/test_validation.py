@@ -16,7 +16,7 @@ from ldm.training.datasets import build_datasets
 from ldm.training.loop import Interrupted, train
 from ldm.training.order import mix_seed
 from ldm.training.rehearsal import rehearse
-from ldm.training.validation import Validation
+from ldm.training.validation import Validation, hold_out
 from ldm.util import instantiate_from_config
 
 VALIDATED = ("autoencoder", "clip", "diffusion", "folder", "pixel", "classifier", "noisy_classifier")
@@ -218,6 +218,11 @@ def test_what_cannot_be_validated_is_refused_before_training(tmp_path, name, dat
     config["data"] |= data
     config["loop"] |= settings
     refused(message, rehearse, [config], False, torch.device("cpu"))
+
+
+def test_few_noise_levels_are_not_validated_at_all_of_them():
+    stage = instantiate_from_config(config_of("distillation")["stage"])
+    refused("DistillationStage cannot be validated", hold_out, stage, {}, range(8), 0.25)
 
 
 def test_a_command_can_add_it(tmp_path):

@@ -21,6 +21,7 @@ from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.settings import Settings, checked
 from ldm.training.diffusion import LatentStage
 from ldm.training.objective import Objective
+from ldm.training.stage import Stage
 from ldm.util import call_with
 
 
@@ -67,13 +68,14 @@ class DistillationStage(LatentStage):
         learning_rate, betas, weight_decay, optimizer: of `make_optimizer`.
         steps: of the result: half of the teacher's, or with consistency tuning any.
         consistency: arguments of `Consistency`; None is progressive distillation.
-        scale, interval: guidance to put into the weights; None is the model's own.
+        scale, interval: guidance to put into the weights, and the sigmas that have it; None is the model's own.
         caption_dropout: probability of the null condition, to which guidance adds nothing.
         cache_latents, cache_dir, preview_prompts, preview_columns: of `DiffusionStage`.
         loading: further arguments of `ldm.load`.
     """
 
-    rehearses = False
+    rehearses, masked = False, False
+    validate = Stage.validate  # none: its loss is over all noise levels, and a few steps have few
 
     def __init__(
         self,
