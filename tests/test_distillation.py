@@ -153,6 +153,7 @@ def test_what_cannot_be_distilled():
         (r"interval \[1\] is not two numbers", {"interval": [1]}),
         (r"interval must be at least 0, got \[-1, 2\]", {"interval": [-1, 2]}),
         (r"scale must be at least 0, got -3", {"scale": -3}),
+        (r"interval has no effect at guidance scale 1", {"interval": [0.3, 2]}),
         (r"scale 'three' is not a finite number", {"scale": "three"}),
         (r"consistency: q 1 must be above 1", {"consistency": {"stage_batches": 1, "q": 1}}),
         (r"loading \{'ema': True\} has no effect on a model that is loaded already", {"loading": {"ema": True}}),

@@ -108,6 +108,8 @@ class DistillationStage(LatentStage):
         self.scale, self.interval = own["scale"], own["interval"]
         if self.scale < 0:
             raise ValueError(f"scale must be at least 0, got {self.scale:g}, which leads away from the prompt")
+        if self.scale == 1 and interval is not None:
+            raise ValueError("interval has no effect at guidance scale 1: leave it out, or set a scale")
         if self.scale != 1 and model.null is None:
             raise ValueError(f"guidance scale {self.scale} needs a null condition, which this model lacks: set scale 1")
         how = {"sampler": "ddim", "spacing": "trailing"} if consistency is None else {"sampler": "lcm", "spacing": None}
