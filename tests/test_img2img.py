@@ -138,6 +138,21 @@ def test_sizes(generate, tmp_path, size, options, expected):
     assert Image.open(samples(out)[0]).size == (made.width, made.height) == expected
 
 
+def test_strength_means_nothing_in_one_step(generate, five, capsys):
+    note = (
+        "note: 1 step is all of the steps at strength {}, too, so almost nothing of the init image is kept: give more"
+    )
+    for given, steps, expected in (
+        ([], 1, "0.75"),
+        (["--strength", 0.1], 1, "0.1"),
+        ([], 2, ""),
+        (["--strength", 1], 1, ""),
+    ):
+        made = samples(generate("--init-img", five, *given, steps=steps))
+        found = capsys.readouterr().err
+        assert made and (note.format(expected) in found if expected else "note" not in found)
+
+
 @pytest.mark.parametrize("size", [(500, 400), (129, 32), (32, 7), (4000, 3000)])
 def test_sizes_far_from_the_models_are_refused(generate, tmp_path, size):
     with pytest.raises(ValueError, match=f"the image is {size[0]} x {size[1]} pixels and the model's size is 32 x 32"):

@@ -231,7 +231,11 @@ def check_memory(recipe: Recipe, count: int, at_once: int, grid: bool = True) ->
 
 
 def note_unused(options: Sequence[argparse.Namespace], recipes: Sequence[Recipe]) -> None:
-    """Print which settings of guidance were given without effect in any run: at guidance scale 1 there is none."""
+    """Print which settings have no effect: of guidance where its scale is 1, in any run; strength in one step."""
+    for strength in sorted({recipe.strength for recipe in recipes if recipe.steps == 1 and recipe.strength}):
+        if strength < 1:
+            what = f"1 step is all of the steps at strength {strength:g}, too"
+            print(f"note: {what}, so almost nothing of the init image is kept: give more --steps", file=sys.stderr)
     guided = (args.autoguide is not None or args.classifier is not None for args in options)
     if not any(guided) and all(recipe.scale == 1 and recipe.pag == 0 for recipe in recipes):
         for name in ("negative", "interval", "rescale"):
