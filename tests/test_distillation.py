@@ -103,6 +103,24 @@ def test_consistency_tuning_ends_at_the_exact_consistency_function():
         assert coefficient_of(stage, sigma) == pytest.approx(wanted, abs=0.03), sigma
 
 
+def test_both_noise_levels_have_the_same_dropout():
+    """At r = sigma both predictions are one, so that only the square root's offset, 1e-8, is left of the loss."""
+    config = copy.deepcopy(TINY)
+    config["unet_config"]["params"]["dropout"] = 0.5
+    model = randomised(ldm.LatentDiffusion(**config))
+    stage = DistillationStage(model, 1e-3, 1, {"stage_batches": 1, "q": 1e30}, scale=1.0)
+    stage.networks.train()
+    z, cond = torch.randn(4, *model.latent_size(32, 32)), model.condition(["five"] * 4)
+    x = 3 * torch.randn_like(z)
+    sigmas = torch.full((4,), 3.0, dtype=torch.float64)
+    torch.manual_seed(0)
+    first, second = (stage.predict(stage.model, x, sigmas, cond) for _ in range(2))
+    assert (first - second).abs().max() > 1e-3  # there is dropout
+    levels = Consistency(stage_batches=1, q=1e30, mean=math.log(3.0), std=0.0)
+    losses = stage.consistency_losses(z, cond, torch.randn_like(z), levels, 0)
+    assert losses.tolist() == pytest.approx([(1 / 9 + 1) * 1e-4] * 4, rel=0.01)
+
+
 def test_r_approaches_sigma_in_stages():
     levels = Consistency(stage_batches=10)
     sigmas = torch.tensor([0.1, 1.0, 50.0], dtype=torch.float64)
