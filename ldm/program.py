@@ -125,5 +125,6 @@ def _report(message: str, status: int) -> int:
     if os.environ.get("LDM_TRACEBACK") == "1":
         traceback.print_exc()
     with suppress(BrokenPipeError):
+        _flush()  # what was printed before comes first, in a file of both too
         print(shorten_values(message), file=sys.stderr)
     return status

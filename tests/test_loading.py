@@ -124,7 +124,7 @@ def test_what_could_not_be_loaded_is_not_written(model, tmp_path):
 def test_models_that_ship_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load("digits").path == load().path == ldm.loading.SHIPPED
-    hint = "^checkpoint 'digit' does not exist; the models that ship: digits, emoji$"
+    hint = "^checkpoint 'digit' does not exist; the models that ship: digits, digits-fast, emoji$"
     refused(hint, load, "digit", error=FileNotFoundError)
     (tmp_path / "digits").write_text("of one's own")
     refused("checkpoint 'digits' ", load, "digits")  # a file of that name comes first
