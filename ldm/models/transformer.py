@@ -12,7 +12,7 @@ from ldm.models.kernels import attention
 
 HEADS = 8
 HEAD_WIDTH = 64  # of every published model, whatever its width
-FIRST_NORM = 4.0  # of the output's deviation at the start
+FIRST_NORM = 4.0  # the weight of the last norm at the start, and so the deviation of the vectors
 
 
 class BERTAttention(nn.Module):
