@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ldm.init_image import Images
 
 Conditioning = dict[str, Tensor]
+DECODED_ALONE = 128**2  # pixels of an image from which on a CPU decodes one at a time, as fast, in the memory of one
 # What a UNet has in its input channels beside the noised latents: see `ldm.init_image.concat_condition`.
 CONCATS = (None, "mask_latents", "latents_mask", "latents")
 
@@ -149,8 +150,7 @@ class LatentDiffusion(nn.Module):
     def schedule(self) -> Schedule:
         """The noise schedule of `schedule_params`, made on first use: a model may be built on the meta device."""
         if self._schedule is None or self._schedule[0] != self.schedule_params:
-            made = call_with("schedule", make_schedule, self.schedule_params)
-            self._schedule = deepcopy(self.schedule_params), made
+            self._schedule = deepcopy(self.schedule_params), call_with("schedule", make_schedule, self.schedule_params)
         return self._schedule[1]
 
     @cached_property
@@ -191,7 +191,9 @@ class LatentDiffusion(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (b, z, h/f, w/f) to pixels (b, c, h, w), nominally in [-1, 1]."""
         _check_shape("latents", latents, self.channels)
-        return self.first_stage_model.decode(latents / self.scale_factor).to(self.device).float()
+        alone = latents.is_cpu and latents[:1, 0].numel() * self.downsampling**2 >= DECODED_ALONE
+        parts = (latents / self.scale_factor).split(1 if alone else len(latents))
+        return torch.cat([self.first_stage_model.decode(part) for part in parts]).to(self.device).float()
 
     @property
     def null(self) -> Any:
@@ -245,13 +247,11 @@ class LatentDiffusion(nn.Module):
 
     def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the (z, h, w) of the latents of an image of that size in pixels; ValueError if it does not fit."""
-        own = of_model(self.defaults)
-        check_size(width, height, own["width"], own["height"])
+        defaults, own = of_model(self.defaults), self.multiple
+        check_size(width, height, defaults["width"], defaults["height"])
         for name, size in (("height", height), ("width", width)):
-            if size < self.multiple or size % self.multiple:
-                raise ValueError(
-                    f"{name} {size} cannot be made by this model: use a positive multiple of {self.multiple}"
-                )
+            if size < own or size % own:
+                raise ValueError(f"{name} {size} cannot be made by this model: use a positive multiple of {own}")
         return self.channels, height // self.downsampling, width // self.downsampling
 
     def default_strength(self, masked: bool) -> float:

@@ -115,6 +115,16 @@ def test_the_unet_is_evaluated_once_per_step_and_doubled_only_under_guidance(tin
     assert calls.batches == [1, 1, 2, 2]
 
 
+@pytest.mark.parametrize(("side", "expected"), [(16, [3]), (32, [1, 1, 1])])
+def test_large_images_are_decoded_one_by_one(tiny_model, side, expected):
+    z, batches = torch.randn(3, 4, side, side, generator=torch.Generator().manual_seed(0)), []
+    together = tiny_model.first_stage_model.decode(z / tiny_model.scale_factor)
+    hook = tiny_model.first_stage_model.decoder.register_forward_hook(lambda *args: batches.append(len(args[2])))
+    torch.testing.assert_close(tiny_model.decode(z), together, rtol=1e-4, atol=1e-5)
+    hook.remove()
+    assert batches == expected
+
+
 def test_callback_is_given_every_step_of_every_batch(tiny_model):
     steps = []
     images = tiny_model.generate(["5"] * 3, steps=3, batch_size=2, callback=steps.append)

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -19,11 +20,21 @@ from ldm.cli import Parser
 from ldm.commands import edit
 from ldm.compvis.ema import LitEma
 from ldm.editing import attention_maps
+from ldm.finetune import lora
 from ldm.inference import optimize as fast_forms
 from ldm.inference import precision
 from ldm.inference.compile import compile_unet
 from ldm.inference.guiders import make_guide
-from ldm.inference.optimize import Gone, PackedConv2d, PackedLinear, gains, optimize, packs, routed, routing_pays
+from ldm.inference.optimize import (
+    PackedConv2d,
+    PackedLinear,
+    gains,
+    optimize,
+    packs,
+    routed,
+    routing_pays,
+    to_packed,
+)
 from ldm.inference.options import add_model_options, load_model
 from ldm.inference.precision import set_precision
 from ldm.inference.tiling import tile_vae
@@ -62,7 +73,7 @@ def off(model, expected) -> float:
 
 
 def packed(model) -> list:
-    return [m for m in model.modules() if isinstance(m, PackedConv2d | PackedLinear) and m.packed is not None]
+    return [m for m in model.modules() if isinstance(m, PackedConv2d | PackedLinear) and m.held is not None]
 
 
 @pytest.mark.parametrize("consume", [False, True])
@@ -71,7 +82,7 @@ def test_it_computes_the_same(model, consume, packed_here):
     fast = optimize(model, consume)
     assert off(fast, expected) < AGREE and off(fast, expected) < AGREE  # at the first call, and packed
     assert {type(m) for m in packed(fast)} == {PackedConv2d, PackedLinear} and len(packed(fast)) > 30
-    assert type(fast) is type(model) or routing_pays()
+    assert type(fast) is type(kept)
     assert f"{len(fast_forms.large_layers(kept))} layers of 0 M weights are packed" in fast.notes[-1]
     if not consume:  # the plain model is what it was, to the bit, and can be trained
         assert not packed(model) and all(map(torch.equal, outputs(model), expected))
@@ -153,10 +164,15 @@ def test_gradients_are_those_of_the_plain_layers(model, packed_here):
         found.append(cond["c_crossattn"].grad)
     assert found[0].abs().max() > 0
     torch.testing.assert_close(*found)
-    fast = optimize(model, consume=True)
-    outputs(fast)
-    x = torch.ones(1, 4, 8, 8, requires_grad=True)
-    refused("were packed by ldm.optimize", fast.apply_model, x, torch.tensor([5.0]), fast.condition(["a one"]))
+
+
+def test_gradients_through_weights_that_were_freed(model, packed_here):
+    found, x, t = [], torch.ones(1, 4, 8, 8, requires_grad=True), torch.tensor([5.0])
+    for m in (copy.deepcopy(model), optimize(model, consume=True)):
+        outputs(m)
+        found += torch.autograd.grad(m.apply_model(x, t, m.condition(["a one"])).square().sum(), x)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-4)  # sums in another order: channels-last
 
 
 def test_the_bias_alone_gets_its_gradient(model, packed_here):
@@ -169,7 +185,7 @@ def test_the_bias_alone_gets_its_gradient(model, packed_here):
         found.append({name: bias.grad.clone() for name, bias in biases.items()})
         m.zero_grad()
     assert len(found[0]) > 30 and max(float(grad.abs().max()) for grad in found[0].values()) > 0
-    torch.testing.assert_close(*found)
+    torch.testing.assert_close(*found, rtol=2e-3, atol=2e-4)  # sums in another order: channels-last
 
 
 def test_another_precision_is_computed_plainly(model, packed_here):
@@ -199,7 +215,9 @@ def test_copies(model, packed_here):
 
 def test_a_weight_that_lies_where_another_did_is_packed_again(packed_here):
     plain = nn.Linear(64, 64)
-    x, fast = torch.randn(2, 64), PackedLinear.of(plain, False)
+    x, fast = torch.randn(2, 64), nn.Linear(64, 64)
+    fast.weight, fast.bias = plain.weight, plain.bias
+    to_packed(fast, False)
     for _ in range(5):
         with torch.no_grad():
             fast(x)
@@ -208,34 +226,45 @@ def test_a_weight_that_lies_where_another_did_is_packed_again(packed_here):
             torch.testing.assert_close(fast(x), plain(x))
 
 
-def test_consumed_weights_are_freed_and_refused(model, tmp_path, packed_here):
-    expected = outputs(model)
-    weight = weakref.ref(model.model.diffusion_model.middle_block[0].in_layers[2].weight)
-    fast = optimize(model, consume=True)
+def test_a_consumed_model_is_refused(model, packed_here):
+    expected, own = outputs(model), model.model.diffusion_model.middle_block[0].in_layers[2]
+    fast, weight = optimize(model, consume=True), weakref.ref(own.weight)
     assert weight() is not None and off(fast, expected) < AGREE
     gc.collect()
     assert weight() is None and len(packed(fast)) > 30
-    assert fast.device.type == "cpu" and fast.model.diffusion_model.dtype == torch.float32 and "Conv2d" in repr(model)
     for use in (
         lambda: model.generate(["a one"], steps=1),
-        model.state_dict,
-        lambda: ldm.save(model, tmp_path / "x.safetensors"),
-        lambda: ldm.save(fast, tmp_path / "x.safetensors"),
-        model.half,
-        fast.double,
-        lambda: set_precision(fast, "bf16"),
+        lambda: model.state_dict(),
+        lambda: model.half(),
         lambda: copy.deepcopy(model),
-        lambda: copy.deepcopy(fast),
         lambda: optimize(model),
-        lambda: optimize(fast, consume=True),
     ):
-        refused("^the weights of this model were packed by ldm.optimize.*load the model again$", use)
-    assert off(fast, expected) < AGREE
-    gone = Gone.like(torch.zeros(3, 4))
-    with torch._C.DisableTorchFunctionSubclass():
-        assert gone.shape == (3, 4) and gone.untyped_storage().nbytes() <= 8
-    refused("were packed", lambda: gone + 1)
-    refused("were packed", gone.numpy)
+        refused("^this model gave its networks to ldm.optimize.*load the model again$", use)
+
+
+def test_weights_that_were_freed_come_back_where_they_are_needed(model, tmp_path, packed_here):
+    kept, state = copy.deepcopy(model), {name: t.clone() for name, t in model.state_dict().items()}
+    expected, fast = outputs(model), optimize(model, consume=True)
+
+    def freed():
+        """The fast form, once it has packed its weights."""
+        assert off(fast, expected) < AGREE and len(packed(fast)) > 30
+        return fast
+
+    ldm.save(freed(), tmp_path / "x.safetensors")
+    for found in (freed().state_dict(), ldm.load(tmp_path / "x.safetensors", device="cpu").state_dict()):
+        assert list(found) == list(state) and all(torch.equal(found[name], t) for name, t in state.items())
+    for other in (copy.deepcopy(freed()), pickle.loads(pickle.dumps(freed())), optimize(freed())):
+        assert off(other, expected) < AGREE and packed(other)
+    assert off(freed().double().float(), expected) < AGREE
+    undo = lora.merge(freed(), learned(fast))
+    merged = lora.merge(kept, learned(kept))
+    assert off(fast, outputs(kept)) < AGREE and off(fast, expected) > 0.01
+    lora.restore(fast, undo)
+    lora.restore(kept, merged)
+    set_precision(freed(), "bf16")
+    set_precision(kept, "bf16")
+    assert off(fast, outputs(kept)) < 0.02
 
 
 def test_models_without_a_fast_form(model):
@@ -267,6 +296,14 @@ def test_without_the_private_operations_nothing_is_packed(model, monkeypatch, fa
     assert not packs(torch.float16) and not packs(torch.float64)
 
 
+def test_maps_are_channels_last_within_the_unet_alone(model, packed_here):
+    fast, seen = optimize(model), []
+    fast.model.diffusion_model.middle_block.register_forward_hook(lambda module, args, out: seen.append(out))
+    found = outputs(fast)[0]
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and not seen[0].is_contiguous()
+    assert found.is_contiguous()
+
+
 @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no choice of its products")
 def test_the_route_of_products_is_set_in_calls_alone(model, monkeypatch, packed_here):
     setting = torch.backends.mkldnn.matmul
@@ -275,10 +312,10 @@ def test_the_route_of_products_is_set_in_calls_alone(model, monkeypatch, packed_
     monkeypatch.setattr(fast_forms, "routing_pays", lambda: True)
     expected = outputs(model)
     fast = optimize(model)
-    assert isinstance(fast, type(model)) and "computes the other products in float32, too" in fast.notes[-1]
-    for network in (fast.model.diffusion_model, fast.first_stage_model.decoder, fast.cond_stage_model):
-        network.register_forward_hook(lambda *_: seen.append(setting.fp32_precision))
-    assert len(outputs(fast)) == 3 and seen == ["bf16"] * 3 and setting.fp32_precision == before
+    assert "computes the UNet's other products in float32, too" in fast.notes[-1]
+    assert off(pickle.loads(pickle.dumps(fast)), expected) < AGREE
+    fast.model.diffusion_model.register_forward_hook(lambda *_: seen.append(setting.fp32_precision))
+    assert len(outputs(fast)) == 3 and seen == ["bf16"] and setting.fp32_precision == before
     if routing_pays.__wrapped__() or torch.backends.cpu.get_cpu_capability() == "AVX512":  # without AMX it is exact
         assert off(fast, expected) < AGREE
     for fault in (ValueError, KeyboardInterrupt):
@@ -346,12 +383,15 @@ def test_scripts_use_it_unless_told_otherwise(tiny_checkpoint, monkeypatch, caps
     assert gains(plain) and np.abs(images[0] - images[1]).max() <= 1 and len(packed(fast)) > 30 and not packed(plain)
     half = draw("--precision", "bf16")
     half.generate(["a one"], steps=1)
-    assert {m.packed.dtype for m in packed(half.model)} == {torch.bfloat16}
+    assert {m.held.packed.dtype for m in packed(half.model)} == {torch.bfloat16}
     with monkeypatch.context() as patch:  # half-precision weights that stay as they are, in the memory of their file
         patch.setattr(precision, "weights_wait", lambda *_: True)
         assert not any(isinstance(m, PackedLinear) for m in draw().modules())
     for options in (["--compile"], ["--precision", "autocast"]):
         assert not any(isinstance(m, PackedLinear) for m in draw(*options).modules())
+    few, more = (load_model(parse("--ckpt", tiny_checkpoint), batches=n) for n in (1, 2))  # its own 4 steps
+    assert [any(isinstance(m, PackedLinear) for m in model.modules()) for model in (few, more)] == [False, True]
+    assert [gains(plain, 1, 7), gains(plain, 1, 8), gains(plain, 2, 4)] == [False, True, True]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(fast_forms, "WORTH_PACKING", 10**6)
     draw("--no-optimize")

@@ -75,7 +75,7 @@ def inpaint_folder(args: argparse.Namespace) -> None:
         check_format(args.format, prompts, init)
     check_folder(args.outdir)
 
-    model = load_checked(args)
+    model = load_checked(args, len(pairs))
     from ldm.inference.generate import default_recipe, generate_run, progress
     from ldm.inference.guiders import guide_hashes
 

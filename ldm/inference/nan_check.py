@@ -81,7 +81,7 @@ def _finite(value: Any) -> bool:
 
 
 def _error(where: str, module: nn.Module) -> ValueError:
-    parameters = [parameter for parameter in module.parameters() if type(parameter) in (Tensor, nn.Parameter)]
+    parameters = list(module.parameters())
     if not _finite(parameters):
         why = "its weights are not finite: the checkpoint is damaged, or its training diverged"
     elif any(parameter.dtype == torch.float16 for parameter in parameters):

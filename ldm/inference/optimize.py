@@ -8,29 +8,26 @@ whether they are there and compute the same. docs/results/speed.md has what it b
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import cache
 from threading import Lock
-from time import perf_counter
-from typing import Any
+from timeit import repeat
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.latent_diffusion import LatentDiffusion
+from ldm.latent_diffusion import DiffusionWrapper, LatentDiffusion
+from ldm.settings import of_model
 
 PACKED_FROM = 2**18  # numbers in a weight; the call of a private operation costs smaller layers what packing saves
 WORTH_PACKING = 2**24  # numbers in the large layers of a model, below which a script saves less than packing takes
-TOLERANCES = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-2,
-}  # of what is packed: relative errors by rounding
-GONE = (
-    "the weights of this model were packed by ldm.optimize(consume=True), for inference alone and in their precision: "
-    "use what it returned, or load the model again"
+PAYS_AFTER = (
+    8  # evaluations of the UNet; packing takes as long as 4 (Zen 5) to 9 (Zen 4) of them save, at 32 x 32 latents
 )
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of what is packed: relative errors by rounding
 
 
 def optimize(model: LatentDiffusion, consume: bool = False) -> LatentDiffusion:
@@ -41,31 +38,33 @@ def optimize(model: LatentDiffusion, consume: bool = False) -> LatentDiffusion:
     asked for, its layers compute plainly. Its last note says what was done.
 
     Args:
-        consume: give the weights of large layers to the fast form, which frees each when it is packed. Whatever touches
-            those of `model`, or of the fast form once they are packed, is refused by a ValueError.
+        consume: let it take the networks of `model`, every use of which is a ValueError from then on, and free the
+            weight of each large layer when it is packed. It is unpacked where it is asked for: by saving, copying, a
+            merged LoRA, another precision.
 
     Raises:
         ValueError: for a model on another device, one that is compiled, one in torch.autocast's precision, and one
-            whose weights were consumed.
+            whose networks were taken.
     """
     check_plain(model)
-    modules = list(model.modules())
-    hooks = [h for m in modules for kind in (m._forward_hooks, m._forward_pre_hooks) for h in kind.values()]
-    shared = [*model.parameters(), *model.buffers(), *hooks, *model.changes, model.tokenizer]
-    memo: dict[int, Any] = {id(part): part for part in shared}
-    layers = [layer for layer in large_layers(model) if packs(layer.weight.dtype)]
+    if consume:
+        fast = copy(model)
+        vars(model).clear()
+        model.__class__ = Consumed
+    else:
+        modules = list(model.modules())
+        hooks = [h for m in modules for kind in (m._forward_hooks, m._forward_pre_hooks) for h in kind.values()]
+        shared = [*model.parameters(), *model.buffers(), *hooks, *model.changes, model.tokenizer]
+        fast = deepcopy(model, {id(part): part for part in shared})
+    layers = [layer for layer in large_layers(fast) if packs(layer.weight.dtype)]
     for layer in layers:
-        memo[id(layer)] = (PackedConv2d if isinstance(layer, nn.Conv2d) else PackedLinear).of(layer, consume)
-    fast = deepcopy(model, memo)
+        to_packed(layer, consume)
     count = sum(layer.weight.numel() for layer in layers)
     does = f"{len(layers)} layers of {count / 1e6:.0f} M weights are packed for oneDNN"
-    if layers and routing_pays():
-        fast.__class__ = type(f"Routed{type(model).__name__}", (_Routed, type(model)), {"__module__": __name__})
-        does += ", and it computes the other products in float32, too"
-    if consume:
-        for layer in layers:
-            layer._parameters["weight"] = Gone.like(layer.weight)  # no module takes it as a parameter otherwise
-    fast.notes = [*model.notes, f"fast form: {does}" if layers else "fast form: as it was, no layer gains by packing"]
+    if layers and type(fast.model) is DiffusionWrapper:  # not CompVis's
+        fast.model.__class__ = FastWrapper
+        does += ", which computes the UNet's other products in float32, too" if routing_pays() else ""
+    fast.notes = [*fast.notes, f"fast form: {does}" if layers else "fast form: as it was, no layer gains by packing"]
     return fast
 
 
@@ -77,8 +76,6 @@ def check_plain(model: LatentDiffusion) -> None:
         raise ValueError("ldm.optimize has no use for precision autocast: use full or bf16, or leave it out")
     if any(vars(module).get("_compiled_call_impl") is not None for module in model.modules()):
         raise ValueError("this model is compiled, which its fast form would not be: compile it or optimize it")
-    if any(isinstance(part, Gone) for module in model.modules() for part in module._parameters.values()):
-        raise ValueError(GONE)
 
 
 def large_layers(model: LatentDiffusion) -> list[Any]:
@@ -90,14 +87,18 @@ def large_layers(model: LatentDiffusion) -> list[Any]:
     modules: list[Any] = list(model.model.modules())
     found = [m for m in modules if type(m) in (nn.Conv2d, nn.Linear) and m.weight.numel() >= PACKED_FROM]
     found = [m for m in found if not m._forward_pre_hooks and "forward" not in vars(m)]
-    fit = [m for m in found if isinstance(m, nn.Linear) or (m.padding_mode == "zeros" and type(m.padding) is tuple)]
-    return list(dict.fromkeys(fit))
+    return [m for m in found if isinstance(m, nn.Linear) or (m.padding_mode == "zeros" and type(m.padding) is tuple)]
 
 
-def gains(model: LatentDiffusion) -> bool:
-    """Return whether a script packs a model: its large layers are worth it, and the memory for them is free."""
+def gains(model: LatentDiffusion, batches: int | None = None, steps: int | None = None) -> bool:
+    """Return whether a script packs a model: its large layers are worth it, and the memory for them is free.
+
+    batches, steps: of the run; None where there are many, and for the model's own.
+    """
     weights = [layer.weight for layer in large_layers(model)]
     if sum(map(Tensor.numel, weights)) < WORTH_PACKING or not any(packs(weight.dtype) for weight in weights):
+        return False
+    if batches is not None and batches * (of_model(model.defaults)["steps"] if steps is None else steps) < PAYS_AFTER:
         return False
     import psutil  # small models do without
 
@@ -109,50 +110,33 @@ def gains(model: LatentDiffusion) -> bool:
     return True
 
 
-class Gone(Tensor):
-    """In place of a weight that was packed and freed: it has its shape and dtype, and any other use is refused."""
+class Consumed:
+    """A model whose networks `optimize(consume=True)` took: every use is refused."""
 
-    KNOWN = ("shape", "dtype", "device", "requires_grad", "is_cpu", "ndim", "nbytes", "layout", "is_sparse")
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError(
+            "this model gave its networks to ldm.optimize(consume=True): use what it returned, or load the model again"
+        )
 
-    @classmethod
-    def like(cls, weight: Tensor) -> "Gone":
-        """Return one of that shape and dtype, which takes no memory."""
-        return Tensor._make_subclass(cls, torch.empty((), dtype=weight.dtype).expand(weight.shape), False)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        getters = [getattr(Tensor, name).__get__ for name in cls.KNOWN]
-        if func in (*getters, Tensor.numel, Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.__repr__):
-            with torch._C.DisableTorchFunctionSubclass():
-                return "Gone()" if func is Tensor.__repr__ else func(*args, **(kwargs or {}))
-        raise ValueError(GONE)
+class Held(NamedTuple):
+    """A weight in oneDNN's form for inputs of a size; what it was made of, and that, lest its address be used again."""
+
+    packed: Tensor
+    size: Any
+    made_of: tuple[int, int] | None = None
+    source: Tensor | None = None
 
 
 class _Packed(nn.Module):
-    """A layer with its weight in oneDNN's form too, packed at the first call, and again when the weight is another.
+    """A layer with its weight in oneDNN's form, packed at the first call, and again when the weight is another.
 
     It has the parameters of the plain layer, and computes as that does wherever the packed weight does not serve.
     """
 
-    weight: Any
-    bias: Any
-    consume: bool  # whether the plain weight is freed when it is packed
+    frees: bool  # whether the plain weight is freed, and None among the parameters, while it is packed
     precision: torch.dtype  # in which it is packed, as `packs` says that it may be
-    packed: Any = None
-    made_of: Any = None  # what of the input's size, and of which weight
-    source: Any = None  # that weight, kept lest another come to lie at its address; it shares the layer's memory
-
-    @classmethod
-    def of(cls, plain: nn.Module, consume: bool) -> Any:
-        """Return a plain layer's packed form, with the same parameters, and copies of its hooks."""
-        own: Any = cls.__new__(cls)
-        vars(own).update({name: copy(v) if isinstance(v, dict) else v for name, v in vars(plain).items()})
-        own.consume, own.precision = consume, own.weight.dtype
-        return own
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of: oneDNN's form cannot be copied, the copy packs its own."""
-        return {name: value for name, value in vars(self).items() if name not in ("packed", "made_of", "source")}
+    held: Held | None = None
 
     def pack(self, weight: Tensor, size: list[int]) -> Tensor:
         """Return a weight in the form for inputs of that size."""
@@ -163,21 +147,45 @@ class _Packed(nn.Module):
 
         size: what of the input's size the form depends on; it does not serve other sizes well.
         """
-        weight = self.weight
-        parts = [part for part in (x, weight, self.bias) if part is not None]
+        weight, bias, held = self._parameters["weight"], self._parameters["bias"], self.held
+        parts = [part for part in (x, held.packed if weight is None else weight, bias) if part is not None]
         trains = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-        if trains or any(part.dtype != self.precision for part in parts) or x.device != weight.device or x.numel() == 0:
+        if trains or any(not p.is_cpu or p.dtype != self.precision for p in parts) or x.numel() == 0:
             return None
-        freed = isinstance(weight, Gone)
-        made_of = (size,) if freed else (size, weight.data_ptr(), _version(weight))
-        if self.packed is None or made_of != self.made_of:
+        made_of = None if weight is None else (weight.data_ptr(), _version(weight))
+        if held is None or held.size != size or (weight is not None and held.made_of != made_of):
+            source = held.packed.to_dense() if weight is None else weight.detach()
             with torch.no_grad():
-                self.packed = self.pack(self.packed.to_dense() if freed else weight.detach(), list(x.shape))
-            self.made_of, self.source = made_of, None if freed or self.consume else weight.detach()
-            if self.consume and not freed:
-                parameters: dict[str, Any] = self._parameters
-                parameters["weight"], self.made_of = Gone.like(weight), (size,)
-        return self.packed
+                packed = self.pack(source, list(x.shape))
+            self.held = held = Held(packed, size) if self.frees else Held(packed, size, made_of, source)
+            if self.frees:
+                self._parameters["weight"] = None
+        return held.packed
+
+    def unpack(self) -> None:
+        """Hold the plain weight again where it was freed, until the next call."""
+        if self._parameters["weight"] is None:
+            with torch.inference_mode(False):  # gradients may pass through it
+                self._parameters["weight"] = nn.Parameter(self.held.packed.to_dense(), requires_grad=False)
+            self.held = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            self.unpack()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: oneDNN's form cannot be copied, the copy packs its own."""
+        self.unpack()
+        return {name: value for name, value in vars(self).items() if name != "held"}
+
+    def _apply(self, *args: Any, **options: Any) -> Any:  # what moves a layer, or converts it
+        self.unpack()
+        return super()._apply(*args, **options)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args)
 
 
 class PackedConv2d(_Packed, nn.Conv2d):
@@ -209,25 +217,33 @@ class PackedLinear(_Packed, nn.Linear):
         return torch.ops.mkldnn._linear_pointwise.default(input, packed, self.bias, "none", [], "")
 
 
+def to_packed(layer: Any, frees: bool) -> None:
+    """Let a layer compute with its weight packed."""
+    layer.__class__ = PackedConv2d if isinstance(layer, nn.Conv2d) else PackedLinear
+    layer.frees, layer.precision = frees, layer.weight.dtype
+
+
 def _version(weight: Tensor) -> int:
     """Return how often a weight was changed in place; inference mode does not count."""
     return 0 if weight.is_inference() else weight._version
 
 
 @cache
+@torch.inference_mode()
 def packs(dtype: torch.dtype) -> bool:
     """Return whether torch's private operations are there, and compute the same as the layers of that dtype."""
     if dtype not in TOLERANCES or not torch.backends.mkldnn.is_available():
         return False
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay what they are
         torch.manual_seed(0)
-        x, conv, linear = torch.randn(2, 32, 8, 8).to(dtype), nn.Conv2d(32, 48, 3, padding=1), nn.Linear(32, 48)
-    conv, linear, tokens = conv.to(dtype), linear.to(dtype), x.flatten(2).mT
+        x, layers = torch.randn(2, 32, 8, 8), [nn.Conv2d(32, 48, 3, padding=1), nn.Linear(8, 48)]
     try:
-        with torch.inference_mode():
-            found = PackedConv2d.of(conv, False)(x), PackedLinear.of(linear, False)(tokens)
-            exact = conv.double()(x.double()), linear.double()(tokens.double())
-            return max(map(_error, found, exact)) < TOLERANCES[dtype]
+        for layer in layers:
+            expected = layer(x)
+            to_packed(layer.to(dtype), False)
+            if not _error(layer(x.to(dtype)), expected) < TOLERANCES[dtype]:
+                return False
+        return True
     except (AttributeError, RuntimeError, TypeError):  # another torch: no such operation, or with other arguments
         return False
 
@@ -238,6 +254,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 @cache
+@torch.inference_mode()
 def routing_pays() -> bool:
     """Return whether oneDNN computes attention in float32 exactly, and at least a tenth faster than torch's default.
 
@@ -245,24 +262,13 @@ def routing_pays() -> bool:
     """
     if not hasattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision"):
         return False
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 4, 512, 40, generator=generator)
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    product = q[0, 0].double() @ k[0, 0].T.double()
-
-    def seconds() -> float:
-        found = []
-        for _ in range(4):
-            start = perf_counter()
-            F.scaled_dot_product_attention(q, k, v)
-            found.append(perf_counter() - start)
-        return min(found)
-
-    with torch.inference_mode():
-        before = seconds()
-        with routed():
-            errors = _error(F.scaled_dot_product_attention(q, k, v), exact), _error(q[0, 0] @ k[0, 0].T, product)
-            return max(errors) < 1e-6 and seconds() < 0.9 * before
+    small = torch.randn(3, 1, 4, 512, 40, generator=torch.Generator().manual_seed(0))
+    kinds = (F.scaled_dot_product_attention, lambda q, k, v: q @ k.mT)
+    exact = [product(*small.double()) for product in kinds]
+    plain = min(repeat(lambda: kinds[0](*small), number=1, repeat=4))
+    with routed():
+        errors = [_error(product(*small), own) for product, own in zip(kinds, exact, strict=True)]
+        return max(errors) < 1e-6 and min(repeat(lambda: kinds[0](*small), number=1, repeat=4)) < 0.9 * plain
 
 
 _lock = Lock()
@@ -273,34 +279,21 @@ _calls: list[str] = []  # of `routed`: the setting that was found, once for each
 def routed() -> Iterator[None]:
     """Let oneDNN compute float32 products, in all threads, until the last of these blocks that run at once ends."""
     backend: Any = torch.backends.mkldnn
-    setting = backend.matmul
     with _lock:
-        _calls.append(_calls[0] if _calls else setting.fp32_precision)
-        setting.fp32_precision = "bf16"
+        _calls.append(_calls[0] if _calls else backend.matmul.fp32_precision)
+        backend.matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
         with _lock:
             found = _calls.pop()
             if not _calls:
-                setting.fp32_precision = found
+                backend.matmul.fp32_precision = found
 
 
-class _Routed(LatentDiffusion):
-    """What comes before the class of a model in its fast form where routing pays: its calls are `routed`."""
+class FastWrapper(DiffusionWrapper):
+    """What calls the UNet of a fast form: with maps as (b, h, w, c), which oneDNN prefers; routed where that pays."""
 
-    def apply_model(self, *args: Any, **options: Any) -> Any:
-        with routed():
-            return super().apply_model(*args, **options)
-
-    def condition(self, *args: Any, **options: Any) -> Any:
-        with routed():
-            return super().condition(*args, **options)
-
-    def decode(self, *args: Any, **options: Any) -> Any:
-        with routed():
-            return super().decode(*args, **options)
-
-    def encode(self, *args: Any, **options: Any) -> Any:
-        with routed():
-            return super().encode(*args, **options)
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        with routed() if routing_pays() else nullcontext():
+            return super().forward(x.contiguous(memory_format=torch.channels_last), *args, **options).contiguous()

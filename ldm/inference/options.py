@@ -210,10 +210,11 @@ def loading_arguments(args: argparse.Namespace) -> dict[str, object]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
 
 
-def load_model(args: argparse.Namespace, gradients: bool = False) -> "LatentDiffusion":
+def load_model(args: argparse.Namespace, gradients: bool = False, batches: int | None = None) -> "LatentDiffusion":
     """Load the model that the options of `add_model_options` describe; print what had to be assumed about it.
 
     gradients: they are needed, which packed layers (`ldm.optimize`) do not have.
+    batches: how many the run has, where its UNet is called once in each of `args.steps` steps: few are not packed for.
     """
     import torch
 
@@ -260,7 +261,7 @@ def load_model(args: argparse.Namespace, gradients: bool = False) -> "LatentDiff
     if device.type == "cpu" and not (wait or args.compile or precision == "autocast"):
         from ldm.inference.optimize import gains, optimize
 
-        fast = gains(model)
+        fast = gains(model, batches, getattr(args, "steps", None))
     if args.no_optimize and not fast:
         print("--no-optimize has no effect: this model is computed plainly as it is", file=sys.stderr)
     elif fast and not (args.no_optimize or gradients):

@@ -52,7 +52,7 @@ def generate_files(args: argparse.Namespace, init: "InitImage | None" = None) ->
     check_format(args.format, prompts, init)
     output = OutputFolder(args.outdir, f".{args.format}", args.enlarge)
 
-    model = load_checked(args)
+    model = load_checked(args, len(cells or prompts))
     from ldm.inference.generate import generate_again, generate_run, progress, steps_of
 
     runs = plan_runs(model, args, prompts, cells, made, init)
@@ -126,9 +126,10 @@ def check_format(name: str, prompts: Sequence[str], init: "InitImage | None") ->
         raise ValueError("a JPEG holds no prompt of more than 30,000 characters: use --format png or webp")
 
 
-def load_checked(args: argparse.Namespace) -> "LatentDiffusion":
+def load_checked(args: argparse.Namespace, prompts: int = 1) -> "LatentDiffusion":
     """Load the model that the options name. ValueError if CompVis's --C or --f do not agree with it."""
-    model = load_model(args)
+    size = BATCH if args.batch_size is None else args.batch_size
+    model = load_model(args, batches=-(-prompts * args.n_samples * args.n_iter // size))
     for option, asked, own in (("--C", args.C, model.channels), ("--f", args.f, model.downsampling)):
         if asked not in (None, own):
             raise ValueError(f"{option} {asked} does not fit this model, whose own is {own}: leave it out")
