@@ -43,9 +43,17 @@ def run_fresh(name: str, *argv: object) -> dict[str, float]:
 
 
 def process_memory() -> dict[str, int]:
-    """Return this process's memory in bytes: VmHWM, its peak (getrusage's is its parent's, too), VmRSS, ..."""
+    """Return this process's memory in bytes: VmHWM, its peak, VmRSS, and so on.
+
+    Not getrusage: its peak lasts through exec, so that a process has at least that of the one that started it.
+    """
     lines = [line for name in ("status", "smaps_rollup") for line in Path("/proc/self", name).read_text().splitlines()]
     return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith(" kB")}
+
+
+def restart_peak() -> None:
+    """Let VmHWM begin anew, at what this process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def import_pyplot() -> ModuleType:

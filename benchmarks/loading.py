@@ -22,11 +22,10 @@ from ldm.program import run
 MEASURE = """
 import json, time
 import torch
-from benchmarks.common import process_memory
+from benchmarks.common import process_memory, restart_peak
 {prepare}
 
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # resets the peak
+restart_peak()
 before, wall, cpu = process_memory(), time.perf_counter(), time.process_time()
 {work}
 wall, cpu, after = time.perf_counter() - wall, time.process_time() - cpu, process_memory()

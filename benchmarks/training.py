@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import ldm
-from benchmarks.common import markdown, process_memory, run_fresh
+from benchmarks.common import markdown, process_memory, restart_peak, run_fresh
 from ldm.checkpoint.diffusers_writer import write_unet
 from ldm.checkpoint.writing import save_file
 from ldm.cli import Parser, int_range
@@ -231,7 +231,7 @@ def print_peak(loop: str, name: str, precision: str, folder: str) -> None:
     def reset() -> Iterator[None]:
         for step in count:
             if step == 1:
-                Path("/proc/self/clear_refs").write_text("5")
+                restart_peak()
             yield
 
     if loop == "ours":

@@ -319,14 +319,14 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 from PIL import Image
+from benchmarks.common import process_memory
 from ldm.training import loop
 
 torch.set_num_threads(1)
 count, config, points = int(sys.argv[1]), json.loads(sys.argv[2]), []
 
 def note(what):
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    memory = {line[0][:-1]: int(line[1]) // 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:", "RssAnon:")}
+    memory = {name: size // 2**20 for name, size in process_memory().items()}
     points.append((what, time.process_time(), memory))
     print(*points[-1], file=sys.stderr, flush=True)
 

@@ -100,17 +100,19 @@ def test_damaged_configurations(tmp_path, config):
     refused("damaged configuration", load_file, tmp_path / "a")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads a peak in kB")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def test_conversion_holds_one_tensor_at_a_time(warm_python, tmp_path):
     """64 MB in 1 MB tensors become 32 MB: memory grows by 1 to 4 MB, the allocator's ways included, not by 32."""
     code = f"""
-import resource, torch
+import torch
+from benchmarks.common import process_memory, restart_peak
 from ldm.checkpoint.writing import save_file
 state = {{str(i): torch.ones(250_000) for i in range(64)}}
 save_file({str(tmp_path / "warm")!r}, {{"a": torch.ones(9)}}, dtype=torch.float16)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+restart_peak()
+before = process_memory()["VmHWM"]
 save_file({str(tmp_path / "a")!r}, state, dtype=torch.float16)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(process_memory()["VmHWM"] - before)
 """
     done = warm_python(code)
     assert int(done.stdout) < 10e6, done.stderr

@@ -160,13 +160,11 @@ def test_pixels_need_no_bands():
 
 
 MEASURE = """
-import sys, threading, time, torch
+import sys, torch
 from types import SimpleNamespace
+from benchmarks.common import process_memory, restart_peak
 from ldm.inference.tiling import tile_vae
 from ldm.models.autoencoder import AutoencoderKL
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 ddconfig = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4],
                 num_res_blocks=2, attn_resolutions=[], dropout=0.0)
@@ -175,17 +173,12 @@ vae = AutoencoderKL(ddconfig, embed_dim=4).eval().requires_grad_(False)
 z = torch.randn(1, 4, 64, 64)
 if sys.argv[1] == "bands":
     tile_vae(SimpleNamespace(first_stage_model=vae, downsampling=8), 128)
-highest, done = [0], threading.Event()
-def watch():
-    while not done.wait(0.005):
-        highest[0] = max(highest[0], resident())
-start, thread = resident(), threading.Thread(target=watch)
-thread.start()
+restart_peak()
+start = process_memory()["VmHWM"]
 with torch.inference_mode():
     pixels = vae.decode(z)
-done.set()
+print((process_memory()["VmHWM"] - start) / 2**20)
 torch.save(pixels, sys.argv[2])
-print((highest[0] - start) / 2**20)
 """
 
 

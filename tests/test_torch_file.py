@@ -2,7 +2,6 @@
 
 import pickle
 import random
-import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from conftest import refused
 from pickle_files import mapping, name, number, row, storage, tensor, text, write_legacy, write_zip
 from torch import nn
 
+from benchmarks.common import process_memory
 from ldm.checkpoint.pickled import Inert, StoredTensor
 from ldm.checkpoint.torch_file import TorchFile
 
@@ -95,23 +95,18 @@ def test_an_optimizer_and_a_whole_module(tmp_path):
         assert file.value["module"] == Inert("torch.nn.modules.linear.Linear")
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file backs."""
-    return 1024 * int(re.search(r"Anonymous:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
-
-
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
 def test_a_zip_file_is_mapped(tmp_path):
     """40 MB take no private memory to load or to read, and what is written to takes its own pages alone."""
     size = 10_000_000
     torch.save({"a": torch.ones(size), "b": torch.ones(10)}, tmp_path / "a")
     tensors(tmp_path / "a")  # whatever the first use of anything allocates
-    before = anonymous()
+    before = process_memory()["Anonymous"]
     found = tensors(tmp_path / "a")
     assert found["a"].sum() == size
-    assert anonymous() - before < 1e6
+    assert process_memory()["Anonymous"] - before < 1e6
     found["a"][: size // 4] = 2
-    assert anonymous() - before == pytest.approx(size, rel=0.2)
+    assert process_memory()["Anonymous"] - before == pytest.approx(size, rel=0.2)
     assert tensors(tmp_path / "a")["a"].sum() == size
 
 

@@ -8,7 +8,6 @@ import gc
 import io
 import json
 import random
-import resource
 import subprocess
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from fuzz.mutations import mutate_bytes, mutate_value, nothing_runs
 from PIL import Image
 
 import ldm
+from benchmarks.common import process_memory, restart_peak
 from ldm.checkpoint.file import load_file
 from ldm.checkpoint.writing import save_file
 from ldm.cli import shorten_values
@@ -143,7 +143,8 @@ def run_one(make, files, seed: int, folder: Path) -> None:
 
 
 def run_many(make, files, folder: Path, seeds) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    restart_peak()
+    before = process_memory()["VmHWM"]
     for seed in seeds:
         try:
             run_one(make, files, seed, folder)
@@ -151,7 +152,7 @@ def run_many(make, files, folder: Path, seeds) -> None:
             error.add_note(f"{make.__name__}, seed {seed}") if hasattr(error, "add_note") else print("seed", seed)
             raise
     gc.collect()
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MEGABYTES
+    assert (process_memory()["VmHWM"] - before) / 2**20 < MEGABYTES
     assert not (Path.cwd() / "hit").exists()
 
 
