@@ -1,4 +1,4 @@
-"""Averages of weights: the exponential one, with warm-up, and those from which one is chosen after training."""
+"""The exponential average of weights, with warm-up; `snapshots.py` has those from which one is chosen later."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ldm.training.sharding import joined
-
-SIGMA_RELS = (0.05, 0.10)  # widths of the averages that snapshots have, as in the paper
 
 
 def ema_decay(update: int, decay: float) -> float:
@@ -67,46 +65,3 @@ class EMA:
         self.updates = state["updates"]
         for name, average in self.shadow.items():
             average.copy_(state["shadow"][name])
-
-
-class ProfileAverages:
-    """Power-function averages, of each width in SIGMA_RELS, of the trainable weights of a stage's model.
-
-    Snapshots of them, which `snapshots.py` combines, are written every so many steps and after the last one; with 0
-    there are none.
-    """
-
-    def __init__(self, stage: Any, every: int, device: torch.device | str | None = None) -> None:
-        self.every, model = every, getattr(stage, "latent_diffusion", None)
-        named = model.named_parameters() if every and model is not None else ()
-        self.live = {name: p for name, p in named if p.requires_grad}
-        if every and not self.live:
-            raise ValueError(f"loop.ema_snapshots: {type(stage).__name__} does not train a diffusion model's weights")
-        self.shadow = {
-            f"{width}/{name}": wide(p.detach()).to(device=device, copy=True)
-            for width in SIGMA_RELS
-            for name, p in self.live.items()
-        }
-
-    @torch.no_grad()
-    def update(self, folder: Any, step: int, last: bool) -> None:
-        """Take in the weights after a step, counted from 1: a mean in which their profile has its exact share."""
-        if not self.every:
-            return
-        from ldm.checkpoint.writing import save_file  # only snapshots need them
-        from ldm.training.snapshots import SNAPSHOTS, gamma_of
-
-        shadow, count = list(self.shadow.values()), len(self.live)
-        for k, width in enumerate(SIGMA_RELS):
-            own = shadow[k * count : (k + 1) * count]
-            live = [wide(p.detach()).to(average.device) for p, average in zip(self.live.values(), own, strict=True)]
-            torch._foreach_lerp_(own, live, 1 - (1 - 1 / step) ** (gamma_of(width) + 1))
-        if folder.writes and (last or step % self.every == 0):
-            save_file(folder.path / SNAPSHOTS / f"{step:06d}.safetensors", self.shadow, None)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.shadow
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, average in self.shadow.items():
-            average.copy_(state[name])

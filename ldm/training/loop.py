@@ -16,7 +16,7 @@ import torch
 
 from ldm.training.contract import compare_content, content_of
 from ldm.training.datasets import build_datasets, make_measurements
-from ldm.training.ema import EMA, ProfileAverages
+from ldm.training.ema import EMA
 from ldm.training.loader import training_batches
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.lr_scheduler import lr_multiplier
@@ -76,7 +76,7 @@ class Training:
     optimizers: list[Any]
     rates: list[list[float]]  # the learning rates of each optimizer's groups, before the schedule
     average: EMA
-    profiles: ProfileAverages
+    profiles: Any  # a `ProfileAverages`, or None
     order: EpochBatches
     parts: dict[str, Any]  # what has a state to resume from
     metrics: Metrics
@@ -113,7 +113,8 @@ def train_stage(
             step += 1
             progress.update()
             last = step == settings.steps
-            run.profiles.update(folder, step, last)
+            if run.profiles is not None:
+                run.profiles.update(folder, step, last)
             for every, measure in run.measurements:
                 if last or step % every == 0:
                     metrics.measured(step, measure(average))
@@ -194,12 +195,16 @@ def build_run(
     if scaler is not None and len(optimizers) > 1:  # each changes the scale that the others' gradients already have
         raise ValueError(f"precision fp16 is for one optimizer, and {name!r} has {len(optimizers)}: use bf16")
     average = average_of(trained, own, settings.ema, settings.ema_device)
-    profiles = ProfileAverages(stage, settings.ema_snapshots, average.device)
+    profiles = None
+    if settings.ema_snapshots:
+        from ldm.training.snapshots import ProfileAverages  # only this option needs it
+
+        profiles = ProfileAverages(stage, settings.ema_snapshots, average.device)
     shuffling = {name: getattr(dataset, name, None) for name in ("groups", "shuffled")}
     order = EpochBatches(len(dataset), settings.batch_size, seed, *ranks, **shuffling)
     parts: dict[str, Any] = {"networks": trained, "ema": average, "order": order}
     parts |= {f"optimizer_{k}": part for k, part in enumerate(optimizers)}
-    parts |= ({} if scaler is None else {"scaler": scaler}) | ({"profiles": profiles} if profiles.every else {})
+    parts |= {name: part for name, part in (("scaler", scaler), ("profiles", profiles)) if part is not None}
     return Training(
         settings=settings, accelerator=accelerator, folder=folder, stage=stage, images=images, held_out=held_out,
         dataset=dataset, content=content_of(images, stage.vocabulary), measurements=measurements, model=model,

@@ -27,7 +27,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from ldm.checkpoint.file import CONFIG_KEY, STEP_KEY
 from ldm.checkpoint.writing import bytes_of, write_tensors
 from ldm.data.part import part
-from ldm.training.ema import ProfileAverages
 from ldm.training.latents import LatentDataset
 from ldm.training.loader import training_batches
 from ldm.training.loop_settings import LoopSettings
@@ -36,6 +35,7 @@ from ldm.training.optimizers import average_of, clip_gradients
 from ldm.training.order import EpochBatches
 from ldm.training.processes import make_accelerator
 from ldm.training.rehearsal import rehearse
+from ldm.training.snapshots import ProfileAverages
 from ldm.training.stage import Stage, Trained
 from ldm.util import get_obj_from_str
 
@@ -123,7 +123,8 @@ class Trial:
             group["lr"] *= lr_multiplier(0, settings.steps, **settings.lr_schedule)
         self.average = average_of(self.trained, own, settings.ema, settings.ema_device)
         where: Any = self.average.device
-        self.profiles = ProfileAverages(stage, settings.ema_snapshots, where)
+        every = settings.ema_snapshots
+        self.profiles = ProfileAverages(stage, every, where) if every else None
         self.model, *self.optimizers = self.accelerator.prepare(self.trained, *own)
         self._turns(self._batch(min(2, settings.batch_size)))  # the optimizers make their state
 
@@ -131,7 +132,7 @@ class Trial:
         """Return what resume.pt holds."""
         parts: dict[str, Any] = {"networks": self.trained, "ema": self.average}
         parts |= {f"optimizer_{k}": optimizer for k, optimizer in enumerate(self.optimizers)}
-        parts |= {"profiles": self.profiles} if self.profiles.every else {}
+        parts |= {} if self.profiles is None else {"profiles": self.profiles}
         return {"step": self.settings.steps} | {name: each.state_dict() for name, each in parts.items()}
 
     def _batch(self, size: int) -> Any:
@@ -263,8 +264,10 @@ def make_plan(
     files["resume.pt"] = _size_of(lambda file: torch.save(trial.state(), file))
     if kept := (settings.steps - 1) // settings.keep_every if settings.keep_every else 0:
         files[f"{kept} of keep_every"] = kept * files["model.safetensors"]
-    if snapshots := -(-settings.steps // settings.ema_snapshots) if settings.ema_snapshots else 0:
-        files[f"{snapshots} of ema_snapshots"] = snapshots * _tensors_size(trial.profiles.shadow, {})
+    profiles = {} if trial.profiles is None else trial.profiles.shadow
+    if profiles:
+        snapshots = -(-settings.steps // settings.ema_snapshots)
+        files[f"{snapshots} of ema_snapshots"] = snapshots * _tensors_size(profiles, {})
     encoded = len(dataset) + (0 if held_out is None else len(held_out))
     latents = bytes_of([sample.get("mean"), sample.get("std")]) * encoded
     if stage.cache_dir is not None:  # that of the trial, which has all texts
@@ -274,7 +277,7 @@ def make_plan(
     every = {id(x): x for network in networks for x in (*network.parameters(), *network.buffers())}
     parameters = [x for x in every.values() if isinstance(x, torch.nn.Parameter)]
     trained = [x for x in parameters if x.requires_grad]
-    averages = bytes_of([trial.average.shadow, trial.profiles.shadow])
+    averages = bytes_of([trial.average.shadow, profiles])
     states = [each.state for each in trial.optimizers]
     parts: dict[str, float] = {"weights": bytes_of(every), "optimizer": bytes_of(states), "averages": averages}
     parts |= {"gradients": bytes_of(trained), "activations": step.activations}

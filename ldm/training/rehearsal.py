@@ -16,7 +16,6 @@ from ldm.checkpoint.writing import save_file
 from ldm.cli import check_writable
 from ldm.data.part import first_images
 from ldm.training.datasets import build_datasets
-from ldm.training.ema import ProfileAverages
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.optimizers import average_of
 from ldm.training.order import EpochBatches
@@ -91,7 +90,10 @@ def _try(config: Mapping[str, Any], device: torch.device, folder: str, inspect: 
             shared = None
             optimizers = stage.optimizers()
             average_of(stage.networks, optimizers, settings.ema, settings.ema_device)
-            ProfileAverages(stage, settings.ema_snapshots)
+            if settings.ema_snapshots:
+                from ldm.training.snapshots import ProfileAverages  # only this option needs it
+
+                ProfileAverages(stage, settings.ema_snapshots)
             for k, _ in enumerate(optimizers):
                 _, _, shared = stage.turn(batch, k, 0, shared)
             with torch.no_grad():

@@ -2,7 +2,7 @@
 
 The average at step t with the profile p(s) = (gamma + 1) s^gamma / t^(gamma + 1) over the training so far, s in [0, t],
 has the relative width sigma_rel: the standard deviation of p over t. Any profile is nearly a linear combination of
-those of two widths at several steps, which `ema.ProfileAverages` writes.
+those of two widths at several steps, which `ProfileAverages` writes.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint.tensors import read_tensors
-from ldm.training.ema import SIGMA_RELS
-from ldm.training.run_folder import SNAPSHOTS
+from ldm.checkpoint.writing import save_file
+from ldm.training.ema import wide
+from ldm.training.run_folder import SNAPSHOTS, RunFolder
 
+SIGMA_RELS = (0.05, 0.10)  # widths of the averages that snapshots have, as in the paper
 LARGEST = 12**-0.5  # sigma_rel of gamma = 0, the plain mean
 
 
@@ -25,6 +28,43 @@ def gamma_of(sigma_rel: float) -> float:
         raise ValueError(f"sigma_rel {sigma_rel} must be above 0 and at most {LARGEST:.4f}, the mean of all steps")
     v = sigma_rel**2
     return float(np.roots([v, 7 * v, 16 * v - 1, 12 * v - 1]).real.max())
+
+
+class ProfileAverages:
+    """Power-function averages, of each width in SIGMA_RELS, of the trainable weights of a stage's model.
+
+    Snapshots of them are written every so many steps and after the last one. ValueError for a stage without a model.
+    """
+
+    def __init__(self, stage: Any, every: int, device: torch.device | str | None = None) -> None:
+        self.every, model = every, getattr(stage, "latent_diffusion", None)
+        named = () if model is None else model.named_parameters()
+        self.live = {name: p for name, p in named if p.requires_grad}
+        if not self.live:
+            raise ValueError(f"loop.ema_snapshots: {type(stage).__name__} does not train a diffusion model's weights")
+        self.shadow = {
+            f"{width}/{name}": wide(p.detach()).to(device=device, copy=True)
+            for width in SIGMA_RELS
+            for name, p in self.live.items()
+        }
+
+    @torch.no_grad()
+    def update(self, folder: RunFolder, step: int, last: bool) -> None:
+        """Take in the weights after a step, counted from 1: a mean in which their profile has its exact share."""
+        shadow, count = list(self.shadow.values()), len(self.live)
+        for k, width in enumerate(SIGMA_RELS):
+            own = shadow[k * count : (k + 1) * count]
+            live = [wide(p.detach()).to(average.device) for p, average in zip(self.live.values(), own, strict=True)]
+            torch._foreach_lerp_(own, live, 1 - (1 - 1 / step) ** (gamma_of(width) + 1))
+        if folder.writes and (last or step % self.every == 0):
+            save_file(folder.path / SNAPSHOTS / f"{step:06d}.safetensors", self.shadow, None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.shadow
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, average in self.shadow.items():
+            average.copy_(state[name])
 
 
 def profile_product(t: Any, gamma: Any, other_t: Any, other_gamma: Any) -> Any:
