@@ -21,7 +21,8 @@ from ldm.training import loop
 from ldm.training.loop import Interrupted, train
 from ldm.training.loop_settings import LoopSettings
 from ldm.training.rehearsal import rehearse
-from ldm.training.run_folder import FREE, RunFolder, files_of, flatten
+from ldm.training.resuming import FREE
+from ldm.training.run_folder import RunFolder, files_of, flatten
 
 
 def resume(outdir, **settings):

@@ -9,8 +9,6 @@ from zlib import crc32
 
 from torch import Tensor
 
-from ldm.checks import few
-from ldm.training.run_folder import RunFolder
 from ldm.training.stage import Stage
 from ldm.util import get_obj_from_str, instantiate_from_config
 
@@ -140,21 +138,3 @@ def content_of(dataset: Any, words: Sequence[str]) -> dict[str, Any]:
     classes = [str(one) for one in getattr(dataset, "classes", ()) if isinstance(one, str | int)]
     sums = {"names": crc32(names.encode(errors="surrogateescape")), "words": crc32("\n".join(words).encode())}
     return {"images": len(dataset), "classes": classes, **sums}
-
-
-def compare_content(before: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
-    """Print a note if a resumed run has other images than it began with; ValueError for other classes or words."""
-    before = {"words": now["words"], **before}  # of before they were remembered
-    if before["classes"] != now["classes"]:
-        raise ValueError(
-            f"{str(folder.path)!r} was started with the classes {few(before['classes'])} and the data has "
-            f"{few(now['classes'])} now: resume with those, or choose another output folder"
-        )
-    if before["words"] != now["words"]:
-        raise ValueError(
-            f"{str(folder.path)!r} was started with captions of other words, by which its text encoder was built: "
-            "resume with those, or choose another output folder"
-        )
-    if before != now and folder.writes:
-        counts = f"{before['images']} when it was started, {now['images']} now"
-        print(f"note: {str(folder.path)!r} is resumed with other images: {counts}", file=sys.stderr)

@@ -6,7 +6,7 @@ resumed ends with the same weights as an uninterrupted one (bit for bit on a CPU
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm.training.contract import compare_content, content_of
+from ldm.training.contract import content_of
 from ldm.training.datasets import build_datasets, make_measurements
 from ldm.training.ema import EMA
 from ldm.training.loader import training_batches
@@ -25,7 +25,7 @@ from ldm.training.optimizers import average_of, clip_gradients
 from ldm.training.order import EpochBatches
 from ldm.training.processes import StopFlag, agreed, lost_processes_named, make_accelerator, prepared
 from ldm.training.run_folder import RunFolder
-from ldm.training.sharding import complete, sharded
+from ldm.training.sharding import complete
 from ldm.training.share import BatchShare
 from ldm.training.stage import Stage, Trained
 from ldm.util import instantiate_from_config, pick_device, progress_bar
@@ -216,52 +216,17 @@ def build_run(
 
 def resume_run(run: Training) -> int:
     """Load what the run's folder holds and return its step, 0 of a new run; print what of the settings stands out."""
-    settings, folder, order = run.settings, run.folder, run.order
-    step = load_state(folder, run.parts, settings.accumulate, {"data": run.content})
-    if step > settings.steps:
-        raise ValueError(f"the run in {str(folder.path)!r} has {step} steps already: loop.steps must be at least that")
-    if not folder.writes:
-        return step
-    if order.past and (before := order.past[-1][0]) != order.global_size:
-        print(
-            f"note: all processes together took {before} images in a batch, and now take {order.global_size}: the run "
-            "goes on at the next image; steps, the learning rate and its schedule are counted as before",
-            file=sys.stderr,
-        )
+    settings, folder, step = run.settings, run.folder, 0
+    state = folder.load_state()
+    if state is not None:
+        from ldm.training.resuming import restore  # only a run that goes on needs it
+
+        step = restore(state, run.parts, settings, run.content, folder)
     counts = {"lr_schedule.warmup": settings.lr_schedule.get("warmup", 0), "keep_every": settings.keep_every}
     for key, count in counts.items():
-        if count > settings.steps:
+        if count > settings.steps and folder.writes:
             print(f"note: loop.{key} is {count} steps, and the run has only {settings.steps}", file=sys.stderr)
     return step
-
-
-def load_state(folder: RunFolder, parts: Mapping[str, Any], accumulate: int, known: Mapping[str, Any]) -> int:
-    """Load a saved state into the parts of a run and return its step; 0 if nothing is saved yet.
-
-    Randomness and data order are functions of the step. A run that was saved in another precision than the fp16 it is
-    resumed in begins with the scaler's initial scale.
-    """
-    state = folder.load_state()
-    if state is None:
-        return 0
-    if "optimizers" in state:  # as it was first saved in version 0.1.0
-        state["stage"].pop("batches", None)
-        optimizers = {f"optimizer_{k}": saved for k, saved in enumerate(state["optimizers"])}
-        state |= {"networks": state["stage"], **optimizers}
-    compare_content((known | state)["data"], known["data"], folder)
-    try:
-        state = sharded(state, parts)
-        for key, part in parts.items():
-            if key == "order" and key not in state:  # of before it was saved
-                part.seek(state["step"] * accumulate)
-            elif state.get(key) is not None or key != "scaler":
-                part.load_state_dict(state[key])
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError):
-        raise ValueError(
-            f"cannot resume from {str(folder.state)!r}, which another version of ldm saved: resume with that version, "
-            "or start again in another output folder"
-        ) from None
-    return state["step"]
 
 
 @torch.no_grad()

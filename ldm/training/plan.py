@@ -236,6 +236,20 @@ def _tensors_size(state: Mapping[str, Tensor], texts: dict[str, str]) -> int:
     return _size_of(lambda file: write_tensors(file, state, texts, dtypes))
 
 
+def _files(settings: LoopSettings, trial: Trial) -> dict[str, int]:
+    """Return the bytes of the files that a run writes, by their names, but for its cache."""
+    exported, tensors = trial.stage.export()
+    texts = {} if exported is None else {CONFIG_KEY: json.dumps(exported, sort_keys=True)}
+    files = {"model.safetensors": _tensors_size(tensors, texts | {STEP_KEY: str(settings.steps)})}
+    files["resume.pt"] = _size_of(lambda file: torch.save(trial.state(), file))
+    if kept := (settings.steps - 1) // settings.keep_every if settings.keep_every else 0:
+        files[f"{kept} of keep_every"] = kept * files["model.safetensors"]
+    if trial.profiles is not None:
+        snapshots = -(-settings.steps // settings.ema_snapshots)
+        files[f"{snapshots} of ema_snapshots"] = snapshots * _tensors_size(trial.profiles.shadow, {})
+    return files
+
+
 def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
@@ -258,16 +272,7 @@ def make_plan(
     free, trial = free_memory(device), Trial(settings, stage, prepared, device)
     step, tried = trial.measure(free)
     seconds = trial.seconds() if tried else None
-    exported, tensors = stage.export()
-    texts = {} if exported is None else {CONFIG_KEY: json.dumps(exported, sort_keys=True)}
-    files = {"model.safetensors": _tensors_size(tensors, texts | {STEP_KEY: str(settings.steps)})}
-    files["resume.pt"] = _size_of(lambda file: torch.save(trial.state(), file))
-    if kept := (settings.steps - 1) // settings.keep_every if settings.keep_every else 0:
-        files[f"{kept} of keep_every"] = kept * files["model.safetensors"]
-    profiles = {} if trial.profiles is None else trial.profiles.shadow
-    if profiles:
-        snapshots = -(-settings.steps // settings.ema_snapshots)
-        files[f"{snapshots} of ema_snapshots"] = snapshots * _tensors_size(profiles, {})
+    files = _files(settings, trial)
     encoded = len(dataset) + (0 if held_out is None else len(held_out))
     latents = bytes_of([sample.get("mean"), sample.get("std")]) * encoded
     if stage.cache_dir is not None:  # that of the trial, which has all texts
@@ -277,7 +282,7 @@ def make_plan(
     every = {id(x): x for network in networks for x in (*network.parameters(), *network.buffers())}
     parameters = [x for x in every.values() if isinstance(x, torch.nn.Parameter)]
     trained = [x for x in parameters if x.requires_grad]
-    averages = bytes_of([trial.average.shadow, profiles])
+    averages = bytes_of([trial.average.shadow, None if trial.profiles is None else trial.profiles.shadow])
     states = [each.state for each in trial.optimizers]
     parts: dict[str, float] = {"weights": bytes_of(every), "optimizer": bytes_of(states), "averages": averages}
     parts |= {"gradients": bytes_of(trained), "activations": step.activations}

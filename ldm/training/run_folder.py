@@ -26,13 +26,6 @@ from ldm.images import image_grid
 from ldm.input_files import escaped, read_yaml
 from ldm.labels import Row, labelled_rows
 
-# Settings that a resumed run may change: they affect the training that remains, not the past or the data.
-FREE = re.compile(
-    r"loop\.(steps|batch_size|accumulate|precision|clip|lr_schedule\b.*|log_every|preview_every|save_every|"
-    r"keep_every|keep_state|workers|validate_\w+|quality\b.*|quality_every|tensorboard|report_to|ema_device|compile)|"
-    r"(loop|stage\.params)\.gradient_checkpointing|stage\.params\.(\w+_)?learning_rate\b.*|stage\.params\.preview.*|(stage|data)\.params\.cache_dir"
-)
-
 # Settings that name files whose weights a run is built on: they must hold the same when it goes on.
 BUILT_ON = re.compile(r"stage\.params\.(first_stage|cond_stage|start|perceptual|ckpt|loading\.(vae|unet|config|vocab))")
 
@@ -69,18 +62,22 @@ class RunFolder:
         refusal = f"{str(path)!r} is being trained in by another process: wait for its end, or choose another folder"
         self.lock = Lock(path, refusal) if writes else None
         try:
-            self.finished = self._is_finished(self._saved_config(config, resume), config)
+            saved, self.finished = self._saved_config(config, resume), False
+            if saved is not None:
+                from ldm.training.resuming import is_finished  # only a run that goes on needs it
+
+                self.finished = is_finished(self, saved, config)
             self.before = self._remembered()
             self.built_on = self._checked_files(config) if writes or self.before else {}
         except BaseException:
             self.close()
             raise
 
-    def _saved_config(self, config: dict[str, Any], resume: bool) -> dict[str, Any]:
-        """Return the configuration that what is saved here comes from: `config` itself if nothing is saved yet."""
+    def _saved_config(self, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+        """Return the configuration that what is saved here comes from; None if nothing is saved yet."""
         saved = self.path / "config.yaml"
         if not self.state.exists() and newest_checkpoint(self.path) is None:
-            return config  # new, or killed before there was anything to keep
+            return None  # new, or killed before there was anything to keep
         if not resume:
             raise ValueError(
                 f"{str(self.path)!r} already holds a run: continue it with --resume, or choose another output folder"
@@ -97,31 +94,6 @@ class RunFolder:
                 f"{str(saved)!r} is damaged ({str(error)[:200]}): delete it, and the run is resumed with the settings "
                 "that are given now"
             ) from None
-
-    def _is_finished(self, before: dict[str, Any], now: dict[str, Any]) -> bool:
-        """Return whether the result has enough steps; name what differs, and raise ValueError for what may not."""
-        changed = differences(before, now)
-        fixed = [key for key, values in changed.items() if not FREE.fullmatch(key) and not was_moved(*values)]
-        if fixed:
-            few = ", ".join(fixed[:5]) + (f" and {len(fixed) - 5} more" if len(fixed) > 5 else "")
-            raise ValueError(
-                f"{str(self.path)!r} was started with other settings of {few}: resume with those, or "
-                "choose another output folder"
-            )
-        names, steps = ", ".join(changed), now["loop"]["steps"]
-        done = self._result_steps(before["loop"].get("steps", 0))
-        if done >= steps:
-            note = f"finished, with {done} steps: without more (loop.steps) the new settings of {names} have no effect"
-        elif done and not self.state.exists():
-            raise ValueError(
-                f"the run in {str(self.path)!r} is finished, with {done} steps, and its state was not kept "
-                f"(loop.keep_state), so it cannot go on to {steps}: train {steps} steps in another output folder"
-            )
-        else:
-            note = f"resumed with other settings of {names} than it was started with"
-        if changed and self.writes:
-            print(f"{self.path}: {note}", file=sys.stderr)
-        return done >= steps
 
     def _remembered(self) -> dict[str, str]:
         try:  # without reading the tensors
@@ -142,7 +114,7 @@ class RunFolder:
                 )
         return found
 
-    def _result_steps(self, configured: int) -> int:
+    def result_steps(self, configured: int) -> int:
         """Return how many steps the result was trained for, or 0. configured: of a result that does not say."""
         if not self.model.exists():
             return 0
@@ -261,37 +233,6 @@ def files_of(config: dict[str, Any]) -> dict[str, Path]:
     named = {k: v for k, v in flatten(config).items() if BUILT_ON.fullmatch(k) and isinstance(v, str) and v}
     files = {key: checkpoint_at(text) for key, text in named.items()}
     return {key: path for key, path in files.items() if path.exists()}
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return {"a.b.0": (value before, value now)} of two configurations of a run, which may have been moved.
-
-    The place of the run does not count: paths below its folder or its outdir are alike if they are so from there.
-    """
-    given, inner = [flatten(config) for config in (before, now)], [portable(config) for config in (before, now)]
-    keys = sorted((given[0].keys() | given[1].keys()) - {"name", "outdir"})
-    pairs = {key: (given[0].get(key), given[1].get(key)) for key in keys}
-    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1] and inner[0].get(k) != inner[1].get(k)}
-
-
-def portable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration, flattened, with paths below its run's folder or outdir relative to that folder."""
-    outdir, found = str(config["outdir"]).rstrip("/"), flatten(config)
-    places = {f"{outdir}/{config['name']}": ".", outdir: ".."}
-    for key, value in found.items():
-        for place, short in places.items():
-            if isinstance(value, str) and f"{value}/".startswith(f"{place}/"):
-                found[key] = short + value.removeprefix(place)
-                break
-    return found
-
-
-def was_moved(before: Any, now: Any) -> bool:
-    """Return whether two values are paths of one name, of which the first is gone and the second is there."""
-    if not isinstance(before, str) or not isinstance(now, str):
-        return False
-    old, new = Path(before), Path(now)
-    return old.name == new.name and len(old.parts) > 1 and not old.exists() and new.exists()
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
