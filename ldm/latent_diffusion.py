@@ -138,14 +138,6 @@ class LatentDiffusion(nn.Module):
             "concat": self.concat,
         }
 
-    def _config_without(self, **fixed: Any) -> dict[str, Any]:
-        """Return `config` for a subclass that fixes these arguments. ValueError where one was changed."""
-        config = LatentDiffusion.config.fget(self)
-        for name, value in fixed.items():
-            if config.pop(name) != value:
-                raise ValueError(f"a {type(self).__name__} always has {name} {value}: set it back to save the model")
-        return config
-
     @property
     def schedule(self) -> Schedule:
         """The noise schedule of `schedule_params`, made on first use: a model may be built on the meta device."""

@@ -67,6 +67,14 @@ class PixelDiffusion(LatentDiffusion):
             "self_condition": self.self_condition,
         }
 
+    def _config_without(self, **fixed: Any) -> dict[str, Any]:
+        """Return LatentDiffusion's `config` without arguments that are fixed here. ValueError where one was changed."""
+        config = super().config
+        for name, value in fixed.items():
+            if config.pop(name) != value:
+                raise ValueError(f"a {type(self).__name__} always has {name} {value}: set it back to save the model")
+        return config
+
     def predict(self, x: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor | None]:
         """Return the network's prediction (b, c, h, w) for x_vp at timesteps t, and the variance's share."""
         output = self.apply_model(*network_input(self.prediction, x, t, self.schedule), cond).float()

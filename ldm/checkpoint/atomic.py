@@ -156,11 +156,14 @@ def claim(path: Path) -> BinaryIO | None:
 
     With the name of a temporary file, `sweep` removes what a killed process left.
     """
-    file = open(path, "ab")
-    if _lock(file) is not False and _is(file, path):
-        return file
-    file.close()
-    return None
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+        if (locked := _lock(file)) is not False and _is(file, path):
+            return file
+        file.close()
+        if locked is False:
+            return None  # otherwise the holder released it, and removed the file, in between
 
 
 class Lock:
@@ -172,15 +175,10 @@ class Lock:
     def __init__(self, folder: Path, refusal: str) -> None:
         """Raise ValueError(refusal) if another process or thread holds the lock."""
         self.path, self.made = folder / ".lock", not folder.exists()
-        while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "ab")
-            if _lock(self.file) is False:
-                self.file.close()
-                raise ValueError(refusal)
-            if _is(self.file, self.path):
-                break
-            self.file.close()  # the holder released it, and removed the file, in between
+        file = claim(self.path)
+        if file is None:
+            raise ValueError(refusal)
+        self.file = file
         if hasattr(os, "register_at_fork"):  # a worker that outlives this process must not hold it
             os.register_at_fork(after_in_child=self.file.close)
 

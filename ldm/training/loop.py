@@ -217,11 +217,10 @@ def build_run(
 def resume_run(run: Training) -> int:
     """Load what the run's folder holds and return its step, 0 of a new run; print what of the settings stands out."""
     settings, folder, step = run.settings, run.folder, 0
-    state = folder.load_state()
-    if state is not None:
-        from ldm.training.resuming import restore  # only a run that goes on needs it
+    if folder.has_remains:
+        from ldm.training.resuming import load_saved  # a new run has no use for it
 
-        step = restore(state, run.parts, settings, run.content, folder)
+        step = load_saved(run.parts, settings, run.content, folder)
     counts = {"lr_schedule.warmup": settings.lr_schedule.get("warmup", 0), "keep_every": settings.keep_every}
     for key, count in counts.items():
         if count > settings.steps and folder.writes:

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from ldm.checkpoint.atomic import Lock, explained, sweep, write_png, write_text
 from ldm.checkpoint.file import STEP_KEY, checkpoint_at, file_hash, newest_checkpoint
-from ldm.checkpoint.tensors import read_tensors
 from ldm.checkpoint.writing import save_file, save_torch
 from ldm.checks import shorten
 from ldm.images import image_grid
-from ldm.input_files import escaped, read_yaml
+from ldm.input_files import escaped
 from ldm.labels import Row, labelled_rows
 
 # Settings that name files whose weights a run is built on: they must hold the same when it goes on.
@@ -62,44 +60,15 @@ class RunFolder:
         refusal = f"{str(path)!r} is being trained in by another process: wait for its end, or choose another folder"
         self.lock = Lock(path, refusal) if writes else None
         try:
-            saved, self.finished = self._saved_config(config, resume), False
-            if saved is not None:
-                from ldm.training.resuming import is_finished  # only a run that goes on needs it
+            self.finished, self.before = False, {}
+            if self.state.exists() or newest_checkpoint(path) is not None:  # else it is new, or was killed before that
+                from ldm.training.resuming import built_on, is_finished  # only a run that goes on needs it
 
-                self.finished = is_finished(self, saved, config)
-            self.before = self._remembered()
+                self.finished, self.before = is_finished(self, config, resume), built_on(self)
             self.built_on = self._checked_files(config) if writes or self.before else {}
         except BaseException:
             self.close()
             raise
-
-    def _saved_config(self, config: dict[str, Any], resume: bool) -> dict[str, Any] | None:
-        """Return the configuration that what is saved here comes from; None if nothing is saved yet."""
-        saved = self.path / "config.yaml"
-        if not self.state.exists() and newest_checkpoint(self.path) is None:
-            return None  # new, or killed before there was anything to keep
-        if not resume:
-            raise ValueError(
-                f"{str(self.path)!r} already holds a run: continue it with --resume, or choose another output folder"
-            )
-        if not saved.exists():
-            return config
-        try:
-            before = read_yaml(saved)
-            if not isinstance(before.get("loop"), dict) or not {"name", "outdir"} <= before.keys():
-                raise ValueError("it is not the configuration of a run")
-            return before
-        except ValueError as error:
-            raise ValueError(
-                f"{str(saved)!r} is damaged ({str(error)[:200]}): delete it, and the run is resumed with the settings "
-                "that are given now"
-            ) from None
-
-    def _remembered(self) -> dict[str, str]:
-        try:  # without reading the tensors
-            return torch.load(self.state, map_location="cpu", weights_only=True, mmap=True)["built_on"]
-        except Exception:  # nothing is saved, or by an earlier version, or it is damaged, which `load_state` says
-            return {}
 
     def _checked_files(self, config: dict[str, Any]) -> dict[str, str]:
         """Return the hashes of the files that the run is built on; ValueError if one has changed since it began."""
@@ -113,12 +82,6 @@ class RunFolder:
                     "file, or choose another output folder"
                 )
         return found
-
-    def result_steps(self, configured: int) -> int:
-        """Return how many steps the result was trained for, or 0. configured: of a result that does not say."""
-        if not self.model.exists():
-            return 0
-        return int(read_tensors(self.model).metadata.get(STEP_KEY, 0 if self.state.exists() else configured))
 
     def begin(self, config: dict[str, Any], step: int, accelerator: Any, *datasets: Any) -> None:
         """Write the configuration, and what data sets leave out, once all is built: a mistake leaves no run behind."""
@@ -149,44 +112,16 @@ class RunFolder:
         else:
             path.unlink(missing_ok=True)  # of an earlier start
 
+    @property
+    def has_remains(self) -> bool:
+        """Whether an earlier start left a state, or what is to be cut back to one."""
+        return any(path.exists() for path in (self.state, self.metrics, self.path / SNAPSHOTS))
+
     def save_state(self, state: dict[str, Any]) -> None:
         """Replace the saved state, atomically."""
         if not self.writes:
             return
         save_torch(self.state, {"built_on": self.built_on} | state)
-
-    def load_state(self) -> dict[str, Any] | None:
-        """Return the saved state, or None, and cut the metrics back to it; no pickled code is run."""
-        state = None
-        if self.state.exists():
-            try:
-                state = torch.load(self.state, map_location="cpu", weights_only=True)
-                if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-                    raise ValueError(f"it holds a {type(state).__name__}, not the state of a run")
-            except Exception as error:  # torch raises half a dozen kinds for a damaged file
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                raise ValueError(
-                    f"cannot resume from {str(self.state)!r}: the file is damaged ({reason}); to start anew, choose "
-                    "another output folder or delete that file"
-                ) from None
-        if self.writes:
-            self._cut_metrics(step := 0 if state is None else state["step"])
-            for path in (self.path / SNAPSHOTS).glob("[0-9]*.safetensors"):  # of a run that was killed, as well
-                if int(path.stem) > step:
-                    path.unlink()
-        return state
-
-    def _cut_metrics(self, step: int) -> None:
-        """Drop the lines after `step`, and an incomplete one of a run that was killed."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(errors="replace").splitlines(keepends=True):
-            try:
-                kept += [line] if line.endswith("}\n") and json.loads(line)["step"] <= step else []
-            except (ValueError, KeyError, TypeError, RecursionError):  # damaged
-                pass
-        write_text(self.metrics, "".join(kept))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write a JSON line, and a point of each tracker for each value."""
