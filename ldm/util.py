@@ -167,15 +167,9 @@ def at_most(tensors: int = 2**16, numbers: int = 2**34) -> Iterator[None]:
             if left[what] < 0:
                 raise ValueError(f"the configuration describes a network with more than {limit} {what}")
 
-    hooks = [
-        registration.register_module_parameter_registration_hook(subtract),
-        registration.register_module_buffer_registration_hook(subtract),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with registration.register_module_parameter_registration_hook(subtract):
+        with registration.register_module_buffer_registration_hook(subtract):
+            yield
 
 
 class Unfilled(DeviceContext):

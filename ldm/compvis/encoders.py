@@ -35,11 +35,8 @@ class AbstractEncoder(nn.Module):
         """Encode prompts. Textual inversion's manager maps tokens (b, n) and vectors (b, n, d) to other vectors."""
         if embedding_manager is None:
             return self(*args, **kwargs)
-        hook = self.token_embedding.register_forward_hook(lambda _, given, out: embedding_manager(given[0], out))
-        try:
+        with self.token_embedding.register_forward_hook(lambda _, given, out: embedding_manager(given[0], out)):
             return self(*args, **kwargs)
-        finally:
-            hook.remove()
 
     def freeze(self) -> None:
         self.eval().requires_grad_(False)

@@ -247,11 +247,7 @@ def null_text_guidance(model: Any, nulls: NullText, copies: int = 1) -> Iterator
                 inputs[name] = torch.cat([torch.cat([null] * copies).to(inputs[name]), inputs[name][images:]])
         return args[:2], inputs
 
-    handle = unet.register_forward_pre_hook(enter, with_kwargs=True)
-    try:
-        with uncompiled():
-            yield
-    finally:
-        handle.remove()
+    with unet.register_forward_pre_hook(enter, with_kwargs=True), uncompiled():
+        yield
     if guided and not any(guided):
         raise ValueError("the null conditions had no effect: at guidance scale 1 there is no guidance away from them")

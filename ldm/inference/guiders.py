@@ -7,7 +7,7 @@ Each function returns a `Guide`, the `guide` argument of `LatentDiffusion.genera
 import argparse
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -132,13 +132,10 @@ def identity_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
             return output
         return _identity_block(module, *args) if isinstance(module, AttentionBlock) else _identity(module, *args)
 
-    hooks = [module.register_forward_hook(replace, prepend=True) for module in modules]
-    try:
-        with uncompiled():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, uncompiled():
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(replace, prepend=True))
+        yield
 
 
 def _identity(attention: Any, x: Tensor) -> Tensor:

@@ -80,11 +80,8 @@ def checked_output(network: Any, channels: int) -> Iterator[None]:
                 f"the network {type(network).__name__} returns {found}, and not a tensor of shape {wanted[0]}"
             )
 
-    hook = network.register_forward_hook(check)
-    try:
+    with network.register_forward_hook(check):
         yield
-    finally:
-        hook.remove()
 
 
 def note_cut(tokenizer: Any, texts: Sequence[str]) -> None:
