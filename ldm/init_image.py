@@ -40,14 +40,14 @@ class InitImages:
         images = _upright(image, count, "images")
         seen = "L" if channels == 1 else "RGB"
         # One image for all stays one, so that it is encoded once.
-        self.seen = _stack([over(one, "white").convert(seen) for one in images])  # (1 or count, channels, h, w)
+        self.seen = stack_images([over(one, "white").convert(seen) for one in images])  # (1 or count, channels, h, w)
         self.height, self.width = self.seen.shape[-2:]
         _check_size(self.height, self.width, multiple)
         self.multiple = multiple
         self.kept = self.levels = None
         if mask is not None:
             masks = _upright(mask, count, "masks")
-            self.levels = _stack([over(one, "black").convert("L") for one in masks])  # (1 or count, 1, h, w)
+            self.levels = stack_images([over(one, "black").convert("L") for one in masks])  # (1 or count, 1, h, w)
             if not (self.levels >= 128).any():
                 warnings.warn(
                     "the mask is black (below 128) everywhere: nothing of the image is generated anew", stacklevel=4
@@ -59,7 +59,7 @@ class InitImages:
                     "they must have one size"
                 )
             widest = max((one.mode for one in images), key=("L", "RGB", "RGBA").index)
-            self.kept = _stack([one.convert(seen if widest == "L" else widest) for one in images])
+            self.kept = stack_images([one.convert(seen if widest == "L" else widest) for one in images])
 
     def __getitem__(self, batch: slice) -> "InitImages":
         part = copy(self)
@@ -123,8 +123,8 @@ def _upright(images: Images, count: int, what: str) -> list[Image.Image]:
     return images
 
 
-def _stack(images: Sequence[Image.Image]) -> Tensor:
-    """PIL images of one size and mode -> uint8 (b, c, h, w)."""
+def stack_images(images: Sequence[Image.Image]) -> Tensor:
+    """Stack PIL images of one size and mode: uint8 (b, c, h, w)."""
     arrays = np.stack([np.asarray(image) for image in images])  # (b, h, w) or (b, h, w, c)
     return torch.from_numpy(arrays if arrays.ndim == 4 else arrays[..., None]).permute(0, 3, 1, 2)  # (b, c, h, w)
 

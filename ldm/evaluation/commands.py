@@ -23,7 +23,7 @@ from ldm.evaluation.datasets import HELD_OUT, find_reference, open_data
 from ldm.evaluation.dreambooth import Detector, SubjectPrompts, compare, measure_subject, read_folder
 from ldm.evaluation.emoji import make_groups, process_seconds, report_emoji, report_first_stage
 from ldm.evaluation.emoji_judge import load_judge
-from ldm.evaluation.likelihood import check_variance, condition_of, measure_bits
+from ldm.evaluation.likelihood import check_variance, measure_bits
 from ldm.evaluation.networks import JUDGE, PRETRAINED, Measuring, classify, features_of, fingerprint, load_image_network
 from ldm.evaluation.own_data import Halves, prompts_of, read_for, report_agreement, report_images, report_reconstruction
 from ldm.evaluation.reference import SIZES, load_reference, measure_reference, save_reference
@@ -40,6 +40,7 @@ from ldm.labels import labelled_rows
 from ldm.loading import SHIPPED
 from ldm.models.classifier import INNER, PADDING, inner
 from ldm.settings import Guidance
+from ldm.training.conditions import read_by
 
 Result = tuple[dict[str, Any] | None, Image.Image | None]
 
@@ -202,7 +203,7 @@ def evaluate_bits(args: argparse.Namespace) -> Result:
     else:
         check_folder_options(args)
         name, shape = args.dataset, (model.defaults["width"], side)
-        reads = ["image", *filter(None, [condition_of(model)])]
+        reads = ["image", *read_by(model)]
         data = Folder(name, side, model.image_channels, caption="", buckets=[shape], reads=reads)
         classes = model.cond_stage_model
         if "label" in reads and len(data.classes) > (count := classes.null or classes.n_classes):

@@ -11,6 +11,7 @@ from ldm.diffusion.denoiser import from_vp
 from ldm.diffusion.guidance import classifier_free, clip_x0
 from ldm.diffusion.schedule import q_sample
 from ldm.pixel_diffusion import PixelDiffusion
+from ldm.training.conditions import read_by
 from ldm.util import progress_bar
 
 VARIANCES = {"small": 0.0, "large": 1.0}  # the share of log beta_t in the log variance of a step
@@ -75,12 +76,6 @@ def bits_per_dimension(
     return Bits(torch.stack(terms[::-1]), prior_bits(x0, schedule).cpu())
 
 
-def condition_of(model: Any) -> str:
-    """Return what of an image's sample conditions the model: its "label" or "caption"; "" where nothing does."""
-    conditioner = model.cond_stage_model
-    return "" if conditioner is None else "label" if hasattr(conditioner, "n_classes") else "caption"
-
-
 def measure_bits(
     model: Any, data: Any, n: int, batch_size: int, seed: int = 0, variance: str | None = None
 ) -> dict[str, Any]:
@@ -92,7 +87,7 @@ def measure_bits(
     size = model.latent_size(model.defaults["height"], model.defaults["width"])
     if n > len(data) or tuple(data[0]["image"].shape) != size:
         raise ValueError(f"{n} images {size} are asked for, and there are {len(data)} {tuple(data[0]['image'].shape)}")
-    found, name = [], condition_of(model)
+    found, name = [], next(iter(read_by(model)), "")
     for first in range(0, n, batch_size):
         indices = list(range(first, min(first + batch_size, n)))
         samples = data.__getitems__(indices)

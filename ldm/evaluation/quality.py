@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from ldm.evaluation.frechet import frechet_distance, moments
 from ldm.evaluation.networks import load_image_network
 from ldm.evaluation.own_data import features as pixel_features
 from ldm.images import to_uint8
+from ldm.init_image import stack_images
 from ldm.training.conditions import condition_values
 
 
@@ -59,8 +59,7 @@ class Quality:
             self.real[len(chosen)] = self._read(chosen)
         conditions, labels, real = self.real[len(chosen)]
         made = self.model.generate(conditions, batch_size=self.batch_size, plain=True, **settings)
-        arrays = torch.stack([torch.from_numpy(np.array(image)) for image in made])  # (n, h, w) or (n, h, w, c)
-        generated = arrays[:, None] if arrays.ndim == 3 else arrays.permute(0, 3, 1, 2)  # uint8 (n, c, h, w)
+        generated = stack_images(made)  # uint8 (n, c, h, w)
         found = {"frechet": frechet_distance(*moments(self._each(self.features, generated)), *real)}
         if self.classifier is not None:
             answers = self._each(lambda x: self.classifier(x.float() / 127.5 - 1).argmax(1), generated)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,6 +13,7 @@ from ldm.checks import few
 from ldm.data.captions import NUMBER_WORDS, Caption
 from ldm.images import image_grid, to_pil, to_uint8
 from ldm.inference.nan_check import generate_checked
+from ldm.init_image import stack_images
 from ldm.models.classifier import INNER, inner
 from ldm.util import progress_bar
 
@@ -28,14 +28,7 @@ def quantise(images: Tensor) -> Tensor:
 
 def from_pil(images: Iterable, size: int = INNER) -> Tensor:
     """Convert PIL images of one size to uint8 (n, size, size)."""
-    arrays = [np.array(image.convert("L")) for image in images]
-    return inner(torch.from_numpy(np.stack(arrays)), size)
-
-
-def _planes(images: Iterable) -> Tensor:
-    """Convert PIL images of one size and mode to uint8 (n, c, h, w)."""
-    arrays = torch.from_numpy(np.stack([np.array(image) for image in images]))
-    return rearrange(arrays, "n h w -> n 1 h w" if arrays.ndim == 3 else "n h w c -> n c h w")
+    return inner(stack_images([image.convert("L") for image in images])[:, 0], size)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -113,6 +106,6 @@ def sample_images(
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             made = generate_checked(model, batch, seed=seed + first, batch_size=batch_size, **settings)
-            images.append(_planes(made) if size is None else from_pil(made, size))
+            images.append(stack_images(made) if size is None else from_pil(made, size))
             bar.update(len(batch))
     return torch.cat(images)
