@@ -1,12 +1,14 @@
 """Save models: in our own checkpoints, as other programs read single files, and as diffusers' folders."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ldm.checkpoint import networks
 from ldm.checkpoint.tensors import check_finite
-from ldm.checkpoint.writing import save_file, vanishing
+from ldm.checkpoint.writing import save_file
 from ldm.checks import as_path
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import fitted
@@ -53,3 +55,20 @@ def save(
         metadata["modelspec.title"] = path.stem
     save_file(path, state, config, dtype, metadata)
     return notes
+
+
+def vanishing(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[str]:
+    """Return a note where more than 1 % of the weights that are not 0 become 0 in `dtype`.
+
+    Of large tensors 16,384 evenly spaced numbers are counted: a count of all takes 2 s/GiB on one core.
+    """
+    before = after = 0
+    for tensor in state.values() if dtype is not None else ():
+        if tensor.is_floating_point():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 14)]
+            before, after = before + int(some.count_nonzero()), after + int(some.to(dtype).count_nonzero())
+    if (before - after) * 100 <= before:
+        return []
+    return [
+        f"{1 - after / before:.1%} of the nonzero weights are too small for {dtype} and are now 0: use another dtype"
+    ]

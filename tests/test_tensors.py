@@ -22,7 +22,7 @@ from torch import nn
 
 from ldm.checkpoint.diffusers_files import read_sharded
 from ldm.checkpoint.tensors import Contents, check_finite, read_tensors
-from ldm.checkpoint.writing import vanishing
+from ldm.saving import vanishing
 
 
 def write_packed(tensors: dict, path: Path, kind: int) -> None:

@@ -85,20 +85,3 @@ def bytes_of(content: Any) -> int:
         return content.numel() * content.element_size()
     values = content.values() if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else ()
     return sum(map(bytes_of, values))
-
-
-def vanishing(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[str]:
-    """Return a note where more than 1 % of the weights that are not 0 become 0 in `dtype`.
-
-    Of large tensors 16,384 evenly spaced numbers are counted: a count of all takes 2 s/GiB on one core.
-    """
-    before = after = 0
-    for tensor in state.values() if dtype is not None else ():
-        if tensor.is_floating_point():
-            some = tensor.detach().flatten()[:: max(1, tensor.numel() >> 14)]
-            before, after = before + int(some.count_nonzero()), after + int(some.to(dtype).count_nonzero())
-    if (before - after) * 100 <= before:
-        return []
-    return [
-        f"{1 - after / before:.1%} of the nonzero weights are too small for {dtype} and are now 0: use another dtype"
-    ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ldm.changes import Change
 from ldm.checkpoint.file import file_hash
 from ldm.checkpoint.tensors import check_finite, read_tensors
-from ldm.checkpoint.writing import save_file, vanishing
+from ldm.checkpoint.writing import save_file
 from ldm.checks import few
 from ldm.finetune.lora import Adapter, Replaced, connect, merge, places, resized
 from ldm.finetune.lora_names import (
@@ -34,6 +34,7 @@ from ldm.finetune.lora_names import (
     with_usual_levels,
 )
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.saving import vanishing
 
 LORA_FORMATS = ("kohya", "peft")
 # diffusers' key in the header: arguments of PEFT's LoraConfig as JSON, each with `unet.` or `text_encoder.` before it
