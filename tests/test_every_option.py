@@ -110,6 +110,52 @@ OF_TEXT = LOADING + SAMPLING + GUIDANCE + MODEL + IMAGES + TEXT
 OF_PIXELS = (
     (LOADING + SAMPLING + GUIDANCE + MODEL + IMAGES).replace("weaker", "pixel_weaker").replace("lora.s", "pixel_lora.s")
 )
+OF_PAIRS = (
+    LOADING
+    + SAMPLING
+    + MODEL
+    + """
+--prompt: four
+--to: two
+--seed: 9
+--H: 48
+--W: 48
+--negative-prompt: four
+--final-sigma: sigma_min
+--clip-skip: 2
+--plain: | --prompt (five:1.5)
+--embedding: word.safetensors | --prompt <it>
+--ckpt: weaker.safetensors
+--vae-slicing:
+--outdir: other
+--enlarge: 2
+"""
+)
+OF_REPORTS = """
+--batch-size: 7
+--out: report.json
+--image: a.png
+--data: missing
+"""
+OF_GENERATED = (
+    LOADING
+    + SAMPLING
+    + MODEL
+    + OF_REPORTS
+    + """
+--seed: 1
+--embedding: word.safetensors
+--vae-slicing:
+"""
+)
+OF_DATA_SETS = """
+--ckpt: weaker.safetensors
+--dataset: third
+--split: heldout
+--n: 21
+--judge: missing
+--features: missing
+"""
 TUNING = """
 --ckpt: weaker.safetensors
 --device: meta
@@ -171,9 +217,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "edit": (
         f"{SAMPLED} --prompt five --to six",
-        LOADING + SAMPLING + MODEL + """
---prompt: four
---to: two
+        OF_PAIRS + """
 --reweight: six=2
 --silence: six
 --cross-steps: 0 0.3
@@ -188,41 +232,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
 --corrections: 0 | --init-img first.png
 --null-steps: 2 | --init-img first.png --null-text
 --n_samples: 2
---seed: 9
---H: 48
---W: 48
---negative-prompt: four
---final-sigma: sigma_min
---clip-skip: 2
---plain: | --prompt (five:1.5)
---embedding: word.safetensors | --prompt <it>
---ckpt: weaker.safetensors
---vae-slicing:
---outdir: other
---enlarge: 2
 """,
     ),
     "interpolate": (
         f"{SAMPLED} --prompt five --to six --frames 3",
-        LOADING + SAMPLING + MODEL + """
---prompt: four
---to: two
---seed: 9
+        OF_PAIRS + """
 --seed-to: 9
 --frames: 2
 --per-second: 2
 --batch-size: 1
---H: 48
---W: 48
---negative-prompt: four
---final-sigma: sigma_min
---clip-skip: 2
---plain: | --prompt (five:1.5)
---embedding: word.safetensors | --prompt <it>
---ckpt: weaker.safetensors
---vae-slicing:
---outdir: other
---enlarge: 2
 """,
     ),
     "convert": (
@@ -297,73 +315,25 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "evaluate model": (
         f"--ckpt model.safetensors --device cpu --dataset digits {MEASURED} {NETWORKS} --steps 3",
-        LOADING + SAMPLING + MODEL + """
---ckpt: weaker.safetensors
---dataset: third
---split: heldout
---n: 21
---batch-size: 7
---out: report.json
---image: a.png
---data: missing
---judge: missing
---features: missing
---seed: 1
+        OF_GENERATED + OF_DATA_SETS + """
 --wording: unseen
 --clip: missing
 --classifier: classifier.safetensors
 --classifier-scale: 3 | --classifier classifier.safetensors
---embedding: word.safetensors
---vae-slicing:
 """,
     ),
     "evaluate emoji": (
         "--ckpt colour.safetensors --device cpu --data emoji --cache cache --n 10 --epochs 1 --batch-size 20 --steps 3",
-        LOADING + SAMPLING + MODEL + """
---ckpt: weaker.safetensors
---data: missing
---cache: other
---n: 11
---epochs: 2
---batch-size: 7
---out: report.json
---image: a.png
---seed: 1
---embedding: word.safetensors
---vae-slicing:
-""",
+        OF_GENERATED + "--ckpt: weaker.safetensors\n--n: 11\n--cache: other\n--epochs: 2",
     ),
     "evaluate scenes": (
         "--ckpt scenes.safetensors --device cpu --n 10 --batch-size 10 --data digits --judge judge.safetensors"
         " --steps 3",
-        LOADING + SAMPLING + MODEL + """
---ckpt: model.safetensors
---n: 11
---batch-size: 7
---out: report.json
---image: a.png
---data: missing
---judge: missing
---seed: 1
---embedding: word.safetensors
---vae-slicing:
-""",
+        OF_GENERATED + "--ckpt: model.safetensors\n--n: 11\n--judge: missing",
     ),
     "evaluate autoencoder": (
         f"--ckpt model.safetensors --device cpu --dataset digits {MEASURED} {NETWORKS}",
-        """
---ckpt: weaker.safetensors
---device: meta
---dataset: third
---split: heldout
---n: 21
---batch-size: 7
---out: report.json
---image: a.png
---data: missing
---judge: missing
---features: missing
-""",
+        OF_REPORTS + OF_DATA_SETS + "--device: meta",
     ),
     "evaluate bits": (
         "--ckpt pixel.safetensors --device cpu --dataset digits --n 4",
