@@ -17,7 +17,7 @@ from ldm.conditioning.classes import ClassLabels
 from ldm.data.captions import Caption
 from ldm.data.digits import Digits
 from ldm.data.measure import MNIST_THRESHOLDS, classify_styles
-from ldm.evaluation import commands, networks, prompt, reference, report, samples, style
+from ldm.evaluation import commands, networks, prompt, reference, report, samples
 from ldm.evaluation.autoencoder import reconstruct
 from ldm.evaluation.networks import FEATURES, JUDGE, Measuring, fingerprint, load_image_network
 from ldm.evaluation.reference import load_reference, measure_reference, save_reference
@@ -82,7 +82,7 @@ def test_style_accuracy_counts_only_what_was_stated():
     weight, slant = (x.tolist() for x in classify_styles(images, MNIST_THRESHOLDS))
     wrong = (slant[1] + 1) % 3
     captions = [Caption("", 1, weight[0], slant[0]), Caption("", 2, weight[1], wrong), Caption("", 3)]
-    result = style.style_accuracy(images, captions, MNIST_THRESHOLDS)
+    result = prompt.style_accuracy(images, captions, MNIST_THRESHOLDS)
     for kind, share, n in (("weight", 1, 2), ("slant", 0.5, 2), ("stated", 0.75, 4), ("captions", 0.5, 2)):
         assert (result[kind]["accuracy"], result[kind]["n"]) == (share, n)
 

@@ -17,12 +17,10 @@ from ldm.data.dreambooth import choices
 from ldm.data.finding import find_images
 from ldm.data.image_files import read_image
 from ldm.data.measure import MNIST_THRESHOLDS
-from ldm.evaluation.distances import kth_nearest
-from ldm.evaluation.diversity import mean_pairwise_distance
+from ldm.evaluation.distances import kth_nearest, mean_pairwise_distance
 from ldm.evaluation.networks import Measuring, classify, features_of
-from ldm.evaluation.prompt import accuracy
+from ldm.evaluation.prompt import accuracy, style_accuracy
 from ldm.evaluation.samples import from_pil, sample_images
-from ldm.evaluation.style import style_accuracy
 
 COLUMNS = 9  # images in a row of the sheet
 

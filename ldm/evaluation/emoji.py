@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ldm.data.emoji import Emoji, Icon
 from ldm.data.emoji_captions import EMOJI_FRAMES
+from ldm.evaluation.distances import memorisation, nearest_training_distance, quantiles
 from ldm.evaluation.emoji_judge import EmojiJudge, facts_of
 from ldm.evaluation.frechet import frechet_distance, moments
-from ldm.evaluation.memorisation import memorisation, nearest_training_distance, quantiles
 from ldm.evaluation.own_data import report_reconstruction
 from ldm.evaluation.prompt import accuracy
 from ldm.evaluation.reference import measure_floor

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldm.data.folder import Folder
+from ldm.evaluation.distances import memorisation, nearest_training_distance, precision_recall, quantiles
 from ldm.evaluation.frechet import frechet_distance, moments
-from ldm.evaluation.memorisation import memorisation, nearest_training_distance, quantiles
-from ldm.evaluation.precision_recall import precision_recall
 from ldm.evaluation.reference import measure_floor
 from ldm.images import to_uint8
 from ldm.models.perceptual import psnr

@@ -25,10 +25,9 @@ from ldm.checkpoint.writing import save_file
 from ldm.data.captioned import CaptionedDigits
 from ldm.data.captions import Caption, Captioner
 from ldm.data.measure import Thresholds
+from ldm.evaluation.distances import nearest_training_distance, precision_recall, quantiles
 from ldm.evaluation.frechet import frechet_distance, moments
-from ldm.evaluation.memorisation import nearest_training_distance, quantiles
 from ldm.evaluation.networks import PRETRAINED, Measuring, classify, features_of
-from ldm.evaluation.precision_recall import precision_recall
 from ldm.models.classifier import INNER, inner
 from ldm.util import progress_bar
 

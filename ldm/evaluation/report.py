@@ -9,15 +9,12 @@ from torch import Tensor
 from ldm.data.captions import Caption, frames_named
 from ldm.data.measure import classify_styles
 from ldm.evaluation.autoencoder import Reconstruction
-from ldm.evaluation.diversity import class_diversity
+from ldm.evaluation.distances import class_diversity, memorisation, nearest_training_distance, precision_recall
 from ldm.evaluation.frechet import frechet_distance, moments
-from ldm.evaluation.memorisation import memorisation, nearest_training_distance
 from ldm.evaluation.networks import Measuring, classify, features_of
-from ldm.evaluation.precision_recall import precision_recall
-from ldm.evaluation.prompt import accuracy, accuracy_by
+from ldm.evaluation.prompt import accuracy, accuracy_by, style_accuracy
 from ldm.evaluation.reference import Floor, Reference
 from ldm.evaluation.samples import to_unit
-from ldm.evaluation.style import style_accuracy
 from ldm.models.perceptual import psnr
 
 

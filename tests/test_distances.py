@@ -8,10 +8,16 @@ from conftest import refused
 from sklearn.neighbors import NearestNeighbors
 
 from ldm.evaluation import distances
-from ldm.evaluation.distances import kth_nearest, nearest_neighbour
-from ldm.evaluation.diversity import class_diversity, mean_pairwise_distance
-from ldm.evaluation.memorisation import memorisation, nearest_training_distance, quantiles
-from ldm.evaluation.precision_recall import precision_recall
+from ldm.evaluation.distances import (
+    class_diversity,
+    kth_nearest,
+    mean_pairwise_distance,
+    memorisation,
+    nearest_neighbour,
+    nearest_training_distance,
+    precision_recall,
+    quantiles,
+)
 
 
 def normal(n: int, d: int, seed: int) -> torch.Tensor:
