@@ -9,7 +9,7 @@ from conftest import pixels, randomised
 from test_ddgan_stage import MODEL
 
 import ldm
-from ldm.diffusion.posterior import q_posterior
+from ldm.diffusion.bound import q_posterior
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.images import to_pil
 from ldm.inference.precision import set_precision

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from ldm.diffusion.bound import levels, q_posterior
 from ldm.diffusion.denoiser import Prediction, from_vp, to_vp
-from ldm.diffusion.posterior import levels, q_posterior
 from ldm.diffusion.sampling.first_order import Point, euler
 from ldm.diffusion.schedule import make_schedule, q_sample
 from ldm.optional.ddgan import q_pair

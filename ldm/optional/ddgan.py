@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.checks import Count, Entries, Levels, Width
-from ldm.diffusion.posterior import levels
+from ldm.diffusion.bound import levels
 from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 from ldm.models.blocks import TimestepBlock, timestep_embedding, zero_module
 from ldm.models.unet import UNetModel

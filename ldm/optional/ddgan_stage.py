@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ldm.checks import Betas, Count, Probability, Rate
-from ldm.diffusion.posterior import q_posterior
+from ldm.diffusion.bound import q_posterior
 from ldm.latent_diffusion import Conditioning
 from ldm.models.discriminator import vanilla_d_loss
 from ldm.optional.ddgan import Discriminator, q_pair, r1_penalty
