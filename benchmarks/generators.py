@@ -1,11 +1,14 @@
 """What the benchmarks of generators measure: how often they evaluate their network, and one row of figures."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.sampling import Sampler
 from ldm.evaluation.networks import Measuring, classify, features_of
 from ldm.evaluation.reference import Reference
 from ldm.evaluation.report import report_distribution, report_model
@@ -15,8 +18,20 @@ from ldm.generation import plan_sampling
 
 def evaluations(model: Any, **settings: Any) -> int:
     """Return how often the network is evaluated for an image, by the settings of `plan_sampling`."""
-    row, sigmas = plan_sampling(model, **settings)
-    return sum(row.evaluations(sigmas))
+    return sum(evaluations_by_step(*plan_sampling(model, **settings)))
+
+
+def evaluations_by_step(row: Sampler, sigmas: Sequence[float]) -> list[int]:
+    """Return how often each denoising step on these sigmas evaluates it, counted by sampling a single number."""
+    calls = [0]
+
+    def denoise(x: Tensor, sigma: float) -> Prediction:
+        calls[-1] += 1
+        return Prediction(x)
+
+    for _ in row(denoise, torch.zeros(1), sigmas, noise=lambda: torch.zeros(1)):
+        calls.append(0)
+    return calls[:-1]
 
 
 def measure_prompts(

@@ -5,8 +5,8 @@ The reading path: all that it takes to train the digits model and to sample from
 How an image is sampled:
     diffusion/schedule.py            334  noise levels: betas, alpha-bar, sigma; the timesteps to visit
     diffusion/denoiser.py            166  a network that predicts eps, x0, v or flow -> denoise(x, sigma, cond)
-    diffusion/guidance.py            139  denoise -> denoise: classifier-free guidance and others
-    diffusion/sampling/              532  first_order explains DDIM and DDPM; the others refine it
+    diffusion/guidance.py            122  denoise -> denoise: classifier-free guidance and others
+    diffusion/sampling/              503  first_order explains DDIM and DDPM; the others refine it
     latent_diffusion.py              261  first stage + text encoder + UNet + schedule
     generation.py                    229  generate: prompts -> images
 The networks:

@@ -1,6 +1,6 @@
 """How a run of images is split into batches. It imports no torch: recipes are planned before that is imported."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -18,6 +18,12 @@ def of_ends(function: Callable[[Any], Any], value: Any) -> Any:
     if not isinstance(value, Blend):
         return function(value)
     return Blend(function(value.first), function(value.last), value.share)
+
+
+def distinct_prompts(prompts: Collection[Any]) -> tuple[list[Any], list[int]]:
+    """Return the distinct prompts in order, and the index of each prompt among them."""
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return list(index), [index[prompt] for prompt in prompts]
 
 
 def batches(lengths: Sequence[int], size: int) -> list[slice]:

@@ -4,26 +4,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
+from ldm.arrays import Tensor, cast_like, is_tensor, library
 from ldm.batching import batches, of_ends
 from ldm.conditioning.prompt import count_chunks
 from ldm.diffusion import guidance
 from ldm.diffusion.denoiser import Cond, from_vp, to_vp
 from ldm.diffusion.sampling import Sampler, Step, choose_sampler, get_sampler, sampler_named
-from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.images import to_pil
-from ldm.settings import ALL_SIGMAS, BATCH_SIZE, SEED, Settings, documented, from_keywords, listed, of_model
+from ldm.settings import ALL_SIGMAS, BATCH_SIZE, SEED, Settings, check_size, documented, from_keywords, listed, of_model
 
 if TYPE_CHECKING:
     from ldm.init_image import Images, InitImages
 
 
-@torch.inference_mode()
 @documented
 def generate(
     model: Any,
@@ -59,7 +56,7 @@ def generate(
         **settings: `ldm.settings.Settings`.
     """
     chosen, own, init = from_keywords(settings), of_model(model.defaults), None
-    prompts = prompts if isinstance(prompts, Tensor) else listed("prompts", prompts)
+    prompts = prompts if is_tensor(prompts) else listed("prompts", prompts)
     seeds, batch_size = _seeds(seed, seeds, len(prompts)), BATCH_SIZE.checked("batch_size", given(batch_size, 16))
     for name, function in (("guide", guide), ("callback", callback)):
         if function is not None and not callable(function):
@@ -76,7 +73,8 @@ def generate(
     elif mask is not None or strength is not None:
         raise ValueError("mask and strength need an init image: give image too")
     scale, negative = plan_guidance(model, chosen.scale, negative)
-    negatives = negative if isinstance(negative, list | tuple | Tensor) else [negative] * len(prompts)
+    several = isinstance(negative, list | tuple) or is_tensor(negative)
+    negatives = negative if several else [negative] * len(prompts)
     if not len(prompts) == len(seeds) == len(negatives):
         raise ValueError(
             f"{len(prompts)} prompts need as many seeds and negative prompts; "
@@ -168,6 +166,16 @@ def check_defaults(model: Any) -> tuple[int, int, int]:
         raise ValueError(f"the model's defaults: {error}") from None
 
 
+def latent_size(model: Any, height: int, width: int) -> tuple[int, int, int]:
+    """Return the (z, h, w) of the latents of an image of that size in pixels; ValueError if it does not fit."""
+    defaults, own = of_model(model.defaults), model.multiple
+    check_size(width, height, defaults["width"], defaults["height"])
+    for name, size in (("height", height), ("width", width)):
+        if size < own or size % own:
+            raise ValueError(f"{name} {size} cannot be made by this model: use a positive multiple of {own}")
+    return model.channels, height // model.downsampling, width // model.downsampling
+
+
 def _sample(
     model: Any,
     run: "_Run",
@@ -180,12 +188,12 @@ def _sample(
 ) -> Tensor:
     """Sample one batch: its pixels (b, c, h, w) in [-1, 1], or uint8 where there is an init image."""
     scale, interval, rescale = run.settings.scale, run.settings.interval, run.settings.rescale
-    noise = SeededNoise(seeds, run.size)
+    noise = model.seeded_noise(seeds, run.size)
     own = noise()
-    start = own if start is None else torch.as_tensor(start, dtype=own.dtype)
+    start = own if start is None else cast_like(start, own)
     if run.settings.fixed_code:
-        start = SeededNoise([run.first_seed], run.size)().expand_as(start)
-    start = start.to(model.device)
+        start = library(own).broadcast_to(model.seeded_noise([run.first_seed], run.size)(), own.shape)
+    start = library(own).asarray(start, device=model.device)
     if model.concat is not None:
         from ldm.init_image import concat_for  # only such models need it
 

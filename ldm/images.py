@@ -1,25 +1,22 @@
 """Conversions between tensors of pixels and PIL images, and grids of images."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
-if TYPE_CHECKING:  # grids are made without torch
-    from torch import Tensor
+from ldm.arrays import Tensor, float32_or_wider, library, to_numpy
 
 
-def to_uint8(pixels: "Tensor") -> "Tensor":
+def to_uint8(pixels: Tensor) -> Tensor:
     """Clip pixels in [-1, 1] and round them to uint8, of the same shape."""
-    import torch
+    own = library(pixels)
+    return own.asarray(((float32_or_wider(pixels).clip(-1, 1) + 1) * 127.5).round(), dtype=own.uint8)
 
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-
-def to_pil(pixels: "Tensor") -> list[Image.Image]:
+def to_pil(pixels: Tensor) -> list[Image.Image]:
     """Convert pixels (b, c, h, w) in [-1, 1], or uint8, with c = 1 or 3, to b images in mode "L" or "RGB"."""
-    levels = to_uint8(pixels) if pixels.is_floating_point() else pixels
-    arrays = levels.permute(0, 2, 3, 1).cpu().numpy()  # (b, h, w, c)
+    levels = to_numpy(pixels if str(pixels.dtype).endswith("uint8") else to_uint8(pixels))
+    arrays = levels.transpose(0, 2, 3, 1)  # (b, h, w, c)
     return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.data.image_files import over, upright
 from ldm.diffusion.denoiser import BoundDenoise, Cond
-from ldm.diffusion.guidance import inpaint
+from ldm.diffusion.further_guidance import inpaint
 from ldm.images import to_uint8
 from ldm.settings import Settings
 

@@ -8,9 +8,7 @@ states.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from ldm.arrays import Tensor, cast_like, library
 from ldm.batching import Blend
 from ldm.settings import INT, Setting
 
@@ -25,11 +23,11 @@ def interpolate(first: Any, last: Any, count: int) -> list[Blend]:
 
 def slerp(first: Tensor, last: Tensor, share: float) -> Tensor:
     """Interpolate two tensors of one shape on the sphere (Shoemake 1985): the first at share 0, the last at 1."""
-    cosine = (first * last).sum() / (first.norm() * last.norm())
-    angle = cosine.clamp(-1, 1).acos()
-    if angle.sin() < 1e-3:  # of one direction, or opposite ones, between which there is no one way
-        return torch.lerp(first, last, share)
-    return (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
+    own = library(first)
+    angle = own.arccos((first * last).sum() / ((first * first).sum() * (last * last).sum()) ** 0.5)
+    if not own.sin(angle) >= 1e-3:  # of one direction, or opposite ones, between which there is no one way
+        return first + share * (last - first)
+    return (own.sin((1 - share) * angle) * first + own.sin(share * angle) * last) / own.sin(angle)
 
 
 def lerp_conditions(
@@ -38,8 +36,8 @@ def lerp_conditions(
     """Interpolate the conditions (b, ...) of b images on straight lines. ValueError for class numbers."""
     found = {}
     for name, start in first.items():
-        if not start.is_floating_point():
+        if "int" in str(start.dtype):
             raise ValueError("prompts of this model are class numbers, between which there is nothing: name one class")
-        share = torch.tensor(shares).to(start).view(-1, *[1] * (start.ndim - 1))
-        found[name] = torch.lerp(start, last[name], share)
+        share = cast_like(shares, start).reshape(-1, *[1] * (start.ndim - 1))
+        found[name] = (1 - share) * start + share * last[name]
     return found

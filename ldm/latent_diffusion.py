@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ldm.checkpoint.file import file_hash
 from ldm.conditioning.prompt import encode_prompts
 from ldm.diffusion.denoiser import Denoise, make_denoiser, network_input
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.schedule import Schedule, make_schedule, q_sample
-from ldm.generation import generate
-from ldm.settings import check_size, of_model
+from ldm.generation import generate, latent_size
+from ldm.settings import of_model
 from ldm.util import call_with, instantiate_network
 
 if TYPE_CHECKING:
@@ -237,20 +238,13 @@ class LatentDiffusion(nn.Module):
         """Return the number of which height and width in pixels must be multiples."""
         return self.downsampling * self.model.diffusion_model.downsampling
 
-    def latent_size(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return the (z, h, w) of the latents of an image of that size in pixels; ValueError if it does not fit."""
-        defaults, own = of_model(self.defaults), self.multiple
-        check_size(width, height, defaults["width"], defaults["height"])
-        for name, size in (("height", height), ("width", width)):
-            if size < own or size % own:
-                raise ValueError(f"{name} {size} cannot be made by this model: use a positive multiple of {own}")
-        return self.channels, height // self.downsampling, width // self.downsampling
-
     def default_strength(self, masked: bool) -> float:
         """Return the strength that `generate` uses: 1 with a mask or for an instruction model, else 0.75."""
         return 1.0 if masked or self.concat == "latents" else 0.75
 
-    generate = generate  # prompts -> images: see there for its arguments
+    latent_size = latent_size  # (height, width) in pixels -> (z, h, w)
+    seeded_noise = SeededNoise  # (seeds, size of a latent) -> the source of their noise
+    generate = torch.inference_mode()(generate)  # prompts -> images: see there for its arguments
 
 
 def _check_shape(what: str, x: Any, channels: int) -> None:

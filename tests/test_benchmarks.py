@@ -16,6 +16,9 @@ from ldm.checkpoint.diffusers_config import unet_levels
 from ldm.checkpoint.diffusers_names import unet_to_diffusers
 from ldm.checkpoint.diffusers_writer import write_unet
 from ldm.data.captions import NUMBER_WORDS
+from ldm.diffusion.denoiser import Prediction
+from ldm.diffusion.sampling import SAMPLERS
+from ldm.diffusion.schedule import make_schedule, sampling_sigmas
 from ldm.evaluation.networks import Measuring
 from ldm.evaluation.reference import load_reference
 from ldm.evaluation.samples import from_pil, prompts_for, quantise, sample_images
@@ -212,6 +215,33 @@ def test_classes_of_a_folder_are_asked_for_by_name(name):
     assert prompts == [name(caption.digit) for caption in stated] and len({*prompts}) == 10
     model.cond_stage_model.names = ["cat", "dog"]
     refused("the model's classes are cat, dog: none is the digit", prompts_for, model, captions)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("ddim", [1, 1, 1, 1]),
+        ("heun", [2, 2, 2, 1]),
+        ("dpm2_a", [2, 2, 2, 1]),
+        ("dpmpp_sde", [2, 2, 2, 1]),
+        ("plms", [2, 1, 1, 1]),
+        ("unipc", [1, 1, 1, 1]),
+        ("dpmpp_3m_sde", [1, 1, 1, 1]),
+    ],
+)
+def test_how_often_the_network_is_evaluated_is_known_before(name, expected):
+    sigmas, calls = sampling_sigmas(make_schedule("scaled_linear"), 4), []
+
+    def denoise(x, sigma):
+        calls.append(sigma)
+        return Prediction(torch.tanh(x))
+
+    made = []
+    for _ in SAMPLERS[name](denoise, torch.ones(2, 3), sigmas, noise=lambda: torch.randn(2, 3)):
+        made.append(len(calls) - sum(made))
+    assert generators.evaluations_by_step(SAMPLERS[name], sigmas) == made == expected
+    # a step far down in pure noise is Euler's: Heun's method has no use for its end
+    assert generators.evaluations_by_step(SAMPLERS["heun"], sampling_sigmas(make_schedule("cosine"), 4)) == [1, 2, 2, 1]
 
 
 def test_evaluations(tiny_model):

@@ -7,8 +7,8 @@ import torch
 from conftest import refused
 
 from ldm.diffusion.denoiser import Prediction, make_denoiser, to_vp
-from ldm.diffusion.further_guidance import autoguidance, dynamic_threshold, perturbed_attention
-from ldm.diffusion.guidance import classifier_free, clip_x0, in_interval, inpaint
+from ldm.diffusion.further_guidance import autoguidance, dynamic_threshold, inpaint, perturbed_attention
+from ldm.diffusion.guidance import classifier_free, clip_x0, in_interval
 from ldm.diffusion.sampling import SAMPLERS
 from ldm.diffusion.schedule import make_schedule
 

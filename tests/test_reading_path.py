@@ -40,7 +40,7 @@ PATH = {
 # Imported too, but not needed to understand the method.
 SUPPORT = {
     "__init__ */__init__ legacy_paths legacy_names": "names: what the package exports, and CompVis's module names",
-    "cli util images labels batching checks input_files": "helpers: errors, files, images, batches",
+    "cli util images labels batching checks input_files arrays": "helpers: errors, files, images, batches",
     "settings changes": "the tables of sampling settings and of changes to a model, for recipes",
     "training/config training/loop_settings training/contract training/rehearsal": "configuration files, checks",
     "training/datasets": "what a configuration trains and is measured on",

@@ -351,33 +351,6 @@ def test_the_table():
     assert last(SAMPLERS["plms"](lambda x, sigma: Prediction(x), torch.ones(1, 1), [1.0, 0.0], eta=0.0)).x == 1
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("ddim", [1, 1, 1, 1]),
-        ("heun", [2, 2, 2, 1]),
-        ("dpm2_a", [2, 2, 2, 1]),
-        ("dpmpp_sde", [2, 2, 2, 1]),
-        ("plms", [2, 1, 1, 1]),
-        ("unipc", [1, 1, 1, 1]),
-        ("dpmpp_3m_sde", [1, 1, 1, 1]),
-    ],
-)
-def test_how_often_the_network_is_evaluated_is_known_before(name, expected):
-    sigmas, calls = sampling_sigmas(SD, 4), []
-
-    def denoise(x, sigma):
-        calls.append(sigma)
-        return Prediction(torch.tanh(x))
-
-    made = []
-    for _ in SAMPLERS[name](denoise, torch.ones(2, 3), sigmas, noise=lambda: torch.randn(2, 3)):
-        made.append(len(calls) - sum(made))
-    assert SAMPLERS[name].evaluations(sigmas) == made == expected
-    # a step far down in pure noise is Euler's: Heun's method has no use for its end
-    assert SAMPLERS["heun"].evaluations(sampling_sigmas(make_schedule("cosine"), 4)) == [1, 2, 2, 1]
-
-
 def test_an_image_has_the_same_noise_alone_and_in_a_batch():
     batch = SeededNoise([5, 6, 7], (4, 8, 8))
     alone = SeededNoise([6], (4, 8, 8))

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from ldm.diffusion.sampling import Step
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.inference.strip import StripRecorder
 from ldm.labels import GAP, LINE
 
 
 def test_a_strip_noises_the_image_to_the_kept_levels():
-    model = SimpleNamespace(decode=lambda latents: latents.clamp(-1, 1))
+    model = SimpleNamespace(seeded_noise=SeededNoise, decode=lambda latents: latents.clamp(-1, 1))
     recorder, sigmas = StripRecorder(model, steps=4), [1.5, 0.8, 0.3, 0.0]
     sampled = torch.zeros(2, 1, 40, 40)
     for index, sigma in enumerate(sigmas):
@@ -37,7 +38,7 @@ def test_a_strip_noises_the_image_to_the_kept_levels():
 
 
 def test_a_strip_of_many_steps_keeps_ten():
-    model = SimpleNamespace(decode=lambda latents: latents)
+    model = SimpleNamespace(seeded_noise=SeededNoise, decode=lambda latents: latents)
     recorder = StripRecorder(model, steps=25)
     for index in range(25):
         recorder(Step(index, 24.0 - index, torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)))

@@ -30,7 +30,7 @@ FLOORS = (
     ("diffusion", "models"),
     ("interpolation", "labels"),
     ("util", "images", "cli", "program", "batching", "settings", "input_files"),
-    ("legacy_paths", "changes", "checks", "spelling"),
+    ("legacy_paths", "changes", "checks", "spelling", "arrays"),
     ("legacy_names",),
 )
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}

@@ -11,12 +11,10 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from einops import rearrange
-from torch import Tensor
 
-from ldm.batching import Blend
-from ldm.conditioning.text import TextEncoder, distinct_prompts
+from ldm.arrays import Tensor, is_tensor
+from ldm.batching import Blend, distinct_prompts
 from ldm.conditioning.tokenizer import Tokenizer
 
 MAX_CHUNKS = 32
@@ -69,7 +67,7 @@ def _end(tokens: list[int], room: int, comma: int) -> int:
 
 
 def count_chunks(encoder: Any, prompts: Sequence[Any] | Tensor, plain: bool = False) -> list[int]:
-    """Return the number of chunks of each prompt: 1 for encoders other than TextEncoder."""
+    """Return the number of chunks of each prompt: 1 for encoders other than CLIP's."""
     first, last = _ends(prompts)
     if last is not None:
         return list(map(max, count_chunks(encoder, first, plain), count_chunks(encoder, last, plain)))
@@ -88,7 +86,7 @@ def encode_prompts(
     chunks.
 
     Args:
-        encoder: a TextEncoder; any other conditioner is called as it is, without reading syntax.
+        encoder: a TextEncoder, or one of `ldm.onnx`; any other conditioner is called as it is, without reading syntax.
         prompts: texts, or `Blend`s of two; classes or images for other conditioners.
         chunks: k, to which shorter prompts are padded with empty chunks. None: the longest prompt's number, so that a
             prompt's conditioning depends on the others in its batch; see `count_chunks`.
@@ -127,26 +125,26 @@ def encode_prompts(
 
         n = states.shape[1]
         weights = [[1.0, *row.weights, *[1.0] * (n - 1 - len(row.weights))] for row in rows]  # (b k, n)
-        states = weigh(states, torch.tensor(weights, device=states.device))
+        states = weigh(states, weights)
     out = {"c_crossattn": rearrange(states, "(b k) n d -> b (k n) d", k=k)}
     if "c_adm" in cond:
         out["c_adm"] = rearrange(cond["c_adm"], "(b k) p -> b k p", k=k)[:, 0]
-    return {key: value[which.to(states.device)] for key, value in out.items()}
+    return {key: value[which] for key, value in out.items()}
 
 
 def _ends(prompts: Sequence[Any] | Tensor) -> tuple[Any, Any]:
     """Return the prompts at the first and at the last ends of those that are blends; (prompts, None) without any."""
-    if isinstance(prompts, Tensor) or not any(isinstance(prompt, Blend) for prompt in prompts):
+    if is_tensor(prompts) or not any(isinstance(prompt, Blend) for prompt in prompts):
         return prompts, None
     both = [prompt if isinstance(prompt, Blend) else Blend(prompt, prompt, 0.0) for prompt in prompts]
     return [blend.first for blend in both], [blend.last for blend in both]
 
 
 def _weighs(encoder: Any, prompts: Sequence[Any] | Tensor) -> bool:
-    """Return whether chunks and weights apply: to texts for a TextEncoder, but not to token ids."""
+    """Return whether chunks and weights apply: to texts for CLIP's encoder, but not to token ids."""
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of prompts, not one string ({prompts[:40]!r})")
-    weighs = isinstance(encoder, TextEncoder) and not isinstance(prompts, Tensor)
+    weighs = isinstance(getattr(encoder, "tokenizer", None), Tokenizer) and not is_tensor(prompts)
     for prompt in prompts if weighs else ():
         if not isinstance(prompt, str):
             raise ValueError(f"prompt {reprlib.repr(prompt)} is not text, which this model is conditioned on")

@@ -23,8 +23,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from ldm.arrays import Tensor, cast_like, float32_or_wider, library
 
 FACTORS = {"(": 1.1, "[": 1 / 1.1}  # of a bracket without a number
 MAX_WEIGHT = 1000.0  # float16 still holds CLIP's largest features, about 30, times this
@@ -92,13 +91,14 @@ def _joined(texts: Sequence[str | None], weights: Sequence[float]) -> list[list[
     return sections
 
 
-def weigh(states: Tensor, weights: Tensor) -> Tensor:
+def weigh(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     """Multiply hidden states (b, n, d) by weights (b, n); scale each row to its former mean where that is valid."""
-    exact = states.to(torch.promote_types(states.dtype, torch.float32))
-    weighted = exact * weights[..., None].to(exact)
+    own, exact = library(states), float32_or_wider(states)
+    by = cast_like(weights, exact)
+    weighted = exact * by[..., None]
     before, after = exact.mean((1, 2)), weighted.mean((1, 2))  # (b,)
-    least, most = weights.aminmax(dim=1)
+    least, most = own.amin(by, 1), own.amax(by, 1)
     share = after / before  # a mean of the weights, if the tokens' own means share a sign
     sound = (share > 0) & (least <= share) & (share <= most)
-    factor = torch.where(sound, before / after, 1.0)
-    return (weighted * factor[:, None, None]).to(states.dtype)
+    factor = own.where(sound, before / after, 1.0)
+    return cast_like(weighted * factor[:, None, None], states)

@@ -1,11 +1,13 @@
 """Encode prompts with CLIP: its hidden states for cross-attention and, on request, its pooled text."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.batching import distinct_prompts
 from ldm.checks import Count, Entries, Width
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.models.clip import OpenCLIPTextModel, TextTower
@@ -83,7 +85,7 @@ class TextEncoder(nn.Module):
         weights and long prompts.
 
         Args:
-            prompts: texts, or their tokens int64 (b, n).
+            prompts: texts, or their tokens int64 (b, n), of torch or numpy.
             clip_skip: 1 takes the context from the encoder's own layer, 2 from one block before it, and so on, with the
                 same final norm or none. This is A1111's "Clip skip" for Stable Diffusion 1 (A1111 ignores it for Stable
                 Diffusion 2) and diffusers' clip_skip plus 1 for both.
@@ -92,13 +94,13 @@ class TextEncoder(nn.Module):
             {"c_crossattn": (b, n, d)} and, if pooled, "c_adm": (b, p), always of the last layer.
         """
         device = next(self.parameters()).device
-        if isinstance(prompts, Tensor):
-            return self._encode(prompts.to(device), clip_skip)
+        if isinstance(prompts, Tensor | np.ndarray):
+            return self._encode(torch.as_tensor(prompts, device=device), clip_skip)
         if isinstance(prompts, str):
             raise ValueError(f"the text encoder takes a list of prompts, not one string ({prompts[:40]!r})")
         distinct, which = distinct_prompts(prompts)
         cond = self._encode(self.tokenizer(distinct).to(device), clip_skip)
-        return {key: value[which.to(device)] for key, value in cond.items()}
+        return {key: value[which] for key, value in cond.items()}
 
     def _encode(self, tokens: Tensor, clip_skip: int) -> dict[str, Tensor]:
         if not 1 <= clip_skip <= max(self.state, 1):
@@ -113,12 +115,6 @@ class TextEncoder(nn.Module):
         if self.pooled:
             cond["c_adm"] = self.tower.pool(self.tower.final_norm(states[-1]), tokens, self.tokenizer.eos)  # (b, p)
         return cond
-
-
-def distinct_prompts(prompts: Collection[Any]) -> tuple[list[str], Tensor]:
-    """Return the distinct prompts in order, and the index of each prompt among them, int64 (b,)."""
-    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    return list(index), torch.tensor([index[prompt] for prompt in prompts], dtype=torch.long)
 
 
 def _state_number(layer: str, layer_index: int | None, layers: int) -> int:

@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ldm.arrays import Tensor
 from ldm.checks import shorten
 
 NUM_CLIP_MERGES = 48_894  # 49,408 tokens less 2 x 256 bytes, start and end; the rest of the file is not used
@@ -73,13 +73,15 @@ class Tokenizer:
         """Return the token ids of a list of prompts, int64 (b, context_length)."""
         if isinstance(prompts, str):
             raise ValueError(f"the tokenizer takes a list of prompts, not one string ({prompts[:40]!r})")
-        return self.frame([self.encode(prompt)[: self.context_length - 2] for prompt in prompts])
+        import torch  # a model without torch frames tokens itself
 
-    def frame(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        return torch.from_numpy(self.frame([self.encode(prompt)[: self.context_length - 2] for prompt in prompts]))
+
+    def frame(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """Add start, end and padding to ids, at most context_length - 2 each: int64 (b, context_length)."""
-        rows = torch.full((len(texts), self.context_length), self.pad, dtype=torch.long)
+        rows = np.full((len(texts), self.context_length), self.pad)
         for row, ids in zip(rows, texts, strict=True):
-            row[: len(ids) + 2] = torch.tensor([self.sot, *ids, self.eos])
+            row[: len(ids) + 2] = [self.sot, *ids, self.eos]
         return rows
 
     def encode(self, prompt: str) -> list[int]:

@@ -10,9 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
+from ldm.arrays import Tensor, cast_like, is_tensor, library
 from ldm.diffusion.schedule import Schedule, signal_and_noise_levels
 
 PREDICTIONS = ("eps", "x0", "v", "flow")
@@ -108,14 +106,14 @@ def predicted_x0(prediction: str, output: Tensor, x_vp: Tensor, sigmas: Tensor) 
     """Return the x0 (b, ...) that a network's output for x_vp means, the inverse of `target`; sigmas: float64 (b,)."""
     sigma = sigmas.reshape(-1, *[1] * (x_vp.ndim - 1))  # (b, 1, ...)
     c_skip, c_out = scalings(prediction, sigma)
-    return (c_skip * (1 + sigma * sigma).sqrt()).to(x_vp) * x_vp + torch.as_tensor(c_out).to(x_vp) * output
+    return (c_skip * (1 + sigma * sigma).sqrt()).to(x_vp) * x_vp + cast_like(c_out, x_vp) * output
 
 
 def make_denoiser(
     network: Callable[[Tensor, Tensor, Cond], Tensor],
     schedule: Schedule,
     prediction: str,
-    dtype: torch.dtype | None = None,
+    dtype: Any = None,
     learned_variance: bool = False,
 ) -> Denoise:
     """Wrap network(x_vp, t, cond) as denoise(x, sigma, cond) -> Prediction.
@@ -134,17 +132,18 @@ def make_denoiser(
 
     def denoise(x: Tensor, sigma: Any, cond: Cond) -> Prediction:
         def of_sigma(value: Callable[[float], Any]) -> Any:  # a number, or a column (b, 1, ...) with that of each image
-            if not isinstance(sigma, Tensor) or sigma.ndim == 0:
+            if not is_tensor(sigma) or sigma.ndim == 0:
                 return value(float(sigma))
-            return x.new_tensor(list(map(value, sigma.tolist()))).reshape(-1, *[1] * (x.ndim - 1))
+            return cast_like(list(map(value, sigma.tolist())), x).reshape(-1, *[1] * (x.ndim - 1))
 
         c_skip, c_out = (of_sigma(lambda s, i=i: scalings(prediction, s)[i]) for i in range(2))
         if prediction == "flow":
             scaled, time = x / of_sigma(lambda s: 1 + s), of_sigma(lambda s: schedule.T * s / (1 + s))
         else:
             scaled, time = x * of_sigma(lambda s: 1 / math.sqrt(1 + s * s)), of_sigma(schedule.t_at)
-        t = time.flatten() if isinstance(time, Tensor) else x.new_full((len(x),), time)
-        output = network(scaled.to(x.dtype if dtype is None else dtype), t, cond).to(x.dtype)
+        full = library(x).full
+        t = time.flatten() if is_tensor(time) else full((len(x),), time, dtype=x.dtype, device=x.device)
+        output = cast_like(network(scaled if dtype is None else scaled.to(dtype), t, cond), x)
         output, share = split_variance(output, x.shape[1]) if learned_variance else (output, None)
         return Prediction(output if prediction == "x0" else c_skip * x + c_out * output, share)
 
@@ -162,5 +161,5 @@ def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
             f"a network that learns the variance returns 2 x {channels} channels, but this one returns "
             f"{output.shape[1]}: set out_channels to {2 * channels}, or learned_variance to false"
         )
-    predicted, v = output.chunk(2, dim=1)
+    predicted, v = output[:, :channels], output[:, channels:]
     return predicted, (v + 1) / 2

@@ -116,3 +116,18 @@ def dynamic_threshold(denoise: BoundDenoise, percentile: float = 0.995, limit: f
         return found._replace(x0=found.x0.clamp(-s, s) * (bound / s))
 
     return thresholded
+
+
+def inpaint(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
+    """Inpaint with any model: x0 is `known` where the mask is 0, and the model's prediction where it is 1.
+
+    A sampler then moves the known part along known + sigma noise, for eta = 0 with one fixed noise, so that it
+    always has the right noise level and ends without noise. CompVis's mask blending adds new noise to it in every
+    step instead. The mask is in [0, 1], broadcastable to `known` (b, c, h, w).
+    """
+
+    def inpainted(x: Tensor, sigma: float) -> Prediction:
+        found = denoise(x, sigma)
+        return found._replace(x0=torch.lerp(known, found.x0, mask))
+
+    return inpainted

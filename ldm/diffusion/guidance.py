@@ -21,9 +21,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from ldm.arrays import Tensor, library
 from ldm.diffusion.denoiser import BoundDenoise, Cond, Denoise, Prediction, check_prediction, scalings
 
 # (denoise, cond, prompts) -> denoise: guidance to add, given the conditioning of these prompts (texts or classes)
@@ -68,12 +66,12 @@ def classifier_free(
     both = _concatenate(uncond, cond)
 
     def guided(x: Tensor, sigma: float) -> Prediction:
-        found = denoise(torch.cat([x, x]), sigma, both)  # (2b, ...)
-        x0_uncond, x0_cond = found.x0.chunk(2)
-        x0 = torch.lerp(x0_uncond, x0_cond, scale)
+        found, b = denoise(library(x).concatenate([x, x]), sigma, both), len(x)  # (2b, ...)
+        x0_uncond, x0_cond = found.x0[:b], found.x0[b:]
+        x0 = x0_cond + (scale - 1) * (x0_cond - x0_uncond)
         if rescale > 0:
             x0 = _rescaled(x, x0, x0_cond, sigma, rescale, prediction)
-        share = None if found.variance_share is None else found.variance_share.chunk(2)[1]
+        share = None if found.variance_share is None else found.variance_share[b:]
         return Prediction(x0, share, x0_cond)
 
     return in_interval(interval, guided, conditional)
@@ -84,7 +82,7 @@ def _concatenate(uncond: Cond, cond: Cond) -> Cond:
     shapes = [{key: tuple(value.shape) for key, value in c.items()} for c in (cond, uncond)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"cond and uncond must have the same keys and shapes, got {shapes[0]} and {shapes[1]}")
-    return {key: torch.cat([uncond[key], cond[key]]) for key in cond}
+    return {key: library(cond[key]).concatenate([uncond[key], cond[key]]) for key in cond}
 
 
 def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, prediction: str | None) -> Tensor:
@@ -95,8 +93,8 @@ def _rescaled(x: Tensor, x0: Tensor, x0_cond: Tensor, sigma: float, phi: float, 
     c_skip, c_out = scalings(prediction, sigma)
     skipped = c_skip * x
     output, output_cond = (x0 - skipped) / c_out, (x0_cond - skipped) / c_out
-    axes = tuple(range(1, x.ndim))
-    ratio = output_cond.std(axes, keepdim=True) / output.std(axes, keepdim=True)  # (b, 1, ...)
+    axes, std = tuple(range(1, x.ndim)), library(x).std
+    ratio = std(output_cond, axes, keepdims=True, correction=1) / std(output, axes, keepdims=True, correction=1)
     return skipped + c_out * (phi * ratio + (1 - phi)) * output
 
 
@@ -112,21 +110,6 @@ def in_interval(interval: tuple[float, float], inside: BoundDenoise, outside: Bo
     return chosen
 
 
-def inpaint(denoise: BoundDenoise, known: Tensor, mask: Tensor) -> BoundDenoise:
-    """Inpaint with any model: x0 is `known` where the mask is 0, and the model's prediction where it is 1.
-
-    A sampler then moves the known part along known + sigma noise, for eta = 0 with one fixed noise, so that it
-    always has the right noise level and ends without noise. CompVis's mask blending adds new noise to it in every
-    step instead. The mask is in [0, 1], broadcastable to `known` (b, c, h, w).
-    """
-
-    def inpainted(x: Tensor, sigma: float) -> Prediction:
-        found = denoise(x, sigma)
-        return found._replace(x0=torch.lerp(known, found.x0, mask))
-
-    return inpainted
-
-
 def clip_x0(denoise: BoundDenoise, limit: float = 1.0) -> BoundDenoise:
     """Clamp x0 to [-limit, limit], for models of pixels in [-1, 1] (as in Ho et al. 2020's code)."""
     if not limit > 0:
@@ -134,6 +117,6 @@ def clip_x0(denoise: BoundDenoise, limit: float = 1.0) -> BoundDenoise:
 
     def clipped(x: Tensor, sigma: float) -> Prediction:
         found = denoise(x, sigma)
-        return found._replace(x0=found.x0.clamp(-limit, limit))
+        return found._replace(x0=found.x0.clip(-limit, limit))
 
     return clipped

@@ -19,12 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from ldm.arrays import Tensor, cast_like, library, to_numpy
 from ldm.checks import Range, Rate
 
 MIN_ALPHA_BAR = 2.0**-24  # replaces ab = 0 (zero terminal SNR), so that sigma is finite: 4096
@@ -62,6 +61,8 @@ def betas(name: str, T: int = 1000, start: float | None = None, end: float | Non
 
     start and end replace the two numbers of the name. They are never rescaled with T.
     """
+    import torch  # here and below: only a new schedule needs it, which a model without torch brings along
+
     if name not in SCHEDULES:
         raise ValueError(f"unknown noise schedule {name!r}; choose from {', '.join(SCHEDULES)}")
     if T < 1:
@@ -100,13 +101,15 @@ def betas_from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], T: int, max_beta
 
     Without the bound the last beta of a curve that ends at 0 would be 1 (Nichol & Dhariwal 2021, section 3.2).
     """
+    import torch
+
     curve = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
     return (1 - curve[1:] / curve[:-1]).clamp(max=max_beta)
 
 
 def alphas_cumprod(beta: Tensor) -> Tensor:
     """Return ab_t = prod_{s <= t} (1 - beta_s) (Ho et al. 2020, eq. 4): (T,) -> float64 (T,)."""
-    return torch.cumprod(1 - beta.double(), dim=0)
+    return (1 - beta.double()).cumprod(0)
 
 
 def rescale_zero_terminal_snr(ab: Tensor) -> Tensor:
@@ -132,9 +135,9 @@ class Schedule:
 
     def __post_init__(self):
         ab = self.alphas_cumprod
-        if ab.dtype != torch.float64 or ab.ndim != 1 or ab.device.type != "cpu" or len(ab) == 0:
+        if not str(ab.dtype).endswith("float64") or ab.ndim != 1 or str(ab.device) != "cpu" or len(ab) == 0:
             raise ValueError(f"alphas_cumprod must be float64 (T,) on the CPU, got {ab.dtype} {tuple(ab.shape)}")
-        if not (ab[0] < 1 and ab[-1] >= 0 and bool((ab.diff() < 0).all())):
+        if not (ab[0] < 1 and ab[-1] >= 0 and bool((ab[1:] < ab[:-1]).all())):
             raise ValueError("alphas_cumprod must decrease strictly, starting below 1 and ending at 0 or more")
 
     @property
@@ -147,15 +150,15 @@ class Schedule:
 
         ab = 0 is replaced by 2^-24, or by half of the ab before it where that is smaller.
         """
-        ab = self.alphas_cumprod.clone()
+        ab = 1 * self.alphas_cumprod
         if ab[-1] == 0:
             ab[-1] = MIN_ALPHA_BAR if self.T == 1 else min(MIN_ALPHA_BAR, float(ab[-2]) / 2)
-        return ((1 - ab) / ab).sqrt()
+        return ((1 - ab) / ab) ** 0.5
 
     @cached_property
     def _knots(self) -> tuple[np.ndarray, np.ndarray]:
         """t = 0..T-1, and -log ab there; it is interpolated linearly in t, as in DPM-Solver (Lu et al. 2022)."""
-        return np.arange(self.T), torch.log1p(self.sigmas**2).numpy()
+        return np.arange(self.T), np.log1p(to_numpy(self.sigmas) ** 2)
 
     def sigma_at(self, t: float) -> float:
         """Return sigma at timestep t, which may be fractional. Raises ValueError outside 0..T-1."""
@@ -209,7 +212,7 @@ def q_sample(x0: Tensor, t: Tensor, noise: Tensor, schedule: Schedule) -> Tensor
 
 
 def training_timesteps(
-    name: str, batch: int, T: int, mean: float = 0.0, std: Rate = 1.0, generator: torch.Generator | None = None
+    name: str, batch: int, T: int, mean: float = 0.0, std: Rate = 1.0, generator: Any = None
 ) -> Tensor:
     """Sample the timesteps to train on: int64 (batch,) in 0..T-1, on the CPU.
 
@@ -217,6 +220,8 @@ def training_timesteps(
         name: uniform, or logit_normal: floor(T sigmoid(n)) with n ~ N(mean, std) (Esser et al. 2024, section 3.1).
         mean, std: Of logit_normal only; a mean above 0 trains more on high noise levels.
     """
+    import torch
+
     if name == "uniform":
         return torch.randint(0, T, (batch,), generator=generator)
     if name == "logit_normal":
@@ -272,18 +277,18 @@ def _check_steps(steps: int, T: int) -> None:
         raise ValueError(f"the number of steps must be from 1 to {T} (the model's noise levels), got {steps}")
 
 
-def _sigma_ramp(spacing: str, steps: int, low: float, high: float, rho: float = 7.0) -> Tensor:
+def _sigma_ramp(spacing: str, steps: int, low: float, high: float, rho: float = 7.0) -> np.ndarray:
     """Return sigmas from high to low, evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5) or log sigma."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    ramp = np.linspace(0, 1, steps)
     if spacing == "exponential":
-        sigmas = torch.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
+        sigmas = np.exp(math.log(high) + ramp * (math.log(low) - math.log(high)))
     else:
         sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return sigmas.clamp(low, high)  # both ends are rounded
+    return sigmas.clip(low, high)  # both ends are rounded
 
 
-def _listed_sigmas(listed: str | Sequence[float], schedule: Schedule) -> Tensor:
-    """Return the sigmas of listed timesteps, or those listed after the word "sigmas": float64 (n,), descending."""
+def _listed_sigmas(listed: str | Sequence[float], schedule: Schedule) -> list[float]:
+    """Return the sigmas of listed timesteps, or those listed after the word "sigmas", descending."""
     try:
         words = listed.replace(",", " ").split() if isinstance(listed, str) else list(listed)
         are_sigmas = words[:1] == ["sigmas"]
@@ -300,7 +305,7 @@ def _listed_sigmas(listed: str | Sequence[float], schedule: Schedule) -> Tensor:
             raise ValueError(f"sigma {sigma} is outside {low:.7g}..{high:.7g}, the model's noise levels")
     if any(above <= below for above, below in pairwise(sigmas)):
         raise ValueError(f"the listed noise levels must descend, got {listed}")
-    return torch.tensor(sigmas, dtype=torch.float64)
+    return sigmas
 
 
 def sampling_sigmas(
@@ -330,5 +335,5 @@ def sampling_sigmas(
         sigmas = _listed_sigmas(spacing, schedule)
         if len(sigmas) != steps:
             raise ValueError(f"the spacing lists {len(sigmas)} noise levels, but the number of steps is {steps}")
-    final = schedule.sigmas[:1] if final_sigma == "sigma_min" else schedule.sigmas.new_zeros(1)
-    return torch.cat([sigmas, final])
+    own = schedule.sigmas
+    return library(own).concatenate([cast_like(sigmas, own), own[:1] if final_sigma == "sigma_min" else 0 * own[:1]])

@@ -1,17 +1,19 @@
 """A strip of images that shows how one was sampled: the forward process, x_t, and the predicted x0."""
 
 import math
+from typing import TYPE_CHECKING
 
 from PIL import Image
-from torch import Tensor
 
+from ldm.arrays import Tensor
 from ldm.diffusion.denoiser import to_vp
 from ldm.diffusion.sampling import Step
 from ldm.diffusion.sampling.first_order import add_noise
-from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.images import to_pil
 from ldm.labels import Row, labelled_rows
-from ldm.latent_diffusion import LatentDiffusion
+
+if TYPE_CHECKING:  # it imports torch
+    from ldm.latent_diffusion import LatentDiffusion
 
 STRIP_SIDE = 96  # pixels of an image's height, at least: its captions need the room
 
@@ -22,7 +24,7 @@ class StripRecorder:
     They are spaced evenly; the last step is always among them.
     """
 
-    def __init__(self, model: LatentDiffusion, steps: int, columns: int = 10) -> None:
+    def __init__(self, model: "LatentDiffusion", steps: int, columns: int = 10) -> None:
         self.model, self.last = model, steps - 1
         columns = min(columns, steps)
         self.kept = {round((i + 1) * steps / columns) - 1 for i in range(columns)}
@@ -60,7 +62,7 @@ class StripRecorder:
 
     def _add_forward_process(self, x: Tensor) -> None:
         """Noise the sampled x (b, ...) step by step (Ho et al. 2020, eq. 2), up through the kept noise levels."""
-        noise = SeededNoise(range(len(self.rows) - len(x), len(self.rows)), tuple(x.shape[1:]))
+        noise = self.model.seeded_noise(range(len(self.rows) - len(x), len(self.rows)), tuple(x.shape[1:]))
         lower = self.sigmas[-1]
         for sigma in reversed(self.sigmas):
             x, lower = add_noise(x, math.sqrt(sigma**2 - lower**2), noise), sigma

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ldm.batching import distinct_prompts
 from ldm.checkpoint.atomic import claim, sweep
 from ldm.checkpoint.tensors import State, read_tensors
 from ldm.checkpoint.writing import save_file
-from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.latents import encode_batch, encode_texts, encoding_size
 from ldm.training.loader import loader_of

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.batching import distinct_prompts
 from ldm.checkpoint.file import checkpoint_at
 from ldm.checkpoint.networks import TEXT_TARGET
-from ldm.conditioning.text import distinct_prompts
 from ldm.latent_diffusion import Conditioning
 from ldm.loading import take_part
 
@@ -69,4 +69,4 @@ class RecentTexts:
         for key in list(self.kept)[: max(len(self.kept) - most, 0)]:
             del self.kept[key]
         found = {name: torch.stack([rows[text][name] for text in distinct]) for name in rows[distinct[0]]}
-        return {name: value[which.to(value.device)] for name, value in found.items()}
+        return {name: value[which] for name, value in found.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ldm.conditioning.text import distinct_prompts
+from ldm.batching import distinct_prompts
 from ldm.latent_diffusion import Conditioning
 from ldm.training.loader import loader_of
 from ldm.training.shapes import alike_batches
@@ -100,7 +100,7 @@ def encode_texts(encoder: nn.Module, texts: Sequence[str]) -> Conditioning:
     """
     distinct, which = distinct_prompts(texts)
     filled = distinct + [distinct[-1] + " " * (i + 1) for i in range(-len(distinct) % 4)]
-    return {name: value[which.to(value.device)] for name, value in encoder(filled).items()}
+    return {name: value[which] for name, value in encoder(filled).items()}
 
 
 def scale_factor(means: Any, stds: Any) -> float:

@@ -5,21 +5,17 @@ denoise(x, sigma), the model's prediction of the clean image, and moves x a litt
 the step that all other samplers refine.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from ldm.diffusion.denoiser import BoundDenoise, Prediction
+from ldm.arrays import Tensor, float32_or_wider
+from ldm.diffusion.denoiser import BoundDenoise
 from ldm.diffusion.sampling.first_order import Noise, Point, Points, euler
 from ldm.diffusion.sampling.multistep import deis, dpmpp_2m, dpmpp_3m, lms, plms, unipc
 from ldm.diffusion.sampling.second_order import dpm2, heun
 from ldm.diffusion.sampling.stochastic import ddpm, ddpm_large, dpmpp_sde, lcm
-from ldm.diffusion.schedule import SIGMA_SPACINGS
 
 # (denoise, points, sigma_next, eta, noise) -> x at sigma_next
 StepFunction = Callable[[BoundDenoise, Points, float, float, Noise], Tensor]
@@ -56,7 +52,7 @@ def sample(
         raise ValueError(f"eta must be from 0 to 1, got {eta}")
     if eta > 0 and noise is None:
         raise ValueError(f"eta {eta} needs a source of noise, got None")
-    return _walk(denoise, _wide(x), levels, step, eta, noise)
+    return _walk(denoise, float32_or_wider(x), levels, step, eta, noise)
 
 
 def _checked(sigmas: Sigmas) -> list[float]:
@@ -66,10 +62,6 @@ def _checked(sigmas: Sigmas) -> list[float]:
     if not (all(above > below for above, below in pairwise(levels[:-1])) and levels[-1] <= levels[-2]):
         raise ValueError(f"the sigmas must descend, got {levels}")
     return levels
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _walk(denoise, x, levels, step, eta, noise) -> Iterator[Step]:
@@ -94,7 +86,7 @@ def invert(denoise: BoundDenoise, x: Tensor, sigmas: Sigmas, corrections: int = 
         sigmas: As for `sample`, descending.
         corrections: The number of fixed-point iterations a step, each with another call of denoise.
     """
-    x = _wide(x)
+    x = float32_or_wider(x)
     for index, (sigma, sigma_next) in enumerate(pairwise(reversed(_checked(sigmas)))):
         x_next, level = x, sigma if sigma > 0 else sigma_next
         for _ in range(1 + corrections):
@@ -126,19 +118,6 @@ class Sampler:
         eta = self.eta if eta is None else eta
         return sample(denoise, x, sigmas, self.step, 0.0 if eta is None else eta, noise)
 
-    def evaluations(self, sigmas: Sigmas) -> list[int]:
-        """Return how often each denoising step on these sigmas calls denoise, counted by sampling a single number."""
-        calls = [0]
-
-        def denoise(x: Tensor, sigma: float) -> Prediction:
-            calls[-1] += 1
-            return Prediction(x)
-
-        zero = torch.zeros(1, device="cpu")
-        for _ in self(denoise, zero, sigmas, noise=lambda: zero):
-            calls.append(0)
-        return calls[:-1]
-
 
 SAMPLERS = {
     "ddim": Sampler(euler),
@@ -161,10 +140,6 @@ SAMPLERS = {
 }
 
 
-# Names of the web UI, ComfyUI and k-diffusion that are other words, not only other spellings, than those of the table.
-OTHER_NAMES = {"dpm_2": "dpm2", "dpm_2_a": "dpm2_a", "uni_pc": "unipc"}
-
-
 def sampler_named(name: str) -> tuple[str, str | None]:
     """Return the table's name of a sampler, and the spacing in the given one: "DPM++ 2M Karras" is dpmpp_2m, karras.
 
@@ -172,11 +147,9 @@ def sampler_named(name: str) -> tuple[str, str | None]:
     """
     if name in SAMPLERS or name == AUTO:
         return name, None
-    key = re.sub(r"[\s-]+", "_", name.strip().lower()).replace("+", "p").replace("_ancestral", "_a")
-    key = key.removeprefix("sample_").removeprefix("k_")
-    spacing = next((spacing for spacing in SIGMA_SPACINGS if key.endswith(f"_{spacing}")), None)
-    key = key.removesuffix(f"_{spacing}")
-    key = OTHER_NAMES.get(key, key)
+    from ldm.diffusion.sampling.names import other_name  # only other programs' names need it
+
+    key, spacing = other_name(name)
     return (key, spacing) if key in SAMPLERS or key == AUTO else (name, None)
 
 

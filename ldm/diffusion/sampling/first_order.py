@@ -12,8 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
+from ldm.arrays import Tensor, cast_like
 from ldm.diffusion.denoiser import BoundDenoise
 
 Noise = Callable[[], Tensor] | None  # () -> unit normal noise, (b, ...)
@@ -57,7 +56,7 @@ def add_noise(x: Tensor, up: float, noise: Noise) -> Tensor:
     if up == 0:
         return x
     assert noise is not None  # `sample` checks it
-    return x + up * noise().to(x)
+    return x + up * cast_like(noise(), x)
 
 
 def euler(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:

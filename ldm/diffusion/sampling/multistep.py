@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from torch import Tensor
 
+from ldm.arrays import Tensor
 from ldm.diffusion.denoiser import BoundDenoise
 from ldm.diffusion.sampling.first_order import Noise, Point, Points, add_noise, ancestral_split, euler_to
 from ldm.diffusion.sampling.second_order import heun

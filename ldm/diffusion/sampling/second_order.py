@@ -2,8 +2,7 @@
 
 import math
 
-from torch import Tensor
-
+from ldm.arrays import Tensor
 from ldm.diffusion.denoiser import BoundDenoise
 from ldm.diffusion.sampling.first_order import Noise, Point, Points, add_noise, ancestral_split, euler_to
 

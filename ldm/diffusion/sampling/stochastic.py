@@ -2,8 +2,7 @@
 
 import math
 
-from torch import Tensor
-
+from ldm.arrays import Tensor, cast_like, library
 from ldm.diffusion.denoiser import BoundDenoise
 from ldm.diffusion.sampling.first_order import Noise, Point, Points, add_noise, ancestral_split, euler, euler_to
 
@@ -20,7 +19,8 @@ def ddpm(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, n
     assert noise is not None  # `sample` checks it
     down, up = ancestral_split(now.sigma, sigma_next, eta)
     log_ratio = math.log((1 + sigma_next**-2) / (1 + now.sigma**-2)) / 2  # of the large deviation to the small one
-    return euler_to(now, down) + up * (log_ratio * now.variance_share).exp() * noise().to(now.x)
+    deviation = up * library(now.x).exp(log_ratio * now.variance_share)
+    return euler_to(now, down) + deviation * cast_like(noise(), now.x)
 
 
 def ddpm_large(denoise: BoundDenoise, points: Points, sigma_next: float, eta: float, noise: Noise) -> Tensor:
