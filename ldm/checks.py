@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which images are computed
 MOST_FOLDERS = 256  # in a path: each that is missing is made by a recursion
 ECHOED = 200  # characters of a value that a message repeats
+ONNX_INDEX = "model.json"  # in the folder of a model of `ldm.onnx`
 SHIPPED_MODELS = ("digits", "digits-fast", "emoji")  # in ldm/pretrained; a name is also the path of a checkpoint
 
 

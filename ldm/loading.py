@@ -17,7 +17,7 @@ from ldm.checkpoint import networks
 from ldm.checkpoint.file import CONFIG_KEY, checkpoint_at, file_hash, load_file, read_config
 from ldm.checkpoint.networks import Config, Found
 from ldm.checkpoint.tensors import State, check_finite, read_tensors
-from ldm.checks import as_path
+from ldm.checks import ONNX_INDEX, as_path
 from ldm.diffusion.denoiser import check_prediction
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.util import Unfilled, at_most, get_obj_from_str, instantiate_network, pick_device, pick_dtype
@@ -53,7 +53,7 @@ def load(
 
     Args:
         path: a checkpoint of ours, the name of one that ships, a run's folder, a single file of CompVis's kind
-            (.safetensors or .ckpt; nothing in it is executed) or a diffusers folder. `model.notes`: what was assumed.
+            (.safetensors or .ckpt; nothing in it runs), a diffusers or ONNX folder. `model.notes`: what was assumed.
         device, dtype: where the weights go, and as what ("fp16", say; None: as the file has them). On the CPU, in the
             file's own dtype, they stay mapped: they take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
@@ -63,6 +63,15 @@ def load(
         vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
         variant: of a diffusers folder's files, "fp16" say.
     """
+    given = {**locals()}
+    if path is not None and (as_path("checkpoint", path) / ONNX_INDEX).is_file():
+        from ldm.onnx.model import load_onnx
+
+        return load_onnx(Path(path), given)
+    return _load(**given)
+
+
+def _load(path, device, dtype, config, vae, unet, ema, prediction, vocab, variant) -> LatentDiffusion:
     path = SHIPPED if path is None else checkpoint_at(path)
     vae, unet = (None if part is None else checkpoint_at(part, name) for name, part in (("vae", vae), ("unet", unet)))
     config, vocab = (None if f is None else as_path(name, f) for name, f in (("config", config), ("vocab", vocab)))

@@ -14,7 +14,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.loading import fitted
 from ldm.util import pick_dtype
 
-MODEL_FORMATS = ("ldm", "compvis", "diffusers")
+MODEL_FORMATS = ("ldm", "compvis", "diffusers", "onnx")
 
 
 def save(
@@ -25,7 +25,8 @@ def save(
     Args:
         dtype: of the weights in the file; "fp16" or torch.float16, say, makes it smaller.
         format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
-            (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers).
+            (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers); "onnx",
+            a folder for onnxruntime (needs the extra onnx), always in float32.
     """
     dtype, path = pick_dtype(dtype), as_path("the file to write", path)
     if not isinstance(model, LatentDiffusion):
@@ -41,6 +42,12 @@ def save(
     notes = vanishing(state, dtype)
     if words:
         notes.append(f"learned words are not part of the file: {' '.join(words)}")
+    if format == "onnx":
+        from ldm.onnx.export import write_onnx
+
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"format 'onnx' has float32 weights: leave out dtype {str(dtype).removeprefix('torch.')}")
+        return write_onnx(model, path)
     if format != "ldm" and model.target != networks.MODEL_TARGET:
         raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
     if format == "diffusers":

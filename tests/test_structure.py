@@ -21,7 +21,7 @@ FLOORS = (
     ("training",),
     ("saving",),
     ("loading",),
-    ("pixel_diffusion",),
+    ("pixel_diffusion", "onnx"),
     ("latent_diffusion",),
     ("generation",),
     ("init_image",),

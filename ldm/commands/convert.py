@@ -2,6 +2,7 @@
 
 ldm convert runs/digits/diffusion/model.safetensors digits.safetensors --dtype fp16
 ldm convert model.ckpt folder/ --format diffusers --vae vae.safetensors
+ldm convert digits folder/ --format onnx
 ldm convert model.safetensors other.safetensors --lora subject.safetensors:0.8 --lora style.safetensors
 ldm convert model.safetensors other.safetensors --default scale=1.25 --default steps=20
 ldm convert runs/digits/diffusion other.safetensors --sigma-rel 0.08
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.format is None and not args.output.suffix and (args.output.is_dir() or not args.output.exists()):
         raise ValueError(
             f"{str(args.output)!r} looks like a folder, and what is written without --format is one file: "
-            "give --format diffusers, or a name that ends in .safetensors"
+            "give --format diffusers or onnx, or a name that ends in .safetensors"
         )
     dtype = None if args.dtype is None else getattr(torch, DTYPES[args.dtype])
     is_lora = args.input.is_file() and holds_lora(args.input)
@@ -64,8 +65,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     group = parser.add_argument_group("if IN is a model")
     add = group.add_argument
-    what = "one file; the same with what other programs look for in it; a folder, which needs diffusers (ldm)"
-    add("--format", choices=("ldm", "compvis", "diffusers"), help=what)
+    what = "one file; the same with what other programs look for in it; folders, with the extras of these names (ldm)"
+    add("--format", choices=("ldm", "compvis", "diffusers", "onnx"), help=what)
     what = "add this LoRA's change, times STRENGTH (1), to the weights; several add up"
     add("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help=what)
     add("--default", action="append", default=[], metavar="KEY=VALUE", help="change one of the model's own settings")

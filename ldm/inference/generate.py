@@ -5,25 +5,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
+from ldm.arrays import Tensor, to_numpy
 from ldm.changes import changes_of, changes_to_text, same_changes
 from ldm.conditioning.prompt import count_chunks
-from ldm.conditioning.text import TextEncoder
+from ldm.conditioning.tokenizer import Tokenizer
 from ldm.diffusion.guidance import Guide
 from ldm.diffusion.sampling import Step, choose_sampler, get_sampler, sampler_named
 from ldm.generation import given, plan_sampling, steps_taken
-from ldm.inference.nan_check import generate_checked
-from ldm.inference.precision import precision_of, set_precision
 from ldm.inference.recipe import Recipe
-from ldm.latent_diffusion import LatentDiffusion
+from ldm.onnx.model import OnnxModel
 from ldm.settings import Settings, of_model, setting_rows
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # they import torch
     from ldm.inference.init_image import InitImage
+    from ldm.latent_diffusion import LatentDiffusion
 
 Callback = Callable[[Step], None]
 
@@ -36,14 +35,14 @@ class Generated(NamedTuple):
     index: int
 
 
-def default_recipe(model: LatentDiffusion, name: str, **settings: object) -> Recipe:
+def default_recipe(model: "LatentDiffusion", name: str, **settings: object) -> Recipe:
     """Return the recipe of the model's own defaults, with those `settings` that are not None in their place."""
     own = {key: value for key, value in of_model(model.defaults).items() if value is not None}
-    own |= {"precision": precision_of(model), "model_hash": model.hash, "model_name": name}
+    own |= {"precision": _precision_of(model), "model_hash": model.hash, "model_name": name}
     return _complete(Recipe(**own, changes=changes_of(model)), model, settings)
 
 
-def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) -> Recipe:
+def change_recipe(recipe: Recipe, model: "LatentDiffusion", **settings: object) -> Recipe:
     """Return the recipe with those `settings` that are not None in their place.
 
     Another sampler brings its own spacing and eta; another batch size puts the image at the head of its batch.
@@ -57,7 +56,7 @@ def change_recipe(recipe: Recipe, model: LatentDiffusion, **settings: object) ->
     return _complete(recipe, model, settings)
 
 
-def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, object]) -> Recipe:
+def _complete(recipe: Recipe, model: "LatentDiffusion", settings: Mapping[str, object]) -> Recipe:
     """Put in the settings and what the sampler decides. ValueError for a setting without the one that it needs."""
     recipe = recipe.changed(**settings)
     for name, row in setting_rows(Recipe).items():
@@ -68,7 +67,7 @@ def _complete(recipe: Recipe, model: LatentDiffusion, settings: Mapping[str, obj
     return replace(recipe, sampler=name, spacing=given(spacing, row.spacing), eta=given(recipe.eta, row.eta))
 
 
-def check_recipes(model: LatentDiffusion, recipes: Sequence[Recipe]) -> None:
+def check_recipes(model: "LatentDiffusion", recipes: Sequence[Recipe]) -> None:
     """Raise ValueError for what the model cannot be sampled with: noise levels, size, long prompts, CLIP's layers."""
     for recipe in recipes:
         plan_sampling(model, recipe.steps, recipe.sampler, recipe.spacing, recipe.final_sigma)
@@ -78,15 +77,15 @@ def check_recipes(model: LatentDiffusion, recipes: Sequence[Recipe]) -> None:
         model.condition([model.null], clip_skip=clip_skip)
 
 
-def check_other(model: LatentDiffusion, recipe: Recipe, prompt: str) -> None:
+def check_other(model: "LatentDiffusion", recipe: Recipe, prompt: str) -> None:
     """Raise ValueError where the model reads another prompt as that of the recipe, in other letters, say."""
     both = model.condition([recipe.prompt, prompt], clip_skip=recipe.clip_skip, plain=recipe.plain).values()
-    if prompt != recipe.prompt and all(torch.allclose(*part) for part in both):
+    if prompt != recipe.prompt and all(np.allclose(to_numpy(part[0]), to_numpy(part[1])) for part in both):
         raise ValueError(f"this model reads {prompt!r} as it reads {recipe.prompt!r}: give --to other words than those")
 
 
 def generate_run(
-    model: LatentDiffusion,
+    model: "LatentDiffusion",
     recipes: Sequence[Recipe],
     callback: Callback | None = None,
     init: "InitImage | None" = None,
@@ -109,14 +108,14 @@ def generate_run(
         prompts, seeds, arguments = [r.prompt for r in batch], [r.seed for r in batch], arguments_of(model, first, init)
         prompts = prompts if init is None else init.prompts(model, prompts)
         arguments["noise"] = None if noise is None else noise[done : done + len(batch)]
-        images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
+        images = _generate(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
         for index, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
             yield Generated(recipe, image, index)
         done += len(batch)
 
 
 def generate_again(
-    model: LatentDiffusion,
+    model: "LatentDiffusion",
     recipe: Recipe,
     callback: Callback | None = None,
     init: "InitImage | None" = None,
@@ -134,7 +133,7 @@ def generate_again(
             f"the image was made with {made} in the model, which now has {now}: give the same --lora, --vae ..."
         )
     shape = recipe
-    if not isinstance(model.cond_stage_model, TextEncoder):  # others take classes, and encode each, equal or not
+    if not isinstance(model.tokenizer, Tokenizer):  # others take classes, and encode each, equal or not
         shape = replace(recipe, batch_prompts=1, prompt_position=0)
     from ldm.inference.again import refill
 
@@ -145,7 +144,7 @@ def generate_again(
         place += recipe.batch_size
     arguments = arguments_of(model, recipe, init)
     prompts = prompts if init is None else init.prompts(model, prompts)
-    images = generate_checked(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
+    images = _generate(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
     yield Generated(recipe, images[place], place)
 
 
@@ -163,7 +162,7 @@ def progress(recipes: Sequence[Recipe], recorder: Callback | None = None) -> Ite
         yield callback
 
 
-def chunks(model: LatentDiffusion, recipe: Recipe, prompts: Sequence[str]) -> list[int]:
+def chunks(model: "LatentDiffusion", recipe: Recipe, prompts: Sequence[str]) -> list[int]:
     """Return how many chunks each prompt makes, or the recipe's negative prompt if that makes more."""
     lengths = count_chunks(model.cond_stage_model, prompts, recipe.plain)
     (least,) = [1] if recipe.scale == 1 else count_chunks(model.cond_stage_model, [recipe.negative], recipe.plain)
@@ -175,9 +174,30 @@ def steps_of(recipe: Recipe) -> int:
     return recipe.steps if recipe.strength is None else steps_taken(recipe.strength, recipe.steps)
 
 
-def arguments_of(model: LatentDiffusion, recipe: Recipe, init: "InitImage | None") -> dict[str, Any]:
+def _generate(model: "LatentDiffusion", *args: Any, **settings: Any) -> list[Image.Image]:
+    """Return `model.generate(*args, **settings)`; where a module of torch makes NaN or infinity, it is named."""
+    if isinstance(model, OnnxModel):
+        return model.generate(*args, **settings)
+    from ldm.inference.nan_check import generate_checked
+
+    return generate_checked(model, *args, **settings)
+
+
+def _precision_of(model: "LatentDiffusion") -> str:
+    if isinstance(model, OnnxModel):
+        return "full"
+    from ldm.inference.precision import precision_of
+
+    return precision_of(model)
+
+
+def arguments_of(model: "LatentDiffusion", recipe: Recipe, init: "InitImage | None") -> dict[str, Any]:
     """Return the arguments of `generate` that a recipe decides, and put the model into its precision."""
-    if recipe.precision != precision_of(model):
+    if recipe.precision != _precision_of(model):
+        if isinstance(model, OnnxModel):
+            raise ValueError(f"an ONNX model computes in precision full: for {recipe.precision}, name the checkpoint")
+        from ldm.inference.precision import set_precision
+
         set_precision(model, recipe.precision)
     return {
         "negative": recipe.negative,

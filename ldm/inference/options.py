@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.checks import SHIPPED_MODELS
+from ldm.checks import ONNX_INDEX, SHIPPED_MODELS
 from ldm.cli import ALLOW, Parser, device_name, finite_float, int_range
 from ldm.settings import FLAG, FLOAT, INT, INTERVAL, NAMES, SEED, Setting, Settings, help_text, setting_rows
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # they import torch
     from ldm.latent_diffusion import LatentDiffusion
 
 LOADING = ("config", "vae", "unet", "ema", "prediction", "vocab", "variant")  # those that are arguments of `ldm.load`
+NEEDING_TORCH = ("lora", "embedding", "attention", "channels_last", "no_optimize", "compile", "vae_slicing")
+NEEDING_TORCH += ("vae_tiling", "offload", "pag", "threshold", "autoguide", "classifier", "init_img", "device")
+NEEDING_TORCH += ("precision",)
 PRECISIONS = ("full", "bf16", "fp16", "autocast")  # of ldm/inference/precision.py, which imports torch
 
 
@@ -216,10 +219,15 @@ def load_model(args: argparse.Namespace, gradients: bool = False, batches: int |
     gradients: they are needed, which packed layers (`ldm.optimize`) do not have.
     batches: how many the run has, where its UNet is called once in each of `args.steps` steps: few are not packed for.
     """
+    if args.ckpt is not None and (args.ckpt / ONNX_INDEX).is_file():
+        from ldm.onnx.model import load_onnx
+
+        return load_onnx(args.ckpt, {name: getattr(args, name, None) for name in (*LOADING, *NEEDING_TORCH)})
     import torch
 
     import ldm
     from ldm.inference.nan_check import check_images
+    from ldm.inference.optimize import gains, optimize
     from ldm.inference.precision import DTYPES, set_precision, weights_wait
     from ldm.models.kernels import set_attention
     from ldm.util import pick_device
@@ -257,11 +265,8 @@ def load_model(args: argparse.Namespace, gradients: bool = False, batches: int |
         from ldm.inference.compile import compile_unet
 
         compile_unet(model)
-    fast = False
-    if device.type == "cpu" and not (wait or args.compile or precision == "autocast"):
-        from ldm.inference.optimize import gains, optimize
-
-        fast = gains(model, batches, getattr(args, "steps", None))
+    plain = wait or args.compile or precision == "autocast"
+    fast = device.type == "cpu" and not plain and gains(model, batches, getattr(args, "steps", None))
     if args.no_optimize and not fast:
         print("--no-optimize has no effect: this model is computed plainly as it is", file=sys.stderr)
     elif fast and not (args.no_optimize or gradients):
