@@ -7,8 +7,8 @@ What is measured follows from what the model is conditioned on, on MNIST's test 
     small image  PSNR to the large image, and how many digits the judge reads right, beside bicubic enlargement
     mask         whether what is kept stays to the byte, and the seam: the mean step across the mask's edge over that of
                  the real images, where 1 is invisible, beside a part of another image, pasted
-    map, layout  how many digits the judge reads right in their boxes, the intersection over union of their ink with
-                 the map's, or of its bounding box with the layout's; beside the scenes themselves
+    map, layout  how many digits (as the judge reads them) and colours are right in their boxes, the intersection over
+                 union of their ink with the map's, or of its bounding box with the layout's; beside the real scenes
 """
 
 import argparse
@@ -168,36 +168,43 @@ def of_scenes(model: Any, samples: Sequence[Any], judge: Any, args: argparse.Nam
 
 
 def judge_boxes(images: "Tensor", samples: Sequence[Any], judge: Any) -> dict[str, float]:
-    """Return how many digits are right in their boxes, and how well ink covers map and boxes."""
+    """Return how many digits and colours are right in their boxes, and how well ink covers map and boxes."""
     import numpy as np
     import torch
 
     from ldm.evaluation.networks import classify
-    from ldm.evaluation.scenes import CONTRAST, glyph
+    from ldm.evaluation.scenes import CONTRAST, colour_of, glyph
 
-    glyphs, digits, boxes, maps = [], [], [], []
+    glyphs, wanted_classes, colours, boxes, maps = [], [], [], [], []
     for image, sample in zip(images, samples, strict=True):
         pixels = ((image + 1) * 127.5).permute(1, 2, 0).numpy()
-        strength = np.abs(pixels - np.median(pixels.reshape(-1, 3), axis=0)).max(2)  # (h, w)
+        middle = np.median(pixels.reshape(-1, 3), axis=0)
+        strength = np.abs(pixels - middle).max(2)  # (h, w)
         ink, wanted = strength > CONTRAST, sample["map"].numpy() > 0
         maps.append((ink & wanted).sum() / max((ink | wanted).sum(), 1))
-        for left, top, right, bottom, digit in sample["boxes"].tolist():
-            if digit < 0:
+        for left, top, right, bottom, number in sample["boxes"].tolist():
+            if number < 0:
                 continue
             x, y = max(left - MARGIN, 0), max(top - MARGIN, 0)
             part = strength[y : bottom + MARGIN, x : right + MARGIN]
             rows, columns = np.nonzero(part > CONTRAST)
-            digits.append(digit)
+            wanted_classes.append(number)
             if len(rows) == 0:
                 boxes.append(0.0)
+                colours.append(-1)
                 glyphs.append(np.zeros((28, 28), np.uint8))
                 continue
             found = (x + columns.min(), y + rows.min(), x + columns.max() + 1, y + rows.max() + 1)
             boxes.append(overlap(found, (left, top, right, bottom)))
-            part = strength[found[1] : found[3], found[0] : found[2]]
+            inside = slice(found[1], found[3]), slice(found[0], found[2])
+            part = strength[inside]
+            colours.append(colour_of(pixels[inside] - middle, part, middle)[0])
             glyphs.append(glyph((255 * np.clip(part / np.quantile(part, 0.95), 0, 1)).astype(np.uint8)))
-    right = classify(judge, torch.from_numpy(np.stack(glyphs))) == torch.tensor(digits)
-    found = {"digits right in their boxes": right.float().mean().item(), "objects": len(digits)}
+    classes = torch.tensor(wanted_classes)
+    digits_right = classify(judge, torch.from_numpy(np.stack(glyphs))) == classes % 10
+    colours_right = torch.tensor(colours) == classes // 10
+    shares = {"digits": digits_right.float().mean().item(), "colours": colours_right.float().mean().item()}
+    found = {f"{what} right in their boxes": share for what, share in shares.items()} | {"objects": len(classes)}
     return found | {"box IoU": float(np.mean(boxes)), "map IoU": float(np.mean(maps))}
 
 

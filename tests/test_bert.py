@@ -1,6 +1,7 @@
 """BERT's tokenizer as transformers has it, and the text encoder on it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from ldm.conditioning.bert import BERT_SPECIAL, BERTEncoder, WordPiece, read_vocab
 from ldm.conditioning.word_sum import WordSum
+from ldm.models.transformer import BERTAttention
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789ßøæ.,:;!?'\"()-_/#&@日本語猫ñ"
 WORDS = ["cat", "dog", "##s", "paint", "##ing", "##ed", "a", "of", "the", "five", "cafe", "un", "##want", "\u2028x"]
@@ -91,6 +93,21 @@ def test_a_vocabulary_file(tmp_path, vocab_file):
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     refused("not UTF-8", read_vocab, tmp_path / "latin.txt")
     refused("max_length 1", WordPiece, VOCAB, 1)
+
+
+@torch.no_grad()
+def test_windows_of_attention():
+    """Three heads see a token and the two after it, three it and the two before it, two all of them."""
+    torch.manual_seed(0)
+    layer, x = fill(BERTAttention(16, window=2), 3), torch.randn(1, 7, 16)
+    q, k, v = (to(x)[0].view(7, 8, 64) for to in (layer.to_q, layer.to_k, layer.to_v))
+    found = torch.zeros(7, 8, 64)
+    for i, head in itertools.product(range(7), range(8)):
+        first, last = (i, i + 3) if head < 3 else (max(i - 2, 0), i + 1) if head < 6 else (0, 7)
+        weights = (k[first:last, head] @ q[i, head] / 8).softmax(0)
+        found[i, head] = weights @ v[first:last, head]
+    torch.testing.assert_close(layer(x)[0], layer.to_out(found.flatten(1)), atol=1e-5, rtol=1e-5)
+    assert (layer(x) - fill(BERTAttention(16), 3)(x)).abs().max() > 0.01
 
 
 @torch.no_grad()

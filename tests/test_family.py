@@ -28,7 +28,7 @@ from ldm.training.share import BatchShare
 from ldm.util import instantiate_network
 
 RESCALER = {"n_stages": 2, "in_channels": 3, "out_channels": 2}
-LAYOUT = {"names": ["square", "disc"], "size": 32, "width": 32, "layers": 1, "objects": 2, "places": 17}
+LAYOUT = {"names": ["square", "disc"], "size": 32, "width": 32, "layers": 1, "objects": 2, "pooled": True}
 # condition -> the conditioner, the UNet's additional channels, and other settings of the stage
 CONDITIONS: dict[str, tuple] = {
     "label": ("classes.ClassEmbedder", {"embed_dim": 32, "n_classes": 3}, 0, {}),
@@ -56,10 +56,9 @@ class Squares(Dataset):
 
 def stage_params(name: str, tiny_parts: dict) -> dict:
     target, params, channels, others = copy.deepcopy(CONDITIONS[name])
-    unet = copy.deepcopy(
-        WITHOUT_POOLED if target in ("classes.ClassEmbedder", "layout.LayoutEncoder") else UNCONDITIONAL
-    )
-    unet = copy.deepcopy(TINY["unet_config"]) if target == "cond_stage" else unet
+    pooled = TINY["unet_config"]
+    unets = {"classes.ClassEmbedder": WITHOUT_POOLED, "layout.LayoutEncoder": pooled, "cond_stage": pooled}
+    unet = copy.deepcopy(unets.get(target, UNCONDITIONAL))
     unet["params"]["in_channels"] += channels
     cond = None if target is None else {"target": f"ldm.conditioning.{target}", "params": params}
     parts = {**tiny_parts, "cond_stage": tiny_parts["cond_stage"] if target == "cond_stage" else cond}
@@ -200,14 +199,21 @@ def test_maps_become_one_channel_for_each_class():
     refused("the map has the classes 0 to 3, and this model's are 0 to 2", encoder, classes + classes.gt(1))
 
 
-def test_tokens_of_layouts():
-    """An object is its class and four edges; 32 pixels have 17 places, from 0; two classes, then the absent object."""
-    encoder, absent = LayoutEncoder(**LAYOUT), [19] * 5
-    assert encoder.tokens(SQUARE).tolist() == [18, 2, 4, 6, 15, *absent]
-    assert encoder.tokens(json.dumps(SQUARE)).tolist() == encoder.tokens(SQUARE).tolist()
-    assert encoder.tokens(torch.tensor([[4, 8, 12, 30, 1], [-1] * 5])).tolist() == encoder.tokens(SQUARE).tolist()
-    assert encoder.tokens("").tolist() == encoder.tokens([]).tolist() == absent * 2
-    assert encoder([SQUARE, ""])["c_crossattn"].shape == (2, 10, 32)
+def test_layouts_become_a_token_for_each_object():
+    """A token is the embedding of the class, of two and the absent object, and a linear layer of the box's waves."""
+    encoder, absent = LayoutEncoder(**LAYOUT), [0, 0, 0, 0, 2]
+    assert encoder.rows(SQUARE).tolist() == [[4, 8, 12, 30, 1], absent]
+    assert encoder.rows(json.dumps(SQUARE)).tolist() == encoder.rows(SQUARE).tolist()
+    assert encoder.rows(torch.tensor([[4, 8, 12, 30, 1], [-1] * 5])).tolist() == encoder.rows(SQUARE).tolist()
+    assert encoder.rows("").tolist() == encoder.rows([]).tolist() == [absent] * 2
+    waves = [f(math.pi * edge / 32 * 2**k) for edge in (4, 8, 12, 30) for f in (math.sin, math.cos) for k in range(4)]
+    token = encoder.class_emb.weight[1] + encoder.box_emb(torch.tensor(waves))
+    want = torch.nn.functional.layer_norm(token, (32,)) * 4.0  # at the start the transformer adds nothing
+    found = encoder([SQUARE, ""])
+    torch.testing.assert_close(found["c_crossattn"][0, 0], want)
+    torch.testing.assert_close(found["c_adm"], torch.stack([want, torch.zeros(32)]))
+    two = encoder([SQUARE * 2])
+    torch.testing.assert_close(two["c_adm"][0], two["c_crossattn"][0].sum(0) / 2**0.5)
     for wrong, match in {
         "[": "is not a layout (Expecting value",
         "5": "'5' is not a layout|5 is not a layout",
@@ -219,8 +225,8 @@ def test_tokens_of_layouts():
         '[{"class": "disc", "box": [true, 0, 9, 1]}]': "is not left, top",
         json.dumps(SQUARE * 3): "has 3 objects, and this model's maximum is 2",
     }.items():
-        refused(match.replace("(", r"\("), encoder.tokens, wrong)
-    refused("is not a layout .*recursion", encoder.tokens, "[" * 100_000)
+        refused(match.replace("(", r"\("), encoder.rows, wrong)
+    refused("is not a layout .*recursion", encoder.rows, "[" * 100_000)
     for row, match in {
         (4, 8, 12, 30): r"\(1, 4\) is not a layout, rows of left",
         (4, 8, 12, 30, 2): "class 2 does not exist: this model's are 0 to 1",
@@ -229,7 +235,7 @@ def test_tokens_of_layouts():
         (4, 8, 33, 30, 1): "is not left, top, right and bottom in pixels, from 0 to 32",
         (4.0, 8.0, math.nan, 30.0, 1.0): "is not left, top",
     }.items():
-        refused(match, encoder.tokens, torch.tensor([row]))
+        refused(match, encoder.rows, torch.tensor([row]))
     refused("different names", LayoutEncoder, **LAYOUT | {"names": ["a", "a"]})
 
 

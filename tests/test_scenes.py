@@ -70,11 +70,11 @@ def test_pixels_boxes_and_map_agree(make):
         outside = np.ones((64, 64), bool)
         for one, row in zip(scene.objects, sample["boxes"].tolist(), strict=False):
             left, top, right, bottom = one.box
-            assert row == [left, top, right, bottom, one.digit]
+            assert row == [left, top, right, bottom, one.number] and one.number == 10 * one.colour + one.digit
             assert abs(max(right - left, bottom - top) - DIGIT_SIZES[SIZE_NAMES[one.size]]) == 0
             outside[top:bottom, left:right] = False
             inside = sample["map"][top:bottom, left:right].numpy()
-            assert {*np.unique(inside)} | {0} == {0, 1 + 10 * one.colour + one.digit}
+            assert {*np.unique(inside)} | {0} == {0, 1 + one.number}
             ink = pixels[top:bottom, left:right][inside > 0].astype(int)
             colour = np.array(PALETTE[COLOUR_NAMES[one.colour]])
             assert (np.abs(ink - colour).sum(1) <= np.abs(ink - background).sum(1)).all()  # more than half ink

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.checks import Count, Entries, Probability, Width, check_file
 from ldm.conditioning.tokenizer import without_surrogates
-from ldm.models.transformer import Encoder, TransformerWrapper
+from ldm.models.transformer import Encoder, TransformerWrapper, pool
 
 BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # bert-base-uncased: how many tokens its vocab.txt has, and which of them begins, ends and pads a text
@@ -74,7 +74,7 @@ class WordPieceEncoder(nn.Module):
         vocab: the tokenizer's tokens (`read_vocab`). None: prompts must be token ids, or empty where vocab_size is that
             of bert-base-uncased, whose ids are known. A stage that trains the encoder gives it the words of its
             captions.
-        pooled: also return the sum of each prompt's vectors, over the root of their number (b, d), as "c_adm".
+        pooled: also return the `pool` of each prompt's vectors (b, d), padding left out, as "c_adm".
     """
 
     reads = "caption"  # which part of a data set's sample it encodes
@@ -95,8 +95,7 @@ class WordPieceEncoder(nn.Module):
         vectors = self.encode(tokens)
         if not self.pooled:
             return {"c_crossattn": vectors}
-        read = (tokens != self.pad).to(vectors)[:, : vectors.shape[1], None]  # (b, m, 1); the first is never padding
-        return {"c_crossattn": vectors, "c_adm": (read * vectors).sum(1) / read.sum(1).sqrt()}
+        return {"c_crossattn": vectors, "c_adm": pool(vectors, (tokens != self.pad)[:, : vectors.shape[1]])}
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:
         """Encode prompts, or their tokens int64 (b, n), as vectors for cross-attention (b, m, d), m <= n."""
@@ -146,6 +145,7 @@ class BERTEncoder(WordPieceEncoder):
     Args:
         n_embed: features d per token.
         n_layer: number of blocks.
+        window: tokens that most heads see on one side of a token (`BERTAttention`); None for all, as published.
         vocab_size, max_seq_len, vocab, pooled: of `WordPieceEncoder`.
     """
 
@@ -158,9 +158,11 @@ class BERTEncoder(WordPieceEncoder):
         vocab: Sequence[str] | None = None,
         embedding_dropout: Probability = 0.0,
         pooled: bool = False,
+        window: Width | None = None,
     ) -> None:
         super().__init__(vocab_size, max_seq_len, vocab, pooled)
-        self.transformer = TransformerWrapper(vocab_size, max_seq_len, Encoder(n_embed, n_layer), embedding_dropout)
+        layers = Encoder(n_embed, n_layer, window)
+        self.transformer = TransformerWrapper(vocab_size, max_seq_len, layers, embedding_dropout)
         self.transformer.to_logits.requires_grad_(False)  # not used: several processes expect gradients of all others
 
     def encode(self, prompts: Sequence[str] | Sequence[Sequence[int]] | Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Condition on a layout: objects in boxes, as tokens of a transformer (Rombach et al. 2022, section 4.3.2)."""
+"""Condition on a layout: objects in boxes, as tokens of a transformer (after Rombach et al. 2022, section 4.3.2)."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ldm.checks import Count, Width, few, shorten
-from ldm.models.transformer import Encoder, TransformerWrapper
+from ldm.models.transformer import FIRST_NORM, Encoder, pool
 
 EXAMPLE = '[{"class": NAME, "box": [LEFT, TOP, RIGHT, BOTTOM]}, ...], boxes in pixels'
-PER_OBJECT = 5  # tokens: the class, and the edges of the box
+ROW = 5  # numbers of an object: the edges of its box, and its class
+OCTAVES = 4  # of the sines and cosines of an edge, from half a period across the image
 
 
 class LayoutEncoder(nn.Module):
-    """Encode layouts for cross-attention; parameters `transformer.*`.
+    """Encode layouts for cross-attention.
 
-    An object is five tokens, its class and the four edges of its box. (Latent diffusion's own model has three: the
-    class and two corners, each one of 90 x 90 places. Edges are few, and alike in all places, so that a few thousand
-    images teach them.) The places of absent objects are filled with a token of their own.
+    An object is one token: the embedding of its class, plus a linear layer of its box's edges as sines and cosines (as
+    GLIGEN, Li et al. 2023, arXiv:2301.07093). Latent diffusion's own model has three tokens, a class and two of 90 x 90
+    corners, and has to learn which of them belong together. Absent objects are a class of their own.
 
     Args:
         names: of the classes of objects, in the order of their numbers.
@@ -27,48 +29,44 @@ class LayoutEncoder(nn.Module):
         width: features d per token.
         layers: of the transformer.
         objects: maximum number in a layout.
-        places: how many different edges there are from 0 to `size`.
+        pooled: also return the `pool` of the present objects' vectors (b, d), as "c_adm".
     """
 
     null = ""  # the layout without objects
     reads = "boxes"  # which part of a data set's sample it encodes
 
     def __init__(
-        self, names: Sequence[str], size: Width, width: Width, layers: Count, objects: Width = 3, places: Width = 65
+        self, names: Sequence[str], size: Width, width: Width, layers: Count, objects: Width = 3, pooled: bool = False
     ) -> None:
         super().__init__()
-        if not names or len(set(names)) != len(names) or places < 2:
-            raise ValueError(
-                f"a layout needs at least 2 places ({places}) and different names of classes ({few(names)})"
-            )
-        self.names, self.size, self.objects, self.places = list(names), size, objects, places
-        vocabulary = places + len(self.names) + 1  # edges, classes, the absent object
-        self.transformer = TransformerWrapper(vocabulary, PER_OBJECT * objects, Encoder(width, layers))
-        self.transformer.to_logits.requires_grad_(False)  # not used: several processes expect gradients of all others
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"a layout needs different names of classes, not {few(names)}")
+        self.names, self.size, self.objects, self.pooled = list(names), size, objects, pooled
+        self.class_emb = nn.Embedding(len(names) + 1, width)  # the last one is the absent object
+        self.box_emb = nn.Linear(4 * 2 * OCTAVES, width)
+        self.transformer = Encoder(width, layers)
+        self.norm = nn.LayerNorm(width)
+        nn.init.constant_(self.norm.weight, FIRST_NORM)
 
     def forward(self, layouts: Sequence[Any] | Tensor) -> dict[str, Tensor]:
-        """Return {"c_crossattn": encode(layouts)}."""
-        return {"c_crossattn": self.encode(layouts)}
-
-    def encode(self, layouts: Sequence[Any] | Tensor) -> Tensor:
-        """Encode layouts as (b, 5 objects, d).
+        """Return the layouts' vectors (b, objects, d) as "c_crossattn" and, if pooled, "c_adm".
 
         A layout is a list of {"class": name, "box": (left, top, right, bottom)}, the JSON text of one, "" for none, or
         a tensor (n, 5) of left, top, right, bottom and class number, whose rows of -1 stand for no object.
         """
-        tokens = torch.stack([self.tokens(layout) for layout in layouts])
-        return self.transformer(tokens.to(self.transformer.token_emb.weight.device), return_embeddings=True)
+        rows = torch.stack([self.rows(layout) for layout in layouts]).to(self.box_emb.weight)  # (b, objects, 5)
+        classes = rows[..., 4].long()
+        angles = math.pi / self.size * 2.0 ** torch.arange(OCTAVES, device=rows.device) * rows[..., :4, None]
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2).to(rows)  # (b, objects, 4 * 2 * octaves)
+        vectors = self.norm(self.transformer(self.class_emb(classes) + self.box_emb(waves)))
+        return {"c_crossattn": vectors} | ({"c_adm": pool(vectors, classes < len(self.names))} if self.pooled else {})
 
-    def tokens(self, layout: Any) -> Tensor:
-        """Return the tokens of a layout, int64 (5 objects,). ValueError for what is not a layout of this model."""
+    def rows(self, layout: Any) -> Tensor:
+        """Return a layout as a tensor (objects, 5). ValueError for what is not a layout of this model."""
         rows = self._rows_of_tensor(layout) if isinstance(layout, Tensor) else self._rows(layout)
         if len(rows) > self.objects:
             raise ValueError(f"the layout has {len(rows)} objects, and this model's maximum is {self.objects}")
-        tokens = torch.full((self.objects, PER_OBJECT), self.places + len(self.names))
-        for i, (*box, number) in enumerate(rows):
-            edges = [round(edge / self.size * (self.places - 1)) for edge in box]
-            tokens[i] = torch.tensor([self.places + int(number), *edges])
-        return tokens.flatten()
+        return torch.tensor(rows + [[0.0] * 4 + [len(self.names)]] * (self.objects - len(rows)))
 
     def _rows(self, layout: Any) -> list[list[float]]:
         if isinstance(layout, str):
@@ -88,7 +86,7 @@ class LayoutEncoder(nn.Module):
         return [*self._checked(one["box"]), self.names.index(name)]
 
     def _rows_of_tensor(self, layout: Tensor) -> list[list[float]]:
-        if layout.ndim != 2 or layout.shape[1] != PER_OBJECT:
+        if layout.ndim != 2 or layout.shape[1] != ROW:
             raise ValueError(f"{tuple(layout.shape)} is not a layout, rows of left, top, right, bottom and class")
         rows = [row for row in layout.tolist() if row[-1] != -1]
         for *box, number in rows:

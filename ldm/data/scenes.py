@@ -60,6 +60,11 @@ class SceneObject(NamedTuple):
     source: int  # the image of MNIST
 
     @property
+    def number(self) -> int:
+        """Return the class of the object, of 60."""
+        return 10 * self.colour + self.digit
+
+    @property
     def name(self) -> str:
         """Return what captions call it: "a small red five"."""
         size, colour = _NAMES["size"][self.size], _NAMES["colour"][self.colour]
@@ -85,8 +90,10 @@ class Scenes(Dataset):
     A sample is a dict:
         image    float32 (3, 64, 64) in [-1, 1]
         caption  str
-        boxes    int64 (3, 5): left, top, right, bottom in pixels, and the digit, of each object; rows of -1 for none
-        map      int64 (64, 64): 0 for the background, else 1 + 10 * colour + digit
+        boxes    int64 (3, 5): left, top, right, bottom in pixels, and the class, of each object; rows of -1 for none
+        map      int64 (64, 64): 0 for the background, else 1 + the class
+
+    The class of an object is 10 * colour + digit.
 
     `scenes` are all of them, `caption_of(index)` is a `SceneCaption`.
 
@@ -158,7 +165,7 @@ class Scenes(Dataset):
             share = np.asarray(glyph, np.float32)[..., None] / 255  # (h, w, 1)
             part = canvas[top:bottom, left:right]
             part += share * (np.array(PALETTE[_NAMES["colour"][one.colour]], np.float32) - part)
-            classes[top:bottom, left:right][share[..., 0] > 0.5] = 1 + 10 * one.colour + one.digit
+            classes[top:bottom, left:right][share[..., 0] > 0.5] = 1 + one.number
         return canvas.round().astype(np.uint8), classes
 
     def without_image(self, index: int) -> dict[str, Any]:
@@ -169,7 +176,7 @@ class Scenes(Dataset):
         sample: dict[str, Any] = {"caption": self.caption_of(index).text} if "caption" in self.reads else {}
         if "boxes" in self.reads:
             objects = self.scenes[index].objects
-            rows = [[*one.box, one.digit] for one in objects] + [[-1] * 5] * (MOST_OBJECTS - len(objects))
+            rows = [[*one.box, one.number] for one in objects] + [[-1] * 5] * (MOST_OBJECTS - len(objects))
             sample["boxes"] = torch.tensor(rows)
         if classes is not None and "map" in self.reads:
             sample["map"] = torch.from_numpy(classes)

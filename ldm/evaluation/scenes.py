@@ -144,7 +144,7 @@ def _cut(pixels: np.ndarray) -> tuple[int, list[tuple[FoundObject, np.ndarray]]]
         y, x = np.nonzero(ink > CONTRAST)
         if len(y) < LEAST:
             continue
-        colour, share = _colour_of(own, ink, middle)
+        colour, share = colour_of(own, ink, middle)
         left, top, right, bottom = x.min(), y.min(), x.max() + 1, y.max() + 1
         size = int(np.abs(np.array([*DIGIT_SIZES.values()]) - max(right - left, bottom - top)).argmin())
         centre = columns.start + (left + right) / 2, rows.start + (top + bottom) / 2
@@ -152,7 +152,7 @@ def _cut(pixels: np.ndarray) -> tuple[int, list[tuple[FoundObject, np.ndarray]]]
     return background, objects
 
 
-def _colour_of(own: np.ndarray, ink: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray]:
+def colour_of(own: np.ndarray, ink: np.ndarray, background: np.ndarray) -> tuple[int, np.ndarray]:
     """Return the colour of an object, and how much of it each pixel has, uint8 (h, w).
 
     own: difference from the background (h, w, 3), 0 outside the object. ink: the largest channel's (h, w).

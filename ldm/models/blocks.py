@@ -11,6 +11,19 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ldm.models.kernels import attention
 
+COORDINATES = 10  # channels of `coordinate_channels`
+
+
+def coordinate_channels(height: int, width: int) -> Tensor:
+    """Return features of the position (10, h, w): u, sin and cos of pi u and 2 pi u, for u = x and y from -1 to 1.
+
+    Liu et al. 2018 (CoordConv, arXiv:1807.03247) give convolutions x and y themselves.
+    """
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    u = torch.stack([x, y])
+    angles = torch.cat([u, 2 * u]) * torch.pi
+    return torch.cat([u, angles.sin(), angles.cos()])
+
 
 def timestep_embedding(
     timesteps: Tensor,

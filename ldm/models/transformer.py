@@ -3,6 +3,7 @@ parameter names of CompVis's x_transformer. It is the text encoder of LDM's own 
 
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -16,10 +17,15 @@ FIRST_NORM = 4.0  # the weight of the last norm at the start, and so the deviati
 
 
 class BERTAttention(nn.Module):
-    """Attention with 8 heads of width 64 over all tokens, padding included: (b, n, dim) -> (b, n, dim)."""
+    """Attention with 8 heads of width 64 over all tokens, padding included: (b, n, dim) -> (b, n, dim).
 
-    def __init__(self, dim: int) -> None:
+    With a window of w tokens, three heads see only a token and the w after it, and three it and the w before it: what
+    belongs to a word is mostly near it, and need not be found among all the words of a prompt.
+    """
+
+    def __init__(self, dim: int, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         inner = HEADS * HEAD_WIDTH
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_k = nn.Linear(dim, inner, bias=False)
@@ -28,19 +34,28 @@ class BERTAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (rearrange(to(x), "b n (h d) -> b h n d", h=HEADS) for to in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(rearrange(attention(q, k, v), "b h n d -> b n (h d)"))
+        mask = None if self.window is None else window_mask(x.shape[1], self.window).to(x.device)
+        return self.to_out(rearrange(attention(q, k, v, mask=mask), "b h n d -> b n (h d)"))
+
+
+def window_mask(n: int, window: int) -> Tensor:
+    """Return which of n tokens each token sees in each head, bool (8, n, n): see `BERTAttention`."""
+    steps = torch.arange(n) - torch.arange(n)[:, None]  # from a token, row by row, to all others
+    after, before = (steps >= 0) & (steps <= window), (steps <= 0) & (steps >= -window)
+    return torch.stack([after] * 3 + [before] * 3 + [torch.ones_like(after)] * 2)
 
 
 class Encoder(nn.Module):
     """`depth` pairs of attention and feed-forward layers (exact GELU), each added to x (b, n, dim) after a norm.
 
     What is added begins with zero, so that each token is first its own word (docs/results/scenes.md).
+    window: of the attention.
     """
 
-    def __init__(self, dim: int, depth: int) -> None:
+    def __init__(self, dim: int, depth: int, window: int | None = None) -> None:
         super().__init__()
         self.dim = dim
-        layers = [layer for _ in range(depth) for layer in (BERTAttention(dim), FeedForward(dim))]
+        layers = [layer for _ in range(depth) for layer in (BERTAttention(dim, window), FeedForward(dim))]
         self.layers: Any = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), layer]) for layer in layers)
         for layer in layers:
             zero_module(layer.to_out if isinstance(layer, BERTAttention) else layer.net[-1])
@@ -72,3 +87,9 @@ class TransformerWrapper(nn.Module):
         x = self.token_emb(tokens) + self.pos_emb.emb.weight[: tokens.shape[1]]  # (b, n, dim)
         x = self.norm(self.attn_layers(self.emb_dropout(x)))
         return x if return_embeddings else self.to_logits(x)
+
+
+def pool(vectors: Tensor, read: Tensor) -> Tensor:
+    """Sum the vectors (b, m, d) that are read (bool, (b, m)), over the root of their number: (b, d); 0 for none."""
+    chosen = read[..., None].to(vectors)
+    return (chosen * vectors).sum(1) / chosen.sum(1).clamp(min=1).sqrt()

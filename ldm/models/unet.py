@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from ldm.checks import Count, CountOrNone, Entries, Levels, Probability, Width
 from ldm.models.attention import SpatialTransformer
 from ldm.models.blocks import (
+    COORDINATES,
     AttentionBlock,
     Downsample,
     ResBlock,
     TimestepEmbedSequential,
     Upsample,
+    coordinate_channels,
     normalization,
     require_two_dims,
     timestep_embedding,
@@ -128,6 +130,7 @@ class UNetModel(UNetEncoder):
     patch: Count = 1  # side of the squares whose pixels become one position; attention_resolutions count from it
     attention_type: str = "full"  # or "linear": `LinearAttentionBlock` in the levels, full attention in the middle
     attention_memory: CountOrNone = 0  # of LinearAttentionBlock
+    coordinates: bool = False  # `coordinate_channels` join x: where text decides places, noise alone does not show them
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -146,7 +149,8 @@ class UNetModel(UNetEncoder):
         self.time_embed = time_mlp(self.model_channels, 4 * self.model_channels)
         if self.num_classes is not None:
             self.label_emb = self._label_embedding()
-        self.input_blocks, skips = self.encoder(self.in_channels * self.patch**2, levels)
+        channels = self.in_channels * self.patch**2 + (COORDINATES if self.coordinates else 0)
+        self.input_blocks, skips = self.encoder(channels, levels)
         self.middle_block = self.middle(levels[-1]._replace(disable_self_attention=self.disable_middle_self_attn))
         self.output_blocks = self._decoder(levels, skips)
         width = levels[0].width
@@ -274,6 +278,8 @@ class UNetModel(UNetEncoder):
         elif isinstance(context, Tensor):
             context = context.to(dtype)
         h = F.pixel_unshuffle(x.to(dtype), self.patch)  # (b, in_channels patch^2, h / patch, w / patch)
+        if self.coordinates:
+            h = torch.cat([h, coordinate_channels(*h.shape[-2:]).to(h).expand(len(h), -1, -1, -1)], dim=1)
         skips = []
         for block in self.input_blocks:
             h = block(h, emb, context)  # (b, width of the level, 2^level times smaller)
