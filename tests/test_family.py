@@ -59,6 +59,8 @@ def stage_params(name: str, tiny_parts: dict) -> dict:
     pooled = TINY["unet_config"]
     unets = {"classes.ClassEmbedder": WITHOUT_POOLED, "layout.LayoutEncoder": pooled, "cond_stage": pooled}
     unet = copy.deepcopy(unets.get(target, UNCONDITIONAL))
+    if target == "layout.LayoutEncoder":
+        unet["params"]["adm_in_channels"] = params["width"]
     unet["params"]["in_channels"] += channels
     cond = None if target is None else {"target": f"ldm.conditioning.{target}", "params": params}
     parts = {**tiny_parts, "cond_stage": tiny_parts["cond_stage"] if target == "cond_stage" else cond}

@@ -44,6 +44,7 @@ class LayoutEncoder(nn.Module):
         self.names, self.size, self.objects, self.pooled = list(names), size, objects, pooled
         self.class_emb = nn.Embedding(len(names) + 1, width)  # the last one is the absent object
         self.box_emb = nn.Linear(4 * 2 * OCTAVES, width)
+        nn.init.normal_(self.box_emb.weight, std=(4 * OCTAVES) ** -0.5)  # a box begins with as much weight as a class
         self.transformer = Encoder(width, layers)
         self.norm = nn.LayerNorm(width)
         nn.init.constant_(self.norm.weight, FIRST_NORM)
