@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import refused
@@ -70,6 +72,18 @@ def test_patches_are_channels_of_a_smaller_image():
     image = x.view(2, 2, 2, 8, 8).permute(0, 3, 1, 4, 2).reshape(2, 1, 16, 16)  # channel (i, j): pixel i, j of a square
     out = inner(x, t).view(2, 2, 2, 2, 8, 8).permute(0, 1, 4, 2, 5, 3).reshape(2, 2, 16, 16)
     assert torch.equal(model(image, t), out)
+
+
+def test_coordinates_are_channels_of_the_first_layer():
+    x, t, _ = inputs()
+    model, inner = small(coordinates=True), small(in_channels=x.shape[1] + 10)
+    assert shapes(model) == shapes(inner)
+    waves = torch.zeros(10, *x.shape[-2:])
+    for i, row in enumerate(torch.linspace(-1, 1, x.shape[2]).tolist()):
+        for j, column in enumerate(torch.linspace(-1, 1, x.shape[3]).tolist()):
+            angles = [math.pi * k * u for k in (1, 2) for u in (column, row)]
+            waves[:, i, j] = torch.tensor([column, row, *map(math.sin, angles), *map(math.cos, angles)])
+    torch.testing.assert_close(model(x, t), inner(torch.cat([x, waves.expand(len(x), -1, -1, -1)], 1), t))
 
 
 def test_adm_sizes():
