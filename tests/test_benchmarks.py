@@ -10,7 +10,19 @@ from conftest import refused
 from meta_models import TINY_1
 
 import ldm
-from benchmarks import common, data, generators, guidance, loading, samplers, speed, training, trilemma
+from benchmarks import (
+    common,
+    data,
+    generators,
+    guidance,
+    loading,
+    samplers,
+    speed,
+    speed_networks,
+    speed_processes,
+    training,
+    trilemma,
+)
 from ldm.checkpoint.compvis import single_file
 from ldm.checkpoint.diffusers_config import unet_levels
 from ldm.checkpoint.diffusers_names import unet_to_diffusers
@@ -334,23 +346,63 @@ def test_networks_have_the_size_of_their_name(name):
 @pytest.mark.parametrize(
     "case",
     [
-        speed.Case("digits_unet", "unet", 2, 8, "digits"),
-        speed.Case("sd_unet", "unet", 2, 8, "sd"),
-        speed.Case("sd_vae", "decoder", 1, 8, "sd"),
+        speed_networks.Case("unet", 2, 8, "digits"),
+        speed_networks.Case("unet", 2, 8, "sd"),
+        speed_networks.Case("decoder", 1, 8, "sd"),
     ],
-    ids=lambda case: case.name,
+    ids=str,
 )
 def test_forms_whose_speed_is_compared_compute_the_same(case, monkeypatch):
-    monkeypatch.setattr(speed, "from_compvis", lambda yaml: TINY_1)
-    found = speed.measure(case, rounds=2)
-    assert list(found) == ["plain", "optimized", "diffusers"]
+    monkeypatch.setattr(speed_networks, "from_compvis", lambda yaml: TINY_1)
+    monkeypatch.setattr("ldm.inference.optimize.PACKED_FROM", 300)
+    speed_networks.model_on_meta.cache_clear()
+    found = speed_networks.measure(case, "fp32", rounds=2)
+    speed_networks.model_on_meta.cache_clear()
+    assert list(found) == ["plain", *(["optimized"] if case.part == "unet" else []), "diffusers"]
     for form in found.values():  # of float32, in another order of sums
-        assert len(form.seconds) == 2 and min(form.seconds) > 0 and form.error < 1e-5
+        assert len(form.seconds) == 2 and min(form.seconds) > 0 and form.error < 1e-5 and form.flops > 1e6
 
 
-def test_table_of_speeds():
-    found = {name: speed.Found([2 * x, x, 10 * x, x], 1e-6) for name, x in (("plain", 0.1), ("diffusers", 0.2))}
-    rows = speed.rows_of(speed.CASES[0], found)
-    assert rows[0] == ["digits_unet", "1", "8 x 8", "plain", "150.00", "67%", "2.00", "1e-06"]
-    assert rows[1][3:] == ["diffusers", "300.00", "67%", "1.00", "1e-06"]
-    refused("--quick and --case choose the cases", speed.main, ["--quick", "--case", "sd_vae"])
+@pytest.mark.full
+def test_the_text_encoder_of_stable_diffusion_against_transformers():
+    pytest.importorskip("diffusers")
+    plain, theirs = speed_networks.measure(speed_networks.Case("text", 1, 77, "sd"), "fp32", rounds=1).values()
+    assert theirs.error < 1e-5 and plain.flops == pytest.approx(2 * 77 * 12 * 12 * 768**2, rel=0.05)
+
+
+def test_limits_of_the_machine():
+    found = speed_networks.limits("fp32", rounds=1)
+    assert list(found) == ["matrix", "matrix, packed", "convolution"]
+    rates = [own.flops / own.seconds[0] for own in found.values()]
+    assert min(rates) > 0.1 * max(rates) > 1e8  # the shapes and the FLOPs that are counted for them belong together
+
+
+def test_processes_take_turns(tmp_path):
+    forms = {"plain": ["-c", "open('{out}/a', 'a').write('x')"], "other": ["-c", "open('{out}/a', 'a').write('y')"]}
+    found = speed_processes.take_turns(forms, 2, out=tmp_path)
+    assert (tmp_path / "a").read_text() == "xyxy" and all(len(own.seconds) == 2 for own in found.values())
+    refused(
+        "(?s)import no_such_module ended with 1: .*No module",
+        speed_processes.cpu_seconds,
+        "-c",
+        "import no_such_module",
+    )
+
+
+def test_table_and_plot_of_speeds(tmp_path):
+    row = speed.Row("unet", "fp32", "plain", [0.2, 0.1, 1.0, 0.1], 1e-6, 3e9)
+    rows = [
+        row,
+        speed.Row("unet", "fp32", "diffusers", [0.3]),
+        speed.Row("load", "fp32", "plain", [2.0], memory=(1, 0.5)),
+    ]
+    assert speed.table(rows, {"fp32": 1e11}) == [
+        ["unet", "fp32", "plain", "150.00", "67%", "2.00", "20%", "1e-06", "", ""],
+        ["unet", "fp32", "diffusers", "300.00", "0%", "1.00", "", "", "", ""],
+        ["load", "fp32", "plain", "2000.00", "0%", "1.00", "", "", "1.00", "0.50"],
+    ]
+    grown = [
+        speed.Row(f"{name}: {n}", "fp32", "plain", [n]) for name in [*speed.CURVES, speed.BY_STEPS] for n in (1, 2)
+    ]
+    speed.plot_speeds(rows + grown, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
