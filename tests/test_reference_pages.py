@@ -270,7 +270,7 @@ OF_OTHERS = {
 }  # torchrun's, accelerate's, tensorboard's
 OF_OTHERS |= {
     "--plot",
-    "--quick",
+    "--only",
     "--images",
     "--ddpm",
     "--ddgan",
