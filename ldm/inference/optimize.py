@@ -136,7 +136,7 @@ class _Packed(nn.Module):
 
     frees: bool  # whether the plain weight is freed, and None among the parameters, while it is packed
     precision: torch.dtype  # in which it is packed, as `packs` says that it may be
-    held: Held | None = None
+    held: Any = None  # Held, once packed
 
     def pack(self, weight: Tensor, size: list[int]) -> Tensor:
         """Return a weight in the form for inputs of that size."""
@@ -183,9 +183,9 @@ class _Packed(nn.Module):
         self.unpack()
         return super()._apply(*args, **options)
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.unpack()
-        super()._save_to_state_dict(*args)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class PackedConv2d(_Packed, nn.Conv2d):
