@@ -241,6 +241,15 @@ def test_layouts_become_a_token_for_each_object():
     refused("different names", LayoutEncoder, **LAYOUT | {"names": ["a", "a"]})
 
 
+def test_half_precision_keeps_classes_and_boxes():
+    """bfloat16 has neither class 257 nor edge 301: only the vectors made of them are rounded."""
+    encoder = LayoutEncoder([str(i) for i in range(300)], size=512, width=32, layers=1)
+    layouts = [[{"class": "257", "box": [3, 301, 511, 333.5]}]]
+    expected, found = encoder(layouts)["c_crossattn"], encoder.bfloat16()(layouts)["c_crossattn"]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0)  # of numbers up to about 12
+
+
 def test_null_conditions_are_dropped_in(tiny_parts):
     stage = stage_of("boxes", tiny_parts, caption_dropout=1.0)
     batch = default_collate([Squares()[i] for i in range(2)])

@@ -55,10 +55,11 @@ class LayoutEncoder(nn.Module):
         A layout is a list of {"class": name, "box": (left, top, right, bottom)}, the JSON text of one, "" for none, or
         a tensor (n, 5) of left, top, right, bottom and class number, whose rows of -1 stand for no object.
         """
-        rows = torch.stack([self.rows(layout) for layout in layouts]).to(self.box_emb.weight)  # (b, objects, 5)
-        classes = rows[..., 4].long()
+        weight = self.box_emb.weight
+        rows = torch.stack([self.rows(layout) for layout in layouts]).to(weight.device)  # (b, objects, 5)
+        classes = rows[..., 4].long()  # rows are not in the weights' dtype: bfloat16 has no 257
         angles = math.pi / self.size * 2.0 ** torch.arange(OCTAVES, device=rows.device) * rows[..., :4, None]
-        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2).to(rows)  # (b, objects, 4 * 2 * octaves)
+        waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2).to(weight)  # (b, objects, 4 * 2 * octaves)
         vectors = self.norm(self.transformer(self.class_emb(classes) + self.box_emb(waves)))
         return {"c_crossattn": vectors} | ({"c_adm": pool(vectors, classes < len(self.names))} if self.pooled else {})
 
