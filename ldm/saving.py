@@ -1,4 +1,4 @@
-"""Save models: in our own checkpoints, as other programs read single files, and as diffusers' folders."""
+"""Save models: in our own checkpoints, as other programs read single files, and as folders of diffusers or ONNX."""
 
 from collections.abc import Mapping
 from pathlib import Path
