@@ -123,10 +123,17 @@ def test_damaged_folders(folder, tmp_path):
         return str(path)
 
     index = json.loads((folder / "model.json").read_text())
-    for name, change in (("schedule", {"alphas_cumprod": [0.5, 0.9]}), ("no prediction", {"prediction": "y"})):
+    for name, change in {
+        "schedule": {"alphas_cumprod": [0.5, 0.9]},
+        "overflow": {"alphas_cumprod": [10**400]},
+        "no prediction": {"prediction": "y"},
+        "no pixels": {"downsampling": 0},
+    }.items():
         shutil.copytree(folder, tmp_path / name)
         (tmp_path / name / "model.json").write_text(json.dumps(index | change))
         refused(f"{name}/model.json' is damaged", ldm.load, tmp_path / name)
+    (tmp_path / "schedule" / "model.json").write_text(json.dumps(index | {"channels": 3}))
+    refused("unet.onnx' cannot be computed: .* invalid dimensions", ldm.load(tmp_path / "schedule").generate, ["5"])
     refused("model.json' is damaged", ldm.load, damaged("model.json", b"{"))
     refused("unet.onnx' is not a network that onnxruntime reads", ldm.load, damaged("unet.onnx", b"no"))
 

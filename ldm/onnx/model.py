@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ldm.checks import ONNX_INDEX
+from ldm.checks import ONNX_INDEX, Width, shorten, unfit
 from ldm.conditioning.prompt import encode_prompts
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.diffusion.denoiser import Denoise, check_prediction, make_denoiser
@@ -53,10 +53,14 @@ class Network:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes, without a common one
             raise ValueError(f"{str(path)!r} is not a network that onnxruntime reads: {_first_line(error)}") from None
-        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.path, self.outputs = path, [output.name for output in self.session.get_outputs()]
 
     def __call__(self, **inputs: np.ndarray) -> Arrays:
-        return dict(zip(self.outputs, self.session.run(None, inputs), strict=True))
+        try:
+            found = self.session.run(None, inputs)
+        except Exception as error:  # a network that does not fit model.json, or no memory
+            raise ValueError(f"{str(self.path)!r} cannot be computed: {_first_line(error)}") from None
+        return dict(zip(self.outputs, found, strict=True))
 
 
 class OnnxText:
@@ -97,9 +101,12 @@ class OnnxModel:
             self.prediction, limit = self.config["prediction"], self.config["clip"]
             check_prediction(self.prediction)
             self.clip = None if limit is None else float(limit)
-            sizes = [int(self.config[name]) for name in NUMBERS]
+            sizes = [self.config[name] for name in NUMBERS]
+            for name, size in zip(NUMBERS, sizes, strict=True):
+                if wanted := unfit(size, Width):
+                    raise ValueError(f"{name} {shorten(repr(size))} must be {wanted}")
             self.tokenizer = None if self.config["tokenizer"] is None else Tokenizer(**self.config["tokenizer"])
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{str(path / ONNX_INDEX)!r} is damaged: {_first_line(error)}") from None
         self.channels, self.image_channels, self.downsampling, self.multiple = sizes
         self.unet, self.decoder = Network(path / "unet.onnx"), Network(path / "decoder.onnx")
