@@ -165,7 +165,7 @@ diffusion stage.params.unet_config.params:
    use_new_attention_order: true, use_spatial_transformer: false, transformer_depth: 2, context_dim: 16, n_embed: 8,
    legacy: true, disable_self_attentions: [true, true], num_attention_blocks: [0, 0], disable_middle_self_attn: true,
    use_linear_in_transformer: true, adm_in_channels: 12, norm_groups: 4, patch: 2, attention_type: linear,
-   attention_memory: 4}
+   attention_memory: 4, coordinates: true}
 """
 CHANGES: dict[tuple[str, str], dict[str, Any]] = {
     tuple(where.split()): keys for where, keys in yaml.safe_load(TABLE).items()
