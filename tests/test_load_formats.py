@@ -143,8 +143,8 @@ def test_attention_of_a_first_stage_under_diffusers_names(model, theirs, tmp_pat
 
 
 def test_an_unknown_format_is_named(model, tmp_path):
-    with pytest.raises(ValueError, match="format 'onnx' is unknown: it is one of ldm, compvis, diffusers"):
-        ldm.save(model, tmp_path / "out", format="onnx")
+    with pytest.raises(ValueError, match="format 'gguf' is unknown: it is one of ldm, compvis, diffusers, onnx"):
+        ldm.save(model, tmp_path / "out", format="gguf")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -223,7 +223,7 @@ def test_a_weight_that_lies_where_another_did_is_packed_again(packed_here):
             fast(x)
             plain.weight.data = plain.weight.data + 1  # what was there is freed,
             plain.weight.data = plain.weight.data + 1  # and this would take its place
-            torch.testing.assert_close(fast(x), plain(x))
+            torch.testing.assert_close(fast(x), plain(x), atol=1e-4, rtol=1e-5)  # the weights grow to 10
 
 
 def test_a_consumed_model_is_refused(model, packed_here):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -108,7 +109,7 @@ def generate_run(
         prompts, seeds, arguments = [r.prompt for r in batch], [r.seed for r in batch], arguments_of(model, first, init)
         prompts = prompts if init is None else init.prompts(model, prompts)
         arguments["noise"] = None if noise is None else noise[done : done + len(batch)]
-        images = _generate(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
+        images = _generator(model)(prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
         for index, (recipe, image) in enumerate(zip(batch, images, strict=True), start=done):
             yield Generated(recipe, image, index)
         done += len(batch)
@@ -144,7 +145,7 @@ def generate_again(
         place += recipe.batch_size
     arguments = arguments_of(model, recipe, init)
     prompts = prompts if init is None else init.prompts(model, prompts)
-    images = _generate(model, prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
+    images = _generator(model)(prompts, seeds=seeds, guide=guide, callback=callback, **arguments)
     yield Generated(recipe, images[place], place)
 
 
@@ -174,13 +175,13 @@ def steps_of(recipe: Recipe) -> int:
     return recipe.steps if recipe.strength is None else steps_taken(recipe.strength, recipe.steps)
 
 
-def _generate(model: "LatentDiffusion", *args: Any, **settings: Any) -> list[Image.Image]:
-    """Return `model.generate(*args, **settings)`; where a module of torch makes NaN or infinity, it is named."""
+def _generator(model: "LatentDiffusion") -> Callable[..., list[Image.Image]]:
+    """Return what generates with a model; where a module of torch makes NaN or infinity, it is named."""
     if isinstance(model, OnnxModel):
-        return model.generate(*args, **settings)
+        return model.generate
     from ldm.inference.nan_check import generate_checked
 
-    return generate_checked(model, *args, **settings)
+    return partial(generate_checked, model)
 
 
 def _precision_of(model: "LatentDiffusion") -> str:
