@@ -10,6 +10,7 @@ from tiny_stages import config_of
 
 from ldm.training import loop
 from ldm.training.loop import Interrupted, train
+from ldm.training.muon import orthogonal
 from ldm.training.optimizers import average_of, clip_gradients, make_optimizer
 from ldm.training.processes import make_accelerator
 
@@ -109,6 +110,7 @@ CLASSES = {
     "schedulefree.AdamWScheduleFree": {"warmup_steps": 2},
     "schedulefree.RAdamScheduleFree": {},
     "prodigyopt.Prodigy": {},
+    "ldm.training.muon.Muon": {"momentum": 0.9},
 }
 
 
@@ -156,3 +158,43 @@ def test_schedule_free_shows_its_average_and_trains_on(tmp_path):
             torch.testing.assert_close(weight.detach(), torch.full((4, 3), x))
         assert torch.equal(weight, trained)
     refused("SGDScheduleFree averages the weights itself: set loop.ema=0", average_of, weight, [optimizer], 0.9, "auto")
+
+
+MUON = {"target": "ldm.training.muon.Muon"}
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 40, 5), (1, 6, 6)])
+def test_a_matrix_is_made_orthogonal(shape):
+    """Its singular values become about 1 and its singular vectors stay, where it has values above 1e-3 of its norm."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(matrices)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    seen = u.mT @ found @ v.mT
+    values = seen.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.65 and values.max() < 1.25
+    torch.testing.assert_close(seen, torch.diag_embed(values), atol=1e-4, rtol=0)
+    assert torch.equal(orthogonal(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_moves_matrices_as_torchs_does_and_vectors_as_adamw():
+    """Kernels, too, as matrices of out x the rest; torch computes in bfloat16."""
+    shapes = [(6, 9), (9, 6), (4, 3, 3, 3), (5,), ()]
+    start = [torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))) for shape in shapes]
+    ours = [torch.nn.Parameter(weight.clone()) for weight in start]
+    theirs = [torch.nn.Parameter(w.reshape(len(w), -1).clone() if w.ndim > 1 else w.clone()) for w in start]
+    own = {"lr": 0.02, "weight_decay": 0.1}
+    optimizers = [
+        make_optimizer(ours, 0.02, MUON, [0.9, 0.99], 0.1),
+        torch.optim.Muon(theirs[:3], **own, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(theirs[3:], **own, betas=(0.9, 0.99)),
+    ]
+    for k in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(k + a.numel()))
+            b.grad = a.grad.reshape(b.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for k, (a, b, first) in enumerate(zip(ours, theirs, start, strict=True)):
+        moved = (a - first).norm().item()
+        torch.testing.assert_close(a.reshape(b.shape), b, rtol=0, atol=0.02 * moved if k < 3 else 1e-6)

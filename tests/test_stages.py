@@ -21,8 +21,9 @@ from ldm.models.classifier import Judge
 from ldm.models.perceptual import perceptual_distance
 from ldm.training.autoencoder import AutoencoderStage
 from ldm.training.clip import CLIPStage
+from ldm.training.contract import note_noise
 from ldm.training.diffusion import DiffusionStage
-from ldm.training.latents import LatentDataset
+from ldm.training.latents import LatentDataset, latents_scale
 from ldm.training.stage import Trained
 
 CPU = torch.device("cpu")
@@ -374,6 +375,29 @@ def test_the_scale_factor_gives_unit_variance(tiny_parts, digits):
     z = stage.latent_diffusion.encode(images, torch.Generator().manual_seed(0))
     assert z.std() == pytest.approx(1, abs=0.03)  # 16,384 draws, neighbours alike
     assert stage.export()[0]["params"]["scale_factor"] == factor
+
+
+def test_training_on_the_means_of_posteriors(tiny_parts, digits, capsys):
+    stage = diffusion(tiny_parts, posterior="mean")
+    batch = collate(stage.prepare(digits).__getitems__([7, 0]))
+    factor = stage.latent_diffusion.scale_factor
+    means = torch.stack([stage.prepare(digits).mean[i] for i in range(len(digits))])
+    assert factor == pytest.approx(1 / means.std().item(), rel=1e-5)
+    assert torch.equal(stage.data(batch)[0], factor * batch["mean"])
+    assert "note" not in capsys.readouterr().err  # their noise is left out
+
+
+def test_noise_of_posteriors_is_told_of(capsys):
+    mean, std = torch.randn(9, 4, 8, 8), torch.full((9, 4, 8, 8), 0.5)
+    variance = mean.var().item()
+    factor, noise = latents_scale(mean, std)
+    assert noise == pytest.approx(0.25 / (variance + 0.25), rel=1e-5)
+    assert factor == pytest.approx((variance + 0.25) ** -0.5, rel=1e-5)
+    assert latents_scale(mean, std, sampled=False) == (pytest.approx(variance**-0.5, rel=1e-5), 0)
+    note_noise(0.1)
+    assert capsys.readouterr().err == ""
+    note_noise(noise)
+    assert f"{noise:.0%} of the latents' variance" in capsys.readouterr().err
 
 
 def test_the_networks_of_other_programs_can_be_used(tiny_model, tmp_path):

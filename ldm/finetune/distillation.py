@@ -19,7 +19,7 @@ from ldm.diffusion.schedule import sampling_sigmas
 from ldm.finetune.parts import model_to_tune
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.settings import Settings, checked
-from ldm.training.diffusion import LatentStage
+from ldm.training.diffusion import LatentStage, Posterior
 from ldm.training.objective import Objective
 from ldm.training.stage import Stage
 from ldm.util import call_with
@@ -70,7 +70,7 @@ class DistillationStage(LatentStage):
         consistency: arguments of `Consistency`; None is progressive distillation.
         scale, interval: guidance to put into the weights, and the sigmas that have it; None is the model's own.
         caption_dropout: probability of the null condition, to which guidance adds nothing.
-        cache_latents, cache_dir, preview_prompts, preview_columns: of `DiffusionStage`.
+        cache_latents, cache_dir, posterior, preview_prompts, preview_columns: of `DiffusionStage`.
         loading: further arguments of `ldm.load`.
     """
 
@@ -91,6 +91,7 @@ class DistillationStage(LatentStage):
         optimizer: str | Mapping[str, Any] = "adamw",
         cache_latents: bool = True,
         cache_dir: str | None = None,
+        posterior: Posterior = "sample",
         preview_prompts: Sequence[str | int] | None = None,
         preview_columns: Count = 10,
         loading: Mapping[str, Any] | None = None,
@@ -115,8 +116,8 @@ class DistillationStage(LatentStage):
         how = {"sampler": "ddim", "spacing": "trailing"} if consistency is None else {"sampler": "lcm", "spacing": None}
         model.defaults = {**model.defaults, "steps": steps, "scale": 1.0, "interval": None, **how}
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
-        cache, previews = (cache_latents, cache_dir), (preview_prompts, preview_columns)
-        super().__init__(Objective(model), True, caption_dropout, *cache, *previews, **adam)
+        latents, previews = (cache_latents, cache_dir, posterior), (preview_prompts, preview_columns)
+        super().__init__(Objective(model), True, caption_dropout, *latents, *previews, **adam)
         self.teacher: nn.Module = deepcopy(self.model.requires_grad_())
         self.freeze(teacher=self.teacher)
 

@@ -92,6 +92,14 @@ def note_cut(tokenizer: Any, texts: Sequence[str]) -> None:
         print(f"note: {said}", file=sys.stderr)
 
 
+def note_noise(share: float) -> None:
+    """Print a note if much of the latents' variance is noise of the autoencoder's posteriors."""
+    if share > 0.1:
+        remedy = "train with stage.params.posterior=mean, or the autoencoder anew with a smaller kl_weight"
+        said = f"{share:.0%} of the latents' variance is the autoencoder's noise, which the UNet must learn to make"
+        print(f"note: {said}: {remedy}", file=sys.stderr)
+
+
 def check_image_size(dataset: Any, channels: int | None, multiple: int) -> list[tuple[int, int]]:
     """Return each (width, height) of a data set's images; raise ValueError if they do not fit a network."""
     found, *size = dataset[0]["image"].shape

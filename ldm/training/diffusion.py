@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,10 +14,13 @@ from ldm.checks import Betas, Count, Probability, Rate
 from ldm.data.part import first_images
 from ldm.latent_diffusion import Conditioning, LatentDiffusion
 from ldm.training.conditions import batch_condition, dropout_of, read_by, shown_prompts, take_names
+from ldm.training.contract import note_noise
 from ldm.training.denoising import DenoisingStage
 from ldm.training.frozen import RecentTexts, match_pooled, read_first_stage, read_text_stage
-from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, posterior, scale_factor
+from ldm.training.latents import LatentDataset, encode_dataset, encode_texts, latents_scale, posterior
 from ldm.training.objective import Objective
+
+Posterior = Literal["sample", "mean"]
 
 
 class LatentStage(DenoisingStage):
@@ -25,7 +28,7 @@ class LatentStage(DenoisingStage):
 
     Args:
         frozen: whether the model's conditioner is; if not, it trains with the UNet.
-        caption_dropout, cache_latents, cache_dir, preview_prompts: of `DiffusionStage`.
+        caption_dropout, cache_latents, cache_dir, posterior, preview_prompts: of `DiffusionStage`.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class LatentStage(DenoisingStage):
         caption_dropout: Probability | None,
         cache_latents: bool,
         cache_dir: str | None,
+        posterior: Posterior,
         preview_prompts: Sequence[str | int] | None,
         preview_columns: Count,
         **adam: Any,
@@ -50,7 +54,7 @@ class LatentStage(DenoisingStage):
         elif conditioner is not None:
             self.freeze(cond_stage=conditioner)
         self.caption_dropout = dropout_of(conditioner, caption_dropout)
-        self.cache_latents, self.cache_dir = cache_latents, cache_dir
+        self.cache_latents, self.cache_dir, self.posterior = cache_latents, cache_dir, posterior
         self.condition: Any = partial(model.condition, plain=True)  # conditions -> conditioning
         if frozen and model.tokenizer is not None:
             self.condition = RecentTexts(partial(encode_texts, conditioner))
@@ -85,8 +89,10 @@ class LatentStage(DenoisingStage):
 
     def data(self, batch: Mapping[str, Any], training: bool = True) -> tuple[Tensor, Conditioning]:
         model, cached = self.latent_diffusion, "mean" in batch
-        mean, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
-        z = model.scale_factor * (mean + std * self.share.randn(mean) if training else mean)
+        z, std = (batch["mean"], batch["std"]) if cached else posterior(model.first_stage_model, batch["image"])
+        if training and self.posterior == "sample":
+            z = z + std * self.share.randn(z)
+        z = model.scale_factor * z
         dropout = self.caption_dropout if training else None
         return z, batch_condition(model, self.condition, batch, z, dropout, self.share)
 
@@ -115,6 +121,8 @@ class DiffusionStage(LatentStage):
         cache_latents: encode the data set once; not for data sets that augment their images.
         cache_dir: a folder that keeps the latents, if they are cached, and the embeddings of the captions, for this and
             other runs, also at the same time.
+        posterior: "sample" trains on samples of the autoencoder's posteriors, as latent diffusion does; "mean" on their
+            means, so that the UNet need not learn to make the noise of wide ones, which a large kl_weight gives.
         error, weight, noise, timesteps: of `Objective`.
         preview_prompts: prompts or classes of a preview's images; None is the empty prompt, each class in turn, or the
             conditions of the first samples.
@@ -143,6 +151,7 @@ class DiffusionStage(LatentStage):
         caption_dropout: Probability | None = None,
         cache_latents: bool = True,
         cache_dir: str | None = None,
+        posterior: Posterior = "sample",
         preview_prompts: Sequence[str | int] | None = None,
         preview_columns: Count = 10,
     ) -> None:
@@ -162,8 +171,8 @@ class DiffusionStage(LatentStage):
         self.start = None if start is None else checkpoint_at(start)
         objective = Objective(model, error, weight, noise, timesteps)
         adam = {"lr": learning_rate, "betas": betas, "weight_decay": weight_decay, "optimizer": optimizer}
-        cache, previews = (cache_latents, cache_dir), (preview_prompts, preview_columns)
-        super().__init__(objective, text and not train_text, caption_dropout, *cache, *previews, **adam)
+        latents, previews = (cache_latents, cache_dir, posterior), (preview_prompts, preview_columns)
+        super().__init__(objective, text and not train_text, caption_dropout, *latents, *previews, **adam)
 
     def prepare(self, dataset: Any) -> Dataset:
         """Measure the scale factor (1 / standard deviation) and cache the latents' mean and deviation."""
@@ -176,5 +185,6 @@ class DiffusionStage(LatentStage):
         prepared: Any = super().prepare(dataset)
         latents = (prepared.mean, prepared.std) if self.cache_latents else self.encoded(first_images(dataset, 256))
         if self.start is None:
-            self.latent_diffusion.scale_factor = scale_factor(*latents)
+            self.latent_diffusion.scale_factor, noise = latents_scale(*latents, self.posterior == "sample")
+            note_noise(noise)
         return prepared

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ldm.training.muon import Muon
+
 
 def use_fsdp(accelerator: Any) -> None:
     """Shard as accelerate's configuration says, on CPUs too, where accelerate ignores it; ValueError if it cannot."""
@@ -38,6 +40,8 @@ def check_fsdp(stage: Any, optimizers: Sequence[Any], **settings: Any) -> None:
         )
     if hasattr(optimizers[0], "eval"):
         raise ValueError(f"FSDP is not for {type(optimizers[0]).__name__}, which averages the weights itself")
+    if isinstance(optimizers[0], Muon):
+        raise ValueError("FSDP is not for Muon, which needs whole matrices")
     for name, value in settings.items():
         if value:
             raise ValueError(f"loop.{name} is not possible with FSDP")

@@ -103,15 +103,17 @@ def encode_texts(encoder: nn.Module, texts: Sequence[str]) -> Conditioning:
     return {name: value[which] for name, value in encoder(filled).items()}
 
 
-def scale_factor(means: Any, stds: Any) -> float:
-    """Return 1 / standard deviation of the samples of latents (Rombach et al. 2022, appendix G), a part at a time."""
+def latents_scale(means: Any, stds: Any, sampled: bool = True) -> tuple[float, float]:
+    """Return 1 / standard deviation of latents (Rombach et al. 2022, appendix G), and which share of their variance is
+    noise of the posteriors. sampled: of their samples, otherwise of their means, without noise."""
     count = total = squares = within = 0.0
-    for start in range(0, len(means), 1024):
+    for start in range(0, len(means), 1024):  # a part at a time
         some = range(start, min(start + 1024, len(means)))
         mean, std = (torch.cat([part[i].flatten() for i in some]).double() for part in (means, stds))
         count, total, squares = count + len(mean), total + mean.sum(), squares + mean.square().sum()
-        within += std.square().sum()
-    return float(((squares - total**2 / count) / (count - 1) + within / count) ** -0.5)
+        within += std.square().sum() if sampled else 0.0
+    variance, noise = (squares - total**2 / count) / (count - 1), within / count
+    return float((variance + noise) ** -0.5), float(noise / (variance + noise))
 
 
 def posterior(first_stage: Any, images: Tensor) -> tuple[Tensor, Tensor]:
