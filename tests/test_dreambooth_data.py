@@ -1,6 +1,7 @@
 """DreamBooth's data: pairs, captions of each image, several subjects, and images of every kind."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_captions_of_single_images(tmp_path, capsys):
     (folder / "2.txt").unlink()
     (folder / "notes.pdf").write_text("x")
     (folder / ".DS_Store").write_text("x")
-    assert unread(folder, data.instances[0].paths) == [".DS_Store", "notes.pdf"]
+    assert unread(folder, [*map(Path, data.instances[0].paths)]) == [".DS_Store", "notes.pdf"]
 
 
 def test_subject_and_class_have_different_images(tmp_path):

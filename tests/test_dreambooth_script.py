@@ -220,7 +220,7 @@ def test_fewer_class_images_than_asked(tiny_checkpoint, subject, tmp_path, capsy
     dreambooth.main(options(tiny_checkpoint, subject, tmp_path / "out", "--class_data_dir", own))
     assert f"class images in {own}: 1; the model generates 2 more" in capsys.readouterr().out
     (kept,) = images_of(tiny_checkpoint, tmp_path / "out").classes
-    assert kept.paths[0] == own / "a.png" and len(kept) == 3 == len(list(own.iterdir()))
+    assert kept.paths[0] == str(own / "a.png") and len(kept) == 3 == len(list(own.iterdir()))
     assert (own / "a.png").read_bytes() == before
 
 
@@ -256,7 +256,7 @@ def test_a_class_of_several_prompts_and_what_is_kept_beside_it(tiny_checkpoint, 
     (kept,) = images_of(tiny_checkpoint, tmp_path / "out").classes
     assert kept.texts() == ["a five"] * 2 + ["a six"] + ["a seven"] * 2 + ["a eight"]
     assert dict(zip(kept.paths, kept.texts(), strict=True)) == {
-        path: recipe(path).prompt for path in (tmp_path / "out" / "class").iterdir()
+        str(path): recipe(path).prompt for path in (tmp_path / "out" / "class").iterdir()
     }
 
 

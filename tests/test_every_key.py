@@ -63,7 +63,8 @@ diffusion stage.params:
    prediction: eps, defaults: {height: 16, width: 16, steps: 4, scale: 2.0}, betas: [0.5, 0.9], weight_decay: 0.5,
    optimizer: adafactor,
    error: l1, weight: {name: min_snr}, noise: {offset: 0.1}, timesteps: {name: logit_normal}, caption_dropout: 1.0,
-   pooled: false, start: missing, train_text: true, cache_latents: false, cache_dir: cache, preview_prompts: [four],
+   pooled: false, start: missing, train_text: true, cache_latents: false, cache_dir: cache, posterior: mean,
+   preview_prompts: [four],
    concat: latents_mask,
    preview_columns: {to: 1, with: {preview_prompts: [four, five]}}}
 pixel stage.params:
@@ -92,7 +93,8 @@ textual_inversion stage.params:
 distillation stage.params:
   {ckpt: missing, learning_rate: 0.002, steps: 8, consistency: null, scale: 3.0, interval: [1.0, 2.0],
    caption_dropout: 1.0, betas: [0.5, 0.9], weight_decay: 0.5, optimizer: adafactor, cache_latents: false,
-   cache_dir: cache, preview_prompts: [four], preview_columns: {to: 1, with: {preview_prompts: [four, five]}},
+   cache_dir: cache, posterior: mean, preview_prompts: [four],
+   preview_columns: {to: 1, with: {preview_prompts: [four, five]}},
    loading: {prediction: eps}}
 distillation stage.params.consistency:
   {stage_batches: 2, mean: 0.0, std: 1.0, q: 2.0, k: 1.0, b: 0.1}

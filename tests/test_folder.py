@@ -182,7 +182,7 @@ def test_metadata_and_sidecars(tmp_path: Path) -> None:
     rows = [{"file_name": "sub/a.png", "text": "in sub"}, {"file_name": "b.png", "text": " top ", "more": 1}]
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
     data = Folder(str(tmp_path), 8)
-    assert [path.relative_to(tmp_path).as_posix() for path in data.paths] == ["b.png", "c.png", "sub/a.png"]
+    assert [Path(path).relative_to(tmp_path).as_posix() for path in data.paths] == ["b.png", "c.png", "sub/a.png"]
     assert data.captions == [["top"], ["drawn é"], ["in sub"]]
     assert data.caption_of(1).text == "drawn é" and data.caption_of(1).digit is None
     batch = next(iter(torch.utils.data.DataLoader(data, batch_size=3)))
@@ -254,7 +254,7 @@ def test_images_that_cannot_be_used_are_all_named_before_training(tmp_path: Path
     match = rf"3 of 4 images cannot be used: .*broken.{suffix} (cannot|is not).*link.png is a link.*nan.tif.*finite"
     refused(match, Folder, str(tmp_path), 8)
     data = Folder(str(tmp_path), 8, on_error="skip", buckets=[[16, 8], [8, 8]])
-    assert [path.name for path in data.paths] == ["wide.png"] and data.groups == [(16, 8)] and data.captions
+    assert [Path(path).name for path in data.paths] == ["wide.png"] and data.groups == [(16, 8)] and data.captions
     assert "note: 3 of 4 images are left out: " in capsys.readouterr().err
     (tmp_path / "wide.png").unlink()
     refused("none of 3 images can be used", Folder, str(tmp_path), 8, on_error="skip")

@@ -163,7 +163,7 @@ def test_mnist_trains_as_its_images_in_a_folder_and_in_shards_to_the_bit(
         assert weights[0].keys() == other.keys() and all(torch.equal(weights[0][k], other[k]) for k in other)
     classes = Folder("classes", **size, reads=("image", "label"))
     for path, sample in zip(classes.paths, classes, strict=True):
-        image, label = digits[int(path.stem)]["image"], int(digits.labels[int(path.stem)])
+        image, label = digits[int(Path(path).stem)]["image"], int(digits.labels[int(Path(path).stem)])
         assert torch.equal(sample["image"], image) and classes.classes[sample["label"]] == str(label)
 
 

@@ -71,7 +71,7 @@ def write_shards(data: "Folder", folder: Path, count: int) -> list[Path]:
     for number, path in enumerate(progress_bar(paths, leave=True, desc="writing shards", unit="shard")):
         with atomic(path) as temporary, open(temporary, "wb") as file, closing(TarWriter(file, **options)) as tar:
             for index in range(number * count, min(len(data), (number + 1) * count)):
-                image = data.paths[index]
+                image = data.source(index)[0]
                 sample = {"__key__": f"{index:08}", image.suffix.lower()[1:]: image.read_bytes()}
                 if "caption" in data.reads:
                     sample["txt"] = "\n".join(data.captions[index]).encode()

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ldm.checks import Range, few, shorten, unfit
+from ldm.data.buckets import Shape
 from ldm.data.caption_choice import choose_caption
 from ldm.data.captions import Caption
 from ldm.data.finding import Examined, Identity, examine, file_identity
@@ -142,7 +143,8 @@ class ImageSet(Dataset):
         for name in ("captions", "labels"):
             if hasattr(self, name):
                 setattr(self, name, [getattr(self, name)[i] for i in kept])
-        self.shapes = [self.transform.shape(*examined[i].size) for i in kept]
+        one: dict[Shape, Shape] = {}  # object for each shape, not for each image
+        self.shapes = [one.setdefault(s, s) for s in (self.transform.shape(*examined[i].size) for i in kept)]
         self.hashes = None if self.cache_dir is None else [examined[i].content for i in kept]
         self.groups = None if self.buckets is None else self.shapes
         return kept

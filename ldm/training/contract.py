@@ -1,5 +1,6 @@
 """What stages need of a data set, own ones included: docs/how-to/own_modules.md lists it."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def square_side(dataset: Any, image_size: int | None = None, patch_size: int = 1
 
 def content_of(dataset: Any, words: Sequence[str]) -> dict[str, Any]:
     """Return what a run remembers of its images, for `compare_content`: number, files by name, classes, and words."""
-    names = "/".join(path.name for path in getattr(dataset, "paths", ()))  # not their folder, which may be moved
+    names = "/".join(map(os.path.basename, getattr(dataset, "paths", ())))  # not their folder, which may be moved
     # names of a folder's; DreamBooth's are data sets
     classes = [str(one) for one in getattr(dataset, "classes", ()) if isinstance(one, str | int)]
     sums = {"names": crc32(names.encode(errors="surrogateescape")), "words": crc32("\n".join(words).encode())}
