@@ -48,7 +48,7 @@ class Network:
         options = onnxruntime.SessionOptions()
         threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # as of torch
         options.intra_op_num_threads = int(threads) if threads.isdecimal() else 0  # every core
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is wrong is in the exception, too
         try:
             self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes, without a common one
