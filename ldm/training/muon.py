@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ldm.checks import Rate
+from ldm.checks import Betas, Probability, Rate
 
 # The quintic polynomial of Jordan et al. (2024): repeated, it takes singular values between 1e-3 and 1 to about 1.
 QUINTIC, REPEATS = (3.4445, -4.7750, 2.0315), 5
@@ -31,9 +31,9 @@ class Muon(Optimizer):
         self,
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: Rate = 1e-3,
-        betas: Sequence[float] = (0.9, 0.99),
+        betas: Betas = (0.9, 0.99),
         weight_decay: Rate = 0.01,
-        momentum: float = 0.95,
+        momentum: Probability = 0.95,
     ) -> None:
         super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay, momentum=momentum))
 

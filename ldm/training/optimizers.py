@@ -25,8 +25,8 @@ def make_optimizer(
 
     Args:
         parameters: of networks, or groups of them that train, each with its own "lr".
-        optimizer: one of these names, or {"target", "params"} of an optimizer's class, such as torch.optim.RAdam,
-            schedulefree.AdamWScheduleFree or prodigyopt.Prodigy.
+        optimizer: one of these names, or {"target", "params"} of an optimizer's class, such as ldm.training.muon.Muon,
+            torch.optim.RAdam, schedulefree.AdamWScheduleFree or prodigyopt.Prodigy.
         betas, weight_decay: also of such a class, if it takes them and `params` does not have them.
     """
     given: list[Any] = list(parameters)
