@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from ldm.checks import Betas, Probability, Rate
 
 # The quintic polynomial of Jordan et al. (2024): repeated, it takes singular values between 1e-3 and 1 to about 1.
-QUINTIC, REPEATS = (3.4445, -4.7750, 2.0315), 5
+QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
 ADAM_SIZE = 0.2  # root mean square of AdamW's steps over the learning rate (Liu et al. 2025, arXiv:2502.16982)
-EPS = 1e-8
+EPSILON = 1e-8
 
 
 class Muon(Optimizer):
@@ -73,7 +73,7 @@ class Muon(Optimizer):
         state["step"] += 1
         state["mean"].lerp_(weight.grad, 1 - beta1)
         state["square"].lerp_(weight.grad.square(), 1 - beta2)
-        scale = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(EPS)
+        scale = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(EPSILON)
         weight.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
@@ -87,11 +87,11 @@ def orthogonal(matrices: Tensor) -> Tensor:
         return orthogonal(matrices.mT).mT
     a, b, c = QUINTIC
     x = matrices.float()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + EPS)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + EPSILON)
     gram = x @ x.mT
     one = torch.eye(x.shape[1], device=x.device)
-    whole = one
-    for _ in range(REPEATS):
+    product = one
+    for _ in range(ROUNDS):
         factor = a * one + b * gram + c * gram @ gram
-        whole, gram = factor @ whole, factor @ gram @ factor
-    return (whole @ x).to(matrices.dtype)
+        product, gram = factor @ product, factor @ gram @ factor
+    return (product @ x).to(matrices.dtype)
