@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal, so that a step moves all directions of a weight alike."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Muon(Optimizer):
             alike.setdefault((len(weight), weight[0].numel()), []).append(weight)
         for shape, some in alike.items():
             states = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in some]
-            grads = [p.grad for p in some]
+            grads: Any = [p.grad for p in some]
             torch._foreach_lerp_(states, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, states, group["momentum"])
             steps = orthogonal(torch.stack([step.reshape(shape) for step in ahead]))
@@ -67,12 +67,12 @@ class Muon(Optimizer):
                 weight.add_(step.reshape(weight.shape), alpha=-group["lr"] * ADAM_SIZE * max(shape) ** 0.5)
 
     def _move_vector(self, weight: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[weight], group["betas"]
+        state, (beta1, beta2), grad = self.state[weight], group["betas"], cast(Tensor, weight.grad)
         if not state:
             state.update(step=0, mean=torch.zeros_like(weight), square=torch.zeros_like(weight))
         state["step"] += 1
-        state["mean"].lerp_(weight.grad, 1 - beta1)
-        state["square"].lerp_(weight.grad.square(), 1 - beta2)
+        state["mean"].lerp_(grad, 1 - beta1)
+        state["square"].lerp_(grad.square(), 1 - beta2)
         scale = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(EPSILON)
         weight.addcdiv_(state["mean"], scale, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
