@@ -145,9 +145,9 @@ def test_inductor_without_a_compiler(model, monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent"))
-    monkeypatch.setattr(config, "fx_graph_cache", False)
     compile_unet(model)
-    refused(r"torch.compile failed \(.*No working C\+\+ compiler.*leave --compile out", network, model)
+    with config.patch(fx_graph_cache=False):  # pytest's undoing of it hides the setting from then on
+        refused(r"torch.compile failed \(.*No working C\+\+ compiler.*leave --compile out", network, model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

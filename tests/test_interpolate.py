@@ -60,7 +60,9 @@ def test_a_model_without_prompts(tmp_path):
 def test_mistakes_are_one_sentence(run, tmp_path):
     for same in ([], ["--to", "five"], ["--seed-to", 0], ["--to", "five", "--seed", 3, "--seed-to", 3]):
         refused("both ends are the same", run, "--prompt", "five", *same)
-    refused("reads 'FIVE' as it reads 'five': give --to other words", run, "--prompt", "five", "--to", "FIVE")
+    same = ("--prompt", "five", "--to", "FIVE")
+    refused("reads 'FIVE' as it reads 'five': give --to other words", run, *same)
+    refused("reads 'FIVE' as it reads 'five': give --to other words", run, *same, "--precision", "bf16")
     refused("'.ud800' is not valid UTF-8 text", run, "--prompt", "five", "--to", "\ud800")
     refused("use a positive multiple of", run, "--prompt", "five", "--to", "ab", "--H", 33)
     refused("at a time, take at least", run, "--prompt", "five", "--to", "ab", "--frames", 10**9)

@@ -57,7 +57,7 @@ SUPPORT = {
     "conditioning/prompt": "long prompts",
     "models/kernels": "implementations of attention to choose from",
 }
-MAX_LINES, MAX_ALL_LINES = 6050, 9520
+MAX_LINES, MAX_ALL_LINES = 6050, 9540
 
 
 def files_of(row: str) -> list[str]:

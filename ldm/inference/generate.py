@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.arrays import Tensor, to_numpy
+from ldm.arrays import Tensor, float32_or_wider, to_numpy
 from ldm.changes import changes_of, changes_to_text, same_changes
 from ldm.conditioning.prompt import count_chunks
 from ldm.conditioning.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def check_recipes(model: "LatentDiffusion", recipes: Sequence[Recipe]) -> None:
 def check_other(model: "LatentDiffusion", recipe: Recipe, prompt: str) -> None:
     """Raise ValueError where the model reads another prompt as that of the recipe, in other letters, say."""
     both = model.condition([recipe.prompt, prompt], clip_skip=recipe.clip_skip, plain=recipe.plain).values()
-    if prompt != recipe.prompt and all(np.allclose(to_numpy(part[0]), to_numpy(part[1])) for part in both):
+    if prompt != recipe.prompt and all(np.allclose(*map(to_numpy, float32_or_wider(part))) for part in both):
         raise ValueError(f"this model reads {prompt!r} as it reads {recipe.prompt!r}: give --to other words than those")
 
 
