@@ -144,9 +144,9 @@ def test_inductor_without_a_compiler(model, monkeypatch, tmp_path):
     from torch._inductor import config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent"))
     compile_unet(model)
-    with config.patch(fx_graph_cache=False):  # pytest's undoing of it hides the setting from then on
+    broken = {"cpp.cxx": (None, "/nonexistent"), "fx_graph_cache": False}
+    with config.patch(broken):  # what pytest sets is hidden from then on
         refused(r"torch.compile failed \(.*No working C\+\+ compiler.*leave --compile out", network, model)
 
 
