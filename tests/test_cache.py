@@ -372,6 +372,7 @@ def test_training_on_many_images_takes_little_memory(tmp_path):
     paths = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=paths, check=True)
     points = [memory for _, _, memory in json.loads(done.stdout.splitlines()[-1])]  # in MiB
-    assert max(memory["VmHWM"] for memory in points) < 1024  # the peak of resident memory, mapped files included
+    # the peak of resident memory, mapped files included: below 1 GB
+    assert max(memory["VmHWM"] for memory in points) < 1e9 / 2**20
     assert max(memory["RssAnon"] for memory in points) < 800  # without them, at each point
     assert sum(len(cache._keys_in(load_file(path))) for path in shards(tmp_path / "cache")) == 200_001  # all distinct
