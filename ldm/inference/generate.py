@@ -80,8 +80,9 @@ def check_recipes(model: "LatentDiffusion", recipes: Sequence[Recipe]) -> None:
 
 def check_other(model: "LatentDiffusion", recipe: Recipe, prompt: str) -> None:
     """Raise ValueError where the model reads another prompt as that of the recipe, in other letters, say."""
-    both = model.condition([recipe.prompt, prompt], clip_skip=recipe.clip_skip, plain=recipe.plain).values()
-    if prompt != recipe.prompt and all(np.allclose(*map(to_numpy, float32_or_wider(part))) for part in both):
+    found = model.condition([recipe.prompt, prompt], clip_skip=recipe.clip_skip, plain=recipe.plain).values()
+    both = [to_numpy(float32_or_wider(part)) for part in found]  # numpy has no bfloat16
+    if prompt != recipe.prompt and all(np.allclose(part[0], part[1]) for part in both):
         raise ValueError(f"this model reads {prompt!r} as it reads {recipe.prompt!r}: give --to other words than those")
 
 
