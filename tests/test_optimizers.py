@@ -1,6 +1,7 @@
 """Optimizers by name and by class: what they keep, what is refused, and that a run resumes exactly with each."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_loop import AUTOENCODER, assert_same, config, interrupt
 from tiny_stages import config_of
 
 from ldm.training import loop
+from ldm.training.fsdp import check_fsdp
 from ldm.training.loop import Interrupted, train
 from ldm.training.muon import orthogonal
 from ldm.training.optimizers import average_of, clip_gradients, make_optimizer
@@ -174,6 +176,15 @@ def test_a_matrix_is_made_orthogonal(shape):
     assert values.min() > 0.65 and values.max() < 1.25
     torch.testing.assert_close(seen, torch.diag_embed(values), atol=1e-4, rtol=0)
     assert torch.equal(orthogonal(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+
+
+def test_muon_without_gradients_and_with_fsdp():
+    weight = weights()
+    optimizer = make_optimizer([weight], 0.1, MUON)
+    optimizer.step()
+    assert torch.equal(weight, weights())
+    stage = SimpleNamespace(rehearses=True)
+    refused("FSDP is not for Muon, which needs whole matrices", check_fsdp, stage, [optimizer])
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

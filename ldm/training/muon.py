@@ -46,7 +46,8 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            if weights:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             self._move_matrices([p for p in weights if p.ndim > 1], group)
             for weight in weights:
                 if weight.ndim < 2:
