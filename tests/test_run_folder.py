@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -85,6 +86,7 @@ def reported(tmp_path_factory):
             patch.setattr(RunFolder, "log", killed_at(3))
             with pytest.raises(RuntimeError, match="killed"):
                 train(validated(outdir, settings), device="cpu")
+        time.sleep(1)  # event files are read by name: the second, then a count as text (10 before 9)
         return train(validated(outdir, settings), resume=True, device="cpu").parent
 
     return run
