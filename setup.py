@@ -1,4 +1,4 @@
-"""How an editable installation finds `ldm`, and `configs/` as a part of it; the rest is in pyproject.toml."""
+"""How an editable installation finds `ldm`, and `configs/` and `web/` as parts of it; the rest is in pyproject.toml."""
 
 from pathlib import Path
 
@@ -54,6 +54,6 @@ class EditableWheel(editable_wheel):
 if __name__ == "__main__":
     setup(
         cmdclass={"editable_wheel": EditableWheel},
-        packages=[*find_packages(include=["ldm*"]), "ldm.configs"],
-        package_dir={"": ".", "ldm.configs": "configs"},  # in an installation that is not editable
+        packages=[*find_packages(include=["ldm*"]), "ldm.configs", "ldm.web"],
+        package_dir={"": ".", "ldm.configs": "configs", "ldm.web": "web"},  # in an installation that is not editable
     )

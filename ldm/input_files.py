@@ -7,10 +7,14 @@ from typing import Any
 
 from ldm.checks import check_file, shorten
 
-CONFIGS = next(  # the configurations that ship: in the package, or beside it in a clone
-    (path for path in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs") if path.is_dir()),
-    Path("configs"),
-)
+
+def folder_that_ships(name: str) -> Path:
+    """Return a folder of files that ship: in the package, or beside it in a clone."""
+    package = Path(__file__).parent
+    return next((path for path in (package / name, package.parent / name) if path.is_dir()), Path(name))
+
+
+CONFIGS = folder_that_ships("configs")
 MAX_YAML = 2**20  # bytes of a configuration file, and values in it
 MAX_REFERENCES = 40  # in it: by n of them a text grows at most 3^(n/3) times
 REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{")  # the beginning of one, unless it is escaped

@@ -26,7 +26,7 @@ def save(
         dtype: of the weights in the file; "fp16" or torch.float16, say, makes it smaller.
         format: "ldm", one safetensors file; "compvis", the same with what other programs look for in a single file
             (schedule buffers, marks, modelspec metadata); "diffusers", a folder (needs the package diffusers); "onnx",
-            a folder for onnxruntime (needs the extra onnx), always in float32.
+            a folder for onnxruntime (needs the extra onnx), with weights in float32 or float16.
     """
     dtype, path = pick_dtype(dtype), as_path("the file to write", path)
     if not isinstance(model, LatentDiffusion):
@@ -45,9 +45,7 @@ def save(
     if format == "onnx":
         from ldm.onnx.export import write_onnx
 
-        if dtype not in (None, torch.float32):
-            raise ValueError(f"format 'onnx' has float32 weights: leave out dtype {str(dtype).removeprefix('torch.')}")
-        return write_onnx(model, path)
+        return notes + write_onnx(model, path, torch.float32 if dtype is None else dtype)
     if format != "ldm" and model.target != networks.MODEL_TARGET:
         raise ValueError(f"a {type(model).__name__} cannot be written as {format!r}, only as 'ldm'")
     if format == "diffusers":

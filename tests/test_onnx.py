@@ -149,7 +149,7 @@ def test_without_the_extra(tiny_model, tmp_path, monkeypatch):
 
 def test_what_cannot_be_written(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: name)  # as if the extra were installed
-    refused("'onnx' has float32 weights: leave out dtype float16", ldm.save, tiny_model, tmp_path, "fp16", "onnx")
+    refused("'onnx' has weights in float32 or float16, not in bfloat16", ldm.save, tiny_model, tmp_path, "bf16", "onnx")
     (tmp_path / "file").write_text("mine")
     refused("is not an empty folder", write_onnx, tiny_model, tmp_path)
     classes = {"target": "ldm.conditioning.classes.ClassEmbedder", "params": {"embed_dim": 32, "n_classes": 3}}

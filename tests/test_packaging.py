@@ -128,7 +128,8 @@ def unpack_wheel(kind: str, clone: Path, site: Path) -> None:
 def editable(tmp_path_factory) -> Path:
     """What an editable installation of a small clone puts into site-packages; the clone has scripts, too."""
     clone, site = tmp_path_factory.mktemp("clone"), tmp_path_factory.mktemp("site")
-    (clone / "configs").mkdir()
+    for name in ("configs", "web"):
+        (clone / name).mkdir()
     for name, code in (("ldm/__init__", '__version__ = "0.1.0"'), ("ldm/part", ""), ("scripts/txt2img", "")):
         (clone / name).parent.mkdir(exist_ok=True)
         (clone / f"{name}.py").write_text(code)
@@ -153,13 +154,14 @@ def test_an_editable_installation_has_ldm_alone(editable, tmp_path, here, found)
 
 
 def test_an_installation_has_the_commands_and_the_configurations(warm_python, tmp_path):
-    """Without the clone, `ldm train configs/...` finds the yaml that is installed with the package."""
+    """Without the clone, `ldm train configs/...` finds the yaml that is installed with it; so is the page."""
     clone, site = tmp_path / "clone", tmp_path / "site"
-    for name in ("ldm", "configs"):
+    for name in ("ldm", "configs", "web"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     unpack_wheel("build_wheel", clone, site)
     installed = {str(path.relative_to(site / "ldm")) for path in (site / "ldm" / "configs").rglob("*.yaml")}
     assert installed == {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
+    assert sorted(p.name for p in (site / "ldm/web").iterdir()) == sorted(p.name for p in (ROOT / "web").iterdir())
     (entry_points,) = site.glob("*.dist-info/entry_points.txt")
     assert "ldm = ldm.__main__:main" in entry_points.read_text()
     options = ["loop.steps=1", "loop.batch_size=8", "data.params.first=8", "outdir=runs", "--device", "cpu"]

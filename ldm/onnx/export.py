@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm import __version__
 from ldm.checkpoint.atomic_folder import atomic_folder
 from ldm.checks import ONNX_INDEX
 from ldm.conditioning.text import TextEncoder
@@ -19,7 +20,9 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.onnx.model import NUMBERS, Network
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-TOLERANCE = 1e-3  # of a network's outputs, relative to the largest of them; they differ by about 1e-6
+# of a network's outputs, relative to the largest of them; with float32 weights they differ by about 1e-6
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2}
+HALVED = 256  # numbers: a smaller weight would save nothing in half precision
 
 
 class _Text(nn.Module):
@@ -40,12 +43,18 @@ class _Decoder(nn.Module):
         return self.first_stage.decode(latents / self.scale_factor)
 
 
-def write_onnx(model: LatentDiffusion, path: Path) -> list[str]:
+def write_onnx(model: LatentDiffusion, path: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write a model, atomically; return notes on how far each network differs from torch's.
 
-    ValueError for a model that ONNX files cannot hold, without the extra `onnx`, or where a network differs.
+    Args:
+        dtype: of the weights in the files, float32 or float16; all is computed in float32.
+    Raises:
+        ValueError: for a model that ONNX files cannot hold, without the extra `onnx`, or where a network differs.
     """
     _check(model, path)
+    if dtype not in TOLERANCE:
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"format 'onnx' has weights in float32 or float16, not in {name}")
     size = model.latent_size(model.defaults["height"], model.defaults["width"])
     x, conditions, networks = torch.randn(2, *size), {}, {}
     if model.cond_stage_model is not None:
@@ -59,8 +68,10 @@ def write_onnx(model: LatentDiffusion, path: Path) -> list[str]:
         for name, (network, inputs, outputs) in networks.items():
             file = folder / f"{name}.onnx"
             _export(network, inputs, outputs, file)
+            if dtype == torch.float16:
+                _halve(file)
             found = _difference(network, inputs, Network(file), model.multiple // model.downsampling)
-            if not found <= TOLERANCE:
+            if not found <= TOLERANCE[dtype]:
                 raise ValueError(f"the network {name} would differ from torch's by {found:.1e}: nothing is written")
             differences[name] = found
         (folder / ONNX_INDEX).write_text(json.dumps(_index(model, differences)))
@@ -98,6 +109,8 @@ def _index(model: LatentDiffusion, errors: dict[str, float]) -> dict[str, Any]:
         "tokenizer": None if tokenizer is None else {name: getattr(tokenizer, name) for name in own},
         "alphas_cumprod": model.schedule.alphas_cumprod.tolist(),
         "differences": errors,
+        "source": {"name": "" if model.path is None else model.path.stem, "hash": model.hash},
+        "version": f"ldm {__version__}",
     }
 
 
@@ -114,6 +127,23 @@ def _export(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], p
             raise ValueError(f"torch.onnx cannot write {path.name}: {str(error).splitlines()[0]}") from error
         assert program is not None
         program.save(path)
+
+
+def _halve(path: Path) -> None:
+    """Write the weights of a network in half precision, which each reader widens to float32 when it loads them."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(path)
+    graph, casts = model.graph, []
+    for weight in graph.initializer:
+        if weight.data_type == TensorProto.FLOAT and np.prod(weight.dims) >= HALVED:
+            name, values = weight.name, numpy_helper.to_array(weight)
+            weight.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
+            casts.append(helper.make_node("Cast", [weight.name], [name], to=TensorProto.FLOAT))
+    for node in reversed(casts):
+        graph.node.insert(0, node)
+    onnx.save(model, path)
 
 
 def _difference(network: nn.Module, inputs: dict[str, Tensor], written: Network, multiple: int) -> float:

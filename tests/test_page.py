@@ -1,0 +1,221 @@
+"""`ldm page`, and its page in a headless Chromium: the images are Python's, and nothing is loaded from elsewhere."""
+
+import json
+import os
+import shutil
+import tarfile
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from conftest import refused
+from PIL import Image
+from script_runs import pixels as levels
+
+import ldm
+from ldm.commands import page as command
+from ldm.commands.page import ARCHIVE, RUNTIME
+from ldm.commands.page import main as write_page
+from ldm.commands.txt2img import main as txt2img
+from ldm.onnx.export import NEEDED
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+RUNTIME_FILE = os.environ.get("LDM_ONNXRUNTIME_WEB", ARCHIVE)
+wanting = [name for name in (*NEEDED, "playwright") if find_spec(name) is None]
+wanting += ["chromium"] * (BROWSER is None) + [f"LDM_ONNXRUNTIME_WEB={ARCHIVE}"] * (not Path(RUNTIME_FILE).is_file())
+with_browser = pytest.mark.skipif(bool(wanting), reason=f"for the page in a browser there is no {', '.join(wanting)}")
+PATIENCE = 120_000  # milliseconds
+
+
+def served(folder: Path) -> ThreadingHTTPServer:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page"
+    examples = ["--example", "a five", "--example", "a (six:1.3)"]
+    write_page([str(path), "--ckpt", str(tiny_checkpoint), "--runtime", RUNTIME_FILE, *examples])
+    return path
+
+
+class Visit:
+    """A page that is open, and what went wrong on it."""
+
+    def __init__(self, browser, folder: Path, **options):
+        self.server = served(folder)
+        self.address = f"http://127.0.0.1:{self.server.server_port}/"
+        self.page = browser.new_page(**options)
+        self.problems, self.requests = [], []
+        self.page.on("console", lambda said: self.problems.append(said.text))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+
+    def __enter__(self):
+        self.page.goto(self.address)
+        return self
+
+    def __exit__(self, *error):
+        self.page.close()
+        self.server.shutdown()
+
+    def image(self, tmp_path: Path) -> Path:
+        """Download the image that is shown, once it is complete."""
+        self.page.wait_for_selector("#result[data-complete]", timeout=PATIENCE)
+        with self.page.expect_download() as download:
+            self.page.click("#download")
+        path = tmp_path / "download.png"
+        download.value.save_as(path)
+        return path
+
+
+def check_as_from_png(made: Path, ckpt: str, tmp_path: Path) -> None:
+    """`ldm txt2img --from-png` makes what the page made."""
+    again = tmp_path / "again"
+    shutil.rmtree(again, ignore_errors=True)
+    txt2img(["--ckpt", ckpt, "--device", "cpu", "--from-png", str(made), "--outdir", str(again)])
+    found = np.asarray(Image.open(made).convert("RGB")).astype(int)
+    expected = np.asarray(Image.open(again / "samples" / "00000.png").convert("RGB")).astype(int)
+    assert expected.std() > 5 and np.abs(found - expected).max() <= 1
+
+
+@with_browser
+def test_the_page_makes_pythons_images(browser, folder, tiny_checkpoint, tmp_path):
+    with Visit(browser, folder) as visit:
+        page = visit.page
+        check_as_from_png(visit.image(tmp_path), str(tiny_checkpoint), tmp_path)
+        page.fill("#prompt", "a (six:1.4) caf\u00e9")
+        page.fill("#negative", "five")
+        page.fill("#seed", "77")
+        page.select_option("#sampler", "ddpm")
+        page.locator("#scale").fill("3.5")
+        page.locator("#steps").fill("6")
+        page.click("#generate")
+        page.wait_for_selector("#took:has-text('6 steps')", timeout=PATIENCE)
+        check_as_from_png(visit.image(tmp_path), str(tiny_checkpoint), tmp_path)
+        assert page.locator("#film canvas").count() == 6
+        page.locator("#step").fill("1")
+        assert "1 of 6, noise level" in page.inner_text("#step-shown")
+        page.click("#compare-form button")
+        page.wait_for_selector("#pair canvas[width] >> nth=1", timeout=PATIENCE)
+        page.select_option("#axis", "steps")
+        page.click("#grid-form button")
+        page.wait_for_selector("#cells canvas[width] >> nth=19", timeout=PATIENCE)
+        assert visit.problems == []
+        assert all(url.startswith((visit.address, "blob:", "data:")) for url in visit.requests)
+
+
+@with_browser
+def test_bad_values_are_named_and_the_page_goes_on(browser, folder, tmp_path):
+    with Visit(browser, folder) as visit:
+        visit.image(tmp_path)
+        visit.page.fill("#prompt", "a (five:2000)")
+        visit.page.wait_for_selector("#took:has-text('must be from -1000 to 1000')", timeout=PATIENCE)
+        visit.page.fill("#prompt", "a five")
+        visit.page.wait_for_selector("#took:has-text('steps in')", timeout=PATIENCE)
+        assert visit.problems == []
+
+
+@with_browser
+@pytest.mark.parametrize("lost", ["models.json", "{}/unet.onnx.gz", f"onnxruntime/{RUNTIME[1]}.gz"])
+def test_a_file_that_is_missing_is_named(browser, folder, tmp_path, lost):
+    copy = tmp_path / "page"
+    shutil.copytree(folder, copy)
+    (name,) = (row["name"] for row in json.loads((folder / "models.json").read_text())["models"])
+    (copy / lost.format(name)).unlink()
+    with Visit(browser, copy) as visit:
+        visit.page.wait_for_selector("#status:has-text('cannot be fetched: 404')", timeout=PATIENCE)
+
+
+@with_browser
+def test_it_fits_a_phone(browser, folder, tmp_path):
+    with Visit(browser, folder, viewport={"width": 360, "height": 740}) as visit:
+        visit.image(tmp_path)
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@with_browser
+@pytest.mark.full
+def test_the_models_that_ship_within_3_seconds_and_15_megabytes(browser, tmp_path):
+    folder = tmp_path / "page"
+    write_page([str(folder), "--runtime", RUNTIME_FILE])
+    rows = json.loads((folder / "models.json").read_text())
+    first = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    assert first + rows["runtime"] + rows["models"][0]["bytes"] <= 15e6
+    with Visit(browser, folder) as visit:
+        began = time.monotonic()
+        visit.page.wait_for_selector("#result[data-complete]", timeout=PATIENCE)
+        took = time.monotonic() - began
+        check_as_from_png(visit.image(tmp_path), "digits", tmp_path)
+        assert not any("emoji" in url for url in visit.requests)
+        assert took <= 3
+        visit.page.click("input[value=emoji]")
+        visit.page.wait_for_selector("#took:has-text('steps in')", timeout=PATIENCE)
+        assert visit.page.input_value("#prompt") == "a red apple"
+        check_as_from_png(visit.image(tmp_path), "emoji", tmp_path)
+        assert visit.problems == []
+
+
+def archive(path: Path, *names: str) -> Path:
+    """An archive as npm packs it, with files of those names."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name in names:
+            source = path.with_name("source")
+            source.write_bytes(b"code")
+            tar.add(source, f"package/dist/{name}")
+    return path
+
+
+def test_what_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
+    """Nothing is written, and nothing that was there is lost."""
+
+    def save(model, folder, dtype, format):
+        folder.mkdir()
+        (folder / "unet.onnx").write_bytes(b"network")
+        return []
+
+    monkeypatch.setattr(ldm, "save", save)
+    monkeypatch.chdir(tmp_path)
+    ckpt, out = ["--ckpt", str(tiny_checkpoint)], tmp_path / "page"
+    good = archive(tmp_path / "good.tgz", *RUNTIME)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("mine")
+    refused("is not an empty folder, nor a page", write_page, [str(mine), *ckpt])
+    refused("--example is for one model", write_page, [str(out), "--example", "a five"])
+    refused("two of the models have one name", write_page, [str(out), "--ckpt", "digits", "digits"])
+    refused("is not npm's onnxruntime-web", write_page, [str(out), *ckpt, "--runtime", str(mine / "letter.txt")])
+    with pytest.raises(FileNotFoundError, match="archive of onnxruntime-web 'missing.tgz' does not exist"):
+        write_page([str(out), *ckpt, "--runtime", "missing.tgz"])
+    part = archive(tmp_path / "part.tgz", RUNTIME[0])
+    refused("is not npm's onnxruntime-web", write_page, [str(out), *ckpt, "--runtime", str(part)])
+    monkeypatch.setattr(command.shutil, "which", lambda name: None)
+    refused("there is no npm here: give --runtime onnxruntime-web-", write_page, [str(out), *ckpt])
+    assert not out.exists()
+    for _ in range(2):  # a page is replaced
+        write_page([str(out), *ckpt, "--runtime", str(good)])
+    rows = json.loads((out / "models.json").read_text())
+    (row,) = rows["models"]
+    assert row["bytes"] == (out / row["folder"] / "unet.onnx.gz").stat().st_size and row["examples"] == ["", ""]
+    assert {path.name for path in (out / "onnxruntime").iterdir()} == {RUNTIME[0], f"{RUNTIME[1]}.gz"}

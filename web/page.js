@@ -1,0 +1,277 @@
+/** The page: reads the settings, asks the worker for images, and shows them. */
+
+import { recipeText, withText } from "./recipe.js";
+import { SAMPLERS } from "./samplers.js";
+
+const WAIT = 150; // milliseconds after a change, before an image is asked for
+const GRID_SEEDS = 4;
+const GRID = { scale: [0, 1, 2, 4, 8], steps: [2, 5, 10, 20, 40], sampler: Object.keys(SAMPLERS) };
+
+const $ = (id) => document.getElementById(id);
+const worker = new Worker("worker.js", { type: "module" });
+const runs = new Map(); // id -> {step, image, failed} of each run that is not finished
+const configs = new Map(); // name -> model.json, of loaded models
+let [models, model, runtime, count, loaded] = [[], null, 0, 0, 0];
+
+start().catch((error) => say(error.message));
+
+async function start() {
+  const response = await fetch("models.json");
+  if (!response.ok) throw new Error(`models.json cannot be fetched: ${response.status} ${response.statusText}`);
+  ({ models, runtime } = await response.json());
+  for (const row of models) $("models").append(choice(row));
+  $("licences").textContent = models.map((row) => row.licence && `${row.name} was ${row.licence}`).join(" ");
+  choose(models[0]);
+}
+
+function choice(row) {
+  const label = document.createElement("label");
+  const input = Object.assign(document.createElement("input"), { type: "radio", name: "model", value: row.name });
+  input.checked = row === models[0];
+  input.onchange = () => choose(row);
+  label.append(input, ` ${row.name}: ${row.about} (${megabytes(row.bytes)})`);
+  return label;
+}
+
+function choose(row) {
+  model = row;
+  loaded = 0;
+  $("prompt").value = row.examples[0];
+  $("other").value = row.examples[1];
+  $("negative").value = "";
+  $("examples").replaceChildren(...row.examples.slice(1).flatMap((text, i) => (i ? [", ", example(text)] : [example(text)])));
+  if (configs.has(row.name)) return ready(row.name);
+  say(`Loading ${row.name} …`);
+  $("loading").classList.add("busy");
+  worker.postMessage({ load: { name: row.name, folder: row.folder } });
+}
+
+function example(text) {
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: text });
+  button.className = "example";
+  button.onclick = () => {
+    $("prompt").value = text;
+    generate();
+  };
+  return button;
+}
+
+/** The model has been loaded: its own settings are shown, and its first image is made. */
+function ready(name) {
+  if (name !== model.name) return;
+  const own = configs.get(name).defaults;
+  $("loading").classList.remove("busy");
+  $("scale").value = own.scale;
+  $("steps").value = own.steps;
+  $("sampler").value = own.sampler in SAMPLERS ? own.sampler : "ddim";
+  if (!$("seed").value) $("seed").value = 0;
+  for (const id of ["pair", "cells"]) $(id).replaceChildren();
+  say("");
+  generate();
+}
+
+worker.onmessage = ({ data: { loaded: found, progress, step, image, failed } }) => {
+  if (found) {
+    configs.set(found.name, found.config);
+    ready(found.name);
+  }
+  if (progress && progress.name === model.name) {
+    loaded += progress.bytes;
+    $("loading").value = Math.min(1, loaded / (model.bytes + runtime));
+  }
+  if (step) runs.get(step.id)?.step(step);
+  if (image) finished(image.id)?.image(image);
+  if (failed) (finished(failed.id)?.failed ?? say)(failed.message);
+};
+worker.onerror = (event) => say(`This browser cannot run the model: ${event.message ?? "its worker did not start"}`);
+
+function finished(id) {
+  const run = runs.get(id);
+  runs.delete(id);
+  return run;
+}
+
+/** Ask for an image: `step` is called after each step; the promise has the image. */
+function ask(settings, step = () => {}) {
+  const id = ++count;
+  const made = new Promise((resolve, reject) => {
+    runs.set(id, { step, image: resolve, failed: (message) => reject(new Error(message)) });
+  });
+  worker.postMessage({ run: { id, name: model.name, ...settings } });
+  return { id, made };
+}
+
+function stop(id) {
+  if (runs.delete(id)) worker.postMessage({ stop: id });
+}
+
+function settings() {
+  if (!$("seed").checkValidity()) throw new Error($("seed").validationMessage);
+  return {
+    prompt: $("prompt").value,
+    negative: $("negative").value,
+    seed: Number($("seed").value),
+    steps: Number($("steps").value),
+    scale: Number($("scale").value),
+    sampler: $("sampler").value,
+  };
+}
+
+let [current, timer, frames] = [0, 0, []];
+
+/** Make the image of the settings; one that is being made is given up. */
+async function generate() {
+  clearTimeout(timer);
+  showValues();
+  if (!configs.has(model.name)) return;
+  stop(current);
+  const given = settings();
+  delete $("result").dataset.complete;
+  const film = [];
+  const { id, made } = ask({ ...given, strip: true }, (step) => {
+    film.push(step);
+    $("took").textContent = `step ${step.index + 1} of ${given.steps}`;
+    paint($("image"), step.predicted);
+    if (film.length === 1) frames = film;
+    showFilm(film);
+  });
+  current = id;
+  try {
+    const image = await made;
+    paint($("image"), image, `“${given.prompt}”, seed ${given.seed}`);
+    $("took").textContent = `${given.steps} steps in ${image.seconds.toFixed(2)} s, with the images below`;
+    await offer(image);
+  } catch (error) {
+    $("took").textContent = error.message;
+  }
+}
+
+function paint(canvas, { data, width, height }, label) {
+  Object.assign(canvas, { width, height });
+  canvas.getContext("2d").putImageData(new ImageData(data, width, height), 0, 0);
+  if (label) canvas.setAttribute("aria-label", label);
+  return canvas;
+}
+
+/** Let the image be downloaded, with the recipe that `ldm txt2img --from-png` reads. */
+async function offer({ made }) {
+  const { source, version } = configs.get(model.name);
+  const blob = await new Promise((resolve) => $("image").toBlob(resolve, "image/png"));
+  const png = withText(new Uint8Array(await blob.arrayBuffer()), recipeText({ ...made, source, version }));
+  URL.revokeObjectURL($("download").href);
+  $("download").href = URL.createObjectURL(new Blob([png], { type: "image/png" }));
+  $("download").download = `${model.name}-${made.seed}.png`;
+  $("download").hidden = false;
+  $("result").dataset.complete = "";
+}
+
+function showFilm(film) {
+  const slider = $("step");
+  const atEnd = slider.disabled || film.length === 1 || Number(slider.value) === film.length - 1;
+  Object.assign(slider, { disabled: false, max: film.length });
+  if (atEnd) slider.value = film.length;
+  while ($("film").childElementCount > film.length - 1) $("film").lastChild.remove();
+  const canvas = paint(document.createElement("canvas"), film.at(-1).predicted);
+  const place = film.length;
+  canvas.onclick = () => {
+    slider.value = place;
+    showStep();
+  };
+  $("film").append(canvas);
+  showStep();
+}
+
+function showStep() {
+  const place = Math.min(Number($("step").value), frames.length);
+  const { sigma, seen, predicted } = frames[place - 1];
+  const level = sigma >= 10 ? Math.round(sigma) : sigma.toPrecision(2);
+  $("step-shown").textContent = `${place} of ${frames.length}, noise level ${level}`;
+  paint($("seen"), seen, `The noisy image at step ${place}`);
+  paint($("predicted"), predicted, `What the network predicted at step ${place}`);
+  [...$("film").children].forEach((canvas, i) => canvas.classList.toggle("shown", i === place - 1));
+}
+
+async function compare() {
+  const prompts = [$("prompt").value, $("other").value];
+  const figures = prompts.map((prompt) => {
+    const figure = document.createElement("figure");
+    const caption = Object.assign(document.createElement("figcaption"), { textContent: prompt });
+    figure.append(blank(prompt), caption);
+    return figure;
+  });
+  $("pair").replaceChildren(...figures);
+  await Promise.all(prompts.map((prompt, i) => into(figures[i].firstChild, { ...settings(), prompt })));
+}
+
+async function grid() {
+  const [axis, first] = [$("axis").value, settings()];
+  const table = document.createElement("table");
+  const head = table.createTHead().insertRow();
+  head.append(heading(""), ...GRID[axis].map((value) => heading(value, "col")));
+  const waiting = [];
+  for (let seed = first.seed; seed < first.seed + GRID_SEEDS; seed++) {
+    const row = table.insertRow();
+    row.append(heading(`seed ${seed}`, "row"));
+    for (const value of GRID[axis]) {
+      const canvas = blank(`seed ${seed}, ${axis} ${value}`);
+      row.insertCell().append(canvas);
+      waiting.push(into(canvas, { ...first, seed, [axis]: value }));
+    }
+  }
+  $("cells").replaceChildren(table);
+  await Promise.all(waiting);
+}
+
+function heading(text, scope = "") {
+  return Object.assign(document.createElement("th"), { textContent: text, scope });
+}
+
+function blank(label) {
+  const canvas = document.createElement("canvas");
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", label);
+  return canvas;
+}
+
+/** Make an image on a canvas; one that the page no longer shows is not made. */
+async function into(canvas, given) {
+  const { id, made } = ask(given, () => canvas.isConnected || stop(id));
+  paint(canvas, await made);
+}
+
+function showValues() {
+  for (const id of ["scale", "steps"]) document.querySelector(`output[for=${id}]`).textContent = $(id).value;
+}
+
+function soon() {
+  showValues();
+  clearTimeout(timer);
+  timer = setTimeout(generate, WAIT);
+}
+
+function say(message) {
+  $("status").textContent = message;
+}
+
+function megabytes(bytes) {
+  return `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
+$("settings").onsubmit = (event) => {
+  event.preventDefault();
+  generate();
+};
+$("settings").oninput = soon;
+$("another").onclick = () => {
+  $("seed").value = Math.floor(Math.random() * 2 ** 32);
+  generate();
+};
+$("step").oninput = showStep;
+$("compare-form").onsubmit = (event) => {
+  event.preventDefault();
+  compare().catch((error) => say(error.message));
+};
+$("grid-form").onsubmit = (event) => {
+  event.preventDefault();
+  grid().catch((error) => say(error.message));
+};
