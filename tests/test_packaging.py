@@ -73,7 +73,8 @@ def test_constraints_are_what_the_project_asks_for(python):
         name, bounds = canonicalize_name(requirement.name), requirement.specifier
         (lower,) = (Version(bound.version) for bound in bounds if bound.operator == ">=")
         assert newest[name] in bounds and oldest[name] == lower, requirement
-    for requirement in map(Requirement, project["optional-dependencies"]["onnx"]):  # not among the oldest
+    extras = project["optional-dependencies"]
+    for requirement in map(Requirement, extras["onnx"] + extras["browser"]):  # not among the oldest
         assert newest[canonicalize_name(requirement.name)] in requirement.specifier
     platforms = ("nvidia", "cuda", "triton")  # torch pins what its build for a platform needs
     assert not [name for name in newest.keys() | oldest.keys() if name.startswith(platforms)]
@@ -89,7 +90,7 @@ def test_every_installation_uses_the_constraints():
         'pip install --quiet --disable-pip-version-check -c "$3" -e ".[$4]" </dev/null'
     ]
     assert re.findall(r"^install (\w+) .* (\S+) (\S+)$", script, re.M) == [
-        ("newest", "constraints.txt", "test,onnx"),
+        ("newest", "constraints.txt", "test,onnx,browser"),
         ("oldest", "constraints-oldest.txt", "test"),
     ]
 

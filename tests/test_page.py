@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from conftest import refused
 from PIL import Image
-from script_runs import pixels as levels
 
 import ldm
 from ldm.commands import page as command
