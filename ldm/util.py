@@ -226,6 +226,15 @@ class _Log:
         sys.stderr.flush()
 
 
+def computes_in_bf16(device: torch.device) -> bool:
+    """Return whether the hardware computes in bfloat16; others emulate it, more slowly than they compute in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch has private functions for CPUs, in some versions
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
 def progress_bar(
     iterable: Iterable[Any] | None = None, leave: bool = False, disable: bool = False, **options: Any
 ) -> tqdm:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ldm.checks import Betas, Probability, Rate
+from ldm.util import computes_in_bf16
 
 # The quintic polynomial of Jordan et al. (2024): repeated, it takes singular values between 1e-3 and 1 to about 1.
 QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5
@@ -81,18 +82,15 @@ class Muon(Optimizer):
 def orthogonal(matrices: Tensor) -> Tensor:
     """Return u v' of each matrix u s v' of (n, rows, columns), nearly: singular values of about 0.7 to 1.2.
 
-    Each round of Newton and Schulz multiplies x by a polynomial of x x', which is small where x is wide, and the rounds
-    need it alone: x is multiplied by the product of their polynomials in the end.
+    Newton and Schulz: each round multiplies x by a polynomial of x x', which is small where x is wide. It is computed
+    in bfloat16 where the hardware does so, which is twice as fast and errs by less than the singular values do.
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     a, b, c = QUINTIC
-    x = matrices.float()
+    x = matrices.bfloat16() if computes_in_bf16(matrices.device) else matrices.float()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + EPSILON)
-    gram = x @ x.mT
-    one = torch.eye(x.shape[1], device=x.device)
-    product = one
     for _ in range(ROUNDS):
-        factor = a * one + b * gram + c * gram @ gram
-        product, gram = factor @ product, factor @ gram @ factor
-    return (product @ x).to(matrices.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldm.util import pick_device
+from ldm.util import computes_in_bf16, pick_device
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -101,12 +101,7 @@ def mixed_precision(precision: str, device: torch.device) -> str:
         raise ValueError(f"precision fp16 trains on CUDA GPUs, not on {str(device)!r}: use bf16 or fp32")
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # torch has private functions for CPUs, in some versions
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
-        native = any(getattr(torch.cpu, name, lambda: False)() for name in names)
-    return "bf16" if native else "no"
+    return "bf16" if computes_in_bf16(device) else "no"
 
 
 class StopFlag:
