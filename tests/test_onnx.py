@@ -20,6 +20,7 @@ from ldm.onnx.export import write_onnx
 from ldm.onnx.model import OnnxModel
 from ldm.pixel_diffusion import PixelDiffusion
 
+NETWORKS = {"text", "unet", "decoder", "encoder"}
 lacking = [name for name in export.NEEDED if find_spec(name) is None]
 with_extra = pytest.mark.skipif(bool(lacking), reason=f"the extra onnx is not installed: no {', '.join(lacking)}")
 
@@ -86,10 +87,10 @@ assert not {{"torch", "scipy", "transformers"}} & set(sys.modules)
 def test_the_folder(folder):
     """All in it that a program in another language needs is plain JSON."""
     index = json.loads((folder / "model.json").read_text())
-    assert {path.name for path in folder.iterdir()} == {"model.json", "text.onnx", "unet.onnx", "decoder.onnx"}
+    assert {path.name for path in folder.iterdir()} == {"model.json", *(f"{name}.onnx" for name in NETWORKS)}
     assert len(index["alphas_cumprod"]) == 1000 and index["prediction"] == "v" and index["multiple"] == 8
     assert index["tokenizer"]["merges"] == ["f i", "v e</w>"] and index["defaults"]["steps"] == 4
-    assert set(index["differences"]) == {"text", "unet", "decoder"} and max(index["differences"].values()) < 1e-5
+    assert set(index["differences"]) == NETWORKS and max(index["differences"].values()) < 1e-5
 
 
 @with_extra

@@ -42,6 +42,7 @@ SCRIPTS = (
     "convert",
     "evaluate",
     "doctor",
+    "page",
     "shards",
 )
 STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.decoder.DecoderStage ldm.training.clip.CLIPStage

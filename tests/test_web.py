@@ -9,14 +9,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ldm.batching import Blend
 from ldm.conditioning.prompt import cut
 from ldm.conditioning.prompt_syntax import parse_prompt
 from ldm.conditioning.tokenizer import CLIP_SPECIAL, Tokenizer
+from ldm.diffusion.denoiser import make_denoiser
+from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.sampling.numpy_noise import NormalGenerator
 from ldm.diffusion.schedule import Schedule, make_schedule, sampling_sigmas
+from ldm.generation import generate, latent_size
 from ldm.inference.again import recipe_from_text
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.onnx.model import OnnxModel, OnnxText
 
 NODE = shutil.which("node")
@@ -165,6 +171,72 @@ def test_images_are_those_of_python(config, given):
     assert np.asarray(images[0]).std() > 5
     assert np.abs(np.array(found["rgba"]).reshape(rgba.shape) - rgba).max() <= 1
     assert found["levels"][1:] == pytest.approx([step.sigma for step in steps[:-1]])
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_images_between_two_are_those_of_python(share):
+    given = {"prompt": "five", "seed": 3, "towards": {"prompt": "(thin:1.3) " * 4, "seed": 8, "share": share}}
+    (found,) = asked({"name": "image", "config": CONFIG, "given": given | {"sampler": "ddpm"}})
+    prompt, seed = (Blend(given[name], given["towards"][name], share) for name in ("prompt", "seed"))
+    (image,) = python_model(CONFIG).generate([prompt], seeds=[seed], sampler="ddpm")
+    rgba = np.asarray(image.convert("RGBA")).astype(int)
+    assert np.abs(np.array(found["rgba"]).reshape(rgba.shape) - rgba).max() <= 1
+
+
+class WithEncoder:
+    """The same model on tensors, which init images need."""
+
+    concat, device, clip = None, "cpu", None
+    latent_size, seeded_noise, default_strength = latent_size, SeededNoise, LatentDiffusion.default_strength
+
+    def __init__(self, config: dict):
+        self.arrays = python_model(config)
+        for name in ("prediction", "channels", "image_channels", "downsampling", "multiple", "defaults", "tokenizer"):
+            setattr(self, name, getattr(self.arrays, name))
+        self.schedule, self.cond_stage_model, self.null = self.arrays.schedule, self.arrays.cond_stage_model, ""
+
+    def condition(self, *given, **options):
+        return {name: torch.tensor(value) for name, value in self.arrays.condition(*given, **options).items()}
+
+    def denoiser(self, seeds=None):
+        def network(x, t, cond):
+            return torch.tensor(
+                self.arrays.unet(x.numpy(), t.numpy(), **{k: v.numpy() for k, v in cond.items()})["output"]
+            )
+
+        return make_denoiser(network, self.schedule, self.prediction)
+
+    def encode(self, pixels, mode):
+        own = pixels[..., :: self.downsampling, :: self.downsampling]
+        return torch.stack([own[:, k % self.image_channels] * (k + 1) for k in range(4)], dim=1)
+
+    def decode(self, latents):
+        return torch.tensor(self.arrays.decode(latents.numpy()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("strength", "masked"), [(None, False), (0.34, False), (1.0, False), (None, True), (0.5, True)]
+)
+def test_changed_images_are_those_of_python(channels, strength, masked):
+    config = CONFIG | {"image_channels": channels}
+    rng = np.random.default_rng(0)
+    init = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+    given = {"prompt": "five", "seed": 4, "sampler": "ddpm"} | ({} if strength is None else {"strength": strength})
+    rgba = np.asarray(init.convert("RGBA"))
+    asking = given | {"init": {"data": rgba.ravel().tolist(), "width": 12, "height": 8}}
+    mask = None
+    if masked:
+        levels = np.zeros((8, 12), dtype=np.uint8)
+        levels[1:5, 3:9] = 255
+        mask, asking = Image.fromarray(levels), asking | {"mask": (levels // 255).ravel().tolist()}
+    (found,) = asked({"name": "image", "config": config, "given": asking})
+    prompt = given.pop("prompt")
+    (image,) = generate(WithEncoder(config), [prompt], image=init, mask=mask, **given)
+    expected = np.asarray(image.convert("RGBA")).astype(int)
+    assert np.abs(np.array(found["rgba"]).reshape(expected.shape) - expected).max() <= 1
+    if masked:
+        assert (expected[6:] == rgba[6:]).all() and (expected[1:5, 3:9] != rgba[1:5, 3:9]).any()
 
 
 @pytest.mark.parametrize("prompt", ["a five, (red:1.2)", "caf\u00e9", "日本語\nline", ""])

@@ -28,6 +28,14 @@ const networks = (channels, factor) => ({
     });
     return { output: { data, dims: x.dims } };
   },
+  async encoder({ pixels: { data, dims } }) {
+    const [height, width] = [dims[2] / factor, dims[3] / factor];
+    const latents = Float32Array.from({ length: 4 * height * width }, (_, i) => {
+      const [k, y, x] = [Math.floor(i / (height * width)), Math.floor(i / width) % height, i % width];
+      return data[(((k % channels) * dims[2] + y * factor) * dims[3]) + x * factor] * (k + 1);
+    });
+    return { latents: { data: latents, dims: [1, 4, height, width] } };
+  },
   async decoder({ latents: { data, dims } }) {
     const [height, width] = [dims[2] * factor, dims[3] * factor];
     const pixels = Float32Array.from({ length: channels * height * width }, (_, i) => {
@@ -50,10 +58,11 @@ const tasks = {
   timesteps: ({ shares, sigmas }) => sigmas.map((sigma) => new Schedule(shares).tAt(sigma)),
   async image({ config, given }) {
     const model = new Model(config, networks(config.image_channels, config.downsampling));
+    if (given.init) given = { ...given, init: { ...given.init, data: Uint8ClampedArray.from(given.init.data) } };
     const levels = [];
     let last;
     for await (last of model.generate(given)) levels.push(last.sigma);
-    return { levels, rgba: [...(await model.decode(last.latents, model.settings(given))).data] };
+    return { levels, rgba: [...(await model.finish(last.latents, model.settings(given))).data] };
   },
   png: ({ bytes, text }) => [...withText(Uint8Array.from(bytes), text)],
   recipe: ({ config, given, source }) =>

@@ -44,7 +44,52 @@ export class Model {
       eta: SAMPLERS[sampler].eta,
       width: given.width ?? own.width,
       height: given.height ?? own.height,
+      strength: given.strength ?? (given.mask ? 1 : 0.75),
     };
+  }
+
+  /**
+   * Return where sampling starts: {x, sigmas, denoise}. From noise, or from an image that is noised by `strength` of the
+   * steps; under a mask, only its part is made anew (`ldm/init_image.py`).
+   */
+  async start(made, noise, sigmas, denoise) {
+    const pure = noise.map((value) => value * Math.sqrt(1 + sigmas[0] ** 2));
+    if (!made.init) return { x: pure, sigmas, denoise };
+    const taken = Math.max(Math.floor(Number((made.strength * made.steps).toFixed(6))), made.strength > 0 ? 1 : 0);
+    sigmas = sigmas.slice(made.steps - taken);
+    const known = await this.encode(made.init);
+    const noised = known.map((value, i) => value + sigmas[0] * noise[i]);
+    if (!made.mask) return { x: noised, sigmas, denoise };
+    const anew = this.pooled(made.mask, made);
+    const masked = async (x, sigma) => (await denoise(x, sigma)).map((value, i) => (anew(i) ? value : known[i]));
+    const mixed = noised.map((value, i) => (anew(i) ? noise[i] * Math.sqrt(1 + sigmas[0] ** 2) : value));
+    return { x: made.strength < 1 ? noised : mixed, sigmas, denoise: masked };
+  }
+
+  /** Return a function that says of each number of the latents whether a pixel of its place is marked in the mask. */
+  pooled(mask, { width, height }) {
+    const f = this.config.downsampling;
+    const [columns, area] = [width / f, (width / f) * (height / f)];
+    const found = new Uint8Array(area);
+    mask.forEach((marked, i) => {
+      if (marked) found[Math.floor(Math.floor(i / width) / f) * columns + Math.floor((i % width) / f)] = 1;
+    });
+    return (i) => found[i % area];
+  }
+
+  /** Encode an image {data, width, height} of RGBA bytes to latents, the mode of its posterior. */
+  async encode({ data, width, height }) {
+    const area = width * height;
+    const channels = this.config.image_channels;
+    const pixels = new Float32Array(channels * area);
+    for (let i = 0; i < area; i++) {
+      const [red, green, blue] = data.subarray(4 * i, 4 * i + 3);
+      const grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16; // as Pillow computes it
+      const values = channels === 1 ? [grey] : [red, green, blue];
+      values.forEach((value, k) => (pixels[k * area + i] = value / 127.5 - 1));
+    }
+    const { latents } = await this.networks.encoder({ pixels: { data: pixels, dims: [1, channels, height, width] } });
+    return latents.data;
   }
 
   /** Yield {index, sigma, seen, predicted, latents} after each step of one image: what the network saw at noise level
@@ -53,21 +98,20 @@ export class Model {
     const made = this.settings(given);
     const size = [this.config.channels, made.height / this.config.downsampling, made.width / this.config.downsampling];
     const count = size.reduce((a, b) => a * b);
-    const generator = new NormalGenerator(made.seed);
-    const noise = () => generator.normal(count);
-    const sigmas = samplingSigmas(this.schedule, made.steps, made.spacing, made.finalSigma);
-    const level = Math.sqrt(1 + sigmas[0] ** 2);
-    const denoise = await this.denoiser(made, size);
-    const start = noise().map((value) => value * level);
-    for await (const { index, now, sigma, x } of sample(denoise, start, sigmas, made.sampler, noise))
+    const noise = noiseOf(made, count);
+    const levels = samplingSigmas(this.schedule, made.steps, made.spacing, made.finalSigma);
+    const { x: first, sigmas, denoise } = await this.start(made, noise(), levels, await this.denoiser(made, size));
+    for await (const { index, now, sigma, x } of sample(denoise, first, sigmas, made.sampler, noise))
       yield { index, sigma: now.sigma, seen: shrunk(now.x, now.sigma), predicted: now.x0, latents: shrunk(x, sigma) };
   }
 
   /** Return denoise(x, sigma), which predicts x0 under classifier-free guidance. */
   async denoiser(made, size) {
-    const { scale, interval } = made;
-    const chunks = this.tokenizer ? Math.max(...[made.prompt, made.negative].map((text) => this.chunks(text).length)) : 1;
-    const cond = await this.condition(made.prompt, chunks);
+    const { scale, interval, towards } = made;
+    const texts = [made.prompt, towards?.prompt ?? made.prompt, ...(scale === 1 ? [] : [made.negative])];
+    const chunks = this.tokenizer ? Math.max(...texts.map((text) => cut(this.tokenizer, text).length)) : 1;
+    let cond = await this.condition(made.prompt, chunks);
+    if (towards) cond = between(cond, await this.condition(texts[1], chunks), towards.share);
     const both = scale === 1 ? null : joined(await this.condition(made.negative, chunks), cond);
     const { clip } = this.config;
     return async (x, sigma) => {
@@ -91,10 +135,6 @@ export class Model {
     return Array.from({ length: batch }, (_, k) => x.map((value, i) => skip * value + out * output.data[k * x.length + i]));
   }
 
-  chunks(prompt) {
-    return cut(this.tokenizer, prompt);
-  }
-
   /** Encode a prompt, padded to a number of chunks: {c_crossattn: (1, n, d), c_adm: (1, p)}. Each is computed once. */
   async condition(prompt, chunks) {
     if (!this.tokenizer) return {};
@@ -104,7 +144,7 @@ export class Model {
   }
 
   async #encode(prompt, count) {
-    const rows = this.chunks(prompt);
+    const rows = cut(this.tokenizer, prompt);
     while (rows.length < count) rows.push({ tokens: [], weights: [] });
     const { contextLength } = this.tokenizer;
     const tokens = rows.flatMap((row) => this.tokenizer.frame(row.tokens));
@@ -120,6 +160,15 @@ export class Model {
     return found;
   }
 
+  /** Decode what a run has reached; under a mask, the rest is the init image's. */
+  async finish(latents, made) {
+    const image = await this.decode(latents, made);
+    made.mask?.forEach((marked, i) => {
+      if (!marked) image.data.set(made.init.data.subarray(4 * i, 4 * i + 4), 4 * i);
+    });
+    return image;
+  }
+
   /** Decode latents to {data, width, height}: RGBA bytes, as an ImageData has. */
   async decode(latents, { width, height }) {
     const { channels, downsampling } = this.config;
@@ -133,6 +182,35 @@ export class Model {
     }
     return { data, width, height };
   }
+}
+
+/** Return the source of a run's noise, `count` numbers a call; between two seeds it is on the sphere between theirs. */
+function noiseOf({ seed, towards }, count) {
+  const first = new NormalGenerator(seed);
+  if (!towards || towards.seed === seed) return () => first.normal(count);
+  const last = new NormalGenerator(towards.seed);
+  return () => slerp(first.normal(count), last.normal(count), towards.share);
+}
+
+function slerp(first, last, share) {
+  let [product, squares, others] = [0, 0, 0];
+  first.forEach((value, i) => {
+    product += value * last[i];
+    squares += value * value;
+    others += last[i] * last[i];
+  });
+  const angle = Math.acos(product / Math.sqrt(squares * others));
+  const [a, b] = [Math.sin((1 - share) * angle) / Math.sin(angle), Math.sin(share * angle) / Math.sin(angle)];
+  return first.map((value, i) => a * value + b * last[i]);
+}
+
+/** Interpolate two conditions on straight lines. */
+function between(first, last, share) {
+  const mixed = ([key, { data, dims }]) => {
+    const other = last[key].data;
+    return [key, { data: data.map((value, i) => (1 - share) * value + share * other[i]), dims }];
+  };
+  return Object.fromEntries(Object.entries(first).map(mixed));
 }
 
 /** Scale x = x0 + sigma noise to the size of latents. */

@@ -1,16 +1,24 @@
 /** The page: reads the settings, asks the worker for images, and shows them. */
 
+import { Drawing } from "./drawing.js";
 import { recipeText, withText } from "./recipe.js";
 import { SAMPLERS } from "./samplers.js";
 
 const WAIT = 150; // milliseconds after a change, before an image is asked for
 const GRID_SEEDS = 4;
+const FRAMES = 12; // of a loop, from the first image to the last
+const PACE = 120; // milliseconds a frame
 const GRID = { scale: [0, 1, 2, 4, 8], steps: [2, 5, 10, 20, 40], sampler: Object.keys(SAMPLERS) };
 
 const $ = (id) => document.getElementById(id);
 const worker = new Worker("worker.js", { type: "module" });
 const runs = new Map(); // id -> {step, image, failed} of each run that is not finished
 const configs = new Map(); // name -> model.json, of loaded models
+const drawing = new Drawing($("drawing"), () => ({
+  colour: $("colour").value,
+  width: Number($("width").value),
+  marks: $("tool").value === "mark",
+}));
 let [models, model, runtime, count, loaded] = [[], null, 0, 0, 0];
 
 start().catch((error) => say(error.message));
@@ -37,7 +45,7 @@ function choose(row) {
   model = row;
   loaded = 0;
   $("prompt").value = row.examples[0];
-  $("other").value = row.examples[1];
+  for (const id of ["other", "last"]) $(id).value = row.examples[1];
   $("negative").value = "";
   $("examples").replaceChildren(...row.examples.slice(1).flatMap((text, i) => (i ? [", ", example(text)] : [example(text)])));
   if (configs.has(row.name)) return ready(row.name);
@@ -66,6 +74,7 @@ function ready(name) {
   $("sampler").value = own.sampler in SAMPLERS ? own.sampler : "ddim";
   if (!$("seed").value) $("seed").value = 0;
   for (const id of ["pair", "cells"]) $(id).replaceChildren();
+  drawing.clear(own.width, own.height);
   say("");
   generate();
 }
@@ -222,6 +231,42 @@ async function grid() {
   await Promise.all(waiting);
 }
 
+/** Make the image of the drawing. */
+async function change() {
+  const begin = { init: drawing.image(), mask: drawing.mask(), strength: Number($("strength").value) };
+  $("changed-took").textContent = "…";
+  const image = await ask({ ...settings(), ...begin }).made;
+  paint($("changed"), image, `The image, changed under “${image.made.prompt}”`);
+  $("changed-took").textContent = `${image.seconds.toFixed(2)} s`;
+}
+
+let playing = null; // the timer of the loop that is shown
+
+/** Make the images between two prompts and seeds, and show them back and forth. */
+async function between() {
+  const first = settings();
+  const towards = { prompt: $("last").value, seed: Number($("last-seed").value) };
+  clearInterval(playing);
+  $("play").disabled = true;
+  const images = [];
+  for (let i = 0; i < FRAMES; i++) {
+    const image = await ask({ ...first, towards: { ...towards, share: i / (FRAMES - 1) } }).made;
+    images.push(image);
+    paint($("loop"), image, `Between “${first.prompt}” and “${towards.prompt}”`);
+    $("loop-took").textContent = `${images.length} of ${FRAMES} images`;
+  }
+  let at = 0;
+  const next = () => paint($("loop"), images[FRAMES - 1 - Math.abs(FRAMES - 1 - (at++ % (2 * FRAMES - 2)))]);
+  $("play").onclick = () => {
+    playing = playing ? clearInterval(playing) : setInterval(next, PACE);
+    $("play").textContent = playing ? "Pause" : "Play";
+  };
+  $("play").disabled = false;
+  playing = null;
+  if (matchMedia("(prefers-reduced-motion: reduce)").matches) $("play").textContent = "Play";
+  else $("play").click();
+}
+
 function heading(text, scope = "") {
   return Object.assign(document.createElement("th"), { textContent: text, scope });
 }
@@ -240,7 +285,7 @@ async function into(canvas, given) {
 }
 
 function showValues() {
-  for (const id of ["scale", "steps"]) document.querySelector(`output[for=${id}]`).textContent = $(id).value;
+  for (const id of ["scale", "steps", "width", "strength"]) document.querySelector(`output[for=${id}]`).textContent = $(id).value;
 }
 
 function soon() {
@@ -267,11 +312,20 @@ $("another").onclick = () => {
   generate();
 };
 $("step").oninput = showStep;
-$("compare-form").onsubmit = (event) => {
-  event.preventDefault();
-  compare().catch((error) => say(error.message));
-};
-$("grid-form").onsubmit = (event) => {
-  event.preventDefault();
-  grid().catch((error) => say(error.message));
+for (const [id, made] of Object.entries({ compare, grid, change, between })) {
+  $(`${id}-form`).onsubmit = (event) => {
+    event.preventDefault();
+    made().catch((error) => say(error.message));
+  };
+}
+$("change-form").oninput = showValues;
+$("take").onclick = () => drawing.take($("image"));
+$("clear").onclick = () => drawing.clear($("drawing").width, $("drawing").height);
+$("file").onchange = async () => {
+  const [file] = $("file").files;
+  try {
+    if (file) drawing.take(await createImageBitmap(file));
+  } catch {
+    say(`${file.name} is not an image that this browser reads`);
+  }
 };

@@ -26,6 +26,9 @@ async function load({ name, folder }) {
     const files = ["unet", "decoder", ...(config.tokenizer ? ["text"] : [])];
     const networks = {};
     for (const file of files) networks[file] = await network(await fetched(`${folder}/${file}.onnx.gz`, name));
+    let encoder; // fetched only for an image to begin with
+    networks.encoder = async (inputs) =>
+      (await (encoder ??= fetched(`${folder}/encoder.onnx.gz`, name).then(network)))(inputs);
     self.postMessage({ loaded: { name, config } });
     return new Model(config, networks);
   } catch (error) {
@@ -74,8 +77,8 @@ async function run({ id, name, ...given }) {
     if (given.strip) self.postMessage({ step: await frame(model, made, id, step) });
     else self.postMessage({ step: { id, index: step.index, sigma: step.sigma } });
   }
-  const image = await model.decode(step.latents, made);
-  self.postMessage({ image: { id, ...image, made, seconds: (performance.now() - began) / 1000 } });
+  const image = await model.finish(step.latents, made);
+  self.postMessage({ image: { id, ...image, made: { ...made, init: undefined, mask: undefined }, seconds: (performance.now() - began) / 1000 } });
 }
 
 /** Return the two images of a step: what the network saw, and what it predicted. */

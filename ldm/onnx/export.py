@@ -43,6 +43,16 @@ class _Decoder(nn.Module):
         return self.first_stage.decode(latents / self.scale_factor)
 
 
+class _Encoder(nn.Module):
+    def __init__(self, first_stage: Any, scale_factor: float) -> None:
+        super().__init__()
+        self.first_stage, self.scale_factor = first_stage, scale_factor
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        code = self.first_stage.encode(pixels)  # a posterior, or the code itself
+        return (code if isinstance(code, Tensor) else code.mode()) * self.scale_factor
+
+
 def write_onnx(model: LatentDiffusion, path: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write a model, atomically; return notes on how far each network differs from torch's.
 
@@ -62,7 +72,9 @@ def write_onnx(model: LatentDiffusion, path: Path, dtype: torch.dtype = torch.fl
         conditions = {name: value.clone() for name, value in model.cond_stage_model(tokens).items()}
         networks["text"] = _Text(model.cond_stage_model), {"tokens": tokens}, list(conditions)
     networks["unet"] = model.model, {"x": x, "t": torch.tensor([3.0, 5.0]), **conditions}, ["output"]
-    networks["decoder"] = _Decoder(model.first_stage_model, model.scale_factor), {"latents": x}, ["pixels"]
+    first_stage, sides = (model.first_stage_model, model.scale_factor), [side * model.downsampling for side in size[1:]]
+    networks["decoder"] = _Decoder(*first_stage), {"latents": x}, ["pixels"]
+    networks["encoder"] = _Encoder(*first_stage), {"pixels": torch.randn(2, model.image_channels, *sides)}, ["latents"]
     differences = {}
     with atomic_folder(path) as folder, torch.no_grad():
         for name, (network, inputs, outputs) in networks.items():
@@ -70,7 +82,8 @@ def write_onnx(model: LatentDiffusion, path: Path, dtype: torch.dtype = torch.fl
             _export(network, inputs, outputs, file)
             if dtype == torch.float16:
                 _halve(file)
-            found = _difference(network, inputs, Network(file), model.multiple // model.downsampling)
+            more = model.multiple // (1 if name == "encoder" else model.downsampling)
+            found = _difference(network, inputs, Network(file), more)
             if not found <= TOLERANCE[dtype]:
                 raise ValueError(f"the network {name} would differ from torch's by {found:.1e}: nothing is written")
             differences[name] = found
@@ -116,7 +129,7 @@ def _index(model: LatentDiffusion, errors: dict[str, float]) -> dict[str, Any]:
 
 def _export(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], path: Path) -> None:
     """Write a network with dynamic batch, image size and number of chunks of the prompt."""
-    dynamic = {"x": "bchw", "latents": "bchw", "c_crossattn": "bnd"}
+    dynamic = {"x": "bchw", "latents": "bchw", "pixels": "bchw", "c_crossattn": "bnd"}
     axes = {n: {i: a for i, a in enumerate(dynamic.get(n, "b")) if a in "bhwn"} for n in inputs}
     options: dict[str, Any] = {"input_names": list(inputs), "output_names": outputs, "dynamic_shapes": axes}
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # the exporter's, of progress and of names of axes

@@ -6,6 +6,7 @@
     text.onnx     tokens int64 (b, n) -> c_crossattn (b, n, d) and, if pooled, c_adm (b, p); if there are prompts
     unet.onnx     x (b, z, h, w), t (b,) and the conditions -> output (b, z, h, w)
     decoder.onnx  latents (b, z, h, w) -> pixels (b, c, f h, f w)
+    encoder.onnx  pixels -> latents, for programs that begin with an image, as the page does; not needed here
 
 Every network takes batches, prompts and images of any size. Nothing in such a folder is executed but ONNX's operations.
 """
