@@ -21,6 +21,7 @@ SUMMARIES = {
     "evaluate": "measure a model",
     "doctor": "examine a run whose samples are noise",
     "convert": "rewrite a model in another format or precision",
+    "serve": "show a web page on this machine, over any checkpoints",
     "page": "write a web page on which models run in the browser",
     "shards": "write a folder of images as tar shards",
 }

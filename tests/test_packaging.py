@@ -74,7 +74,7 @@ def test_constraints_are_what_the_project_asks_for(python):
         (lower,) = (Version(bound.version) for bound in bounds if bound.operator == ">=")
         assert newest[name] in bounds and oldest[name] == lower, requirement
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, extras["onnx"] + extras["browser"]):  # not among the oldest
+    for requirement in map(Requirement, extras["onnx"] + extras["browser"] + extras["serve"]):  # not among the oldest
         assert newest[canonicalize_name(requirement.name)] in requirement.specifier
     platforms = ("nvidia", "cuda", "triton")  # torch pins what its build for a platform needs
     assert not [name for name in newest.keys() | oldest.keys() if name.startswith(platforms)]
@@ -90,7 +90,7 @@ def test_every_installation_uses_the_constraints():
         'pip install --quiet --disable-pip-version-check -c "$3" -e ".[$4]" </dev/null'
     ]
     assert re.findall(r"^install (\w+) .* (\S+) (\S+)$", script, re.M) == [
-        ("newest", "constraints.txt", "test,onnx,browser"),
+        ("newest", "constraints.txt", "test,onnx,serve,browser"),
         ("oldest", "constraints-oldest.txt", "test"),
     ]
 
@@ -187,7 +187,8 @@ def test_every_import_is_a_dependency():
     assert by_package - run - optional == set()
     assert run - by_package == {"tensorboard"}  # by accelerate's tracker; what tests alone import is in their extra
     assert by_comparison - run - test == set()
-    assert by_tests - run - test - helpers == set()
+    skipped = {module for name in ("browser", "serve") for module in modules(extras[name])}  # without their extra
+    assert by_tests - run - test - skipped - helpers == set()
 
 
 def test_shipped_files_are_package_data():

@@ -43,6 +43,7 @@ SCRIPTS = (
     "evaluate",
     "doctor",
     "page",
+    "serve",
     "shards",
 )
 STAGES = """ldm.training.autoencoder.AutoencoderStage ldm.training.decoder.DecoderStage ldm.training.clip.CLIPStage

@@ -3,6 +3,7 @@
 import { Drawing } from "./drawing.js";
 import { recipeText, withText } from "./recipe.js";
 import { SAMPLERS } from "./samplers.js";
+import { Server } from "./server.js";
 
 const WAIT = 150; // milliseconds after a change, before an image is asked for
 const GRID_SEEDS = 4;
@@ -11,7 +12,6 @@ const PACE = 120; // milliseconds a frame
 const GRID = { scale: [0, 1, 2, 4, 8], steps: [2, 5, 10, 20, 40], sampler: Object.keys(SAMPLERS) };
 
 const $ = (id) => document.getElementById(id);
-const worker = new Worker("worker.js", { type: "module" });
 const runs = new Map(); // id -> {step, image, failed} of each run that is not finished
 const configs = new Map(); // name -> model.json, of loaded models
 const drawing = new Drawing($("drawing"), () => ({
@@ -20,16 +20,28 @@ const drawing = new Drawing($("drawing"), () => ({
   marks: $("tool").value === "mark",
 }));
 let [models, model, runtime, count, loaded] = [[], null, 0, 0, 0];
+let worker; // makes the images: worker.js here, or the server
 
 start().catch((error) => say(error.message));
 
 async function start() {
-  const response = await fetch("models.json");
-  if (!response.ok) throw new Error(`models.json cannot be fetched: ${response.status} ${response.statusText}`);
-  ({ models, runtime } = await response.json());
+  const served = new Server([]);
+  const response = await served.ask("models.json");
+  if (!response.ok) throw new Error(`models.json cannot be fetched: ${await reason(response)}`);
+  const found = await response.json();
+  ({ models, runtime } = found);
+  worker = found.served ? new Server(models) : new Worker("worker.js", { type: "module" });
+  worker.onmessage = receive;
+  worker.onerror = (event) => say(`This browser cannot run the model: ${event.message ?? "its worker did not start"}`);
+  document.body.classList.toggle("served", Boolean(found.served));
   for (const row of models) $("models").append(choice(row));
   $("licences").textContent = models.map((row) => row.licence && `${row.name} was ${row.licence}`).join(" ");
   choose(models[0]);
+}
+
+async function reason(response) {
+  const said = await response.json().catch(() => ({}));
+  return said.failed?.message ?? `${response.status} ${response.statusText}`;
 }
 
 function choice(row) {
@@ -37,7 +49,8 @@ function choice(row) {
   const input = Object.assign(document.createElement("input"), { type: "radio", name: "model", value: row.name });
   input.checked = row === models[0];
   input.onchange = () => choose(row);
-  label.append(input, ` ${row.name}: ${row.about} (${megabytes(row.bytes)})`);
+  const facts = [row.about, row.bytes && `(${megabytes(row.bytes)})`].filter(Boolean).join(" ");
+  label.append(input, facts ? ` ${row.name}: ${facts}` : ` ${row.name}`);
   return label;
 }
 
@@ -48,7 +61,9 @@ function choose(row) {
   for (const id of ["other", "last"]) $(id).value = row.examples[1];
   $("negative").value = "";
   $("examples").replaceChildren(...row.examples.slice(1).flatMap((text, i) => (i ? [", ", example(text)] : [example(text)])));
+  delete $("result").dataset.complete;
   if (configs.has(row.name)) return ready(row.name);
+  document.querySelector("main").inert = true;
   say(`Loading ${row.name} …`);
   $("loading").classList.add("busy");
   worker.postMessage({ load: { name: row.name, folder: row.folder } });
@@ -68,6 +83,7 @@ function example(text) {
 function ready(name) {
   if (name !== model.name) return;
   const own = configs.get(name).defaults;
+  document.querySelector("main").inert = false;
   $("loading").classList.remove("busy");
   $("scale").value = own.scale;
   $("steps").value = own.steps;
@@ -79,7 +95,7 @@ function ready(name) {
   generate();
 }
 
-worker.onmessage = ({ data: { loaded: found, progress, step, image, failed } }) => {
+function receive({ data: { loaded: found, progress, step, image, failed } }) {
   if (found) {
     configs.set(found.name, found.config);
     ready(found.name);
@@ -91,8 +107,7 @@ worker.onmessage = ({ data: { loaded: found, progress, step, image, failed } }) 
   if (step) runs.get(step.id)?.step(step);
   if (image) finished(image.id)?.image(image);
   if (failed) (finished(failed.id)?.failed ?? say)(failed.message);
-};
-worker.onerror = (event) => say(`This browser cannot run the model: ${event.message ?? "its worker did not start"}`);
+}
 
 function finished(id) {
   const run = runs.get(id);
@@ -138,8 +153,9 @@ async function generate() {
   delete $("result").dataset.complete;
   const film = [];
   const { id, made } = ask({ ...given, strip: true }, (step) => {
-    film.push(step);
     $("took").textContent = `step ${step.index + 1} of ${given.steps}`;
+    if (!step.seen) return; // too large to be decoded at each step
+    film.push(step);
     paint($("image"), step.predicted);
     if (film.length === 1) frames = film;
     showFilm(film);
@@ -163,10 +179,12 @@ function paint(canvas, { data, width, height }, label) {
 }
 
 /** Let the image be downloaded, with the recipe that `ldm txt2img --from-png` reads. */
-async function offer({ made }) {
-  const { source, version } = configs.get(model.name);
-  const blob = await new Promise((resolve) => $("image").toBlob(resolve, "image/png"));
-  const png = withText(new Uint8Array(await blob.arrayBuffer()), recipeText({ ...made, source, version }));
+async function offer({ made, png }) {
+  if (!png) {
+    const { source, version } = configs.get(model.name);
+    const blob = await new Promise((resolve) => $("image").toBlob(resolve, "image/png"));
+    png = withText(new Uint8Array(await blob.arrayBuffer()), recipeText({ ...made, source, version }));
+  }
   URL.revokeObjectURL($("download").href);
   $("download").href = URL.createObjectURL(new Blob([png], { type: "image/png" }));
   $("download").download = `${model.name}-${made.seed}.png`;
@@ -302,6 +320,26 @@ function megabytes(bytes) {
   return `${(bytes / 1e6).toFixed(1)} MB`;
 }
 
+/** Show the images that the server has made, with their recipes. */
+async function gallery() {
+  const response = await worker.ask("gallery.json");
+  if (!response.ok) throw new Error(await reason(response));
+  const figures = Object.entries(await response.json()).map(async ([name, recipe]) => {
+    const image = new Image();
+    image.src = URL.createObjectURL(await (await worker.ask(`gallery/${name}`)).blob());
+    image.alt = recipe.split("\n")[0];
+    const caption = Object.assign(document.createElement("figcaption"), { textContent: recipe });
+    const figure = document.createElement("figure");
+    figure.append(image, caption);
+    return figure;
+  });
+  $("images").replaceChildren(...(await Promise.all(figures)));
+}
+
+$("gallery-form").onsubmit = (event) => {
+  event.preventDefault();
+  gallery().catch((error) => say(error.message));
+};
 $("settings").onsubmit = (event) => {
   event.preventDefault();
   generate();

@@ -1,0 +1,61 @@
+"""Show a web page on this machine, whose images checkpoints make: settings, denoising steps, grids, a gallery.
+
+ldm serve
+ldm serve --ckpt runs/digits/diffusion/model.safetensors emoji --example "a red apple"
+ldm serve --ckpt sd-v1-5.safetensors --precision bf16 --host 0.0.0.0 --token "a long secret"
+"""
+
+import argparse
+import copy
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from ldm.cli import Parser, int_range
+from ldm.inference.options import add_model_options, load_model
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+NEEDED = ("starlette", "uvicorn")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        extra = 'pip install "latent-diffusion-toolkit[serve]"'
+        raise ValueError(f"the server needs {', '.join(missing)}, which the extra serve installs: {extra}")
+    if args.host not in LOOPBACK and not args.token:
+        raise ValueError(f"--host {args.host} lets other machines in: give --token, which they must have")
+
+    import uvicorn
+
+    from ldm.inference.run import OutputFolder
+    from ldm.inference.serve import Server, make_app
+
+    models = {}
+    for path in args.ckpt:
+        own = copy.copy(args)
+        own.ckpt = path
+        name = path.stem if path.stem not in models else str(path)
+        models[name] = load_model(own)
+        if not hasattr(models[name].tokenizer, "encode") and models[name].cond_stage_model is not None:
+            raise ValueError(f"the page is for models that read texts, and {str(path)!r} reads something else")
+    hosts = ["*"] if args.host in ("0.0.0.0", "::") else [*LOOPBACK, "[::1]", args.host]
+    app = make_app(Server(models, args.example, OutputFolder(args.outdir)), hosts, args.token)
+    shown = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"open http://{shown}:{args.port}/{f'#token={args.token}' if args.token else ''} (Ctrl-C stops)", flush=True)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--example", action="append", default=[], metavar="TEXT", help="a prompt that the page offers")
+    add("--outdir", type=Path, default=Path("outputs/serve"), metavar="DIR", help="of the images (outputs/serve)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="of this machine; beyond it needs --token (127.0.0.1)")
+    add("--port", type=int_range(1, 65535), default=7860, metavar="N", help="(7860)")
+    add("--token", metavar="TEXT", help="what a visitor must have; it is in the address that is printed")
+    add_model_options(parser)
+    parser.set_defaults(ckpt=[Path("digits")])
+    (ckpt,) = [action for action in parser._actions if action.dest == "ckpt"]
+    ckpt.nargs = "+"
+    return parser.parse_args(argv)
