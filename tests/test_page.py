@@ -142,6 +142,10 @@ def test_bad_values_are_named_and_the_page_goes_on(browser, folder, tmp_path):
         visit.page.wait_for_selector("#took:has-text('must be from -1000 to 1000')", timeout=PATIENCE)
         visit.page.fill("#prompt", "a five")
         visit.page.wait_for_selector("#took:has-text('steps in')", timeout=PATIENCE)
+        visit.page.fill("#seed", "")
+        visit.page.wait_for_selector("#took:has-text('fill out this field')", timeout=PATIENCE)
+        visit.page.fill("#seed", "2")
+        visit.page.wait_for_selector("#took:has-text('steps in')", timeout=PATIENCE)
         assert visit.problems == []
 
 

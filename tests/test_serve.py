@@ -105,8 +105,10 @@ def test_changed_images_and_those_between(app):
         ({"init": {"width": 8, "height": 8, "data": text(np.zeros(9))}}, "of four bytes each"),
         ({"init": {"width": 10**9, "height": 10**9, "data": ""}}, "an image has 1024 x 1024 pixels at most"),
         ({"init": {"width": 8, "height": 8, "data": "/etc/passwd"}}, "Incorrect padding|base64"),
-        ({"init": 3}, "."),
-        ({"towards": {"prompt": "b"}}, "."),
+        ({"init": 3}, "init is an object with data, height, width"),
+        ({"towards": {"prompt": "b"}}, "towards is an object with prompt, seed, share"),
+        ({"towards": {"prompt": "b", "seed": 1, "share": 10**400}}, "share must be a number from 0 to 1, got 1000"),
+        ({"mask": "AAAA"}, "mask needs init"),
     ],
     ids=str,
 )
@@ -121,7 +123,8 @@ def test_bad_requests_are_sentences(app, asked, said):
 
 @with_extra
 def test_who_may_ask(app):
-    client, _ = app(token="secret")
+    client, server = app(token="secret")
+    server.models["tiny"].defaults = server.models["tiny"].defaults | {"interval": (0.3, float("inf"))}
     page = client.get("/")
     assert page.status_code == 200 and "<canvas" in page.text and page.headers["x-frame-options"] == "DENY"
     assert client.get("/models.json").status_code == client.post("/run", json={}).status_code == 401
@@ -130,6 +133,7 @@ def test_who_may_ask(app):
     other = client.post("/run", json={}, headers=own | {"origin": "http://elsewhere"})
     assert other.status_code == 403 and "not from http://elsewhere" in other.text
     assert client.post("/run", json={"id": 1}, headers=own | {"origin": "http://testserver"}).status_code == 200
+    assert client.post("/run", json={}, headers=own).status_code == 503
     assert client.get("/", headers={"host": "elsewhere"}).status_code == 400
     assert client.post("/run", content=b"x" * (2**24 + 1), headers=own).status_code == 413
     for content in (b"[]", b"{", b"[" * 100_000):
@@ -167,7 +171,9 @@ def test_runs_wait_for_each_other_and_can_be_stopped(app):
         return decode(latents)
 
     model.decode = slow
+    assert server.start({"name": "tiny"}) is None  # without an id, anybody's could stop it
     jobs = [server.start({"id": i, "name": "tiny", "prompt": "five", "strip": True}) for i in range(3)]
+    assert server.start({"id": 1, "name": "tiny"}) is None
     assert at_work.wait(30) and jobs[1].events.empty()
     client.post("/stop", json={"id": 0})
     client.post("/stop", json={"id": 1})
@@ -180,6 +186,8 @@ def test_runs_wait_for_each_other_and_can_be_stopped(app):
 
 @with_extra
 def test_what_the_command_refuses(tiny_checkpoint, monkeypatch):
+    refused("--token must be ASCII", serve, ["--token", "\u00e9"])
+    refused("--ckpt names one model twice", serve, ["--ckpt", "digits", "digits"])
     refused("--host 0.0.0.0 lets other machines in: give --token", serve, ["--host", "0.0.0.0"])
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     refused("the server needs starlette, uvicorn, which the extra serve installs", serve, [])

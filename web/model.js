@@ -96,6 +96,8 @@ export class Model {
    * sigma, what it predicted, and what the step reached, as latents for `decode`. */
   async *generate(given) {
     const made = this.settings(given);
+    if (/^Negative prompt: /mu.test(made.prompt)) // a recipe could not be read again
+      throw new Error("a line of the prompt starts with “Negative prompt: ”: there is a field for that");
     const size = [this.config.channels, made.height / this.config.downsampling, made.width / this.config.downsampling];
     const count = size.reduce((a, b) => a * b);
     const noise = noiseOf(made, count);

@@ -55,12 +55,13 @@ function choice(row) {
 }
 
 function choose(row) {
+  for (const id of runs.keys()) stop(id); // of the other model
   model = row;
   loaded = 0;
   $("prompt").value = row.examples[0];
   for (const id of ["other", "last"]) $(id).value = row.examples[1];
   $("negative").value = "";
-  $("examples").replaceChildren(...row.examples.slice(1).flatMap((text, i) => (i ? [", ", example(text)] : [example(text)])));
+  $("examples").replaceChildren(...row.examples.slice(1).filter(Boolean).flatMap((text, i) => (i ? [", ", example(text)] : [example(text)])));
   delete $("result").dataset.complete;
   if (configs.has(row.name)) return ready(row.name);
   document.querySelector("main").inert = true;
@@ -106,7 +107,8 @@ function receive({ data: { loaded: found, progress, step, image, failed } }) {
   }
   if (step) runs.get(step.id)?.step(step);
   if (image) finished(image.id)?.image(image);
-  if (failed) (finished(failed.id)?.failed ?? say)(failed.message);
+  if (failed && failed.id === null) say(failed.message);
+  else if (failed) finished(failed.id)?.failed(failed.message); // none of a run that was stopped
 }
 
 function finished(id) {
@@ -148,9 +150,16 @@ async function generate() {
   clearTimeout(timer);
   showValues();
   if (!configs.has(model.name)) return;
-  stop(current);
-  const given = settings();
   delete $("result").dataset.complete;
+  stop(current);
+  const name = model.name;
+  let given;
+  try {
+    given = settings();
+  } catch (error) {
+    $("took").textContent = error.message;
+    return;
+  }
   const film = [];
   const { id, made } = ask({ ...given, strip: true }, (step) => {
     $("took").textContent = `step ${step.index + 1} of ${given.steps}`;
@@ -165,7 +174,7 @@ async function generate() {
     const image = await made;
     paint($("image"), image, `“${given.prompt}”, seed ${given.seed}`);
     $("took").textContent = `${given.steps} steps in ${image.seconds.toFixed(2)} s, with the images below`;
-    await offer(image);
+    await offer(image, name);
   } catch (error) {
     $("took").textContent = error.message;
   }
@@ -179,15 +188,15 @@ function paint(canvas, { data, width, height }, label) {
 }
 
 /** Let the image be downloaded, with the recipe that `ldm txt2img --from-png` reads. */
-async function offer({ made, png }) {
+async function offer({ made, png }, name) {
   if (!png) {
-    const { source, version } = configs.get(model.name);
+    const { source, version } = configs.get(name);
     const blob = await new Promise((resolve) => $("image").toBlob(resolve, "image/png"));
     png = withText(new Uint8Array(await blob.arrayBuffer()), recipeText({ ...made, source, version }));
   }
   URL.revokeObjectURL($("download").href);
   $("download").href = URL.createObjectURL(new Blob([png], { type: "image/png" }));
-  $("download").download = `${model.name}-${made.seed}.png`;
+  $("download").download = `${name}-${made.seed}.png`;
   $("download").hidden = false;
   $("result").dataset.complete = "";
 }
@@ -259,16 +268,19 @@ async function change() {
 }
 
 let playing = null; // the timer of the loop that is shown
+let loops = 0;
 
 /** Make the images between two prompts and seeds, and show them back and forth. */
 async function between() {
   const first = settings();
   const towards = { prompt: $("last").value, seed: Number($("last-seed").value) };
+  const own = ++loops;
   clearInterval(playing);
   $("play").disabled = true;
   const images = [];
   for (let i = 0; i < FRAMES; i++) {
     const image = await ask({ ...first, towards: { ...towards, share: i / (FRAMES - 1) } }).made;
+    if (own !== loops) return; // another loop was asked for
     images.push(image);
     paint($("loop"), image, `Between “${first.prompt}” and “${towards.prompt}”`);
     $("loop-took").textContent = `${images.length} of ${FRAMES} images`;
@@ -353,6 +365,7 @@ $("step").oninput = showStep;
 for (const [id, made] of Object.entries({ compare, grid, change, between })) {
   $(`${id}-form`).onsubmit = (event) => {
     event.preventDefault();
+    say("");
     made().catch((error) => say(error.message));
   };
 }

@@ -13,7 +13,7 @@ export function recipeText(made) {
     Seed: made.seed,
     Size: `${made.width}x${made.height}`,
     "Model hash": made.source?.hash,
-    Model: made.source?.name,
+    Model: quoted(made.source?.name ?? ""),
     Index: 0,
     Spacing: quoted(String(made.spacing)),
     "Final sigma": made.finalSigma === "zero" ? undefined : made.finalSigma,

@@ -30,24 +30,29 @@ export class Server {
   async #run({ id, init, mask, ...given }) {
     const asked = { ...given, id: this.#known(id), init: init && { ...init, data: base64(init.data) } };
     const response = await this.ask("run", { ...asked, mask: mask && base64(mask) });
+    if (!response.ok) throw new Error((await response.json()).failed.message);
     const lines = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "";
+    let [rest, last] = ["", false]; // last: the image, or what failed, has come
     for (;;) {
       const { value, done } = await lines.read();
       const parts = (rest + (value ?? (done && rest ? "\n" : ""))).split("\n");
       rest = parts.pop();
-      for (const part of parts.filter(Boolean)) await this.#event(id, JSON.parse(part), given);
+      for (const part of parts.filter(Boolean)) last = await this.#event(id, JSON.parse(part), given);
+      if (done && !last) throw new Error("the server ended the run");
       if (done) return;
     }
   }
 
+  /** Pass an event on; return whether it is a run's last. */
   async #event(id, { step, image, failed }, made) {
     if (failed) this.onmessage({ data: { failed: { ...failed, id } } });
+    if (failed) return true;
     if (step?.seen) step = { ...step, seen: await pixels(step.seen), predicted: await pixels(step.predicted) };
     if (step) this.onmessage({ data: { step: { ...step, id } } });
-    if (!image) return;
+    if (!image) return false;
     const png = bytes(image.png);
     this.onmessage({ data: { image: { id, ...(await pixels(image.png)), png, made, seconds: image.seconds } } });
+    return true;
   }
 }
 

@@ -22,13 +22,14 @@ async function load({ name, folder }) {
   try {
     ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send
     ort.env.wasm.wasmBinary ??= await fetched("onnxruntime/ort-wasm-simd-threaded.wasm.gz", name);
-    const config = JSON.parse(new TextDecoder().decode(await fetched(`${folder}/model.json`, name)));
+    const text = new TextDecoder().decode(await fetched(`${folder}/model.json`, name));
+    const config = JSON.parse(text.replace(/\bInfinity\b/gu, "1e999")); // as Python writes it
     const files = ["unet", "decoder", ...(config.tokenizer ? ["text"] : [])];
     const networks = {};
     for (const file of files) networks[file] = await network(await fetched(`${folder}/${file}.onnx.gz`, name));
     let encoder; // fetched only for an image to begin with
     networks.encoder = async (inputs) =>
-      (await (encoder ??= fetched(`${folder}/encoder.onnx.gz`, name).then(network)))(inputs);
+      (encoder ??= await network(await fetched(`${folder}/encoder.onnx.gz`, name)))(inputs);
     self.postMessage({ loaded: { name, config } });
     return new Model(config, networks);
   } catch (error) {

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import quote
 
 from ldm.cli import Parser, int_range
 from ldm.inference.options import add_model_options, load_model
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.host not in LOOPBACK and not args.token:
         raise ValueError(f"--host {args.host} lets other machines in: give --token, which they must have")
 
+    if args.token is not None and not args.token.isascii():
+        raise ValueError("--token must be ASCII letters, digits and marks, which a browser can send")
+    if len(set(args.ckpt)) < len(args.ckpt):
+        raise ValueError(f"--ckpt names one model twice: {' '.join(map(str, args.ckpt))}")
+
     import uvicorn
 
     from ldm.inference.run import OutputFolder
@@ -40,10 +46,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not hasattr(models[name].tokenizer, "encode") and models[name].cond_stage_model is not None:
             raise ValueError(f"the page is for models that read texts, and {str(path)!r} reads something else")
     hosts = ["*"] if args.host in ("0.0.0.0", "::") else [*LOOPBACK, "[::1]", args.host]
-    app = make_app(Server(models, args.example, OutputFolder(args.outdir)), hosts, args.token)
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"open http://{shown}:{args.port}/{f'#token={args.token}' if args.token else ''} (Ctrl-C stops)", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    server = Server(models, args.example, OutputFolder(args.outdir))
+    shown, secret = f"[{args.host}]" if ":" in args.host else args.host, quote(args.token or "", safe="")
+    print(f"open http://{shown}:{args.port}/{f'#token={secret}' if secret else ''} (Ctrl-C stops)", flush=True)
+    options = {"host": args.host, "port": args.port, "log_level": "warning", "timeout_graceful_shutdown": 1}
+    try:
+        uvicorn.run(make_app(server, hosts, args.token), **options)
+    finally:
+        server.close()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -30,13 +30,14 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ldm import __version__
 from ldm.arrays import cast_like
 from ldm.batching import Blend
+from ldm.checks import LARGEST_FLOAT
 from ldm.diffusion.denoiser import from_vp, to_vp
 from ldm.diffusion.sampling import Step
 from ldm.generation import plan_sampling
@@ -47,13 +48,14 @@ from ldm.inference.init_image import InitImage
 from ldm.inference.recipe import Recipe
 from ldm.inference.run import OutputFolder, check_memory
 from ldm.input_files import folder_that_ships
-from ldm.settings import SEED, Settings, setting_rows
+from ldm.settings import ALL_SIGMAS, SEED, Settings, of_model, setting_rows
 
 MAX_BODY = 2**24  # bytes of a request: an image of 1024 x 1024 pixels and its mask as text
 MAX_TEXT = 10_000  # letters of a prompt
 MAX_SIDE = 1024  # pixels of an image in a request
 PREVIEWED = 2**14  # numbers of the latents: larger ones take too long to decode at each step
 NEWEST = 60  # images of the gallery, the last ones
+MOST_WAITING = 30  # runs; a grid of the page has 20
 WAIT = 0.5  # seconds between two looks at whether a visitor is still there
 ASKED = ("steps", "scale", "sampler", "strength")
 HEADERS = {"x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
@@ -91,16 +93,19 @@ class Server:
         """Return the rows of models.json."""
         shown = [*self.examples, "", ""]
         row = {"examples": shown[: max(2, len(self.examples))], "about": "", "licence": ""}
-        own = ("defaults", "image_channels")
-        return [
-            {"name": name, **row, "config": {key: getattr(model, key) for key in own}}
-            for name, model in self.models.items()
-        ]
+        rows = []
+        for name, model in self.models.items():
+            low, high = of_model(model.defaults)["interval"] or ALL_SIGMAS
+            own = {"interval": [low, min(high, LARGEST_FLOAT)]}  # JSON has no infinity
+            rows.append({"name": name, **row, "config": {"defaults": model.defaults | own}})
+        return rows
 
-    def start(self, asked: Mapping[str, Any]) -> Job:
-        """Let a run wait for its turn."""
-        job = Job(asked)
-        self.jobs[str(asked.get("id"))] = job
+    def start(self, asked: Mapping[str, Any]) -> Job | None:
+        """Let a run wait for its turn; None where too many wait, or its id is none or another's."""
+        key, job = str(asked.get("id", "")), Job(asked)
+        if not key or key in self.jobs or len(self.jobs) >= MOST_WAITING:
+            return None
+        self.jobs[key] = job
         self.thread.submit(self._run, job)
         return job
 
@@ -110,12 +115,20 @@ class Server:
                 job.events.put({"image": self._image(job)})
         except Stopped:
             pass
-        except (ValueError, TypeError, KeyError, OSError, MemoryError, RuntimeError) as error:
+        except Exception as error:  # whatever it is, the next run is made, and this visitor hears of it
             said = str(error).splitlines()[:1] or [type(error).__name__]
             job.events.put({"failed": {"message": said[0]}})
         finally:
-            self.jobs.pop(str(job.asked.get("id")), None)
+            key = str(job.asked.get("id"))
+            if self.jobs.get(key) is job:
+                del self.jobs[key]
             job.events.put(None)
+
+    def close(self) -> None:
+        """End the run that is being made before its next step, and those that wait."""
+        for job in list(self.jobs.values()):
+            job.stopped.set()
+        self.thread.shutdown(wait=False, cancel_futures=True)
 
     def _image(self, job: Job) -> dict[str, Any]:
         """Make the image; return {png, seconds}, with its events on the way."""
@@ -129,12 +142,14 @@ class Server:
             if not isinstance(text, str) or len(text) > MAX_TEXT:
                 raise ValueError(f"a prompt is a text of at most {MAX_TEXT} letters")
         rows = setting_rows(Settings)
+        _check_parts(asked)
         given = {name: rows[name].checked(name, asked[name]) for name in ASKED if asked.get(name) is not None}
         given |= texts | {"seed": SEED.checked("seed", asked.get("seed", 0))}
         init = None
         if asked.get("init") is not None:
             init = InitImage(_image_of(asked["init"]), _mask_of(asked))
             given |= {"init_hash": init.init_hash, "mask_hash": init.mask_hash}
+            given.setdefault("strength", model.default_strength(init.mask is not None))
         recipe = default_recipe(model, model.path.stem, **given)
         check_memory(recipe, 1, 1)
         callback = self._callback(job, model, recipe, init)
@@ -174,11 +189,14 @@ class Server:
 
         return callback
 
+    def names(self) -> list[str]:
+        """Return the names of the last images, the newest first."""
+        folder = self.output.path / "samples"
+        return sorted((path.name for path in folder.glob("*.png")) if folder.is_dir() else [], reverse=True)[:NEWEST]
+
     def gallery(self) -> dict[str, str]:
         """Return the recipes of the last images by name, the newest first."""
-        folder = self.output.path / "samples"
-        names = sorted((path.name for path in folder.glob("*.png")) if folder.is_dir() else [], reverse=True)[:NEWEST]
-        return {name: _text_of(folder / name) for name in names}
+        return {name: _text_of(self.output.path / "samples" / name) for name in self.names()}
 
 
 def make_app(server: Server, hosts: list[str], token: str | None = None) -> Starlette:
@@ -198,7 +216,10 @@ def make_app(server: Server, hosts: list[str], token: str | None = None) -> Star
         asked = await _body(request)
         if isinstance(asked, Response):
             return asked
-        return StreamingResponse(_lines(request, server.start(asked)), media_type="application/x-ndjson")
+        job = server.start(asked)
+        if job is None:
+            return _refused(503, f"a run needs an id of its own, and at most {MOST_WAITING} wait: try again later")
+        return StreamingResponse(_lines(request, job), media_type="application/x-ndjson")
 
     async def stop(request: Request) -> Response:
         asked = await _body(request)
@@ -214,7 +235,7 @@ def make_app(server: Server, hosts: list[str], token: str | None = None) -> Star
 
     async def image(request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in await run_in_threadpool(server.gallery):
+        if name not in await run_in_threadpool(server.names):
             return _refused(404, "there is no such image")
         return FileResponse(server.output.path / "samples" / name, headers=HEADERS)
 
@@ -269,19 +290,38 @@ async def _lines(request: Request, job: Job) -> AsyncIterator[str]:
 async def _body(request: Request) -> Any:
     """Return a request's JSON object, or the answer to one that is too large or something else."""
     data = b""
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY:
-            return _refused(413, f"a request has at most {MAX_BODY} bytes")
     try:
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY:
+                return _refused(413, f"a request has at most {MAX_BODY} bytes")
         asked = json.loads(data)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, ClientDisconnect):
         asked = None
     return asked if isinstance(asked, dict) else _refused(400, "a request is a JSON object")
 
 
 def _refused(status: int, message: str) -> Response:
     return JSONResponse({"failed": {"message": message}}, status, headers=HEADERS)
+
+
+def _check_parts(asked: Mapping[str, Any]) -> None:
+    """Raise ValueError for a request whose parts do not fit each other, or are no objects with their own parts."""
+    wanted = {"init": {"width", "height", "data"}, "towards": {"prompt", "seed", "share"}}
+    for name, parts in wanted.items():
+        value = asked.get(name)
+        if value is not None and not (isinstance(value, dict) and parts <= set(value)):
+            raise ValueError(f"{name} is an object with {', '.join(sorted(parts))}")
+    if asked.get("mask") is not None and asked.get("init") is None:
+        raise ValueError("mask needs init, the image of which it marks a part")
+    if asked.get("init") is not None and asked.get("towards") is not None:
+        raise ValueError("init and towards are not for one image: leave one of them out")
+    for part in (asked.get("mask"), (asked.get("init") or {"data": ""})["data"]):
+        if part is not None and not isinstance(part, str):
+            raise ValueError("images and masks are text, their bytes in base64")
+    share = None if asked.get("towards") is None else asked["towards"]["share"]
+    if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
+        raise ValueError(f"share must be a number from 0 to 1, got {str(share)[:40]}")
 
 
 def _image_of(asked: Mapping[str, Any]) -> Image.Image:
@@ -308,7 +348,7 @@ def _text_of(path: Path) -> str:
     """Return what a PNG says of itself, "" for another program's."""
     try:
         return read_image_text(path)
-    except (ValueError, OSError):
+    except (ValueError, OSError, Image.DecompressionBombError):
         return ""
 
 
