@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     server = Server(models, args.example, OutputFolder(args.outdir))
     shown, secret = f"[{args.host}]" if ":" in args.host else args.host, quote(args.token or "", safe="")
     print(f"open http://{shown}:{args.port}/{f'#token={secret}' if secret else ''} (Ctrl-C stops)", flush=True)
-    options = {"host": args.host, "port": args.port, "log_level": "warning", "timeout_graceful_shutdown": 1}
+    app = make_app(server, hosts, args.token)
     try:
-        uvicorn.run(make_app(server, hosts, args.token), **options)
+        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=1)
     finally:
         server.close()
 

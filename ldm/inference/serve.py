@@ -115,7 +115,7 @@ class Server:
                 job.events.put({"image": self._image(job)})
         except Stopped:
             pass
-        except Exception as error:  # whatever it is, the next run is made, and this visitor hears of it
+        except Exception as error:  # whatever it is, this visitor gets it as an answer, and the next run is made
             said = str(error).splitlines()[:1] or [type(error).__name__]
             job.events.put({"failed": {"message": said[0]}})
         finally:
@@ -306,7 +306,7 @@ def _refused(status: int, message: str) -> Response:
 
 
 def _check_parts(asked: Mapping[str, Any]) -> None:
-    """Raise ValueError for a request whose parts do not fit each other, or are no objects with their own parts."""
+    """Raise ValueError for a request whose parts do not fit each other, or lack parts of their own."""
     wanted = {"init": {"width", "height", "data"}, "towards": {"prompt", "seed", "share"}}
     for name, parts in wanted.items():
         value = asked.get(name)
