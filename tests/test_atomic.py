@@ -44,7 +44,9 @@ PLAIN = re.compile(r"\bopen\(.*[\"'][wax]b?[\"']|\.write_(?:text|bytes)\(|(?<!ld
 ELSEWHERE = {
     "checkpoint/atomic.py": 3,  # itself
     "checkpoint/diffusers_writer.py": 3,  # in a temporary folder
-    "onnx/export.py": 2,  # in a temporary folder
+    "commands/page.py": 3,  # in a temporary folder
+    "inference/serve.py": 1,  # in memory
+    "onnx/export.py": 3,  # in a temporary folder
     "program.py": 1,  # the null device
     "compvis/degradation.py": 1,  # in memory
     "evaluation/quality.py": 1,  # in a temporary folder

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ldm.checks import SHIPPED_MODELS, check_file
-from ldm.cli import Parser
+from ldm.cli import ALLOW, Parser
 from ldm.input_files import folder_that_ships
 
 PACKAGE = "onnxruntime-web@1.30.0"  # of npm; what computes the networks in the browser
@@ -77,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--example", action="append", default=[], metavar="TEXT", help=what)
     what = f"{ARCHIVE}, as `npm pack {PACKAGE}` brings it (by default that of this folder, or npm is called)"
     add("--runtime", type=Path, metavar="FILE", help=what)
+    add("--allow", **ALLOW)
     return parser.parse_args(argv)
 
 
