@@ -96,7 +96,7 @@ def test_changed_images_and_those_between(app):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"name": "../tiny"}, "there is no model '../tiny'; choose from tiny"),
+        ({"name": "../tiny"}, "unknown model '../tiny'; choose from tiny"),
         ({"prompt": "a" * 10_001}, "at most 10000 letters"),
         ({"prompt": ["a"]}, "a prompt is a text"),
         ({"seed": -1}, "seed must be at least 0, got -1"),

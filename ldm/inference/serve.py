@@ -135,7 +135,7 @@ class Server:
         asked, began = job.asked, time.monotonic()
         model = self.models.get(str(asked.get("name")))
         if model is None:
-            raise ValueError(f"there is no model {asked.get('name')!r}; choose from {', '.join(self.models)}")
+            raise ValueError(f"unknown model {asked.get('name')!r}; choose from {', '.join(self.models)}")
         texts = {"prompt": asked.get("prompt", ""), "negative": asked.get("negative", "")}
         towards = asked.get("towards")
         for text in (*texts.values(), "" if towards is None else towards["prompt"]):
