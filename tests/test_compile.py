@@ -1,4 +1,4 @@
-"""Memory layout and torch.compile change nothing but the order of sums."""
+"""Memory layout, torch.compile and compiled files change nothing but the order of sums."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from conftest import refused
 from torch.utils.flop_counter import FlopCounterMode
 
 import ldm
-from ldm.inference import precision, widened
+from ldm.inference import ahead_of_time, precision, widened
 from ldm.inference.compile import channels_last, compile_unet
 from ldm.inference.precision import set_precision
 from ldm.latent_diffusion import DiffusionWrapper
@@ -108,8 +108,111 @@ def test_mistakes_of_the_caller_stay_what_they_are():
     unet(*ones())  # compiled nevertheless, or it would be a ValueError
 
 
+@pytest.fixture
+def files(monkeypatch, tmp_path):
+    """The folder of compiled files, which the test has for itself; kernels are not chosen by trial, to be quicker."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(ahead_of_time, "INDUCTOR", {"freezing": True})
+    return tmp_path / "ldm" / "compiled"
+
+
+def compiled_small() -> tuple[DiffusionWrapper, Network]:
+    model, unet = small()
+    unet.eval()
+    compile_unet(model)
+    return unet, unet.diffusion_model
+
+
 @pytest.mark.full
-def test_inductor_generates_the_same_digit():
+def test_a_compiled_file_serves_until_something_changes(files, capfd):
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([1.0, 3.0])
+    unet, network = compiled_small()
+
+    def compiles() -> bool:
+        with torch.no_grad():
+            expected = network._call_impl(x, t)
+            torch.testing.assert_close(unet(x, t), expected, atol=1e-5, rtol=1e-5)
+        return "compiling the UNet for an input of 2 x 4 x 8 x 8 (a minute or two" in capfd.readouterr().err
+
+    assert [compiles(), compiles()] == [True, False]
+    x = x.transpose(2, 3)  # the same shape in another order in memory
+    assert not compiles()
+    with torch.no_grad():
+        network.conv.weight.mul_(2)
+    assert [compiles(), compiles()] == [True, False]
+    network.conv.weight.data = network.conv.weight.data / 2
+    assert not compiles()  # these weights have a file
+    unet, network = compiled_small()  # as in another process
+    assert not compiles()
+    for file in files.iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    unet, network = compiled_small()
+    assert compiles()
+    assert len(list(files.iterdir())) == 2
+
+
+@pytest.mark.full
+def test_what_compiled_to_something_else_is_refused(files, monkeypatch):
+    monkeypatch.setattr(ahead_of_time, "ROUNDING", {torch.float32: -1.0})
+    with torch.no_grad():
+        refused(r"torch.compile failed \(what it made is off by \S+, relative\)", compiled_small()[0], *ones())
+    assert list(files.iterdir()) == []
+
+
+@pytest.mark.full
+def test_gradients_pass_a_network_with_compiled_files(files):
+    unet, network = compiled_small()
+    x, t = ones()
+    unet(x.requires_grad_(), t).sum().backward()
+    assert x.grad is not None and network.conv.weight.grad is not None
+    assert not files.exists()
+
+
+def test_a_file_is_for_what_the_code_follows_from(monkeypatch):
+    asked = ([0, 1], [(torch.Size([1, 4, 8, 8]), torch.float32)], "auto")
+    first, second = Network().eval(), Network().eval()
+
+    def digest(network, asked=asked):
+        return ahead_of_time.digest(network, list(network.parameters()), asked)
+
+    same = digest(first)
+    assert digest(second) == same
+    assert digest(first, ([0, 1], [(torch.Size([2, 4, 8, 8]), torch.float32)], "auto")) != same
+    with torch.no_grad():
+        second.conv.bias[0] += 1e-6
+    assert digest(second) != same
+    first.conv.padding = (0, 0)  # a setting that no weight shows
+    assert digest(first) != same
+    first.conv.padding = (1, 1)
+    assert digest(first) == same
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert digest(first) != same
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "__version__", "0")
+    assert digest(first) != same
+
+
+def test_large_networks_and_other_backends_have_no_files(monkeypatch):
+    def called(*args, **kwargs):
+        raise AssertionError("compiled ahead")
+
+    monkeypatch.setattr(ahead_of_time, "_load", called)
+    model, unet = small()
+    compile_unet(model, backend="eager")
+    with torch.no_grad():
+        unet.eval()(*ones())
+    monkeypatch.setattr(ahead_of_time, "MOST_WEIGHTS", 10)
+    network = model.model.diffusion_model
+    before = network._compiled_call_impl
+    ahead_of_time.compile_ahead(network, "--compile", "UNet")
+    assert network._compiled_call_impl is before
+
+
+@pytest.mark.full
+def test_inductor_generates_the_same_digit(files):
     model = ldm.load(device="cpu")
     settings = {"steps": 4, "interval": (0, 100)}  # one shape
     expected = np.asarray(model.generate(["a handwritten digit five"], **settings)[0]).astype(int)

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import torch
 
+from ldm.inference.ahead_of_time import compile_ahead
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.models.compiler import compile_calls
 
@@ -19,9 +20,13 @@ def channels_last(model: LatentDiffusion) -> ExitStack:
 
 
 def compile_unet(model: LatentDiffusion, backend: str | Callable = "inductor") -> ExitStack:
-    """Run the UNet through torch.compile, until the result is closed.
+    """Run the UNet through torch.compile, until the result is closed; a small one on a CPU from a file that is kept.
 
-    It is compiled at the first call for each shape of its inputs, which takes about a minute and is announced on
+    It is compiled at the first call for each shape of its inputs, which takes a minute or two and is announced on
     stderr. A failure of the compiler (no C++ compiler, no Triton, an unknown operation) is then a ValueError.
     """
-    return compile_calls(model.model.diffusion_model, "--compile", backend, name="UNet")
+    unet = model.model.diffusion_model
+    undo = compile_calls(unet, "--compile", backend, name="UNet")
+    if backend == "inductor":
+        compile_ahead(unet, "--compile", "UNet")
+    return undo

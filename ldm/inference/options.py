@@ -167,7 +167,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--channels-last", action="store_true", help="another memory layout, which convolutions may prefer")
     text = "on a CPU: compute by large layers as they are, not with weights that are packed for it, once"
     add("--no-optimize", action="store_true", help=text)
-    add("--compile", action="store_true", help="torch.compile the UNet: a minute or more once, then faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the UNet: a minute or two, a small one's on a CPU once for all; then faster steps",
+    )
     add("--vae-slicing", action="store_true", help="encode and decode one image at a time")
     text = "encode and decode images of more than SIDE x SIDE (128) pixels in bands, in less memory, seamlessly"
     add("--vae-tiling", type=int_range(1), nargs="?", const=128, metavar="SIDE", help=text)

@@ -28,6 +28,11 @@ def uncompiled() -> Iterator[None]:
         _uncompiled.reset(token)
 
 
+def compiles() -> bool:
+    """Return whether compiled networks compute so here: not within `uncompiled`."""
+    return not _uncompiled.get()
+
+
 @contextmanager
 def compiled(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Compile the networks' calls with gradients, until the block ends; those without, of previews, stay as they are.
@@ -79,7 +84,7 @@ def compile_calls(
     fast = _compile_anew(plain, counted)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _uncompiled.get() or not when():
+        if not (compiles() and when()):
             return plain(*args, **kwargs)
         nonlocal fast
         before = ran[0]

@@ -36,6 +36,11 @@ def set_attention(backend: str) -> None:
     _backend = backend
 
 
+def chosen_attention() -> str:
+    """Return the kernel that `set_attention` chose."""
+    return _backend
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1), by the kernel that `set_attention` chose.
 
