@@ -499,6 +499,7 @@ def outcome(inputs, few_triples, tmp_path, monkeypatch, capsys):
     watch(torch.utils.data.DataLoader, "__init__", lambda self, *a, num_workers=0, **k: num_workers)
     watch(kernels, "_math_attention", lambda q, *a, **k: q.shape)
     monkeypatch.setattr("ldm.inference.compile.compile_calls", lambda *args, **kwargs: print("compiled"))
+    monkeypatch.setattr("ldm.inference.compile.compile_ahead", lambda *args: None)  # of what was compiled
     monkeypatch.setattr("ldm.data.emoji.HELD_OUT_NAMES", inputs / "emoji" / "held_out.txt")
     monkeypatch.setattr("ldm.evaluation.commands.process_seconds", lambda path, prompt: {})  # other processes
 
