@@ -1,7 +1,11 @@
 """Memory layout, torch.compile and compiled files change nothing but the order of sums."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,6 +153,29 @@ def test_a_compiled_file_serves_until_something_changes(files, capfd):
     unet, network = compiled_small()
     assert compiles()
     assert len(list(files.iterdir())) == 2
+
+
+ALONE = """
+import sys, torch
+from test_compile import ahead_of_time, compiled_small, ones
+
+torch.set_num_threads(int(sys.argv[1]))
+ahead_of_time.INDUCTOR = {"freezing": True}
+with torch.no_grad():
+    unet, network = compiled_small()
+    torch.testing.assert_close(unet(*ones()), network._call_impl(*ones()))
+print([name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules])
+"""
+
+
+@pytest.mark.full
+def test_another_process_runs_the_files_without_the_compiler(files):
+    with torch.no_grad():
+        compiled_small()[0](*ones())
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", ALONE, str(torch.get_num_threads())]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("[]\n", "")
 
 
 @pytest.mark.full

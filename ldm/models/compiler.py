@@ -68,11 +68,11 @@ def compile_calls(
     Raises:
         ValueError: when the compiler fails, and when torch, which would not say so, computed uncompiled.
     """
-    from torch import _dynamo
-
     ran, announced, plain, undo = [0], [], network._call_impl, ExitStack()
 
     def counted(graph: Any, inputs: Any) -> Callable:
+        from torch import _dynamo
+
         made = _dynamo.lookup_backend(backend)(graph, inputs, **settings)
 
         def run(*args: Any) -> Any:
@@ -81,12 +81,15 @@ def compile_calls(
 
         return run
 
-    fast = _compile_anew(plain, counted)
+    fast: Any = None  # until the first call, as torch's compiler takes a second to import
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not (compiles() and when()):
             return plain(*args, **kwargs)
+        from torch import _dynamo
+
         nonlocal fast
+        fast = fast or _compile_anew(plain, counted)
         before = ran[0]
         if name:
             _announce(name, announced, (*args, *kwargs.values()))
