@@ -108,7 +108,7 @@ def _load(path: Path) -> Callable[[list[Tensor]], Tensor] | None:
         except (AttributeError, TypeError):  # of an older torch
             from torch._inductor import aoti_load_package
 
-            loader = aoti_load_package(str(path)).loader
+            loader = aoti_load_package(BytesIO(path.read_bytes())).loader  # a path must end in .pt2
         return lambda inputs: loader.run([x.contiguous() for x in inputs])[0]
     return None
 
