@@ -46,7 +46,7 @@ def compile_ahead(network: nn.Module, option: str, name: str) -> None:
     places = [(group, key) for group in groups for key, tensor in group.items() if tensor is not None]
     if sum(group[key].numel() for group, key in places) > MOST_WEIGHTS:
         return
-    ready: dict[str, tuple[Callable, list[Tensor]]] = {}
+    ready: dict[tuple, tuple[Callable, list[Tensor]]] = {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
         weights = [group[key] for group, key in places]
@@ -54,9 +54,9 @@ def compile_ahead(network: nn.Module, option: str, name: str) -> None:
         if not (compiles() and not network.training and _serves([weights[0], *inputs])):
             return otherwise(*args, **kwargs)
         # a change in place counts the version up, and one by `.data =` moves the memory
-        now = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        now = tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
         asked = ([*range(len(args)), *kwargs], [(x.shape, x.dtype) for x in inputs], kernels.chosen_attention())
-        situation = repr((asked, now, torch.get_num_threads()))
+        situation = repr(asked), now, torch.get_num_threads()
         if situation not in ready:
             path = _folder() / f"{digest(network, weights, asked)}.pt2"
             run = _load(path)
@@ -132,13 +132,9 @@ def _compile(
     with atomic(path) as temporary:
         temporary.write_bytes(package.getvalue())
         run = _load(temporary)
-        off = (
-            float("inf")
-            if run is None
-            else ((run([*args, *kwargs.values()]) - expected).norm() / expected.norm()).item()
-        )
-        if run is None or not off <= ROUNDING[expected.dtype]:
-            raise ValueError(f"torch.compile failed (what it made is off by {off}, relative): leave {option} out")
+        off = float("inf") if run is None else (run([*args, *kwargs.values()]) - expected).norm().item()
+        if run is None or not off <= ROUNDING[expected.dtype] * expected.norm().item():
+            raise ValueError(f"torch.compile failed (what it made is off by {off:.2g}): leave {option} out")
     for old in sorted(path.parent.glob("*.pt2"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
         old.unlink(missing_ok=True)
     return run
