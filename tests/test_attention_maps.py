@@ -11,9 +11,9 @@ from test_pixel_diffusion import build
 import ldm
 from ldm.conditioning.bert import BERTEncoder, vocabulary_of
 from ldm.editing import attention_maps, overlay
-from ldm.editing.attention import attention_layers, output_of, weights_of
 from ldm.editing.words import Words, alignment
 from ldm.models.attention import CrossAttention
+from ldm.models.attention_layers import attention_layers, output_of, weights_of
 from ldm.models.kernels import BACKENDS, set_attention
 
 PROMPTS = ["five (xy:1.5), five", "ab"]  # in the tiny vocabulary "five" is two tokens, other letters one each

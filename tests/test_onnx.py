@@ -5,8 +5,11 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import TINY, pixels, randomised, refused
 from script_runs import pixels as levels
 from tiny_stable_diffusion import SD1, SD2
@@ -14,8 +17,10 @@ from tiny_stable_diffusion import SD1, SD2
 import ldm
 from ldm.commands.convert import main as convert
 from ldm.commands.txt2img import main as txt2img
+from ldm.editing import attention_maps
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.onnx import export
+from ldm.onnx.attention import WithAttention
 from ldm.onnx.export import write_onnx
 from ldm.onnx.model import OnnxModel
 from ldm.pixel_diffusion import PixelDiffusion
@@ -91,6 +96,45 @@ def test_the_folder(folder):
     assert len(index["alphas_cumprod"]) == 1000 and index["prediction"] == "v" and index["multiple"] == 8
     assert index["tokenizer"]["merges"] == ["f i", "v e</w>"] and index["defaults"]["steps"] == 4
     assert set(index["differences"]) == NETWORKS and max(index["differences"].values()) < 1e-5
+
+
+@with_extra
+def test_the_second_output_is_the_attention_of_the_maps(folder, tiny_checkpoint):
+    """Their mean over steps, summed over a word's tokens, is what `attention_maps` collects; images are as before."""
+    prompts, model = ["a (five:1.4) [six]", "five " * 40], ldm.load(tiny_checkpoint, device="cpu")
+    for prompt in prompts:
+        with attention_maps(model, [prompt], parts=100) as maps:
+            model.generate([prompt], seed=3, steps=7)
+        onnx, seen = ldm.load(folder), []
+        unet = onnx.unet
+        onnx.unet = lambda unet=unet, seen=seen, **given: seen.append(unet(**given)) or seen[-1]
+        onnx.generate([prompt], seed=3, steps=7)
+        found = np.mean([outputs["attention"][-1] for outputs in seen], axis=0)  # of the conditional half
+        (words,) = maps.words
+        assert len(seen) == 7 and found.shape[0] == words.size
+        for word in words.texts:
+            expected = maps.of(word).numpy()
+            np.testing.assert_allclose(found[words.places(word)].sum(0), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_of_layers_of_two_sizes():
+    params = TINY["unet_config"]["params"] | {"attention_resolutions": [1, 2]}
+    model = randomised(LatentDiffusion(**TINY | {"unet_config": TINY["unet_config"] | {"params": params}})).eval()
+    given = {"x": torch.randn(1, 4, 6, 8), "t": torch.tensor([500.0])} | model.condition(["five ab"])
+    with attention_maps(model, ["five ab"]) as maps:
+        output = model.model(**given)
+    assert {total.shape[2:] for total, _ in maps.sums.values()} == {(6, 8), (3, 4)}
+    found = WithAttention(model)(**given)
+    torch.testing.assert_close(found[0], output, atol=1e-5, rtol=1e-4)
+    for word in ("five", "ab"):
+        torch.testing.assert_close(found[1][0, maps.words[0].places(word)].sum(0), maps.of(word))
+
+
+@with_extra
+def test_the_files_name_no_folder_of_this_machine(folder):
+    here = str(Path(ldm.__file__).parent).encode()
+    assert not [path.name for path in folder.glob("*.onnx") if here in path.read_bytes()]
 
 
 @with_extra

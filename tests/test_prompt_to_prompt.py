@@ -12,8 +12,8 @@ from ldm.models.diffusion.ddim import DDIMSampler
 import ldm
 from ldm.data.measure import slant, stroke_weight
 from ldm.editing import prompt_to_prompt
-from ldm.editing.attention import attention_layers
 from ldm.editing.words import Words
+from ldm.models.attention_layers import attention_layers
 
 A, B = "five ab", "five xy"
 CROSS = {"cross_steps": (0, 1), "self_steps": (0, 0), "pooled_steps": (0, 0)}

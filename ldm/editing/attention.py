@@ -15,17 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ldm.models.attention import BasicTransformerBlock
+from ldm.models.attention_layers import Layer, attention_layers
 from ldm.models.compiler import uncompiled
-from ldm.models.kernels import attention_weights
-
-
-class Layer(NamedTuple):
-    """A layer of attention."""
-
-    name: str
-    module: Any  # CrossAttention
-    cross: bool  # to the conditioning, not to the image itself
 
 
 class Call(NamedTuple):
@@ -52,18 +43,6 @@ class Call(NamedTuple):
 Attend = Callable[[Layer, Tensor, Tensor, Tensor, Call], Tensor | None]
 
 
-def attention_layers(model: Any) -> list[Layer]:
-    """Return the attention layers of a model's UNet. ValueError if none reads the conditioning."""
-    found = []
-    for name, module in model.model.diffusion_model.named_modules():
-        if isinstance(module, BasicTransformerBlock):
-            found += [Layer(f"{name}.attn1", module.attn1, module.disable_self_attn)]
-            found += [Layer(f"{name}.attn2", module.attn2, True)]
-    if not found:
-        raise ValueError("attention to words needs a UNet with cross-attention, and this model's has none")
-    return found
-
-
 @contextmanager
 def hooked(
     model: Any,
@@ -83,6 +62,8 @@ def hooked(
         finish: (the UNet's input (b or 2b, c, h, w), its output, call) -> another output.
     """
     unet, thread, steps, calls = model.model.diffusion_model, get_ident(), model.schedule.T, []
+    if not (layers := attention_layers(model)):
+        raise ValueError("attention to words needs a UNet with cross-attention, and this model's has none")
 
     def enter(unet: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if get_ident() != thread:
@@ -119,7 +100,7 @@ def hooked(
     with ExitStack() as undo, uncompiled():
         undo.callback(unet.register_forward_pre_hook(enter, with_kwargs=True).remove)
         undo.callback(unet.register_forward_hook(leave, with_kwargs=True).remove)
-        for layer in attention_layers(model):
+        for layer in layers:
             undo.callback(layer.module.register_forward_hook(partial(replace, layer), with_kwargs=True).remove)
         yield
 
@@ -129,22 +110,3 @@ def _is_guided(x: Tensor, context: Tensor | None) -> bool:
     if context is None or len(x) % 2:
         return False
     return torch.equal(*x.chunk(2)) and not torch.equal(*context.chunk(2))
-
-
-def weights_of(layer: Layer, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return a layer's attention weights (b, h, n, m) from x (b, n, d) to a context (b, m, d).
-
-    mask: boolean (m,), True for the tokens that may be attended to.
-    """
-    q, k = _heads(layer, layer.module.to_q(x)), _heads(layer, layer.module.to_k(context))
-    return attention_weights(q, k, mask=mask)
-
-
-def output_of(layer: Layer, weights: Tensor, context: Tensor) -> Tensor:
-    """Return the layer's output (b, n, d) for other weights (b, h, n, m) than its own."""
-    out = weights @ _heads(layer, layer.module.to_v(context))  # (b, h, n, d / h)
-    return layer.module.to_out(out.transpose(1, 2).flatten(2))
-
-
-def _heads(layer: Layer, x: Tensor) -> Tensor:
-    return x.unflatten(-1, (layer.module.heads, -1)).transpose(1, 2)  # (b, n, h d) -> (b, h, n, d)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ldm.editing.attention import Call, Layer, hooked, weights_of
+from ldm.editing.attention import Call, hooked
 from ldm.editing.words import POSITIVE, Words
 from ldm.labels import Row, labelled_rows
+from ldm.models.attention_layers import Layer, weights_of
 from ldm.settings import INT, Setting, listed
 
 INDEX = Setting(INT, "", low=0)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ldm.conditioning.prompt_syntax import MAX_WEIGHT
 from ldm.diffusion.denoiser import scalings
-from ldm.editing.attention import Call, Layer, hooked, output_of, weights_of
+from ldm.editing.attention import Call, hooked
 from ldm.editing.settings import Editing
 from ldm.editing.words import POSITIVE, Words, alignment
+from ldm.models.attention_layers import Layer, output_of, weights_of
 from ldm.settings import FLOAT, Setting, checked, listed
 
 SMALL_LAYER = (

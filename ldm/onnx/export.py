@@ -17,6 +17,8 @@ from ldm.checkpoint.atomic_folder import atomic_folder
 from ldm.checks import ONNX_INDEX
 from ldm.conditioning.text import TextEncoder
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.models.attention_layers import attention_layers
+from ldm.onnx.attention import WithAttention
 from ldm.onnx.model import NUMBERS, Network
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -71,7 +73,9 @@ def write_onnx(model: LatentDiffusion, path: Path, dtype: torch.dtype = torch.fl
         tokens = torch.from_numpy(model.tokenizer.frame([[], [1, 2]]))
         conditions = {name: value.clone() for name, value in model.cond_stage_model(tokens).items()}
         networks["text"] = _Text(model.cond_stage_model), {"tokens": tokens}, list(conditions)
-    networks["unet"] = model.model, {"x": x, "t": torch.tensor([3.0, 5.0]), **conditions}, ["output"]
+    attends = bool(conditions and attention_layers(model))
+    unet, outputs = (WithAttention(model), ["output", "attention"]) if attends else (model.model, ["output"])
+    networks["unet"] = unet, {"x": x, "t": torch.tensor([3.0, 5.0]), **conditions}, outputs
     first_stage, sides = (model.first_stage_model, model.scale_factor), [side * model.downsampling for side in size[1:]]
     networks["decoder"] = _Decoder(*first_stage), {"latents": x}, ["pixels"]
     networks["encoder"] = _Encoder(*first_stage), {"pixels": torch.randn(2, model.image_channels, *sides)}, ["latents"]
@@ -139,6 +143,8 @@ def _export(network: nn.Module, inputs: dict[str, Tensor], outputs: list[str], p
         except Exception as error:  # it may fail in any way for modules that a user wrote
             raise ValueError(f"torch.onnx cannot write {path.name}: {str(error).splitlines()[0]}") from error
         assert program is not None
+        for node in program.model.graph:
+            node.metadata_props.clear()  # where on this machine the node comes from: a tenth of the file
         program.save(path)
 
 

@@ -4,7 +4,8 @@
 
     model.json    schedule, defaults, sizes, tokenizer with its vocabulary; how far each network differs from torch's
     text.onnx     tokens int64 (b, n) -> c_crossattn (b, n, d) and, if pooled, c_adm (b, p); if there are prompts
-    unet.onnx     x (b, z, h, w), t (b,) and the conditions -> output (b, z, h, w)
+    unet.onnx     x (b, z, h, w), t (b,) and the conditions -> output (b, z, h, w) and, with cross-attention,
+                  attention (b, n, h', w') to the n tokens (`ldm/onnx/attention.py`), which the page shows
     decoder.onnx  latents (b, z, h, w) -> pixels (b, c, f h, f w)
     encoder.onnx  pixels -> latents, for programs that begin with an image, as the page does; not needed here
 
