@@ -21,6 +21,7 @@ from ldm.commands import serve as command
 from ldm.commands.serve import NEEDED
 from ldm.commands.serve import main as serve
 from ldm.commands.txt2img import main as txt2img
+from ldm.editing import attention_maps
 from ldm.inference.run import OutputFolder
 
 lacking = [name for name in NEEDED if find_spec(name) is None]
@@ -59,18 +60,33 @@ def text(array: np.ndarray) -> str:
 
 @with_extra
 def test_an_image_is_that_of_its_recipe(app, tiny_checkpoint, tmp_path):
-    client, _ = app()
+    client, server = app()
     settings = {"prompt": "a (five:1.2)", "negative": "six", "seed": 7, "steps": 3, "scale": 2.5, "sampler": "ddpm"}
     *steps, last = events(client, **settings, strip=True)
     assert [event["step"]["index"] for event in steps] == [0, 1, 2]
     sigmas = [event["step"]["sigma"] for event in steps]
     assert sigmas == sorted(sigmas, reverse=True) and sigmas[-1] > 0
     assert all(set(event["step"]) == {"index", "sigma", "seen", "predicted"} for event in steps)
+    with attention_maps(server.models["tiny"], [settings["prompt"]]) as maps:
+        server.models["tiny"].generate([settings.pop("prompt")], settings.pop("negative"), **settings)
+    assert [word["text"] for word in last["image"]["words"]] == maps.words[0].texts == ["a", "five"]
+    for word in last["image"]["words"]:
+        heat = maps.of(word["text"])
+        assert (word["map"]["height"], word["map"]["width"]) == heat.shape
+        np.testing.assert_allclose(word["map"]["data"], heat.flatten(), atol=1e-6)
     (name,) = client.get("/gallery.json").json()
     made = tmp_path / "made.png"
     made.write_bytes(client.get(f"/gallery/{name}").content)
     txt2img(["--ckpt", str(tiny_checkpoint), "--device", "cpu", "--from-png", str(made), "--outdir", str(tmp_path)])
     assert (levels(tmp_path / "samples" / "00000.png") == image_of(last)).all()
+
+
+@with_extra
+def test_images_without_maps_are_made(app):
+    """Of prompts without words, or shorter than the negative prompt."""
+    client, _ = app()
+    for prompt, negative in [("", ""), (".", ""), ("five", "five " * 20)]:
+        assert events(client, prompt=prompt, negative=negative, strip=True)[-1]["image"]["words"] == []
 
 
 @with_extra

@@ -15,11 +15,14 @@ from PIL import Image
 from ldm.batching import Blend
 from ldm.conditioning.prompt import cut
 from ldm.conditioning.prompt_syntax import parse_prompt
+from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import CLIP_SPECIAL, Tokenizer
 from ldm.diffusion.denoiser import make_denoiser
 from ldm.diffusion.sampling.noise import SeededNoise
 from ldm.diffusion.sampling.numpy_noise import NormalGenerator
 from ldm.diffusion.schedule import Schedule, make_schedule, sampling_sigmas
+from ldm.editing.maps import overlay
+from ldm.editing.words import Words
 from ldm.generation import generate, latent_size
 from ldm.inference.again import recipe_from_text
 from ldm.latent_diffusion import LatentDiffusion
@@ -131,7 +134,9 @@ def python_model(config: dict) -> OnnxModel:
         signs = (np.arange(x[0].size) % 3 - 1).reshape(x.shape[1:])
         own = t / 1000 + c_adm[:, 0] / 2
         mean = c_crossattn.mean((1, 2))[:, None, None, None]
-        return {"output": np.tanh(x + own[:, None, None, None] + mean * signs).astype(np.float32)}
+        maps = np.tanh(c_crossattn[:, :, :1] + x.reshape(len(x), 1, -1)[..., :6]).reshape(len(x), -1, 2, 3)
+        output = np.tanh(x + own[:, None, None, None] + mean * signs).astype(np.float32)
+        return {"output": output, "attention": maps}
 
     def decoder(latents):
         f = config["downsampling"]
@@ -165,12 +170,44 @@ def test_images_are_those_of_python(config, given):
     settings = given | {"prompt": None, "negative": None}
     settings = {name: value for name, value in settings.items() if value is not None}
     negative = given.get("negative")
-    steps = []
-    images = python_model(config).generate([given.get("prompt", "")], negative, callback=steps.append, **settings)
+    steps, model, seen = [], python_model(config), []
+    unet = model.unet
+    model.unet = lambda **inputs: seen.append(unet(**inputs)) or seen[-1]
+    images = model.generate([given.get("prompt", "")], negative, callback=steps.append, **settings)
     rgba = np.asarray(images[0].convert("RGBA")).astype(int)
     assert np.asarray(images[0]).std() > 5
     assert np.abs(np.array(found["rgba"]).reshape(rgba.shape) - rgba).max() <= 1
     assert found["levels"][1:] == pytest.approx([step.sigma for step in steps[:-1]])
+    maps, words = np.mean([outputs["attention"][-1] for outputs in seen], axis=0), words_of(given.get("prompt", ""))
+    assert [text for text, _ in found["words"]] == words.texts
+    for text, values in found["words"]:
+        np.testing.assert_allclose(values, maps[words.places(text)].sum(0).ravel(), atol=1e-5)
+
+
+def words_of(prompt: str) -> Words:
+    encoder = object.__new__(TextEncoder)
+    encoder.__dict__["tokenizer"] = Tokenizer(**CLIP)
+    return Words(SimpleNamespace(cond_stage_model=encoder), prompt)
+
+
+def test_words_have_the_places_of_pythons():
+    prompts = [*TEXTS, *PROMPTS, "The five, the FIVE; <a b> <five> it's a-b_c"]
+    found = asked(*({"name": "words", "settings": CLIP, "prompt": prompt} for prompt in prompts))
+    for prompt, own in zip(prompts, found, strict=True):
+        words = words_of(prompt)
+        assert own == [[text, words.places(text)] for text in words.texts], prompt
+
+
+@pytest.mark.parametrize("size", [(5, 7), (2, 2)], ids=str)
+def test_overlays_are_those_of_python(size):
+    rng = np.random.default_rng(0)
+    pixels, heat = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8), rng.random(size, dtype=np.float32)
+    expected = np.asarray(overlay(Image.fromarray(pixels), torch.tensor(heat))).astype(int)
+    rgba = np.concatenate([pixels, np.full((12, 10, 1), 255)], axis=2)
+    image = {"data": rgba.ravel().tolist(), "width": 10, "height": 12}
+    given = {"data": heat.ravel().tolist(), "width": size[1], "height": size[0]}
+    (found,) = asked({"name": "overlay", "image": image, "map": given})
+    assert np.abs(np.array(found).reshape(12, 10, 4)[..., :3] - expected).max() <= 1
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 1])

@@ -1,6 +1,7 @@
 /** What tests/test_web.py asks of the page's modules: a list of tasks as JSON comes in, the list of results goes out. */
 
 import { readFileSync } from "node:fs";
+import { AttentionMaps, overlay, wordsOf } from "../web/attention.js";
 import { Model } from "../web/model.js";
 import { NormalGenerator } from "../web/noise.js";
 import { cut, parsePrompt } from "../web/prompt.js";
@@ -26,7 +27,12 @@ const networks = (channels, factor) => ({
       const mean = states.data.subarray(b * width, (b + 1) * width).reduce((sum, s) => sum + s, 0) / width;
       return Math.tanh(value + t.data[b] / 1000 + mean * (((i % each) % 3) - 1) + pooled.data[b] / 2);
     });
-    return { output: { data, dims: x.dims } };
+    const tokens = states.dims[1];
+    const seen = Float32Array.from({ length: x.dims[0] * tokens * 6 }, (_, i) => {
+      const [b, n] = [Math.floor(i / 6 / tokens), Math.floor(i / 6) % tokens]; // a map of 2 x 3 for each token
+      return Math.tanh(states.data[2 * (b * tokens + n)] + x.data[b * each + (i % 6)]);
+    });
+    return { output: { data, dims: x.dims }, attention: { data: seen, dims: [x.dims[0], tokens, 2, 3] } };
   },
   async encoder({ pixels: { data, dims } }) {
     const [height, width] = [dims[2] / factor, dims[3] / factor];
@@ -60,10 +66,14 @@ const tasks = {
     const model = new Model(config, networks(config.image_channels, config.downsampling));
     if (given.init) given = { ...given, init: { ...given.init, data: Uint8ClampedArray.from(given.init.data) } };
     const levels = [];
+    const maps = new AttentionMaps();
     let last;
-    for await (last of model.generate(given)) levels.push(last.sigma);
-    return { levels, rgba: [...(await model.finish(last.latents, model.settings(given))).data] };
+    for await (last of model.generate(given, maps)) levels.push(last.sigma);
+    const words = model.words(given.prompt ?? "", maps).map(({ text, map: { data } }) => [text, [...data]]);
+    return { levels, words, rgba: [...(await model.finish(last.latents, model.settings(given))).data] };
   },
+  words: ({ settings, prompt }) => wordsOf(new Tokenizer(settings), prompt).map(({ text, places }) => [text, places]),
+  overlay: ({ image, map }) => [...overlay({ ...image, data: Uint8ClampedArray.from(image.data) }, map).data],
   png: ({ bytes, text }) => [...withText(Uint8Array.from(bytes), text)],
   recipe: ({ config, given, source }) =>
     recipeText({ ...new Model(config, {}).settings(given), source, version: "ldm test" }),

@@ -5,6 +5,7 @@
  * text, unet and decoder. This file knows nothing of a page or of files: networks are functions from arrays to arrays.
  */
 
+import { AttentionMaps, greyOf, wordsOf } from "./attention.js";
 import { NormalGenerator } from "./noise.js";
 import { cut, weigh } from "./prompt.js";
 import { SAMPLERS, sample } from "./samplers.js";
@@ -83,9 +84,8 @@ export class Model {
     const channels = this.config.image_channels;
     const pixels = new Float32Array(channels * area);
     for (let i = 0; i < area; i++) {
-      const [red, green, blue] = data.subarray(4 * i, 4 * i + 3);
-      const grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16; // as Pillow computes it
-      const values = channels === 1 ? [grey] : [red, green, blue];
+      const colours = data.subarray(4 * i, 4 * i + 3);
+      const values = channels === 1 ? [greyOf(...colours)] : colours;
       values.forEach((value, k) => (pixels[k * area + i] = value / 127.5 - 1));
     }
     const { latents } = await this.networks.encoder({ pixels: { data: pixels, dims: [1, channels, height, width] } });
@@ -93,8 +93,8 @@ export class Model {
   }
 
   /** Yield {index, sigma, seen, predicted, latents} after each step of one image: what the network saw at noise level
-   * sigma, what it predicted, and what the step reached, as latents for `decode`. */
-  async *generate(given) {
+   * sigma, what it predicted, and what the step reached, as latents for `decode`. `maps` collect its attention. */
+  async *generate(given, maps = new AttentionMaps()) {
     const made = this.settings(given);
     if (/^Negative prompt: /mu.test(made.prompt)) // a recipe could not be read again
       throw new Error("a line of the prompt starts with “Negative prompt: ”: there is a field for that");
@@ -102,13 +102,13 @@ export class Model {
     const count = size.reduce((a, b) => a * b);
     const noise = noiseOf(made, count);
     const levels = samplingSigmas(this.schedule, made.steps, made.spacing, made.finalSigma);
-    const { x: first, sigmas, denoise } = await this.start(made, noise(), levels, await this.denoiser(made, size));
+    const { x: first, sigmas, denoise } = await this.start(made, noise(), levels, await this.denoiser(made, size, maps));
     for await (const { index, now, sigma, x } of sample(denoise, first, sigmas, made.sampler, noise))
       yield { index, sigma: now.sigma, seen: shrunk(now.x, now.sigma), predicted: now.x0, latents: shrunk(x, sigma) };
   }
 
   /** Return denoise(x, sigma), which predicts x0 under classifier-free guidance. */
-  async denoiser(made, size) {
+  async denoiser(made, size, maps) {
     const { scale, interval, towards } = made;
     const texts = [made.prompt, towards?.prompt ?? made.prompt, ...(scale === 1 ? [] : [made.negative])];
     const chunks = this.tokenizer ? Math.max(...texts.map((text) => cut(this.tokenizer, text).length)) : 1;
@@ -118,21 +118,23 @@ export class Model {
     const { clip } = this.config;
     return async (x, sigma) => {
       const guided = both !== null && interval[0] < sigma && sigma <= interval[1];
-      const [x0, conditional] = await this.predict(x, sigma, guided ? both : cond, guided ? 2 : 1, size);
+      const [x0, conditional] = await this.predict(x, sigma, guided ? both : cond, guided ? 2 : 1, size, maps);
       if (guided) conditional.forEach((value, i) => (x0[i] = value + (scale - 1) * (value - x0[i])));
       return clip ? x0.map((value) => Math.min(Math.max(value, -clip), clip)) : x0;
     };
   }
 
   /** Return the x0 that the network predicts from x, once for each of `batch` conditions. */
-  async predict(x, sigma, cond, batch, size) {
+  async predict(x, sigma, cond, batch, size, maps) {
     const { prediction } = this.config;
     const flow = prediction === "flow";
     const by = flow ? 1 / (1 + sigma) : 1 / Math.sqrt(1 + sigma * sigma);
     const t = flow ? (this.schedule.T * sigma) / (1 + sigma) : this.schedule.tAt(sigma);
     const input = new Float32Array(batch * x.length).map((_, i) => by * x[i % x.length]);
     const time = { data: new Float32Array(batch).fill(t), dims: [batch] };
-    const { output } = await this.networks.unet({ x: { data: input, dims: [batch, ...size] }, t: time, ...cond });
+    const inputs = { x: { data: input, dims: [batch, ...size] }, t: time, ...cond };
+    const { output, attention } = await this.networks.unet(inputs);
+    if (attention) maps.add(attention); // older files, and networks without cross-attention, have none
     const [skip, out] = SCALINGS[prediction](sigma);
     return Array.from({ length: batch }, (_, k) => x.map((value, i) => skip * value + out * output.data[k * x.length + i]));
   }
@@ -160,6 +162,11 @@ export class Model {
     const found = { c_crossattn: { data: states.data, dims: [1, count * contextLength, states.dims[2]] } };
     if (pooled) found.c_adm = { data: pooled.data.slice(0, pooled.dims[1]), dims: [1, pooled.dims[1]] };
     return found;
+  }
+
+  /** Return the words of a prompt, {text, map} of the attention to each. */
+  words(prompt, maps) {
+    return this.tokenizer ? maps.of(wordsOf(this.tokenizer, prompt)) : [];
   }
 
   /** Decode what a run has reached; under a mask, the rest is the init image's. */

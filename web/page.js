@@ -1,9 +1,11 @@
 /** The page: reads the settings, asks the worker for images, and shows them. */
 
+import { overlay } from "./attention.js";
 import { Drawing } from "./drawing.js";
 import { recipeText, withText } from "./recipe.js";
 import { SAMPLERS } from "./samplers.js";
 import { Server } from "./server.js";
+import { Words, where } from "./words.js";
 
 const WAIT = 150; // milliseconds after a change, before an image is asked for
 const GRID_SEEDS = 4;
@@ -19,6 +21,7 @@ const drawing = new Drawing($("drawing"), () => ({
   width: Number($("width").value),
   marks: $("tool").value === "mark",
 }));
+const words = new Words($("words"), showAttention);
 let [models, model, runtime, count, loaded] = [[], null, 0, 0, 0];
 let worker; // makes the images: worker.js here, or the server
 
@@ -151,6 +154,7 @@ async function generate() {
   showValues();
   if (!configs.has(model.name)) return;
   delete $("result").dataset.complete;
+  $("attention").hidden = $("attended").inert = true; // the maps are of the image before
   stop(current);
   const name = model.name;
   let given;
@@ -174,10 +178,24 @@ async function generate() {
     const image = await made;
     paint($("image"), image, `“${given.prompt}”, seed ${given.seed}`);
     $("took").textContent = `${given.steps} steps in ${image.seconds.toFixed(2)} s, with the images below`;
+    shown = image;
+    $("attended").inert = false;
+    $("attended").hidden = !image.words?.length;
+    words.set(image.words ?? []);
     await offer(image, name);
   } catch (error) {
     $("took").textContent = error.message;
   }
+}
+
+let shown = null; // the image, with the maps of its words
+
+/** Lay the attention to a word over the image; null takes it away. */
+function showAttention(word) {
+  $("attention").hidden = word === null;
+  const said = word === null ? "" : `“${word.text}” was attended to ${where(word.map)}.`;
+  $("attended-where").textContent = said && `${said} Red is where most, grey where least, over all steps.`;
+  if (word !== null) paint($("attention"), overlay(shown, word.map), said);
 }
 
 function paint(canvas, { data, width, height }, label) {

@@ -50,8 +50,8 @@ export class Server {
     if (step?.seen) step = { ...step, seen: await pixels(step.seen), predicted: await pixels(step.predicted) };
     if (step) this.onmessage({ data: { step: { ...step, id } } });
     if (!image) return false;
-    const png = bytes(image.png);
-    this.onmessage({ data: { image: { id, ...(await pixels(image.png)), png, made, seconds: image.seconds } } });
+    const { words, seconds } = image;
+    this.onmessage({ data: { image: { id, ...(await pixels(image.png)), png: bytes(image.png), made, words, seconds } } });
     return true;
   }
 }

@@ -6,6 +6,7 @@
  */
 
 import * as ort from "./onnxruntime/ort.wasm.bundle.min.mjs";
+import { AttentionMaps } from "./attention.js";
 import { Model } from "./model.js";
 
 const models = new Map(); // name -> Promise of a Model
@@ -72,14 +73,17 @@ async function run({ id, name, ...given }) {
   const made = model.settings(given);
   if (await asked(id)) return;
   const began = performance.now();
+  const maps = new AttentionMaps();
   let step;
-  for await (step of model.generate(given)) {
+  for await (step of model.generate(given, maps)) {
     if (await asked(id)) return;
     if (given.strip) self.postMessage({ step: await frame(model, made, id, step) });
     else self.postMessage({ step: { id, index: step.index, sigma: step.sigma } });
   }
   const image = await model.finish(step.latents, made);
-  self.postMessage({ image: { id, ...image, made: { ...made, init: undefined, mask: undefined }, seconds: (performance.now() - began) / 1000 } });
+  const words = given.strip ? model.words(made.prompt, maps) : [];
+  const seconds = (performance.now() - began) / 1000;
+  self.postMessage({ image: { id, ...image, words, made: { ...made, init: undefined, mask: undefined }, seconds } });
 }
 
 /** Return the two images of a step: what the network saw, and what it predicted. */

@@ -18,6 +18,7 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -40,6 +41,8 @@ from ldm.batching import Blend
 from ldm.checks import LARGEST_FLOAT
 from ldm.diffusion.denoiser import from_vp, to_vp
 from ldm.diffusion.sampling import Step
+from ldm.editing.maps import AttentionMaps, attention_maps
+from ldm.editing.words import Words
 from ldm.generation import plan_sampling
 from ldm.images import to_pil
 from ldm.inference.again import read_image_text
@@ -131,7 +134,7 @@ class Server:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
     def _image(self, job: Job) -> dict[str, Any]:
-        """Make the image; return {png, seconds}, with its events on the way."""
+        """Make the image; return {png, words, seconds}, with its events on the way."""
         asked, began = job.asked, time.monotonic()
         model = self.models.get(str(asked.get("name")))
         if model is None:
@@ -152,9 +155,12 @@ class Server:
             given.setdefault("strength", model.default_strength(init.mask is not None))
         recipe = default_recipe(model, model.path.stem, **given)
         check_memory(recipe, 1, 1)
-        callback = self._callback(job, model, recipe, init)
+        callback, words = self._callback(job, model, recipe, init), []
         if towards is None:
-            (made,) = generate_run(model, [recipe], callback, init)
+            with ExitStack() as hooks:
+                maps = _maps(model, recipe, hooks) if asked.get("strip") else None
+                (made,) = generate_run(model, [recipe], callback, init)
+            words = [] if maps is None else _heat(maps)
             path = self.output.save_sample(made.image, recipe.to_text())
             png = path.read_bytes()
         else:
@@ -163,7 +169,7 @@ class Server:
             own = {name: getattr(recipe, name) for name in ASKED if name != "strength"}
             (image,) = model.generate([ends[0]], recipe.negative, seeds=[ends[1]], callback=callback, **own)
             png = _png(image)
-        return {"png": b64encode(png).decode(), "seconds": time.monotonic() - began}
+        return {"png": b64encode(png).decode(), "words": words, "seconds": time.monotonic() - began}
 
     def _callback(self, job: Job, model: Any, recipe: Recipe, init: InitImage | None) -> Callable[[Step], None]:
         """Return what sends each step, with what the network saw and predicted where that is quickly decoded."""
@@ -303,6 +309,28 @@ async def _body(request: Request) -> Any:
 
 def _refused(status: int, message: str) -> Response:
     return JSONResponse({"failed": {"message": message}}, status, headers=HEADERS)
+
+
+def _maps(model: Any, recipe: Recipe, hooks: ExitStack) -> AttentionMaps | None:
+    """Collect the attention to the words of a prompt; return None where this model or prompt does not let it."""
+    if math.prod(model.latent_size(recipe.height, recipe.width)) > PREVIEWED:
+        return None
+    try:
+        prompt, negative = (Words(model, text or "") for text in (recipe.prompt, recipe.negative))
+        fits = negative.size <= prompt.size  # a longer one pads the prompt with tokens that the maps do not expect
+        return hooks.enter_context(attention_maps(model, [recipe.prompt])) if fits else None
+    except ValueError:  # there are no words, or nothing that attends to them
+        return None
+
+
+def _heat(maps: AttentionMaps) -> list[dict[str, Any]]:
+    """Return the words of the first image, each with its map, as the page has them."""
+    found = []
+    for word in maps.words[0].texts:
+        heat = maps.of(word)
+        data = [round(value, 6) for value in heat.flatten().tolist()]
+        found.append({"text": word, "map": {"data": data, "width": heat.shape[1], "height": heat.shape[0]}})
+    return found
 
 
 def _check_parts(asked: Mapping[str, Any]) -> None:
