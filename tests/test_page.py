@@ -21,6 +21,7 @@ from ldm.commands import page as command
 from ldm.commands.page import ARCHIVE, RUNTIME
 from ldm.commands.page import main as write_page
 from ldm.commands.txt2img import main as txt2img
+from ldm.editing import attention_maps, overlay
 from ldm.onnx.export import NEEDED
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -132,6 +133,63 @@ def test_the_page_makes_pythons_images(browser, folder, tiny_checkpoint, tmp_pat
         page.wait_for_selector("#cells canvas[width] >> nth=19", timeout=PATIENCE)
         assert visit.problems == []
         assert all(url.startswith((visit.address, "blob:", "data:")) for url in visit.requests)
+
+
+def over_the_image(page) -> np.ndarray | None:
+    """The attention map over the image, RGBA; None if there is none."""
+    if not page.is_visible("#attention"):
+        return None
+    code = "(canvas) => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
+    width = page.locator("#attention").evaluate("(canvas) => canvas.width")
+    return np.array(page.locator("#attention").evaluate(code)).reshape(-1, width, 4)
+
+
+@pytest.fixture(params=["by the browser", "by the server"])
+def place(request):
+    """A page, and the address of the same over the checkpoint."""
+    if request.param == "by the browser":
+        return request.getfixturevalue("folder")
+    pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+    return f"{request.getfixturevalue('address')}#token=secret"
+
+
+@with_browser
+def test_the_attention_to_each_word(browser, place, tiny_checkpoint, tmp_path):
+    """By pointing, by the keyboard, and by a tap; its pixels are those of `overlay`."""
+    model = ldm.load(tiny_checkpoint, device="cpu")
+    with attention_maps(model, ["a five"]) as maps:
+        (image,) = model.generate(["a five"], seed=0)
+    expected = {word: np.asarray(overlay(image, maps.of(word))).astype(int) for word in ("a", "five")}
+    with Visit(browser, place, viewport={"width": 360, "height": 740}, has_touch=True) as visit:
+        page = visit.page
+        visit.image(tmp_path)
+        assert page.locator("#words button").all_inner_texts() == ["a", "five"]
+        assert over_the_image(page) is None and page.inner_text("#attended-where") == ""
+        five = page.locator("#words button", has_text="five")
+        five.hover()
+        assert np.abs(over_the_image(page)[..., :3] - expected["five"]).max() <= 3  # of one more rounding in the image
+        said = page.inner_text("#attended-where")
+        assert said.startswith("The attention to “five” is highest ") and ", lowest " in said
+        assert page.get_attribute("#attention", "aria-label") in said
+        page.mouse.move(1, 1)
+        assert over_the_image(page) is None
+        page.locator("#words button").first.focus()
+        assert np.abs(over_the_image(page)[..., :3] - expected["a"]).max() <= 3
+        page.keyboard.press("Tab")
+        assert np.abs(over_the_image(page)[..., :3] - expected["five"]).max() <= 3
+        page.keyboard.press("Tab")
+        assert over_the_image(page) is None
+        five.tap()
+        page.mouse.move(1, 1)
+        assert over_the_image(page) is not None and five.get_attribute("aria-pressed") == "true"
+        page.fill("#seed", "1")
+        page.wait_for_selector("#image[aria-label$='seed 1']", timeout=PATIENCE)
+        assert over_the_image(page) is not None and five.get_attribute("aria-pressed") == "true"
+        five.press("Escape")
+        assert over_the_image(page) is None
+        page.fill("#prompt", "")
+        page.wait_for_selector("#attended", state="hidden", timeout=PATIENCE)
+        assert visit.problems == []
 
 
 @with_browser

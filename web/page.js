@@ -1,11 +1,11 @@
 /** The page: reads the settings, asks the worker for images, and shows them. */
 
-import { overlay } from "./attention.js";
+import { blank, paint } from "./canvas.js";
 import { Drawing } from "./drawing.js";
 import { recipeText, withText } from "./recipe.js";
 import { SAMPLERS } from "./samplers.js";
 import { Server } from "./server.js";
-import { Words, where } from "./words.js";
+import { Words } from "./words.js";
 
 const WAIT = 150; // milliseconds after a change, before an image is asked for
 const GRID_SEEDS = 4;
@@ -21,7 +21,7 @@ const drawing = new Drawing($("drawing"), () => ({
   width: Number($("width").value),
   marks: $("tool").value === "mark",
 }));
-const words = new Words($("words"), showAttention);
+const words = new Words({ section: $("attended"), buttons: $("words"), said: $("attended-where"), canvas: $("attention") });
 let [models, model, runtime, count, loaded] = [[], null, 0, 0, 0];
 let worker; // makes the images: worker.js here, or the server
 
@@ -154,7 +154,7 @@ async function generate() {
   showValues();
   if (!configs.has(model.name)) return;
   delete $("result").dataset.complete;
-  $("attention").hidden = $("attended").inert = true; // the maps are of the image before
+  words.wait();
   stop(current);
   const name = model.name;
   let given;
@@ -178,31 +178,11 @@ async function generate() {
     const image = await made;
     paint($("image"), image, `“${given.prompt}”, seed ${given.seed}`);
     $("took").textContent = `${given.steps} steps in ${image.seconds.toFixed(2)} s, with the images below`;
-    shown = image;
-    $("attended").inert = false;
-    $("attended").hidden = !image.words?.length;
-    words.set(image.words ?? []);
+    words.offer(image);
     await offer(image, name);
   } catch (error) {
     $("took").textContent = error.message;
   }
-}
-
-let shown = null; // the image, with the maps of its words
-
-/** Lay the attention to a word over the image; null takes it away. */
-function showAttention(word) {
-  $("attention").hidden = word === null;
-  const said = word === null ? "" : `“${word.text}” was attended to ${where(word.map)}.`;
-  $("attended-where").textContent = said && `${said} Red is where most, grey where least, over all steps.`;
-  if (word !== null) paint($("attention"), overlay(shown, word.map), said);
-}
-
-function paint(canvas, { data, width, height }, label) {
-  Object.assign(canvas, { width, height });
-  canvas.getContext("2d").putImageData(new ImageData(data, width, height), 0, 0);
-  if (label) canvas.setAttribute("aria-label", label);
-  return canvas;
 }
 
 /** Let the image be downloaded, with the recipe that `ldm txt2img --from-png` reads. */
@@ -317,13 +297,6 @@ async function between() {
 
 function heading(text, scope = "") {
   return Object.assign(document.createElement("th"), { textContent: text, scope });
-}
-
-function blank(label) {
-  const canvas = document.createElement("canvas");
-  canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", label);
-  return canvas;
 }
 
 /** Make an image on a canvas; one that the page no longer shows is not made. */
