@@ -5,9 +5,11 @@ import os
 import shutil
 import tarfile
 import time
+from base64 import b64decode
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from threading import Thread
 
@@ -139,9 +141,8 @@ def over_the_image(page) -> np.ndarray | None:
     """The attention map over the image, RGBA; None if there is none."""
     if not page.is_visible("#attention"):
         return None
-    code = "(canvas) => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
-    width = page.locator("#attention").evaluate("(canvas) => canvas.width")
-    return np.array(page.locator("#attention").evaluate(code)).reshape(-1, width, 4)
+    png = page.locator("#attention").evaluate("(canvas) => canvas.toDataURL().split(',')[1]")
+    return np.asarray(Image.open(BytesIO(b64decode(png)))).astype(int)
 
 
 @pytest.fixture(params=["by the browser", "by the server"])
