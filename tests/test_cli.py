@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from ldm.cli import Parser, check_writable, finite_float, int_range
+from ldm.cli import Parser, check_writable, finite_float, int_range, model_names
 from ldm.program import run, sentence
 from ldm.spelling import nearest_name
 
@@ -253,6 +253,30 @@ def test_nobody_reads_the_output(fast_exit, shell, status, printed):
     code = "print('x', flush=True); import time; time.sleep(0.3); print('x' * 9)" if "head" in shell else "print('x')"
     found, text = program(code, fast_exit, shell=shell)
     assert found == status and text.endswith(printed) and b"Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["digits", "runs/emoji/diffusion/model.safetensors"], ["digits", "model"]),
+        (["a/x/model.safetensors", "b/x/model.safetensors", "x.ckpt"], ["a-x-model", "b-x-model", "x"]),
+        (["a/digits.ckpt", "digits"], ["a-digits", "digits"]),
+        (["a/x.ckpt", "a/x.safetensors"], ["x.ckpt", "x.safetensors"]),
+        ([".", ".."], ["here", "above"]),
+        (["/"], ["model"]),
+        (["50% #1?.safetensors"], ["50% #1?"]),
+    ],
+    ids=str,
+)
+def test_names_of_models(paths, names, tmp_path, monkeypatch):
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    assert model_names(paths) == names
+
+
+def test_a_model_that_is_named_twice():
+    refused("--ckpt names one model twice: a ./a", model_names, ["a", "./a"])
+    refused("--ckpt names one model twice: digits digits", model_names, ["digits", "digits"])
 
 
 def test_a_report_does_not_echo_a_megabyte(capsys):

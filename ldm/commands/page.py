@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ldm.checks import SHIPPED_MODELS, check_file
-from ldm.cli import ALLOW, Parser
+from ldm.checks import check_file
+from ldm.cli import ALLOW, Parser, model_names
 from ldm.input_files import folder_that_ships
 
 PACKAGE = "onnxruntime-web@1.30.0"  # of npm; what computes the networks in the browser
@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.example and len(args.ckpt) > 1:
         raise ValueError(f"--example is for one model, and --ckpt names {len(args.ckpt)}: write a page for each")
-    names = [Path(path).stem if path not in SHIPPED_MODELS else path for path in args.ckpt]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two of the models have one name: {', '.join(names)}")
+    names = model_names(args.ckpt)
     if args.output.exists() and not (args.output.is_dir() and _is_page(args.output)):
         raise ValueError(f"{str(args.output)!r} is not an empty folder, nor a page: nothing there is replaced")
 
@@ -82,7 +80,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _is_page(folder: Path) -> bool:
-    return (folder / "models.json").is_file() or not any(folder.iterdir())
+    """Return whether a folder is empty, or has what this command writes."""
+    own = {"index.html", "page.js", "worker.js", "models.json", "onnxruntime"}
+    return own <= (found := {path.name for path in folder.iterdir()}) or not found
 
 
 def _write_model(path: str, folder: Path, examples: list[str]) -> dict[str, object]:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
-from ldm.cli import Parser, int_range
+from ldm.cli import Parser, int_range, model_names
 from ldm.inference.options import add_model_options, load_model
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.token is not None and not args.token.isascii():
         raise ValueError("--token must be ASCII letters, digits and marks, which a browser can send")
-    if len(set(args.ckpt)) < len(args.ckpt):
-        raise ValueError(f"--ckpt names one model twice: {' '.join(map(str, args.ckpt))}")
+    names = model_names(args.ckpt)
 
     import uvicorn
 
@@ -38,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ldm.inference.serve import Server, make_app
 
     models = {}
-    for path in args.ckpt:
+    for name, path in zip(names, args.ckpt, strict=True):
         own = copy.copy(args)
         own.ckpt = path
-        name = path.stem if path.stem not in models else str(path)
         models[name] = load_model(own)
         if not hasattr(models[name].tokenizer, "encode") and models[name].cond_stage_model is not None:
             raise ValueError(f"the page is for models that read texts, and {str(path)!r} reads something else")
