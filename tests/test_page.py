@@ -214,9 +214,30 @@ def test_a_file_that_is_missing_is_named(browser, folder, tmp_path, lost):
     copy = tmp_path / "page"
     shutil.copytree(folder, copy)
     (name,) = (row["name"] for row in json.loads((folder / "models.json").read_text())["models"])
-    (copy / lost.format(name)).unlink()
+    (copy / lost.format(name)).rename(tmp_path / "kept")
     with Visit(browser, copy) as visit:
         visit.page.wait_for_selector("#status:has-text('cannot be fetched: 404')", timeout=PATIENCE)
+        (tmp_path / "kept").rename(copy / lost.format(name))
+        if lost != "models.json":
+            visit.page.check("#models input")
+            visit.image(tmp_path)
+
+
+@with_browser
+def test_models_that_are_chosen_while_one_loads(browser, folder, tmp_path):
+    """They need the runtime once; and their names may have marks that addresses have, too."""
+    copy, name = tmp_path / "page", "50% #1?"
+    shutil.copytree(folder, copy)
+    index = json.loads((copy / "models.json").read_text())
+    (row,) = index["models"]
+    shutil.copytree(copy / row["folder"], copy / name)
+    index["models"].append(row | {"name": name, "folder": name})
+    (copy / "models.json").write_text(json.dumps(index))
+    with Visit(browser, copy) as visit:
+        visit.page.locator("#models input").nth(1).check()
+        visit.image(tmp_path)
+        assert visit.page.inner_text("#status") == "" and visit.problems == []
+        assert sum(url.endswith(".wasm.gz") for url in visit.requests) == 1
 
 
 @with_browser
@@ -304,9 +325,10 @@ def test_what_is_refused(tiny_checkpoint, tmp_path, monkeypatch):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("mine")
+    (mine / "models.json").write_text("{}")  # of another program
     refused("is not an empty folder, nor a page", write_page, [str(mine), *ckpt])
     refused("--example is for one model", write_page, [str(out), "--example", "a five"])
-    refused("two of the models have one name", write_page, [str(out), "--ckpt", "digits", "digits"])
+    refused("--ckpt names one model twice", write_page, [str(out), "--ckpt", "digits", "digits"])
     refused("is not npm's onnxruntime-web", write_page, [str(out), *ckpt, "--runtime", str(mine / "letter.txt")])
     with pytest.raises(FileNotFoundError, match="archive of onnxruntime-web 'missing.tgz' does not exist"):
         write_page([str(out), *ckpt, "--runtime", "missing.tgz"])

@@ -220,6 +220,12 @@ def test_images_between_two_are_those_of_python(share):
     assert np.abs(np.array(found["rgba"]).reshape(rgba.shape) - rgba).max() <= 1
 
 
+def test_the_last_encoded_prompts_are_kept():
+    prompts = [f"five {i}" for i in range(70)]
+    (found,) = asked({"name": "encoded", "config": CONFIG, "prompts": prompts})
+    assert found == prompts[-64:]
+
+
 class WithEncoder:
     """The same model on tensors, which init images need."""
 

@@ -62,6 +62,11 @@ const tasks = {
   chunks: ({ settings, prompt }) => cut(new Tokenizer(settings), prompt).map(({ tokens, weights }) => [tokens, weights]),
   sigmas: ({ shares, steps, spacing, last }) => samplingSigmas(new Schedule(shares), steps, spacing, last),
   timesteps: ({ shares, sigmas }) => sigmas.map((sigma) => new Schedule(shares).tAt(sigma)),
+  async encoded({ config, prompts }) {
+    const model = new Model(config, networks(config.image_channels, config.downsampling));
+    for (const prompt of prompts) await model.condition(prompt, 1);
+    return [...model.encoded.keys()].map((key) => JSON.parse(key)[0]);
+  },
   async image({ config, given }) {
     const model = new Model(config, networks(config.image_channels, config.downsampling));
     if (given.init) given = { ...given, init: { ...given.init, data: Uint8ClampedArray.from(given.init.data) } };

@@ -12,6 +12,8 @@ import { SAMPLERS, sample } from "./samplers.js";
 import { Schedule, samplingSigmas } from "./schedule.js";
 import { Tokenizer } from "./tokenizer.js";
 
+const ENCODED = 64; // prompts that are kept
+
 /** x0 = skip x + out output, for x = x0 + sigma noise: as `scalings` of `ldm/diffusion/denoiser.py`. */
 const SCALINGS = {
   eps: (sigma) => [1, -sigma],
@@ -139,12 +141,14 @@ export class Model {
     return Array.from({ length: batch }, (_, k) => x.map((value, i) => skip * value + out * output.data[k * x.length + i]));
   }
 
-  /** Encode a prompt, padded to a number of chunks: {c_crossattn: (1, n, d), c_adm: (1, p)}. Each is computed once. */
+  /** Encode a prompt, padded to a number of chunks: {c_crossattn: (1, n, d), c_adm: (1, p)}. The last ones are kept. */
   async condition(prompt, chunks) {
     if (!this.tokenizer) return {};
     const key = JSON.stringify([prompt, chunks]);
-    if (!this.encoded.has(key)) this.encoded.set(key, await this.#encode(prompt, chunks));
-    return this.encoded.get(key);
+    const found = this.encoded.get(key) ?? (await this.#encode(prompt, chunks));
+    this.encoded.set(key, found);
+    if (this.encoded.size > ENCODED) this.encoded.delete(this.encoded.keys().next().value); // the oldest
+    return found;
   }
 
   async #encode(prompt, count) {

@@ -110,8 +110,11 @@ function receive({ data: { loaded: found, progress, step, image, failed } }) {
   }
   if (step) runs.get(step.id)?.step(step);
   if (image) finished(image.id)?.image(image);
-  if (failed && failed.id === null) say(failed.message);
-  else if (failed) finished(failed.id)?.failed(failed.message); // none of a run that was stopped
+  if (failed?.name === model.name) {
+    say(`${failed.message}. Choose a model to try again.`);
+    $("loading").classList.remove("busy");
+    document.querySelector("#models input:checked").checked = false;
+  } else if (failed) finished(failed.id)?.failed(failed.message); // none of a run that was stopped
 }
 
 function finished(id) {

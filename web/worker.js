@@ -11,6 +11,7 @@ import { Model } from "./model.js";
 
 const models = new Map(); // name -> Promise of a Model
 const stopped = new Set();
+let runtime = null; // Promise of onnxruntime's code
 let turn = Promise.resolve(); // runs wait for each other
 
 self.onmessage = ({ data }) => {
@@ -22,20 +23,25 @@ self.onmessage = ({ data }) => {
 async function load({ name, folder }) {
   try {
     ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send
-    ort.env.wasm.wasmBinary ??= await fetched("onnxruntime/ort-wasm-simd-threaded.wasm.gz", name);
-    const text = new TextDecoder().decode(await fetched(`${folder}/model.json`, name));
+    runtime ??= fetched("onnxruntime/ort-wasm-simd-threaded.wasm.gz", name);
+    ort.env.wasm.wasmBinary = await runtime.catch((error) => {
+      runtime = null; // it may be tried again
+      throw error;
+    });
+    const path = (file) => `${encodeURIComponent(folder)}/${file}`;
+    const text = new TextDecoder().decode(await fetched(path("model.json"), name));
     const config = JSON.parse(text.replace(/\bInfinity\b/gu, "1e999")); // as Python writes it
     const files = ["unet", "decoder", ...(config.tokenizer ? ["text"] : [])];
     const networks = {};
-    for (const file of files) networks[file] = await network(await fetched(`${folder}/${file}.onnx.gz`, name));
+    for (const file of files) networks[file] = await network(await fetched(path(`${file}.onnx.gz`), name));
     let encoder; // fetched only for an image to begin with
     networks.encoder = async (inputs) =>
-      (encoder ??= await network(await fetched(`${folder}/encoder.onnx.gz`, name)))(inputs);
+      (encoder ??= await network(await fetched(path("encoder.onnx.gz"), name)))(inputs);
     self.postMessage({ loaded: { name, config } });
     return new Model(config, networks);
   } catch (error) {
     models.delete(name); // it may be tried again
-    failed(null, error);
+    self.postMessage({ failed: { id: null, name, message: error.message } });
     throw error;
   }
 }
