@@ -229,6 +229,6 @@ def test_other_models(kind, tmp_path):
     else:
         model = ldm.load(kind, device="cpu") if isinstance(kind, str) else LatentDiffusion(**kind)
     model = model.eval() if isinstance(kind, str) and kind != "pixels" else randomised(model).eval()
-    assert len(ldm.save(model, tmp_path / "onnx", format="onnx")) == (2 if kind == "pixels" else 3)
+    assert len(ldm.save(model, tmp_path / "onnx", format="onnx")) == (3 if kind == "pixels" else 4)
     prompts = ["", ""] if kind == "pixels" else ["a photo of a cat", "five"]
     check_same_images(ldm.load(tmp_path / "onnx"), model, prompts, steps=4)

@@ -184,6 +184,11 @@ def test_images_are_those_of_python(config, given):
         np.testing.assert_allclose(values, maps[words.places(text)].sum(0).ravel(), atol=1e-5)
 
 
+def test_older_files_have_no_words():
+    found, old = asked(*({"name": "image", "config": CONFIG, "given": {"prompt": "five"}, "old": o} for o in (0, 1)))
+    assert found["rgba"] == old["rgba"] and len(found["words"]) == 1 and old["words"] == []
+
+
 def words_of(prompt: str) -> Words:
     encoder = object.__new__(TextEncoder)
     encoder.__dict__["tokenizer"] = Tokenizer(**CLIP)

@@ -67,8 +67,10 @@ const tasks = {
     for (const prompt of prompts) await model.condition(prompt, 1);
     return [...model.encoded.keys()].map((key) => JSON.parse(key)[0]);
   },
-  async image({ config, given }) {
+  async image({ config, given, old }) {
     const model = new Model(config, networks(config.image_channels, config.downsampling));
+    const { unet } = model.networks;
+    if (old) model.networks.unet = async (inputs) => ({ output: (await unet(inputs)).output });
     if (given.init) given = { ...given, init: { ...given.init, data: Uint8ClampedArray.from(given.init.data) } };
     const levels = [];
     const maps = new AttentionMaps();
