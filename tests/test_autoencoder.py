@@ -67,6 +67,20 @@ def test_wrong_options_are_refused():
     refused("attn_type is 'linear'", small, attn_type="linear")
     refused("double_z", small, double_z=False)
     refused("chs", small, chs=16)
+    refused("patch 0 must be an integer from 1", small, patch=0)
+
+
+def test_patches_are_channels_of_a_smaller_image():
+    x = images()
+    model = small(patch=2, ch_mult=[1, 2], attn_resolutions=[16])  # attention at 16 x 16, the first level
+    inner = small(in_channels=4, out_ch=4, ch_mult=[1, 2], resolution=16, attn_resolutions=[16])
+    assert shapes(model) == shapes(inner) and model.decoder.z_shape == inner.decoder.z_shape
+    assert (model.downsampling, model.image_channels) == (2 * inner.downsampling, 1)
+    squares = x.view(2, 1, 16, 2, 16, 2).permute(0, 3, 5, 1, 2, 4).reshape(2, 4, 16, 16)
+    z = inner.encode(squares).mode()
+    assert torch.equal(model.encode(x).mode(), z)
+    pixels = inner.decode(z).view(2, 2, 2, 16, 16).permute(0, 3, 1, 4, 2).reshape(2, 1, 32, 32)
+    assert torch.equal(model.decode(z), pixels)
 
 
 def test_fold_latent_statistics():

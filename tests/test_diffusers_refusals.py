@@ -171,6 +171,7 @@ def test_tokens_that_were_added_are_named(folder):
         (changed(SD1, "unet", num_heads=-1, num_head_channels=12), "num_head_channels 12"),
         (changed(SD1, "first_stage", embed_dim=3), "embed_dim 3"),
         (changed(SD1, "first_stage", ddconfig=VAE["ddconfig"] | {"tanh_out": True}), "tanh_out True"),
+        (changed(SD1, "first_stage", ddconfig=VAE["ddconfig"] | {"patch": 2}), "patch 2"),
         (changed(SD1, "cond_stage", layer="hidden", layer_index=-2), "layer hidden"),
         (changed(SD1, "cond_stage", pooled=True), "pooled text"),
     ],

@@ -159,7 +159,7 @@ autoencoder stage.params.ddconfig:
   {ch: 16, out_ch: 3, num_res_blocks: 2, attn_resolutions: [16], in_channels: 3, resolution: 64, z_channels: 8,
    ch_mult: [1, 2], dropout: 0.5, resamp_with_conv: false, double_z: false, attn_type: none, tanh_out: true,
    norm_groups: 8,
-   use_linear_attn: {to: true, with: {attn_resolutions: [16]}}, give_pre_end: true}
+   use_linear_attn: {to: true, with: {attn_resolutions: [16]}}, give_pre_end: true, patch: 2}
 diffusion stage.params.unet_config.params:
   {in_channels: 5, model_channels: 32, out_channels: 8, num_res_blocks: 2, attention_resolutions: [1], dropout: 0.5,
    channel_mult: [1, 1], conv_resample: false, dims: 1, num_classes: 11, use_checkpoint: true, num_heads: 2,

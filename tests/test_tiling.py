@@ -25,6 +25,7 @@ KINDS = {
     "attention": {"attn_resolutions": [16]},  # in the middle level, too
     "pooling": {"resamp_with_conv": False},
     "tanh": {"tanh_out": True, "attn_type": "none"},
+    "patches": {"patch": 2, "ch_mult": [1, 2]},
 }
 
 
@@ -59,6 +60,7 @@ def rows_seen(module: torch.nn.Module) -> list[int]:
         ("attention", 52, 48, 8),  # one row of latents in a band
         ("pooling", 36, 24, 16),  # the last band is smaller
         ("tanh", 52, 16, 16),
+        ("patches", 64, 40, 16),
     ],
 )
 @torch.inference_mode()

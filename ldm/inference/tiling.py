@@ -81,13 +81,13 @@ def _decode(decoder: Decoder, z: Tensor, rows: int, store: torch.device) -> Tens
             bands.apply(level.upsample, halo=1, scale=2)
     norm = bands.norm(decoder.norm_out)
     bands.apply(lambda h: decoder.conv_out(F.silu(norm(h))), halo=1)
-    h = bands.joined()
+    h = F.pixel_shuffle(bands.joined(), decoder.patch)
     return torch.tanh(h) if decoder.tanh_out else h
 
 
 def _encode(encoder: Encoder, x: Tensor, rows: int, store: torch.device) -> Tensor:
-    """Return `encoder.compute(x)` for one x (1, c, h, w), in bands of this number of its rows."""
-    bands = _Bands.of(x, rows, store)
+    """Return `encoder.compute(x)` for one x (1, c, h, w), in bands of this number of its rows, a multiple of patch."""
+    bands = _Bands.of(F.pixel_unshuffle(x, encoder.patch), rows // encoder.patch, store)
     bands.apply(encoder.conv_in, halo=1)
     for i, level in enumerate(encoder.down):
         _level(bands, level)

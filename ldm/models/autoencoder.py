@@ -176,12 +176,14 @@ class _Half(nn.Module):
     give_pre_end: bool = False  # the decoder's output is its features before the last norm
     use_linear_attn: bool = False  # must be False: CompVis's attn_type "linear"
     norm_groups: Count = 32  # must divide every width
+    patch: Count = 1  # side of the squares whose pixels are channels of one position of the first level
 
     def __post_init__(self) -> None:
         super().__init__()
         if self.use_linear_attn:
             raise ValueError("use_linear_attn is not supported: leave it out")
         self.num_resolutions, self.temb_ch = len(self.ch_mult), 0
+        self.downsampling = self.patch * 2 ** (len(self.ch_mult) - 1)  # f, pixels per latent
         self.tiling: Any = None  # `ldm.inference.tiling.Tiling`, to compute in less memory
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ class _Half(nn.Module):
         """Return level i with `count` residual blocks, the first of which takes `channels`."""
         width = self.ch * self.ch_mult[i]
         blocks = [self.residual(channels if j == 0 else width, width) for j in range(count)]
-        has_attention = self.resolution // 2**i in self.attn_resolutions
+        has_attention = self.resolution // (self.patch * 2**i) in self.attn_resolutions
         return _Level(blocks, [self.attend(width) for _ in blocks] if has_attention else [])
 
     def middle(self, width: int) -> nn.Sequential:
@@ -211,12 +213,12 @@ class _Half(nn.Module):
 
 
 class Encoder(_Half):
-    """Pixels (b, in_channels, h, w) -> (b, 2 z_channels, h / f, w / f) with f = 2^(len(ch_mult) - 1)."""
+    """Pixels (b, in_channels, h, w) -> (b, 2 z_channels, h / f, w / f) with f = patch 2^(len(ch_mult) - 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.in_ch_mult = (1, *self.ch_mult)
-        self.conv_in = nn.Conv2d(self.in_channels, self.ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(self.in_channels * self.patch**2, self.ch, 3, padding=1)
         self.down: Any = nn.ModuleList()
         width = self.ch
         for i, mult in enumerate(self.ch_mult):
@@ -230,9 +232,9 @@ class Encoder(_Half):
         self.conv_out = nn.Conv2d(width, 2 * self.z_channels if self.double_z else self.z_channels, 3, padding=1)
 
     def compute(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for i, level in enumerate(self.down):
-            h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
+            h = level(h)  # (b, ch * ch_mult[i], h / (patch 2^i), w / (patch 2^i))
             if i < len(self.down) - 1:
                 h = level.downsample(h)
         h = self.mid(h)
@@ -244,7 +246,7 @@ class Decoder(_Half):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.resolution // 2 ** (len(self.ch_mult) - 1)
+        size = self.resolution // self.downsampling
         self.z_shape = (1, self.z_channels, size, size)  # of images of height `resolution`, for callers that read it
         width = self.ch * self.ch_mult[-1]
         self.conv_in = nn.Conv2d(self.z_channels, width, 3, padding=1)
@@ -258,18 +260,18 @@ class Decoder(_Half):
             levels.append(level)
         self.up: Any = nn.ModuleList(reversed(levels))
         self.norm_out = normalization(width, self.norm_groups, EPS)
-        self.conv_out = nn.Conv2d(width, self.out_ch, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, self.out_ch * self.patch**2, 3, padding=1)
 
     def compute(self, x: Tensor) -> Tensor:
         self.last_z_shape = x.shape  # for callers that read it
         h = self.mid(self.conv_in(x))
         for i, level in reversed(list(enumerate(self.up))):
-            h = level(h)  # (b, ch * ch_mult[i], h / 2^i, w / 2^i)
+            h = level(h)  # (b, ch * ch_mult[i], h / (patch 2^i), w / (patch 2^i))
             if i > 0:
                 h = level.upsample(h)
         if self.give_pre_end:
-            return h  # (b, ch * ch_mult[0], h, w)
-        h = self.conv_out(nonlinearity(self.norm_out(h)))  # (b, out_ch, h, w)
+            return h  # (b, ch * ch_mult[0], h / patch, w / patch)
+        h = F.pixel_shuffle(self.conv_out(nonlinearity(self.norm_out(h))), self.patch)  # (b, out_ch, h, w)
         return torch.tanh(h) if self.tanh_out else h
 
 
@@ -290,8 +292,7 @@ class Autoencoder(nn.Module):
         self.embed_dim = embed_dim
         part = f"{type(self).__name__}: ddconfig"
         self.encoder, self.decoder = call_with(part, Encoder, ddconfig), call_with(part, Decoder, ddconfig)
-        self.image_channels = self.encoder.conv_in.in_channels
-        self.downsampling = 2 ** (len(self.encoder.down) - 1)  # f, pixels per latent
+        self.image_channels, self.downsampling = self.encoder.in_channels, self.encoder.downsampling
 
     def decode(self, z: Tensor) -> Tensor:
         """Return pixels (b, c, h, w), not clamped to [-1, 1], in the parameters' dtype, of z (b, embed_dim, ...)."""
