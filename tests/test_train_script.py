@@ -94,6 +94,14 @@ def test_the_model_that_ships(mnist, tmp_path):
     assert_draws(tmp_path / "runs", "L", 32)
 
 
+def test_the_speedrun(mnist, tmp_path):
+    changes = [f"data.params.root={mnist}", "data.params.first=null", f"outdir={tmp_path / 'runs'}"]
+    paths = [str(ROOT / "configs" / "speedrun" / f"{stage}.yaml") for stage in ("autoencoder", "diffusion")]
+    train.main([*paths, *SHORT, *changes, "--device", "cpu"])
+    (image,) = ldm.load(tmp_path / "runs" / "diffusion", device="cpu").generate(["a handwritten digit five"])
+    assert (image.mode, image.size) == ("L", (32, 32)) and not list(tmp_path.rglob("resume.pt"))
+
+
 def test_the_two_digit_systems_are_alike():
     """configs/sklearn is configs/digits on other data, smaller and shorter: one is a first look at the other."""
     for stage in STAGES:
