@@ -29,7 +29,7 @@ class WithAttention(nn.Module):
     def forward(self, x: Tensor, t: Tensor, c_crossattn: Tensor, c_adm: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the output (b, z, h, w) and the attention (b, m, h, w) to m tokens."""
         maps: list[Tensor] = []
-        sizes: list[torch.Size] = []
+        sizes: list[tuple[int, ...]] = []
 
         def enter(module: nn.Module, args: tuple) -> None:
             sizes.append(args[0].shape[2:])
@@ -51,5 +51,5 @@ class WithAttention(nn.Module):
         return output, torch.stack([_resized(one, largest) for one in maps]).mean(0)
 
 
-def _resized(maps: Tensor, size: torch.Size) -> Tensor:
-    return maps if maps.shape[2:] == size else F.interpolate(maps, size, mode="bilinear", align_corners=False)
+def _resized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    return maps if maps.shape[2:] == size else F.interpolate(maps, list(size), mode="bilinear", align_corners=False)
