@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from ldm.cli import Parser, check_writable, finite_float, int_range, model_names
+from ldm.cli import Parser, check_writable, finite_float, int_range
+from ldm.model_names import model_names
 from ldm.program import run, sentence
 from ldm.spelling import nearest_name
 

@@ -29,7 +29,7 @@ FLOORS = (
     ("checkpoint",),
     ("diffusion", "models"),
     ("interpolation", "labels"),
-    ("util", "images", "cli", "program", "batching", "settings", "input_files"),
+    ("util", "images", "cli", "program", "batching", "settings", "input_files", "model_names"),
     ("legacy_paths", "changes", "checks", "spelling", "arrays"),
     ("legacy_names",),
 )

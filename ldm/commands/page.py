@@ -16,8 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ldm.checks import check_file
-from ldm.cli import ALLOW, Parser, model_names
+from ldm.cli import ALLOW, Parser
 from ldm.input_files import folder_that_ships
+from ldm.model_names import model_names
 
 PACKAGE = "onnxruntime-web@1.30.0"  # of npm; what computes the networks in the browser
 ARCHIVE = PACKAGE.replace("@", "-") + ".tgz"

@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
-from ldm.cli import Parser, int_range, model_names
+from ldm.cli import Parser, int_range
 from ldm.inference.options import add_model_options, load_model
+from ldm.model_names import model_names
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NEEDED = ("starlette", "uvicorn")
