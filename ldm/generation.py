@@ -99,6 +99,8 @@ def generate(
         for batch in parts:
             part, start = None if init is None else init[batch], None if noise is None else noise[batch]
             options = {"chunks": lengths[batch.start], "clip_skip": chosen.clip_skip, "plain": chosen.plain}
+            if hasattr(model.cond_stage_model, "with_sizes"):
+                options["sizes"] = (height, width), (0, 0), (height, width)
             cond = model.condition(prompts[batch], **options)
             uncond = None if scale == 1 else model.condition(negatives[batch], **options)
             pixels = _sample(model, run, prompts[batch], cond, uncond, seeds[batch], start, part)

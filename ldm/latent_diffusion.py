@@ -194,9 +194,17 @@ class LatentDiffusion(nn.Module):
         return None if self.cond_stage_model is None else self.cond_stage_model.null
 
     def condition(
-        self, prompts: Sequence[Any] | Tensor, chunks: int | None = None, clip_skip: int = 1, plain: bool = False
+        self,
+        prompts: Sequence[Any] | Tensor,
+        chunks: int | None = None,
+        clip_skip: int = 1,
+        plain: bool = False,
+        sizes: Sequence[Sequence[int]] | None = None,
     ) -> Conditioning:
-        """Encode prompts (or classes or images) as `encode_prompts` does; {} for an unconditional model."""
+        """Encode prompts (or classes or images) as `encode_prompts` does; {} for an unconditional model.
+
+        sizes: as in `SizedTextEncoder`, for models that have one. None: the model's own size, not cropped.
+        """
         if self.cond_stage_model is None:
             return {}
         prompts = prompts.to(self.device) if isinstance(prompts, Tensor) else prompts
@@ -205,6 +213,9 @@ class LatentDiffusion(nn.Module):
                 for device_type in {"cpu", self.device.type}:
                     contexts.enter_context(torch.autocast(device_type))
             cond = encode_prompts(self.cond_stage_model, prompts, chunks, clip_skip, plain)
+        if hasattr(self.cond_stage_model, "with_sizes"):
+            own = self.defaults["height"], self.defaults["width"]
+            cond = self.cond_stage_model.with_sizes(cond, (own, (0, 0), own) if sizes is None else sizes)
         return {key: value.to(self.device) for key, value in cond.items()}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

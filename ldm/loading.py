@@ -29,6 +29,7 @@ PART_OF = {
     networks.VQ_TARGET: "first_stage",
     networks.UNET_TARGET: "unet",
     networks.TEXT_TARGET: "text",
+    networks.SIZED_TEXT_TARGET: "text",
     networks.BERT_TARGET: "text",
 }
 OPTIONS = {"first_stage": "vae", "unet": "unet"}

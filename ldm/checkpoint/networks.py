@@ -19,6 +19,7 @@ UNET_TARGET = "ldm.models.unet.UNetModel"
 KL_TARGET = "ldm.models.autoencoder.AutoencoderKL"
 VQ_TARGET = "ldm.models.vq_autoencoder.VQModelInterface"
 TEXT_TARGET = "ldm.conditioning.text.TextEncoder"
+SIZED_TEXT_TARGET = "ldm.conditioning.sized_text.SizedTextEncoder"
 BERT_TARGET = "ldm.conditioning.bert.BERTEncoder"
 CLASSES_TARGET = "ldm.conditioning.classes.ClassEmbedder"
 RESCALER_TARGET = "ldm.conditioning.spatial.SpatialRescaler"
@@ -35,7 +36,7 @@ BUILT_IN = {
     **{"ldm.models.identity": "IdentityFirstStage", "ldm.models.classifier": "Judge FeatureNetwork"},
     **{"ldm.models.image_encoder": "ImageEncoder"},
     **{"ldm.conditioning.text": "TextEncoder", "ldm.conditioning.bert": "BERTEncoder"},
-    **{"ldm.conditioning.word_sum": "WordSum"},
+    **{"ldm.conditioning.sized_text": "SizedTextEncoder", "ldm.conditioning.word_sum": "WordSum"},
     **{"ldm.conditioning.classes": "ClassEmbedder ClassLabels", "ldm.conditioning.layout": "LayoutEncoder"},
     **{"ldm.conditioning.spatial": "SpatialRescaler ConcatImage", "ldm.optional.simple_unet": "SimpleUNet"},
     **{

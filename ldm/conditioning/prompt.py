@@ -86,7 +86,8 @@ def encode_prompts(
     chunks.
 
     Args:
-        encoder: a TextEncoder, or one of `ldm.onnx`; any other conditioner is called as it is, without reading syntax.
+        encoder: a TextEncoder or SizedTextEncoder, or one of `ldm.onnx`; any other conditioner is called as it is,
+            without reading syntax.
         prompts: texts, or `Blend`s of two; classes or images for other conditioners.
         chunks: k, to which shorter prompts are padded with empty chunks. None: the longest prompt's number, so that a
             prompt's conditioning depends on the others in its batch; see `count_chunks`.
@@ -129,6 +130,8 @@ def encode_prompts(
     out = {"c_crossattn": rearrange(states, "(b k) n d -> b (k n) d", k=k)}
     if "c_adm" in cond:
         out["c_adm"] = rearrange(cond["c_adm"], "(b k) p -> b k p", k=k)[:, 0]
+    if hasattr(encoder, "emptied"):
+        out = encoder.emptied(out, distinct)
     return {key: value[which] for key, value in out.items()}
 
 
