@@ -353,7 +353,6 @@ def test_models_that_lack_a_part():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,)}, "Stable Diffusion XL"),
         ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (9, 3)}, "Stable Diffusion 3"),
         ({"joint_blocks.0.x_block.attn.qkv.weight": (9, 3)}, "Stable Diffusion 3"),
         ({"double_blocks.0.img_attn.qkv.weight": (9, 3)}, "Flux"),
@@ -383,20 +382,6 @@ def test_other_files_are_refused_by_name(names, message):
     with pytest.raises(ValueError, match=message) as caught:
         recognise(on_meta(names))
     assert "\n" not in str(caught.value)
-
-
-def test_sdxl_is_refused_with_and_without_what_surrounds_it():
-    unet = {
-        **BASE | CROSS | {"context_dim": 2048, "num_classes": "sequential", "adm_in_channels": 2816},
-        **levels([1, 2], 1, [2]),
-        **{"transformer_depth": 2, "use_linear_in_transformer": True},
-    }
-    with torch.device("meta"):
-        sizes = shapes(UNetModel(**unet))
-    refused("Stable Diffusion XL, which is not supported", recognise, on_meta(sizes))
-    complete = {UNET + name: shape for name, shape in sizes.items()}
-    complete["conditioner.embedders.1.model.ln_final.bias"] = (8,)
-    refused("Stable Diffusion XL, which is not supported", recognise, on_meta(complete))
 
 
 def test_models_of_unknown_make_say_what_was_seen():

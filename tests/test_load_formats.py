@@ -311,8 +311,8 @@ def test_numbers_of_the_wrong_kind(theirs, tmp_path, dtype):
 
 
 def test_what_is_no_model(tmp_path, complete):
-    foreign = write("safetensors", tmp_path / "a.safetensors", {"conditioner.embedders.0.x": torch.zeros(1)})
-    refused("checkpoint '.*a.safetensors': .*Stable Diffusion XL", load, foreign)
+    foreign = write("safetensors", tmp_path / "a.safetensors", {"joint_blocks.0.x": torch.zeros(1)})
+    refused("checkpoint '.*a.safetensors': .*Stable Diffusion 3", load, foreign)
     (tmp_path / "empty").mkdir()
     refused("model_index.json", load, tmp_path / "empty")
     content = complete.read_bytes()

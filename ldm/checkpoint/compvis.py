@@ -17,6 +17,7 @@ from ldm.checks import few
 from ldm.diffusion.schedule import MIN_ALPHA_BAR, make_schedule
 
 EMA_PREFIX = "model_ema."
+XL_PREFIX = "conditioner."  # Stable Diffusion XL's, for networks.PREFIXES["text"]
 
 SCHEDULE_BUFFERS = (
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
@@ -33,7 +34,9 @@ _STRAYS = (
     "ddim_(sigmas|alphas|alphas_prev|sqrt_one_minus_alphas)",  # a sampler's, saved into LDM's inpainting_big by mistake
     r"model_ema\..*",  # a second copy of the UNet (or of an autoencoder in training), unless it was asked for
     r"first_stage_model\.(loss|model_ema)\..*",  # discriminator, LPIPS and EMA of the autoencoder's own training
-    r"cond_stage_model\.transformer\.text_model\.embeddings\.position_ids",  # 0, 1, 2 ...: transformers before 4.31
+    # 0, 1, 2 ...: transformers before 4.31
+    r"cond_stage_model\.(embedders\.0\.)?transformer\.text_model\.embeddings\.position_ids",
+    r"denoiser\.sigmas",  # Stable Diffusion XL's schedule, in some of its descendants
     r"cond_stage_model\.logit_scale",  # ComfyUI's wrapper around CLIP; not part of the text tower
     r"embedding_manager\..*",  # textual inversion's, which the DreamBooth fork of its code carries along unused
 )
@@ -45,6 +48,7 @@ _RENAMES = (
     (r"diffusion_model\.", "model.diffusion_model."),
     (r"(encoder|decoder|quantize|quant_conv|post_quant_conv|loss)\.", r"first_stage_model.\1."),
     (r"vae\.", "first_stage_model."),
+    (re.escape(XL_PREFIX), "cond_stage_model."),
     # CLIP in transformers' layout, as NovelAI's files and transformers from 5.6 on name it
     (r"(cond_stage_model\.transformer\.)(embeddings|encoder|final_layer_norm)\.", r"\1text_model.\2."),
 )
@@ -160,9 +164,14 @@ def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dic
     if params["prediction"] == "flow":
         raise ValueError("CompVis's format cannot say that a network predicts flow: save the model as ours")
     added = schedule_buffers(params["schedule"])
-    if kind(params["cond_stage_config"]) == "clip":
-        name = f"{networks.PREFIXES['text']}transformer.text_model.embeddings.position_ids"
-        added[name] = torch.arange(params["cond_stage_config"]["params"].get("context_length", 77))[None]
+    text, prefix = params["cond_stage_config"], networks.PREFIXES["text"]
+    if kind(text) == "sdxl":
+        state = {re.sub("^" + re.escape(prefix), XL_PREFIX, name): tensor for name, tensor in state.items()}
+        text = {"target": networks.TEXT_TARGET, "params": text["params"]["embedders"][0]}
+        prefix = f"{XL_PREFIX}embedders.0."
+    if kind(text) == "clip":
+        name = f"{prefix}transformer.text_model.embeddings.position_ids"
+        added[name] = torch.arange(text["params"].get("context_length", 77))[None]
     if params["scale_factor"] != SCALE_FACTORS.get(params["first_stage_config"]["target"]):
         added["scale_factor"] = torch.tensor(params["scale_factor"])
     if params["prediction"] == "v":
@@ -195,16 +204,20 @@ _SUFFIXES = {"latents": "-instruct-pix2pix", "mask_latents": "-inpainting", "lat
 _REPOSITORIES = {
     "stable-diffusion-v1": "https://github.com/CompVis/stable-diffusion",
     "stable-diffusion-v2": "https://github.com/Stability-AI/stablediffusion",
+    "stable-diffusion-xl-v1": "https://github.com/Stability-AI/generative-models",
     "latent-diffusion": "https://github.com/CompVis/latent-diffusion",
 }
 
 
 def _modelspec(params: Config) -> dict[str, str]:
     text = kind(params["cond_stage_config"])
-    line = {"clip": "stable-diffusion-v1", "openclip": "stable-diffusion-v2"}.get(text, "latent-diffusion")
+    lines = {"clip": "stable-diffusion-v1", "openclip": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1"}
+    line = lines.get(text, "latent-diffusion")
     architecture = line + _SUFFIXES[params.get("concat")]
     if architecture == "stable-diffusion-v2":
         architecture += "-768-v" if params["prediction"] == "v" else "-512"
+    elif architecture == "stable-diffusion-xl-v1":
+        architecture += "-base"
     return {
         "format": "pt",  # which transformers demands
         "modelspec.sai_model_spec": "1.0.0",

@@ -9,7 +9,7 @@ import torch
 from ldm.checkpoint import networks
 from ldm.checkpoint.compvis import has_part, tidy
 from ldm.checkpoint.family_table import FAMILIES, SCALE_FACTORS, SD2_BASE, Family, find_concat, find_family, kind
-from ldm.checkpoint.foreign import SDXL, WANTED, refuse_foreign
+from ldm.checkpoint.foreign import WANTED, refuse_foreign
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import Shapes, infer_conditioner, infer_first_stage, infer_unet, under
 from ldm.checkpoint.tensors import State
@@ -22,7 +22,7 @@ _SD2_STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v", 140_000: "v"}
 # modelspec.prediction_type; diffusers' words for it, too
 _HEADER_PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "sample": "x0", "x0": "x0"}
 SD1_WIDTH = 320  # of the published UNets, whose descendants all predict eps
-_SDXL_POOLED = (2816, 2560)  # pooled text and sizes that SDXL's UNets take: base, refiner
+_XL_SIZES = 6 * 256  # features of the sizes that Stable Diffusion XL's UNet takes behind 1280 of pooled text
 
 
 class Recognised(NamedTuple):
@@ -92,7 +92,7 @@ def _model(
     schedule, schedule_note = _schedule(state, family)
     scale_factor, origin = stored_scale_factor(state), "read from the file"
     if scale_factor is None:
-        scale_factor, origin = SCALE_FACTORS[first_stage["target"]], "assumed"
+        scale_factor, origin = family.scale_factor or SCALE_FACTORS[first_stage["target"]], "assumed"
     defaults = family.defaults(_downsampling(first_stage))
     if schedule.get("zero_terminal_snr", False):
         defaults["spacing"] = "trailing"  # the others do not begin at T - 1, where alone there is no signal
@@ -122,7 +122,12 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
     params = {} if conditioner is None else conditioner["params"]
     if kind(conditioner) == "rescaler":
         params["n_stages"] = int(math.log2(_downsampling(first_stage)))  # halvings to the latents' size
-    if "num_classes" in unet:
+    if kind(conditioner) == "sdxl":
+        with_sizes = params["embedders"][-1].get("projection_dim", 0) + _XL_SIZES
+        if unet.get("adm_in_channels") != with_sizes:
+            found = f"the UNet takes {unet.get('adm_in_channels', 0)} numbers beside the context (label_emb)"
+            raise ValueError(f"{found}, and Stable Diffusion XL's pooled text and sizes are {with_sizes}")
+    elif "num_classes" in unet:
         if kind(conditioner) != "openclip" or unet.get("adm_in_channels") != params["projection_dim"]:
             raise ValueError("the UNet takes classes or pooled text (label_emb), which no encoder in the file provides")
         params["pooled"] = True
@@ -219,11 +224,9 @@ def _sizes(unet: Config, first_stage: Config, conditioner: Config | None) -> str
 def _unet_alone(shapes: Shapes) -> Recognised:
     """Recognise a UNet alone: its family shows in its context and channels."""
     unet = infer_unet(shapes)
-    if unet.get("adm_in_channels") in _SDXL_POOLED:
-        raise ValueError(f"the file {SDXL}")
     conditioner = {None: None, 1280: "bert"}.get(unet.get("context_dim"), "clip")
     if unet.get("use_linear_in_transformer", False):
-        conditioner = "openclip"
+        conditioner = "sdxl" if unet.get("adm_in_channels") == 1280 + _XL_SIZES else "openclip"
     z = unet["out_channels"]
     concat = find_concat(unet["in_channels"] - z, z, conditioner is not None)
     family = FAMILIES.get((conditioner, "kl" if z == 4 else "vq", concat))

@@ -28,6 +28,7 @@ class Family:
     steps: int = 50
     scale: float = 1.0
     prediction: str = "eps"
+    scale_factor: float | None = None  # of latents, where it is not that of its kind of first stage
 
     @property
     def schedule(self) -> Config:
@@ -46,9 +47,9 @@ SD2_BASE = Family("sd-v2-base", "Stable Diffusion 2 base", _SD2, scale=9.0)
 
 # (conditioner, first stage, concat) -> family. Heads, schedules and sizes: the yamls that were published beside the
 # weights; steps and scales: the defaults of their own scripts (latent-diffusion, stable-diffusion, stablediffusion:
-# scripts/txt2img.py, inpaint.py; instruct-pix2pix: edit_cli.py), save for LDM's text-to-image, class-conditional and
-# super-resolution models: what its README and notebooks use. Unconditional models: CelebA-HQ, FFHQ and LSUN bedrooms
-# have a VQ first stage, LSUN churches a KL one.
+# scripts/txt2img.py, inpaint.py; instruct-pix2pix: edit_cli.py; XL: diffusers' pipeline), save for LDM's text-to-image,
+# class-conditional and super-resolution models: what its README and notebooks use. Unconditional models: CelebA-HQ,
+# FFHQ and LSUN bedrooms have a VQ first stage, LSUN churches a KL one.
 FAMILIES = {
     (conditioner, first_stage, concat): Family(name, title, heads, **dict[str, Any](rest))
     for conditioner, first_stage, concat, name, title, heads, rest in (
@@ -60,6 +61,10 @@ FAMILIES = {
             {"latents": 96, "scale": 9.0, "prediction": "v"},
         ),
         ("openclip", "kl", "mask_latents", "sd-v2-inpainting", "Stable Diffusion 2 inpainting", _SD2, {"scale": 9.0}),
+        (
+            *("sdxl", "kl", None, "sdxl", "Stable Diffusion XL", _SD2),
+            {"latents": 128, "scale": 5.0, "scale_factor": 0.13025},
+        ),
         ("bert", "kl", None, "ldm-text2img", "LDM text-to-image (1.45B)", _SD1, {"latents": 32, "scale": 5.0}),
         ("bert", "vq", None, "ldm-layout2img", "LDM layout-to-image", _WIDE_32, {"betas": (0.0015, 0.0205)}),
         (
@@ -92,6 +97,8 @@ def kind(config: Mapping[str, Any] | None) -> str | None:
         return None
     if config["target"] == networks.TEXT_TARGET:
         return "clip" if config["params"]["layout"] == "transformers" else "openclip"
+    if config["target"] == networks.SIZED_TEXT_TARGET:
+        return "sdxl" if len(config["params"]["embedders"]) > 1 else "sdxl-refiner"
     return _KINDS.get(config["target"], config["target"])
 
 
@@ -106,7 +113,7 @@ def find_family(in_channels: int, first_stage: Config, conditioner: Config | Non
     elif conditioner is not None and kind(conditioner) == "rescaler":
         params = conditioner["params"]
         given = params.get("in_channels", 3) if params.get("out_channels") is None else params["out_channels"]
-    concat = find_concat(int(in_channels) - z - given, z, kind(conditioner) in ("clip", "openclip"))
+    concat = find_concat(int(in_channels) - z - given, z, kind(conditioner) in ("clip", "openclip", "sdxl"))
     return FAMILIES.get((kind(conditioner), kind(first_stage), concat)), concat
 
 

@@ -5,16 +5,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-WANTED = "supported are Stable Diffusion 1 and 2, and the latent diffusion models before them"
+WANTED = "supported are Stable Diffusion 1, 2 and XL, and the latent diffusion models before them"
 EMBEDDING = "load the model that it was learned with, and this with --embedding FILE"
-SDXL = f"is Stable Diffusion XL, which is not supported: {WANTED}"
 
 # A pattern that is found in a name -> what the file is and what would be right; the first that fits counts.
 _FOREIGN = {
     r"^lora_(unet|te)|\.lora[._](up|down|A|B)\.|_lora\.(up|down)\.|\.(hada_w1|lokr_w1|oft_)": (
         "holds LoRA weights, which change a model: load the model they are for, with --lora FILE"
     ),
-    r"^conditioner\.embedders\.": SDXL,
     r"\bjoint_blocks\.": f"is Stable Diffusion 3, which is not supported: {WANTED}",
     r"\bdouble_blocks\.": f"is Flux, which is not supported: {WANTED}",
     r"^control_model\.|^(zero_convs|input_hint_block)\.|^controlnet_(down_blocks|cond_embedding)\.": (

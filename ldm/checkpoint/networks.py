@@ -56,6 +56,13 @@ CLIP_SETTINGS = {"layout": "transformers", "activation": "quick_gelu", "layer": 
 OPENCLIP_SETTINGS = {"layout": "openclip", "activation": "gelu", "layer": "penultimate"}
 
 
+def sized_text(towers: list[Config], **more: Any) -> Config:
+    """Return {"target", "params"} of Stable Diffusion XL's conditioner, from TextEncoder's arguments of its towers."""
+    embedders = [tower | {"layer": "hidden", "layer_index": -2} for tower in towers]
+    embedders[-1] = embedders[-1] | {"pooled": True}
+    return {"target": SIZED_TEXT_TARGET, "params": {"embedders": embedders, **more}}
+
+
 class Found(NamedTuple):
     """What a file or folder holds: {"target": class, "params": ...}, its tensors, and notes about it."""
 

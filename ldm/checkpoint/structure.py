@@ -13,8 +13,8 @@ from ldm.checks import few
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-CLIP_HEAD_WIDTH = 64  # of every CLIP published, by OpenAI and by open_clip up to ViT-H; the weights do not show it
-
+CLIP_HEAD_WIDTH = 64  # of every CLIP published, by OpenAI and by open_clip up to ViT-bigG; the weights do not show it
+EMBEDDERS = "embedders."  # the numbered towers of Stable Diffusion XL's conditioner
 
 _CLIP = "transformer.text_model."
 _CLIP_TOKENS, _OPENCLIP_TOKENS = f"{_CLIP}embeddings.token_embedding.weight", "model.token_embedding.weight"
@@ -178,6 +178,8 @@ def infer_first_stage(shapes: Shapes) -> Config:
 
 def infer_conditioner(shapes: Shapes) -> Config:
     """Return {"target", "params"} of the conditioner whose signature fits; a rescaler's n_stages is missing."""
+    if any(name.startswith(EMBEDDERS) for name in shapes):
+        return _infer_towers(shapes)
     mark = next((mark for mark in CONDITIONERS if mark in shapes), None)
     if mark is None:
         known = "a CLIP or BERT text encoder, class embedding or rescaler"
@@ -198,6 +200,14 @@ def infer_conditioner(shapes: Shapes) -> Config:
     if "channel_mapper.bias" in shapes:
         params["bias"] = True
     return {"target": target, "params": params}
+
+
+def _infer_towers(shapes: Shapes) -> Config:
+    """Return Stable Diffusion XL's conditioner: the states before the last block, without the final norm."""
+    towers = [infer_conditioner(under(shapes, f"{EMBEDDERS}{i}.")) for i in range(count(shapes, EMBEDDERS))]
+    if not all(tower["target"] == networks.TEXT_TARGET for tower in towers):
+        raise ValueError(f"the conditioner's {EMBEDDERS}* are not all CLIP text encoders, as Stable Diffusion XL's are")
+    return networks.sized_text([tower["params"] for tower in towers])
 
 
 def misfits(expected: Shapes, found: Shapes) -> str:

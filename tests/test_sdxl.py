@@ -1,0 +1,97 @@
+"""Stable Diffusion XL's names and shapes at full size, on the meta device, and what its files hold."""
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import refused
+from golden_fill import published_shapes, shapes
+from meta_models import built, on_meta
+from torch import Tensor
+
+from ldm.checkpoint.compvis import normalise, single_file
+from ldm.checkpoint.families import recognise
+from ldm.conditioning.text import TextEncoder
+from ldm.models.unet import UNetModel
+
+UNET, TEXT = "model.diffusion_model.", "conditioner.embedders."
+CLIP = ("transformers", 768, 12, 12, "quick_gelu")
+BIGG = ("openclip", 1280, 32, 20, "gelu")
+
+
+def count(sizes: dict[str, tuple[int, ...]], prefix: str) -> tuple[int, int]:
+    """How many parameters, in how many tensors."""
+    found = [torch.Size(shape).numel() for name, shape in sizes.items() if name.startswith(prefix)]
+    return sum(found), len(found)
+
+
+@cache
+def base() -> dict[str, tuple[int, ...]]:
+    """The names and shapes of sd_xl_base_1.0.safetensors, after generative-models' sd_xl_base.yaml."""
+    with torch.device("meta"):
+        networks = {
+            UNET: UNetModel(
+                **{"image_size": None, "in_channels": 4, "model_channels": 320, "out_channels": 4, "num_res_blocks": 2},
+                **{"attention_resolutions": [4, 2], "channel_mult": [1, 2, 4], "num_head_channels": 64},
+                **{"use_spatial_transformer": True, "transformer_depth": [1, 2, 10], "context_dim": 2048},
+                **{"num_classes": "sequential", "adm_in_channels": 2816, "use_linear_in_transformer": True},
+                legacy=False,
+            ),
+            f"{TEXT}0.": TextEncoder(*CLIP),
+            f"{TEXT}1.": TextEncoder(*BIGG),
+        }
+    found = {prefix + name: shape for prefix, own in networks.items() for name, shape in shapes(own).items()}
+    found[f"{TEXT}0.transformer.text_model.embeddings.position_ids"] = (1, 77)
+    vae = "first_stage_model."
+    return found | {vae + name: shape for name, shape in published_shapes("sd-v1", vae).items()}
+
+
+def state(**changes: tuple[int, ...]) -> dict[str, Tensor]:
+    return on_meta(base() | changes)
+
+
+def test_the_base_model_is_recognised():
+    assert count(base(), UNET) == (2_567_463_684, 1680) and len(base()) == 2515
+    assert count(base(), f"{TEXT}0.") == (123_060_480 + 77, 196 + 1)
+    assert count(base(), f"{TEXT}1.") == (694_659_841, 390)
+    recognised = recognise(state())
+    params = recognised.config["params"]
+    assert (recognised.family, recognised.part, params["prediction"]) == ("sdxl", "model", "eps")
+    assert params["scale_factor"] == 0.13025
+    assert params["schedule"] == {"name": "scaled_linear", "start": 0.00085, "end": 0.012, "T": 1000}
+    assert params["defaults"] == {"height": 1024, "width": 1024, "steps": 50, "scale": 5.0}
+    first, second = params["cond_stage_config"]["params"]["embedders"]
+    assert {"layout": CLIP[0], "heads": 12, "activation": CLIP[-1], "layer": "hidden", "layer_index": -2}.items() <= (
+        first.items()
+    )
+    assert {"layout": BIGG[0], "heads": 20, "activation": "gelu", "pooled": True}.items() <= second.items()
+    assert params["unet_config"]["params"]["num_head_channels"] == 64
+    clean = {name: tuple(tensor.shape) for name, tensor in normalise(state(**{"denoiser.sigmas": (1000,)}))[0].items()}
+    assert built(recognised.config) == clean
+
+
+def test_a_file_of_ours_has_the_published_names():
+    clean, config = normalise(state())[0], recognise(state()).config
+    written, metadata = single_file(clean, config)
+    assert {name: tuple(written[name].shape) for name in base()} == base()
+    assert normalise(written)[0].keys() == clean.keys()
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert recognise(written, metadata).config == config
+
+
+def test_the_unet_alone_is_recognised():
+    alone = {name.removeprefix(UNET): tensor for name, tensor in state().items() if name.startswith(UNET)}
+    recognised = recognise(alone)
+    assert (recognised.family, recognised.part) == ("sdxl", "unet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{UNET}label_emb.0.0.weight": (1280, 1280)}, "takes 1280 numbers .* sizes are 2816"),
+        ({f"{TEXT}2.embedding.weight": (10, 1280)}, r"embedders\.\* are not all CLIP text encoders"),
+        ({f"{TEXT}2.logits.weight": (10, 1280)}, "the conditioner .*logits.* is unknown"),
+    ],
+)
+def test_other_models_with_its_names_are_refused(changes, message):
+    refused(message, recognise, state(**changes))
