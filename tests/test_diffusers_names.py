@@ -244,8 +244,8 @@ def test_attention_of_the_autoencoder_in_either_rank_and_on_both_sides():
 
 
 def test_names_without_a_place_are_listed():
-    state = {"conv_in.weight": torch.zeros(1), "add_embedding.linear_1.weight": torch.zeros(1), "x": torch.zeros(1)}
-    refused("UNet has 2 unexpected weights: add_embedding.linear_1.weight, x$", names.unet_from_diffusers, state)
+    state = {"conv_in.weight": torch.zeros(1), "add_embedding.x.weight": torch.zeros(1), "x": torch.zeros(1)}
+    refused("UNet has 2 unexpected weights: add_embedding.x.weight, x$", names.unet_from_diffusers, state)
     attention = "encoder.mid_block.attentions.0."  # under its old and its new name at once
     with pytest.raises(ValueError, match=f"autoencoder has 1 unexpected weights: {attention}query.bias$"):
         names.vae_from_diffusers({attention + "to_q.bias": torch.zeros(1), attention + "query.bias": torch.zeros(1)})

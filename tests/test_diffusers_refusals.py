@@ -41,9 +41,9 @@ def folder(written, tmp_path) -> Path:
 def test_folders_that_are_none(folder, tmp_path):
     refused("'.*nowhere' does not exist", read_pipeline, tmp_path / "nowhere", error=FileNotFoundError)
     refused("holds no model_index.json", read_pipeline, folder / "unet")
-    for pipeline in ("StableDiffusionXLPipeline", "FluxPipeline", "StableDiffusionControlNetPipeline"):
+    for pipeline in ("StableDiffusionXLInpaintPipeline", "FluxPipeline", "StableDiffusionControlNetPipeline"):
         edit(folder / "model_index.json", _class_name=pipeline)
-        refused(f"holds a {pipeline}: only Stable Diffusion 1 and 2", read_pipeline, folder)
+        refused(f"holds a {pipeline}: only Stable Diffusion 1, 2 and XL", read_pipeline, folder)
     (folder / "model_index.json").write_text("{")
     refused("model_index.json' is damaged", read_pipeline, folder)
 
@@ -100,6 +100,8 @@ def test_a_variant_that_is_missing_or_not_the_only_one(folder):
     [
         ("unet/config.json", {"class_embed_type": "timestep"}, "UNet has class_embed_type 'timestep'"),
         ("unet/config.json", {"num_class_embeds": 7}, "UNet has num_class_embeds 7"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type is 'image'"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "takes pooled text, as Stable Diffusion XL's alone"),
         ("unet/config.json", {"time_cond_proj_dim": 256}, "UNet has time_cond_proj_dim 256"),
         ("unet/config.json", {"something_new": "yes"}, "UNet has something_new 'yes'"),
         ("unet/config.json", {"norm_eps": 1e-6}, "UNet has norm_eps 1e-06"),

@@ -23,6 +23,9 @@ UNET_DEFAULTS = {
     **{"layers_per_block": 2, "transformer_layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 1280},
     **{"only_cross_attention": False, "use_linear_projection": False, "upcast_attention": False},
     **{"resnet_time_scale_shift": "default", "dropout": 0.0, "norm_num_groups": 32},
+    "addition_embed_type": None,
+    # no effect unless that is text_time
+    **{"addition_time_embed_dim": None, "projection_class_embeddings_input_dim": None},
 }
 UNET_FIXED = {  # the only values that our UNetModel has
     **{"act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "flip_sin_to_cos": True},
@@ -115,6 +118,9 @@ def read_unet(config: Mapping[str, Any]) -> Config:
         raise ValueError(f"the UNet's transformer_layers_per_block is {depths}: one number per level is supported")
     if own["resnet_time_scale_shift"] not in ("default", "scale_shift"):
         raise ValueError(f"the UNet's resnet_time_scale_shift is {own['resnet_time_scale_shift']!r}, which is unknown")
+    if own["addition_embed_type"] not in (None, "text_time"):
+        raise ValueError(f"the UNet's addition_embed_type is {own['addition_embed_type']!r}: only text_time is known")
+    pooled = {"num_classes": "sequential", "adm_in_channels": own["projection_class_embeddings_input_dim"]}
     return {
         "image_size": _height(own["sample_size"] or 64),
         **{ours: own[theirs] for ours, theirs in UNET_KEYS.items()},
@@ -128,6 +134,7 @@ def read_unet(config: Mapping[str, Any]) -> Config:
         "use_scale_shift_norm": own["resnet_time_scale_shift"] == "scale_shift",
         "disable_self_attentions": _per_level(own["only_cross_attention"], len(widths)),
         "legacy": False,
+        **({} if own["addition_embed_type"] is None else pooled),
     }
 
 

@@ -1,19 +1,22 @@
-"""Read diffusers' folders of Stable Diffusion 1 and 2, as written by any version; diffusers itself is not imported.
+"""Read diffusers' folders of Stable Diffusion 1, 2 and XL, as any version writes them; diffusers is not imported.
 
 model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/      (safety_checker/ and others are ignored)
+and of XL         text_encoder_2/  tokenizer_2/
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ldm.checkpoint import diffusers_names as names
 from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights, unchanged
-from ldm.checkpoint.diffusers_text import added_words, read_text_sizes, read_tokenizer, text_params
+from ldm.checkpoint.diffusers_text import TokenizerFiles, added_words, read_text_sizes, read_tokenizer, text_params
 from ldm.checkpoint.family_table import find_concat
 from ldm.checkpoint.networks import Config, Found
 from ldm.checkpoint.tensors import State
@@ -25,6 +28,7 @@ PIPELINES = {
     "latents": "StableDiffusionInstructPix2PixPipeline",
 }
 ALSO_READ = ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy")
+XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 COMPONENTS = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -32,6 +36,7 @@ COMPONENTS = {
     "tokenizer": "CLIPTokenizer",
     "scheduler": None,  # of any class
 }
+XL_COMPONENTS = {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}  # and the others
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")  # a filter, and IP-Adapter's: not part of the model
 
 
@@ -45,32 +50,41 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> Found:
             files without a variant, or the only variant where there are no others.
     """
     path = Path(path)
-    pipeline = _check_index(path)
-    with unchanged(path, *(path / part for part in COMPONENTS)):
-        return _read_pipeline(path, pipeline, variant)
+    index = _check_index(path)
+    with unchanged(path, *(path / part for part in _components(index["_class_name"]))):
+        return _read_pipeline(path, index, variant)
 
 
-def _read_pipeline(path: Path, pipeline: str, variant: str | None) -> Found:
-    config = {part: read_json(path / part / "config.json") for part in WEIGHT_FILES}
+def _components(pipeline: str) -> Mapping[str, str | None]:
+    """Return what a pipeline consists of."""
+    return COMPONENTS | (XL_COMPONENTS if pipeline in XL_PIPELINES else {})
+
+
+def _read_pipeline(path: Path, index: Mapping[str, Any], variant: str | None) -> Found:
+    pipeline = index["_class_name"]
+    xl = pipeline in XL_PIPELINES
+    parts = [part for part in _components(pipeline) if _kind(part) in WEIGHT_FILES]
+    config = {part: read_json(path / part / "config.json") for part in parts}
     with _naming(path):
         unet = read_unet(config["unet"])
         vae, scale_factor = read_vae(config["vae"])
-        tokenizer = read_tokenizer(path / "tokenizer")
-        rows = read_text_sizes(config["text_encoder"])["vocab_size"]
-        sizes = {"vocab_size": min(rows, tokenizer.size)}  # rows behind the vocabulary are those of added words
-        text = text_params({**config["text_encoder"], **sizes}, tokenizer.merges, tokenizer.pad)
+        towers = {part: _read_tower(path, part, config[part], xl) for part in parts if _kind(part) == "text_encoder"}
+        text = _read_sized(towers, config, unet, index) if xl else towers["text_encoder"].config
         scheduler, notes = read_scheduler(read_json(path / "scheduler" / "scheduler_config.json"))
         concat = find_concat(unet["in_channels"] - vae["embed_dim"], vae["embed_dim"], text=True)
+        if "num_classes" in unet and not xl:
+            raise ValueError(f"the UNet of this {pipeline} takes pooled text, as Stable Diffusion XL's alone does")
         if concat == "latents" and pipeline != PIPELINES["latents"]:
             raise ValueError(f"the UNet of this {pipeline} takes an image's latents, as InstructPix2Pix's alone does")
         size, assumed = _image_size(config["unet"], len(vae["ddconfig"]["ch_mult"]))
     params = {
         "unet_config": {"target": networks.UNET_TARGET, "params": unet},
         "first_stage_config": {"target": networks.KL_TARGET, "params": vae},
-        "cond_stage_config": {"target": networks.TEXT_TARGET, "params": text},
+        "cond_stage_config": text,
         **scheduler,
         "scale_factor": scale_factor,
-        "defaults": {**size, "steps": 50, "scale": 7.5, **scheduler["defaults"]},  # what the pipelines are called with
+        # what the pipelines are called with
+        "defaults": {**size, "steps": 50, "scale": 5.0 if xl else 7.5, **scheduler["defaults"]},
         "concat": concat,
     }
     notes = [f"a folder of diffusers, {pipeline}", *notes, *assumed]
@@ -78,22 +92,59 @@ def _read_pipeline(path: Path, pipeline: str, variant: str | None) -> Found:
         notes.append("the scale factor 0.18215 is assumed: the autoencoder's configuration does not say")
     if config["unet"].get("upcast_attention"):
         notes.append("upcast_attention (attention in float32) is not read: choose the precision when you generate")
-    if text["layout"] == "openclip":
+    if not xl and text["params"]["layout"] == "openclip":
         notes.append("a text encoder of OpenCLIP; stand-ins were supplied for its last block and projection, unused")
     weights, variants = {}, {}
-    for part in WEIGHT_FILES:
-        weights[part], variants[part] = read_weights(path / part, part, variant)
+    for part in parts:
+        weights[part], variants[part] = read_weights(path / part, _kind(part), variant)
     if variant is not None and variant not in variants.values():
         raise ValueError(f"folder {str(path)!r} holds no weights of the variant {variant!r}")
     notes += [f"{part}/: the weights' variant {own!r}" for part, own in variants.items() if own is not None]
     with _naming(path):
-        state, words = _from_diffusers(weights, text), {}
-        for name in [name for name in state if name.endswith("token_embedding.weight")]:
-            words = added_words(tokenizer.added, state[name][tokenizer.size :], tokenizer.size)
-            state[name] = state[name][: tokenizer.size]
-    if words:
+        state, words = _from_diffusers(weights, towers)
+    if words and xl:
+        notes.append(f"learned words among its tokens are left out: {' '.join(words)}")
+        words = {}
+    elif words:
         notes.append(f"learned words among its tokens: {' '.join(words)}")
     return Found({"target": networks.MODEL_TARGET, "params": params}, state, notes, words=words)
+
+
+class Tower(NamedTuple):
+    """A text encoder of a folder: its place in the conditioner, its {"target", "params"} and its tokenizer."""
+
+    prefix: str
+    config: Config
+    tokenizer: TokenizerFiles
+
+
+def _kind(part: str) -> str:
+    """Return the part that this one is the second of, or the part itself."""
+    return part.removesuffix("_2")
+
+
+def _read_tower(path: Path, part: str, config: Mapping[str, Any], xl: bool) -> Tower:
+    second = part.removeprefix("text_encoder")  # "" or "_2"
+    tokenizer = read_tokenizer(path / f"tokenizer{second}")
+    rows = read_text_sizes(config)["vocab_size"]
+    sizes = {"vocab_size": min(rows, tokenizer.size)}  # rows behind the vocabulary are those of added words
+    params = text_params({**config, **sizes}, tokenizer.merges, tokenizer.pad, complete=xl)
+    if second:
+        params["projection_dim"] = config["projection_dim"]
+    prefix = f"embedders.{len(second) // 2}." if xl else ""
+    return Tower(prefix, {"target": networks.TEXT_TARGET, "params": params}, tokenizer)
+
+
+def _read_sized(towers: Mapping[str, Tower], config: Mapping[str, Config], unet: Config, index: Config) -> Config:
+    """Return the conditioner of Stable Diffusion XL."""
+    size_width = config["unet"].get("addition_time_embed_dim")
+    pooled = config["text_encoder_2"]["projection_dim"]
+    if "num_classes" not in unet or unet["adm_in_channels"] != pooled + 6 * size_width:
+        found = f"the UNet takes {unet.get('adm_in_channels', 0)} numbers beside the context"
+        raise ValueError(f"{found}: Stable Diffusion XL has {pooled} of pooled text and six sizes in {size_width} each")
+    zeros = index.get("force_zeros_for_empty_prompt", True)
+    embedders = [tower.config["params"] for tower in towers.values()]
+    return networks.sized_text(embedders, size_width=size_width, zeros_for_empty=zeros)
 
 
 def read_vae_folder(path: str | Path) -> Found:
@@ -111,27 +162,28 @@ def read_vae_folder(path: str | Path) -> Found:
     return Found({"target": networks.KL_TARGET, "params": vae}, state, [], given)
 
 
-def _check_index(path: Path) -> str:
-    """Return the pipeline that model_index.json names, if it is one of those that are read, with all its parts."""
+def _check_index(path: Path) -> Config:
+    """Return model_index.json, if it names one of the pipelines that are read, with all its parts."""
     if not path.is_dir():
         raise FileNotFoundError(f"folder {str(path)!r} does not exist")
     if not (path / "model_index.json").is_file():
         raise ValueError(f"folder {str(path)!r} is not a diffusers folder: it holds no model_index.json")
     index = read_json(path / "model_index.json")
     pipeline = index.get("_class_name")
-    if pipeline not in (*PIPELINES.values(), *ALSO_READ):
-        raise ValueError(f"folder {str(path)!r} holds a {pipeline}: only Stable Diffusion 1 and 2 are supported")
+    if pipeline not in (*PIPELINES.values(), *ALSO_READ, *XL_PIPELINES):
+        raise ValueError(f"folder {str(path)!r} holds a {pipeline}: only Stable Diffusion 1, 2 and XL are supported")
+    components = _components(pipeline)
     for name, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        wanted = COMPONENTS.get(name)
+        wanted = components.get(name)
         if wanted is not None and kind not in (wanted, f"{wanted}Fast"):  # CLIPTokenizerFast is the same tokenizer
             raise ValueError(f"folder {str(path)!r} has a {kind} as its {name}: only {wanted} is supported")
-        if kind is not None and name not in (*IGNORED, *COMPONENTS):
+        if kind is not None and name not in (*IGNORED, *components):
             raise ValueError(f"folder {str(path)!r} has a part {name} ({kind}), which is not supported")
-    missing = [part for part in COMPONENTS if part not in index or not (path / part).is_dir()]
+    missing = [part for part in components if part not in index or not (path / part).is_dir()]
     if missing:
-        raise FileNotFoundError(f"folder {str(path)!r} lacks {', '.join(missing)}: it needs {', '.join(COMPONENTS)}")
-    return pipeline
+        raise FileNotFoundError(f"folder {str(path)!r} lacks {', '.join(missing)}: it needs {', '.join(components)}")
+    return index
 
 
 @contextmanager
@@ -157,15 +209,20 @@ def _image_size(unet: Mapping[str, Any], levels: int) -> tuple[dict[str, int], l
     return {"height": height * 2 ** (levels - 1), "width": width * 2 ** (levels - 1)}, notes
 
 
-def _from_diffusers(weights: Mapping[str, State], text: Config) -> State:
-    """Return the parts' weights under the names of a complete model."""
-    prefix, encoder = networks.PREFIXES["text"] + "transformer.", names.clip_from_transformers(weights["text_encoder"])
-    if text["layout"] == "openclip":
-        prefix = networks.PREFIXES["text"] + "model."
-        encoder = names.openclip_from_transformers(encoder, text["layers"])
+def _from_diffusers(weights: Mapping[str, State], towers: Mapping[str, Tower]) -> tuple[State, dict[str, Tensor]]:
+    """Return the parts' weights under the names of a complete model, and the vectors of learned words."""
     parts = {
         networks.PREFIXES["unet"]: names.unet_from_diffusers(weights["unet"]),
         networks.PREFIXES["first_stage"]: names.vae_from_diffusers(weights["vae"]),
-        prefix: encoder,
     }
-    return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    words: dict[str, Tensor] = {}
+    for part, (place, config, tokenizer) in towers.items():
+        prefix, encoder = f"{networks.PREFIXES['text']}{place}transformer.", names.clip_from_transformers(weights[part])
+        if config["params"]["layout"] == "openclip":
+            prefix = f"{networks.PREFIXES['text']}{place}model."
+            encoder = names.openclip_from_transformers(encoder, config["params"]["layers"])
+        for name in [name for name in encoder if name.endswith("token_embedding.weight")]:
+            words |= added_words(tokenizer.added, encoder[name][tokenizer.size :], tokenizer.size)
+            encoder[name] = encoder[name][: tokenizer.size]
+        parts[prefix] = encoder
+    return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}, words

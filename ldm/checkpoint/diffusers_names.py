@@ -32,6 +32,7 @@ UNET_ENDS = {
     **{"input_blocks.0.0": "conv_in", "middle_block.1": "mid_block.attentions.0"},
     **{"out.0": "conv_norm_out", "out.2": "conv_out"},
 }
+XL_UNET_ENDS = {"label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2"}
 VAE_ENDS = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
 VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -69,7 +70,7 @@ def unet_from_diffusers(state: Mapping[str, Tensor]) -> State:
     for i in range(count(state, "down_blocks.")):
         attention = any(name.startswith(f"down_blocks.{i}.attentions.") for name in state)
         levels.append(UNetLevel(count(state, f"down_blocks.{i}.resnets."), attention))
-    return _renamed(state, _inverse(_unet(levels)), "the UNet")
+    return _renamed(state, _inverse(_unet(levels) | XL_UNET_ENDS) | _inverse(UNET_ENDS), "the UNet")
 
 
 def vae_to_diffusers(state: Mapping[str, Tensor], levels: int, blocks: int) -> State:
@@ -137,9 +138,14 @@ def openclip_to_transformers(state: Mapping[str, Tensor], layers: int) -> State:
 
 
 def openclip_from_transformers(state: Mapping[str, Tensor], layers: int) -> State:
-    """Rename transformers' CLIPTextModel's weights to our OpenCLIPTextModel's, completed to `layers` blocks."""
+    """Rename transformers' CLIPTextModel's weights to our OpenCLIPTextModel's, completed to `layers` blocks.
+
+    That with a projection is Stable Diffusion XL's second encoder, which has all blocks.
+    """
     state = clip_from_transformers(state)
     stacked = {}
+    if "text_projection.weight" in state:
+        stacked["text_projection"] = state.pop("text_projection.weight").T.contiguous()
     for i in range(layers):
         for kind in ("weight", "bias"):
             names = [f"{CLIP_BLOCKS}{i}.self_attn.{part}_proj.{kind}" for part in "qkv"]

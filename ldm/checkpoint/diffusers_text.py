@@ -28,11 +28,13 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 
 
-def text_params(config: Mapping[str, Any], merges: list[str] | None, pad: int) -> Config:
+def text_params(config: Mapping[str, Any], merges: list[str] | None, pad: int, complete: bool = False) -> Config:
     """Return TextEncoder's arguments from CLIPTextModel's configuration and what `read_tokenizer` returns.
 
     What has the exact GELU comes from OpenCLIP (Stable Diffusion 2) and gets its layout, with the last block that
     diffusers leaves out (see `complete_openclip`) and that is not run; quick GELU is OpenAI's CLIP.
+
+    complete: no block is left out, as in Stable Diffusion XL.
     """
     own = read_text_sizes(config)
     if config.get("use_attention_mask"):
@@ -45,7 +47,7 @@ def text_params(config: Mapping[str, Any], merges: list[str] | None, pad: int) -
     return {
         **(OPENCLIP_SETTINGS if openclip else CLIP_SETTINGS),
         **own,
-        "layers": own["layers"] + openclip,
+        "layers": own["layers"] + (openclip and not complete),
         **({"tokenizer": tokenizer} if tokenizer else {}),
     }
 

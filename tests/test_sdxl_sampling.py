@@ -1,0 +1,183 @@
+"""Stable Diffusion XL samples what diffusers samples, at a tiny size, from a folder and from a single file.
+
+The sizes are those at which a file without configuration is read right: heads 64 wide, 32 groups, CLIP's vocabulary.
+Both sides compute in float32; outputs are of order 1.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomised, refused
+from safetensors.torch import load_file, save_file
+from tiny_stable_diffusion import edit
+
+import ldm
+from ldm.checkpoint.diffusers_writer import write_tokenizer
+from ldm.conditioning.tokenizer import clip_merges
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.sampling import get_sampler
+from ldm.diffusion.sampling.noise import SeededNoise
+from ldm.diffusion.schedule import sampling_sigmas
+from ldm.latent_diffusion import LatentDiffusion
+
+PROMPTS = ["a photo of a cat", "An astronaut, riding a horse: 4K"]
+SIZE = {"height": 32, "width": 48}  # not square, so that height and width are told apart
+SIZES = (32, 48), (0, 0), (32, 48)
+STEPS, SCALE, CLOSE = 4, 3.0, {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A pipeline of networks that diffusers and transformers built, and the folder that it wrote."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    root = tmp_path_factory.mktemp("theirs")
+    merges, ends = clip_merges(), {"bos_token_id": 49406, "eos_token_id": 49407}
+    first, second = (  # diffusers tells a file's two towers apart by their widths
+        CLIPTextConfig(
+            **{"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64},
+            **ends | {"num_hidden_layers": layers, "hidden_act": activation, "projection_dim": 32, "pad_token_id": pad},
+        )
+        for width, layers, activation, pad in ((64, 2, "quick_gelu", 49407), (128, 3, "gelu", 0))
+    )
+    modules = {
+        "vae": AutoencoderKL(
+            **{"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2},
+            **{"up_block_types": ("UpDecoderBlock2D",) * 2, "sample_size": 32, "scaling_factor": 0.13025},
+        ),
+        "unet": UNet2DConditionModel(
+            **{"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 192},
+            **{"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "use_linear_projection": True},
+            **{"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (1, 1)},
+            **{"transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time"},
+            **{"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 32 + 6 * 256},
+        ),
+        "text_encoder": CLIPTextModel(first),
+        "text_encoder_2": CLIPTextModelWithProjection(second),
+    }
+    curve = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    pipe = StableDiffusionXLPipeline(
+        **{name: randomised(module.eval()) for name, module in modules.items()},
+        tokenizer=write_tokenizer(root / "tokenizer", merges, pad=49407, context_length=77),
+        tokenizer_2=write_tokenizer(root / "tokenizer_2", merges, pad=0, context_length=77),
+        scheduler=EulerDiscreteScheduler(**curve, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(root / "xl")
+    return pipe, root / "xl"
+
+
+@pytest.fixture(scope="module")
+def model(theirs) -> LatentDiffusion:
+    return ldm.load(theirs[1], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory) -> Path:
+    """A single file of the same weights, with the original names and no configuration."""
+    path = tmp_path_factory.mktemp("file") / "xl.safetensors"
+    ldm.save(model, path, format="compvis")
+    save_file(load_file(path), path)  # without our header
+    return path
+
+
+def start() -> torch.Tensor:
+    return SeededNoise([0, 1], (4, 16, 24))()
+
+
+def their_images(pipe, **options) -> np.ndarray:
+    settings = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "output_type": "np"}
+    return pipe(PROMPTS, latents=start(), **SIZE, **settings, **options).images
+
+
+@torch.no_grad()
+def our_images(model: LatentDiffusion, negative: str = "") -> np.ndarray:
+    """As `generate` makes them, in floats."""
+    sigmas = sampling_sigmas(model.schedule, STEPS, "leading", "zero")
+    cond, uncond = (model.condition(texts, sizes=SIZES) for texts in (PROMPTS, [negative] * 2))
+    denoise = classifier_free(model.denoiser(), cond, uncond, SCALE)
+    *_, step = get_sampler("euler")(denoise, start() * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
+    return (model.decode(step.x) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def test_the_conditioning_and_the_unet(theirs, model):
+    pipe, _ = theirs
+    embeds, zeros, pooled, no_pooled = pipe.encode_prompt(PROMPTS)
+    cond, null = model.condition(PROMPTS, sizes=SIZES), model.condition(["", ""], sizes=SIZES)
+    torch.testing.assert_close(cond["c_crossattn"], embeds, **CLOSE)
+    torch.testing.assert_close(cond["c_adm"][:, :32], pooled, **CLOSE)
+    assert torch.equal(null["c_crossattn"], zeros) and torch.equal(null["c_adm"][:, :32], no_pooled)
+    assert torch.equal(null["c_adm"][:, 32:], cond["c_adm"][:, 32:])
+    x, t = start(), torch.tensor([7, 801])
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[32, 48, 0, 0, 32, 48]] * 2)}
+    expected = pipe.unet(x, t, embeds, added_cond_kwargs=added).sample
+    torch.testing.assert_close(model.apply_model(x, t, cond), expected, **CLOSE)
+    other = pipe.unet(x, t, embeds, added_cond_kwargs=added | {"time_ids": added["time_ids"].flip(1)}).sample
+    assert (other - expected).abs().max() > 100 * CLOSE["atol"]  # the sizes count
+
+
+@pytest.mark.parametrize("negative", ["", "blurry"])
+def test_a_folder_samples_the_same(theirs, model, negative):
+    images = their_images(theirs[0], negative_prompt=[negative] * 2 if negative else None)
+    assert images.std() > 0.02
+    np.testing.assert_allclose(our_images(model, negative), images, atol=1e-4)
+    made = model.generate(PROMPTS, negative, steps=STEPS, scale=SCALE, **SIZE)
+    assert np.abs(np.stack(made) / 255.0 - images).max() * 255 < 0.6
+    assert model.defaults["sampler"] == "euler" and model.defaults["scale"] == 5.0
+    assert (model.defaults["height"], model.scale_factor, model.prediction) == (32, 0.13025, "eps")
+
+
+def test_a_single_file_samples_the_same(theirs, model, file, tmp_path):
+    names = load_file(file).keys()
+    assert not any(name.startswith("cond_stage_model.") for name in names)
+    ours = ldm.load(file, device="cpu")
+    assert any("recognised Stable Diffusion XL" in note for note in ours.notes)
+    assert ours.defaults["height"] == 256 and ours.scale_factor == 0.13025
+    assert np.array_equal(our_images(ours), our_images(model))
+    ldm.save(ours, tmp_path / "ours.safetensors")
+    assert np.array_equal(our_images(ldm.load(tmp_path / "ours.safetensors", device="cpu")), our_images(model))
+
+
+def test_diffusers_reads_the_single_file(theirs, file):
+    """The judge of the original names."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe, folder = theirs
+    again = StableDiffusionXLPipeline.from_single_file(file, config=str(folder), local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(their_images(again), their_images(pipe), atol=1e-4)
+
+
+def test_an_empty_prompt_is_encoded_where_the_folder_says_so(theirs, tmp_path):
+    pipe, folder = theirs
+    copy = shutil.copytree(folder, tmp_path / "xl")
+    edit(copy / "model_index.json", force_zeros_for_empty_prompt=False)
+    model = ldm.load(copy, device="cpu")
+    np.testing.assert_allclose(our_images(model), their_images(pipe, negative_prompt=["", ""]), atol=1e-4)
+
+
+def test_what_is_not_supported_is_said(theirs, model, tmp_path):
+    copy = shutil.copytree(theirs[1], tmp_path / "xl")
+    edit(copy / "unet/config.json", projection_class_embeddings_input_dim=2560)
+    refused("takes 2560 numbers .* has 32 of pooled text and six sizes in 256 each", ldm.load, copy)
+    refused(
+        "cannot express this model: the conditioner .*SizedTextEncoder",
+        ldm.save,
+        model,
+        tmp_path / "folder",
+        format="diffusers",
+    )
