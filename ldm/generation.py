@@ -20,6 +20,8 @@ from ldm.settings import ALL_SIGMAS, BATCH_SIZE, SEED, Settings, check_size, doc
 if TYPE_CHECKING:
     from ldm.init_image import Images, InitImages
 
+SIZE_SETTINGS = ("original_size", "crop", "aesthetic_score")  # Stable Diffusion XL's
+
 
 @documented
 def generate(
@@ -93,19 +95,28 @@ def generate(
     lengths = count_chunks(model.cond_stage_model, prompts, chosen.plain)
     if scale != 1:
         lengths = list(map(max, lengths, count_chunks(model.cond_stage_model, negatives, chosen.plain)))
+    sizes, negative_sizes = plan_sizes(model, chosen, (height, width))
     images, parts = [], batches(lengths, batch_size)
     with tqdm(total=len(parts) * (len(sigmas) - 1), unit="step", disable=not progress) as bar:
         run = _Run(chosen, sampler, sigmas, size, first, guide, callback, bar)
         for batch in parts:
             part, start = None if init is None else init[batch], None if noise is None else noise[batch]
             options = {"chunks": lengths[batch.start], "clip_skip": chosen.clip_skip, "plain": chosen.plain}
-            if hasattr(model.cond_stage_model, "with_sizes"):
-                options["sizes"] = (height, width), (0, 0), (height, width)
-            cond = model.condition(prompts[batch], **options)
-            uncond = None if scale == 1 else model.condition(negatives[batch], **options)
+            cond = model.condition(prompts[batch], **options, **sizes)
+            uncond = None if scale == 1 else model.condition(negatives[batch], **options, **negative_sizes)
             pixels = _sample(model, run, prompts[batch], cond, uncond, seeds[batch], start, part)
             images += to_pil(pixels[..., :height, :width])
     return images
+
+
+def plan_sizes(model: Any, chosen: Settings, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return further arguments of `condition` for prompts and negative prompts of images of this size in pixels."""
+    settings = {name: getattr(chosen, name) for name in SIZE_SETTINGS}
+    if not hasattr(model.cond_stage_model, "with_sizes") and set(settings.values()) == {None}:
+        return {}, {}
+    from ldm.conditioning.sizes import sizes_of  # which few models need
+
+    return sizes_of(model, settings, size)
 
 
 def _seeds(seed: int | None, seeds: Sequence[int] | None, count: int) -> list[int]:

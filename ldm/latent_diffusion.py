@@ -23,6 +23,7 @@ from ldm.settings import of_model
 from ldm.util import call_with, instantiate_network
 
 if TYPE_CHECKING:
+    from ldm.conditioning.sizes import Sizes
     from ldm.init_image import Images
 
 Conditioning = dict[str, Tensor]
@@ -199,11 +200,11 @@ class LatentDiffusion(nn.Module):
         chunks: int | None = None,
         clip_skip: int = 1,
         plain: bool = False,
-        sizes: Sequence[Sequence[int]] | None = None,
+        sizes: "Sizes | None" = None,
     ) -> Conditioning:
         """Encode prompts (or classes or images) as `encode_prompts` does; {} for an unconditional model.
 
-        sizes: as in `SizedTextEncoder`, for models that have one. None: the model's own size, not cropped.
+        sizes: for models with a `SizedTextEncoder`. None: the model's own size, not cropped.
         """
         if self.cond_stage_model is None:
             return {}
@@ -214,8 +215,10 @@ class LatentDiffusion(nn.Module):
                     contexts.enter_context(torch.autocast(device_type))
             cond = encode_prompts(self.cond_stage_model, prompts, chunks, clip_skip, plain)
         if hasattr(self.cond_stage_model, "with_sizes"):
+            from ldm.conditioning.sizes import Sizes  # which few models need
+
             own = self.defaults["height"], self.defaults["width"]
-            cond = self.cond_stage_model.with_sizes(cond, (own, (0, 0), own) if sizes is None else sizes)
+            cond = self.cond_stage_model.with_sizes(cond, Sizes(own, (0, 0), own) if sizes is None else sizes)
         return {key: value.to(self.device) for key, value in cond.items()}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

@@ -64,6 +64,11 @@ def _interval(value: Any) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value.split() if isinstance(value, str) else value
+    return _integer(first), _integer(second)
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
@@ -82,6 +87,9 @@ INT, FLOAT = Type("int", "N", "an integer", _integer), Type("float", "X", "a fin
 STR, LISTED = Type("str", "TEXT", "text", _text), Type("str", "TEXT", "text or a list of numbers", _listed)
 FLAG = Type("bool", None, "True or False", _flag)
 INTERVAL = Type("two floats", ("LOW", "HIGH"), "two numbers", _interval, lambda value: f"{value[0]} to {value[1]}")
+SIZE = Type("two ints", ("HEIGHT", "WIDTH"), "two integers", _pair, lambda value: f"{value[0]} {value[1]}")
+PLACE = SIZE._replace(metavar=("TOP", "LEFT"))
+INTEGERS = (INT, SIZE, PLACE)
 NAMES = Type("names", "NAME", "a list of names", _names, " ".join)
 CHANGES = Type("changes", None, "a record of changes", changes_from_text, changes_to_text)
 
@@ -123,7 +131,7 @@ class Setting(NamedTuple):
             found = self.type.read(value)
         except (TypeError, ValueError, KeyError, OverflowError, RuntimeError):  # torch raises all of them
             raise ValueError(f"{name} {reprlib.repr(value)} is not {self.type.words}") from None
-        numbers = {INT: (found,), FLOAT: (found,), INTERVAL: found}.get(self.type, ())
+        numbers = found if self.type in (INTERVAL, SIZE, PLACE) else (found,) if self.type in (INT, FLOAT) else ()
         if not all(self.low <= number <= self.high for number in numbers):
             limit = f"from {self.range}" if self.high < math.inf else self.range
             raise ValueError(f"{name} must be {limit}, got {reprlib.repr(value)}")
@@ -182,6 +190,14 @@ class Settings:
         1, INT, "Clip skip", "which of CLIP's layers to read, counted back from the model's own", "--clip-skip", "1", 1)
     plain: bool = setting(
         False, FLAG, "Plain prompt", "take (brackets) and BREAK in prompts as words, not as syntax", "--plain")
+    original_size: tuple[int, int] | None = setting(
+        None, SIZE, "Original size", "Stable Diffusion XL: the size in pixels that the image shall look scaled from",
+        "--original-size", "the image's", 1, 100_000)
+    crop: tuple[int, int] | None = setting(
+        None, PLACE, "Crop", "Stable Diffusion XL: the pixels that shall look cut off", "--crop", "0 0", 0, 100_000)
+    aesthetic_score: float | None = setting(
+        None, FLOAT, "Aesthetic score", "Stable Diffusion XL's refiner: how much people shall like the image, where "
+        "the negative prompt has 2.5", "--aesthetic-score", "6", 0, 10)
     # fmt: on
 
 

@@ -55,6 +55,9 @@ SAMPLING = """
 GUIDANCE = """
 --final-sigma: sigma_min
 --clip-skip: 2
+--original-size: 64 32
+--crop: 0 8
+--aesthetic-score: 7
 --plms:
 --pag: 1
 --pag-layers: input_blocks.4 | --pag 1
@@ -123,6 +126,9 @@ OF_PAIRS = (
 --negative-prompt: four
 --final-sigma: sigma_min
 --clip-skip: 2
+--original-size: 64 32
+--crop: 0 8
+--aesthetic-score: 7
 --plain: | --prompt (five:1.5)
 --embedding: word.safetensors | --prompt <it>
 --ckpt: weaker.safetensors

@@ -25,6 +25,9 @@ def count(sizes: dict[str, tuple[int, ...]], prefix: str) -> tuple[int, int]:
     return sum(found), len(found)
 
 
+REFINER_UNET = {"model_channels": 384, "channel_mult": [1, 2, 4, 4], "transformer_depth": 4, "context_dim": 1280}
+
+
 @cache
 def base() -> dict[str, tuple[int, ...]]:
     """The names and shapes of sd_xl_base_1.0.safetensors, after generative-models' sd_xl_base.yaml."""
@@ -70,6 +73,49 @@ def test_the_base_model_is_recognised():
     assert built(recognised.config) == clean
 
 
+def refiner() -> dict[str, Tensor]:
+    """The names and shapes of sd_xl_refiner_1.0.safetensors, after generative-models' sd_xl_refiner.yaml."""
+    with torch.device("meta"):
+        unet = UNetModel(
+            **{"image_size": None, "in_channels": 4, "out_channels": 4, "num_res_blocks": 2, "legacy": False},
+            **{"attention_resolutions": [4, 2], "num_head_channels": 64, "use_spatial_transformer": True},
+            **{"num_classes": "sequential", "adm_in_channels": 2560, "use_linear_in_transformer": True},
+            **REFINER_UNET,
+        )
+    tower = {name.replace("embedders.1.", "embedders.0."): own for name, own in base().items() if f"{TEXT}1." in name}
+    vae = {name: own for name, own in base().items() if name.startswith("first_stage_model.")}
+    return on_meta({UNET + name: own for name, own in shapes(unet).items()} | tower | vae)
+
+
+def test_the_refiner_is_recognised():
+    found = refiner()
+    assert count({name: tensor.shape for name, tensor in found.items()}, UNET) == (2_259_526_660, 1220)
+    recognised = recognise(found)
+    params = recognised.config["params"]
+    assert (recognised.family, recognised.part, params["scale_factor"]) == ("sdxl-refiner", "model", 0.13025)
+    assert REFINER_UNET.items() <= params["unet_config"]["params"].items()
+    text = params["cond_stage_config"]["params"]
+    assert (text["sizes"], text["zeros_for_empty"]) == (["original_size", "crop", "aesthetic_score"], False)
+    clean = normalise(found)[0]
+    assert built(recognised.config) == {name: tuple(tensor.shape) for name, tensor in clean.items()}
+    written, metadata = single_file(clean, recognised.config)
+    assert found.keys() <= written.keys() and recognise(written, metadata).config == recognised.config
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-refiner"
+    alone = {name.removeprefix(UNET): tensor for name, tensor in found.items() if name.startswith(UNET)}
+    assert (recognise(alone).family, recognise(alone).part) == ("sdxl-refiner", "unet")
+    del found[f"{TEXT}0.model.text_projection"]  # which is read, so that nothing stands in for it
+    assert f"{TEXT}0.model.text_projection".replace("conditioner", "cond_stage_model") not in normalise(found)[0]
+
+
+def test_the_temperature_may_be_missing():
+    """CLIP's, which some programs leave out and nothing reads."""
+    found = state()
+    whole = normalise(found)[0]
+    del found[f"{TEXT}1.model.logit_scale"]
+    clean, notes = normalise(found)
+    assert clean.keys() == whole.keys() and any("lacks 1 tensors of OpenCLIP that nothing reads" in n for n in notes)
+
+
 def test_a_file_of_ours_has_the_published_names():
     clean, config = normalise(state())[0], recognise(state()).config
     written, metadata = single_file(clean, config)
@@ -88,7 +134,7 @@ def test_the_unet_alone_is_recognised():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({f"{UNET}label_emb.0.0.weight": (1280, 1280)}, "takes 1280 numbers .* sizes are 2816"),
+        ({f"{UNET}label_emb.0.0.weight": (1280, 1280)}, "takes 1280 numbers .* with 2 text encoders takes 2816"),
         ({f"{TEXT}2.embedding.weight": (10, 1280)}, r"embedders\.\* are not all CLIP text encoders"),
         ({f"{TEXT}2.logits.weight": (10, 1280)}, "the conditioner .*logits.* is unknown"),
     ],

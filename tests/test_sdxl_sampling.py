@@ -16,6 +16,7 @@ from tiny_stable_diffusion import edit
 
 import ldm
 from ldm.checkpoint.diffusers_writer import write_tokenizer
+from ldm.conditioning.sizes import Sizes
 from ldm.conditioning.tokenizer import clip_merges
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import get_sampler
@@ -25,7 +26,7 @@ from ldm.latent_diffusion import LatentDiffusion
 
 PROMPTS = ["a photo of a cat", "An astronaut, riding a horse: 4K"]
 SIZE = {"height": 32, "width": 48}  # not square, so that height and width are told apart
-SIZES = (32, 48), (0, 0), (32, 48)
+SIZES = Sizes((32, 48), (0, 0), (32, 48))
 STEPS, SCALE, CLOSE = 4, 3.0, {"atol": 1e-4, "rtol": 1e-4}
 
 
@@ -104,10 +105,10 @@ def their_images(pipe, **options) -> np.ndarray:
 
 
 @torch.no_grad()
-def our_images(model: LatentDiffusion, negative: str = "") -> np.ndarray:
+def our_images(model: LatentDiffusion, negative: str = "", sizes: Sizes = SIZES) -> np.ndarray:
     """As `generate` makes them, in floats."""
     sigmas = sampling_sigmas(model.schedule, STEPS, "leading", "zero")
-    cond, uncond = (model.condition(texts, sizes=SIZES) for texts in (PROMPTS, [negative] * 2))
+    cond, uncond = (model.condition(texts, sizes=sizes) for texts in (PROMPTS, [negative] * 2))
     denoise = classifier_free(model.denoiser(), cond, uncond, SCALE)
     *_, step = get_sampler("euler")(denoise, start() * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
     return (model.decode(step.x) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -141,6 +142,17 @@ def test_a_folder_samples_the_same(theirs, model, negative):
     assert (model.defaults["height"], model.scale_factor, model.prediction) == (32, 0.13025, "eps")
 
 
+def test_a_crop_of_a_larger_image_samples_the_same(theirs, model):
+    pipe, sizes = theirs[0], Sizes((64, 80), (8, 24), (32, 48))
+    images = their_images(pipe, original_size=sizes.original_size, crops_coords_top_left=sizes.crop)
+    np.testing.assert_allclose(our_images(model, sizes=sizes), images, atol=1e-4)
+    made = model.generate(PROMPTS, steps=STEPS, scale=SCALE, original_size=(64, 80), crop=[8, 24], **SIZE)
+    assert np.abs(np.stack(made) / 255.0 - images).max() * 255 < 0.6
+    assert np.abs(np.stack(model.generate(PROMPTS, steps=STEPS, scale=SCALE, **SIZE)) / 255.0 - images).max() > 0.005
+    refused("^aesthetic_score would have no effect: .* not Stable Diffusion XL's refiner", model.generate, PROMPTS,
+        aesthetic_score=7)  # fmt: skip
+
+
 def test_a_single_file_samples_the_same(theirs, model, file, tmp_path):
     names = load_file(file).keys()
     assert not any(name.startswith("cond_stage_model.") for name in names)
@@ -170,10 +182,84 @@ def test_an_empty_prompt_is_encoded_where_the_folder_says_so(theirs, tmp_path):
     np.testing.assert_allclose(our_images(model), their_images(pipe, negative_prompt=["", ""]), atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def refiner(theirs, tmp_path_factory):
+    """A pipeline of the refiner's kind from the other's parts, and the folder that it wrote."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+
+    pipe, root = theirs[0], tmp_path_factory.mktemp("refiner")
+    torch.manual_seed(2)
+    sizes = {"cross_attention_dim": 128, "projection_class_embeddings_input_dim": 32 + 5 * 256}
+    found = StableDiffusionXLImg2ImgPipeline(
+        **{"vae": pipe.vae, "text_encoder": None, "tokenizer": None, "scheduler": pipe.scheduler},
+        **{"text_encoder_2": pipe.text_encoder_2, "tokenizer_2": pipe.tokenizer_2, "add_watermarker": False},
+        unet=randomised(UNet2DConditionModel(**{**pipe.unet.config, **sizes}).eval()),
+        **{"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
+    )
+    found.set_progress_bar_config(disable=True)
+    found.save_pretrained(root / "xl")
+    return found, root / "xl"
+
+
+@torch.no_grad()
+def test_the_refiner_s_conditioning_and_unet(refiner, tmp_path):
+    """From a folder and from a single file; the empty prompt is encoded, and the negative prompt has another score."""
+    pipe, folder = refiner
+    ours = ldm.load(folder, device="cpu")
+    ldm.save(ours, tmp_path / "file.safetensors", format="compvis")
+    save_file(load_file(tmp_path / "file.safetensors"), tmp_path / "file.safetensors")  # without our header
+    embeds, null, pooled, null_pooled = pipe.encode_prompt(PROMPTS, negative_prompt=["", ""])
+    ids, null_ids = pipe._get_add_time_ids(
+        *((64, 80), (8, 24), (32, 48), 7.0, 2.5, (64, 80), (8, 24), (32, 48)),
+        dtype=torch.float32,
+        text_encoder_projection_dim=32,
+    )
+    x, t = start(), torch.tensor([7, 801])
+    for model in (ours, ldm.load(tmp_path / "file.safetensors", device="cpu")):
+        for texts, score, states, own, numbers in (
+            (PROMPTS, 7.0, embeds, pooled, ids),
+            (["", ""], 2.5, null, null_pooled, null_ids),
+        ):
+            cond = model.condition(texts, sizes=Sizes((64, 80), (8, 24), (32, 48), score))
+            torch.testing.assert_close(cond["c_crossattn"], states, **CLOSE)
+            added = {"text_embeds": own, "time_ids": numbers.expand(2, -1)}
+            expected = pipe.unet(x, t, states, added_cond_kwargs=added).sample
+            torch.testing.assert_close(model.apply_model(x, t, cond), expected, **CLOSE)
+
+
+def test_generate_tells_the_refiner_scores(refiner):
+    """The prompt's, and that of negative prompts."""
+    model = ldm.load(refiner[1], device="cpu")
+    seen = []
+    model.generate(PROMPTS, steps=2, scale=SCALE, aesthetic_score=7.0, crop=(8, 24), callback=seen.append, **SIZE)
+    cond = [
+        model.condition(texts, sizes=Sizes((32, 48), (8, 24), (32, 48), score))
+        for texts, score in ((PROMPTS, 7.0), (["", ""], 2.5))
+    ]
+    sigmas = sampling_sigmas(model.schedule, 2, "leading", "zero")
+    with torch.no_grad():
+        denoise = classifier_free(model.denoiser(), *cond, SCALE)
+        *_, step = get_sampler("euler")(denoise, start() * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
+    torch.testing.assert_close(torch.as_tensor(seen[-1].x), step.x, **CLOSE)
+
+
+def test_an_inversion_has_the_image_s_sizes(model):
+    """Not the model's own, 32 x 32."""
+    from ldm.editing import invert_images
+
+    image = model.generate(PROMPTS[:1], steps=STEPS, **SIZE)
+    sizes: dict = {"own": {}, "given": {"original_size": (32, 48)}, "other": {"original_size": (32, 32)}}
+    noise = {
+        name: invert_images(model, image, PROMPTS[:1], steps=3, sampler="ddim", **own).noise
+        for name, own in sizes.items()
+    }
+    assert torch.equal(noise["own"], noise["given"]) and not torch.equal(noise["own"], noise["other"])
+
+
 def test_what_is_not_supported_is_said(theirs, model, tmp_path):
     copy = shutil.copytree(theirs[1], tmp_path / "xl")
     edit(copy / "unet/config.json", projection_class_embeddings_input_dim=2560)
-    refused("takes 2560 numbers .* has 32 of pooled text and six sizes in 256 each", ldm.load, copy)
+    refused("takes 2560 numbers .* has 32 of pooled text and 6 numbers of 256 each", ldm.load, copy)
     refused(
         "cannot express this model: the conditioner .*SizedTextEncoder",
         ldm.save,

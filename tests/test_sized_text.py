@@ -8,12 +8,13 @@ from test_text import CLIP_SIZES, FIVE, TOLERANCE
 
 from ldm.conditioning.prompt import encode_prompts
 from ldm.conditioning.sized_text import SizedTextEncoder
+from ldm.conditioning.sizes import REFINER, Sizes
 
 HIDDEN = {"width": 32, "layers": 3, "heads": 4, "layer": "hidden", "layer_index": -2}
 FIRST = HIDDEN | {"layout": "transformers", "activation": "quick_gelu"}
 SECOND = HIDDEN | {"layout": "openclip", "activation": "gelu", "projection_dim": 24, "pooled": True}
 PROMPTS = [FIVE, "a photo", FIVE, "the number 7: bold", FIVE]  # which both libraries clean alike
-SIZES = (480, 640), (0, 64), (1024, 768)
+SIZES = Sizes((480, 640), (0, 64), (1024, 768), 5.5)
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +46,19 @@ def test_states_are_those_of_transformers_and_open_clip(encoder):
 
 
 @torch.no_grad()
-def test_sizes_are_six_sinusoids_behind_the_pooled_text(encoder):
+@pytest.mark.parametrize(
+    ("sizes", "numbers"), [(None, [480, 640, 0, 64, 1024, 768]), (REFINER, [480, 640, 0, 64, 5.5])]
+)
+def test_sizes_are_sinusoids_behind_the_pooled_text(encoder, monkeypatch, sizes, numbers):
     from diffusers.models.embeddings import Timesteps
 
     cond = encode_prompts(encoder, PROMPTS)
+    if sizes is not None:
+        monkeypatch.setattr(encoder, "sizes", sizes)
     added = encoder.with_sizes(cond, SIZES)
-    numbers = torch.tensor([480, 640, 0, 64, 1024, 768])
-    expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(numbers).flatten()
+    expected = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(torch.tensor(numbers)).flatten()
     assert torch.equal(added["c_crossattn"], cond["c_crossattn"])
-    assert torch.equal(added["c_adm"][:, :24], cond["c_adm"]) and added["c_adm"].shape == (5, 24 + 6 * 256)
+    assert torch.equal(added["c_adm"][:, :24], cond["c_adm"]) and added["c_adm"].shape == (5, 24 + len(numbers) * 256)
     torch.testing.assert_close(added["c_adm"][:, 24:], expected.expand(5, -1), atol=2e-5, rtol=0)  # sin of 1024
 
 
@@ -77,4 +82,5 @@ def test_towers_must_fit_together():
     refused("of 0 text towers", SizedTextEncoder, [])
     shorter = FIRST | {"context_length": 24}
     refused("different vocabularies or context lengths", SizedTextEncoder, [shorter, SECOND])
+    refused(r"sizes \['score'\] is unknown: choose among original_size, crop", SizedTextEncoder, [SECOND], ["score"])
     refused("text encoder", SizedTextEncoder, [FIRST | {"depth": 3}, SECOND])

@@ -11,7 +11,7 @@ from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_names import attention_from_diffusers, complete_openclip, vae_from_diffusers
 from ldm.checkpoint.family_table import SCALE_FACTORS, kind
 from ldm.checkpoint.networks import Config
-from ldm.checkpoint.structure import count
+from ldm.checkpoint.structure import EMBEDDERS, count
 from ldm.checkpoint.tensors import State
 from ldm.checks import few
 from ldm.diffusion.schedule import MIN_ALPHA_BAR, make_schedule
@@ -40,6 +40,7 @@ _STRAYS = (
     r"cond_stage_model\.logit_scale",  # ComfyUI's wrapper around CLIP; not part of the text tower
     r"embedding_manager\..*",  # textual inversion's, which the DreamBooth fork of its code carries along unused
 )
+_OPENCLIP = re.compile(rf"({re.escape(networks.PREFIXES['text'])}(?:{EMBEDDERS}\d+\.)?model\.)token_embedding\.weight")
 _STRAY = re.compile("|".join(f"(?:{pattern})" for pattern in _STRAYS))
 
 # How parts on their own and older writers begin their names -> the names of a complete model.
@@ -141,11 +142,13 @@ def _without_first_stage_copy(state: State) -> State:
 
 
 def _missing_of_openclip(state: State) -> State:
-    """Return stand-ins for what other programs left out of OpenCLIP's tower in files of Stable Diffusion 2."""
-    base = f"{networks.PREFIXES['text']}model."
+    """Return stand-ins for what other programs left out of OpenCLIP's tower in files of Stable Diffusion 2 and XL."""
+    base = next((match[1] for name in state if (match := _OPENCLIP.fullmatch(name))), "none")
     tower = {name.removeprefix(base): tensor for name, tensor in state.items() if name.startswith(base)}
     if "token_embedding.weight" not in tower:
         return {}
+    if base.startswith(f"{networks.PREFIXES['text']}{EMBEDDERS}"):  # where all but the temperature is read
+        return {} if "logit_scale" in tower else {f"{base}logit_scale": torch.zeros(())}
     blocks = count(tower, "transformer.resblocks.")
     # ViT-H has 24 blocks; of other towers only the missing projection tells that the file was saved by diffusers
     cut = blocks == 23 if tower["token_embedding.weight"].shape[-1] == 1024 else "text_projection" not in tower
@@ -164,12 +167,13 @@ def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dic
     if params["prediction"] == "flow":
         raise ValueError("CompVis's format cannot say that a network predicts flow: save the model as ours")
     added = schedule_buffers(params["schedule"])
-    text, prefix = params["cond_stage_config"], networks.PREFIXES["text"]
-    if kind(text) == "sdxl":
+    text: Config | None = params["cond_stage_config"]
+    prefix = networks.PREFIXES["text"]
+    if text is not None and kind(text) in _XL_KINDS:
         state = {re.sub("^" + re.escape(prefix), XL_PREFIX, name): tensor for name, tensor in state.items()}
-        text = {"target": networks.TEXT_TARGET, "params": text["params"]["embedders"][0]}
+        text = dict[str, Any](target=networks.TEXT_TARGET, params=text["params"]["embedders"][0])
         prefix = f"{XL_PREFIX}embedders.0."
-    if kind(text) == "clip":
+    if text is not None and kind(text) == "clip":
         name = f"{prefix}transformer.text_model.embeddings.position_ids"
         added[name] = torch.arange(text["params"].get("context_length", 77))[None]
     if params["scale_factor"] != SCALE_FACTORS.get(params["first_stage_config"]["target"]):
@@ -200,6 +204,7 @@ def schedule_buffers(schedule: Config) -> State:
 
 
 _PREDICTION_TYPES = {"eps": "epsilon", "v": "v", "x0": "sample"}
+_XL_KINDS = {"sdxl": "-base", "sdxl-refiner": "-refiner"}
 _SUFFIXES = {"latents": "-instruct-pix2pix", "mask_latents": "-inpainting", "latents_mask": "-inpainting", None: ""}
 _REPOSITORIES = {
     "stable-diffusion-v1": "https://github.com/CompVis/stable-diffusion",
@@ -210,14 +215,15 @@ _REPOSITORIES = {
 
 
 def _modelspec(params: Config) -> dict[str, str]:
-    text = kind(params["cond_stage_config"])
-    lines = {"clip": "stable-diffusion-v1", "openclip": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1"}
+    text = f"{kind(params['cond_stage_config'])}"
+    lines = {"clip": "stable-diffusion-v1", "openclip": "stable-diffusion-v2"}
+    lines |= dict.fromkeys(_XL_KINDS, "stable-diffusion-xl-v1")
     line = lines.get(text, "latent-diffusion")
     architecture = line + _SUFFIXES[params.get("concat")]
     if architecture == "stable-diffusion-v2":
         architecture += "-768-v" if params["prediction"] == "v" else "-512"
     elif architecture == "stable-diffusion-xl-v1":
-        architecture += "-base"
+        architecture += _XL_KINDS[text]
     return {
         "format": "pt",  # which transformers demands
         "modelspec.sai_model_spec": "1.0.0",

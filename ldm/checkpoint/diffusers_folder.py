@@ -51,24 +51,31 @@ def read_pipeline(path: str | Path, variant: str | None = None) -> Found:
     """
     path = Path(path)
     index = _check_index(path)
-    with unchanged(path, *(path / part for part in _components(index["_class_name"]))):
+    with unchanged(path, *(path / part for part in _components(index))):
         return _read_pipeline(path, index, variant)
 
 
-def _components(pipeline: str) -> Mapping[str, str | None]:
-    """Return what a pipeline consists of."""
-    return COMPONENTS | (XL_COMPONENTS if pipeline in XL_PIPELINES else {})
+def _components(index: Config) -> Mapping[str, str | None]:
+    """Return what a pipeline consists of; the refiner of Stable Diffusion XL lacks the first text encoder."""
+    if index["_class_name"] not in XL_PIPELINES:
+        return COMPONENTS
+    lacking = [part for part in ("text_encoder", "tokenizer") if index.get(part) == [None, None]]
+    return {part: kind for part, kind in (COMPONENTS | XL_COMPONENTS).items() if part not in lacking}
 
 
-def _read_pipeline(path: Path, index: Mapping[str, Any], variant: str | None) -> Found:
+def _read_pipeline(path: Path, index: Config, variant: str | None) -> Found:
     pipeline = index["_class_name"]
     xl = pipeline in XL_PIPELINES
-    parts = [part for part in _components(pipeline) if _kind(part) in WEIGHT_FILES]
+    parts = [part for part in _components(index) if _kind(part) in WEIGHT_FILES]
     config = {part: read_json(path / part / "config.json") for part in parts}
     with _naming(path):
         unet = read_unet(config["unet"])
         vae, scale_factor = read_vae(config["vae"])
-        towers = {part: _read_tower(path, part, config[part], xl) for part in parts if _kind(part) == "text_encoder"}
+        encoders = [part for part in parts if _kind(part) == "text_encoder"]
+        places = [f"embedders.{i}." if xl else "" for i in range(len(encoders))]
+        towers = {
+            part: _read_tower(path, part, config[part], place) for part, place in zip(encoders, places, strict=True)
+        }
         text = _read_sized(towers, config, unet, index) if xl else towers["text_encoder"].config
         scheduler, notes = read_scheduler(read_json(path / "scheduler" / "scheduler_config.json"))
         concat = find_concat(unet["in_channels"] - vae["embed_dim"], vae["embed_dim"], text=True)
@@ -113,7 +120,7 @@ def _read_pipeline(path: Path, index: Mapping[str, Any], variant: str | None) ->
 class Tower(NamedTuple):
     """A text encoder of a folder: its place in the conditioner, its {"target", "params"} and its tokenizer."""
 
-    prefix: str
+    place: str
     config: Config
     tokenizer: TokenizerFiles
 
@@ -123,25 +130,29 @@ def _kind(part: str) -> str:
     return part.removesuffix("_2")
 
 
-def _read_tower(path: Path, part: str, config: Mapping[str, Any], xl: bool) -> Tower:
+def _read_tower(path: Path, part: str, config: Mapping[str, Any], place: str) -> Tower:
     second = part.removeprefix("text_encoder")  # "" or "_2"
     tokenizer = read_tokenizer(path / f"tokenizer{second}")
     rows = read_text_sizes(config)["vocab_size"]
     sizes = {"vocab_size": min(rows, tokenizer.size)}  # rows behind the vocabulary are those of added words
-    params = text_params({**config, **sizes}, tokenizer.merges, tokenizer.pad, complete=xl)
+    params = text_params({**config, **sizes}, tokenizer.merges, tokenizer.pad, complete=place != "")
     if second:
         params["projection_dim"] = config["projection_dim"]
-    prefix = f"embedders.{len(second) // 2}." if xl else ""
-    return Tower(prefix, {"target": networks.TEXT_TARGET, "params": params}, tokenizer)
+    return Tower(place, {"target": networks.TEXT_TARGET, "params": params}, tokenizer)
 
 
 def _read_sized(towers: Mapping[str, Tower], config: Mapping[str, Config], unet: Config, index: Config) -> Config:
-    """Return the conditioner of Stable Diffusion XL."""
-    size_width = config["unet"].get("addition_time_embed_dim")
+    """Return the conditioner of Stable Diffusion XL or of its refiner."""
+    size_width = config["unet"].get("addition_time_embed_dim") or 0
     pooled = config["text_encoder_2"]["projection_dim"]
-    if "num_classes" not in unet or unet["adm_in_channels"] != pooled + 6 * size_width:
+    numbers = 5 if index.get("requires_aesthetics_score", False) else 6
+    if (numbers == 5) != (len(towers) == 1):
+        raise ValueError("Stable Diffusion XL's refiner alone has one text encoder and requires_aesthetics_score")
+    if "num_classes" not in unet or unet["adm_in_channels"] != pooled + numbers * size_width:
         found = f"the UNet takes {unet.get('adm_in_channels', 0)} numbers beside the context"
-        raise ValueError(f"{found}: Stable Diffusion XL has {pooled} of pooled text and six sizes in {size_width} each")
+        raise ValueError(
+            f"{found}: this pipeline has {pooled} of pooled text and {numbers} numbers of {size_width} each"
+        )
     zeros = index.get("force_zeros_for_empty_prompt", True)
     embedders = [tower.config["params"] for tower in towers.values()]
     return networks.sized_text(embedders, size_width=size_width, zeros_for_empty=zeros)
@@ -172,7 +183,7 @@ def _check_index(path: Path) -> Config:
     pipeline = index.get("_class_name")
     if pipeline not in (*PIPELINES.values(), *ALSO_READ, *XL_PIPELINES):
         raise ValueError(f"folder {str(path)!r} holds a {pipeline}: only Stable Diffusion 1, 2 and XL are supported")
-    components = _components(pipeline)
+    components = _components(index)
     for name, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         wanted = components.get(name)

@@ -22,7 +22,8 @@ _SD2_STEPS = {875_000: "eps", 220_000: "eps", 110_000: "v", 140_000: "v"}
 # modelspec.prediction_type; diffusers' words for it, too
 _HEADER_PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "sample": "x0", "x0": "x0"}
 SD1_WIDTH = 320  # of the published UNets, whose descendants all predict eps
-_XL_SIZES = 6 * 256  # features of the sizes that Stable Diffusion XL's UNet takes behind 1280 of pooled text
+# features of the numbers that Stable Diffusion XL's UNets take behind 1280 of pooled text
+_XL_NUMBERS = {"sdxl": 6 * 256, "sdxl-refiner": 5 * 256}
 
 
 class Recognised(NamedTuple):
@@ -122,11 +123,12 @@ def _completed(conditioner: Config | None, unet: Config, first_stage: Config) ->
     params = {} if conditioner is None else conditioner["params"]
     if kind(conditioner) == "rescaler":
         params["n_stages"] = int(math.log2(_downsampling(first_stage)))  # halvings to the latents' size
-    if kind(conditioner) == "sdxl":
-        with_sizes = params["embedders"][-1].get("projection_dim", 0) + _XL_SIZES
-        if unet.get("adm_in_channels") != with_sizes:
+    if (numbers := _XL_NUMBERS.get(f"{kind(conditioner)}")) is not None:
+        with_numbers = params["embedders"][-1].get("projection_dim", 0) + numbers
+        if unet.get("adm_in_channels") != with_numbers:
             found = f"the UNet takes {unet.get('adm_in_channels', 0)} numbers beside the context (label_emb)"
-            raise ValueError(f"{found}, and Stable Diffusion XL's pooled text and sizes are {with_sizes}")
+            which = f"with {len(params['embedders'])} text encoders"
+            raise ValueError(f"{found}, and Stable Diffusion XL's {which} takes {with_numbers}")
     elif "num_classes" in unet:
         if kind(conditioner) != "openclip" or unet.get("adm_in_channels") != params["projection_dim"]:
             raise ValueError("the UNet takes classes or pooled text (label_emb), which no encoder in the file provides")
@@ -226,7 +228,8 @@ def _unet_alone(shapes: Shapes) -> Recognised:
     unet = infer_unet(shapes)
     conditioner = {None: None, 1280: "bert"}.get(unet.get("context_dim"), "clip")
     if unet.get("use_linear_in_transformer", False):
-        conditioner = "sdxl" if unet.get("adm_in_channels") == 1280 + _XL_SIZES else "openclip"
+        widths = {1280 + numbers: name for name, numbers in _XL_NUMBERS.items()}
+        conditioner = widths.get(unet.get("adm_in_channels"), "openclip")
     z = unet["out_channels"]
     concat = find_concat(unet["in_channels"] - z, z, conditioner is not None)
     family = FAMILIES.get((conditioner, "kl" if z == 4 else "vq", concat))

@@ -65,6 +65,10 @@ FAMILIES = {
             *("sdxl", "kl", None, "sdxl", "Stable Diffusion XL", _SD2),
             {"latents": 128, "scale": 5.0, "scale_factor": 0.13025},
         ),
+        (
+            *("sdxl-refiner", "kl", None, "sdxl-refiner", "Stable Diffusion XL's refiner", _SD2),
+            {"latents": 128, "scale": 5.0, "scale_factor": 0.13025},
+        ),
         ("bert", "kl", None, "ldm-text2img", "LDM text-to-image (1.45B)", _SD1, {"latents": 32, "scale": 5.0}),
         ("bert", "vq", None, "ldm-layout2img", "LDM layout-to-image", _WIDE_32, {"betas": (0.0015, 0.0205)}),
         (
@@ -113,7 +117,9 @@ def find_family(in_channels: int, first_stage: Config, conditioner: Config | Non
     elif conditioner is not None and kind(conditioner) == "rescaler":
         params = conditioner["params"]
         given = params.get("in_channels", 3) if params.get("out_channels") is None else params["out_channels"]
-    concat = find_concat(int(in_channels) - z - given, z, kind(conditioner) in ("clip", "openclip", "sdxl"))
+    concat = find_concat(
+        int(in_channels) - z - given, z, kind(conditioner) in ("clip", "openclip", "sdxl", "sdxl-refiner")
+    )
     return FAMILIES.get((kind(conditioner), kind(first_stage), concat)), concat
 
 

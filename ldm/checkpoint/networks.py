@@ -57,7 +57,12 @@ OPENCLIP_SETTINGS = {"layout": "openclip", "activation": "gelu", "layer": "penul
 
 
 def sized_text(towers: list[Config], **more: Any) -> Config:
-    """Return {"target", "params"} of Stable Diffusion XL's conditioner, from TextEncoder's arguments of its towers."""
+    """Return {"target", "params"} of Stable Diffusion XL's conditioner, from TextEncoder's arguments of its towers.
+
+    Its refiner has one tower, takes a score in place of the size, and encodes the empty prompt.
+    """
+    if len(towers) == 1:
+        more = {"sizes": ["original_size", "crop", "aesthetic_score"], "zeros_for_empty": False, **more}
     embedders = [tower | {"layer": "hidden", "layer_index": -2} for tower in towers]
     embedders[-1] = embedders[-1] | {"pooled": True}
     return {"target": SIZED_TEXT_TARGET, "params": {"embedders": embedders, **more}}

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # it imports torch
 
 PROMPT = "a thin digit seven"
 SAMPLING = "negative steps sampler scale spacing final_sigma eta interval rescale clip_skip plain".split()
+SAMPLING += ["original_size", "crop", "aesthetic_score"]
 GUIDANCE = ("scale", "interval", "rescale")  # of these; inversion is without it
 
 

@@ -148,7 +148,9 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
     def null(self) -> Any:
         return getattr(self.cond_stage_model, "null", None)
 
-    def condition(self, prompts: Any, chunks: Any = None, clip_skip: int = 1, plain: bool = False) -> Any:
+    def condition(
+        self, prompts: Any, chunks: Any = None, clip_skip: int = 1, plain: bool = False, sizes: Any = None
+    ) -> Any:
         """Encode prompts for `generate` as CompVis's code does, without weights or long prompts."""
         key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
         return {} if self.model.conditioning_key is None else {key: self.get_learned_conditioning(prompts)}

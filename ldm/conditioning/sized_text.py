@@ -1,27 +1,27 @@
-"""Encode prompts with several text towers, and the sizes of an image (Podell et al. 2023, arXiv:2307.01952)."""
+"""Encode prompts with several text towers, and facts about an image (Podell et al. 2023, arXiv:2307.01952)."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checks import Width
+from ldm.conditioning.sizes import BASE, Sizes
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.models.blocks import timestep_embedding
 from ldm.util import call_with
 
-Sizes = Sequence[Sequence[int]]  # three pairs in pixels: (height, width) of the original, (top, left) of the crop from
-# it, (height, width) of the image
-
 
 class SizedTextEncoder(nn.Module):
-    """CLIP text towers, whose hidden states stand side by side, and sinusoids of six numbers: Stable Diffusion XL.
+    """CLIP text towers, whose hidden states stand side by side, and sinusoids of numbers: Stable Diffusion XL.
 
     Args:
         embedders: the arguments of a `TextEncoder` for each tower. They share one vocabulary; the last is `pooled`.
-        size_width: features of each number of the sizes.
+        sizes: which fields of `Sizes` the UNet takes.
+        size_width: features of each of their numbers.
         zeros_for_empty: the empty prompt, which is the null condition, is zeros, and not what the towers make of it;
             diffusers calls it force_zeros_for_empty_prompt.
     """
@@ -30,21 +30,28 @@ class SizedTextEncoder(nn.Module):
     reads = "caption"  # which part of a data set's sample it encodes
 
     def __init__(
-        self, embedders: Sequence[Mapping[str, Any]], size_width: Width = 256, zeros_for_empty: bool = True
+        self,
+        embedders: Sequence[Mapping[str, Any]],
+        sizes: Sequence[str] = BASE,
+        size_width: Width = 256,
+        zeros_for_empty: bool = True,
     ) -> None:
         super().__init__()
+        if unknown := [name for name in sizes if name not in Sizes._fields]:
+            raise ValueError(f"sizes {unknown} is unknown: choose among {', '.join(Sizes._fields)}")
         towers: list[Any] = [call_with("text encoder", TextEncoder, params) for params in embedders]
         if not towers or not towers[-1].pooled:
             raise ValueError(f"of {len(towers)} text towers the last must be pooled: the sizes join its pooled text")
         if len({(tower.tokenizer.merges, tower.tokenizer.context_length) for tower in towers}) > 1:
             raise ValueError("the text towers have different vocabularies or context lengths; they must be equal")
         self.embedders = nn.ModuleList(towers)
-        self.size_width, self.zeros_for_empty = size_width, zeros_for_empty
+        self.sizes, self.size_width, self.zeros_for_empty = tuple(sizes), size_width, zeros_for_empty
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The first tower's, which reads prompts for all of them, as in diffusers; they differ in padding alone."""
-        return self.embedders[0].tokenizer
+        first: Any = self.embedders[0]
+        return first.tokenizer
 
     def forward(self, tokens: Any, clip_skip: int = 1) -> dict[str, Tensor]:
         """Encode tokens int64 (b, n), of torch or numpy, padded by any of the towers' tokenizers.
@@ -52,10 +59,10 @@ class SizedTextEncoder(nn.Module):
         Returns:
             {"c_crossattn": (b, n, sum of d), "c_adm": (b, p)}, to which `with_sizes` adds.
         """
-        tokens = torch.as_tensor(tokens)
+        tokens, towers = torch.as_tensor(tokens), list[Any](self.embedders)
         ends = tokens == self.tokenizer.eos
         padding = ends.cumsum(dim=-1) - ends.long() > 0  # (b, n), behind the first end of text
-        conds = [tower(tokens.masked_fill(padding, tower.tokenizer.pad), clip_skip) for tower in self.embedders]
+        conds = [tower(tokens.masked_fill(padding, tower.tokenizer.pad), clip_skip) for tower in towers]
         return conds[-1] | {"c_crossattn": torch.cat([cond["c_crossattn"] for cond in conds], dim=-1)}
 
     def emptied(self, cond: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -65,8 +72,9 @@ class SizedTextEncoder(nn.Module):
         return {key: value.index_fill(0, rows[key], 0) for key, value in cond.items()}
 
     def with_sizes(self, cond: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-        """Return the conditioning with the sizes behind the pooled text: "c_adm" (b, p + 6 size_width)."""
+        """Return the conditioning with these numbers behind the pooled text: "c_adm" (b, p + n size_width)."""
         pooled = cond["c_adm"]
-        numbers = torch.tensor([number for pair in sizes for number in pair], device=pooled.device)
-        features = timestep_embedding(numbers, self.size_width).flatten().to(pooled)  # (6 size_width)
+        values = [getattr(sizes, name) for name in self.sizes]
+        numbers = torch.tensor([*chain(*(value if isinstance(value, tuple) else (value,) for value in values))])
+        features = timestep_embedding(numbers, self.size_width).flatten().to(pooled)  # (n size_width)
         return {**cond, "c_adm": torch.cat([pooled, features.expand(len(pooled), -1)], dim=-1)}

@@ -22,7 +22,7 @@ from ldm.diffusion.sampling import Step, invert
 from ldm.diffusion.sampling.first_order import Point, euler, euler_to
 from ldm.editing.settings import Inverting
 from ldm.editing.words import POSITIVE
-from ldm.generation import given, plan_guidance, plan_sampling
+from ldm.generation import given, plan_guidance, plan_sampling, plan_sizes
 from ldm.init_image import Images, InitImages
 from ldm.models.compiler import uncompiled
 from ldm.settings import ALL_SIGMAS, checked, from_keywords, listed, of_model
@@ -83,9 +83,10 @@ def invert_images(
     """
     corrections = Inverting(**checked(Inverting, {"corrections": corrections})).corrections
     settings = settings | {"scale": given(settings.get("scale"), 1.0)}
-    sampling = _Sampling(model, prompts, negative, settings)
-    count = len(sampling.prompts)
+    if not (count := len(prompts := listed("prompts", prompts))):
+        raise ValueError("inversion needs the prompts of the images, and there are none")
     pixels = InitImages(images, None, count, model.image_channels, model.multiple).pixels
+    sampling = _Sampling(model, prompts, negative, settings, pixels.shape[-2:])
     x = from_vp(model.encode(pixels, mode=True).float(), sampling.sigmas[-1]).expand(count, -1, -1, -1)
     states = [x]
     for step in invert(sampling.guided(sampling.uncond), x, sampling.sigmas, corrections):
@@ -117,7 +118,9 @@ def null_text(
         ValueError: without guidance, which has no use for a null condition, and where that is no vector but a class.
     """
     null_steps = Inverting(**checked(Inverting, {"null_steps": null_steps})).null_steps
-    sampling = _Sampling(model, inversion.prompts, negative, inversion.settings | {"scale": None} | settings)
+    size = [side * model.downsampling for side in inversion.states[0].shape[-2:]]
+    settings = inversion.settings | {"scale": None} | settings
+    sampling = _Sampling(model, inversion.prompts, negative, settings, size)
     low, high = sampling.interval
     if sampling.uncond is None or not any(low < sigma <= high for sigma in sampling.sigmas):
         raise ValueError("null-text optimisation has no effect at guidance scale 1, or outside of its interval")
@@ -139,7 +142,9 @@ def null_text(
 class _Sampling:
     """What `generate` with these arguments does, by ddim: its noise levels, conditions and guidance."""
 
-    def __init__(self, model: Any, prompts: Sequence[Any], negative: Any, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, prompts: Sequence[Any], negative: Any, settings: dict[str, Any], size: Sequence[int]
+    ) -> None:
         chosen, own = from_keywords(settings), of_model(model.defaults)
         if unused := [name for name in NOT_HERE if settings.get(name) is not None and settings[name] is not False]:
             raise ValueError(f"{', '.join(unused)} would have no effect on an inversion")
@@ -148,9 +153,7 @@ class _Sampling:
             raise ValueError("inversion is of the sampler ddim with eta 0: give these")
         if model.concat is not None or model.random_x0:
             raise ValueError("inversion needs a model without an image in its input, and without noise of its own")
-        self.model, self.prompts, self.rescale = model, listed("prompts", prompts), chosen.rescale
-        if not self.prompts:
-            raise ValueError("inversion needs the prompts of the images, and there are none")
+        self.model, self.prompts, self.rescale = model, prompts, chosen.rescale
         guided = {"negative": negative or None, "interval": chosen.interval, "rescale": chosen.rescale or None}
         self.scale, negative = plan_guidance(model, chosen.scale, negative)
         if self.scale == 1 and (unused := [name for name, value in guided.items() if value is not None]):
@@ -162,7 +165,8 @@ class _Sampling:
         both = [self.prompts] if self.scale == 1 else [self.prompts, negatives]
         chunks = max(count for texts in both for count in count_chunks(model.cond_stage_model, texts, chosen.plain))
         options = {"chunks": chunks, "clip_skip": chosen.clip_skip, "plain": chosen.plain}
-        self.cond, *rest = (model.condition(texts, **options) for texts in both)
+        sizes = plan_sizes(model, chosen, (size[0], size[1]))
+        self.cond, *rest = (model.condition(texts, **options, **own) for texts, own in zip(both, sizes, strict=False))
         self.uncond: Cond | None = rest[0] if rest else None
 
     def timestep(self, sigma: float) -> float:

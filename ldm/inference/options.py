@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldm.checks import ONNX_INDEX, SHIPPED_MODELS
 from ldm.cli import ALLOW, Parser, device_name, finite_float, int_range
-from ldm.settings import FLAG, FLOAT, INT, INTERVAL, NAMES, SEED, Setting, Settings, help_text, setting_rows
+from ldm.settings import FLAG, FLOAT, INTEGERS, INTERVAL, NAMES, SEED, Setting, Settings, help_text, setting_rows
 
 if TYPE_CHECKING:  # they import torch
     from ldm.latent_diffusion import LatentDiffusion
@@ -117,9 +117,9 @@ def _value(row: Setting) -> dict[str, Any]:
     if row.type is FLAG:
         return {"action": "store_true"}
     number = finite_float(row.low, row.high, infinite=row.type is INTERVAL)
-    read = int_range(int(row.low)) if row.type is INT else number if row.type in (FLOAT, INTERVAL) else str
+    read = int_range(int(row.low)) if row.type in INTEGERS else number if row.type in (FLOAT, INTERVAL) else str
     read = _seed if row is SEED else read
-    count = {"nargs": 2} if row.type is INTERVAL else {"nargs": "+"} if row.type is NAMES else {}
+    count = {"nargs": 2} if isinstance(row.type.metavar, tuple) else {"nargs": "+"} if row.type is NAMES else {}
     return {"metavar": row.type.metavar, "type": read, **count}
 
 
