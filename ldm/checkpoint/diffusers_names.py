@@ -59,9 +59,9 @@ class UNetLevel(NamedTuple):
     attention: bool
 
 
-def unet_to_diffusers(state: Mapping[str, T], levels: Sequence[UNetLevel]) -> dict[str, T]:
-    """Rename our UNetModel's weights to UNet2DConditionModel's."""
-    return _renamed(state, _unet(levels), "the UNet")
+def unet_to_diffusers(state: Mapping[str, T], levels: Sequence[UNetLevel], xl: bool = False) -> dict[str, T]:
+    """Rename our UNetModel's weights to UNet2DConditionModel's; xl: of Stable Diffusion XL."""
+    return _renamed(state, _unet(levels) | (XL_UNET_ENDS if xl else {}), "the UNet")
 
 
 def unet_from_diffusers(state: Mapping[str, Tensor]) -> State:

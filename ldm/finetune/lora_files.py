@@ -24,8 +24,8 @@ from ldm.checks import few
 from ldm.finetune.lora import Adapter, Replaced, connect, merge, places, resized
 from ldm.finetune.lora_names import (
     PARTS,
-    XL,
-    XL_CONTEXT,
+    for_xl,
+    is_xl,
     layers_of,
     own_spellings,
     parse,
@@ -56,18 +56,13 @@ def read_lora(path: str | Path) -> LoraFile:
     """Read the adapters in a file (safetensors, or .ckpt, .pt and .bin, in which nothing is executed), as stored."""
     contents = read_tensors(path)
     state, metadata = contents.state, contents.metadata
-    base = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
     try:
         refuse_other_kinds(state)
-        if re.search(r"\bsdxl|stable-diffusion-xl", base):
-            raise ValueError(XL)
         matrices, others = _by_layer(state)
         if not matrices:
             raise ValueError(f"holds no LoRA weights; it has {', '.join(list(state)[:3])}")
         settings = _settings(Path(path), metadata)
         adapters = {layer: _adapter(layer, own, settings) for layer, own in matrices.items()}
-        if any(re.search(r"attn2\.to_[kv]$", n) and a.down.shape[1] == XL_CONTEXT for n, a in adapters.items()):
-            raise ValueError(XL)
         check_finite("is damaged: it", _matrices(adapters))
     except ValueError as error:
         raise ValueError(f"LoRA {str(path)!r} {error}") from None
@@ -241,14 +236,14 @@ def save_lora(
         dtype: of the matrices; None is the adapters' own.
         metadata: further texts for the header.
     """
-    return _write(path, _by_common_name(adapters, model), format, dtype, metadata)
+    return _write(path, _by_common_name(adapters, model), format, dtype, metadata, is_xl(model))
 
 
 def kohya_tensors(
     adapters: Mapping[str, Adapter], model: LatentDiffusion, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Return the tensors of `save_lora`'s kohya format, in which they are complete without a header."""
-    return _tensors(_by_common_name(adapters, model), "kohya", dtype)
+    return _tensors(_by_common_name(adapters, model), "kohya", dtype, is_xl(model))
 
 
 def _by_common_name(adapters: Mapping[str, Adapter], model: LatentDiffusion) -> dict[str, Adapter]:
@@ -265,6 +260,7 @@ def _write(
     format: str,
     dtype: torch.dtype | None,
     metadata: Mapping[str, str] | None,
+    xl: bool,
 ) -> list[str]:
     """Write adapters by layers under our common names, and return notes."""
     if format not in LORA_FORMATS:
@@ -281,17 +277,17 @@ def _write(
         texts["ss_network_alpha"] = str(*alphas) if len(alphas) == 1 else "Dynamic"
     else:
         texts[SETTINGS] = json.dumps(_peft_settings(layers), sort_keys=True)
-    save_file(path, _tensors(layers, format, dtype), metadata=texts)
+    save_file(path, _tensors(layers, format, dtype, xl), metadata=texts)
     return notes
 
 
-def _tensors(layers: Mapping[str, Adapter], format: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _tensors(layers: Mapping[str, Adapter], format: str, dtype: torch.dtype | None, xl: bool) -> dict[str, Tensor]:
     """Return a file's tensors: matrices in `dtype` and, in kohya's format, alphas in float32."""
     state = {}
     for layer, adapter in layers.items():
         down, up = (m.detach() if dtype is None else m.detach().to(dtype) for m in (adapter.down, adapter.up))
         if format == "kohya":
-            name, alpha = to_kohya(layer), torch.tensor(float(adapter.alpha))
+            name, alpha = to_kohya(layer, xl), torch.tensor(float(adapter.alpha))
             state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
         else:
             state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
@@ -326,7 +322,7 @@ def rewrite(
 ) -> list[str]:
     """Write a LoRA file in another format, of a smaller rank, or in another dtype; return notes on the result.
 
-    No model is needed: CompVis's block names become diffusers', as in Stable Diffusion 1 and 2.
+    No model is needed: CompVis's block names become diffusers', as in Stable Diffusion 1, 2 and XL.
 
     rank: layers of a larger rank get the nearest change of this one.
     """
@@ -336,7 +332,7 @@ def rewrite(
     try:
         layers = with_usual_levels(lora.adapters)
     except ValueError as error:
-        raise ValueError(f"LoRA {str(source)!r} is not for Stable Diffusion 1 or 2: {error}") from None
+        raise ValueError(f"LoRA {str(source)!r} is not for Stable Diffusion 1, 2 or XL: {error}") from None
     notes = [f"left out: {', '.join(lora.others)}"] if lora.others else []
     if rank is not None:
         smaller = {layer: resized(adapter, rank) for layer, adapter in layers.items()}
@@ -344,7 +340,8 @@ def rewrite(
         layers = {layer: own.adapter for layer, own in smaller.items()}
     # The header's hashes and settings of the old file go; its record of the training stays.
     texts = {k: v for k, v in lora.metadata.items() if k != SETTINGS and not re.match(r"sshs_|modelspec\.hash", k)}
-    return notes + _write(target, layers, lora.format if format is None else format, dtype, texts)
+    form = lora.format if format is None else format
+    return notes + _write(target, layers, form, dtype, texts, for_xl(lora.adapters))
 
 
 def _energy(layers: Mapping[str, Any], rank: int) -> str:

@@ -13,13 +13,17 @@ from ldm.checkpoint.diffusers_config import unet_levels
 from ldm.checkpoint.diffusers_names import UNetLevel, openclip_to_transformers, unet_to_diffusers
 from ldm.checkpoint.foreign import WANTED
 from ldm.checkpoint.networks import PREFIXES
+from ldm.checkpoint.structure import EMBEDDERS
+from ldm.conditioning.sized_text import SizedTextEncoder
 from ldm.conditioning.text import TextEncoder
 from ldm.finetune.lora import places
 from ldm.latent_diffusion import LatentDiffusion
 
-PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}  # diffusers' and sd-scripts' names of the two networks
-# Of Stable Diffusion 1 and 2, which files are assumed to be for where no model is given.
+PARTS = ("unet", "text_encoder", "text_encoder_2")  # diffusers' names of the networks; XL alone has the third
+SECOND = "text_encoder_2."
+# Of Stable Diffusion 1 and 2, and of XL, which files are assumed to be for where no model is given.
 USUAL_LEVELS = [UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, True), UNetLevel(2, False)]
+XL_LEVELS = [UNetLevel(2, False), UNetLevel(2, True), UNetLevel(2, True)]
 
 # A weight's name: the layer's, and an ending: sd-scripts' and LyCORIS's, PEFT's, diffusers' before it used PEFT, alpha.
 _WEIGHT = re.compile(
@@ -29,18 +33,17 @@ _WEIGHT = re.compile(
 _MATRICES = {"A": "down", "B": "up"}
 # How a layer's name begins; behind an underscore, its words are joined by underscores. Files of one network have no
 # prefix.
-_TEXT = re.compile(r"lora_te1?_|text_encoder\.|(?=text_model\.|encoder\.layers\.)")
+_TEXT = re.compile(r"lora_te[12]?_|text_encoder(_2)?\.|(?=text_model\.|encoder\.layers\.)")
 _UNET = re.compile(r"lora_unet_|unet\.|(model\.)?diffusion_model\.|")
 # Words that contain an underscore, among those that sd-scripts joins by underscores.
 _WORDS = (
     "down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj linear_1 "
-    "linear_2 time_embedding class_embedding conv_in conv_out conv_shortcut text_model self_attn q_proj k_proj v_proj "
-    "out_proj input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection time_embed "
-    "label_emb c_fc c_proj"
+    "linear_2 time_embedding class_embedding add_embedding conv_in conv_out conv_shortcut text_model self_attn q_proj "
+    "k_proj v_proj out_proj input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection "
+    "time_embed label_emb c_fc c_proj"
 ).split()
 _JOINED = re.compile(f"({'|'.join(sorted(_WORDS, key=len, reverse=True))})|_")
 
-XL = f"is for Stable Diffusion XL, which is not supported: {WANTED}"
 XL_CONTEXT = 2048  # the width of what its UNet attends to
 _PLAIN = "only plain LoRA is read, of linear layers and convolutions"
 _REFUSED = tuple(
@@ -56,7 +59,6 @@ _REFUSED = tuple(
             r"^(lora_)?transformer[._](?!text_model|resblocks)|[._](double|joint|single|single_transformer)_blocks[._]",
             f"is for a diffusion transformer (Flux, Stable Diffusion 3 ...), which is not supported: {WANTED}",
         ),
-        (r"^(lora_te2_|text_encoder_2\.)|add_embedding", XL),
     )
 )
 
@@ -90,30 +92,43 @@ def _normalise(layer: str) -> str:
     if text is None:
         return f"unet.{re.sub(r'[.]to_out$', '.to_out.0', name)}"
     name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
-    return f"text_encoder.{'text_model.' if name.startswith('encoder.') else ''}{name}"  # transformers from 5.6 on
+    part = SECOND if prefix in ("lora_te2_", SECOND) else "text_encoder."
+    return f"{part}{'text_model.' if name.startswith('encoder.') else ''}{name}"  # transformers from 5.6 on
 
 
-def to_kohya(layer: str) -> str:
-    """Return a layer's name in sd-scripts' naming: `lora_unet_down_blocks_0_ ...`, `lora_te_text_model_ ...`."""
+def to_kohya(layer: str, xl: bool) -> str:
+    """Return a layer's name in sd-scripts' naming: `lora_unet_down_blocks_0_ ...`, `lora_te_text_model_ ...`.
+
+    xl: of Stable Diffusion XL, whose text encoders are `lora_te1` and `lora_te2`.
+    """
     part, _, name = layer.partition(".")
-    return f"{PARTS[part]}_{name.replace('.', '_')}"
+    begin = {"unet": "lora_unet", "text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}[part]
+    return f"{begin}_{name.replace('.', '_')}"
+
+
+def for_xl(adapters: Mapping[str, Any]) -> bool:
+    """Return whether adapters by layers are for Stable Diffusion XL, as text encoder or width of the context show."""
+    widths = {own.down.shape[1] for name, own in adapters.items() if re.search(r"attn2\.to_[kv]$", name)}
+    return XL_CONTEXT in widths or any(name.startswith(SECOND) for name in adapters)
 
 
 def with_usual_levels(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return layers with CompVis's block names under diffusers', as in Stable Diffusion 1 and 2; other names stay.
+    """Return layers with CompVis's block names under diffusers', as in Stable Diffusion 1, 2 and XL; others stay.
 
     Raises ValueError for a block that those models do not have.
     """
-    blocks = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "out.")
+    blocks = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
     ours = {name: value for name, value in layers.items() if name.removeprefix("unet.").startswith(blocks)}
-    theirs = unet_to_diffusers({name.removeprefix("unet."): value for name, value in ours.items()}, USUAL_LEVELS)
+    levels, xl = (XL_LEVELS, True) if for_xl(layers) else (USUAL_LEVELS, False)
+    theirs = unet_to_diffusers({name.removeprefix("unet."): value for name, value in ours.items()}, levels, xl)
     rest = {name: value for name, value in layers.items() if name not in ours}
     return rest | {f"unet.{name}": value for name, value in theirs.items()}
 
 
 def own_spellings(model: LatentDiffusion) -> dict[str, str]:
     """Return our names of a model's layers by CompVis's and open_clip's names behind the one naming's parts."""
-    parts = {PREFIXES["unet"]: "unet.", PREFIXES["text"]: "text_encoder."}
+    towers = _towers(model)
+    parts = {PREFIXES["unet"]: "unet."} | {prefix: part for part, (prefix, _) in towers.items()}
     return {
         part + name.removeprefix(prefix): name
         for name in places(model)
@@ -126,12 +141,26 @@ def layers_of(model: LatentDiffusion) -> dict[str, str]:
     """Return our names of all layers of a model that can be adapted, by the one naming."""
     own = own_spellings(model)
     unet = {f"{n.removeprefix('unet.')}.weight": ours for n, ours in own.items() if n.startswith("unet.")}
-    theirs = unet_to_diffusers(unet, unet_levels(model.config["unet_config"]["params"]))
+    theirs = unet_to_diffusers(unet, unet_levels(model.config["unet_config"]["params"]), is_xl(model))
     found = {f"unet.{name.removesuffix('.weight')}": ours for name, ours in theirs.items()}
-    if isinstance(model.cond_stage_model, TextEncoder):
-        text = {n.removeprefix("text_encoder."): ours for n, ours in own.items() if n.startswith("text_encoder.")}
-        found |= {f"text_encoder.{name}": ours for name, ours in _text(model.cond_stage_model, text).items()}
+    for part, (_, encoder) in _towers(model).items():
+        if isinstance(encoder, TextEncoder):
+            text = {n.removeprefix(part): ours for n, ours in own.items() if n.startswith(part)}
+            found |= {f"{part}{name}": ours for name, ours in _text(encoder, text).items()}
     return found
+
+
+def is_xl(model: LatentDiffusion) -> bool:
+    """Return whether the model is Stable Diffusion XL."""
+    return isinstance(model.cond_stage_model, SizedTextEncoder)
+
+
+def _towers(model: LatentDiffusion) -> dict[str, tuple[str, Any]]:
+    """Return (the beginning of our names, network) of each text encoder by that of the common names."""
+    if not isinstance(model.cond_stage_model, SizedTextEncoder):
+        return {"text_encoder.": (PREFIXES["text"], model.cond_stage_model)}
+    found = [(f"{PREFIXES['text']}{EMBEDDERS}{i}.", own) for i, own in enumerate(model.cond_stage_model.embedders)]
+    return dict(zip(("text_encoder.", SECOND)[-len(found) :], found, strict=True))  # the refiner has the second
 
 
 def _text(encoder: TextEncoder, own: Mapping[str, str]) -> dict[str, str]:
