@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm import latent_diffusion as core
 from ldm.checkpoint.compvis import normalise
-from ldm.checkpoint.diffusers_writer import write_vocabulary
+from ldm.checkpoint.diffusers_text_writer import write_vocabulary
 from ldm.conditioning.tokenizer import reduce
 from ldm.diffusion import guidance, sampling
 from ldm.diffusion.denoiser import from_vp, to_vp

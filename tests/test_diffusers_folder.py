@@ -20,7 +20,8 @@ from tiny_stable_diffusion import KINDS, MERGES, PROMPTS, SD1, SD2, TEXT, VAE, b
 import ldm
 from ldm.checkpoint.diffusers_config import read_vae
 from ldm.checkpoint.diffusers_folder import read_pipeline
-from ldm.checkpoint.diffusers_writer import WRITTEN, write_pipeline, write_tokenizer
+from ldm.checkpoint.diffusers_text_writer import write_tokenizer
+from ldm.checkpoint.diffusers_writer import WRITTEN, write_pipeline
 from ldm.commands.train import main as train
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.sampling import get_sampler
@@ -149,7 +150,9 @@ def assert_same_numbers(model: LatentDiffusion, pipe) -> None:
 def test_diffusers_generates_what_we_generate(models, folders, kind):
     files = {p.relative_to(folders[kind]).as_posix() for p in folders[kind].rglob("*") if p.is_file()}
     # versions of transformers write one of these, whatever else they write
-    assert WRITTEN - files <= {"tokenizer/special_tokens_map.json", "tokenizer/tokenizer.json"} and files < WRITTEN
+    some = {"tokenizer/special_tokens_map.json", "tokenizer/tokenizer.json"}
+    missing = {name for name in WRITTEN - files if "_2/" not in name}  # that is in Stable Diffusion XL alone
+    assert missing <= some and files < WRITTEN
     with safe_open(folders[kind] / "text_encoder/model.safetensors", "pt") as file:  # as every version reads them
         assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118 - not a dict
     pipe = pipeline(folders[kind])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.checkpoint.diffusers_text import CLIP_MERGES_SHA256, read_tokenizer, vocabulary
-from ldm.checkpoint.diffusers_writer import write_tokenizer
+from ldm.checkpoint.diffusers_text_writer import write_tokenizer
 from ldm.conditioning.tokenizer import Tokenizer, clip_merges, reduce
 
 PROMPTS = ["a photo of a cat", "An astronaut, riding a horse: 4K (don't blink)"]

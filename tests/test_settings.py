@@ -25,7 +25,9 @@ from ldm.settings import (
     INTERVAL,
     LISTED,
     NAMES,
+    PLACE,
     SEED,
+    SIZE,
     STR,
     Guidance,
     Settings,
@@ -80,6 +82,7 @@ PLAIN = {
     STR: [("a", "a"), (np.str_("a"), "a")],
     LISTED: [("karras", "karras"), ([9, 4.5], "9,4.5"), (np.array([9, 4]), "9,4"), ("sigmas 3 1", "sigmas 3 1")],
     FLAG: [(True, True), ("false", False), (np.bool_(True), True), (0, False)],
+    **dict.fromkeys((SIZE, PLACE), [([64, 48], (64, 48)), (np.array([8, 9]), (8, 9)), ("64 48", (64, 48))]),
     INTERVAL: [([0, 2], (0.0, 2.0)), (np.array([0.5, np.inf]), (0.5, math.inf)), ("0.5 to 2", (0.5, 2.0))],
     NAMES: [("a b", ("a", "b")), (["a", "b"], ("a", "b"))],
 }
@@ -89,6 +92,7 @@ MEANINGLESS = {
     STR: [3, b"a", ["a"], object()],
     LISTED: [3, object()],
     FLAG: ["no", 7, [True], 0.5, object()],
+    **dict.fromkeys((SIZE, PLACE), [3, (1,), (1, 2, 3), "64 x 48", (8.5, 9), ("a", "b"), (True, 9), object()]),
     INTERVAL: [3, (1,), (1, 2, 3), "0 2", ("a", "b"), object()],
     NAMES: [3, [3], object()],
 }
@@ -103,11 +107,17 @@ def test_values_with_a_plain_meaning_are_taken_and_others_refused_by_name(name):
         assert row.checked(name, row.type.write(found)) == found  # as a PNG has it
     for given in MEANINGLESS[row.type]:
         refused(f"^{name} .* is not {row.type.words}$", row.checked, name, given)
+    pairs = row.type in (INTERVAL, SIZE, PLACE)
     if row.low > -math.inf:
-        low = (row.low - 1, 9) if row.type is INTERVAL else row.low - 1
+        low = (row.low - 1, 9) if pairs else row.low - 1
         refused(f"^{name} must be (at least|from) {row.low}.*, got ", row.checked, name, low)
     if row.high < math.inf:
-        refused(f"^{name} must be from .* to {row.high}, got ", row.checked, name, row.high + 1)
+        refused(
+            f"^{name} must be from .* to {row.high}, got ",
+            row.checked,
+            name,
+            (9, row.high + 1) if pairs else row.high + 1,
+        )
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from conftest import refused
 from test_clip import hugging, open_clip_model
 from test_text import CLIP_SIZES, FIVE, TOLERANCE
 
+from ldm.checkpoint.networks import REFINER_SIZES
 from ldm.conditioning.prompt import encode_prompts
 from ldm.conditioning.sized_text import SizedTextEncoder
-from ldm.conditioning.sizes import REFINER, Sizes
+from ldm.conditioning.sizes import Sizes
 
 HIDDEN = {"width": 32, "layers": 3, "heads": 4, "layer": "hidden", "layer_index": -2}
 FIRST = HIDDEN | {"layout": "transformers", "activation": "quick_gelu"}
@@ -47,7 +48,7 @@ def test_states_are_those_of_transformers_and_open_clip(encoder):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("sizes", "numbers"), [(None, [480, 640, 0, 64, 1024, 768]), (REFINER, [480, 640, 0, 64, 5.5])]
+    ("sizes", "numbers"), [(None, [480, 640, 0, 64, 1024, 768]), (REFINER_SIZES, [480, 640, 0, 64, 5.5])]
 )
 def test_sizes_are_sinusoids_behind_the_pooled_text(encoder, monkeypatch, sizes, numbers):
     from diffusers.models.embeddings import Timesteps

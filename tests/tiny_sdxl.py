@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from conftest import randomised
 
-from ldm.checkpoint.diffusers_writer import write_tokenizer
+from ldm.checkpoint.diffusers_text_writer import write_tokenizer
 from ldm.conditioning.sizes import Sizes
 from ldm.conditioning.tokenizer import clip_merges
 from ldm.diffusion.guidance import classifier_free

@@ -231,6 +231,8 @@ def _from_diffusers(weights: Mapping[str, State], towers: Mapping[str, Tower]) -
         prefix, encoder = f"{networks.PREFIXES['text']}{place}transformer.", names.clip_from_transformers(weights[part])
         if config["params"]["layout"] == "openclip":
             prefix = f"{networks.PREFIXES['text']}{place}model."
+            if place and "text_projection.weight" not in encoder:
+                raise ValueError(f"{part} lacks text_projection.weight, the projection of the pooled text")
             encoder = names.openclip_from_transformers(encoder, config["params"]["layers"])
         for name in [name for name in encoder if name.endswith("token_embedding.weight")]:
             words |= added_words(tokenizer.added, encoder[name][tokenizer.size :], tokenizer.size)

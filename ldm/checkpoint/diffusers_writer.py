@@ -29,8 +29,17 @@ from ldm.checkpoint.diffusers_config import (
     vae_blocks,
 )
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json
-from ldm.checkpoint.diffusers_folder import PIPELINES
-from ldm.checkpoint.diffusers_text import CLIP_KEYS, TOKENIZER_FILES, vocabulary
+from ldm.checkpoint.diffusers_folder import PIPELINES, XL_COMPONENTS, XL_PIPELINES
+from ldm.checkpoint.diffusers_text import TOKENIZER_FILES
+from ldm.checkpoint.diffusers_text_writer import (
+    CANNOT_EXPRESS,
+    TextPart,
+    refuse,
+    text_class,
+    text_parts,
+    text_weights,
+    write_tokenizer,
+)
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import one_if_equal
 from ldm.checkpoint.tensors import State
@@ -46,11 +55,11 @@ MARK = {"_written_by": "ldm"}  # in model_index.json; diffusers skips what begin
 WRITTEN = {  # all files that any version writes
     "model_index.json",
     "scheduler/scheduler_config.json",
-    *(f"tokenizer/{name}" for name in TOKENIZER_FILES),
-    *(f"{part}/config.json" for part in WEIGHT_FILES),
+    *(f"tokenizer{second}/{name}" for name in TOKENIZER_FILES for second in ("", "_2")),
+    *(f"{part}/config.json" for part in (*WEIGHT_FILES, "text_encoder_2")),
     *(f"{part}/{'.'.join(kinds[0])}" for part, kinds in WEIGHT_FILES.items()),
+    "text_encoder_2/model.safetensors",
 }
-CANNOT_EXPRESS = "diffusers' Stable Diffusion cannot express this model"
 # Arguments that change no number of a trained network of this kind, or not beside the others.
 NO_EFFECT = {
     *("image_size", "resolution", "dropout", "use_checkpoint", "use_fp16", "use_bf16", "num_heads_upsample"),
@@ -74,99 +83,117 @@ def write_pipeline(
     """
     try:
         import diffusers
-        import transformers
     except ImportError as error:
         raise ValueError(f"writing a diffusers folder needs diffusers: pip install diffusers ({error})") from None
     params, path = config["params"], Path(os.path.abspath(path))
-    unet, vae, text, encoder = _networks(params)
+    unet, vae, conditioner = _networks(params)
+    towers = text_parts(conditioner, params["cond_stage_config"]["params"])
+    xl = params["cond_stage_config"]["target"] == networks.SIZED_TEXT_TARGET
     defaults, ddconfig = params["defaults"], vae["ddconfig"]
-    scheduler, notes = write_scheduler(params["schedule"], params["prediction"], defaults)
-    weights = _weights(state, unet_levels(unet), ddconfig, encoder)
+    scheduler, notes = write_scheduler(params["schedule"], params["prediction"], defaults, 5.0 if xl else 7.5)
+    weights = _weights(state, unet_levels(unet), ddconfig, towers)
     given = sum(name.startswith(networks.PREFIXES["text"]) for name in state)
-    if encoder.layout == "openclip" or len(weights["text_encoder"]) < given:
-        notes.append(f"of the text encoder {encoder.state} blocks are kept, without a projection: the rest is not used")
-    tokenizer, width = encoder.tokenizer, text["width"]
-    text_config = transformers.CLIPTextConfig(
-        **{theirs: text[ours] for ours, theirs in CLIP_KEYS.items()}
-        | {"num_hidden_layers": encoder.state, "intermediate_size": text["mlp_width"] or 4 * width}
-        | {"projection_dim": width}
-        | {"bos_token_id": tokenizer.sot, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    )
+    if not xl and (towers[0].encoder.layout == "openclip" or len(weights["text_encoder"]) < given):
+        kept = f"of the text encoder {towers[0].layers} blocks are kept, without a projection"
+        notes.append(f"{kept}: the rest is not used")
     latents = [defaults[side] // 2 ** (len(ddconfig["ch_mult"]) - 1) for side in ("height", "width")]
     classes = {
-        "unet": (diffusers.UNet2DConditionModel, write_unet(unet, one_if_equal(latents))),
+        "unet": (
+            diffusers.UNet2DConditionModel,
+            write_unet(unet, one_if_equal(latents), conditioner.size_width if xl else None),
+        ),
         "vae": (diffusers.AutoencoderKL, write_vae(vae, params["scale_factor"], defaults["height"])),
-        "text_encoder": (transformers.CLIPTextModel, {"config": text_config}),
+        **{tower.part: text_class(tower) for tower in towers},
     }
+    if xl:
+        refiner = "aesthetic_score" in conditioner.sizes
+        name, more = XL_PIPELINES[refiner], dict[str, Any](force_zeros_for_empty_prompt=conditioner.zeros_for_empty)
+        more |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True} if refiner else {}
+    else:
+        name = PIPELINES[params.get("concat")]
+        more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with atomic_folder(path) as folder:
         _check_replaceable(path)
-        pipeline = getattr(diffusers, PIPELINES[params.get("concat")])(
+        tokenizers = {}
+        for part, own in (
+            (tower.part.replace("text_encoder", "tokenizer"), tower.encoder.tokenizer) for tower in towers
+        ):
+            tokenizers[part] = write_tokenizer(folder / part, own.merges, own.pad, own.context_length)
+        pipeline = getattr(diffusers, name)(
             **{part: _filled(*parts, weights[part], dtype) for part, parts in classes.items()},
-            tokenizer=write_tokenizer(folder / "tokenizer", tokenizer.merges, tokenizer.pad, tokenizer.context_length),
+            **tokenizers | more,
             scheduler=diffusers.DDIMScheduler(**scheduler),
-            **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         )
         pipeline.register_to_config(**MARK)
-        _save(pipeline, folder, weights["text_encoder"], dtype)
+        _save(pipeline, folder, {tower.part: weights[tower.part] for tower in towers}, dtype)
     return notes
 
 
-def _save(pipeline: Any, folder: Path, text: State, dtype: torch.dtype | None) -> None:
-    """Save the pipeline, and its text encoder so that every version of transformers reads it as it is meant."""
+def _save(pipeline: Any, folder: Path, texts: Mapping[str, State], dtype: torch.dtype | None) -> None:
+    """Save the pipeline, and its text encoders so that every version of transformers reads them as they are meant."""
     try:
         pipeline.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(f"cannot write folder {str(folder)!r}: {error}") from None
     # Versions from 5.6 on leave `text_model.` out of names; older ones then take random weights, in silence.
-    save_file(folder / "text_encoder" / "model.safetensors", text, dtype=dtype, metadata={"format": "pt"})
-    config = folder / "text_encoder" / "config.json"
-    content = read_json(config)  # a dtype of half precision would be computed in, beside the other parts' float32
-    config.write_text(json.dumps(content | {key: "float32" for key in content.keys() & {"dtype", "torch_dtype"}}))
+    for part, text in texts.items():
+        save_file(folder / part / "model.safetensors", text, dtype=dtype, metadata={"format": "pt"})
+        config = folder / part / "config.json"
+        content = read_json(config)  # a dtype of half precision would be computed in, beside the other parts' float32
+        config.write_text(json.dumps(content | {key: "float32" for key in content.keys() & {"dtype", "torch_dtype"}}))
 
 
-def _networks(params: Config) -> tuple[Config, Config, Config, Any]:
-    """Return the arguments of UNet, first stage and text encoder, and the latter on the meta device."""
+def _networks(params: Config) -> tuple[Config, Config, Any]:
+    """Return the arguments of UNet and first stage, and the conditioner on the meta device."""
     configs = [params[f"{part}_config"] for part in ("unet", "first_stage", "cond_stage")]
     targets = [None if own is None else own["target"] for own in configs]
-    _refuse(
+    refuse(
         {
             f"the UNet {targets[0]}": targets[0] != networks.UNET_TARGET,
             f"the first stage {targets[1]}": targets[1] != networks.KL_TARGET,
-            f"the conditioner {targets[2]}": targets[2] != networks.TEXT_TARGET,
+            f"the conditioner {targets[2]}": targets[2] not in (networks.TEXT_TARGET, networks.SIZED_TEXT_TARGET),
             f"concat {params.get('concat')!r}": params.get("concat") not in PIPELINES,
         }
     )
     with torch.device("meta"):
-        encoder = instantiate_network(configs[2])
-    text = arguments(type(encoder), configs[2]["params"])
-    _refuse(
-        {
-            "pooled text beside the tokens (pooled)": text["pooled"],
-            "text states without the final norm (layer hidden)": text["layer"] == "hidden",
-            "a text encoder of no blocks": encoder.state < 1,
-        }
-    )
-    return configs[0]["params"], configs[1]["params"], text, encoder
+        conditioner = instantiate_network(configs[2])
+    if targets[2] == networks.SIZED_TEXT_TARGET:
+        refuse(
+            {
+                f"the sizes {conditioner.sizes}": conditioner.sizes
+                not in (networks.BASE_SIZES, networks.REFINER_SIZES),
+                f"concat {params.get('concat')!r} in Stable Diffusion XL": params.get("concat") is not None,
+            }
+        )
+    else:
+        text = arguments(type(conditioner), configs[2]["params"])
+        refuse(
+            {
+                "pooled text beside the tokens (pooled)": text["pooled"],
+                "text states without the final norm (layer hidden)": text["layer"] == "hidden",
+                "a text encoder of no blocks": conditioner.state < 1,
+            }
+        )
+    return configs[0]["params"], configs[1]["params"], conditioner
 
 
 def _weights(
-    state: Mapping[str, Tensor], levels: list[names.UNetLevel], ddconfig: Config, encoder: Any
+    state: Mapping[str, Tensor], levels: list[names.UNetLevel], ddconfig: Config, towers: Sequence[TextPart]
 ) -> dict[str, State]:
     """Return the weights of each part under diffusers' names."""
-    openclip = encoder.layout == "openclip"
-    prefixes = networks.PREFIXES | {"text": networks.PREFIXES["text"] + ("model." if openclip else "transformer.")}
+    prefixes = {part: networks.PREFIXES[part] for part in ("unet", "first_stage")}
+    prefixes |= {tower.part: tower.prefix for tower in towers}
     parts: dict[str, State] = {part: {} for part in prefixes}
     for name, tensor in state.items():
         part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), None)
         if part is None:
             raise ValueError(f"{name} is not a weight of this model's UNet, first stage or text encoder")
         parts[part][name.removeprefix(prefixes[part])] = tensor
-    to_transformers = names.openclip_to_transformers if openclip else names.clip_to_transformers
-    return {
-        "unet": names.unet_to_diffusers(parts["unet"], levels),
+    found = {
+        "unet": names.unet_to_diffusers(parts["unet"], levels, xl=any(tower.part in XL_COMPONENTS for tower in towers)),
         "vae": names.vae_to_diffusers(parts["first_stage"], len(ddconfig["ch_mult"]), ddconfig["num_res_blocks"]),
-        "text_encoder": to_transformers(parts["text"], encoder.state),
     }
+    return found | {tower.part: text_weights(tower, parts[tower.part]) for tower in towers}
 
 
 def _filled(cls: type, params: Config, weights: State, dtype: torch.dtype | None) -> nn.Module:
@@ -180,8 +207,11 @@ def _filled(cls: type, params: Config, weights: State, dtype: torch.dtype | None
     return network
 
 
-def write_unet(params: Config, sample_size: int | list[int]) -> Config:
-    """Return UNet2DConditionModel's arguments from UNetModel's; sample_size: of the latents."""
+def write_unet(params: Config, sample_size: int | list[int], size_width: int | None = None) -> Config:
+    """Return UNet2DConditionModel's arguments from UNetModel's; sample_size: of the latents.
+
+    size_width: features of each number that Stable Diffusion XL takes beside the pooled text.
+    """
     own = arguments(UNetModel, params)
     widths = [own["model_channels"] * mult for mult in own["channel_mult"]]
     down, up = unet_blocks([level.attention for level in unet_levels(params)])
@@ -199,6 +229,9 @@ def write_unet(params: Config, sample_size: int | list[int]) -> Config:
         "upcast_attention": own["use_linear_in_transformer"],
         "resnet_time_scale_shift": "scale_shift" if own["use_scale_shift_norm"] else "default",
     }
+    if size_width is not None:
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": size_width}
+        config["projection_class_embeddings_input_dim"] = own["adm_in_channels"]
     own |= {"num_heads": -1} if by_width else {}
     with _expressing():
         again = read_unet(config)
@@ -241,15 +274,20 @@ def _expressing() -> Iterator[None]:
 def _check_lossless(own: Config, again: Config) -> None:
     """Refuse arguments that are not the same when the configuration is read again."""
     values = {key: [one_if_equal(part[key]) or None for part in (own, again)] for key in own.keys() - NO_EFFECT}
-    _refuse({f"{key} {own[key]}": before != after for key, (before, after) in sorted(values.items())})
+    refuse({f"{key} {own[key]}": before != after for key, (before, after) in sorted(values.items())})
 
 
-def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tuple[Config, list[str]]:
-    """Return (a DDIMScheduler's arguments, notes on what is lost) from our schedule, prediction and defaults."""
+def write_scheduler(
+    schedule: Config, prediction: str, defaults: Config, scale: float = 7.5
+) -> tuple[Config, list[str]]:
+    """Return (a DDIMScheduler's arguments, notes on what is lost) from our schedule, prediction and defaults.
+
+    scale: the pipeline's own guidance scale.
+    """
     name = schedule.get("name", "cosine")
     curves = {own: theirs for theirs, own in BETA_CURVES.items() if theirs != "sigmoid"}
     types = {own: theirs for theirs, own in PREDICTION_TYPES.items()}
-    _refuse(
+    refuse(
         {
             f"the noise schedule {name!r}": name not in curves,
             f"its shift {schedule.get('shift')}": schedule.get("shift", 1) != 1,
@@ -267,7 +305,7 @@ def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tupl
     notes = []
     if sampler != "ddim" or their_spacing is None:
         notes.append(f"the folder's scheduler is DDIM; the model's own sampler is {sampler}, spacing {spacing}")
-    usual = {"steps": 50, "scale": 7.5, "interval": None}
+    usual = {"steps": 50, "scale": scale, "interval": None}
     own = {key: defaults.get(key, value) for key, value in usual.items()}
     if own != usual:
         notes.append(f"the folder cannot express the model's own default settings: {own}")
@@ -282,35 +320,6 @@ def write_scheduler(schedule: Config, prediction: str, defaults: Config) -> tupl
         "clip_sample": False,
         "set_alpha_to_one": defaults.get("final_sigma", "zero") == "zero",
     }, notes
-
-
-def write_vocabulary(folder: Path, merges: Sequence[str]) -> None:
-    """Write vocab.json and merges.txt, which every version of transformers reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = {name: i for i, name in enumerate(vocabulary(merges))}
-    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_bytes("\n".join(["#version: 0.2", *merges, ""]).encode())
-
-
-def write_tokenizer(folder: Path, merges: Sequence[str], pad: int, context_length: int) -> Any:
-    """Write a tokenizer's files, and return transformers' CLIPTokenizer of them.
-
-    transformers takes the token of the id `pad` for a special one, wherever it stands: as with every Stable Diffusion 2
-    folder, an exclamation mark in a prompt is the token 0 there, and 256 in our tokenizer and open_clip's.
-    """
-    from transformers import CLIPTokenizer
-
-    write_vocabulary(folder, merges)
-    settings: dict[str, Any] = {"pad_token": vocabulary(merges)[pad], "model_max_length": context_length}
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **settings)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def _refuse(reasons: Mapping[str, bool]) -> None:
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        raise ValueError(f"{CANNOT_EXPRESS}: {'; '.join(found)}")
 
 
 def _check_replaceable(path: Path) -> None:

@@ -56,13 +56,17 @@ CLIP_SETTINGS = {"layout": "transformers", "activation": "quick_gelu", "layer": 
 OPENCLIP_SETTINGS = {"layout": "openclip", "activation": "gelu", "layer": "penultimate"}
 
 
+# What Stable Diffusion XL takes beside the pooled text, and its refiner: fields of `ldm.conditioning.sizes.Sizes`.
+BASE_SIZES, REFINER_SIZES = ("original_size", "crop", "target_size"), ("original_size", "crop", "aesthetic_score")
+
+
 def sized_text(towers: list[Config], **more: Any) -> Config:
     """Return {"target", "params"} of Stable Diffusion XL's conditioner, from TextEncoder's arguments of its towers.
 
     Its refiner has one tower, takes a score in place of the size, and encodes the empty prompt.
     """
     if len(towers) == 1:
-        more = {"sizes": ["original_size", "crop", "aesthetic_score"], "zeros_for_empty": False, **more}
+        more = {"sizes": list(REFINER_SIZES), "zeros_for_empty": False, **more}
     embedders = [tower | {"layer": "hidden", "layer_index": -2} for tower in towers]
     embedders[-1] = embedders[-1] | {"pooled": True}
     return {"target": SIZED_TEXT_TARGET, "params": {"embedders": embedders, **more}}

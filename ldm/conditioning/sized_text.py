@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.checkpoint.networks import BASE_SIZES
 from ldm.checks import Width
-from ldm.conditioning.sizes import BASE, Sizes
+from ldm.conditioning.sizes import Sizes
 from ldm.conditioning.text import TextEncoder
 from ldm.conditioning.tokenizer import Tokenizer
 from ldm.models.blocks import timestep_embedding
@@ -32,7 +33,7 @@ class SizedTextEncoder(nn.Module):
     def __init__(
         self,
         embedders: Sequence[Mapping[str, Any]],
-        sizes: Sequence[str] = BASE,
+        sizes: Sequence[str] = BASE_SIZES,
         size_width: Width = 256,
         zeros_for_empty: bool = True,
     ) -> None:

@@ -20,8 +20,6 @@ class Sizes(NamedTuple):
     aesthetic_score: float = 6.0
 
 
-BASE = ("original_size", "crop", "target_size")  # what the base model takes, and the refiner:
-REFINER = ("original_size", "crop", "aesthetic_score")
 LOW_SCORE = 2.5  # the aesthetic score of negative prompts, as diffusers has it
 
 
