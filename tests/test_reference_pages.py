@@ -66,7 +66,7 @@ ldm.evaluation.quality.Quality""".split()
 SECTIONS = {"loop": LoopSettings, "data": DataSettings}
 # Parameters that are not keys of a configuration: the stage gives them, or only CompVis's configurations have them.
 NOT_KEYS = {
-    "SubjectImages": "model size channels",
+    "SubjectImages": "model size channels reads",
     "Objective": "model",
     "DenoisingStage": "objective",
     "loss_weight": "prediction alphas_cumprod_t",

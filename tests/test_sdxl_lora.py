@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import refused
 from lora_models import learned
 from safetensors.torch import load_file, save_file
 from tiny_sdxl import build_pipeline, our_images, their_images
@@ -14,7 +13,6 @@ import ldm
 from ldm.finetune import lora
 from ldm.finetune.lora_files import load_lora, merge_lora, rewrite, save_lora
 from ldm.finetune.lora_names import layers_of, to_kohya
-from ldm.training.objective import Objective
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +104,3 @@ def test_a_lora_is_undone_to_the_bit(model, adapters, tmp_path):
     assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     lora.restore(model, kept)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_training_it_is_refused(model):
-    refused("training Stable Diffusion XL is not supported", Objective, model)

@@ -54,13 +54,15 @@ class SizedTextEncoder(nn.Module):
         first: Any = self.embedders[0]
         return first.tokenizer
 
-    def forward(self, tokens: Any, clip_skip: int = 1) -> dict[str, Tensor]:
-        """Encode tokens int64 (b, n), of torch or numpy, padded by any of the towers' tokenizers.
+    def forward(self, prompts: Any, clip_skip: int = 1) -> dict[str, Tensor]:
+        """Encode prompts, read literally, or tokens int64 (b, n), of torch or numpy, padded by any of the tokenizers.
 
         Returns:
             {"c_crossattn": (b, n, sum of d), "c_adm": (b, p)}, to which `with_sizes` adds.
         """
-        tokens, towers = torch.as_tensor(tokens), list[Any](self.embedders)
+        device, towers = next(self.parameters()).device, list[Any](self.embedders)
+        tokens = self.tokenizer(prompts) if isinstance(prompts, list | tuple) else torch.as_tensor(prompts)
+        tokens = tokens.to(device)
         ends = tokens == self.tokenizer.eos
         padding = ends.cumsum(dim=-1) - ends.long() > 0  # (b, n), behind the first end of text
         conds = [tower(tokens.masked_fill(padding, tower.tokenizer.pad), clip_skip) for tower in towers]
@@ -72,10 +74,14 @@ class SizedTextEncoder(nn.Module):
         rows = {key: torch.tensor(empty, dtype=torch.long, device=value.device) for key, value in cond.items()}
         return {key: value.index_fill(0, rows[key], 0) for key, value in cond.items()}
 
-    def with_sizes(self, cond: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-        """Return the conditioning with these numbers behind the pooled text: "c_adm" (b, p + n size_width)."""
+    def with_sizes(self, cond: Mapping[str, Tensor], sizes: Sizes | Tensor) -> dict[str, Tensor]:
+        """Return the conditioning with these numbers behind the pooled text: "c_adm" (b, p + n size_width).
+
+        sizes: of all images, or the numbers (b, n) of each.
+        """
         pooled = cond["c_adm"]
-        values = [getattr(sizes, name) for name in self.sizes]
-        numbers = torch.tensor([*chain(*(value if isinstance(value, tuple) else (value,) for value in values))])
-        features = timestep_embedding(numbers, self.size_width).flatten().to(pooled)  # (n size_width)
+        if not isinstance(sizes, Tensor):
+            values = [getattr(sizes, name) for name in self.sizes]
+            sizes = torch.tensor([[*chain(*(value if isinstance(value, tuple) else (value,) for value in values))]])
+        features = timestep_embedding(sizes.flatten(), self.size_width).reshape(len(sizes), -1).to(pooled)
         return {**cond, "c_adm": torch.cat([pooled, features.expand(len(pooled), -1)], dim=-1)}

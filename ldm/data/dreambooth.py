@@ -36,6 +36,7 @@ class DreamBooth(Dataset):
             says which samples may be in one batch, and an epoch holds every image at least 8 * `min_samples` times, so
             that little is lost with a bucket's last, incomplete batch.
         mask: As in `Folder`, for the subjects' images; class images count whole.
+        reads: What a sample has of each image, as in `Folder`.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class DreamBooth(Dataset):
         min_samples: int = 1,
         buckets: Sequence[Sequence[int]] | None = None,
         mask: Mask | None = None,
+        reads: Sequence[str] = ("image", "caption"),
     ) -> None:
         if not subjects:
             raise ValueError("DreamBooth needs a subject: give a folder with its images")
         settings: dict[str, Any] = {"size": size, "channels": channels, "crop": crop, "flip": flip, "seed": seed}
+        settings["reads"] = reads
         own: dict[str, Any] = settings | {"buckets": buckets, "mask": mask}
         self.instances: list[Any] = [
             Folder(one["instance_dir"], caption=one["instance_prompt"], **own) for one in subjects

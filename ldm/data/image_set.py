@@ -33,6 +33,7 @@ class ImageSet(Dataset):
         image    float32 (channels, height, width) in [-1, 1]
         caption  str, one of the image's captions, as a function of (seed, epoch, index)
         label    int, the number of its class
+        sizes    int64 (6,): `ldm.data.transforms.Transform.sizes`
         mask     float32 (1, height, width) in [0, 1], where `mask` says: the weight of each pixel in a denoising loss
 
     Its options are the fields below. A subclass adds its own, and has `__len__`, `source` and, for masks in files,
@@ -145,6 +146,7 @@ class ImageSet(Dataset):
                 setattr(self, name, [getattr(self, name)[i] for i in kept])
         one: dict[Shape, Shape] = {}  # object for each shape, not for each image
         self.shapes = [one.setdefault(s, s) for s in (self.transform.shape(*examined[i].size) for i in kept)]
+        self.originals = [examined[i].size for i in kept] if "sizes" in self.reads else []
         self.hashes = None if self.cache_dir is None else [examined[i].content for i in kept]
         self.groups = None if self.buckets is None else self.shapes
         return kept
@@ -197,6 +199,9 @@ class ImageSet(Dataset):
         sample: dict[str, Any] = {"caption": self.caption_of(index).text} if "caption" in self.reads else {}
         if "label" in self.reads:
             sample["label"] = self.labels[index]
+        if "sizes" in self.reads:
+            own = *self.originals[index], self.epoch, index, self.shapes[index]
+            sample["sizes"] = self.transform.sizes(*own)
         if self.mask is not None:
             shape, mask = self.shapes[index], self._read_mask(index)
             ones = torch.ones(1, *shape[::-1])

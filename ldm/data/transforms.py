@@ -63,16 +63,33 @@ class Transform:
         """Transform the grey mask of an image as the image, by areas: float32 (1, height, width) in [0, 1]."""
         return to_tensor(self._cut(mask, epoch, index, shape, Image.Resampling.BOX)).add_(1).div_(2)
 
+    def sizes(self, width: int, height: int, epoch: int, index: int | str, shape: Shape) -> Tensor:
+        """Return what Stable Diffusion XL takes of an image of that size: int64 (6,), as in `ldm.conditioning.sizes`.
+
+        They are heights before widths: of the image, of the place of the crop in the scaled image, and of `shape`.
+        """
+        left = top = 0
+        if self.resize != "exact":
+            place, largest = self._random(epoch, index)[0], self.resize == "shorter"
+            corners = crop_box((width, height), shape, place, largest)
+            left, top = (round(corners[i] * shape[i] / (corners[i + 2] - corners[i])) for i in (0, 1))
+        return torch.tensor([height, width, top, left, *shape[::-1]])
+
+    def _random(self, epoch: int, index: int | str) -> tuple[tuple[float, float], bool]:
+        """Return where an image is cropped, as a share of the way from left and top, and whether it is mirrored."""
+        uniform = random.Random(f"{self.seed} {epoch} {index}").random
+        place = (uniform(), uniform()) if self.crop == "random" else (0.5, 0.5)
+        return place, self.flip and uniform() < 0.5
+
     def _cut(
         self, image: Image.Image, epoch: int, index: int | str, shape: Shape, filtering: Image.Resampling
     ) -> Image.Image:
-        uniform = random.Random(f"{self.seed} {epoch} {index}").random
-        place = (uniform(), uniform()) if self.crop == "random" else (0.5, 0.5)
+        place, mirrored = self._random(epoch, index)
         if self.resize == "exact":
             image = image.resize(shape, filtering)
         else:
             image = crop_to(image, shape, place, self.resize == "shorter", filtering)
-        return ImageOps.mirror(image) if self.flip and uniform() < 0.5 else image
+        return ImageOps.mirror(image) if mirrored else image
 
 
 def crop_to(
@@ -84,13 +101,18 @@ def crop_to(
     Cropping comes first, or a strip of 2 x 9,000 pixels would be enlarged to gigabytes; and at integer pixels, so that
     an image of the right size is not resampled.
     """
-    scale = min(side / wanted for side, wanted in zip(image.size, shape, strict=True)) if largest else 1
-    part = [max(1, round(scale * wanted)) for wanted in shape]
-    left, top = (round(at * (side - kept)) for at, side, kept in zip(place, image.size, part, strict=True))
-    box = (left, top, left + part[0], top + part[1])
-    if part == [*shape]:
+    left, top, right, bottom = box = crop_box(image.size, shape, place, largest)
+    if (right - left, bottom - top) == tuple(shape):
         return image.crop(box)
     return image.resize(shape, filtering, box=box)
+
+
+def crop_box(size: Shape, shape: Shape, place: tuple[float, float], largest: bool) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of the part of an image of that size that `crop_to` keeps."""
+    scale = min(side / wanted for side, wanted in zip(size, shape, strict=True)) if largest else 1
+    part = [max(1, round(scale * wanted)) for wanted in shape]
+    left, top = (round(at * (side - kept)) for at, side, kept in zip(place, size, part, strict=True))
+    return left, top, left + part[0], top + part[1]
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ldm.checkpoint.networks import MODEL_TARGET
+from ldm.checkpoint.networks import MODEL_TARGET, REFINER_SIZES
 from ldm.checks import Betas, Count, Range, Rate
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.lora import Adapter, attach, connect, merge, restore
@@ -94,6 +94,10 @@ class DreamBoothStage(FineTuningStage):
             print(f"note: the result is without the learned words {' '.join(learned)}", file=sys.stderr)
         if lora is not None:
             lora = {"targets": ["attention", "text"] if train_text == "all" else ["attention"], "seed": seed, **lora}
+        sizes = getattr(self.latent_diffusion.cond_stage_model, "sizes", None)
+        if sizes == REFINER_SIZES:
+            raise ValueError("Stable Diffusion XL's refiner takes an aesthetic score, which images here do not have")
+        self.reads = ("image", "caption") if sizes is None else ("image", "caption", "sizes")
         self.train_text, self.words = train_text != "none", words if train_text == "words" else None
         self._choose(layers, lora)
         self.lora_file = None if lora is None or lora_file is None else Path(lora_file)
@@ -184,6 +188,7 @@ class DreamBoothStage(FineTuningStage):
         """
         parts = ["", "class_"] if "class_caption" in batch else [""]
         captions = [batch[f"{part}caption"] for part in parts]
+        sizes: list[Any] = [batch.get(f"{part}sizes") for part in parts]
         with torch.no_grad():
             z = [self.latents(batch, part) for part in parts]  # (b, z, h/f, w/f) each
         masks = [loss_mask(batch, z[0]), None]  # class images count whole
@@ -192,7 +197,8 @@ class DreamBoothStage(FineTuningStage):
             if masks[0] is not None:
                 masks = [torch.cat([masks[0], *(torch.ones_like(half[:, :1]) for half in z[1:])])]
             z, captions = [torch.cat(z)], [sum(captions, [])]
-        rows = zip(z, captions, masks, strict=False)  # as many as z
+            sizes = [None if sizes[0] is None else torch.cat(sizes)]
+        rows = zip(z, captions, sizes, masks, strict=False)  # as many as z
         losses, (cond, *_) = zip(*(self._losses(*row, batches) for row in rows), strict=True)
         instance, *prior = (part.mean() for part in torch.cat(losses).chunk(len(parts)))
         if not prior:
@@ -204,11 +210,15 @@ class DreamBoothStage(FineTuningStage):
         repulsion = embedding_repulsion(self._directions(cond), self.class_directions, len(batch["caption"]))
         return loss + repulsion, values | {"embedding_repulsion": repulsion}
 
-    def _losses(self, z: Tensor, captions: list[str], mask: Tensor | None, parts: int) -> tuple[Tensor, Conditioning]:
+    def _losses(
+        self, z: Tensor, captions: list[str], sizes: Tensor | None, mask: Tensor | None, parts: int
+    ) -> tuple[Tensor, Conditioning]:
         """Return the loss of each of the latents z (b, ...), of so many batches, and the captions' conditioning."""
         given = z, self.share, parts
         t, noise = self.objective.sample_timesteps(*given), self.objective.sample_noise(*given)
         cond = self._condition(captions)
+        if sizes is not None:  # of Stable Diffusion XL
+            cond = self.latent_diffusion.cond_stage_model.with_sizes(cond, sizes)
         return self.objective.losses(z, cond, t, noise, self.share, mask), cond
 
     def _directions(self, cond: Conditioning) -> Conditioning:

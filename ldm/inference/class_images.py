@@ -41,7 +41,7 @@ class SubjectImages(DreamBooth):
     """DreamBooth's data by folders and prompts; class images that are missing are generated.
 
     Args:
-        model, size, channels: given by the stage; the model to tune generates the class images.
+        model, size, channels, reads: given by the stage; the model to tune generates the class images.
         instance_data_dir, instance_prompt, class_prompt: one, or a list with one for each subject. Without a class
             there are no class images. A class prompt may have choices (`ldm.data.dreambooth.choices`).
         class_data_dir: the class images' folder, one for all or a list with one for each subject.
@@ -77,6 +77,7 @@ class SubjectImages(DreamBooth):
         min_samples: int = 1,
         buckets: bool = False,
         mask: Mask | None = None,
+        reads: Sequence[str] = ("image", "caption"),
     ) -> None:
         if class_prompt is None and (num_class_images is not None or any(as_list(keep_prompt))):
             raise ValueError("num_class_images and keep_prompt need class_prompt: without it there are no class images")
@@ -94,7 +95,7 @@ class SubjectImages(DreamBooth):
         self._collect = partial(collect, model, classes, *generated)
         rows = [one._asdict() for one in found]
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        super().__init__(rows, size, channels, crop, flip, seed, min_samples * processes, shapes, mask)
+        super().__init__(rows, size, channels, crop, flip, seed, min_samples * processes, shapes, mask, reads)
 
     def class_images(self, subjects: Sequence[Mapping[str, Any]]) -> list[dict[str, str | None] | None]:
         """Generate the class images that are missing, once all that the user has is known to be good."""

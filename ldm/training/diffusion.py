@@ -44,6 +44,8 @@ class LatentStage(DenoisingStage):
         **adam: Any,
     ) -> None:
         model, conditioner = objective.model, objective.model.cond_stage_model
+        if hasattr(conditioner, "with_sizes"):
+            raise ValueError("Stable Diffusion XL is tuned by DreamBooth and LoRA alone (ldm dreambooth)")
         self.reads, self.own_previews = ("image", *read_by(model)), preview_prompts is None
         shown = shown_prompts(model, preview_columns) if preview_prompts is None else preview_prompts
         super().__init__(objective, shown, preview_columns, **adam)

@@ -23,12 +23,12 @@ class LatentDataset(Dataset):
 
     Args:
         mean, std: n tensors each, or one of them all.
-        keys: what else of its samples training reads, besides masks, of which the pixels stay: they are not encoded.
+        keys: what else of its samples training reads, besides masks, of which the pixels stay, and sizes.
     """
 
     def __init__(self, dataset: Any, mean: Any, std: Any, keys: Sequence[str] = ("caption",)) -> None:
         self.dataset, self.mean, self.std, self.keys = dataset, mean, std, tuple(keys)
-        self.keys += ("mask",) if "mask" in self._sample(0) else ()
+        self.keys += tuple(key for key in ("mask", "sizes") if key in self._sample(0))
         self.groups = getattr(dataset, "groups", None)  # the latents of a batch have one shape, too
         self.shuffled = getattr(dataset, "shuffled", None)  # the same order as without latents
 

@@ -36,8 +36,6 @@ class Objective:
         timesteps: Mapping[str, Any] | None = None,
         **extras: Any,
     ) -> None:
-        if hasattr(getattr(model, "cond_stage_model", None), "with_sizes"):
-            raise ValueError("training Stable Diffusion XL is not supported: other models can be tuned")
         self.model, self.error, self.extras = model, error, extras
         self.weight = weight or {"name": "none"}
         self.noise = {} if noise is None else noise
