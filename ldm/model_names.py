@@ -1,10 +1,43 @@
-"""Names of models that one page or one server has."""
+"""Names of models that one page or one server has, and what it says of those that ship."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.checks import SHIPPED_MODELS
+
+# what the page says of the models that ship: what they show, prompts to begin with, what they were made from
+ABOUT = {
+    "digits": (
+        "handwritten digits",
+        [
+            "a handwritten digit five",
+            "a bold handwritten digit three leaning left",
+            "a thin handwritten digit seven leaning right",
+        ],
+        "made from MNIST (Yann LeCun and Corinna Cortes, CC BY-SA 3.0).",
+    ),
+    "emoji": (
+        "emoji in two styles",
+        [
+            "a red apple",
+            "a flat drawing of an astronaut with dark skin",
+            "a flat drawing of a dog on a blue background",
+        ],
+        "made from Noto Emoji (Google, Apache-2.0) and Fluent Emoji Flat (Microsoft, MIT).",
+    ),
+}
+
+
+def model_row(name: str, examples: list[str]) -> dict[str, Any]:
+    """Return what models.json says of a model: at least two prompts to begin with, which may be empty.
+
+    name: of one that ships; others have the examples alone.
+    """
+    about, own, made_from = ABOUT.get(name, ("", [], ""))
+    shown = examples or own
+    return {"about": about, "examples": [*shown, "", ""][: max(2, len(shown))], "licence": made_from}
 
 
 def model_names(paths: Sequence[str | Path]) -> list[str]:

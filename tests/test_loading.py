@@ -126,6 +126,9 @@ def test_models_that_ship_have_names(tmp_path, monkeypatch):
     assert load("digits").path == load().path == ldm.loading.SHIPPED
     hint = "^checkpoint 'digit' does not exist; the models that ship: digits, digits-fast, emoji$"
     refused(hint, load, "digit", error=FileNotFoundError)
+    (tmp_path / "digits").mkdir()  # a folder of images, say
+    assert load("digits").path == ldm.loading.SHIPPED
+    (tmp_path / "digits").rmdir()
     (tmp_path / "digits").write_text("of one's own")
     refused("checkpoint 'digits' ", load, "digits")  # a file of that name comes first
 

@@ -180,6 +180,18 @@ def test_the_attention_to_each_word(browser, place, tiny_checkpoint, tmp_path):
         assert np.abs(over_the_image(page)[..., :3] - expected["five"]).max() <= 3
         page.keyboard.press("Tab")
         assert over_the_image(page) is None
+        five.hover()
+        page.locator("#seed").press("ArrowUp")  # another image is made, and the word has the pointer still
+        page.wait_for_selector("#image[aria-label$='seed 1']", timeout=PATIENCE)
+        page.mouse.move(1, 1)
+        five.hover()
+        page.fill("#prompt", "a (five:2000)")
+        page.wait_for_selector("#took:has-text('must be from -1000 to 1000')", timeout=PATIENCE)
+        assert over_the_image(page) is None
+        page.fill("#prompt", "a five")
+        page.fill("#seed", "0")
+        page.wait_for_selector("#image[aria-label$='seed 0']", timeout=PATIENCE)
+        page.mouse.move(1, 1)
         five.tap()
         page.mouse.move(1, 1)
         assert over_the_image(page) is not None and five.get_attribute("aria-pressed") == "true"
@@ -203,6 +215,16 @@ def test_bad_values_are_named_and_the_page_goes_on(browser, folder, tmp_path):
         visit.page.wait_for_selector("#took:has-text('steps in')", timeout=PATIENCE)
         visit.page.fill("#seed", "")
         visit.page.wait_for_selector("#took:has-text('fill out this field')", timeout=PATIENCE)
+        assert not visit.page.is_visible("#download")  # of the image before
+        for form in ("compare", "change", "between", "grid"):
+            visit.page.click(f"#{form}-form button[type=submit]")
+            visit.page.wait_for_selector(f"#{form}-fault:has-text('Seed: ')", timeout=PATIENCE)
+        assert visit.page.inner_text("#changed-took") == visit.page.inner_text("#pair") == ""
+        visit.page.fill("#seed", str(2**32 - 1))
+        visit.page.click("#grid-form button")
+        visit.page.wait_for_selector("#cells canvas[width] >> nth=19", timeout=PATIENCE)
+        assert visit.page.locator("#cells th[scope=row]").last.inner_text() == f"seed {2**32 - 1}"
+        assert visit.page.inner_text("#grid-fault") == ""
         visit.page.fill("#seed", "2")
         visit.page.wait_for_selector("#took:has-text('steps in')", timeout=PATIENCE)
         assert visit.problems == []
@@ -236,6 +258,16 @@ def test_models_that_are_chosen_while_one_loads(browser, folder, tmp_path):
     with Visit(browser, copy) as visit:
         visit.page.locator("#models input").nth(1).check()
         visit.image(tmp_path)
+        for form, made in (
+            ("change", "#changed[width]"),
+            ("compare", "#pair canvas[width]"),
+            ("between", "#loop[width]"),
+        ):
+            visit.page.click(f"#{form}-form button[type=submit]")
+            visit.page.wait_for_selector(made, timeout=PATIENCE)
+        visit.page.locator("#models input").nth(0).check()
+        visit.image(tmp_path)
+        assert visit.page.locator("#changed[width], #pair canvas, #loop[width], #play:enabled").count() == 0
         assert visit.page.inner_text("#status") == "" and visit.problems == []
         assert sum(url.endswith(".wasm.gz") for url in visit.requests) == 1
 

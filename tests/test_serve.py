@@ -4,11 +4,15 @@ import base64
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -48,6 +52,13 @@ def events(client, **asked) -> list[dict]:
     answer = client.post("/run", json={"id": 1, "name": "tiny", **asked})
     assert answer.status_code == 200
     return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def stream(port: int, **asked) -> Iterator[dict]:
+    """The events of a run of a server at that port, as they come."""
+    body, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
+    with urlopen(Request(f"http://127.0.0.1:{port}/run", body, headers), timeout=60) as answer:
+        yield from map(json.loads, answer)
 
 
 def image_of(event: dict) -> np.ndarray:
@@ -210,15 +221,34 @@ def test_what_the_command_refuses(tiny_checkpoint, monkeypatch):
 
 
 @with_extra
-def test_it_starts_and_stops(tiny_checkpoint, tmp_path):
-    """Ctrl-C ends it without a traceback."""
-    options = ["--ckpt", str(tiny_checkpoint), "--device", "cpu", "--port", "18769", "--outdir", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ldm", "serve", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_starts_and_stops(tiny_checkpoint, tmp_path, number):
+    """In the middle of an image, which ends, and of one that waits; both visitors learn of it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = [
+        "--ckpt",
+        str(tiny_checkpoint),
+        "--device",
+        "cpu",
+        "--outdir",
+        str(tmp_path / "out"),
+        "--port",
+        str(port),
+    ]
+    command = [sys.executable, "-m", "ldm", "serve", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdout.readline() == "open http://127.0.0.1:18769/ (Ctrl-C stops)\n"
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode in (0, 130) and "Traceback" not in said, said
+    assert process.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C stops)\n"
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and f"port {port} (Address already in use): choose another --port" in again.stderr
+    with ThreadPoolExecutor(2) as pool:
+        first = stream(port, name=tiny_checkpoint.stem, prompt="a five", steps=1000, sampler="ddpm", id="1")
+        assert "step" in next(first)
+        waiting = pool.submit(list, stream(port, name=tiny_checkpoint.stem, prompt="a five", id="2"))
+        time.sleep(1)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        ends = [list(first)[-1], waiting.result()[-1]]
+    assert ends == [{"failed": {"message": "the server was stopped"}}] * 2
+    assert process.returncode == 0 and said == ""

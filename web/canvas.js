@@ -8,10 +8,11 @@ export function paint(canvas, { data, width, height }, label) {
   return canvas;
 }
 
-/** Return a canvas without an image yet. */
-export function blank(label) {
-  const canvas = document.createElement("canvas");
+/** Return a canvas without an image yet: a new one, or this one, cleared. */
+export function blank(label, canvas = document.createElement("canvas")) {
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", label);
+  canvas.removeAttribute("width");
+  canvas.removeAttribute("height");
   return canvas;
 }

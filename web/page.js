@@ -11,6 +11,8 @@ const WAIT = 150; // milliseconds after a change, before an image is asked for
 const GRID_SEEDS = 4;
 const FRAMES = 12; // of a loop, from the first image to the last
 const PACE = 120; // milliseconds a frame
+const NOISE_ALONE = 1000; // a noise level at which nothing of the image is left
+const FORMS = ["compare", "grid", "change", "between"];
 const GRID = { scale: [0, 1, 2, 4, 8], steps: [2, 5, 10, 20, 40], sampler: Object.keys(SAMPLERS) };
 
 const $ = (id) => document.getElementById(id);
@@ -58,10 +60,12 @@ function choice(row) {
 }
 
 function choose(row) {
-  for (const id of runs.keys()) stop(id); // of the other model
+  forget();
   model = row;
   loaded = 0;
   $("prompt").value = row.examples[0];
+  $("weighted").textContent = `(${row.examples[0].split(" ").at(-1) || "word"}:1.3)`;
+  $("try").hidden = !row.examples.slice(1).some(Boolean);
   for (const id of ["other", "last"]) $(id).value = row.examples[1];
   $("negative").value = "";
   $("examples").replaceChildren(...row.examples.slice(1).filter(Boolean).flatMap((text, i) => (i ? [", ", example(text)] : [example(text)])));
@@ -71,6 +75,17 @@ function choose(row) {
   say(`Loading ${row.name} …`);
   $("loading").classList.add("busy");
   worker.postMessage({ load: { name: row.name, folder: row.folder } });
+}
+
+/** Clear what the other model made, and end what it makes. */
+function forget() {
+  for (const id of runs.keys()) stop(id);
+  loops++;
+  playing = clearInterval(playing);
+  $("play").disabled = true;
+  for (const id of ["pair", "cells"]) $(id).replaceChildren();
+  for (const id of ["changed", "loop"]) blank("No result yet", $(id));
+  for (const id of ["changed-took", "loop-took", ...FORMS.map((form) => `${form}-fault`)]) $(id).textContent = "";
 }
 
 function example(text) {
@@ -87,14 +102,16 @@ function example(text) {
 function ready(name) {
   if (name !== model.name) return;
   const own = configs.get(name).defaults;
+  const [low, high] = own.interval ?? [0, Infinity];
+  $("limits").textContent = high < 1e3 ? `This model is guided at noise levels from ${low} to ${high} alone; at others the scale is 1.` : "";
   document.querySelector("main").inert = false;
   $("loading").classList.remove("busy");
   $("scale").value = own.scale;
   $("steps").value = own.steps;
   $("sampler").value = own.sampler in SAMPLERS ? own.sampler : "ddim";
   if (!$("seed").value) $("seed").value = 0;
-  for (const id of ["pair", "cells"]) $(id).replaceChildren();
   drawing.clear(own.width, own.height);
+  begun = false;
   say("");
   generate();
 }
@@ -138,7 +155,7 @@ function stop(id) {
 }
 
 function settings() {
-  if (!$("seed").checkValidity()) throw new Error($("seed").validationMessage);
+  if (!$("seed").checkValidity()) throw new Error(`Seed: ${$("seed").validationMessage}`);
   return {
     prompt: $("prompt").value,
     negative: $("negative").value,
@@ -150,6 +167,8 @@ function settings() {
 }
 
 let [current, timer, frames] = [0, 0, []];
+let begun = false; // whether the drawing has begun with the model's first image
+let place = null; // the step that the visitor looks at; null: about a third of the way, where noise and image are seen
 
 /** Make the image of the settings; one that is being made is given up. */
 async function generate() {
@@ -157,6 +176,7 @@ async function generate() {
   showValues();
   if (!configs.has(model.name)) return;
   delete $("result").dataset.complete;
+  $("download").hidden = true;
   words.wait();
   stop(current);
   const name = model.name;
@@ -174,14 +194,16 @@ async function generate() {
     film.push(step);
     paint($("image"), step.predicted);
     if (film.length === 1) frames = film;
-    showFilm(film);
+    showFilm(film, given.steps);
   });
   current = id;
   try {
     const image = await made;
     paint($("image"), image, `“${given.prompt}”, seed ${given.seed}`);
-    $("took").textContent = `${given.steps} steps in ${image.seconds.toFixed(2)} s, with the images below`;
+    $("took").textContent = `${given.steps} ${given.steps === 1 ? "step" : "steps"} in ${image.seconds.toFixed(2)} s, with the images below`;
     words.offer(image);
+    if (!begun) drawing.take($("image"));
+    begun = true;
     await offer(image, name);
   } catch (error) {
     $("took").textContent = error.message;
@@ -202,16 +224,15 @@ async function offer({ made, png }, name) {
   $("result").dataset.complete = "";
 }
 
-function showFilm(film) {
+function showFilm(film, steps) {
   const slider = $("step");
-  const atEnd = slider.disabled || film.length === 1 || Number(slider.value) === film.length - 1;
   Object.assign(slider, { disabled: false, max: film.length });
-  if (atEnd) slider.value = film.length;
+  slider.value = Math.min(place ?? Math.ceil(steps / 3), film.length);
   while ($("film").childElementCount > film.length - 1) $("film").lastChild.remove();
   const canvas = paint(document.createElement("canvas"), film.at(-1).predicted);
-  const place = film.length;
+  const own = film.length;
   canvas.onclick = () => {
-    slider.value = place;
+    slider.value = place = own;
     showStep();
   };
   $("film").append(canvas);
@@ -219,17 +240,17 @@ function showFilm(film) {
 }
 
 function showStep() {
-  const place = Math.min(Number($("step").value), frames.length);
-  const { sigma, seen, predicted } = frames[place - 1];
+  const at = Math.min(Number($("step").value), frames.length);
+  const { sigma, seen, predicted } = frames[at - 1];
   const level = sigma >= 10 ? Math.round(sigma) : sigma.toPrecision(2);
-  $("step-shown").textContent = `${place} of ${frames.length}, noise level ${level}`;
-  paint($("seen"), seen, `The noisy image at step ${place}`);
-  paint($("predicted"), predicted, `What the network predicted at step ${place}`);
-  [...$("film").children].forEach((canvas, i) => canvas.classList.toggle("shown", i === place - 1));
+  $("step-shown").textContent = `${at} of ${frames.length}, noise level ${sigma < NOISE_ALONE ? level : "of noise alone"}`;
+  paint($("seen"), seen, `The noisy image at step ${at}`);
+  paint($("predicted"), predicted, `What the network predicted at step ${at}`);
+  [...$("film").children].forEach((canvas, i) => canvas.classList.toggle("shown", i === at - 1));
 }
 
 async function compare() {
-  const prompts = [$("prompt").value, $("other").value];
+  const [given, prompts] = [settings(), [$("prompt").value, $("other").value]];
   const figures = prompts.map((prompt) => {
     const figure = document.createElement("figure");
     const caption = Object.assign(document.createElement("figcaption"), { textContent: prompt });
@@ -237,7 +258,7 @@ async function compare() {
     return figure;
   });
   $("pair").replaceChildren(...figures);
-  await Promise.all(prompts.map((prompt, i) => into(figures[i].firstChild, { ...settings(), prompt })));
+  await Promise.all(prompts.map((prompt, i) => into(figures[i].firstChild, { ...given, prompt })));
 }
 
 async function grid() {
@@ -246,7 +267,8 @@ async function grid() {
   const head = table.createTHead().insertRow();
   head.append(heading(""), ...GRID[axis].map((value) => heading(value, "col")));
   const waiting = [];
-  for (let seed = first.seed; seed < first.seed + GRID_SEEDS; seed++) {
+  const begin = Math.min(first.seed, 2 ** 32 - GRID_SEEDS);
+  for (let seed = begin; seed < begin + GRID_SEEDS; seed++) {
     const row = table.insertRow();
     row.append(heading(`seed ${seed}`, "row"));
     for (const value of GRID[axis]) {
@@ -262,8 +284,9 @@ async function grid() {
 /** Make the image of the drawing. */
 async function change() {
   const begin = { init: drawing.image(), mask: drawing.mask(), strength: Number($("strength").value) };
+  const given = { ...settings(), ...begin };
   $("changed-took").textContent = "…";
-  const image = await ask({ ...settings(), ...begin }).made;
+  const image = await ask(given).made.finally(() => ($("changed-took").textContent = ""));
   paint($("changed"), image, `The image, changed under “${image.made.prompt}”`);
   $("changed-took").textContent = `${image.seconds.toFixed(2)} s`;
 }
@@ -355,12 +378,16 @@ $("another").onclick = () => {
   $("seed").value = Math.floor(Math.random() * 2 ** 32);
   generate();
 };
-$("step").oninput = showStep;
+$("step").oninput = () => {
+  place = Number($("step").value);
+  showStep();
+};
 for (const [id, made] of Object.entries({ compare, grid, change, between })) {
+  const fault = $(`${id}-fault`);
   $(`${id}-form`).onsubmit = (event) => {
     event.preventDefault();
-    say("");
-    made().catch((error) => say(error.message));
+    fault.textContent = "";
+    made().catch((error) => (fault.textContent = error.message));
   };
 }
 $("change-form").oninput = showValues;

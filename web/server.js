@@ -1,5 +1,7 @@
 /** What worker.js does, by `ldm serve`: the same messages, answered by the server that sent this page. */
 
+const SILENT = "the server does not answer any more: was it stopped?";
+
 export class Server {
   /** @param {object[]} rows of models.json */
   constructor(rows) {
@@ -17,7 +19,8 @@ export class Server {
   /** Send a request with the token. */
   ask(path, body) {
     const headers = { "content-type": "application/json", ...(this.token && { authorization: `Bearer ${this.token}` }) };
-    return fetch(path, body === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(body) });
+    const asked = fetch(path, body === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(body) });
+    return asked.catch(() => Promise.reject(new Error(SILENT)));
   }
 
   #visit = crypto.getRandomValues(new Uint32Array(2)).join("-");
@@ -34,7 +37,7 @@ export class Server {
     const lines = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let [rest, last] = ["", false]; // last: the image, or what failed, has come
     for (;;) {
-      const { value, done } = await lines.read();
+      const { value, done } = await lines.read().catch(() => Promise.reject(new Error(SILENT)));
       const parts = (rest + (value ?? (done && rest ? "\n" : ""))).split("\n");
       rest = parts.pop();
       for (const part of parts.filter(Boolean)) last = await this.#event(id, JSON.parse(part), given);

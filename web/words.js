@@ -44,6 +44,7 @@ export class Words {
   }
 
   #show(word = this.#image.words?.find(({ text }) => text === this.#chosen)) {
+    if (this.section.inert) return; // which takes pointer and focus from a button
     this.canvas.hidden = !word;
     const found = word ? `The attention to “${word.text}” is ${where(word.map)}.` : "";
     this.said.textContent = found && `${found} Red is high, grey low, each word on its own scale.`;

@@ -10,15 +10,22 @@ import { AttentionMaps } from "./attention.js";
 import { Model } from "./model.js";
 
 const models = new Map(); // name -> Promise of a Model
-const stopped = new Set();
+const runs = new Map(); // id -> whether it is to end, of each run that is not finished
 let runtime = null; // Promise of onnxruntime's code
 let turn = Promise.resolve(); // runs wait for each other
 
 self.onmessage = ({ data }) => {
-  if (data.stop !== undefined) stopped.add(data.stop);
+  if (runs.has(data.stop)) runs.set(data.stop, true);
   if (data.load) models.get(data.load.name) ?? models.set(data.load.name, load(data.load));
-  if (data.run) turn = turn.then(() => run(data.run)).catch((error) => failed(data.run.id, error));
+  if (data.run) wait(data.run);
 };
+
+/** Let a run wait for its turn. */
+function wait(asked) {
+  runs.set(asked.id, false);
+  const failed = (error) => self.postMessage({ failed: { id: asked.id, message: error.message } });
+  turn = turn.then(() => run(asked)).catch(failed).finally(() => runs.delete(asked.id));
+}
 
 async function load({ name, folder }) {
   try {
@@ -99,9 +106,5 @@ async function frame(model, made, id, { index, sigma, seen, predicted }) {
 
 /** Let messages in; return whether this run is to end. */
 function asked(id) {
-  return new Promise((resolve) => setTimeout(() => resolve(stopped.delete(id)), 0));
-}
-
-function failed(id, error) {
-  self.postMessage({ failed: { id, message: error.message } });
+  return new Promise((resolve) => setTimeout(() => resolve(runs.get(id)), 0));
 }

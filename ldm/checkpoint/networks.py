@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ldm.checkpoint.tensors import State
-from ldm.checks import SHIPPED_MODELS, shorten
+from ldm.checks import ONNX_INDEX, SHIPPED_MODELS, shorten
 from ldm.util import ALLOWED, allowed_packages, get_obj_from_str
 
 Config = dict[str, Any]
@@ -83,8 +83,12 @@ class Found(NamedTuple):
 
 
 def shipped(path: Path) -> Path:
-    """Return the file of the model that ships by this name; the path itself where there is none, or it exists."""
-    return PRETRAINED / f"{path}.safetensors" if str(path) in SHIPPED_MODELS and not path.exists() else path
+    """Return the file of the model that ships by this name; the path itself where there is none, or a model lies there.
+
+    A folder of images may have the name of one that ships.
+    """
+    exists = path.is_file() or any((path / name).is_file() for name in ("model_index.json", "config.yaml", ONNX_INDEX))
+    return PRETRAINED / f"{path}.safetensors" if str(path) in SHIPPED_MODELS and not exists else path
 
 
 def check_targets(config: Any) -> None:

@@ -18,32 +18,11 @@ from tempfile import TemporaryDirectory
 from ldm.checks import check_file
 from ldm.cli import ALLOW, Parser
 from ldm.input_files import folder_that_ships
-from ldm.model_names import model_names
+from ldm.model_names import model_names, model_row
 
 PACKAGE = "onnxruntime-web@1.30.0"  # of npm; what computes the networks in the browser
 ARCHIVE = PACKAGE.replace("@", "-") + ".tgz"
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-# what the page says of the models that ship: what they show, prompts to begin with, what they were made from
-ABOUT = {
-    "digits": (
-        "handwritten digits",
-        [
-            "a handwritten digit five",
-            "a bold handwritten digit three leaning left",
-            "a thin handwritten digit seven leaning right",
-        ],
-        "made from MNIST (Yann LeCun and Corinna Cortes, CC BY-SA 3.0).",
-    ),
-    "emoji": (
-        "emoji in two styles",
-        [
-            "a red apple",
-            "a flat drawing of an astronaut with dark skin",
-            "a flat drawing of a dog on a blue background",
-        ],
-        "made from Noto Emoji (Google, Apache-2.0) and Fluent Emoji Flat (Microsoft, MIT).",
-    ),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,10 +75,8 @@ def _write_model(path: str, folder: Path, examples: list[str]) -> dict[str, obje
     for file in folder.glob("*.onnx"):
         _compress(file.read_bytes(), file)
         file.unlink()
-    about, own, made_from = ABOUT.get(path, ("", [], ""))
-    shown = [*(examples or own), "", ""]
-    row: dict[str, object] = {"name": folder.name, "folder": folder.name, "bytes": _size(folder)}
-    return row | {"about": about, "examples": shown[: max(2, len(shown) - 2)], "licence": made_from}
+    own: dict[str, object] = {"name": folder.name, "folder": folder.name, "bytes": _size(folder)}
+    return own | model_row(str(path), examples)
 
 
 def _write_runtime(archive: Path | None, folder: Path) -> int:

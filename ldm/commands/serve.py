@@ -7,11 +7,13 @@ ldm serve --ckpt sd-v1-5.safetensors --precision bf16 --host 0.0.0.0 --token "a 
 
 import argparse
 import copy
+import socket
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
+from ldm.checks import SHIPPED_MODELS
 from ldm.cli import Parser, int_range
 from ldm.inference.options import add_model_options, load_model
 from ldm.model_names import model_names
@@ -30,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.token is not None and not args.token.isascii():
         raise ValueError("--token must be ASCII letters, digits and marks, which a browser can send")
-    names = model_names(args.ckpt)
+    names, listening = model_names(args.ckpt), _listen(args.host, args.port)
 
     import uvicorn
 
+    from ldm.inference.gateway import Gateway
     from ldm.inference.run import OutputFolder
     from ldm.inference.serve import Server, make_app
 
@@ -45,14 +48,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not hasattr(models[name].tokenizer, "encode") and models[name].cond_stage_model is not None:
             raise ValueError(f"the page is for models that read texts, and {str(path)!r} reads something else")
     hosts = ["*"] if args.host in ("0.0.0.0", "::") else [*LOOPBACK, "[::1]", args.host]
-    server = Server(models, args.example, OutputFolder(args.outdir))
+    ships = [name for name, path in zip(names, args.ckpt, strict=True) if str(path) in SHIPPED_MODELS]
+    server = Server(models, args.example, OutputFolder(args.outdir), ships)
     shown, secret = f"[{args.host}]" if ":" in args.host else args.host, quote(args.token or "", safe="")
     print(f"open http://{shown}:{args.port}/{f'#token={secret}' if secret else ''} (Ctrl-C stops)", flush=True)
     app = make_app(server, hosts, args.token)
     try:
-        uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=1)
+        Gateway(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1), server).run([listening])
+    except KeyboardInterrupt:  # as the user wished
+        pass
     finally:
         server.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that visitors can call, before the models are loaded, so that a port in use shows at once."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        why = str(error.strerror).partition(" (")[0]
+        raise OSError(f"cannot serve at {host}, port {port} ({why}): choose another --port or --host") from None
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -73,7 +73,7 @@ class Recipe(Guidance, Settings):
 
     def __post_init__(self) -> None:
         if f"\n{NEGATIVE}" in f"\n{self.prompt}":
-            raise ValueError(f"the prompt has a line that starts with {NEGATIVE!r}: give that by --negative-prompt")
+            raise ValueError(f"the prompt has a line that starts with {NEGATIVE!r}: give that as the negative prompt")
         for text in (self.prompt, self.negative):
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise ValueError(f"the prompt {text!r} is not valid UTF-8 text")

@@ -16,7 +16,7 @@ import json
 import math
 import time
 from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -51,6 +51,7 @@ from ldm.inference.init_image import InitImage
 from ldm.inference.recipe import Recipe
 from ldm.inference.run import OutputFolder, check_memory
 from ldm.input_files import folder_that_ships
+from ldm.model_names import model_row
 from ldm.settings import ALL_SIGMAS, SEED, Settings, of_model, setting_rows
 
 MAX_BODY = 2**24  # bytes of a request: an image of 1024 x 1024 pixels and its mask as text
@@ -84,23 +85,25 @@ class Server:
 
     Args:
         models: by name, as `load_model` returns them.
-        examples: prompts that the page offers.
+        examples: prompts that the page offers; with none, those of the models that ship.
         output: where images are saved.
+        ships: names of the models that ship.
     """
 
-    def __init__(self, models: Mapping[str, Any], examples: list[str], output: OutputFolder) -> None:
-        self.models, self.examples, self.output = models, examples, output
+    def __init__(
+        self, models: Mapping[str, Any], examples: list[str], output: OutputFolder, ships: Collection[str] = ()
+    ) -> None:
+        self.models, self.examples, self.output, self.ships = models, examples, output, ships
         self.thread, self.jobs = ThreadPoolExecutor(1), dict[str, Job]()
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the rows of models.json."""
-        shown = [*self.examples, "", ""]
-        row = {"examples": shown[: max(2, len(self.examples))], "about": "", "licence": ""}
         rows = []
         for name, model in self.models.items():
             low, high = of_model(model.defaults)["interval"] or ALL_SIGMAS
+            shown = model_row(name if name in self.ships else "", self.examples)
             own = {"interval": [low, min(high, LARGEST_FLOAT)]}  # JSON has no infinity
-            rows.append({"name": name, **row, "config": {"defaults": model.defaults | own}})
+            rows.append({"name": name, **shown, "config": {"defaults": model.defaults | own}})
         return rows
 
     def start(self, asked: Mapping[str, Any]) -> Job | None:
@@ -128,9 +131,11 @@ class Server:
             job.events.put(None)
 
     def close(self) -> None:
-        """End the run that is being made before its next step, and those that wait."""
+        """End the run that is being made before its next step, and those that wait; their visitors learn of it."""
         for job in list(self.jobs.values()):
             job.stopped.set()
+            for event in ({"failed": {"message": "the server was stopped"}}, None):
+                job.events.put(event)
         self.thread.shutdown(wait=False, cancel_futures=True)
 
     def _image(self, job: Job) -> dict[str, Any]:
