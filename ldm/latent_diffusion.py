@@ -201,10 +201,13 @@ class LatentDiffusion(nn.Module):
         clip_skip: int = 1,
         plain: bool = False,
         sizes: "Sizes | None" = None,
+        negative: bool = False,
     ) -> Conditioning:
         """Encode prompts (or classes or images) as `encode_prompts` does; {} for an unconditional model.
 
-        sizes: for models with a `SizedTextEncoder`. None: the model's own size, not cropped.
+        For models with a `SizedTextEncoder`:
+        sizes: None: the model's own size, not cropped.
+        negative: the prompts are negative ones, of which the empty one is zeros, if the model says so.
         """
         if self.cond_stage_model is None:
             return {}
@@ -218,6 +221,7 @@ class LatentDiffusion(nn.Module):
             from ldm.conditioning.sizes import Sizes  # which few models need
 
             own = self.defaults["height"], self.defaults["width"]
+            cond = self.cond_stage_model.emptied(cond, prompts) if negative else cond
             cond = self.cond_stage_model.with_sizes(cond, Sizes(own, (0, 0), own) if sizes is None else sizes)
         return {key: value.to(self.device) for key, value in cond.items()}
 

@@ -10,7 +10,9 @@ from meta_models import built, on_meta
 from torch import Tensor
 
 from ldm.checkpoint.compvis import normalise, single_file
+from ldm.checkpoint.diffusers_writer import write_pipeline
 from ldm.checkpoint.families import recognise
+from ldm.checkpoint.networks import REFINER_SIZES
 from ldm.conditioning.text import TextEncoder
 from ldm.models.unet import UNetModel
 
@@ -116,6 +118,31 @@ def test_the_temperature_may_be_missing():
     assert clean.keys() == whole.keys() and any("lacks 1 tensors of OpenCLIP that nothing reads" in n for n in notes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_index": -1}, "text encoder 0 gives other states"),
+        ({"layer": "last", "layer_index": None}, "text encoder 0 gives other states"),
+        ({"pooled": True}, "the last text encoder alone is pooled"),
+        ({}, "2 text encoders with the sizes original_size, crop, aesthetic_score"),
+    ],
+)
+def test_what_other_programs_would_not_see_is_not_written(changes, message, tmp_path):
+    clean, config = normalise(state())[0], recognise(state()).config
+    text = config["params"]["cond_stage_config"]["params"]
+    text["embedders"][0] |= {"layer_index": 11}  # the same, counted from the other end
+    single_file(clean, config)
+    text["embedders"][0] |= changes
+    if not changes:
+        text["sizes"] = list(REFINER_SIZES)
+    refused(message, single_file, clean, config)
+    refused(f"cannot express this model: {message}", write_pipeline, tmp_path / "folder", config, clean)
+
+
+def test_the_temperature_of_a_whole_clip_is_left_out():
+    assert normalise(state(**{f"{TEXT}0.logit_scale": ()}))[0].keys() == normalise(state())[0].keys()
+
+
 def test_a_file_of_ours_has_the_published_names():
     clean, config = normalise(state())[0], recognise(state()).config
     written, metadata = single_file(clean, config)
@@ -136,6 +163,7 @@ def test_the_unet_alone_is_recognised():
     [
         ({f"{UNET}label_emb.0.0.weight": (1280, 1280)}, "takes 1280 numbers .* with 2 text encoders takes 2816"),
         ({f"{TEXT}2.embedding.weight": (10, 1280)}, r"embedders\.\* are not all CLIP text encoders"),
+        ({f"{TEXT}5.logits.weight": (10, 1280)}, r"the conditioner has embedders\.5, and no embedders\.2"),
         ({f"{TEXT}2.logits.weight": (10, 1280)}, "the conditioner .*logits.* is unknown"),
     ],
 )

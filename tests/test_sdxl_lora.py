@@ -1,7 +1,5 @@
 """LoRA files for Stable Diffusion XL: read in every naming, written so that diffusers makes the same images of them."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,8 @@ import ldm
 from ldm.finetune import lora
 from ldm.finetune.lora_files import load_lora, merge_lora, rewrite, save_lora
 from ldm.finetune.lora_names import layers_of, to_kohya
+
+XL = "stable-diffusion-xl-v1-base/lora"
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,31 @@ def test_rewriting_gives_original_names_diffusers_ones(tmp_path):
     kept = load_file(tmp_path / "c.safetensors")
     assert "lora_unet_add_embedding_linear_1.lora_up.weight" in kept
     second = {"lora_te2_text_model_encoder_layers_0_mlp_fc1": 8, "lora_te1_text_model_encoder_layers_0_mlp_fc1": 8}
-    state = {}
-    for layer, width in second.items():
-        state |= {f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(8, 2)}
+    state = pairs(second | {"lora_te2_text_projection": 8})
     save_file(state, tmp_path / "d.safetensors")
     rewrite(tmp_path / "d.safetensors", tmp_path / "e.safetensors")
-    assert {re.sub(r"\..*", "", name) for name in load_file(tmp_path / "e.safetensors")} == second.keys()
+    assert load_file(tmp_path / "e.safetensors").keys() == {*state, *(f"{n.split('.')[0]}.alpha" for n in state)}
+
+
+def pairs(widths: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Matrices of rank 2 for layers of these widths."""
+    state = {}
+    for layer, width in widths.items():
+        state |= {f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(width, 2)}
+    return state
+
+
+@pytest.mark.parametrize("header", [{"ss_base_model_version": "sdxl_base_v1-0"}, {"modelspec.architecture": XL}])
+def test_the_header_may_say_that_a_file_is_for_it(header, tmp_path):
+    save_file(
+        pairs({"lora_unet_label_emb_0_0": 2816, "lora_unet_output_blocks_0_1_proj_in": 8}), tmp_path / "a", header
+    )
+    rewrite(tmp_path / "a", tmp_path / "b.safetensors", format="peft")
+    names = {name.split(".lora_")[0] for name in load_file(tmp_path / "b.safetensors")}
+    assert names == {"unet.add_embedding.linear_1", "unet.up_blocks.0.attentions.0.proj_in"}
+    save_file(pairs({"text_encoder.text_model.encoder.layers.0.mlp.fc1": 8}), tmp_path / "c", header)
+    rewrite(tmp_path / "c", tmp_path / "d.safetensors", format="kohya")
+    assert all(name.startswith("lora_te1_text_model_") for name in load_file(tmp_path / "d.safetensors"))
 
 
 def test_a_lora_is_undone_to_the_bit(model, adapters, tmp_path):

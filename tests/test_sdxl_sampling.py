@@ -52,7 +52,7 @@ def file(model, tmp_path_factory) -> Path:
 def test_the_conditioning_and_the_unet(theirs, model):
     pipe, _ = theirs
     embeds, zeros, pooled, no_pooled = pipe.encode_prompt(PROMPTS)
-    cond, null = model.condition(PROMPTS, sizes=SIZES), model.condition(["", ""], sizes=SIZES)
+    cond, null = model.condition(PROMPTS, sizes=SIZES), model.condition(["", ""], sizes=SIZES, negative=True)
     torch.testing.assert_close(cond["c_crossattn"], embeds, **CLOSE)
     torch.testing.assert_close(cond["c_adm"][:, :32], pooled, **CLOSE)
     assert torch.equal(null["c_crossattn"], zeros) and torch.equal(null["c_adm"][:, :32], no_pooled)

@@ -64,18 +64,29 @@ def test_sizes_are_sinusoids_behind_the_pooled_text(encoder, monkeypatch, sizes,
 
 
 @torch.no_grad()
-def test_an_empty_prompt_is_zeros_unless_it_is_to_be_encoded(encoder):
-    """Alone, among others, padded to two chunks and half of a blend; padding of a longer prompt stays."""
-    from ldm.batching import Blend
-
-    cond = encode_prompts(encoder, ["", "a cat", "a cat BREAK a dog"])
-    assert all(not value[0].any() and value[1:].any(dim=-1).all() for value in cond.values())
-    half = encode_prompts(encoder, [Blend("", "a cat", 0.5)])["c_adm"]
+def test_an_empty_negative_prompt_is_zeros_unless_it_is_to_be_encoded(encoder):
+    """Alone and among others; padding of a longer prompt stays, and a positive prompt is encoded."""
+    prompts = ["", "a cat", "a cat BREAK a dog"]
+    cond = encode_prompts(encoder, prompts)
+    assert all(value.any(dim=-1).all() for value in cond.values())
+    emptied = encoder.emptied(cond, prompts)
+    assert all(not value[0].any() and torch.equal(value[1:], cond[key][1:]) for key, value in emptied.items())
     encoded = SizedTextEncoder([FIRST, SECOND], zeros_for_empty=False)
-    encoded.load_state_dict(encoder.state_dict())
-    other = encode_prompts(encoded, [""])
-    assert all(value.any(dim=-1).all() for value in other.values())
-    assert not torch.allclose(half, encode_prompts(encoded, [Blend("", "a cat", 0.5)])["c_adm"])
+    assert all(torch.equal(value, cond[key]) for key, value in encoded.emptied(cond, prompts).items())
+
+
+@torch.no_grad()
+def test_a_prompt_may_name_the_end_of_text(encoder):
+    """What follows is read, as transformers reads it; only what fills up the context is each tower's own."""
+    first = hugging(CLIP_SIZES, "quick_gelu", None)[0]
+    tokens = encoder.tokenizer(["a <|endoftext|> b", "a !", "a"])
+    padded = tokens.clone()
+    for i, end in enumerate((4, 3, 2)):
+        padded[i, end + 1 :] = 0
+    assert tokens[0, 2] == tokens[0, 4] == encoder.tokenizer.eos
+    states = first(input_ids=tokens, output_hidden_states=True).hidden_states[-2]
+    for given in (tokens, padded):
+        torch.testing.assert_close(encoder(given)["c_crossattn"][..., :32], states, **TOLERANCE)
 
 
 def test_towers_must_fit_together():

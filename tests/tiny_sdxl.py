@@ -79,7 +79,8 @@ def their_images(pipe, **options) -> np.ndarray:
 def our_images(model: LatentDiffusion, negative: str = "", sizes: Sizes = SIZES) -> np.ndarray:
     """As `generate` makes them, in floats."""
     sigmas = sampling_sigmas(model.schedule, STEPS, "leading", "zero")
-    cond, uncond = (model.condition(texts, sizes=sizes) for texts in (PROMPTS, [negative] * 2))
+    cond = model.condition(PROMPTS, sizes=sizes)
+    uncond = model.condition([negative] * 2, sizes=sizes, negative=True)
     denoise = classifier_free(model.denoiser(), cond, uncond, SCALE)
     *_, step = get_sampler("euler")(denoise, start() * (1 + sigmas[0] ** 2).sqrt().float(), sigmas)
     return (model.decode(step.x) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()

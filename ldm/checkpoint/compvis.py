@@ -37,7 +37,7 @@ _STRAYS = (
     # 0, 1, 2 ...: transformers before 4.31
     r"cond_stage_model\.(embedders\.0\.)?transformer\.text_model\.embeddings\.position_ids",
     r"denoiser\.sigmas",  # Stable Diffusion XL's schedule, in some of its descendants
-    r"cond_stage_model\.logit_scale",  # ComfyUI's wrapper around CLIP; not part of the text tower
+    r"cond_stage_model\.(embedders\.0\.)?logit_scale",  # ComfyUI's wrapper around CLIP; not part of the text tower
     r"embedding_manager\..*",  # textual inversion's, which the DreamBooth fork of its code carries along unused
 )
 _OPENCLIP = re.compile(rf"({re.escape(networks.PREFIXES['text'])}(?:{EMBEDDERS}\d+\.)?model\.)token_embedding\.weight")
@@ -170,6 +170,7 @@ def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dic
     text: Config | None = params["cond_stage_config"]
     prefix = networks.PREFIXES["text"]
     if text is not None and kind(text) in _XL_KINDS:
+        networks.check_sized_text(text["params"])
         state = {re.sub("^" + re.escape(prefix), XL_PREFIX, name): tensor for name, tensor in state.items()}
         text = dict[str, Any](target=networks.TEXT_TARGET, params=text["params"]["embedders"][0])
         prefix = f"{XL_PREFIX}embedders.0."

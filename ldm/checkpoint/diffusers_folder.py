@@ -137,14 +137,24 @@ def _read_tower(path: Path, part: str, config: Mapping[str, Any], place: str) ->
     sizes = {"vocab_size": min(rows, tokenizer.size)}  # rows behind the vocabulary are those of added words
     params = text_params({**config, **sizes}, tokenizer.merges, tokenizer.pad, complete=place != "")
     if second:
-        params["projection_dim"] = config["projection_dim"]
+        params["projection_dim"] = _projection(config)
     return Tower(place, {"target": networks.TEXT_TARGET, "params": params}, tokenizer)
+
+
+def _projection(config: Mapping[str, Any]) -> int:
+    """Return the width of the pooled text, which transformers takes to be 512 where the configuration has none."""
+    width = config.get("projection_dim", 512)
+    if type(width) is not int or width < 1:
+        raise ValueError(f"the text encoder has projection_dim {width!r}: it must be a number of features")
+    return width
 
 
 def _read_sized(towers: Mapping[str, Tower], config: Mapping[str, Config], unet: Config, index: Config) -> Config:
     """Return the conditioner of Stable Diffusion XL or of its refiner."""
-    size_width = config["unet"].get("addition_time_embed_dim") or 0
-    pooled = config["text_encoder_2"]["projection_dim"]
+    size_width = config["unet"].get("addition_time_embed_dim")
+    if type(size_width) is not int:
+        raise ValueError(f"the UNet has addition_time_embed_dim {size_width!r}: it must be a number of features")
+    pooled = _projection(config["text_encoder_2"])
     numbers = 5 if index.get("requires_aesthetics_score", False) else 6
     if (numbers == 5) != (len(towers) == 1):
         raise ValueError("Stable Diffusion XL's refiner alone has one text encoder and requires_aesthetics_score")
@@ -181,17 +191,18 @@ def _check_index(path: Path) -> Config:
         raise ValueError(f"folder {str(path)!r} is not a diffusers folder: it holds no model_index.json")
     index = read_json(path / "model_index.json")
     pipeline = index.get("_class_name")
-    if pipeline not in (*PIPELINES.values(), *ALSO_READ, *XL_PIPELINES):
-        raise ValueError(f"folder {str(path)!r} holds a {pipeline}: only Stable Diffusion 1, 2 and XL are supported")
+    if pipeline not in (known := (*PIPELINES.values(), *ALSO_READ, *XL_PIPELINES)):
+        raise ValueError(f"folder {str(path)!r} holds a {pipeline}: supported are {', '.join(known)}")
     components = _components(index)
     for name, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         wanted = components.get(name)
-        if wanted is not None and kind not in (wanted, f"{wanted}Fast"):  # CLIPTokenizerFast is the same tokenizer
+        fits = entry == [None, None] or kind in (wanted, f"{wanted}Fast")  # CLIPTokenizerFast is the same tokenizer
+        if wanted is not None and not fits:
             raise ValueError(f"folder {str(path)!r} has a {kind} as its {name}: only {wanted} is supported")
         if kind is not None and name not in (*IGNORED, *components):
             raise ValueError(f"folder {str(path)!r} has a part {name} ({kind}), which is not supported")
-    missing = [part for part in components if part not in index or not (path / part).is_dir()]
+    missing = [part for part in components if index.get(part) in (None, [None, None]) or not (path / part).is_dir()]
     if missing:
         raise FileNotFoundError(f"folder {str(path)!r} lacks {', '.join(missing)}: it needs {', '.join(components)}")
     return index
@@ -231,7 +242,7 @@ def _from_diffusers(weights: Mapping[str, State], towers: Mapping[str, Tower]) -
         prefix, encoder = f"{networks.PREFIXES['text']}{place}transformer.", names.clip_from_transformers(weights[part])
         if config["params"]["layout"] == "openclip":
             prefix = f"{networks.PREFIXES['text']}{place}model."
-            if place and "text_projection.weight" not in encoder:
+            if part == "text_encoder_2" and "text_projection.weight" not in encoder:
                 raise ValueError(f"{part} lacks text_projection.weight, the projection of the pooled text")
             encoder = names.openclip_from_transformers(encoder, config["params"]["layers"])
         for name in [name for name in encoder if name.endswith("token_embedding.weight")]:

@@ -158,13 +158,9 @@ def _networks(params: Config) -> tuple[Config, Config, Any]:
     with torch.device("meta"):
         conditioner = instantiate_network(configs[2])
     if targets[2] == networks.SIZED_TEXT_TARGET:
-        refuse(
-            {
-                f"the sizes {conditioner.sizes}": conditioner.sizes
-                not in (networks.BASE_SIZES, networks.REFINER_SIZES),
-                f"concat {params.get('concat')!r} in Stable Diffusion XL": params.get("concat") is not None,
-            }
-        )
+        with _expressing():
+            networks.check_sized_text(configs[2]["params"])
+        refuse({f"concat {params.get('concat')!r} in Stable Diffusion XL": params.get("concat") is not None})
     else:
         text = arguments(type(conditioner), configs[2]["params"])
         refuse(
@@ -226,7 +222,7 @@ def write_unet(params: Config, sample_size: int | list[int], size_width: int | N
         "cross_attention_dim": one_if_equal(own["context_dim"]),
         "only_cross_attention": one_if_equal(own["disable_self_attentions"] or False),
         # Stable Diffusion 2's attention overflows in half precision with old versions; no effect otherwise
-        "upcast_attention": own["use_linear_in_transformer"],
+        "upcast_attention": own["use_linear_in_transformer"] and size_width is None,
         "resnet_time_scale_shift": "scale_shift" if own["use_scale_shift_norm"] else "default",
     }
     if size_width is not None:

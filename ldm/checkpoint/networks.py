@@ -72,6 +72,19 @@ def sized_text(towers: list[Config], **more: Any) -> Config:
     return {"target": SIZED_TEXT_TARGET, "params": {"embedders": embedders, **more}}
 
 
+def check_sized_text(params: Config) -> None:
+    """Raise ValueError where the conditioner is not as other programs take Stable Diffusion XL's to be."""
+    towers, sizes = params["embedders"], tuple(params.get("sizes", BASE_SIZES))
+    for i, tower in enumerate(towers):
+        states, pooled = tower["layers"] + 1, bool(tower.get("pooled", False))
+        if tower.get("layer") != "hidden" or tower.get("layer_index", 0) % states != states - 2:
+            raise ValueError(f"text encoder {i} gives other states than those before its last block")
+        if pooled != (i == len(towers) - 1):
+            raise ValueError("the last text encoder alone is pooled in Stable Diffusion XL")
+    if sizes != (REFINER_SIZES if len(towers) == 1 else BASE_SIZES):
+        raise ValueError(f"{len(towers)} text encoders with the sizes {', '.join(sizes)}")
+
+
 class Found(NamedTuple):
     """What a file or folder holds: {"target": class, "params": ...}, its tensors, and notes about it."""
 

@@ -204,7 +204,10 @@ def infer_conditioner(shapes: Shapes) -> Config:
 
 def _infer_towers(shapes: Shapes) -> Config:
     """Return Stable Diffusion XL's conditioner: the states before the last block, without the final norm."""
-    towers = [infer_conditioner(under(shapes, f"{EMBEDDERS}{i}.")) for i in range(count(shapes, EMBEDDERS))]
+    found = [under(shapes, f"{EMBEDDERS}{i}.") for i in range(count(shapes, EMBEDDERS))]
+    if {} in found:
+        raise ValueError(f"the conditioner has {EMBEDDERS}{len(found) - 1}, and no {EMBEDDERS}{found.index({})}")
+    towers = [infer_conditioner(own) for own in found]
     if not all(tower["target"] == networks.TEXT_TARGET for tower in towers):
         raise ValueError(f"the conditioner's {EMBEDDERS}* are not all CLIP text encoders, as Stable Diffusion XL's are")
     return networks.sized_text([tower["params"] for tower in towers])

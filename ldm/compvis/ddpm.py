@@ -149,7 +149,13 @@ class LatentDiffusion(DDPM, core.LatentDiffusion):
         return getattr(self.cond_stage_model, "null", None)
 
     def condition(
-        self, prompts: Any, chunks: Any = None, clip_skip: int = 1, plain: bool = False, sizes: Any = None
+        self,
+        prompts: Any,
+        chunks: Any = None,
+        clip_skip: int = 1,
+        plain: bool = False,
+        sizes: Any = None,
+        negative: bool = False,
     ) -> Any:
         """Encode prompts for `generate` as CompVis's code does, without weights or long prompts."""
         key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"

@@ -130,8 +130,6 @@ def encode_prompts(
     out = {"c_crossattn": rearrange(states, "(b k) n d -> b (k n) d", k=k)}
     if "c_adm" in cond:
         out["c_adm"] = rearrange(cond["c_adm"], "(b k) p -> b k p", k=k)[:, 0]
-    if hasattr(encoder, "emptied"):
-        out = encoder.emptied(out, distinct)
     return {key: value[which] for key, value in out.items()}
 
 

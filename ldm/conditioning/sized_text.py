@@ -23,8 +23,8 @@ class SizedTextEncoder(nn.Module):
         embedders: the arguments of a `TextEncoder` for each tower. They share one vocabulary; the last is `pooled`.
         sizes: which fields of `Sizes` the UNet takes.
         size_width: features of each of their numbers.
-        zeros_for_empty: the empty prompt, which is the null condition, is zeros, and not what the towers make of it;
-            diffusers calls it force_zeros_for_empty_prompt.
+        zeros_for_empty: the empty negative prompt is zeros, and not what the towers make of it; diffusers calls it
+            force_zeros_for_empty_prompt.
     """
 
     null = ""  # the null condition
@@ -63,13 +63,15 @@ class SizedTextEncoder(nn.Module):
         device, towers = next(self.parameters()).device, list[Any](self.embedders)
         tokens = self.tokenizer(prompts) if isinstance(prompts, list | tuple) else torch.as_tensor(prompts)
         tokens = tokens.to(device)
-        ends = tokens == self.tokenizer.eos
-        padding = ends.cumsum(dim=-1) - ends.long() > 0  # (b, n), behind the first end of text
+        fill = torch.tensor([self.tokenizer.eos, *(tower.tokenizer.pad for tower in towers)], device=device)
+        last = torch.isin(tokens, fill).flip(-1).cumprod(dim=-1).flip(-1).bool()  # (b, n), the end and what fills up
+        ends = last & (tokens == self.tokenizer.eos)
+        padding = last & (ends.cumsum(dim=-1) - ends.long() > 0)  # behind the end: a prompt may name the token, too
         conds = [tower(tokens.masked_fill(padding, tower.tokenizer.pad), clip_skip) for tower in towers]
         return conds[-1] | {"c_crossattn": torch.cat([cond["c_crossattn"] for cond in conds], dim=-1)}
 
     def emptied(self, cond: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return the conditioning of these prompts with zeros for the empty ones, unless this model encodes them."""
+        """Return the conditioning of negative prompts with zeros for the empty ones, unless this model encodes them."""
         empty = [i for i, prompt in enumerate(prompts) if self.zeros_for_empty and prompt == ""]
         rows = {key: torch.tensor(empty, dtype=torch.long, device=value.device) for key, value in cond.items()}
         return {key: value.index_fill(0, rows[key], 0) for key, value in cond.items()}

@@ -23,10 +23,8 @@ class Sizes(NamedTuple):
 LOW_SCORE = 2.5  # the aesthetic score of negative prompts, as diffusers has it
 
 
-def sizes_of(
-    model: Any, settings: Mapping[str, Any], size: tuple[int, int]
-) -> tuple[dict[str, Sizes], dict[str, Sizes]]:
-    """Return the argument `sizes` of `condition` for prompts and for negative prompts, {} for other models.
+def sizes_of(model: Any, settings: Mapping[str, Any], size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return further arguments of `condition` for prompts and for negative prompts, {} for other models.
 
     Args:
         settings: original_size, crop and aesthetic_score; None where they were not chosen. ValueError for one that
@@ -41,4 +39,4 @@ def sizes_of(
     if not taken:
         return {}, {}
     sizes = Sizes(**dict[str, Any](original_size=size, crop=(0, 0), target_size=size) | own)
-    return {"sizes": sizes}, {"sizes": sizes._replace(aesthetic_score=LOW_SCORE)}
+    return {"sizes": sizes}, {"sizes": sizes._replace(aesthetic_score=LOW_SCORE), "negative": True}

@@ -44,12 +44,14 @@ ZERO = "it changes nothing: all of its changes are zero"
 
 
 class LoraFile(NamedTuple):
-    """A file's adapters by layer (in the naming of `lora_names`), names of other tensors, header, and format."""
+    """A file's adapters by layer (in the naming of `lora_names`), names of other tensors, header, format, and whether
+    it is for Stable Diffusion XL."""
 
     adapters: dict[str, Adapter]
     others: list[str]
     metadata: dict[str, str]
     format: str
+    xl: bool
 
 
 def read_lora(path: str | Path) -> LoraFile:
@@ -67,7 +69,7 @@ def read_lora(path: str | Path) -> LoraFile:
     except ValueError as error:
         raise ValueError(f"LoRA {str(path)!r} {error}") from None
     form = "kohya" if any(name.startswith("lora_") for name in state) else "peft"
-    return LoraFile(adapters, others, metadata, form)
+    return LoraFile(adapters, others, metadata, form, for_xl(adapters, state, metadata))
 
 
 def holds_lora(path: str | Path) -> bool:
@@ -330,7 +332,7 @@ def rewrite(
         raise ValueError(f"rank {rank} must be at least 1")
     lora = read_lora(source)
     try:
-        layers = with_usual_levels(lora.adapters)
+        layers = with_usual_levels(lora.adapters, lora.xl)
     except ValueError as error:
         raise ValueError(f"LoRA {str(source)!r} is not for Stable Diffusion 1, 2 or XL: {error}") from None
     notes = [f"left out: {', '.join(lora.others)}"] if lora.others else []
@@ -341,7 +343,7 @@ def rewrite(
     # The header's hashes and settings of the old file go; its record of the training stays.
     texts = {k: v for k, v in lora.metadata.items() if k != SETTINGS and not re.match(r"sshs_|modelspec\.hash", k)}
     form = lora.format if format is None else format
-    return notes + _write(target, layers, form, dtype, texts, for_xl(lora.adapters))
+    return notes + _write(target, layers, form, dtype, texts, lora.xl)
 
 
 def _energy(layers: Mapping[str, Any], rank: int) -> str:

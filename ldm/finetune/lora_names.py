@@ -40,7 +40,7 @@ _WORDS = (
     "down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj linear_1 "
     "linear_2 time_embedding class_embedding add_embedding conv_in conv_out conv_shortcut text_model self_attn q_proj "
     "k_proj v_proj out_proj input_blocks middle_block output_blocks in_layers out_layers emb_layers skip_connection "
-    "time_embed label_emb c_fc c_proj"
+    "time_embed label_emb c_fc c_proj text_projection"
 ).split()
 _JOINED = re.compile(f"({'|'.join(sorted(_WORDS, key=len, reverse=True))})|_")
 
@@ -106,20 +106,28 @@ def to_kohya(layer: str, xl: bool) -> str:
     return f"{begin}_{name.replace('.', '_')}"
 
 
-def for_xl(adapters: Mapping[str, Any]) -> bool:
-    """Return whether adapters by layers are for Stable Diffusion XL, as text encoder or width of the context show."""
-    widths = {own.down.shape[1] for name, own in adapters.items() if re.search(r"attn2\.to_[kv]$", name)}
-    return XL_CONTEXT in widths or any(name.startswith(SECOND) for name in adapters)
+def for_xl(adapters: Mapping[str, Any], names: Iterable[str], metadata: Mapping[str, str]) -> bool:
+    """Return whether a file is for Stable Diffusion XL: by the context's width, else by its names and its header.
+
+    Args:
+        adapters: by layers in the common naming.
+        names: of the file's tensors.
+    """
+    if widths := {own.down.shape[1] for name, own in adapters.items() if re.search(r"attn2\.to_[kv]$", name)}:
+        return XL_CONTEXT in widths
+    header = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
+    named = any(name.startswith(("lora_te1_", "lora_te2_", SECOND)) for name in names)
+    return named or re.search(r"\bsdxl|stable-diffusion-xl", header) is not None
 
 
-def with_usual_levels(layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return layers with CompVis's block names under diffusers', as in Stable Diffusion 1, 2 and XL; others stay.
+def with_usual_levels(layers: Mapping[str, Any], xl: bool) -> dict[str, Any]:
+    """Return layers with CompVis's block names under diffusers', as in Stable Diffusion 1 and 2, or XL; others stay.
 
     Raises ValueError for a block that those models do not have.
     """
     blocks = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
     ours = {name: value for name, value in layers.items() if name.removeprefix("unet.").startswith(blocks)}
-    levels, xl = (XL_LEVELS, True) if for_xl(layers) else (USUAL_LEVELS, False)
+    levels = XL_LEVELS if xl else USUAL_LEVELS
     theirs = unet_to_diffusers({name.removeprefix("unet."): value for name, value in ours.items()}, levels, xl)
     rest = {name: value for name, value in layers.items() if name not in ours}
     return rest | {f"unet.{name}": value for name, value in theirs.items()}
