@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 class Change(NamedTuple):
     """One change: another part, a setting, a LoRA, learned words."""
 
-    kind: str  # "lora", "words"; "vae", "unet", "config", "vocab"; or the name of a setting
+    kind: str  # "lora", "words"; "vae", "unet", "text_encoder", "config", "vocab"; or the name of a setting
     name: str = ""  # of the file or the words, or a setting's value
     hash: str = ""  # `file_hash` of the file
     strength: float | None = None  # of a LoRA

@@ -217,12 +217,8 @@ class LatentDiffusion(nn.Module):
                 for device_type in {"cpu", self.device.type}:
                     contexts.enter_context(torch.autocast(device_type))
             cond = encode_prompts(self.cond_stage_model, prompts, chunks, clip_skip, plain)
-        if hasattr(self.cond_stage_model, "with_sizes"):
-            from ldm.conditioning.sizes import Sizes  # which few models need
-
-            own = self.defaults["height"], self.defaults["width"]
-            cond = self.cond_stage_model.emptied(cond, prompts) if negative else cond
-            cond = self.cond_stage_model.with_sizes(cond, Sizes(own, (0, 0), own) if sizes is None else sizes)
+        if hasattr(self.cond_stage_model, "completed"):
+            cond = self.cond_stage_model.completed(cond, prompts, sizes, negative, self.defaults)
         return {key: value.to(self.device) for key, value in cond.items()}
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

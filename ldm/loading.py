@@ -32,7 +32,7 @@ PART_OF = {
     networks.SIZED_TEXT_TARGET: "text",
     networks.BERT_TARGET: "text",
 }
-OPTIONS = {"first_stage": "vae", "unet": "unet"}
+OPTIONS = {"first_stage": "vae", "unet": "unet", "text": "text_encoder"}
 NEEDS = {"first_stage": "embed_dim image_channels downsampling", "unet": "downsampling", "text": "tokenizer"}
 MORE_TENSORS = 4096  # than twice the file's, above which a configuration is not even built, to list what does not fit
 NO_EMA = "no averaged weights (EMA): load it without ema (--ema)"
@@ -49,6 +49,7 @@ def load(
     prediction: str | None = None,
     vocab: str | Path | None = None,
     variant: str | None = None,
+    text_encoder: str | Path | None = None,
 ) -> LatentDiffusion:
     """Load the model of a checkpoint; without a path, the digits model that ships with the package.
 
@@ -58,7 +59,8 @@ def load(
         device, dtype: where the weights go, and as what ("fp16", say; None: as the file has them). On the CPU, in the
             file's own dtype, they stay mapped: they take memory when they are first used, and none of their own.
         config: a yaml, CompVis's or ours, in place of what the file says or is recognised as.
-        vae, unet: files that hold that part, to be used in place of the checkpoint's own.
+        vae, unet, text_encoder: files or folders that hold that part, whatever else they hold or lack, to be used in
+            place of the checkpoint's own.
         ema: take the averaged weights of a training checkpoint (`model_ema.*`), the file that the UNet comes from.
         prediction: what the UNet predicts ("eps", "x0", "v", "flow"), for files that do not say.
         vocab: the WordPiece vocabulary (vocab.txt) of a model with a BERT-style encoder, whose files lack it.
@@ -72,15 +74,18 @@ def load(
     return _load(**given)
 
 
-def _load(path, device, dtype, config, vae, unet, ema, prediction, vocab, variant) -> LatentDiffusion:
+def _load(path, device, dtype, config, vae, unet, ema, prediction, vocab, variant, text_encoder) -> LatentDiffusion:
     path = SHIPPED if path is None else checkpoint_at(path)
-    vae, unet = (None if part is None else checkpoint_at(part, name) for name, part in (("vae", vae), ("unet", unet)))
+    given = {"vae": vae, "unet": unet, "text_encoder": text_encoder}
+    vae, unet, text = (None if part is None else checkpoint_at(part, name) for name, part in given.items())
     config, vocab = (None if f is None else as_path(name, f) for name, f in (("config", config), ("vocab", vocab)))
     if prediction is not None:
         check_prediction(prediction)
     replacements = {} if vae is None else {"first_stage": take_part("first_stage", vae)}
     if unet is not None:
         replacements["unet"] = take_part("unet", unet, ema)
+    if text is not None:
+        replacements["text"] = take_part("text", text)
     found = _complete(path, _open(path, config, ema and unet is None, prediction, variant, replacements), replacements)
     if prediction is not None:
         _set_prediction(path, found.config, prediction)
@@ -98,7 +103,7 @@ def _load(path, device, dtype, config, vae, unet, ema, prediction, vocab, varian
         for word, vectors in found.words.items():
             learn(model.cond_stage_model, word, vectors)
     model.path, model.notes = path, found.notes
-    files = {"vae": vae, "unet": unet, "config": config, "vocab": vocab}
+    files = {"vae": vae, "unet": unet, "text_encoder": text, "config": config, "vocab": vocab}
     words = {"ema": "ema" if ema else None, "prediction": prediction, "variant": variant}
     model.changes = [Change(name, hash=file_hash(file)) for name, file in files.items() if file is not None]
     model.changes += [Change(name, word) for name, word in words.items() if word is not None]
@@ -121,11 +126,12 @@ def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Fo
     target = found.config.get("target")
     if not _is_model(target):
         option = OPTIONS.get(PART_OF.get(target))
-        hint = "" if option is None else f": load it beside a model, as its {option} (--{option})"
+        hint = "" if option is None else f": load it beside a model, as its {option} (--{option.replace('_', '-')})"
         raise ValueError(f"checkpoint {str(path)!r} holds a {target}, not a complete model{hint}")
     if replacements and target != networks.MODEL_TARGET:
         raise ValueError(
-            f"checkpoint {str(path)!r} holds a {target}: only latent diffusion models have --vae and --unet"
+            f"checkpoint {str(path)!r} holds a {target}: "
+            "only latent diffusion models have --vae, --unet and --text-encoder"
         )
     params, state, notes = deepcopy(found.config["params"]), found.state, found.notes
     for part, new in replacements.items():
@@ -133,7 +139,11 @@ def _complete(path: Path, found: Found, replacements: Mapping[str, Found]) -> Fo
             own = f"the model {str(path)!r} has scale factor {params['scale_factor']:g}"
             given = f"the first stage given has {new.scale_factor:g}"
             raise ValueError(f"{own}, and {given}: they have different latent spaces ({new.notes[0]})")
-        params[f"{part}_config"] = new.config
+        if part == "text":
+            from ldm.checkpoint.exchange import read_alike
+
+            new = read_alike(params["cond_stage_config"], new)
+        params["cond_stage_config" if part == "text" else f"{part}_config"] = new.config
         state, notes = _swapped(state, part, new), [*notes, *new.notes]
     return Found({"target": target, "params": params}, state, notes, words=found.words)
 
@@ -160,8 +170,12 @@ def _open(
     prediction: str | None = None,
     variant: str | None = None,
     replacements: Mapping[str, Found] | None = None,
+    part: str | None = None,
 ) -> Found:
-    """Read a file or folder, whoever wrote it: a model or a part alone, as the configuration's target says."""
+    """Read a file or folder, whoever wrote it: a model or a part alone, as the configuration's target says.
+
+    part: what alone is wanted, where the others are missing.
+    """
     if path.is_dir():
         from ldm.checkpoint.diffusers_folder import read_pipeline, read_vae_folder
 
@@ -170,7 +184,11 @@ def _open(
                 f"folder {str(path)!r} has {NO_EMA if ema else 'its own configuration: load it without config'}"
             )
         if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-            return read_vae_folder(path)
+            if part != "text":
+                return read_vae_folder(path)
+            from ldm.conditioning.public_clip import read_clip_folder
+
+            return read_clip_folder(path)
         return read_pipeline(path, variant)
     contents = read_tensors(path)
     if variant is not None:
@@ -181,20 +199,22 @@ def _open(
             raise ValueError(f"checkpoint {str(path)!r} has {NO_EMA}")
         return Found(own, contents.state, [])
 
+    from ldm.checkpoint.compvis import own_name
     from ldm.checkpoint.compvis_file import model_in
 
     state = contents.state
-    for part, new in (replacements or {}).items():  # before it is recognised: some files lack the first stage
-        state = _swapped(state, part, new)
+    for name, new in (replacements or {}).items():  # before it is recognised: some files lack the first stage
+        rest = {own: tensor for own, tensor in state.items() if not own_name(own).startswith(networks.PREFIXES[name])}
+        state = _swapped(rest, name, new)
     try:
-        return model_in(contents._replace(state=state), config, ema, prediction)
+        return model_in(contents._replace(state=state), config, ema, prediction, part)
     except ValueError as error:
         raise ValueError(f"{_called(path, replacements)}: {error}") from None
 
 
 def take_part(part: str, path: Path, ema: bool = False) -> Found:
     """Read a part out of a file or folder, under its own names: of that part alone, or of a model."""
-    config, state, _, scale_factor, _ = _open(path, ema=ema)
+    config, state, _, scale_factor, _ = _open(path, ema=ema, part=part)
     target = found = config.get("target")
     if target == networks.MODEL_TARGET:
         prefix, params = networks.PREFIXES[part], config["params"]
@@ -203,7 +223,7 @@ def take_part(part: str, path: Path, ema: bool = False) -> Found:
             raise ValueError(f"{str(path)!r} is an unconditional model, without a text encoder")
         target, scale_factor = config["target"], params["scale_factor"] if part == "first_stage" else None
     module, state = fitted(_called(path), config, state)
-    other, called = _is_model(target) or PART_OF.get(target, part) != part, OPTIONS.get(part, "text encoder")
+    other, called = _is_model(target) or PART_OF.get(target, part) != part, OPTIONS[part].replace("_", " ")
     if other or not all(hasattr(module, name) for name in NEEDS[part].split()):
         raise ValueError(f"{str(path)!r} holds a {found}, which cannot be a model's {called}")
     return Found(config, state, [f"{called}: {path}"], scale_factor)

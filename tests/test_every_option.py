@@ -38,6 +38,7 @@ LOADING = """
 --config: missing.yaml
 --vae: weaker.safetensors
 --unet: weaker.safetensors
+--text-encoder: weaker.safetensors
 --ema:
 --prediction: eps
 --vocab: missing.txt

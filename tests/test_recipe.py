@@ -80,7 +80,7 @@ def test_text_that_is_no_recipe(text, message):
 
 
 def test_prompts_that_the_text_could_not_give_back():
-    refused("--negative-prompt", replace, FIVE, prompt="a five\nNegative prompt: bold")
+    refused("give that as the negative prompt", replace, FIVE, prompt="a five\nNegative prompt: bold")
     refused("UTF-8", replace, FIVE, prompt="a \udcff five")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.checkpoint.compvis import normalise, single_file
 from ldm.checkpoint.diffusers_writer import write_pipeline
 from ldm.checkpoint.families import recognise
-from ldm.checkpoint.networks import REFINER_SIZES
+from ldm.checkpoint.xl import REFINER_SIZES
 from ldm.conditioning.text import TextEncoder
 from ldm.models.unet import UNetModel
 

@@ -6,7 +6,7 @@ from conftest import refused
 from test_clip import hugging, open_clip_model
 from test_text import CLIP_SIZES, FIVE, TOLERANCE
 
-from ldm.checkpoint.networks import REFINER_SIZES
+from ldm.checkpoint.xl import REFINER_SIZES
 from ldm.conditioning.prompt import encode_prompts
 from ldm.conditioning.sized_text import SizedTextEncoder
 from ldm.conditioning.sizes import Sizes

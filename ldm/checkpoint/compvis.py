@@ -13,6 +13,7 @@ from ldm.checkpoint.family_table import SCALE_FACTORS, kind
 from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import EMBEDDERS, count
 from ldm.checkpoint.tensors import State
+from ldm.checkpoint.xl import check_sized_text
 from ldm.checks import few
 from ldm.diffusion.schedule import MIN_ALPHA_BAR, make_schedule
 
@@ -83,7 +84,7 @@ def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[st
     notes = []
     if any(name.startswith("encoder.down_blocks.") for name in state):  # as most VAEs that are shared alone
         state = vae_from_diffusers(state)
-    renamed = {name: _renamed(name) for name in state}
+    renamed = {name: own_name(name) for name in state}
     if len(set(renamed.values())) < len(renamed):
         twice = sorted(name for name, new in renamed.items() if name != new and new in renamed)
         raise ValueError(f"the file holds {len(twice)} tensors twice, under two names each ({few(twice)})")
@@ -106,7 +107,8 @@ def tidy(state: Mapping[str, Tensor], ema: bool = False) -> tuple[State, list[st
     return state | supplied, notes
 
 
-def _renamed(name: str) -> str:
+def own_name(name: str) -> str:
+    """Return a published name of a weight as a complete model of ours has it."""
     renamed = (re.sub("^" + pattern, new, name) for pattern, new in _RENAMES if re.match(pattern, name))
     name = next(renamed, name)
     return attention_from_diffusers(name) if name.startswith(networks.PREFIXES["first_stage"]) else name
@@ -170,7 +172,7 @@ def single_file(state: Mapping[str, Tensor], config: Config) -> tuple[State, dic
     text: Config | None = params["cond_stage_config"]
     prefix = networks.PREFIXES["text"]
     if text is not None and kind(text) in _XL_KINDS:
-        networks.check_sized_text(text["params"])
+        check_sized_text(text["params"])
         state = {re.sub("^" + re.escape(prefix), XL_PREFIX, name): tensor for name, tensor in state.items()}
         text = dict[str, Any](target=networks.TEXT_TARGET, params=text["params"]["embedders"][0])
         prefix = f"{XL_PREFIX}embedders.0."

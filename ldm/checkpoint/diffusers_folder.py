@@ -17,9 +17,11 @@ from ldm.checkpoint import networks
 from ldm.checkpoint.diffusers_config import read_scheduler, read_unet, read_vae
 from ldm.checkpoint.diffusers_files import WEIGHT_FILES, read_json, read_weights, unchanged
 from ldm.checkpoint.diffusers_text import TokenizerFiles, added_words, read_text_sizes, read_tokenizer, text_params
+from ldm.checkpoint.eight_bits import widened
 from ldm.checkpoint.family_table import find_concat
 from ldm.checkpoint.networks import Config, Found
 from ldm.checkpoint.tensors import State
+from ldm.checkpoint.xl import sized_text
 
 # concat -> the pipeline that is written; all of them are read
 PIPELINES = {
@@ -109,6 +111,8 @@ def _read_pipeline(path: Path, index: Config, variant: str | None) -> Found:
     notes += [f"{part}/: the weights' variant {own!r}" for part, own in variants.items() if own is not None]
     with _naming(path):
         state, words = _from_diffusers(weights, towers)
+        state, widths = widened(state)
+        notes += widths
     if words and xl:
         notes.append(f"learned words among its tokens are left out: {' '.join(words)}")
         words = {}
@@ -165,7 +169,7 @@ def _read_sized(towers: Mapping[str, Tower], config: Mapping[str, Config], unet:
         )
     zeros = index.get("force_zeros_for_empty_prompt", True)
     embedders = [tower.config["params"] for tower in towers.values()]
-    return networks.sized_text(embedders, size_width=size_width, zeros_for_empty=zeros)
+    return sized_text(embedders, size_width=size_width, zeros_for_empty=zeros)
 
 
 def read_vae_folder(path: str | Path) -> Found:

@@ -44,6 +44,7 @@ from ldm.checkpoint.networks import Config
 from ldm.checkpoint.structure import one_if_equal
 from ldm.checkpoint.tensors import State
 from ldm.checkpoint.writing import save_file
+from ldm.checkpoint.xl import check_sized_text
 from ldm.checks import few
 from ldm.diffusion.sampling import choose_sampler, get_sampler
 from ldm.diffusion.schedule import SCHEDULES
@@ -159,7 +160,7 @@ def _networks(params: Config) -> tuple[Config, Config, Any]:
         conditioner = instantiate_network(configs[2])
     if targets[2] == networks.SIZED_TEXT_TARGET:
         with _expressing():
-            networks.check_sized_text(configs[2]["params"])
+            check_sized_text(configs[2]["params"])
         refuse({f"concat {params.get('concat')!r} in Stable Diffusion XL": params.get("concat") is not None})
     else:
         text = arguments(type(conditioner), configs[2]["params"])

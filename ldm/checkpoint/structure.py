@@ -9,6 +9,7 @@ from typing import Any
 
 from ldm.checkpoint import networks
 from ldm.checkpoint.networks import Config
+from ldm.checkpoint.xl import sized_text
 from ldm.checks import few
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -210,7 +211,7 @@ def _infer_towers(shapes: Shapes) -> Config:
     towers = [infer_conditioner(own) for own in found]
     if not all(tower["target"] == networks.TEXT_TARGET for tower in towers):
         raise ValueError(f"the conditioner's {EMBEDDERS}* are not all CLIP text encoders, as Stable Diffusion XL's are")
-    return networks.sized_text([tower["params"] for tower in towers])
+    return sized_text([tower["params"] for tower in towers])
 
 
 def misfits(expected: Shapes, found: Shapes) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.checkpoint.diffusers_files import read_json, read_weights
 from ldm.checkpoint.diffusers_names import clip_from_transformers
 from ldm.checkpoint.diffusers_text import TOKENIZER_FILES, read_text_sizes, read_tokenizer
+from ldm.checkpoint.networks import TEXT_TARGET, Found
 from ldm.checkpoint.structure import misfits
 from ldm.checkpoint.tensors import check_finite, read_tensors
 from ldm.conditioning.text import TextEncoder
@@ -64,13 +65,21 @@ def read_text_encoder(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return _from_transformers(name, _download(name))
 
 
+def read_clip_folder(path: Path) -> Found:
+    """Read the folder of a CLIP, as transformers saves it, as `ldm.load` takes parts of models."""
+    params, state = read_text_encoder(str(path))
+    return Found({"target": TEXT_TARGET, "params": params}, state, [])
+
+
 def _from_transformers(name: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         params = transformers_params(read_json(folder / "config.json"))
     except ValueError as error:
         raise ValueError(f"text encoder {name!r} is not one that we know: {error}") from None
-    if any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):  # if not, the vocabulary is CLIP's
-        merges, pad, _, added = read_tokenizer(folder)
+    beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))  # in a folder of diffusers
+    files = [place / file for place in (folder, beside) for file in ("vocab.json", "tokenizer.json")]
+    if words := next((file.parent for file in files if file.is_file()), None):  # if not, the vocabulary is CLIP's
+        merges, pad, _, added = read_tokenizer(words)
         if added:
             raise ValueError(f"text encoder {name!r} has tokens that were added ({', '.join(added.values())})")
         params["tokenizer"] = {"pad": pad} if merges is None else {"pad": pad, "merges": merges}

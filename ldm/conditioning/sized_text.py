@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.checkpoint.networks import BASE_SIZES
+from ldm.checkpoint.xl import BASE_SIZES
 from ldm.checks import Width
 from ldm.conditioning.sizes import Sizes
 from ldm.conditioning.text import TextEncoder
@@ -69,6 +69,22 @@ class SizedTextEncoder(nn.Module):
         padding = last & (ends.cumsum(dim=-1) - ends.long() > 0)  # behind the end: a prompt may name the token, too
         conds = [tower(tokens.masked_fill(padding, tower.tokenizer.pad), clip_skip) for tower in towers]
         return conds[-1] | {"c_crossattn": torch.cat([cond["c_crossattn"] for cond in conds], dim=-1)}
+
+    def completed(
+        self,
+        cond: Mapping[str, Tensor],
+        prompts: Sequence[str],
+        sizes: Sizes | None,
+        negative: bool,
+        defaults: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Return the conditioning of prompts as the UNet takes it: see `LatentDiffusion.condition`.
+
+        defaults: with the model's own height and width, which are the sizes where None are given.
+        """
+        own = defaults["height"], defaults["width"]
+        cond = self.emptied(cond, prompts) if negative else cond
+        return self.with_sizes(cond, Sizes(own, (0, 0), own) if sizes is None else sizes)
 
     def emptied(self, cond: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the conditioning of negative prompts with zeros for the empty ones, unless this model encodes them."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from ldm.checkpoint.networks import MODEL_TARGET, REFINER_SIZES
+from ldm.checkpoint.networks import MODEL_TARGET
+from ldm.checkpoint.xl import REFINER_SIZES
 from ldm.checks import Betas, Count, Range, Rate
 from ldm.data.dreambooth import check_apart, words_and_prompts
 from ldm.finetune.lora import Adapter, attach, connect, merge, restore

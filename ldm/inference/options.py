@@ -14,7 +14,8 @@ from ldm.settings import FLAG, FLOAT, INTEGERS, INTERVAL, NAMES, SEED, Setting, 
 if TYPE_CHECKING:  # they import torch
     from ldm.latent_diffusion import LatentDiffusion
 
-LOADING = ("config", "vae", "unet", "ema", "prediction", "vocab", "variant")  # those that are arguments of `ldm.load`
+# those that are arguments of `ldm.load`
+LOADING = ("config", "vae", "unet", "text_encoder", "ema", "prediction", "vocab", "variant")
 NEEDING_TORCH = ("lora", "embedding", "attention", "channels_last", "no_optimize", "compile", "vae_slicing")
 NEEDING_TORCH += ("vae_tiling", "offload", "pag", "threshold", "autoguide", "classifier", "init_img", "device")
 NEEDING_TORCH += ("precision",)
@@ -200,6 +201,7 @@ def add_loading_options(group: argparse._ArgumentGroup) -> None:
     add("--config", type=Path, metavar="FILE", help="CompVis's yaml (or ours), in place of what the checkpoint says")
     add("--vae", type=Path, metavar="FILE", help="another first stage than the checkpoint's")
     add("--unet", type=Path, metavar="FILE", help="another UNet than the checkpoint's")
+    add("--text-encoder", type=Path, metavar="FILE", help="another text encoder than the checkpoint's")
     add("--ema", action="store_true", help="the averaged weights, where the checkpoint has both")
     add(
         "--prediction",

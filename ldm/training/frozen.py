@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ldm.batching import distinct_prompts
 from ldm.checkpoint.file import checkpoint_at
-from ldm.checkpoint.networks import TEXT_TARGET
 from ldm.latent_diffusion import Conditioning
 from ldm.loading import take_part
 
@@ -25,12 +24,7 @@ def read_first_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor
 
 def read_text_stage(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return configuration and tensors of a text encoder, or of a model's, or of a CLIP in a folder of transformers."""
-    if not (Path(path) / "config.json").is_file():
-        return take_part("text", checkpoint_at(path))[:2]
-    from ldm.conditioning import public_clip
-
-    params, state = public_clip.read_text_encoder(str(path))
-    return {"target": TEXT_TARGET, "params": params}, state
+    return take_part("text", checkpoint_at(path))[:2]
 
 
 def match_pooled(
