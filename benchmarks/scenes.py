@@ -5,7 +5,6 @@ python -m benchmarks.scenes 500=few.json 20000=many.json --plot scenes.png
 Each file is a report of `ldm evaluate scenes --out FILE`.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,26 +20,24 @@ SHOWN = ("objects", "colours", "binding", "places")
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("reports", nargs="+", type=report, metavar="N=FILE", help="scenes in training, and the report")
+    parser.add_argument("reports", nargs="+", metavar="N=FILE", help="scenes in training, and the report")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the table (needs matplotlib)")
     args = parser.parse_args(argv)
     check_plot(args.plot)
-    rows = [row(count, content) for count, content in sorted(args.reports, key=lambda one: one[0])]
+    rows = sorted((read(report) for report in args.reports), key=lambda own: own["scenes"])
     print(markdown(["scenes", *rows[0]["seen"]], table(rows)))
     if args.plot is not None:
         plot(rows, args.plot)
 
 
-def report(text: str) -> tuple[int, dict[str, Any]]:
-    """Read N=FILE."""
-    count, _, name = text.partition("=")
+def read(report: str) -> dict[str, Any]:
+    """Read N=FILE, and return its `row`."""
+    count, _, name = report.partition("=")
     try:
-        content = json.loads(Path(name).read_bytes())
-        row(int(count), content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        message = f"{text!r} is not N=FILE with a report of `ldm evaluate scenes --out FILE`: {error!r}"
-        raise argparse.ArgumentTypeError(message) from None
-    return int(count), content
+        return row(int(count), json.loads(Path(name).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        what = "N=FILE with a report of `ldm evaluate scenes --out FILE`"
+        raise ValueError(f"{report!r} is not {what}") from None
 
 
 def row(count: int, content: dict[str, Any]) -> dict[str, Any]:

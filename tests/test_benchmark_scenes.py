@@ -29,8 +29,7 @@ def test_the_table_and_the_plot(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["500", "x={}", "500=missing.json", "500={}.empty"])
-def test_what_is_no_report_is_refused(text, tmp_path, capsys):
+def test_what_is_no_report_is_refused(text, tmp_path):
     (tmp_path / "a.json.empty").write_text("{}")
     write(tmp_path / "a.json", 0.5)
-    refused("2", main, [text.format(tmp_path / "a.json")], error=SystemExit)
-    assert "is not N=FILE with a report" in capsys.readouterr().err
+    refused("is not N=FILE with a report", main, [text.format(tmp_path / "a.json")])
