@@ -10,9 +10,10 @@ from meta_models import built, on_meta
 from torch import Tensor
 
 from ldm.checkpoint.compvis import normalise, single_file
+from ldm.checkpoint.compvis_config import from_compvis
 from ldm.checkpoint.diffusers_writer import write_pipeline
 from ldm.checkpoint.families import recognise
-from ldm.checkpoint.xl import REFINER_SIZES
+from ldm.checkpoint.xl import BASE_SIZES, REFINER_SIZES
 from ldm.conditioning.text import TextEncoder
 from ldm.models.unet import UNetModel
 
@@ -87,6 +88,88 @@ def refiner() -> dict[str, Tensor]:
     tower = {name.replace("embedders.1.", "embedders.0."): own for name, own in base().items() if f"{TEXT}1." in name}
     vae = {name: own for name, own in base().items() if name.startswith("first_stage_model.")}
     return on_meta({UNET + name: own for name, own in shapes(unet).items()} | tower | vae)
+
+
+def engine(unet: dict, towers: list[dict], last: str, **more) -> dict:
+    """A yaml of generative-models, as its repository has one for the base model and one for the refiner."""
+    modules, sizes = "sgm.modules", ("original_size_as_tuple", "crop_coords_top_left", last)
+    embedder = {"target": f"{modules}.encoders.modules.ConcatTimestepEmbedderND", "params": {"outdim": 256}}
+    models = [{"is_trainable": False, "input_key": "txt", **tower} for tower in towers]
+    models += [{"is_trainable": False, "input_key": key, **embedder} for key in sizes]
+    ddconfig = {"attn_type": "vanilla-xformers", "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3}
+    ddconfig |= {"out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": []}
+    discrete = f"{modules}.diffusionmodules"
+    unet = {"num_classes": "sequential", "use_checkpoint": True, "in_channels": 4, "out_channels": 4} | unet
+    unet |= {"attention_resolutions": [4, 2], "num_res_blocks": 2, "num_head_channels": 64}
+    unet |= {"use_linear_in_transformer": True, "spatial_transformer_attn_type": "softmax-xformers"}
+    denoiser = {
+        "num_idx": 1000,
+        "scaling_config": {"target": f"{discrete}.denoiser_scaling.EpsScaling"},
+        "discretization_config": {"target": f"{discrete}.discretizer.LegacyDDPMDiscretization"},
+    }
+    params = {
+        **{"scale_factor": 0.13025, "disable_first_stage_autocast": True},
+        "denoiser_config": {"target": f"{discrete}.denoiser.DiscreteDenoiser", "params": denoiser},
+        "network_config": {"target": f"{discrete}.openaimodel.UNetModel", "params": unet},
+        "conditioner_config": {"target": f"{modules}.GeneralConditioner", "params": {"emb_models": models}},
+        "first_stage_config": {
+            "target": "sgm.models.autoencoder.AutoencoderKL",
+            "params": {"embed_dim": 4, "monitor": "val/rec_loss", "ddconfig": ddconfig, "lossconfig": {}},
+        },
+    }
+    return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": params | more}}
+
+
+OPENCLIP = {
+    "target": "sgm.modules.encoders.modules.FrozenOpenCLIPEmbedder2",
+    "params": {
+        **{"arch": "ViT-bigG-14", "version": "laion2b_s39b_b160k", "freeze": True, "layer": "penultimate"},
+        **{"always_return_pooled": True, "legacy": False},
+    },
+}
+CLIP_L = {
+    "target": "sgm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "params": {"layer": "hidden", "layer_idx": 11},
+}
+BASE_UNET = {"adm_in_channels": 2816, "model_channels": 320, "channel_mult": [1, 2, 4], "context_dim": 2048}
+YAMLS = {
+    "base": engine(
+        BASE_UNET | {"transformer_depth": [1, 2, 10], "use_spatial_transformer": True, "legacy": False},
+        *([CLIP_L, OPENCLIP], "target_size_as_tuple"),
+    ),
+    "refiner": engine(
+        REFINER_UNET | {"adm_in_channels": 2560, "context_dim": [1280] * 4}, [OPENCLIP], "aesthetic_score"
+    ),
+}
+
+
+@pytest.mark.parametrize("which", YAMLS)
+def test_generative_models_yamls_say_what_is_recognised(which):
+    found = {"base": state, "refiner": refiner}[which]()
+    described, recognised = from_compvis(YAMLS[which]), recognise(found).config
+    assert built(described) == built(recognised)
+    for key in ("schedule", "prediction", "scale_factor", "defaults", "concat"):
+        assert described["params"][key] == recognised["params"][key], key
+    text, own = (config["params"]["cond_stage_config"]["params"] for config in (described, recognised))
+    assert text["sizes"] == own.get("sizes", list(BASE_SIZES))
+    assert text.get("zeros_for_empty", True) == own.get("zeros_for_empty", True)
+    settings = [[tower.items() for tower in some["embedders"]] for some in (own, text)]
+    assert all(first >= second for first, second in zip(*settings, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unknown": 1}, "DiffusionEngine's parameters unknown are not known"),
+        ({"denoiser_config": {"target": "sgm.x.Denoiser"}}, "the denoiser Denoiser with None has no counterpart"),
+        ({"first_stage_config": {"target": "sgm.x.AutoencodingEngine"}}, "the first stage AutoencodingEngine has no"),
+        ({"conditioner_config": {"params": {"emb_models": [{"target": "a.T5"}]}}}, "the conditioner T5 of None has no"),
+        ({"conditioner_config": {}}, "the conditioner has no text encoder"),
+    ],
+)
+def test_other_yamls_of_generative_models_are_refused(changes, message):
+    yaml = engine(BASE_UNET, [CLIP_L, OPENCLIP], "target_size_as_tuple", **changes)
+    refused(message, from_compvis, yaml)
 
 
 def test_the_refiner_is_recognised():

@@ -53,6 +53,7 @@ BETA_SCHEDULES = {  # CompVis's name -> ours
 _CLIPS = {"large-patch14": (768, 12, 12), "base-patch32": (512, 12, 8), "base-patch16": (512, 12, 8)}
 _CLIPS = {f"clip-vit-{size}": sizes for size, sizes in _CLIPS.items()}
 _OPENCLIPS = {"ViT-H-14": (1024, 24, 16), "ViT-L-14": (768, 12, 12), "ViT-B-32": (512, 12, 8)}
+_OPENCLIPS["ViT-bigG-14"] = (1280, 32, 20)
 
 
 def from_compvis(yaml: Mapping[str, Any]) -> Config:
@@ -72,12 +73,16 @@ def from_compvis(yaml: Mapping[str, Any]) -> Config:
         return {"target": networks.MODEL_TARGET, "params": _model(params)}
     if target in _FIRST_STAGES:
         return _translated(model, _FIRST_STAGES, "the model")
+    if target.endswith(".DiffusionEngine"):
+        from ldm.checkpoint.sgm_config import from_sgm  # which uses this file
+
+        return {"target": networks.MODEL_TARGET, "params": from_sgm(params)}
     known = ", ".join((networks.MODEL_TARGET, *_MODELS, *_FIRST_STAGES))
     raise ValueError(f"the model's target {target!r} is not supported: known are {known}")
 
 
 def _model(params: Config) -> Config:
-    params = _kept(params, "LatentDiffusion", _READ, _TRAINING, needs=3)
+    params = kept(params, "LatentDiffusion", _READ, _TRAINING, needs=3)
     unet = _translated(params["unet_config"], _UNETS, "the UNet")
     first_stage = _translated(params["first_stage_config"], _FIRST_STAGES, "the first stage")
     conditioner = _conditioner(params)
@@ -157,13 +162,13 @@ def _translated(config: Any, table: Mapping[str, Rule | Callable[[Config], Confi
     rule, params = table[target], dict(config.get("params") or {})
     if not isinstance(rule, Rule):
         return rule(params)
-    params = _kept(params, rule.whose, rule.takes, rule.ignores, rule.needs)
+    params = kept(params, rule.whose, rule.takes, rule.ignores, rule.needs)
     if "ddconfig" in params:
-        params["ddconfig"] = _kept(params["ddconfig"], "ddconfig", Encoder)
+        params["ddconfig"] = kept(params["ddconfig"], "ddconfig", Encoder)
     return {"target": rule.target, "params": params}
 
 
-def _kept(
+def kept(
     params: Config, whose: str, takes: type | tuple[str, ...], ignores: tuple[str, ...] = (), needs: int = 0
 ) -> Config:
     """Return the parameters that are taken, as `Rule` says; ValueError for unknown and missing ones."""
@@ -182,7 +187,7 @@ def _kept(
 
 def clip_config(params: Config) -> Config:
     takes = ("version", "max_length", "layer", "layer_idx")
-    params = _kept(params, "FrozenCLIPEmbedder", takes, ("device", "freeze"))
+    params = kept(params, "FrozenCLIPEmbedder", takes, ("device", "freeze"))
     name = params.get("version", "openai/clip-vit-large-patch14")
     sizes = _CLIPS.get(PurePath(name).name)
     if sizes is None:
@@ -192,7 +197,7 @@ def clip_config(params: Config) -> Config:
 
 def openclip_config(params: Config) -> Config:
     takes = ("arch", "version", "max_length", "layer")  # the version names weights, which the checkpoint brings
-    params = _kept(params, "FrozenOpenCLIPEmbedder", takes, ("device", "freeze"))
+    params = kept(params, "FrozenOpenCLIPEmbedder", takes, ("device", "freeze"))
     arch = params.get("arch", "ViT-H-14")
     if arch not in _OPENCLIPS:
         raise ValueError(f"the text encoder's arch {arch!r} is unknown: known are {', '.join(_OPENCLIPS)}")
@@ -213,12 +218,12 @@ def _text(settings: Config, sizes: tuple[int, int, int], params: Config, layers:
     return {"target": networks.TEXT_TARGET, "params": settings}
 
 
-_KL = Rule(networks.KL_TARGET, "the first stage", ("embed_dim", "ddconfig"), _AUTOENCODER_TRAINING, needs=2)
+KL_RULE = Rule(networks.KL_TARGET, "the first stage", ("embed_dim", "ddconfig"), _AUTOENCODER_TRAINING, needs=2)
 _VQ = Rule(networks.VQ_TARGET, "the first stage", ("embed_dim", "n_embed", "ddconfig"), _AUTOENCODER_TRAINING, needs=3)
-_UNET = Rule(networks.UNET_TARGET, "UNetModel", UNetModel)
-_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": _UNET, networks.UNET_TARGET: _UNET}
+UNET_RULE = Rule(networks.UNET_TARGET, "UNetModel", UNetModel)
+_UNETS = {"ldm.modules.diffusionmodules.openaimodel.UNetModel": UNET_RULE, networks.UNET_TARGET: UNET_RULE}
 _VQ_NAMES = (networks.VQ_TARGET, *(f"ldm.models.autoencoder.{name}" for name in ("VQModelInterface", "VQModel")))
-_FIRST_STAGES = {networks.KL_TARGET: _KL, **dict.fromkeys(_VQ_NAMES, _VQ)}  # KL's is CompVis's name too
+_FIRST_STAGES = {networks.KL_TARGET: KL_RULE, **dict.fromkeys(_VQ_NAMES, _VQ)}  # KL's is CompVis's name too
 _CONDITIONERS = {
     "ldm.modules.encoders.modules.FrozenCLIPEmbedder": clip_config,
     "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder": openclip_config,
