@@ -147,11 +147,12 @@ def test_ldm_load_is_given_what_was_given(monkeypatch, tiny_model, capsys):
         "config": "c.yaml",
         "vae": "v.pt",
         "unet": "u.pt",
+        "text_encoder": "t.pt",
         "prediction": "v",
         "vocab": "vocab.txt",
         "variant": "fp16",
     }
-    options = [word for name, value in values.items() for word in (f"--{name}", value)]
+    options = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
     load_model(parse("--ckpt", "some.ckpt", "--ema", *options))
     assert calls[0] == (None, "cpu", {})
     path, device, given = calls[1]

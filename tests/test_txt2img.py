@@ -323,7 +323,7 @@ MISTAKES = {
     "clip skip": (["--clip-skip", "9"], "clip_skip 9 does not exist"),
     "device": (["--device", "gpu"], "device 'gpu' is not available"),
     "checkpoint": (["--ckpt", "missing.safetensors"], "missing.safetensors"),
-    "negative prompt": (["--prompt", "a\nNegative prompt: b"], "--negative-prompt"),
+    "negative prompt": (["--prompt", "a\nNegative prompt: b"], "give that as the negative prompt"),
     "two ways": (["--from-png", "x.png", "--n_samples", "2"], "leave out --n_samples"),
 }
 
