@@ -180,6 +180,14 @@ def warm_python() -> Iterator[WarmPython]:
     python.close()
 
 
+@pytest.fixture(scope="module")
+def no_hub() -> Iterator[None]:
+    """Lets the libraries of Hugging Face ask nobody."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
 @pytest.fixture
 def few_triples(monkeypatch) -> None:
     """Validation on 40 triples of image, timestep and noise in place of 260, whose number is tested elsewhere."""

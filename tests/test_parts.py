@@ -16,12 +16,10 @@ TEXT, VAE, UNET = "conditioner.", "first_stage_model.", "model.diffusion_model."
 
 
 @pytest.fixture(scope="module")
-def xl(tmp_path_factory):
+def xl(no_hub, tmp_path_factory):
     """A tiny Stable Diffusion XL in a single file without configuration, its tensors, and its folder of diffusers."""
     root = tmp_path_factory.mktemp("xl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        _, folder = build_pipeline(root)
+    _, folder = build_pipeline(root)
     path = root / "xl.safetensors"
     ldm.save(load(folder, device="cpu"), path, format="compvis")
     state = load_file(path)

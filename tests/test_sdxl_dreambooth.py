@@ -23,10 +23,8 @@ SHAPES = {"subject": [(80, 60), (32, 48), (32, 32)], "class": [(32, 32), (64, 40
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield build_pipeline(tmp_path_factory.mktemp("theirs"))
+def theirs(no_hub, tmp_path_factory):
+    return build_pipeline(tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.fixture(scope="module")

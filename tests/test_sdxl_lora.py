@@ -16,10 +16,8 @@ XL = "stable-diffusion-xl-v1-base/lora"
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield build_pipeline(tmp_path_factory.mktemp("theirs"))
+def theirs(no_hub, tmp_path_factory):
+    return build_pipeline(tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.fixture

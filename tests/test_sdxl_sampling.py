@@ -21,12 +21,7 @@ from ldm.diffusion.sampling import get_sampler
 from ldm.diffusion.schedule import sampling_sigmas
 from ldm.latent_diffusion import LatentDiffusion
 
-
-@pytest.fixture(scope="module", autouse=True)
-def offline():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
+pytestmark = pytest.mark.usefixtures("no_hub")
 
 
 @pytest.fixture(scope="module")
