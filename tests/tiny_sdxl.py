@@ -19,7 +19,7 @@ from ldm.diffusion.schedule import sampling_sigmas
 from ldm.latent_diffusion import LatentDiffusion
 
 PROMPTS = ["a photo of a cat", "An astronaut, riding a horse: 4K"]
-SIZE = {"height": 32, "width": 48}  # not square, so that height and width are told apart
+SIZE = {"height": 32, "width": 48}  # not square: height and width differ
 SIZES = Sizes((32, 48), (0, 0), (32, 48))
 STEPS, SCALE, CLOSE = 4, 3.0, {"atol": 1e-4, "rtol": 1e-4}
 
