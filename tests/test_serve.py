@@ -226,29 +226,23 @@ def test_it_starts_and_stops(tiny_checkpoint, tmp_path, number):
     """In the middle of an image, which ends, and of one that waits; both visitors learn of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    options = [
-        "--ckpt",
-        str(tiny_checkpoint),
-        "--device",
-        "cpu",
-        "--outdir",
-        str(tmp_path / "out"),
-        "--port",
-        str(port),
-    ]
-    command = [sys.executable, "-m", "ldm", "serve", *options]
+    options = ["--ckpt", str(tiny_checkpoint), "--device", "cpu", "--outdir", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "ldm", "serve", *options, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C stops)\n"
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 2 and f"port {port} (Address already in use): choose another --port" in again.stderr
-    with ThreadPoolExecutor(2) as pool:
-        first = stream(port, name=tiny_checkpoint.stem, prompt="a five", steps=1000, sampler="ddpm", id="1")
-        assert "step" in next(first)
-        waiting = pool.submit(list, stream(port, name=tiny_checkpoint.stem, prompt="a five", id="2"))
-        time.sleep(1)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        ends = [list(first)[-1], waiting.result()[-1]]
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"open http://127.0.0.1:{port}/ (Ctrl-C stops)\n"
+        again = subprocess.run(command, capture_output=True, text=True)
+        assert again.returncode == 2 and f"port {port} (Address already in use): choose another --port" in again.stderr
+        with ThreadPoolExecutor(2) as pool:
+            first = stream(port, name=tiny_checkpoint.stem, prompt="a five", steps=1000, sampler="ddpm", id="1")
+            assert "step" in next(first)
+            waiting = pool.submit(list, stream(port, name=tiny_checkpoint.stem, prompt="a five", id="2"))
+            time.sleep(0.5)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+            ends = [list(first)[-1], waiting.result()[-1]]
+    finally:
+        process.kill()  # where something failed
     assert ends == [{"failed": {"message": "the server was stopped"}}] * 2
     assert process.returncode == 0 and said == ""
